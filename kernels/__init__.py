@@ -1,0 +1,96 @@
+"""Kernels of nanosora: attention, adaLN, QK-norm with rotary positions, patchify. One file each,
+usable alone.
+
+Each file holds the formula, a `reference` in plain torch, Triton kernels, an operator registered
+with torch.library (so that torch.compile(fullgraph=True) keeps it whole) and one or two public
+functions. Here is what they share: the choice of a backend, the checks, and the table that cuts
+runs of a packed row into tiles.
+
+NANOSORA_KERNELS picks the backend: `auto` (Triton on CUDA, torch elsewhere), `triton` or `torch`.
+TRITON_INTERPRET=1 in the environment, set before triton is imported, lets `triton` run on a CPU:
+slow, for tests. triton itself is absent on macOS and Windows; there everything takes the torch
+path.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    HAS_TRITON = True
+except ImportError:  # stand-ins, so that files with kernels import; backend() never picks them
+    triton, tl = SimpleNamespace(jit=lambda fn: fn), SimpleNamespace(constexpr=None)
+    HAS_TRITON = False
+
+CHOICES = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels take
+
+
+def backend(device):
+    """Which implementation runs on `device`, and why: ("triton" or "torch", reason as text).
+
+    device: torch.device or str. Raises ValueError for an unknown NANOSORA_KERNELS, RuntimeError
+    where `triton` was asked for and cannot run.
+    """
+    choice = os.environ.get("NANOSORA_KERNELS", "auto")
+    kind = torch.device(device).type
+    if choice not in CHOICES:
+        raise ValueError(f"NANOSORA_KERNELS={choice!r}: legal values are {', '.join(CHOICES)}")
+    if choice == "torch":
+        return "torch", "NANOSORA_KERNELS=torch"
+    if choice == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError(
+                "NANOSORA_KERNELS=triton, but triton is not installed: use auto or torch")
+        if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"NANOSORA_KERNELS=triton on {kind}: needs CUDA, or TRITON_INTERPRET=1 (slow)")
+        return "triton", "NANOSORA_KERNELS=triton"
+    if kind != "cuda":
+        return "torch", f"device is {kind}, not cuda"
+    if not HAS_TRITON:
+        return "torch", "triton is not installed"
+    return "triton", "device is cuda"
+
+
+def use_triton(*tensors):
+    """True where these tensors go to the Triton kernels. float64 goes to torch: the kernels
+    accumulate in float32."""
+    return backend(tensors[0].device)[0] == "triton" and all(x.dtype in FLOATS for x in tensors)
+
+
+def check(ok, name, x, wanted):
+    """Raises ValueError naming the argument, what it should be and what it is."""
+    if not ok:
+        is_tensor = isinstance(x, torch.Tensor)
+        got = f"{x.dtype} {list(x.shape)} on {x.device}" if is_tensor else repr(x)
+        raise ValueError(f"{name} must be {wanted}, got {got}")
+
+
+def power_of_2(n):
+    """The smallest power of two that is >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tile_table(cu, block, n_rows):
+    """Cuts runs of rows into tiles of at most `block` rows, on the device, without waiting for it.
+
+    cu: int [G+1], where runs begin and end (ascending). n_rows bounds cu[-1], and with it the size
+    of the table, on the host. Returns int32 [tiles, 3]: run, first row, end row. Tiles left over
+    have run = G and no rows.
+    """
+    cu = cu.long()
+    runs = cu.numel() - 1
+    ends = ((cu[1:] - cu[:-1] + block - 1) // block).cumsum(0)
+    tile = torch.arange(n_rows // block + runs, device=cu.device)
+    run = torch.searchsorted(ends, tile, right=True)
+    # a spare tile counts as one behind the last run, whose end it cannot pass
+    safe = run.clamp(max=runs - 1)
+    within = tile - torch.where(safe > 0, ends[safe - 1], 0)
+    end = cu[safe + 1]
+    first = torch.minimum(cu[safe] + within * block, end)
+    last = torch.minimum(first + block, end)
+    return torch.stack([run, first, last], 1).int()

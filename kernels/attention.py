@@ -1,0 +1,445 @@
+"""Attention over packed clips: each clip's queries see that clip's keys, nothing else.
+
+For a clip with queries Q [L, E], keys K and values V [S, E], per head:
+
+    S = scale Q K^T      lse = log sum exp S (per row)      P = exp(S - lse)      O = P V
+    dV = P^T dO          dP = dO V^T      delta = rowsum(dO * O)      dS = P * (dP - delta)
+    dQ = scale dS K      dK = scale dS^T Q
+
+Layout: q [N, A, E], k and v [M, A, E] (N, M packed rows, A heads, E head dim); any stride but the
+last, which is 1, so views of a packed [N, 3, A, E] projection are read in place. cu_q, cu_k int32
+[B+1]: clip b holds rows cu[b] to cu[b+1]. Rows from cu_q[-1] on (the null clip that fills a row up)
+get zeros out and zero gradients; so do the queries of a clip without keys. What other clips hold,
+NaN included, reaches no result.
+
+Limits: E <= 256; float32, bfloat16 and float16 (float64 on the torch path). float32 products are
+exact to float32, not TF32, and slow on a GPU.
+
+Triton: one program takes a tile of queries of one clip and head over the clip's keys, with the
+softmax kept online. Backward recomputes P from lse in two kernels, one over tiles of queries for dQ
+and one over tiles of keys for dK and dV: 7 matrix products where a fused one with atomics has 5,
+but every sum has a fixed order. The tiles come from a table made on the device; grids and buffers
+are sized by N, M and B alone, so the host never waits. Saved for backward: q, k, v, o, and lse
+float32 [N, A].
+
+Measured: not yet on a GPU.
+
+Torch path: clips of equal query length form one batched call; where their key lengths differ, keys
+are padded to the longest with a mask. Indices are built once per pair of cu and kept, since every
+layer of a step asks for the same ones.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels import check, power_of_2, tile_table, tl, triton, use_triton
+
+LOG2_E = 1.4426950408889634
+
+# (A, E, query lengths, key lengths or None for self-attention): bench and tests
+SHAPES = [
+    (16, 72, [256] * 32, None),
+    (16, 72, [4096] * 4, None),
+    (16, 72, [16384] * 2, None),
+    (12, 128, [4096] * 4, None),
+    (16, 72, [256, 1024, 97, 4096, 217, 1023, 1, 2048] * 2, None),
+    (16, 72, [1024] * 16, [30, 77, 120, 1] * 4),
+]
+CPU_SHAPES = [
+    (4, 32, [16, 24, 32, 40, 48, 64, 80, 96, 20, 56] * 4, None),
+    (8, 32, [16, 24, 32, 40, 48, 64, 80, 96, 20, 56] * 8, None),
+    (8, 32, [1024, 512, 256, 64], None),
+    (8, 32, [16, 24, 32, 40, 48, 64, 80, 96, 20, 56] * 8, [3, 9, 14, 30, 1, 22, 17, 8] * 10),
+]
+
+
+def reference(q, k, v, cu_q, cu_k, scale=None, upcast=torch.float32):
+    """The definition of right: one clip at a time, by the formula."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = [x if upcast is None else x.to(upcast) for x in (q, k, v)]
+    out = [wide[0].new_zeros(len(q) - int(cu_q[-1]), *q.shape[1:])]
+    for b in reversed(range(len(cu_q) - 1)):
+        qc = wide[0][int(cu_q[b]):int(cu_q[b + 1])]
+        kc, vc = (x[int(cu_k[b]):int(cu_k[b + 1])] for x in wide[1:])
+        p = torch.softmax(torch.einsum("nae,mae->anm", qc, kc) * scale, -1)
+        out.insert(0, torch.einsum("anm,mae->nae", p, vc))  # without keys: an empty sum, zeros
+    return torch.cat(out).to(q.dtype)
+
+
+# ---- the torch path
+
+def _rows(indices):
+    """Row numbers: a slice where they follow one another (read in place), else an index tensor."""
+    first, count = int(indices[0]), len(indices)
+    if np.array_equal(indices, np.arange(first, first + count)):
+        return slice(first, first + count)
+    return torch.from_numpy(indices)
+
+
+@functools.lru_cache(maxsize=32)
+def _plan(cu_q, cu_k, device):
+    """Groups of clips with equal query length, each a tuple
+
+    (clips, q rows, k rows to read, bias or None, written, k rows to write).
+
+    bias float32 [clips, 1, 1, S] is -inf on padding. Padding reads its own clip's last key, never a
+    neighbour's: 0 * NaN is NaN. `written` picks the keys that are no padding out of [clips * S];
+    each is some clip's own, so dK needs no sum.
+    """
+    cu_q, cu_k = np.array(cu_q), np.array(cu_k)
+    len_q, len_k = np.diff(cu_q), np.diff(cu_k)
+    move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
+    groups = []
+    for length in sorted(set(len_q[(len_q > 0) & (len_k > 0)].tolist())):
+        clips = np.flatnonzero((len_q == length) & (len_k > 0))
+        q_rows = _rows((cu_q[clips, None] + np.arange(length)).ravel())
+        key = np.arange(len_k[clips].max())
+        kept = key < len_k[clips, None]
+        k_read = (cu_k[clips, None] + np.minimum(key, len_k[clips, None] - 1)).ravel()
+        written, bias = None, None
+        if not kept.all():
+            written = move(torch.from_numpy(np.flatnonzero(kept)))
+            bias = torch.zeros(kept.shape).masked_fill_(~torch.from_numpy(kept), float("-inf"))
+            bias = bias[:, None, None].to(device)
+        k_write = _rows(k_read[kept.ravel()])
+        groups.append((len(clips), move(q_rows), move(_rows(k_read)), bias, written, move(k_write)))
+    return groups
+
+
+def _take(x, rows, clips):
+    """Rows of x [N, A, ...] as [clips, A, L, ...]."""
+    x = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    return x.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
+def _put(out, rows, x):
+    """The inverse of _take: writes x [clips, A, L, ...] to rows of out [N, A, ...]."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    if isinstance(rows, slice):
+        out[rows] = x
+    else:
+        out.index_copy_(0, rows, x)
+
+
+def _batch_forward(q, k, v, bias, scale):
+    """One group, all [clips, A, L, E]: o and lse [clips, A, L]."""
+    if q.device.type == "cpu":
+        bias = None if bias is None else bias.to(q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    s = (q @ k.transpose(2, 3)).float() * scale
+    s = s if bias is None else s + bias
+    lse = torch.logsumexp(s, -1)
+    return (s - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _batch_backward(do, q, k, v, o, lse, bias, scale):
+    if q.device.type == "cpu":
+        bias = None if bias is None else bias.to(q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, lse, 0.0, False, attn_mask=bias, scale=scale)
+    s = (q @ k.transpose(2, 3)).float() * scale
+    p = ((s if bias is None else s + bias) - lse[..., None]).exp()
+    delta = (do.float() * o.float()).sum(-1, keepdim=True)
+    ds = (p * ((do @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
+    return ds @ k, ds.transpose(2, 3) @ q, p.to(do.dtype).transpose(2, 3) @ do
+
+
+def _torch_forward(q, k, v, cu_q, cu_k, scale):
+    o = q.new_zeros(q.shape)
+    lse = q.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    for clips, q_rows, k_read, bias, _, _ in _plan(
+            tuple(cu_q.tolist()), tuple(cu_k.tolist()), q.device):
+        og, lg = _batch_forward(_take(q, q_rows, clips), _take(k, k_read, clips),
+                                _take(v, k_read, clips), bias, scale)
+        _put(o, q_rows, og)
+        _put(lse, q_rows, lg)
+    return o, lse
+
+
+def _torch_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    for clips, q_rows, k_read, bias, written, k_write in _plan(
+            tuple(cu_q.tolist()), tuple(cu_k.tolist()), q.device):
+        dog, qg, og, lg = (_take(x, q_rows, clips) for x in (do, q, o, lse))
+        kg, vg = (_take(x, k_read, clips) for x in (k, v))
+        dqg, dkg, dvg = _batch_backward(dog, qg, kg, vg, og, lg, bias, scale)
+        _put(dq, q_rows, dqg)
+        for out, grad in ((dk, dkg), (dv, dvg)):
+            if written is not None:
+                grad = grad.transpose(1, 2).flatten(0, 1).index_select(0, written)
+                grad = grad[None].transpose(1, 2)
+            _put(out, k_write, grad)
+    return dq, dk, dv
+
+
+# ---- the Triton kernels
+
+@triton.jit
+def _load(x, row, stride, ok, E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Rows of x [.., E] as two tiles, HEAD columns and TAIL more: zeros where not ok or beyond E.
+
+    Tiles are powers of two wide, and 72 = 64 + 16 wastes less than 128."""
+    start = x + row.to(tl.int64)[:, None] * stride
+    d = tl.arange(0, HEAD)
+    head = tl.load(start + d[None, :], mask=ok[:, None] & (d < E)[None, :], other=0.0)
+    tail = head  # never used if TAIL is 0
+    if TAIL > 0:
+        e = HEAD + tl.arange(0, TAIL)
+        tail = tl.load(start + e[None, :], mask=ok[:, None] & (e < E)[None, :], other=0.0)
+    return head, tail
+
+
+@triton.jit
+def _store(x, row, stride, ok, head, tail, E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    start = x + row.to(tl.int64)[:, None] * stride
+    d = tl.arange(0, HEAD)
+    tl.store(start + d[None, :], head.to(x.dtype.element_ty), mask=ok[:, None] & (d < E)[None, :])
+    if TAIL > 0:
+        e = HEAD + tl.arange(0, TAIL)
+        ok_tail = ok[:, None] & (e < E)[None, :]
+        tl.store(start + e[None, :], tail.to(x.dtype.element_ty), mask=ok_tail)
+
+
+@triton.jit
+def _dot_t(a, a_tail, b, b_tail, TAIL: tl.constexpr):
+    """a b^T over both tiles. ieee: float32 operands are not cut to TF32; bfloat16 does not care."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if TAIL > 0:
+        s = tl.dot(a_tail, tl.trans(b_tail), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _dot_add(p, x, x_tail, acc, acc_tail, TAIL: tl.constexpr):
+    """acc + p x, tile by tile."""
+    acc = tl.dot(p, x, acc, input_precision="ieee")
+    if TAIL > 0:
+        acc_tail = tl.dot(p, x_tail, acc_tail, input_precision="ieee")
+    return acc, acc_tail
+
+
+@triton.jit
+def _tile(tiles, cu, n_clips):
+    """Tile program_id(0): its rows first..last, and the rows of the other side that its clip sees.
+
+    The run behind the last clip is the null clip, which sees nothing."""
+    entry = tiles + tl.program_id(0) * 3
+    clip = tl.load(entry)
+    is_clip = clip < n_clips
+    lo = tl.load(cu + clip, mask=is_clip, other=0)
+    hi = tl.load(cu + clip + 1, mask=is_clip, other=0)
+    return tl.load(entry + 1), tl.load(entry + 2), lo, hi
+
+
+@triton.jit
+def _forward_kernel(q, k, v, o, lse, tiles, cu_k, n_clips, scale, q_row, q_head, k_row, k_head,
+                    v_row, v_head, A, E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    first, last, lo, hi = _tile(tiles, cu_k, n_clips)
+    row = first + tl.arange(0, BLOCK_M)
+    ok = row < last
+    q0, q1 = _load(q + head * q_head, row, q_row, ok, E, HEAD, TAIL)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum, in powers of two
+    total = tl.zeros([BLOCK_M], tl.float32)
+    o0 = tl.zeros([BLOCK_M, HEAD], tl.float32)
+    o1 = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 1], tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        # keys and values past the clip's end are read as zeros: 0 * NaN of a neighbour is NaN
+        k0, k1 = _load(k + head * k_head, col, k_row, col < hi, E, HEAD, TAIL)
+        s = _dot_t(q0, q1, k0, k1, TAIL) * scale
+        s = tl.where((col < hi)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        top = new_top
+        v0, v1 = _load(v + head * v_head, col, v_row, col < hi, E, HEAD, TAIL)
+        o0, o1 = _dot_add(p.to(v0.dtype), v0, v1, o0 * shrink[:, None], o1 * shrink[:, None], TAIL)
+    # without keys nothing was summed: zeros, and a finite lse for the backward pass
+    total = tl.where(lo < hi, total, 1.0)
+    o0 = o0 / total[:, None]
+    o1 = o1 / total[:, None]
+    _store(o + head * E, row, A * E, ok, o0, o1, E, HEAD, TAIL)
+    top = tl.where(lo < hi, top, 0.0)
+    tl.store(lse + row.to(tl.int64) * A + head, top + tl.log2(total), mask=ok)
+
+
+@triton.jit
+def _dq_kernel(do, q, k, v, o, lse, delta, dq, tiles, cu_k, n_clips, scale, q_row, q_head, k_row,
+               k_head, v_row, v_head, do_row, do_head, A, E: tl.constexpr, HEAD: tl.constexpr,
+               TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dQ of one tile of queries; leaves delta = rowsum(dO * O) for _dkv_kernel, which runs next."""
+    head = tl.program_id(1).to(tl.int64)
+    first, last, lo, hi = _tile(tiles, cu_k, n_clips)
+    row = first + tl.arange(0, BLOCK_M)
+    ok = row < last
+    q0, q1 = _load(q + head * q_head, row, q_row, ok, E, HEAD, TAIL)
+    do0, do1 = _load(do + head * do_head, row, do_row, ok, E, HEAD, TAIL)
+    o0, o1 = _load(o + head * E, row, A * E, ok, E, HEAD, TAIL)
+    d = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)
+    if TAIL > 0:
+        d += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
+    at = row.to(tl.int64) * A + head
+    tl.store(delta + at, d, mask=ok)
+    row_lse = tl.load(lse + at, mask=ok, other=0.0)
+    dq0 = tl.zeros([BLOCK_M, HEAD], tl.float32)
+    dq1 = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 1], tl.float32)
+    for start in range(lo, hi, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        k0, k1 = _load(k + head * k_head, col, k_row, col < hi, E, HEAD, TAIL)
+        v0, v1 = _load(v + head * v_head, col, v_row, col < hi, E, HEAD, TAIL)
+        s = _dot_t(q0, q1, k0, k1, TAIL) * (scale * 1.4426950408889634)
+        p = tl.where((col < hi)[None, :], tl.exp2(s - row_lse[:, None]), 0.0)
+        ds = p * (_dot_t(do0, do1, v0, v1, TAIL) - d[:, None])
+        dq0, dq1 = _dot_add(ds.to(k0.dtype), k0, k1, dq0, dq1, TAIL)
+    _store(dq + head * E, row, A * E, ok, dq0 * scale, dq1 * scale, E, HEAD, TAIL)
+
+
+@triton.jit
+def _dkv_kernel(do, q, k, v, lse, delta, dk, dv, tiles, cu_q, n_clips, scale, q_row, q_head, k_row,
+                k_head, v_row, v_head, do_row, do_head, A, E: tl.constexpr, HEAD: tl.constexpr,
+                TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dK and dV of one tile of keys, over the clip's queries in order; S and dP are transposed."""
+    head = tl.program_id(1).to(tl.int64)
+    first, last, lo, hi = _tile(tiles, cu_q, n_clips)
+    col = first + tl.arange(0, BLOCK_N)
+    ok = col < last
+    k0, k1 = _load(k + head * k_head, col, k_row, ok, E, HEAD, TAIL)
+    v0, v1 = _load(v + head * v_head, col, v_row, ok, E, HEAD, TAIL)
+    dk0 = tl.zeros([BLOCK_N, HEAD], tl.float32)
+    dk1 = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 1], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, HEAD], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 1], tl.float32)
+    for start in range(lo, hi, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        q0, q1 = _load(q + head * q_head, row, q_row, row < hi, E, HEAD, TAIL)
+        do0, do1 = _load(do + head * do_head, row, do_row, row < hi, E, HEAD, TAIL)
+        at = row.to(tl.int64) * A + head
+        row_lse = tl.load(lse + at, mask=row < hi, other=0.0)
+        d = tl.load(delta + at, mask=row < hi, other=0.0)
+        s = _dot_t(k0, k1, q0, q1, TAIL) * (scale * 1.4426950408889634)
+        p = tl.where((row < hi)[None, :], tl.exp2(s - row_lse[None, :]), 0.0)
+        dv0, dv1 = _dot_add(p.to(do0.dtype), do0, do1, dv0, dv1, TAIL)
+        ds = p * (_dot_t(v0, v1, do0, do1, TAIL) - d[None, :])
+        dk0, dk1 = _dot_add(ds.to(q0.dtype), q0, q1, dk0, dk1, TAIL)
+    _store(dk + head * E, col, A * E, ok, dk0 * scale, dk1 * scale, E, HEAD, TAIL)
+    _store(dv + head * E, col, A * E, ok, dv0, dv1, E, HEAD, TAIL)
+
+
+def _config(E, dtype):
+    """Tile sizes and launch options: not tuned, chosen to compile without spills on sm_90."""
+    head = max(power_of_2(E + 1) // 2, 16)
+    tail = max(power_of_2(E - head), 16) if E > head else 0
+    if dtype == torch.float32:
+        block, warps = (32, 4) if E <= 64 else (32, 8) if E <= 128 else (16, 8)
+    else:
+        block, warps = (64, 4) if E <= 64 else (64, 8) if E <= 128 else (32, 8)
+    return dict(E=E, HEAD=head, TAIL=tail, BLOCK_M=block, BLOCK_N=block, num_warps=warps,
+                num_stages=2)
+
+
+def _tiles(cu, n_rows, block):
+    """The tile table of a packed row, the null clip behind the last being a run of its own."""
+    return tile_table(F.pad(cu, (0, 1), value=n_rows), block, n_rows)
+
+
+def _triton_forward(q, k, v, cu_q, cu_k, scale):
+    N, A, E = q.shape
+    config = _config(E, q.dtype)
+    o = q.new_empty(q.shape)
+    lse = q.new_empty((N, A), dtype=torch.float32)  # of powers of two
+    tiles = _tiles(cu_q, N, config["BLOCK_M"])
+    _forward_kernel[(len(tiles), A)](
+        q, k, v, o, lse, tiles, cu_k, len(cu_k) - 1, scale * LOG2_E, *q.stride()[:2],
+        *k.stride()[:2], *v.stride()[:2], A, **config)
+    return o, lse
+
+
+def _triton_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
+    N, A, E = q.shape
+    config = _config(E, q.dtype)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    strides = [s for x in (q, k, v, do) for s in x.stride()[:2]]
+    tiles = _tiles(cu_q, N, config["BLOCK_M"])
+    _dq_kernel[(len(tiles), A)](do, q, k, v, o, lse, delta, dq, tiles, cu_k, len(cu_k) - 1, scale,
+                                *strides, A, **config)
+    tiles = _tiles(cu_k, len(k), config["BLOCK_N"])
+    _dkv_kernel[(len(tiles), A)](do, q, k, v, lse, delta, dk, dv, tiles, cu_q, len(cu_q) - 1, scale,
+                                 *strides, A, **config)
+    return dq, dk, dv
+
+
+# ---- the operator
+
+@torch.library.custom_op("nanosora::attention", mutates_args=())
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor,
+               cu_k: torch.Tensor, scale: float,
+               on_triton: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    forward = _triton_forward if on_triton else _torch_forward
+    return forward(q, k, v, cu_q, cu_k, scale)
+
+
+@_attention.register_fake
+def _(q, k, v, cu_q, cu_k, scale, on_triton):
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("nanosora::attention_backward", mutates_args=())
+def _attention_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                        o: torch.Tensor, lse: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
+                        scale: float,
+                        on_triton: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    backward = _triton_backward if on_triton else _torch_backward
+    return backward(do, q, k, v, o, lse, cu_q, cu_k, scale)
+
+
+@_attention_backward.register_fake
+def _(do, q, k, v, o, lse, cu_q, cu_k, scale, on_triton):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, ctx.scale, ctx.on_triton = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+
+
+def _backward(ctx, do, _):
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    grads = _attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.on_triton)
+    return *grads, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def attention(q, k, v, cu_q, cu_k, scale=None):
+    """Softmax attention inside each clip of a packed row, o [N, A, E].
+
+    q [N, A, E]; k, v [M, A, E]; cu_q, cu_k int32 [B+1], first 0, ascending, cu_q[-1] <= N, cu_k[-1]
+    <= M; scale: 1/sqrt(E) if None. Raises ValueError naming the argument whose shape, dtype or
+    device does not fit. (Online softmax: Milakov and Gimelshein 2018; tiles and recomputation: Dao
+    et al. 2022.)
+    """
+    check(q.dim() == 3, "q", q, "[N, A, E]")
+    check(q.dtype.is_floating_point and q.shape[2] <= 256, "q", q, "floating point with E <= 256")
+    for name, x in (("k", k), ("v", v)):
+        check(x.dim() == 3 and x.shape[1:] == q.shape[1:] and len(x) == len(k), name, x,
+              f"[M, {q.shape[1]}, {q.shape[2]}] with k's M")
+        check(x.dtype == q.dtype and x.device == q.device, name, x,
+              f"{q.dtype} on {q.device} like q")
+    for name, x in (("cu_q", cu_q), ("cu_k", cu_k)):
+        check(x.dim() == 1 and x.numel() > 1 and len(x) == len(cu_q), name, x,
+              "[B+1], the same B in both")
+        check(x.dtype == torch.int32 and x.device == q.device, name, x,
+              f"int32 on {q.device} like q")
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    return _attention(q, k, v, cu_q, cu_k, scale, use_triton(q))[0]

@@ -1,0 +1,207 @@
+"""Times the kernels against what a user would write instead: python -m kernels.bench
+[attention|adaln|patchify|rope]
+
+One table a kernel, one line a shape and direction (forward; forward and backward): milliseconds,
+TFLOP/s or GB/s, percent of the device's own ceiling (a matrix product, or a copy, measured in the
+same run), then the milliseconds of plain torch, of the same under torch.compile and, for attention,
+of scaled_dot_product_attention, and how many times faster than the best of them we are. Medians of
+runs that take turns, after a warm-up; inputs are normal random numbers, bfloat16 on CUDA.
+
+On a CPU the torch path is timed, in float32 at smaller shapes, attention against a loop over clips;
+there is no compile column. A multiply-add is 2 flops, GB are 1e9 bytes; bytes counted are those
+that must move (each input read, each output written once).
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import namedtuple
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import adaln, attention, patchify, rope
+
+# leaves: tensors that want gradients; ours and peers {name: fn}: called with them; work and
+# work_both: flops or bytes of the forward and of both passes
+Case = namedtuple("Case", "label leaves ours peers work work_both")
+
+
+def attention_cases(shapes, make):
+    for A, E, len_q, len_k in shapes:
+        len_k = len_k or len_q
+        cu_q, cu_k = (make.whole([0] + lengths).cumsum(0).int() for lengths in (len_q, len_k))
+        leaves = [make(sum(n), A, E) for n in (len_q, len_k, len_k)]
+        peers = {"sdpa": lambda q, k, v, n=len_q, m=len_k: per_clip(q, k, v, n, m, sdpa)}
+        biggest = max(n * m for n, m in zip(len_q, len_k)) * A * len(set(len_q)) * 4
+        if make.device == "cuda" and biggest < 2 ** 31:  # the scores of a clip in float32
+            peers["eager"] = lambda q, k, v, n=len_q, m=len_k: per_clip(q, k, v, n, m, formula)
+        flops = 4 * A * E * sum(n * m for n, m in zip(len_q, len_k))
+        label = f"{A}x{E} {len(len_q)} clips {min(len_q)}-{max(len_q)} on {min(len_k)}-{max(len_k)}"
+        ours = lambda q, k, v, a=cu_q, b=cu_k: attention.attention(q, k, v, a, b)
+        yield Case(label, leaves, ours, peers, flops, 3.5 * flops)
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def formula(q, k, v):
+    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1) @ v
+
+
+def per_clip(q, k, v, len_q, len_k, fn):
+    """One batched call where every clip has the same lengths, else a loop."""
+    if len(set(len_q)) == len(set(len_k)) == 1:
+        parts = [(x.unflatten(0, (len(len_q), -1)).transpose(1, 2) for x in (q, k, v))]
+    else:
+        parts = zip(*(x.transpose(0, 1)[None].split(n, 2)
+                      for x, n in ((q, len_q), (k, len_k), (v, len_k))))
+    return torch.cat([fn(*part).transpose(1, 2).flatten(0, 1) for part in parts])
+
+
+def adaln_cases(shapes, make):
+    for N, D, run in shapes:
+        rows = (torch.arange(N, device=make.device) // run).int()
+        R = -(-N // run)
+        x, y = make(N, D), make(N, D)
+        gate, shift, scale = (make(R, D) for _ in range(3))
+        unit = x.numel() * x.element_size()
+        ours = lambda *leaves, rows=rows: adaln.gate_residual_ln_modulate(*leaves, rows)
+        plain = lambda *leaves, rows=rows: plain_adaln(*leaves, rows)
+        yield Case(f"gate+residual+LN {N}x{D}, runs of {run}", [x, y, gate, shift, scale], ours,
+                   {"eager": plain}, 4 * unit, 10 * unit)
+
+
+def plain_adaln(x, y, gate, shift, scale, rows):
+    r = x + gate[rows] * y
+    return r, F.layer_norm(r, r.shape[1:], eps=1e-6) * (1 + scale[rows]) + shift[rows]
+
+
+def rope_cases(shapes, make):
+    for N, A, E, normed in shapes:
+        pairs = torch.arange(E // 2, device=make.device)
+        where = (make(N, 3).float(), 100.0 ** (-pairs / len(pairs)), (pairs % 3).int())
+        leaves = [make(N, 3, A, E)] + [make(A * E) for _ in range(2 if normed else 0)]
+        unit = 2 * N * A * E * leaves[0].element_size()
+        ours, plain = (lambda qkv, *w, fn=fn, where=where: fn(qkv[:, 0], qkv[:, 1], *where, *w)
+                       for fn in (rope.qk_norm_rope, partial(rope.reference, upcast=None)))
+        yield Case(f"{'norm+' if normed else ''}rope {N}x{A}x{E}", leaves, ours, {"eager": plain},
+                   2 * unit, (5 if normed else 4) * unit)
+
+
+def patchify_cases(shapes, make):
+    for clips, patch in shapes:
+        latents = [make(*shape) for shape in clips]
+        unit = sum(z.numel() for z in latents) * latents[0].element_size()
+        ours = lambda *z, patch=patch: patchify.patchify(z, patch)
+        plain = lambda *z, patch=patch: torch.cat([patchify._cut(x, patch) for x in z])
+        yield Case(f"{len(clips)} latents, {unit / 1e6:.1f} MB, patch {patch}", latents, ours,
+                   {"eager": plain}, 2 * unit, 4 * unit)
+
+
+class Make:
+    """Random tensors for one device."""
+
+    def __init__(self, device):
+        self.device, self.dtype = device, torch.bfloat16 if device == "cuda" else torch.float32
+
+    def __call__(self, *shape):
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def whole(self, numbers):
+        return torch.tensor(numbers, device=self.device)
+
+
+def milliseconds(fns, device, seconds=0.5):
+    """Median time of each function; they take turns, so that a slow minute is everyone's."""
+    times = [[] for _ in fns]
+    for fn in fns:
+        fn(), fn()
+    stop = time.perf_counter() + seconds * len(fns)
+    while len(times[0]) < 5 or time.perf_counter() < stop:
+        for fn, taken in zip(fns, times):
+            if device == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                begin.record()
+                fn()
+                end.record()
+                end.synchronize()
+                taken.append(begin.elapsed_time(end))
+            else:
+                begin = time.perf_counter()
+                fn()
+                taken.append((time.perf_counter() - begin) * 1e3)
+    return [statistics.median(taken) for taken in times]
+
+
+def ceilings(make):
+    """(flop/s of a big matrix product, bytes/s of a big copy) of this device, now."""
+    n, size = (8192, 2 ** 28) if make.device == "cuda" else (1024, 2 ** 24)
+    a, b, source = make(n, n), make(n, n), make(size)
+    target = torch.empty_like(source)
+    product, copy = milliseconds([lambda: a @ b, lambda: target.copy_(source)], make.device)
+    return 2 * n ** 3 / product * 1e3, 2 * size * source.element_size() / copy * 1e3
+
+
+def both_passes(fn, leaves):
+    """A closure that runs fn and its backward with fixed gradients."""
+    with torch.no_grad():
+        out = fn(*leaves)
+    seeds = [torch.randn_like(o) for o in (out if isinstance(out, (tuple, list)) else [out])]
+    return lambda: torch.autograd.grad(fn(*leaves), leaves, seeds)
+
+
+def bench(name, cases, make, ceiling, unit, size):
+    print(f"\n{name}: {kernels.backend(make.device)[0]} ({kernels.backend(make.device)[1]})")
+    for case in cases:
+        peers = dict(case.peers)
+        if make.device == "cuda":
+            peers["compile"] = torch.compile(case.peers.get("eager", case.peers.get("sdpa")))
+        leaves = [x.requires_grad_() for x in case.leaves]
+        with torch.no_grad():
+            fns = [lambda fn=fn: fn(*leaves) for fn in (case.ours, *peers.values())]
+            forward = milliseconds(fns, make.device)
+        both = milliseconds([both_passes(fn, leaves) for fn in (case.ours, *peers.values())],
+                            make.device)
+        for what, (ours, *others), work in (("fwd", forward, case.work),
+                                            ("f+b", both, case.work_both)):
+            rate = work / ours * 1e3
+            rest = "  ".join(f"{peer} {ms:.3f}" for peer, ms in zip(peers, others))
+            print(f"{case.label:48} {what} {ours:9.3f} ms {rate / size:8.2f} {unit} "
+                  f"{rate / ceiling:6.1%}   {rest}   x{min(others) / ours:.2f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("kernel", nargs="*",
+                        help="attention, adaln, patchify, rope; default: all four")
+    names = parser.parse_args().kernel
+    known = {"attention": (attention_cases, attention), "adaln": (adaln_cases, adaln),
+             "patchify": (patchify_cases, patchify), "rope": (rope_cases, rope)}
+    for name in names:
+        if name not in known:
+            print(f"bench: no kernel {name!r}; there are {', '.join(known)}", file=sys.stderr)
+            sys.exit(2)
+    make = Make("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    flops, bytes_s = ceilings(make)
+    what = torch.cuda.get_device_name() if make.device == "cuda" else (
+        f"CPU, {torch.get_num_threads()} threads: the torch path at small shapes, not the kernels")
+    print(f"{what}\ntorch {torch.__version__}, {make.dtype}; ceilings: matrix product "
+          f"{flops / 1e12:.3g} TFLOP/s, copy {bytes_s / 1e9:.4g} GB/s")
+    for name in names or known:
+        cases, module = known[name]
+        shapes = module.SHAPES if make.device == "cuda" else module.CPU_SHAPES
+        by_flops = name == "attention"
+        bench(name, cases(shapes, make), make, flops if by_flops else bytes_s,
+              "TFLOP/s" if by_flops else "GB/s", 1e12 if by_flops else 1e9)
+
+
+if __name__ == "__main__":
+    main()

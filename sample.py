@@ -1,0 +1,278 @@
+"""Stage 5: a prompt -> a video; and how well a run keeps to its prompts.
+
+In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with.
+Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264) and .png (a sheet of its frames);
+      runs/NAME/eval.json and eval-*.png (--eval demo).
+
+The idea: start from noise and follow the learned velocity from t = 1 to t = 0 (Euler's method), each
+step guided: away from what the model does without a caption, towards what it does with it. Prompts,
+sizes and lengths that differ share one packed row.
+
+    python sample.py demo --prompt "a red circle moves left"
+    python sample.py demo --prompt "a cyan cross moves up" --size 48x32 --seconds 2 --fps 12 --seed 7
+    python sample.py demo --eval demo                        # a minute on two cores
+
+Axes: T frames, H W pixels; T' H' W' the latent grid. Guidance: Ho & Salimans 2022 (2207.12598).
+"""
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet, is_left_out,
+                          number, refuse, render_shot, run_dir, write_video)
+from train_dit import encode_text, generate, load_denoiser
+from train_vae import gaussians, load_autoencoder, option_parser, setup
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """A run and its autoencoder, ready to turn prompts into videos."""
+
+    def __init__(self, name, vae=None, device="cpu"):
+        self.device = device
+        self.model, self.tokenizer, self.config = load_denoiser(name, device)
+        wanted = self.config["vae"]
+        self.vae, self.vae_config = load_autoencoder(vae or wanted["run"], device)
+        if self.vae_config["hash"] != wanted["hash"]:
+            refuse(f"run {name} was trained on latents of autoencoder {wanted['hash']}, "
+                   f"{vae or wanted['run']} is {self.vae_config['hash']}: name the right one by --vae")
+
+    def latent_shape(self, frames, height, width):
+        """The smallest grid that covers the video: what is too much is cut off after decoding."""
+        pt, ph, pw = self.model.dit.patch
+        up = lambda n, stride, patch: -(-n // (stride * patch)) * patch
+        return (self.vae.z_dim, up(frames - 1 + self.vae.time_stride, self.vae.time_stride, pt),
+                up(height, self.vae.stride, ph), up(width, self.vae.stride, pw))
+
+    def __call__(self, wishes, n_steps, guidance, batch=16):
+        """`wishes`: dicts of prompt, frames, height, width, fps, seed. Returns uint8 [T, H, W, 3]
+        of each, exactly as asked for. The noise of a wish depends on itself and its seed alone."""
+        videos = []
+        shift = self.config["args"]["shift"]
+        batches = [wishes[i:i + batch] for i in range(0, len(wishes), batch)]
+        with tqdm(total=n_steps * len(batches), desc="sample", unit="step") as progress:
+            for part in batches:
+                shapes = [self.latent_shape(w["frames"], w["height"], w["width"]) for w in part]
+                noises = [gaussians("sample", w["seed"], 0, [w["prompt"]], [shape])[0].to(self.device)
+                          for w, shape in zip(part, shapes)]
+                texts = [encode_text(self.tokenizer, w["prompt"]) for w in part]
+                decoded = generate(self.model, self.vae, self.vae_config, shapes,
+                                   [w["fps"] for w in part], texts, noises, n_steps, guidance, shift,
+                                   self.vae.time_stride, progress)
+                videos += [cut(video, w) for video, w in zip(decoded, part)]
+        return videos
+
+
+def cut(video, wish):
+    """The frames and, about the centre, the pixels that were asked for."""
+    top, left = ((side - want) // 2 for side, want in
+                 zip(video.shape[1:3], (wish["height"], wish["width"])))
+    return video[:wish["frames"], top:top + wish["height"], left:left + wish["width"]]
+
+
+def sheet_frames(video, n=8):
+    return list(video[np.unique(np.linspace(0, len(video) - 1, n).round().astype(int))])
+
+
+def sample(args, folder):
+    _, _, device = setup(args)
+    sampler = Sampler(args.name, args.vae, device)
+    height, width = args.size
+    frames = args.frames or max(1, round(args.seconds * args.fps))
+    wishes = [dict(prompt=prompt, frames=frames, height=height, width=width, fps=args.fps,
+                   seed=args.seed + i) for prompt in args.prompt for i in range(args.n)]
+    videos, rows = sampler(wishes, args.steps, args.cfg), []
+    for wish, video in zip(wishes, videos):
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"
+        path = folder / "samples" / f"{slug}-s{wish['seed']}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, video, wish["fps"], crf=12)
+        rows.append((sheet_frames(video), f"{wish['prompt']} (seed {wish['seed']})"))
+        contact_sheet(path.with_suffix(".png"), rows[-1:])
+        print(path)
+    if len(rows) > 1:
+        contact_sheet(folder / "samples" / "sheet.png", rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# The demo's adherence: form, colour and direction, read off the pixels
+# ------------------------------------------------------------------------------------------------
+
+
+def hue(rgb):
+    """[..., 3] to degrees; where all three are equal, 0."""
+    r, g, b = np.moveaxis(rgb.astype(np.float64), -1, 0)
+    return np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
+
+
+def spread(mask, steps=2):
+    """A bool mask [T, H, W] grown by `steps` pixels in its frames."""
+    for _ in range(steps):
+        grown = mask.copy()
+        grown[:, 1:] |= mask[:, :-1]
+        grown[:, :-1] |= mask[:, 1:]
+        grown[:, :, 1:] |= mask[:, :, :-1]
+        grown[:, :, :-1] |= mask[:, :, 1:]
+        mask = grown
+    return mask
+
+
+def form_cover(form, x, y, radius, height, width):
+    """[H, W]: how much of each pixel a form about (x, y) covers, drawn as the demo draws it."""
+    shape = dict(form=form, colour="yellow", radius=radius, start=(x, y), stop=(x, y))
+    shot = dict(shapes=[shape], frames=1, width=width, height=height, cell=4, texture="plain",
+                level="black", tint=[0, 0, 0])
+    level = render_shot(shot)[0, :, :, 0].astype(np.float64)
+    return (level - level.min()) / max(1.0, COLOURS["yellow"][0] - level.min())
+
+
+def form_scale(form):
+    """(area, centre's offset y) of a form of radius 1."""
+    cover = form_cover(form, 32, 32, 20, 64, 64)
+    y = (np.arange(64) + 0.5)[:, None]
+    return cover.sum() / 400, ((cover * y).sum() / cover.sum() - 32) / 20
+
+
+def centres(cover):
+    """[T, H, W] weights to (x, y, mass), each [T]."""
+    mass = cover.sum((1, 2))
+    y, x = (np.arange(n) + 0.5 for n in cover.shape[1:])
+    safe = np.maximum(mass, 1e-6)
+    return (cover * x).sum((1, 2)) / safe, (cover * y[:, None]).sum((1, 2)) / safe, mass
+
+
+def describe(frames):
+    """What moves in a clip of the demo's kind, by plain image analysis: dicts of colour, form,
+    direction and area, the largest first. Grounds are grey, so a shape is what is saturated; its
+    colour is its hue's nearest; its direction is the way of its centre; its form is the one that,
+    drawn at that centre with that area, covers most nearly the same pixels."""
+    frames = frames.astype(np.float64)
+    saturation = frames.max(-1) - frames.min(-1)
+    vivid = saturation > 80
+    ground = np.median(frames[~spread(vivid)], 0) if (~vivid).any() else np.zeros(3)
+    names = list(COLOURS)
+    away = np.stack([np.abs((hue(frames) - hue(np.array(COLOURS[name])) + 180) % 360 - 180)
+                     for name in names])
+    nearest, found = away.argmin(0), []
+    for i, name in enumerate(names):
+        mask = vivid & (nearest == i)
+        if mask.sum((1, 2)).mean() < 0.01 * mask[0].size:
+            continue
+        axis = np.array(COLOURS[name], dtype=np.float64) - ground
+        cover = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * spread(mask, 1)
+        found.append({"colour": name, **follow(cover), "area": float(cover.sum((1, 2)).mean())})
+    return sorted(found, key=lambda shape: -shape["area"])
+
+
+def follow(cover):
+    """Form and direction of one shape from the pixels that it covers, [T, H, W] from 0 to 1."""
+    x, y, mass = centres(cover)
+    seen = mass > 0.5 * np.median(mass)
+    frames, time = np.flatnonzero(seen), np.arange(len(mass))[seen]
+    dx, dy = (np.polyfit(time, p[seen], 1)[0] * len(mass) if len(time) > 1 else 0 for p in (x, y))
+    direction = None
+    if max(abs(dx), abs(dy)) > 0.12 * min(cover.shape[1:]) and max(abs(dx), abs(dy)) > 1.5 * min(
+            abs(dx), abs(dy)):
+        flat = abs(dx) > abs(dy)
+        step = (int(np.sign(dx)), 0) if flat else (0, int(np.sign(dy)))
+        direction = next(name for name, way in DIRECTIONS.items() if way == step)
+    errors = {}
+    for form in FORMS:
+        area, offset = form_scale(form)
+        total = 0.0
+        for t in frames[::max(1, len(frames) // 6)]:
+            radius = math.sqrt(mass[t] / area)
+            drawn = form_cover(form, x[t], y[t] - offset * radius, radius, *cover.shape[1:])
+            total += np.abs(drawn - cover[t]).sum() / mass[t]
+        errors[form] = total
+    return {"form": min(errors, key=errors.get), "direction": direction}
+
+
+def demo_prompts(n=48):
+    """{"seen": [(colour, form, direction)], "left_out": […]}, n each, the same every time; where
+    there are fewer, they come again (at another size and seed)."""
+    every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
+    prompts = {}
+    for name, left_out in (("seen", False), ("left_out", True)):
+        pool = [combination for combination in every if is_left_out(*combination) == left_out]
+        order = np.random.Generator(np.random.Philox(5)).permutation(len(pool))
+        prompts[name] = [pool[order[i % len(pool)]] for i in range(n)]
+    return prompts
+
+
+def evaluate_demo(args, folder):
+    """Samples the fixed prompts, reads the pixels, writes eval.json: shares from 0 to 1."""
+    _, _, device = setup(args)
+    sampler, result = Sampler(args.name, args.vae, device), {}
+    for name, combinations in demo_prompts(args.n_eval).items():
+        wishes = []
+        for i, (colour, form, direction) in enumerate(combinations):
+            width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
+            wishes.append(dict(prompt=f"a {colour} {form} moves {direction}", frames=13, fps=10.0,
+                               width=width, height=height, seed=args.seed + i))
+        videos, rows, right = sampler(wishes, args.steps, args.cfg), [], []
+        for wish, video, wanted in zip(wishes, videos, combinations):
+            shapes = describe(video)
+            found = tuple(shapes[0][k] for k in ("colour", "form", "direction")) if shapes else (None,) * 3
+            right.append([a == b for a, b in zip(found, wanted)])
+            says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, found))}"
+            rows.append((sheet_frames(video, 6), f"{wish['prompt']}: {says}"))
+        shares = np.array(right).mean(0)
+        result[name] = {"n": len(right), "form": shares[1], "colour": shares[0], "direction": shares[2],
+                        "all": float(np.all(right, 1).mean())}
+        contact_sheet(folder / f"eval-{name}.png", rows)
+        print(name, " ".join(f"{key} {value:.3g}" for key, value in result[name].items()))
+    with atomic(folder / "eval.json") as path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def size_of(text):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(int(match[1]), int(match[2])) < 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HxW in px, such as 32x48")
+    return int(match[1]), int(match[2])
+
+
+def parse_options(argv=None):
+    parser = option_parser(__doc__)
+    parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash")
+    add = parser.add_argument_group("what to sample").add_argument
+    add("--prompt", nargs="+", help="one or more prompts, each in quotes")
+    add("--eval", choices=["demo"], help="measure how a fixed list of prompts is kept to")
+    add("--size", type=size_of, default=(32, 48), help="HxW, px (32x48)")
+    add("--seconds", type=number(float, 0.001), default=1.3, help="length, s (%(default)s)")
+    add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
+    add("--fps", type=number(float, 0.1), default=10.0, help="frames a second (%(default)s)")
+    add("--n", type=number(int, 1), default=1, help="videos a prompt, seeds counting up (%(default)s)")
+    add("--n_eval", type=number(int, 1), default=48,
+        help="with --eval: prompts of each kind (%(default)s)")
+    add = parser.add_argument_group("how").add_argument
+    add("--steps", type=number(int, 1), default=20, help="steps of the sampler (%(default)s)")
+    add("--cfg", type=number(float, 0), default=4.0, help="guidance, 1: none (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
+    add("--vae", help="autoencoder's run, where it is not the one named in the config")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
+    args = parser.parse_args(argv)
+    if not args.prompt and not args.eval:
+        refuse('nothing to do: give --prompt "…" or --eval demo')
+    return args
+
+
+def main(argv=None):
+    args = parse_options(argv)
+    folder = run_dir(args.name)
+    (evaluate_demo if args.eval else sample)(args, folder)
+
+
+if __name__ == "__main__":
+    main()

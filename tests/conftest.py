@@ -1,0 +1,173 @@
+"""What the tests need before they are collected: the path to the scripts, the `slow` marker, few
+threads, and, where there is no GPU, Triton's interpreter, repaired. Helpers of the kernel tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+# asked of the driver and not of torch: the variable must stand before anything imports triton
+HAS_DRIVER = Path("/proc/driver/nvidia/version").exists()
+HAS_GPU = HAS_DRIVER and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+DEVICE = "cuda" if HAS_GPU else "cpu"
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def repair_bfloat16():
+    """triton 3.7.1's interpreter keeps bfloat16 as uint16: tl.dot multiplies the raw bits, and
+    casts from float32 cut the low bits off where a GPU rounds to nearest even."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def to_float32(x):
+        return (x.astype(np.uint32) << 16).view(np.float32)
+
+    def convert_float(x, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):  # right as it is, but slow
+            return to_float32(np.ascontiguousarray(x).view(np.uint16)).view(np.uint32)
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(x, source, target, rounding)
+        bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(bits.view(np.float32)), 0x7FC0, rounded).astype(np.uint16)
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(to_float32(x.data), tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: bigger grids, run by -m slow (or 'slow or not slow')")
+    import torch
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return  # macOS, Windows: what is Triton's skips
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        repair_bfloat16()
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in config.getoption("-m"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch):
+    """Runs a test once a backend: the torch path, and the Triton kernels (interpreted on a CPU)."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("NANOSORA_KERNELS", request.param)
+    return request.param
+
+
+def assert_near(what, got, truth, own):
+    """got's error against the float64 truth is at most twice torch's own in the same dtype.
+
+    Twice in norm, four times in the largest element. Where torch's own error is below one rounding
+    of the truth to the dtype, that rounding takes its place; where all of the truth is zero (what
+    cancels), the rounding of 16, the size of a product of some hundred random numbers.
+    """
+    import torch
+    assert got.shape == truth.shape, what
+    rounded = truth.to(got.dtype) if truth.any() else truth + 16 * torch.finfo(got.dtype).eps
+    for name, size, times in (("norm", lambda e: float(e.norm()), 2),
+                              ("max", lambda e: float(e.abs().max()) if e.numel() else 0.0, 4)):
+        err, own_err, floor = (size(x.detach().double() - truth) for x in (got, own, rounded))
+        assert err <= times * max(own_err, floor), (
+            f"{what}: {name} of error {err:.3g}, torch's own {own_err:.3g}, rounding {floor:.3g}")
+
+
+def check_against_reference(names, inputs, run, reference):
+    """Outputs and gradients of run(*inputs) against reference(*inputs, upcast) in float64.
+
+    inputs: tensors that want gradients; run and reference return a tuple of tensors.
+    """
+    import torch
+
+    def with_gradients(fn, tensors):
+        leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        out = fn(*leaves)
+        generator = torch.Generator().manual_seed(7)
+        seeds = [torch.randn(o.shape, generator=generator).to(inputs[0].dtype) for o in out]
+        seeds = [s.to(o) for s, o in zip(seeds, out)]
+        return [o.detach() for o in out] + list(torch.autograd.grad(out, leaves, seeds))
+
+    got = with_gradients(run, inputs)
+    own = with_gradients(lambda *x: reference(*x, upcast=None), inputs)
+    wide = [x.double() for x in inputs]
+    truth = with_gradients(lambda *x: reference(*x, upcast=torch.float64), wide)
+    for what, g, t, o in zip(names, got, truth, own, strict=True):
+        assert_near(what, g, t, o)
+    return got
+
+
+def compile_kernels(module, launch, arch):
+    """Compiles what launch() would launch of module's kernels for a GPU that need not be here, and
+    prints bytes of stack a thread by kernel as JSON. Runs in a process without the interpreter."""
+    import re
+    import tempfile
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", arch, 32)
+    compiler = make_backend(target)
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    stack = {}
+
+    def compile_one(kernel, args, options):
+        bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
+        bound, specialised, more = bind(*args, **options)
+        packed, signature, constants, attrs = kernel._pack_args(
+            compiler, options, bound, specialised, more)
+        source = ASTSource(kernel, signature, constants, attrs)
+        made = triton.compile(source, target=target, options=packed.__dict__)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(made.asm["cubin"])
+            usage = subprocess.run([dump, "--dump-resource-usage", file.name], capture_output=True,
+                                   text=True, check=True).stdout
+        name = f"{kernel.fn.__name__} {options}"
+        stack[name] = int(re.search(r"STACK:(\d+)", usage)[1])
+
+    class Catch:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: compile_one(self.kernel, args, options)
+
+    for name in [name for name in dir(module) if name.endswith("_kernel")]:
+        setattr(module, name, Catch(getattr(module, name)))
+    launch()
+    print(json.dumps(stack))
+
+
+def stack_bytes(test_module, arch):
+    """{kernel: bytes of stack} of a test file's launch_all(), for sm_ARCH; spills live there."""
+    pytest.importorskip("triton")
+    code = (f"import conftest, {test_module} as t; "
+            f"conftest.compile_kernels(t.MODULE, t.launch_all, {arch})")
+    env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

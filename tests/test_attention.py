@@ -1,0 +1,239 @@
+"""kernels/attention.py: both backends against float64, packing, poison, same bits, the operator."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE, ROOT, check_against_reference, stack_bytes
+
+from kernels import attention as MODULE
+from kernels.attention import attention, reference
+
+MIXED_Q = [5, 1, 97, 0, 5, 130, 7]
+MIXED_K = [3, 1, 2, 4, 0, 77, 30]
+
+
+def cu(lengths):
+    return torch.tensor([0] + lengths).cumsum(0).int().to(DEVICE)
+
+
+def make(len_q, len_k, heads, width, dtype=torch.float32, tail=3, spread=1.0):
+    generator = torch.Generator().manual_seed(len(len_q) * 1000 + width)
+    rows = [sum(len_q) + tail, sum(len_k) + tail, sum(len_k) + tail]
+    return [(torch.randn(n, heads, width, generator=generator) * spread).to(DEVICE, dtype)
+            for n in rows]
+
+
+def compare(len_q, len_k, heads, width, dtype, **options):
+    cu_q, cu_k = cu(len_q), cu(len_k)
+    check_against_reference(
+        ["o", "dq", "dk", "dv"], make(len_q, len_k, heads, width, dtype, **options),
+        lambda q, k, v: (attention(q, k, v, cu_q, cu_k),),
+        lambda q, k, v, upcast: (reference(q, k, v, cu_q, cu_k, upcast=upcast),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("len_q, len_k, heads, width", [
+    ([1, 97, 217], [1, 97, 217], 1, 72),
+    (MIXED_Q, MIXED_K, 2, 32),
+    ([40, 7, 40, 16, 7], [40, 7, 40, 16, 7], 3, 8),
+    ([33], [200], 1, 136),
+])
+def test_matches_float64(backend, dtype, len_q, len_k, heads, width):
+    compare(len_q, len_k, heads, width, dtype)
+
+
+def test_long_clip(backend):
+    compare([1023], [1023], 1, 64, torch.bfloat16)
+
+
+def test_large_logits(backend):
+    # in float32, exp(s - lse) in backward loses the digits that logits of 200 take: 3x torch's own
+    compare([65, 30], [65, 30], 1, 32, torch.bfloat16, spread=5.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 40, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("len_q, len_k", [
+    ([1, 7, 63, 64, 65, 127, 128, 129], [1, 7, 63, 64, 65, 127, 128, 129]),
+    ([1] * 60, [1] * 60), ([300] + [2] * 20, [17] * 21), ([97, 128], [203, 217]),
+])
+def test_grid(backend, dtype, width, len_q, len_k):
+    compare(len_q, len_k, 2, width, dtype)
+
+
+def gradients(q, k, v, cu_q, cu_k, do):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = attention(*leaves, cu_q, cu_k)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+def test_rows_behind_the_last_clip_are_zero(backend):
+    q, k, v = make(MIXED_Q, MIXED_K, 2, 16, tail=5)
+    for x in (q, k, v):
+        x[-5:] = float("nan")
+    do = torch.ones_like(q)
+    o, dq, dk, dv = gradients(q, k, v, cu(MIXED_Q), cu(MIXED_K), do)
+    for x in (o, dq, dk, dv):
+        assert torch.equal(x[-5:], torch.zeros_like(x[-5:]))
+    empty = slice(sum(MIXED_Q[:4]), sum(MIXED_Q[:5]))  # queries without keys
+    assert not o[empty].any() and not dq[empty].any()
+    unseen = slice(sum(MIXED_K[:3]), sum(MIXED_K[:4]))  # keys without queries
+    assert not dk[unseen].any() and not dv[unseen].any()
+    assert all(torch.isfinite(x).all() for x in (o, dq, dk, dv))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
+@pytest.mark.parametrize("len_k", [MIXED_Q, MIXED_K])
+def test_neighbours_do_not_leak(backend, len_k):
+    q, k, v = make(MIXED_Q, len_k, 1, 32)
+    cu_q, cu_k = cu(MIXED_Q), cu(len_k)
+    do = torch.randn_like(q)
+    clean = gradients(q, k, v, cu_q, cu_k, do)
+    keep_q, keep_k = slice(int(cu_q[2]), int(cu_q[3])), slice(int(cu_k[2]), int(cu_k[3]))
+    for x, keep in ((q, keep_q), (k, keep_k), (v, keep_k), (do, keep_q)):
+        kept = x[keep].clone()
+        x.fill_(float("nan"))
+        x[keep] = kept
+    poisoned = gradients(q, k, v, cu_q, cu_k, do)
+    for a, b, keep in zip(clean, poisoned, (keep_q, keep_q, keep_k, keep_k)):
+        assert torch.equal(a[keep], b[keep])
+
+
+def test_packed_is_each_clip_alone(backend):
+    q, k, v = make(MIXED_Q, MIXED_K, 2, 24, tail=0)
+    cu_q, cu_k = cu(MIXED_Q), cu(MIXED_K)
+    do = torch.randn_like(q)
+    packed = gradients(q, k, v, cu_q, cu_k, do)
+    for b in (1, 2, 5):
+        at_q, at_k = (slice(int(c[b]), int(c[b + 1])) for c in (cu_q, cu_k))
+        alone = gradients(q[at_q], k[at_k], v[at_k], cu([MIXED_Q[b]]), cu([MIXED_K[b]]), do[at_q])
+        for p, a, rows in zip(packed, alone, (at_q, at_q, at_k, at_k)):
+            if backend == "triton":
+                assert torch.equal(p[rows], a)
+            else:  # a batch of several clips may round otherwise than a batch of one
+                torch.testing.assert_close(p[rows], a, rtol=1e-5, atol=1e-5)
+
+
+def test_order_of_clips_changes_nothing(backend):
+    lengths = [9, 20, 9, 3, 20]
+    q, k, v = make(lengths, lengths, 2, 16, tail=0)
+    o = attention(q, k, v, cu(lengths), cu(lengths))
+    back = [x.split(lengths)[::-1] for x in (q, k, v, o)]
+    q, k, v, o = (torch.cat(x) for x in back)
+    assert torch.equal(attention(q, k, v, cu(lengths[::-1]), cu(lengths[::-1])), o)
+
+
+def test_reruns_give_the_same_bits(backend):
+    q, k, v = make(MIXED_Q, MIXED_K, 2, 32)
+    do = torch.randn_like(q)
+    first = gradients(q, k, v, cu(MIXED_Q), cu(MIXED_K), do)
+    for _ in range(2):
+        again = gradients(q, k, v, cu(MIXED_Q), cu(MIXED_K), do)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_strided_views(backend):
+    lengths = [30, 4, 30]
+    qkv = torch.stack(make(lengths, lengths, 2, 24), 1)
+    do = torch.randn(len(qkv), 24, 2, device=DEVICE).transpose(1, 2)
+    strided = gradients(*qkv.unbind(1), cu(lengths), cu(lengths), do)
+    dense = gradients(*(x.contiguous() for x in qkv.unbind(1)), cu(lengths), cu(lengths),
+                      do.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense))
+
+
+def test_scale_is_used(backend):
+    q, k, v = make([8], [8], 1, 16)
+    c = cu([8])
+    torch.testing.assert_close(attention(q, k, v, c, c, 0.7), reference(q, k, v, c, c, 0.7))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_operator(backend):
+    q, k, v = (x.requires_grad_() for x in make([5, 3, 5], [2, 4, 0], 2, 16))
+    args = (q, k, v, cu([5, 3, 5]), cu([2, 4, 0]), 0.25, backend == "triton")
+    torch.library.opcheck(MODULE._attention, args)
+
+
+def test_compiled_is_eager(backend):
+    q, k, v = make([5, 3, 5], [2, 4, 1], 2, 16)
+    c_q, c_k = cu([5, 3, 5]), cu([2, 4, 1])
+
+    def run(q, k, v):
+        return attention(q * 2, k, v, c_q, c_k).square()
+
+    results = []
+    for fn in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = fn(*leaves)
+        results.append([o, *torch.autograd.grad(o.sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("name, change", [
+    ("q", lambda a: a | {"q": a["q"][0]}),
+    ("k", lambda a: a | {"k": a["k"][:, :1]}),
+    ("v", lambda a: a | {"v": a["v"][1:]}),
+    ("v", lambda a: a | {"v": a["v"].bfloat16()}),
+    ("cu_q", lambda a: a | {"cu_q": a["cu_q"].long()}),
+    ("cu_k", lambda a: a | {"cu_k": a["cu_k"][1:]}),
+])
+def test_wrong_input_names_the_argument(name, change):
+    q, k, v = make([5], [4], 2, 16)
+    args = dict(q=q, k=k, v=v, cu_q=cu([5]), cu_k=cu([4]))
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        attention(**change(args))
+
+
+def test_backend_is_chosen_and_said(monkeypatch):
+    import kernels
+    monkeypatch.delenv("NANOSORA_KERNELS", raising=False)
+    assert kernels.backend("cpu") == ("torch", "device is cpu, not cuda")
+    assert kernels.backend("cuda")[0] == ("triton" if kernels.HAS_TRITON else "torch")
+    monkeypatch.setenv("NANOSORA_KERNELS", "fast")
+    with pytest.raises(ValueError, match="auto, triton, torch"):
+        kernels.backend("cpu")
+    monkeypatch.setenv("NANOSORA_KERNELS", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="triton"):
+        kernels.backend("cpu")
+
+
+def test_without_triton_the_torch_path_remains():
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "from kernels import adaln, attention, backend, patchify, rope\n"
+            "print(backend('cpu')[0], backend('cuda')[0])")
+    env = {k: v for k, v in os.environ.items() if k != "NANOSORA_KERNELS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+    assert done.stdout.split() == ["torch", "torch"], done.stderr
+
+
+def test_tile_table():
+    from kernels import tile_table
+    table = tile_table(cu([5, 0, 8, 1]), 4, 17).tolist()
+    assert table == [[0, 0, 4], [0, 4, 5], [2, 5, 9], [2, 9, 13], [3, 13, 14], [4, 14, 14],
+                     [4, 14, 14], [4, 14, 14]]
+
+
+def launch_all():
+    """Every kernel at the widths that we ship, for the compile test."""
+    lengths = torch.tensor([0, 100, 256], dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (32, 64, 72, 128):
+            q, k, v = torch.empty(256, 3, 4, width, dtype=dtype).unbind(1)
+            o, lse = MODULE._triton_forward(q, k, v, lengths, lengths, 0.1)
+            MODULE._triton_backward(o, q, k, v, o, lse, lengths, lengths, 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_without_spills(arch):
+    # sm_80 keeps a little of the 72-wide dK, dV kernel on the stack
+    allowed = 160 if arch == 80 else 32
+    stack = stack_bytes("test_attention", arch)
+    assert not {name: size for name, size in stack.items() if size > allowed}

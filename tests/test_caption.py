@@ -1,0 +1,288 @@
+"""caption.py: the text networks, the captioner's invariants, and whole runs on small videos that are
+made here: what it learns, how it resumes, what it writes, what it refuses."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import caption as c
+import prepare_data
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(size=32, frames=4, t_patch=4, patch=8, channels=32, blocks=1, width=64, heads=4,
+            tower_depth=1, depth=2)
+PLACES = {"red": (230, 50, 40), "blue": (60, 90, 250)}
+WAYS = {"left": (-1, 0), "down": (0, 1)}
+
+
+def run(folder, *args, wait=True):
+    """caption.py as a user calls it, from `folder`."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "caption.py"), *map(str, args)], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if wait:
+        process.out, process.err = process.communicate()
+    return process
+
+
+def quick(folder, *args, monkeypatch):
+    """The same within this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(c.MODELS, "captioner-xs", TINY)
+    c.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with data/set: 96 clips of a block that moves, a third of them without a caption; one
+    file in six is for testing; and a still."""
+    folder = tmp_path_factory.mktemp("caption")
+    random, rows = np.random.default_rng(0), []
+    for i in range(96):
+        colour, way = list(PLACES)[i % 2], list(WAYS)[i // 2 % 2]
+        side, frames = (32, 40) if i % 3 else (40, 32), []
+        start, step = random.uniform(10, 22, 2), np.array(WAYS[way])
+        for t in range(9):
+            frame = np.full((*side, 3), 20 + i % 7, np.uint8)
+            x, y = (start + (2 * t - 8) * step).astype(int)
+            frame[max(0, y - 4):y + 4, max(0, x - 4):x + 4] = PLACES[colour]
+            frames.append(frame)
+        prepare_data.write_video(folder / "videos" / f"{i:03d}.mp4", frames, 8)
+        row = {"video": f"{i:03d}.mp4", "split": "test" if i // 4 % 6 == 5 else "train"}
+        rows.append(row | ({"caption": f"a {colour} block goes {way}"} if i // 8 % 3 else {}))
+    prepare_data.Image.fromarray(frames[0]).save(folder / "videos" / "still.png")
+    (folder / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), "set", "--videos", "videos", "--meta",
+                    "meta.jsonl", "--workers", "2", "--shard_sources", "40"], cwd=folder, check=True,
+                   capture_output=True)
+    return folder
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+TEXTS = ["a kite over the sea", "Ein grünes Boot 🙂", "<eos><eos> <pad>", "a kite, a kite"] * 5
+
+
+def test_tokenizer_is_deterministic_and_loses_nothing(tmp_path):
+    tokenizer = c.train_tokenizer(TEXTS, 300)
+    assert tokenizer.to_str() == c.train_tokenizer(iter(TEXTS[::-1]), 300).to_str()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = c.open_tokenizer(tmp_path / "tokenizer.json")
+    assert [tokenizer.id_to_token(i) for i in range(3)] == c.SPECIAL
+    assert tokenizer.get_vocab_size() <= 300
+    for text in [*TEXTS[:4], "", "日本語\n\t<bos> \0 x  y\r\n", "\u0301e\u2028", "\U0010ffff"]:
+        ids = tokenizer.encode(text).ids
+        assert tokenizer.decode(ids) == text and not {0, 1, 2} & set(ids)
+    with pytest.raises(ValueError, match="at least 259"):
+        c.train_tokenizer(TEXTS, 258)
+    assert c.encode(tokenizer, "a kite", 99)[::len(c.encode(tokenizer, "a kite", 99)) - 1] == [1, 2]
+    assert len(c.encode(tokenizer, "a kite over the sea", 3)) == 4
+
+
+def test_text_tower_packed_equals_each_text_alone():
+    torch.manual_seed(0)
+    tower = c.TextTower(50, 32, 2, 4)
+    texts = [torch.randint(3, 50, (n,)) for n in (1, 7, 97, 3)]
+    cu = torch.tensor([0, 1, 8, 105, 108], dtype=torch.int32)
+    packed = tower(torch.cat([*texts, torch.zeros(5, dtype=torch.long)]), cu)    # a tail of padding
+    assert packed.shape == (113, 32)
+    for i, ids in enumerate(texts):
+        alone = tower(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
+        torch.testing.assert_close(packed[cu[i]:cu[i + 1]], alone, atol=2e-5, rtol=1e-4)
+    packed[:108].square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+               for name, p in tower.named_parameters() if ".k.bias" not in name)
+    assert not tower.embed.weight.grad[0].any()          # of the padding
+
+
+def test_layer_flags():
+    """Every flag of a stack runs, keeps its shape, and a causal one does not see what comes."""
+    torch.manual_seed(0)
+    for kv_heads, norm, glu in ((0, "ln", False), (2, "rms", True), (1, "ln", True)):
+        stack = c.Stack(32, 1, 4, kv_heads=kv_heads, norm=norm, glu=glu, causal=True)
+        layer, x = c.Layer(stack), torch.randn(2, 6, 32)
+        turn = c.rotary(torch.arange(6), stack)
+        y = layer(x, turn)
+        x[:, 4:] = 0
+        assert torch.allclose(layer(x, turn)[:, :4], y[:, :4], atol=1e-6)
+        assert y.shape == (2, 6, 32) and not torch.allclose(layer(x, turn)[:, 4:], y[:, 4:])
+    with pytest.raises(ValueError, match="kv_heads 3"):
+        c.Stack(32, 1, 4, kv_heads=3)
+
+
+# -- the captioner ---------------------------------------------------------------------------------
+
+def fresh(seed=0):
+    torch.manual_seed(seed)
+    model = c.Captioner(**TINY, vocab=60)
+    torch.nn.init.normal_(model.decoder.head.weight)     # it starts at zero: every token alike
+    return model.eval()
+
+
+def test_initial_values_follow_the_table():
+    torch.manual_seed(0)
+    model = c.Captioner(**{**TINY, "width": 128}, vocab=300)
+    rows = re.findall(r"(.+?)\s+\| (normal|zero)\s+\|(.*)\n", c.initialise.__doc__)
+    assert len(rows) == 5
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding):
+            wanted = 1.0
+        elif not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            continue
+        else:
+            fan_in = module.weight[0].numel()
+            wanted = 0.0 if last in ("head", "words") else fan_in**-0.5
+            if last in ("out", "down"):
+                wanted = (2 * 3 * fan_in)**-0.5
+        assert module.weight.std().item() == pytest.approx(wanted, rel=0.1), name
+    assert model.tower.position.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_cache_equals_full_forward_and_batch_does_not_matter():
+    model, x = fresh(), torch.randn(5, 4, 3, 32, 32)
+    most = 12
+    with torch.no_grad():
+        rows = model.generate(x, most)
+        for i, (ids, score) in enumerate(rows):
+            read = torch.tensor([[c.BOS, *ids]])
+            logits = model(x[i:i + 1], read)[0][0].log_softmax(-1)
+            best = logits.max(-1)
+            said = (ids + [c.EOS])[:most]
+            assert best.indices[:len(said)].tolist() == said
+            assert best.values[:len(said)].mean().item() == pytest.approx(score, abs=1e-4)
+            assert model.generate(x[i:i + 1], most)[0][0] == ids
+    assert len({tuple(ids) for ids, _ in rows}) > 1
+
+
+def test_a_view_of_each_clip():
+    assert c.spread(4, 10).tolist() == [0, 3, 6, 9] and c.spread(4, 1).tolist() == [0] * 4
+    wide = np.full((20, 60, 3), 200, np.uint8)
+    square = c.letterbox(wide, 48)
+    assert square.shape == (48, 48, 3) and (square[16:32] == 200).all() and not square[:16].any()
+    views = torch.randint(0, 255, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    torch.testing.assert_close(c.vary(views, torch.zeros(2, 8)), c.to_input(views), atol=1e-4, rtol=0)
+    moved = c.vary(views, torch.tensor([[0, 0.5, 0, 0, 0, 0, 0, 0.0]] * 2))
+    torch.testing.assert_close(moved[..., :24], c.to_input(views)[..., 8:], atol=1e-4, rtol=0)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+def test_it_learns_and_captions(home, monkeypatch, capsys):
+    """Nine in ten captions of clips without one are right; the files are as DESIGN has them."""
+    options = ["--steps", 250, "--batch", 16, "--save_every", 100, "--warmup", 20]
+    quick(home, "set", "--train", "--run", "learnt", *options, monkeypatch=monkeypatch)
+    folder, data = home / "runs" / "learnt", home / "data" / "set"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["kind"] == "captioner" and config["model"] == TINY
+    log = [json.loads(line) for line in open(folder / "log.jsonl")]
+    assert log[-1]["step"] == 250 and log[-1]["held_out"] < 0.2
+    assert sorted(p.name for p in folder.glob("step-*")) == ["step-000200", "step-000250"]
+    with c.Image.open(folder / "samples" / "step-000250.png") as sheet:
+        assert sheet.size[0] > 200
+    quick(home, "set", "--vlm", "learnt", monkeypatch=monkeypatch)
+    rows = {row["key"]: row for row in prepare_data.open_dataset(data)}
+    files = sorted(data.glob("shard-*.captions-learnt.jsonl"))
+    said = [json.loads(line) for path in files for line in open(path)]
+    assert len(files) == 3 and (data / "captions-learnt.png").exists()
+    assert {row["key"] for row in said} == {key for key, row in rows.items() if not any(
+        caption["source"] == "meta" for caption in row["captions"])}
+    right = 0
+    for row in said:
+        assert set(row) == {"key", "caption", "prompt", "scores"} and row["prompt"] == ""
+        assert row["scores"]["logprob"] < 0
+        number = Path(rows[row["key"]]["source"]).stem
+        if number != "still":
+            i = int(number)
+            right += row["caption"] == f"a {list(PLACES)[i % 2]} block goes {list(WAYS)[i // 2 % 2]}"
+    assert right >= 0.9 * (len(said) - 1), [row["caption"] for row in said]
+    # done means done; what a captioner wrote is no caption of the clip's own
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    quick(home, "set", "--vlm", "learnt", monkeypatch=monkeypatch)
+    quick(home, "set", "--train", "--run", "learnt", *options, monkeypatch=monkeypatch)
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    own = c.own_captions(data, list(rows.values()))
+    assert sum(bool(row["captions"]) for row in own) == len(rows) - len(said)
+    # a file cut in the middle of a line, at any block, ends with the same bytes
+    path, part = files[1], Path(f"{files[1]}.part")
+    whole = path.read_bytes()
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        path.rename(part)
+        part.write_bytes(whole[:cut])
+        quick(home, "set", "--vlm", "learnt", "--batch", 3, monkeypatch=monkeypatch)
+        assert path.read_bytes() == whole and not part.exists()
+    part.write_text('{"key": "of other clips"}\n')
+    path.unlink()
+    quick(home, "set", "--vlm", "learnt", "--all", monkeypatch=monkeypatch)
+    assert sum(len(open(path).readlines()) for path in files) == len(rows)
+
+
+def test_training_resumes_bit_for_bit_after_kill(home):
+    """kill -9 at some step, the same command again: the same losses and weights as unbroken."""
+    options = ["set", "--train", "--steps", 12, "--batch", 4, "--save_every", 3, "--eval_every", 6,
+               "--log_every", 1]
+    broken = run(home, *options, "--run", "broken", wait=False)
+    until = time.time() + 60
+    while not (home / "runs/broken/step-000003/state.json").exists() and time.time() < until:
+        time.sleep(0.01)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert broken.returncode == -signal.SIGKILL and not (home / "runs/broken/step-000012").exists()
+    for name in ("broken", "whole"):
+        process = run(home, *options, "--run", name)
+        assert process.returncode == 0, process.err
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"}
+             for line in open(home / "runs" / name / "log.jsonl")] for name in ("broken", "whole")]
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, 13))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(home / "runs" / name / "step-000012" / file) for name in ("broken", "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert all((home / f"runs/{name}/tokenizer.json").exists() for name in ("broken", "whole"))
+    process = run(home, *options[:3], 13, *options[4:-2], "--lr", "0.1", "--run", "whole")
+    assert process.returncode == 2 and "--log_every" in process.err or "--lr" in process.err
+
+
+def refused(home, monkeypatch, capsys, *args):
+    monkeypatch.chdir(home)
+    with pytest.raises(SystemExit) as left:
+        c.main([str(arg) for arg in args])
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and err.count("\n") == 1, err
+    return err
+
+
+def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
+    def line(*args):
+        return refused(home, monkeypatch, capsys, *args)
+    assert "does not exist" in line("nothing", "--train")
+    assert "not finished" in line(tmp_path, "--train")
+    assert "is no run" in line("set", "--vlm", "nobody")
+    assert "--steps 0" in line("set", "--train", "--steps", 0)
+    assert "--blank 1.5" in line("set", "--train", "--blank", 1.5)
+    assert "--vocab" in line("set", "--train", "--vocab", 100)
+    assert "invalid choice" in line("set", "--train", "--model", "huge")
+    assert "goes with" in line("set", "--run", "x")
+    for name, change in (("other", {"kind": "vae"}), ("newer", {"format": 99})):
+        folder = home / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(
+            {"kind": "captioner", "format": 1, "args": {}, "model": TINY} | change))
+    assert "kind 'vae'" in line("set", "--vlm", "other")
+    assert "format 99" in line("set", "--vlm", "newer")
+    assert "kind 'vae'" in line("set", "--train", "--run", "other")
+    (home / "runs" / "other" / "config.json").write_text(json.dumps(
+        {"kind": "captioner", "format": 1, "args": {"steps": 5}, "model": TINY}))
+    assert "not finished training" in line("set", "--vlm", "other")
+    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), "bare", "--videos", "videos",
+                    "--workers", "1"], cwd=home, check=True, capture_output=True)
+    assert "no captioned clip" in line("bare", "--train")

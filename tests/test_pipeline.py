@@ -1,0 +1,214 @@
+"""The demo end to end with real files, at fewer steps; kills; wrong input: each script as people run it."""
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+import prepare_data as P
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {
+    "prepare": ["prepare_data.py", "demo"],
+    "vae": ["train_vae.py", "demo", "--steps", "60", "--eval_every", "30", "--save_every", "20"],
+    "encode": ["train_vae.py", "demo", "--encode"],
+    "captioner": ["caption.py", "demo", "--train", "--steps", "24", "--eval_every", "12",
+                  "--save_every", "8"],
+    "caption": ["caption.py", "demo"],
+    "dit": ["train_dit.py", "demo", "--steps", "24", "--eval_every", "12", "--save_every", "8"],
+}
+
+
+def start(folder, command):
+    return subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def run(folder, command, status=0):
+    """(stdout, stderr) of a command that must end with this status and without a traceback."""
+    process = start(folder, command)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"{command}: {process.returncode}\n{err[-3000:]}"
+    assert "Traceback" not in err
+    return out, err
+
+
+def log(folder, name):
+    return [json.loads(line) for line in open(folder / "runs" / name / "log.jsonl")]
+
+
+def digests(folder):
+    """sha256 of what a run of the stages must leave, the same whatever happened on the way."""
+    files = [p for pattern in ("data/demo/shard-*", "data/demo/*.json*", "runs/*/step-*/*.safetensors",
+                               "runs/*/tokenizer.json") for p in sorted(folder.glob(pattern))]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder in which every stage has run, unbroken."""
+    folder = tmp_path_factory.mktemp("demo")
+    for command in STAGES.values():
+        run(folder, command)
+    return folder
+
+
+def test_prepare_keeps_every_shot(demo):
+    rows = P.open_dataset(demo / "data/demo")
+    plan = {file["name"]: file for file in P.demo_files()}
+    assert len(rows) >= 0.995 * sum(len(file["shots"]) for file in plan.values())
+    captioned = [row for row in rows if any(c["source"] != "demo-captioner" for c in row["captions"])]
+    assert 0.4 < len(captioned) / len(rows) < 0.6
+    for row in rows[::97]:
+        file = plan[row["source"]]
+        assert (row["width"], row["height"]) == (file["width"], file["height"])
+        assert abs(row["fps"] - file["fps"]) < 0.01 and row["split"] == file["split"]
+        assert P.read_clip(demo / "data/demo", row).shape == (row["frames"], row["height"], row["width"], 3)
+
+
+def test_the_autoencoder_learns_and_latents_name_it(demo):
+    rows = [row for row in log(demo, "demo-vae") if "psnr" in row]
+    assert rows[-1]["psnr"] > rows[0]["psnr"] - 0.1 and rows[-1]["psnr"] > 24
+    config = json.loads((demo / "runs/demo-vae/config.json").read_text())
+    assert len(config["latents_mean"]) == len(config["latents_std"]) == config["model"]["z_dim"]
+    shards = sorted((demo / "data/demo").glob("shard-*.tar"))
+    latents = sorted((demo / "data/demo").glob(f"shard-*.latents-{config['hash']}.safetensors"))
+    assert len(latents) == len(shards) == 3
+    from safetensors import safe_open
+    with safe_open(latents[0], "np") as file:
+        header = json.loads(file.metadata()["nanosora"])
+        key, about = next(iter(header["clips"].items()))
+        _, _, height, width = about["crop"]
+        assert file.get_slice(key).get_shape() == [2 * config["model"]["z_dim"],
+                                                   1 + (about["frames"] - 1) // 4, height // 8, width // 8]
+
+
+def test_every_clip_has_a_caption(demo):
+    rows = P.open_dataset(demo / "data/demo")
+    assert all(row["captions"] for row in rows)
+    assert {c["source"] for row in rows for c in row["captions"]} > {"demo-captioner"}
+    losses = [row["loss"] for row in log(demo, "demo-captioner")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_denoiser_learns_and_shows_it(demo):
+    rows = log(demo, "demo")
+    assert [row["held_out"] for row in rows if "held_out" in row][-1] < 1.6
+    assert rows[-1]["step"] == 24 and all(np.isfinite(row["loss"]) for row in rows)
+    for name in ("samples/step-000012.png", "samples/step-000024.png", "loss.png"):
+        assert (demo / "runs/demo" / name).stat().st_size > 1000
+    assert sorted(p.name for p in (demo / "runs/demo").glob("step-*"))[-1] == "step-000024"
+
+
+def test_sample_writes_what_was_asked_for(demo):
+    out, _ = run(demo, ["sample.py", "demo", "--prompt", "a red circle moves left", "--size", "36x44",
+                        "--frames", "11", "--fps", "8", "--steps", "3"])
+    path = demo / out.strip()
+    assert path.suffix == ".mp4" and path.with_suffix(".png").exists()
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert stream.codec_context.name == "h264" and float(stream.average_rate) == 8
+    assert np.stack(frames).shape == (11, 36, 44, 3)
+    first = path.read_bytes()
+    run(demo, ["sample.py", "demo", "--prompt", "a red circle moves left", "--size", "36x44",
+               "--frames", "11", "--fps", "8", "--steps", "3"])
+    assert path.read_bytes() == first
+
+
+def test_eval_writes_its_shares(demo):
+    run(demo, ["sample.py", "demo", "--eval", "demo", "--n_eval", "2", "--steps", "2"])
+    result = json.loads((demo / "runs/demo/eval.json").read_text())
+    assert set(result) == {"seen", "left_out"}
+    for part in result.values():
+        assert part["n"] == 2 and set(part) == {"n", "form", "colour", "direction", "all"}
+        assert all(0 <= part[key] <= 1 for key in part if key != "n")
+
+
+def test_finished_stages_end_at_once_and_change_nothing(demo):
+    before = digests(demo)
+    for name in ("vae", "encode", "captioner", "caption", "dit"):
+        run(demo, STAGES[name])
+    assert digests(demo) == before
+
+
+def test_killed_at_any_time_each_stage_finishes_with_the_same_bytes(demo, tmp_path):
+    """kill -9 of the whole process group at random moments of each stage, then the same command."""
+    os.symlink(demo / "data/demo-videos", tmp_path / "x")    # rendered once; made anew is the same
+    (tmp_path / "data").mkdir()
+    os.rename(tmp_path / "x", tmp_path / "data/demo-videos")
+    chance = random.Random(int(os.environ.get("KILL_SEED", "1")))
+    for name, command in STAGES.items():
+        process = start(tmp_path, command)
+        time.sleep(chance.uniform(3.0, 7.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        run(tmp_path, command)
+    assert digests(tmp_path) == digests(demo)
+
+
+def test_sigterm_saves_and_leaves_with_143(demo):
+    command = ["train_vae.py", "demo", "--run", "stopped", "--steps", "4000", "--log_every", "1"]
+    process, path = start(demo, command), demo / "runs/stopped/log.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < 3:
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    saved = int(sorted((demo / "runs/stopped").glob("step-*"))[-1].name[5:])
+    assert saved == max(row["step"] for row in log(demo, "stopped"))
+
+
+@pytest.mark.parametrize("command, says", [
+    (["prepare_data.py", "x", "--videos", "nowhere"], "nowhere"),
+    (["train_vae.py", "nothing"], "nothing"),
+    (["train_vae.py", "demo", "--lr", "-1"], "lr"),
+    (["train_vae.py", "demo", "--batch", "9"], "batch"),
+    (["train_vae.py", "demo", "--encode", "--vae", "demo"], "denoiser"),
+    (["caption.py", "nothing", "--train"], "nothing"),
+    (["caption.py", "demo", "--vlm", "demo-vae"], "vae"),
+    (["train_dit.py", "nothing"], "nothing"),
+    (["train_dit.py", "demo", "--run", "new", "--row_tokens", "16", "--batch_tokens", "16"], "row_tokens"),
+    (["train_dit.py", "demo", "--batch_tokens", "1000"], "batch_tokens"),
+    (["train_dit.py", "demo", "--model", "video-xxl"], "model"),
+    (["sample.py", "demo-vae", "--prompt", "x"], "vae"),
+    (["sample.py", "demo"], "prompt"),
+    (["sample.py", "demo", "--prompt", "x", "--steps", "0"], "steps"),
+    (["sample.py", "nothing", "--prompt", "x"], "nothing"),
+])
+def test_wrong_input_is_one_line_and_status_2(demo, command, says):
+    _, err = run(demo, command, status=2)
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(command[0]) and says in lines[0]
+
+
+def test_a_run_of_another_version_is_refused(demo, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = json.loads((demo / "runs/demo/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "format": 99}))
+    _, err = run(demo, ["sample.py", str(tmp_path / "run"), "--prompt", "x"], status=2)
+    assert "99" in err and len(err.strip().splitlines()) == 1
+
+
+def test_docstring_commands_run(demo):
+    """The quick look that each docstring promises, with a figure from each."""
+    for script, name in (("train_vae.py", "psnr"), ("train_dit.py", "held_out")):
+        command = re.search(rf"python ({script} demo --run quick [^#\n]*?)(?:  |\n)",
+                            (ROOT / script).read_text())[1].split()
+        begun = time.time()
+        run(demo, command)
+        assert time.time() - begun < 60
+        assert name in log(demo, "quick")[-1]
+        os.rename(demo / "runs/quick", demo / f"runs/quick-{script[:-3]}")

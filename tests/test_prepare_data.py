@@ -1,0 +1,609 @@
+"""prepare_data.py on media made here: every kind of file and damage, the folder's bytes whatever
+the workers, parts and kills, and one line for wrong input."""
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[1] / "prepare_data.py"
+sys.path.insert(0, str(SCRIPT.parent))
+import prepare_data as pd  # noqa: E402
+
+RED, GREEN, BLUE, WHITE = (230, 30, 30), (30, 200, 60), (40, 60, 220), (250, 250, 250)
+
+
+# -- media -----------------------------------------------------------------------------------------
+
+def encode(path, frames, fps=12, codec="libx264", pix_fmt="yuv420p", pts=None, tags=(), turn=None,
+           sar=None, matrix=1, crf="4"):
+    """A video of RGB `frames`; pts in ms if given; tags: attributes of the encoder; turn: arguments
+    of set_display_rotation; matrix: 1 = BT.709, 5 = BT.601."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=1000 if pts else fps)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        if codec == "libx264":
+            stream.options = {"crf": crf, "preset": "veryfast"}
+        if turn:
+            stream.set_display_rotation(*turn)
+        if sar:
+            stream.codec_context.sample_aspect_ratio = sar
+        for name, value in {"colorspace": matrix, **dict(tags)}.items():
+            setattr(stream.codec_context, name, value)
+        full = 2 if dict(tags).get("color_range") == 2 else 1
+        for n, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = frame.reformat(format=pix_fmt, dst_colorspace=matrix, dst_color_range=full)
+            frame.pts = pts[n] if pts else n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def flat(colour, size=(64, 48)):
+    return np.broadcast_to(np.uint8(colour), (size[1], size[0], 3))
+
+
+def shot(colour, n_frames, size=(64, 48)):
+    """A white square that moves over a coloured ground."""
+    frames = np.repeat(flat(colour, size)[None], n_frames, 0)
+    for n, frame in enumerate(frames):
+        x = 2 + n * (size[0] - 16) // max(1, n_frames)
+        frame[8:20, x:x + 12] = WHITE
+    return list(frames)
+
+
+def counter(n_frames):
+    """Frames that tell their own number by their level, over a white bar that gives contrast."""
+    frames = [np.array(flat((20 + 8 * n,) * 3)) for n in range(n_frames)]
+    for frame in frames:
+        frame[40:] = 255
+    return frames
+
+
+def numbers(clip):
+    return [round((int(frame[10, 10].mean()) - 20) / 8) for frame in clip]
+
+
+def quarters():
+    frame = np.zeros((40, 64, 3), np.uint8)
+    frame[:20, :32], frame[:20, 32:], frame[20:, :32], frame[20:, 32:] = RED, GREEN, BLUE, WHITE
+    return frame
+
+
+def corners(frame):
+    """Names of the colours at the corners: top left, top right, bottom left, bottom right."""
+    names = {"R": RED, "G": GREEN, "B": BLUE, "W": WHITE}
+    return "".join(min(names, key=lambda k: np.abs(np.int16(names[k]) - frame[y, x]).sum())
+                   for y, x in ((4, 4), (4, -5), (-5, 4), (-5, -5)))
+
+
+def make_videos(folder):
+    folder.mkdir()
+    encode(folder / "cuts.mp4", shot(RED, 12) + shot(GREEN, 9) + shot(BLUE, 15))
+    shutil.copy(folder / "cuts.mp4", folder / "cuts_again.mp4")
+    encode(folder / "vfr.mp4", counter(8), pts=[0, 100, 200, 300, 600, 700, 800, 1000])
+    for name, turn in {"turn90": (90,), "turn180": (180,), "turn270": (270,),
+                       "mirror": (0, True), "turn90mirror": (90, True)}.items():
+        encode(folder / f"{name}.mp4", [quarters()] * 12, turn=turn)
+    encode(folder / "odd.mkv", shot(RED, 12, (65, 49)), pix_fmt="yuv444p")
+    encode(folder / "old.avi", shot(GREEN, 12), codec="mpeg4")
+    encode(folder / "wide.mp4", shot(BLUE, 12), sar=2)
+    encode(folder / "hdr.mp4", shot(RED, 12), tags={"color_trc": 16})
+    encode(folder / "black.mp4", [flat((0, 0, 0))] * 12)
+    encode(folder / "short.mp4", shot(RED, 3))
+    encode(folder / "tiny.mp4", shot(RED, 12, (30, 30)))
+    encode(folder / "flash.mp4", shot(BLUE, 10) + [flat(WHITE)] * 2 + shot(BLUE, 24)[12:])
+    encode(folder / "one.ts", shot((200, 90, 160), 12))
+    encode(folder / "two.ts", shot(BLUE, 12, (48, 48)))
+    joined = (folder / "one.ts").read_bytes() + (folder / "two.ts").read_bytes()
+    (folder / "joined.ts").write_bytes(joined)
+    (folder / "one.ts").unlink(), (folder / "two.ts").unlink()
+    (folder / "sub").mkdir()
+    encode(folder / "sub" / "été 中.mp4", shot(GREEN, 12))
+    (folder / "sub" / "notes.txt").write_text("no video")
+    (folder / "._cuts.mp4").write_bytes(b"a Mac's twin")
+    encode(folder / "long.mp4", shot(RED, 60))
+    make_damage(folder)
+    make_pictures(folder)
+
+
+def make_damage(folder):
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("404 Not Found\n" * 50)
+    data = (folder / "cuts.mp4").read_bytes()
+    (folder / "half.mp4").write_bytes(data[:len(data) // 2])                     # its index is lost
+    noise = np.random.default_rng(0).integers(0, 256, (120, 48, 64, 3), dtype=np.uint8)
+    encode(folder / "bits.mp4", list(noise), crf="40")
+    data = bytearray((folder / "bits.mp4").read_bytes())
+    for at in range(len(data) * 4 // 10, len(data) * 5 // 10, 37):
+        data[at] ^= 255
+    (folder / "bits.mp4").write_bytes(data)
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), "fltp", "mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    with av.open(str(folder / "cover.mp4"), "w") as container:                  # art beside a video
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 400
+        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(
+            np.array(flat(WHITE, (400, 400))), format="rgb24")))
+        container.mux(cover.encode())
+        for pixels in shot(RED, 12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def make_pictures(folder):
+    picture = Image.fromarray(quarters())
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                             # turn clockwise
+    picture.save(folder / "exif.jpg", quality=95, exif=exif, subsampling=0)
+    picture.convert("CMYK").save(folder / "cmyk.JPG", quality=95)
+    glass = np.dstack([quarters(), np.full((40, 64), 255, np.uint8)])
+    glass[:20, :32, 3] = 0
+    Image.fromarray(glass).save(folder / "glass.png")
+    deep = np.linspace(0, 65535, 64 * 40).reshape(40, 64).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
+    picture.quantize(8).save(folder / "palette.png")
+    data = (folder / "exif.jpg").read_bytes()
+    (folder / "broken.jpg").write_bytes(data[:len(data) * 9 // 10])
+    (folder / "page.jpg").write_text("<html>")
+    frames = [Image.fromarray(frame) for frame in counter(6)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:],
+                   duration=[100, 100, 300, 100, 100, 200])
+    frames[0].save(folder / "single.gif")
+
+
+META = [{"video": "cuts.mp4", "start": 0, "end": 1.3, "caption": "red"},         # 0 to 1 s
+        {"video": "cuts.mp4", "start": "0:00:01.000", "end": "0:01.8", "caption": ["green", "g"]},
+        {"video": "cuts.mp4", "label": 3, "split": "validation"},
+        {"path": "odd", "text": "odd by its stem", "split": "test"},
+        {"video": "sub/été 中.mp4", "caption": "une forme"},
+        {"video": "gone.mp4", "start": 1, "end": 2, "caption": "lost"},
+        {"video": "cuts.mp4", "start": 3, "end": 2}, {"caption": "no video"},
+        {"video": "cuts.mp4", "split": "maybe"}]
+
+
+def run(folder, *options, check=True, **kwargs):
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, options)], cwd=folder, text=True,
+                          capture_output=True, **kwargs)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def bytes_of(folder):
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def row_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+OPTIONS = ["--videos", "videos", "--meta", "meta.jsonl", "--shard_sources", 6, "--max_seconds", 2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with videos/, meta.jsonl and data/set, prepared from them by two workers."""
+    folder = tmp_path_factory.mktemp("prepare")
+    make_videos(folder / "videos")
+    lines = [json.dumps(row, ensure_ascii=False) for row in META] + ["{torn"]
+    (folder / "meta.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = run(folder, "set", *OPTIONS, "--workers", 2)
+    assert "Traceback" not in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(made):
+    """{source: its rows}, by the reader that later stages use."""
+    found = {}
+    for row in pd.open_dataset(made / "data/set"):
+        found.setdefault(row["source"], []).append(row)
+    return found
+
+
+def clip(made, rows, source, n=0):
+    return pd.read_clip(made / "data/set", rows[source][n])
+
+
+# -- what becomes of each file ---------------------------------------------------------------------
+
+def test_cuts_are_exact(made, rows):
+    first, second, third = rows["cuts.mp4"]
+    assert [r["frames"] for r in rows["cuts.mp4"]] == [12, 9, 15]
+    assert [r["shot_start"] for r in rows["cuts.mp4"]] == [0.0, 1.0, 1.75]
+    assert (third["start"], third["end"], third["fps"]) == (1.75, 3.0, 12.0)
+    want = shot(RED, 12) + shot(GREEN, 9) + shot(BLUE, 15)
+    got = np.concatenate([clip(made, rows, "cuts.mp4", n) for n in range(3)])
+    assert np.abs(got - np.float32(want)).mean() < 4
+    for n, (frame, true) in enumerate(zip(got, want)):                  # the square is where it was
+        assert abs(int(np.argmax(frame[12].sum(1) > 600)) - int(
+            np.argmax(true[12].sum(1) > 600))) <= 1, n
+
+
+def test_flash_is_no_cut(rows):
+    assert [row["frames"] for row in rows["flash.mp4"]] == [24]
+
+
+def test_long_shots_are_cut_in_equal_pieces(rows):
+    assert [(r["start"], r["end"], r["frames"]) for r in rows["long.mp4"]] == [
+        (0.0, 1.666667, 20), (1.666667, 3.333333, 20), (3.333333, 5.0, 20)]
+    assert {(r["shot_start"], r["shot_end"]) for r in rows["long.mp4"]} == {(0.0, 5.0)}
+
+
+def test_variable_rate_becomes_the_median(made, rows):
+    row, = rows["vfr.mp4"]
+    assert (row["fps"], row["frames"], row["end"]) == (10.0, 11, 1.1)
+    assert numbers(clip(made, rows, "vfr.mp4")) == [0, 1, 2, 3, 3, 3, 4, 5, 6, 6, 7]
+
+
+def test_animated_gif_is_a_video_and_a_single_one_a_still(made, rows):
+    row, = rows["moving.gif"]
+    assert (row["fps"], row["frames"]) == (10.0, 8)
+    assert numbers(clip(made, rows, "moving.gif")) == [0, 1, 2, 2, 2, 3, 4, 5]
+    assert rows["single.gif"][0]["fps"] is None
+
+
+@pytest.mark.parametrize("name, want", [("turn90", "GWRB"), ("turn180", "WBGR"), (
+    "turn270", "BRWG"), ("mirror", "GRWB"), ("turn90mirror", "WGBR")])
+def test_rotation_and_mirrors(made, rows, name, want):
+    pixels = clip(made, rows, f"{name}.mp4")
+    assert pixels.shape[1:3] == ((64, 40) if "90" in name or "270" in name else (40, 64))
+    assert corners(pixels[0]) == want
+
+
+def test_sizes(made, rows):
+    assert clip(made, rows, "odd.mkv").shape == (12, 48, 64, 3)         # cropped by one
+    assert clip(made, rows, "wide.mp4").shape == (12, 48, 128, 3)       # square pixels
+    assert clip(made, rows, "cover.mp4").shape == (12, 48, 64, 3)       # not the 400 px cover
+    assert clip(made, rows, "old.avi").shape == (12, 48, 64, 3)
+    assert [(r["width"], r["frames"]) for r in rows["joined.ts"]] == [(64, 12), (48, 12)]
+
+
+def test_bad_packets_are_skipped_and_counted(rows):
+    got = rows["bits.mp4"]
+    assert got[0]["scores"]["bad_packets"] > 0
+    assert 60 <= sum(row["frames"] for row in got) <= 120
+
+
+def test_every_bad_file_is_named(made):
+    rejects = {row["source"]: row for row in row_lines(made / "data/set/rejected.jsonl")}
+    reasons = {name: rejects[name]["reason"] for name in rejects if name}
+    assert reasons == {
+        "empty.mp4": "empty file", "sound.mp4": "no video stream", "hdr.mp4": "HDR",
+        "text.mp4": "cannot be opened: Invalid data found when processing input",
+        "half.mp4": "cannot be opened: Invalid data found when processing input",
+        "broken.jpg": "broken picture", "page.jpg": "not a picture that can be read",
+         "black.mp4": "too flat", "short.mp4": "too short",
+        "tiny.mp4": "too small", "gone.mp4": "missing video"}
+    short = rejects["short.mp4"]
+    assert (short["shot_start"], short["shot_end"], short["figure"], short["threshold"]) == (
+        0.0, 0.25, 0.25, 0.5)
+    manifest = json.loads((made / "data/set/manifest.json").read_text())
+    assert manifest["counts"]["rejected"]["malformed metadata row"] == 4
+    every = {path.relative_to(made / "videos").as_posix() for path in (made / "videos").rglob("*.*")
+             if path.suffix != ".txt" and not path.name.startswith(".")}
+    kept = {row["source"] for path in (made / "data/set").glob("shard-?????.jsonl")
+            for row in row_lines(path)}
+    assert kept | (set(reasons) - {"gone.mp4"}) == every                # nothing vanished
+    assert manifest["counts"]["sources"] == len(every)
+
+
+def test_stills_keep_their_bytes(made, rows):
+    for name, want in (("exif.jpg", "BRWG"), ("cmyk.JPG", "RGBW"), ("glass.png", "WGBW"),
+                       ("palette.png", "RGBW")):
+        row, = rows[name]
+        assert corners(clip(made, rows, name)[0]) == want, name
+        assert pd.read_member(made / "data/set", row) == (made / "videos" / name).read_bytes()
+        assert (row["fps"], row["frames"]) == (None, 1)
+    assert rows["exif.jpg"][0]["width"] == 40
+    deep = clip(made, rows, "deep.png")[0]
+    assert deep[0, 0, 0] == 0 and deep[-1, -1, 0] == 255 and abs(int(deep[20, 0, 0]) - 128) < 3
+
+
+@pytest.mark.parametrize("matrix, full", [(1, False), (1, True), (5, False), (5, True)])
+def test_colours_by_the_files_tags(tmp_path, matrix, full):
+    tags = {"color_range": 2 if full else 1}
+    for colour in (RED, GREEN, BLUE, WHITE, (128, 128, 128), (0, 0, 0)):
+        encode(tmp_path / "in.mp4", [flat(colour)] * 2, tags=tags, matrix=matrix)
+        video = pd.Video(tmp_path / "in.mp4")
+        pixels = [video.rgb(frame) for frame in video]
+        assert np.abs(pixels[1] - np.int16(colour)).max() <= 4, colour
+        pd.write_video(tmp_path / "out.mp4", pixels, fps=12)
+        frame = next(iter(pd.Video(tmp_path / "out.mp4")))
+        assert (frame.colorspace, frame.color_range, frame.color_trc) == (1, 1, 1)
+        again = pd.Video(tmp_path / "out.mp4").rgb(frame)
+        assert np.abs(again - np.int16(colour)).max() <= 5, colour
+
+
+def test_same_frames_same_bytes(tmp_path):
+    """x264 with mbtree is not reproducible on frames of few blocks, so it must stay off."""
+    for n in range(2):
+        pd.write_video(tmp_path / f"{n}.mp4", shot(RED, 12, (32, 32)), fps=29.97)
+    data = (tmp_path / "0.mp4").read_bytes()
+    assert data == (tmp_path / "1.mp4").read_bytes()
+    assert b"mbtree=0" in data and b" threads=1 " in data
+    with av.open(str(tmp_path / "0.mp4")) as container:
+        assert container.streams.video[0].average_rate == Fraction(2997, 100)
+
+
+def test_wrong_timestamps_are_replaced():
+    nan = np.nan
+    packed = np.array([[1., 2, 4, 3, 5, 7, 6], [1, 2, 3, 4, 5, 6, 7]])          # B-frames in AVI
+    assert pd.true_times(packed).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    joined = np.array([[5., 6, 7, 0, 1, 2], [nan] * 6])                          # starts again
+    assert pd.true_times(joined).tolist() == [0, 1, 2, 3, 4, 5]
+    assert pd.true_times(np.array([[nan, 2, nan, 4], [nan] * 4])).tolist() == [0, 1, 2, 3]
+    assert np.allclose(pd.true_times(np.full((2, 3), nan)), [0, 0.04, 0.08])
+
+
+# -- captions, splits, labels ----------------------------------------------------------------------
+
+def test_captions_splits_and_labels(rows):
+    texts = [[c["text"] for c in row["captions"]] for row in rows["cuts.mp4"]]
+    assert texts == [["red"], ["green", "g"], []]
+    assert {(row["split"], row["label"]) for row in rows["cuts.mp4"]} == {("val", "3")}
+    assert rows["odd.mkv"][0]["captions"] == [
+        {"text": "odd by its stem", "source": "meta", "weight": 1.0}]
+    assert rows["odd.mkv"][0]["split"] == "test"
+    assert rows["sub/été 中.mp4"][0]["captions"][0]["text"] == "une forme"
+    drawn = [pd.told(f"{n}.mp4", [], 0, 1)["split"] for n in range(2000)]
+    assert 60 < drawn.count("val") < 140 and drawn.count("train") + drawn.count("val") == 2000
+
+
+def test_metadata_forms(tmp_path):
+    (tmp_path / "a.csv").write_text('video,start,end,caption\nx.mp4,1,2,"[""p"", ""q""]"\nx,,,r\n')
+    (tmp_path / "a.tsv").write_text("path\ttext\tsplit\nx.mp4\ta, b\ttest\n")
+    facts, rejects = pd.read_metadata(tmp_path / "a.csv", "csv", ["x.mp4"])
+    assert [f["captions"] for f in facts["x.mp4"]] == [["p", "q"], ["r"]] and not rejects
+    facts, _ = pd.read_metadata(tmp_path / "a.tsv", "tsv", ["x.mp4"])
+    assert facts["x.mp4"][0]["captions"] == ["a, b"] and facts["x.mp4"][0]["split"] == "test"
+    assert pd.seconds("1:02:03.25") == 3723.25 and pd.seconds("") is None
+    (tmp_path / "in/cats").mkdir(parents=True)
+    encode(tmp_path / "in/cats/x.mp4", shot(RED, 30))
+    (tmp_path / "in/cats/x.txt").write_text("a cat\n")
+    run(tmp_path, "set", "--videos", "in", "--format", "folder", "--max_fps", 6, "--max_side", 32,
+        "--split", "seconds", "--max_seconds", 2)
+    got = pd.open_dataset(tmp_path / "data/set")
+    assert [(r["captions"][0]["text"], r["label"]) for r in got] == [("a cat", "cats")] * 2
+    assert [(r["frames"], r["fps"], r["width"], r["height"]) for r in got] == [
+        (12, 6.0, 32, 24), (3, 6.0, 32, 24)]
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+def test_shards_are_webdataset(made):
+    seen = set()
+    for path in sorted((made / "data/set").glob("shard-*.tar")):
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            named = {row["key"]: row for row in row_lines(path.with_suffix(".jsonl"))}
+            assert len(members) == 2 * len(named)
+            for media, text in zip(members[::2], members[1::2]):
+                key, extension = media.name.split(".")
+                assert text.name == f"{key}.json" and "/" not in key
+                assert extension in ("mp4", "jpg", "png", "gif")
+                row = named[key]
+                assert (media.offset_data, media.size) == (row["offset"], row["length"])
+                assert (media.mtime, media.uid, media.uname) == (0, 0, "")
+                inside = json.load(tar.extractfile(text))
+                assert inside == {k: v for k, v in row.items() if k not in ("offset", "length")}
+                assert key not in seen
+                seen.add(key)
+    assert len(seen) > 25
+
+
+def test_manifest_and_duplicates(made, rows):
+    folder = made / "data/set"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    twins = row_lines(folder / "duplicates.jsonl")
+    assert [(r["key"][:10], r["of"][:5], r["distance"]) for r in twins] == [
+        ("cuts_again", "cuts-", 0)] * 3
+    assert "cuts_again.mp4" not in rows
+    assert manifest["counts"]["duplicates"] == 3 and manifest["format"] == 1
+    assert str(made) not in (folder / "manifest.json").read_text() + (
+        folder / "plan.json").read_text()
+    for files in manifest["shards"].values():
+        for name, digest in files.items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    with Image.open(folder / "contact.png") as sheet:
+        assert sheet.width > 400 and np.asarray(sheet).std() > 20
+
+
+def test_captions_of_a_later_stage_are_read(made, rows, tmp_path):
+    shutil.copytree(made / "data/set", tmp_path / "set")
+    key, name = rows["wide.mp4"][0]["key"], rows["wide.mp4"][0]["shard"]
+    (tmp_path / "set" / f"{name}.captions-run1.jsonl").write_text(
+        json.dumps({"key": key, "caption": "wide", "prompt": "", "scores": {}}) + "\n")
+    row, = [row for row in pd.open_dataset(tmp_path / "set") if row["key"] == key]
+    assert row["captions"] == [{"text": "wide", "source": "run1", "weight": 1.0}]
+
+
+def test_workers_and_parts_give_the_same_bytes(made):
+    want = bytes_of(made / "data/set")
+    run(made, "one", *OPTIONS, "--workers", 1)
+    assert bytes_of(made / "data/one") == want
+    first = run(made, "parts", *OPTIONS, "--part", "1/2", "--workers", 2)
+    assert "left to others" in first.stdout and not (made / "data/parts/manifest.json").exists()
+    early = run(made, "parts", *OPTIONS, "--finish", check=False)
+    assert early.returncode == 2 and "not done" in early.stderr
+    rank = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    run(made, "parts", *OPTIONS, env=rank)                              # as torchrun would
+    assert bytes_of(made / "data/parts") == want
+    again = time.monotonic()
+    assert "nothing to do" in run(made, "parts", *OPTIONS).stdout
+    assert time.monotonic() - again < 5
+    shutil.rmtree(made / "data/parts"), shutil.rmtree(made / "data/one")
+
+
+def test_killed_at_any_moment_and_resumed(made):
+    """kill -9 of everything, or of the parent alone, whose children must follow it."""
+    draw, command = random.Random(1), [sys.executable, str(SCRIPT), "killed", *map(str, OPTIONS)]
+    for n in range(6):
+        going = subprocess.Popen(command, cwd=made, start_new_session=True,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.3, 2.5))
+        if n % 2:
+            going.kill()
+        else:
+            os.killpg(going.pid, signal.SIGKILL)
+        going.wait()
+    run(made, "killed", *OPTIONS)
+    assert bytes_of(made / "data/killed") == bytes_of(made / "data/set")
+    shutil.rmtree(made / "data/killed")
+
+
+def worker_of(parent):
+    """Process id of a shard's process, child of `parent`, or None."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_child = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == parent
+            if is_child and b"spawn_main" in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return None
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A video that takes seconds, first in its shard, and one that does not."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "videos").mkdir()
+    frames = shot(RED, 30, (640, 360)) * 40
+    encode(folder / "videos/a.mp4", frames, crf="30")
+    encode(folder / "videos/b.mp4", shot(BLUE, 12))
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker through /proc")
+def test_a_decoder_that_kills_its_process_costs_one_file(slow):
+    going = subprocess.Popen([sys.executable, str(SCRIPT), "crash", "--videos", "videos"],
+                             cwd=slow, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    seen = set()
+    while len(seen) < 2 and going.poll() is None:
+        child = worker_of(going.pid)
+        tars = {path for path in (slow / "data/crash").glob(".shard-*.tar")
+                if f".{child}-" in path.name}                           # it has begun its shard
+        if child and child not in seen and tars:
+            time.sleep(0.3)
+            os.kill(child, signal.SIGKILL)
+            seen.add(child)
+        time.sleep(0.02)
+    assert going.wait(60) == 0 and len(seen) == 2, going.stderr.read()
+    assert [(r["source"], r["reason"]) for r in row_lines(slow / "data/crash/rejected.jsonl")] == [
+        ("a.mp4", "decoder crashed")]
+    assert [row["source"] for row in pd.open_dataset(slow / "data/crash")] == ["b.mp4"]
+
+
+def test_a_decoder_that_hangs_costs_one_file(slow):
+    run(slow, "hang", "--videos", "videos", "--timeout", 1)
+    assert [(r["source"], r["reason"]) for r in row_lines(slow / "data/hang/rejected.jsonl")] == [
+        ("a.mp4", "timed out")]
+    assert [row["source"] for row in pd.open_dataset(slow / "data/hang")] == ["b.mp4"]
+
+
+# -- the demo, small parts, wrong input ------------------------------------------------------------
+
+def test_demo(tmp_path):
+    run(tmp_path, "demo", "--demo_files", 8)
+    got, truth = pd.open_dataset(tmp_path / "data/demo"), pd.demo_files(8)
+    shots = [(file, one) for file in truth for one in file["shots"]]
+    assert len(got) == len(shots) == 64
+    for row, (file, one) in zip(got, shots):
+        assert (row["frames"], row["split"]) == (one["frames"], file["split"])
+        assert row["fps"] == file["fps"]
+        assert [c["text"] for c in row["captions"]] == [one["caption"]] * one["captioned"]
+        assert np.abs(pd.read_clip(tmp_path / "data/demo", row) - np.float32(
+            pd.render_shot(one))).mean() < 12
+    assert {row["split"] for row in got} == {"train", "test"}
+    before = bytes_of(tmp_path / "data")
+    assert "nothing to do" in run(tmp_path, "demo", "--demo_files", 8).stdout
+    assert bytes_of(tmp_path / "data") == before
+
+
+def test_workers_stay_small(tmp_path):
+    code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parent)
+
+
+def test_atomic_and_rng(tmp_path):
+    with pytest.raises(KeyError), pd.atomic(tmp_path / "x.json") as part:
+        part.write_text("half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with pd.atomic(tmp_path / "x.json") as part:
+        part.write_text("whole")
+        pd.sweep(tmp_path)                                              # spares a living writer
+    (tmp_path / ".y.1-a.tmp.json").write_text("a dead one's")
+    pd.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert pd.rng(1, "noise", 2).random() == pd.rng(1, "noise", 2).random()
+    assert pd.rng(1, "noise", 2).random() != pd.rng(12, "noise", "").random()
+    assert round(pd.rng(0, "demo", 1).random(), 6) == 0.436132
+
+
+def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/readme.md").touch()
+    for name, change in {"other": {"format": 99}, "torn": None}.items():
+        shutil.copytree(made / "data/set", tmp_path / name)
+        for file in ("plan.json", "manifest.json"):
+            path = tmp_path / name / file
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change
+                            else path.read_text()[:40])
+    prepared = [*OPTIONS]
+    wrong = {
+        "no folder": ["x", "--videos", "nowhere"],
+        "no videos": ["x", "--videos", tmp_path / "none"],
+        "no --videos": ["x"], "no name": [], "reserved": ["bench", "--videos", "videos"],
+        "crf": ["x", "--videos", "videos", "--crf", 99],
+        "nan": ["x", "--videos", "videos", "--min_motion", "nan"],
+        "part": ["x", "--videos", "videos", "--part", "3/2"],
+        "unknown": ["x", "--videos", "videos", "--hurry"],
+        "meta": ["x", "--videos", "videos", "--meta", "nowhere.csv"],
+        "form": ["x", "--videos", "videos", "--meta", "meta.jsonl", "--format", "folder"],
+        "columns": ["x", "--videos", "videos", "--meta", "meta.jsonl", "--format", "csv"],
+        "changed": ["set", *prepared, "--crf", 20], "other sources": ["set2", *prepared],
+        "format": [tmp_path / "other", *prepared], "plan": [tmp_path / "torn", *prepared]}
+    shutil.copytree(made / "data/set", made / "data/set2")
+    (made / "data/set2/manifest.json").unlink()
+    plan = json.loads((made / "data/set2/plan.json").read_text())
+    plan["sources"] = plan["sources"][1:]
+    (made / "data/set2/plan.json").write_text(json.dumps(plan))
+    for name, arguments in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            pd.main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        lines = [line for line in error.splitlines() if "others passed over" not in line]
+        assert stop.value.code == 2 and len(lines) == 1, (name, error)
+        if name == "changed":
+            assert "--crf 18" in error
+    for folder in (tmp_path / "nowhere", tmp_path / "none", tmp_path / "other", tmp_path / "torn"):
+        with pytest.raises(SystemExit) as stop:
+            pd.open_dataset(folder)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    done = run(made, "x", "--videos", "nowhere", check=False)
+    assert done.returncode == 2 and done.stderr == (
+        "prepare_data.py: --videos nowhere is not a folder\n")
+    shutil.rmtree(made / "data/x", ignore_errors=True), shutil.rmtree(made / "data/set2")

@@ -1,0 +1,149 @@
+"""The denoiser on packed rows: packed equals alone, a fresh block is the identity, any row is found."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_dit as D
+
+OPTIONS = dict(channels=5, vocab=300, dim=48, depth=2, heads=2, patch=(1, 1, 1), text=(32, 1, 2),
+               rope_base=100.0)
+SHAPES = [(5, 3, 4, 4), (5, 1, 2, 6), (5, 2, 4, 2)]
+TEXTS = [[5, 6, 7, 2], [2], [9, 2]]
+
+
+def shaken(**changes):
+    torch.manual_seed(0)
+    model = D.TextToVideo(**{**OPTIONS, **changes})
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def drawn(patch=(1, 1, 1), n_tokens=None):
+    """(row, x0 tokens, noise tokens, t, latents) of the three clips."""
+    latents = [torch.randn(*shape, generator=torch.Generator().manual_seed(i))
+               for i, shape in enumerate(SHAPES)]
+    noises = [torch.randn(*shape, generator=torch.Generator().manual_seed(9 + i))
+              for i, shape in enumerate(SHAPES)]
+    row = D.lay_out(SHAPES, [8.0, 1.0, 12.0], TEXTS, 4, patch, n_tokens)
+    pad = (0, 0, 0, len(row.rows) - int(row.cu[-1]))
+    tokens = [torch.nn.functional.pad(D.patchify(x, patch), pad) for x in (latents, noises)]
+    return row, *tokens, torch.tensor([0.2, 0.9, 0.5]), latents
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("n_tokens", [None, 100])
+def test_packed_equals_each_clip_alone(patch, n_tokens):
+    """The loss of a clip does not depend on what shares its row, nor on the null clip."""
+    model = shaken(patch=patch)
+    row, x0, noise, t, _ = drawn(patch, n_tokens)
+    losses = D.clip_losses(model, row, x0, noise, t, "fp32")
+    losses.sum().backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for b, shape in enumerate(SHAPES):
+        part = slice(int(row.cu[b]), int(row.cu[b + 1]))
+        alone = D.lay_out([shape], [[8.0, 1.0, 12.0][b]], [TEXTS[b]], 4, patch)
+        loss = D.clip_losses(model, alone, x0[part], noise[part], t[b:b + 1], "fp32")
+        loss.sum().backward()
+        assert torch.allclose(loss, losses[b:b + 1], rtol=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, packed[name], atol=2e-5 * max(1.0, packed[name].abs().max())), name
+
+
+def test_nothing_of_the_null_clip_is_seen():
+    model = shaken()
+    row, x0, noise, t, _ = drawn(n_tokens=100)
+    losses = D.clip_losses(model, row, x0, noise, t, "fp32")
+    x0[int(row.cu[-1]):] = 1e3
+    assert torch.equal(D.clip_losses(model, row, x0, noise, t, "fp32"), losses)
+
+
+def test_a_fresh_model_is_the_identity_and_returns_zero():
+    torch.manual_seed(0)
+    model, (row, x0, _, t, _) = D.TextToVideo(**OPTIONS), drawn()
+    assert torch.equal(model(x0, t, row), torch.zeros_like(x0))
+    dit, seen = model.dit, []
+    row.freqs, row.axes = dit.freqs, dit.axes
+    x = dit.embed(x0)
+    tables = torch.zeros(6, 3, 48).unbind(0)
+    block = dit.blocks[0]
+    for m in block.parameters():
+        seen.append(m)
+    text = torch.randn(int(row.cu_text[-1]), 48)
+    after = torch.zeros(2, 3, 48).unbind(0)
+    assert torch.equal(block(x, x, tables, after, text, row)[0], x)
+
+
+def test_initial_values_follow_the_table_of_initialise():
+    torch.manual_seed(0)
+    dit = D.DiT(16, 64, dim=256, depth=1, heads=4, patch=(1, 2, 2), rope_base=100.0)
+    for name, module in dit.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        law = math.sqrt(2 / sum(module.weight.shape))
+        if name.split(".")[0] in ("time", "text"):
+            law = 0.02
+        if name in ("time_table", "head") or name.endswith("cross.out"):
+            law = 0.0
+        assert abs(module.weight.std().item() - law) <= 0.05 * law, name
+        assert module.bias.abs().max() == 0, name
+    assert dit.blocks[0].table.abs().max() == 0 and dit.head_table.abs().max() == 0
+
+
+def test_every_clip_is_planned_once_and_rows_are_full():
+    random = np.random.default_rng(0)
+    lengths = random.choice([48, 64, 72, 80, 96, 120], 500).tolist()
+    keys = [f"clip-{i}" for i in range(500)]
+    plan = D.plan_epoch(keys, lengths, 1024, 0, 0)
+    used = [sum(lengths[i] for i in row) for row in plan]
+    assert set(i for row in plan for i in row) == set(range(500))
+    assert all(len(set(row)) == len(row) for row in plan) and max(used) <= 1024
+    assert sum(used) >= 0.99 * 1024 * len(plan)
+    assert plan == D.plan_epoch(keys, lengths, 1024, 0, 0) != D.plan_epoch(keys, lengths, 1024, 0, 1)
+
+
+def test_any_row_is_found_without_those_before_it():
+    class Clips:
+        keys, lengths, row_tokens = [f"k{i}" for i in range(40)], [30, 50, 20, 60] * 10, 128
+    walked = D.RowPlan(Clips, 7)
+    rows = [walked.row(s) for s in range(60)]
+    assert D.RowPlan(Clips, 7).row(57) == rows[57]
+
+
+def test_coordinates_are_seconds_at_the_centre_of_what_a_latent_covers():
+    coords = D.clip_coords((4, 3, 2, 4), 8.0, 4, (1, 1, 2)).reshape(3, 2, 2, 3)
+    assert np.allclose(coords[:, 0, 0, 0] / D.TIME_UNIT, [0.5 / 8, 3 / 8, 7 / 8])
+    assert np.allclose(coords[0, :, 0, 1], [0.5, 1.5]) and np.allclose(coords[0, 0, :, 2], [1, 3])
+
+
+def test_frequencies_are_shared_out_as_in_wan():
+    freqs, axes = D.rope_frequencies(128, 10000.0)
+    assert [(axes == a).sum().item() * 2 for a in range(3)] == [44, 42, 42]
+    assert freqs[0] == 1 and math.isclose(freqs[23].item(), 10000 ** (-2 / 42), rel_tol=1e-6)
+
+
+def test_euler_follows_a_known_flow():
+    """The exact velocity of a point mass: every straight line ends in it, in one step or many."""
+    goal, start = torch.tensor([2.0, -1.0]), torch.tensor([0.3, 0.4])
+    for n_steps in (1, 7):
+        end = D.euler(lambda x, t: (x - goal) / t, start, n_steps, shift=3.0)
+        assert torch.allclose(end, goal, atol=1e-5)
+
+
+def test_interpolation_and_target_agree():
+    x0, noise = torch.randn(2, 6)
+    h = 1e-3
+    slope = (D.interpolate(x0, noise, 0.4 + h) - D.interpolate(x0, noise, 0.4 - h)) / (2 * h)
+    assert torch.allclose(slope, D.target(x0, noise), atol=1e-3)
+    assert torch.equal(D.interpolate(x0, noise, 0.0), x0)
+
+
+def test_the_time_law_is_logit_normal_and_shifted():
+    random = np.random.default_rng(0)
+    plain = np.array([D.draw_t(random, 1.0) for _ in range(4000)])
+    shifted = np.array([D.draw_t(random, 3.0) for _ in range(4000)])
+    assert abs(np.median(plain) - 0.5) < 0.02 and abs(np.median(shifted) - 0.75) < 0.02
+    assert 0 < plain.min() and shifted.max() < 1

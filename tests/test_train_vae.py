@@ -1,0 +1,176 @@
+"""The autoencoder: causal, chunkable, fitted; runs: resumed, refused, equal on two ranks."""
+import numpy as np
+import pytest
+import torch
+
+import train_vae as V
+
+TINY = dict(dim=8, mults=(1, 2), downs=("t", "st"), n_res=1, patch=2, z_dim=4, linear=True)
+DEEP = dict(dim=4, mults=(1, 2, 2, 2), downs=("s", "st", "st"), n_res=1, patch=1, z_dim=4, linear=False)
+PATCHED = dict(dim=8, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=6, linear=True)
+
+
+def shaken(options, seed=0):
+    """A model none of whose weights is at its initial value, in float64."""
+    torch.manual_seed(seed)
+    model = V.Autoencoder(**options).double()
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("options", [DEEP, PATCHED])
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 8), (5, 12), (9, 4, 4)])
+def test_chunks_equal_the_whole(options, chunks):
+    model, video = shaken(options), torch.randn(2, 3, 17, 16, 24, dtype=torch.float64)
+    with torch.no_grad():
+        mean, logvar = model.encode(video)
+        assert mean.shape == logvar.shape == (2, model.z_dim, 5, 2, 3)
+        state, parts, start = {}, [], 0
+        for n in chunks:
+            parts.append(model.encode(video[:, :, start:start + n], state))
+            start += n
+        for whole, group in zip((mean, logvar), zip(*parts)):
+            assert torch.allclose(torch.cat(group, 2), whole, atol=1e-12)
+        decoded, state = model.decode(mean), {}
+        pieces = [model.decode(mean[:, :, t:t + n], state) for t, n in ((0, 1), (1, 1), (2, 3))]
+        assert decoded.shape == video.shape
+        assert torch.allclose(torch.cat(pieces, 2), decoded, atol=1e-12)
+        assert torch.allclose(torch.cat(list(V.decode_long(model, mean, 2)), 2), decoded, atol=1e-12)
+        assert torch.allclose(V.encode_long(model, video, 4)[0], mean, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [DEEP, PATCHED])
+def test_a_still_is_the_first_frame_and_the_past_is_never_changed(options):
+    model, video = shaken(options), torch.randn(1, 3, 9, 16, 16, dtype=torch.float64)
+    other = video.clone()
+    other[:, :, 5:] = torch.randn(1, 3, 4, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        mean = model.encode(video)[0]
+        assert torch.allclose(model.encode(video[:, :, :1])[0], mean[:, :, :1], atol=1e-12)
+        assert torch.allclose(model.encode(other)[0][:, :, :2], mean[:, :, :2], atol=1e-12)
+        assert not torch.allclose(model.encode(other)[0][:, :, 2], mean[:, :, 2])
+        assert torch.allclose(model.decode(mean[:, :, :1]), model.decode(mean)[:, :, :1], atol=1e-12)
+
+
+def test_fold_and_unfold_are_inverse_where_nothing_is_averaged():
+    x = torch.randn(1, 4, 3, 4, 4)
+    folded = V.fold(torch.cat([x[:, :, :1], x], 2)[:, :, 1:], 32, 2, 2, True)
+    assert folded.shape == (1, 32, 2, 2, 2)
+    assert torch.equal(V.unfold(folded, 4, 2, 2, True), x)
+
+
+def test_the_linear_code_is_fitted_in_closed_form():
+    """Videos that lie in a space of few dimensions are coded without loss; codes vary alike."""
+    torch.manual_seed(0)
+    basis = torch.randn(4, 3, 4, 8, 8)
+    videos = []
+    for _ in range(64):
+        first, rest = torch.randn(2, 4)
+        still = torch.einsum("k,kchw->chw", first, basis[:, :, 0])[:, None]
+        videos.append(torch.cat([still, torch.einsum("k,kcthw->cthw", rest, basis)], 1))
+    code = V.PatchCode(4, 8, 4)
+    code.fit(videos)
+    batch = torch.stack(videos)
+    z = code.encode(batch, {})
+    assert z.shape == (64, 4, 2, 1, 1)
+    assert torch.allclose(code.decode(z, {}), batch, atol=1e-3)
+    std = z[:, :, 1].std(0).flatten()
+    assert 0.4 < std.min() and std.max() < 2.0
+
+
+def test_a_fresh_model_with_a_linear_code_is_that_code():
+    torch.manual_seed(0)
+    model, video = V.Autoencoder(**TINY), torch.randn(1, 3, 5, 16, 16)
+    mean, logvar = model.encode(video)
+    assert torch.equal(mean, model.linear.encode(video, {}))
+    assert torch.allclose(logvar, torch.full_like(logvar, -6.0))
+
+
+def test_sides_and_lengths_of_any_size_are_fitted_by_the_stated_rule():
+    frames = np.arange(7 * 21 * 35 * 3, dtype=np.uint8).reshape(7, 21, 35, 3)
+    cut, crop = V.fit_sides(frames, 8)
+    assert crop == (2, 1, 16, 32) and np.array_equal(cut, frames[:, 2:18, 1:33])
+    padded, crop = V.fit_sides(frames[:, :5, :9], 8)
+    assert padded.shape[1:3] == (8, 8) and crop[2:] == (8, 8)
+    assert [V.fit_time(n, 4) for n in (1, 4, 5, 8, 9, 17)] == [1, 1, 5, 5, 9, 17]
+    assert V.pieces("k", 18, 10, 50, 4) == [("k", 0, 17)]
+    assert V.pieces("k", 18, 10, 30, 4) == [("k+0", 0, 9), ("k+1", 9, 9)]
+    assert V.pieces("k", 1, 10, 5, 4) == [("k", 0, 1)]
+
+
+def test_frames_survive_the_way_to_tensors_and_back():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    assert np.array_equal(V.to_frames(V.to_tensor(frames)), frames)
+
+
+def test_psnr_is_the_closed_form():
+    a = torch.zeros(2, 3, 1, 4, 4)
+    b = torch.stack([torch.full((3, 1, 4, 4), 0.2), torch.full((3, 1, 4, 4), 0.02)])
+    assert torch.allclose(V.psnr(a, b), torch.tensor([20.0, 40.0]), atol=1e-3)
+
+
+def test_muon_step_is_orthogonal_and_adamw_is_torchs():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 8)
+    before = layer.weight.detach().clone()
+    layer.weight.grad, layer.bias.grad = torch.randn(8, 16), torch.randn(8)
+    twin = torch.nn.Parameter(layer.bias.detach().clone())
+    twin.grad = layer.bias.grad.clone()
+    theirs = torch.optim.AdamW([twin], lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+    ours = V.MuonAdamW(layer, weight_decay=0.0)
+    for group in ours.param_groups:
+        group["lr"] = 0.01
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+    assert torch.allclose(layer.bias, twin, atol=1e-7)
+    update = (before - layer.weight.detach()) / (3 * 0.01 * 0.2 * 16**0.5)
+    values = torch.linalg.svdvals(update)
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_a_stream_is_found_at_any_place_and_shows_every_row_each_epoch():
+    rows = [{"key": f"k{i}"} for i in range(7)]
+    stream = V.Stream(rows, 3)
+    whole = stream.take(0, 21)
+    assert [r["key"] for r in V.Stream(rows, 3).take(9, 5)] == [r["key"] for r in whole[9:14]]
+    for epoch in range(3):
+        assert sorted(r["key"] for r in whole[7 * epoch:7 * epoch + 7]) == sorted(r["key"] for r in rows)
+    assert [r["key"] for r in whole[:7]] != [r["key"] for r in whole[7:14]]
+
+
+def test_checkpoints_are_renamed_when_whole_and_old_ones_go(tmp_path):
+    tensors = {"model": {"a": torch.arange(3.0)}, "optimizer": {}}
+    for step in (1, 2, 3):
+        V.save_step(tmp_path, step, tensors, {"note": step})
+    (tmp_path / ".step-000009.part").mkdir()
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-000002", "step-000003"]
+    step, loaded, state = V.load_step(V.last_step(tmp_path))
+    assert step == 3 and state["note"] == 3 and torch.equal(loaded["model"]["a"], torch.arange(3.0))
+    before = (V.last_step(tmp_path) / "model.safetensors").read_bytes()
+    V.save_step(tmp_path, 3, loaded, {"note": 3})
+    assert (V.last_step(tmp_path) / "model.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
+    log = V.Log(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, loss=1.0)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')                        # a torn line
+    V.Log(tmp_path, 2)
+    assert [row["step"] for row in V.read_log(tmp_path)] == [1, 2]
+
+
+def test_a_run_goes_on_only_with_its_own_options(tmp_path, capsys):
+    config = {"kind": "vae", "args": {"lr": 0.1, "steps": 5}}
+    assert V.start_run(tmp_path / "r", config) is None
+    assert V.start_run(tmp_path / "r", {"kind": "vae", "args": {"lr": 0.1, "steps": 9}}) is None
+    for other in ({"kind": "vae", "args": {"lr": 0.2, "steps": 5}},
+                  {"kind": "denoiser", "args": config["args"]}):
+        with pytest.raises(SystemExit) as error:
+            V.start_run(tmp_path / "r", other)
+        assert error.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,680 @@
+"""Stage 4: latents + captions -> a denoiser on packed space-time patches.
+
+In:   data/NAME/ with latents (train_vae.py --encode) and captions (the metadata's, caption.py's).
+Out:  runs/NAME/  config.json, tokenizer.json (byte-level BPE of the captions), log.jsonl,
+                  samples/ (videos' frames at each evaluation), loss.png,
+                  step-000100/ (model, ema, optimizer: safetensors; state.json)
+
+The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a
+transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own length,
+size and shape: their patches lie end to end in one row of --row_tokens tokens, attention stays
+within each clip, and no clip is padded. What is left of a row is a null clip that nothing sees.
+
+    python train_dit.py demo                     # some minutes on two cores, after the stages before
+    python train_dit.py demo --run quick --steps 10 --eval_every 10          # a look, under a minute
+    torchrun --nproc_per_node 8 train_dit.py mine --model video-b --row_tokens 16384
+
+Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
+A heads, E head dim, P patch volume. Time runs from t = 0, clean, to t = 1, noise.
+Papers: Peebles & Xie 2022 (DiT, 2212.09748); Lipman et al. 2022 (flow matching, 2210.02747);
+Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314).
+"""
+import copy
+import functools
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm import tqdm
+
+from caption import TextTower, train_tokenizer
+from kernels import backend
+from kernels.adaln import gate_residual_ln_modulate, ln_modulate
+from kernels.attention import attention
+from kernels.patchify import patchify, unpatchify
+from kernels.rope import qk_norm_rope
+from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
+                          run_dir)
+from train_vae import (Log, MuonAdamW, barrier, check_finite, decode_long, ema_update, gaussians,
+                       init_weights,                       last_step, latents_path, load_autoencoder, load_step, lr_at, normaliser,
+                       on_sigterm, optimizer_tensors, option_parser, prefetch, read_config,
+                       read_header, read_log,
+                       restore_optimizer, save_step, setup, split_rows, start_run, sum_over_ranks,
+                       take_step, to_frames)
+
+EOS = 2                      # of our tokenizer: an empty prompt is this one token
+
+# ------------------------------------------------------------------------------------------------
+# The objective: flow matching on a straight line
+# ------------------------------------------------------------------------------------------------
+
+
+def draw_t(random, shift):
+    """A time in (0, 1): logit-normal, then shifted towards noise, t' = s t / (1 + (s - 1) t)."""
+    t = 1 / (1 + math.exp(-random.standard_normal()))
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def interpolate(x0, noise, t):
+    """x_t on the straight line from data (t = 0) to noise (t = 1)."""
+    return (1 - t) * x0 + t * noise
+
+
+def target(x0, noise):
+    """The velocity dx_t / dt."""
+    return noise - x0
+
+
+def euler(velocity, x, n_steps, shift=1.0, progress=None):
+    """Follows dx/dt = velocity(x, t) from t = 1 to t = 0 in n_steps; the steps are spaced by the
+    same shift as the training times. x: a tensor; velocity(x, t) takes t as a float."""
+    times = np.linspace(1, 0, n_steps + 1)
+    times = (shift * times / (1 + (shift - 1) * times)).tolist()
+    for now, after in zip(times, times[1:]):
+        x = x + (after - now) * velocity(x, now)
+        if progress is not None:
+            progress.update()
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------
+
+MODELS = {  # width, blocks, heads, patch (t, y, x), width / blocks / heads of the text tower
+    "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), text=(128, 2, 4), rope_base=100.0),
+    "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), text=(256, 4, 4), rope_base=1000.0),
+    "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), text=(512, 6, 8),
+                    rope_base=1000.0),
+}
+
+
+def sinusoid(t, width=256):
+    """[B] times in [0, 1] to [B, width]: cosines, then sines, of 1000 t at widths/2 frequencies."""
+    frequencies = torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2,
+                            dtype=torch.float64, device="cpu")).to(t.device, torch.float32)
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rope_frequencies(head_dim, base):
+    """(freqs [E/2], axes [E/2]): the head's pairs shared out over t, y and x as in Wan: t gets what
+    two equal parts for y and x leave; on an axis of width a, pair i turns by base^(-2 i / a)."""
+    side = 2 * (head_dim // 6)
+    widths = (head_dim - 2 * side, side, side)
+    freqs = [base ** (-2 * i / width) for width in widths for i in range(width // 2)]
+    axes = [axis for axis, width in enumerate(widths) for _ in range(width // 2)]
+    return torch.tensor(freqs, dtype=torch.float32), torch.tensor(axes, dtype=torch.int32)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+
+    def forward(self, h, row):
+        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))                         # [N, 3, A, E]
+        q, k = qk_norm_rope(qkv[:, 0], qkv[:, 1], row.coords, row.freqs, row.axes,
+                            self.q_norm.to(h.dtype), self.k_norm.to(h.dtype))        # [N, A, E]
+        return self.out(attention(q, k, qkv[:, 2], row.cu, row.cu).flatten(1))       # [N, D]
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
+
+    def forward(self, h, text, row):
+        k, v = self.kv(text).chunk(2, -1)                                            # [L, D]
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.q_norm(self.q(h)),
+                                                                self.k_norm(k), v))
+        return self.out(attention(q, k, v, row.cu, row.cu_text).flatten(1))          # [N, D]
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, modulated and gated by the clip's row of a table; cross-attention
+    between them, behind a plain LayerNorm. `after` is the (shift, scale) of what comes next, whose
+    norm is computed together with the last residual."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(6, dim))
+        self.attn, self.cross = SelfAttention(dim, heads), CrossAttention(dim, heads)
+        self.cross_weight = nn.Parameter(torch.ones(dim))
+        self.cross_bias = nn.Parameter(torch.zeros(dim))
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x, h, m, after, text, row):
+        """x, h [N, D]: the stream and its modulated norm; m: six tables [R, D]."""
+        _, _, gate1, shift2, scale2, gate2 = m
+        one, same = torch.ones_like(gate1), gate1.shape
+        plain = self.cross_bias.expand(same), (self.cross_weight - 1).expand(same)
+        x, h = gate_residual_ln_modulate(x, self.attn(h, row), gate1, *plain, row.rows)
+        x, h = gate_residual_ln_modulate(x, self.cross(h, text, row), one, shift2, scale2, row.rows)
+        y = self.down(F.gelu(self.up(h), approximate="tanh"))                        # [N, D]
+        return gate_residual_ln_modulate(x, y, gate2, *after, row.rows)
+
+
+class DiT(nn.Module):
+    """The denoiser: packed noisy patches, a time a clip and packed text to velocities a patch."""
+
+    def __init__(self, channels, text_dim, dim, depth, heads, patch, rope_base):
+        super().__init__()
+        self.patch, size = tuple(patch), channels * math.prod(patch)
+        self.embed = nn.Linear(size, dim)
+        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_table = nn.Linear(dim, 6 * dim)
+        self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.head_table, self.head = nn.Parameter(torch.zeros(2, dim)), nn.Linear(dim, size)
+        freqs, axes = rope_frequencies(dim // heads, rope_base)
+        self.register_buffer("freqs", freqs, persistent=False)
+        self.register_buffer("axes", axes, persistent=False)
+        self.initialise()
+
+    def initialise(self):
+        """All initial values.
+
+        module                              | law            | std
+        Linear                              | xavier uniform | (2 / (in + out))^0.5
+        time.*, text.*                      | normal         | 0.02
+        time_table, head, cross.out         | zero           | 0
+        tables, biases                      | zero           | 0
+        norms' weights                      | one            | 0
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if name.split(".")[0] in ("time", "text"):
+                    nn.init.normal_(module.weight, std=0.02)
+                if name in ("time_table", "head") or name.endswith("cross.out"):
+                    nn.init.zeros_(module.weight)
+
+    def forward(self, x, t, text, row):
+        """x [N, C*P] noisy tokens; t [B] in [0, 1]; text [L, text_dim]; row: a Row, for its layout.
+        Returns the velocity [N, C*P]."""
+        row.freqs, row.axes = self.freqs, self.axes
+        e = self.time(sinusoid(t))                                                   # [B, D]
+        e0 = self.time_table(F.silu(e)).unflatten(-1, (6, -1))                       # [B, 6, D]
+        tables = [(block.table + e0).float().unbind(1) for block in self.blocks]     # 6 x [B, D]
+        afters = [m[:2] for m in tables[1:]]
+        afters.append((self.head_table + e[:, None]).float().unbind(1))
+        text = self.text(text)                                                       # [L, D]
+        x = self.embed(x)                                                            # [N, D]
+        h = ln_modulate(x, *tables[0][:2], row.rows)
+        for block, m, after in zip(self.blocks, tables, afters):
+            x, h = block(x, h, m, after, text, row)
+        return self.head(h)                                                          # [N, C*P]
+
+
+class TextToVideo(nn.Module):
+    """The denoiser and the text tower that is trained, averaged and saved with it."""
+
+    def __init__(self, channels, vocab, text, **options):
+        super().__init__()
+        self.tower = TextTower(vocab, *text)
+        self.dit = DiT(channels, text[0], **options)
+
+    def forward(self, x, t, row):
+        return self.dit(x, t, self.tower(row.ids, row.cu_text), row)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: packed rows of clips
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """The layout of a packed row, all on one device. Tokens from cu[-1] on are the null clip."""
+    shapes: list             # (C, T', H', W') of each clip
+    coords: torch.Tensor     # float32 [N, 3]: t in seconds times TIME_UNIT, y and x in latent cells
+    cu: torch.Tensor         # int32 [B + 1]: clip b holds tokens cu[b] to cu[b + 1]
+    rows: torch.Tensor       # int32 [N]: the table row, here the clip, of each token
+    ids: torch.Tensor        # int64 [L]: the captions' tokens end to end
+    cu_text: torch.Tensor    # int32 [B + 1]
+    freqs: torch.Tensor = None
+    axes: torch.Tensor = None
+
+    def to(self, device):
+        moved = {key: value.to(device) for key, value in vars(self).items()
+                 if isinstance(value, torch.Tensor)}
+        return Row(**{**vars(self), **moved})
+
+
+TIME_UNIT = 3.0              # rotary units a second: about one a latent frame at 12 frames/s
+
+
+def clip_coords(shape, fps, time_stride, patch):
+    """float32 [n, 3] of a clip's tokens: the time at the centre of the frames that a latent frame
+    covers (one frame for the first, time_stride for each other), and the patch's centre in cells."""
+    _, T, H, W = shape
+    latent = np.arange(T)
+    centre = np.where(latent == 0, 0.5, (latent - 1) * time_stride + 1 + time_stride / 2)
+    t = TIME_UNIT * centre / (fps or 1.0)
+    pt, ph, pw = patch
+    axes = [axis.reshape(-1, size).mean(1) for axis, size in
+            ((t, pt), (np.arange(H) + 0.5, ph), (np.arange(W) + 0.5, pw))]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
+
+
+def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None):
+    """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts
+    (lists of token ids); `n_tokens`: the row's length, null clip included."""
+    coords = [clip_coords(shape, fps, time_stride, patch) for shape, fps in zip(shapes, rates)]
+    lengths = [len(c) for c in coords]
+    left = (n_tokens or sum(lengths)) - sum(lengths)
+    coords = np.concatenate(coords + [np.zeros((left, 3), np.float32)])
+    rows = np.repeat(np.arange(len(shapes) + 1), lengths + [left]).clip(max=len(shapes) - 1)
+    cumulate = lambda counts: torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
+    return Row(shapes=list(shapes), coords=torch.from_numpy(coords), cu=cumulate(lengths),
+               rows=torch.from_numpy(rows.astype(np.int32)),
+               ids=torch.tensor([i for ids in texts for i in ids], dtype=torch.int64),
+               cu_text=cumulate([len(ids) for ids in texts]))
+
+
+def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
+    """Rows of clips for one epoch: a list of lists of indices into `keys`, in the order of
+    sha256(seed, epoch, key). Clips are taken in blocks, the longest first, each into the first row
+    with room; rows with room left at the end of the epoch are topped up with clips seen already."""
+    order = sorted(range(len(keys)), key=lambda i: hashlib.sha256(
+        f"{seed}|{epoch}|{keys[i]}".encode()).digest())
+    planned = []
+    for start in range(0, len(order), block):
+        rows, room = [], []
+        for i in sorted(order[start:start + block], key=lambda i: -lengths[i]):
+            fits = np.flatnonzero(np.array(room) >= lengths[i])
+            if not len(fits):
+                rows.append([])
+                room.append(row_tokens)
+            j = int(fits[0]) if len(fits) else -1
+            rows[j].append(i)
+            room[j] -= lengths[i]
+        shortest = min(lengths[i] for i in order)
+        for row, left in zip(rows, room):
+            for i in order:
+                if left < shortest:
+                    break
+                if lengths[i] <= left and i not in row:
+                    row.append(i)
+                    left -= lengths[i]
+        mixed = rng(seed, "rows", epoch, start).permutation(len(rows))
+        planned += [rows[j] for j in mixed]
+    return planned
+
+
+class Clips:
+    """The latents of a data set by one autoencoder, with their captions as token ids."""
+
+    def __init__(self, folder, rows, config, patch, row_tokens, tokenizer):
+        self.mean, self.std = normaliser(config)
+        self.tokenizer, self.row_tokens, self.patch = tokenizer, row_tokens, patch
+        self.files, self.shape, self.about, self.rows = {}, {}, {}, {row["key"]: row for row in rows}
+        for shard in sorted({row["shard"] for row in rows}):
+            path = latents_path(folder, shard, config["hash"])
+            if not path.exists():
+                refuse(f"{path} is missing: run `python train_vae.py {Path(folder).name} --encode`")
+            header = read_header(path)
+            self.time_stride = header["time_stride"]
+            file = safe_open(path, "pt")
+            for key, about in header["clips"].items():
+                if about["clip"] not in self.rows:
+                    continue
+                C, T, H, W = file.get_slice(key).get_shape()
+                crop = [side // p * p for side, p in zip((T, H, W), patch)]
+                self.files[key], self.about[key] = file, about
+                self.shape[key] = (C // 2, *crop)
+        self.keys = sorted(self.files)
+        self.lengths = [math.prod(self.shape[key][1:]) // math.prod(patch) for key in self.keys]
+        longest = max(self.lengths)
+        if longest > row_tokens:
+            refuse(f"a clip has {longest} tokens, more than --row_tokens {row_tokens}: raise that, or "
+                   f"encode again with --max_cells {row_tokens * math.prod(patch)}")
+
+    def latent(self, key, seed, step):
+        """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']."""
+        C, T, H, W = self.shape[key]
+        mean, logvar = self.files[key].get_tensor(key)[:, :T, :H, :W].float().chunk(2)
+        noise = gaussians("posterior", seed, step, [key], [mean.shape])[0]
+        return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
+
+    def text(self, key, seed, step, drop):
+        """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`."""
+        captions = self.rows[self.about[key]["clip"]]["captions"]
+        random = rng(seed, "caption", step, key)
+        if random.random() < drop or not captions:
+            return [EOS]
+        weights = np.array([c["weight"] for c in captions], dtype=np.float64)
+        picked = captions[int(random.choice(len(captions), p=weights / weights.sum()))]
+        return encode_text(self.tokenizer, picked["text"])
+
+    def lay_out(self, keys, texts):
+        return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
+                       texts, self.time_stride, self.patch, self.row_tokens)
+
+
+def load_tokenizer(path):
+    """The run's tokenizer.json; refuses a damaged one."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:           # the library raises nothing narrower
+        refuse(f"{path} is no tokenizer: {error}")
+
+
+def encode_text(tokenizer, text, most=256):
+    """Token ids of a prompt, at most `most`, closed by EOS."""
+    return tokenizer.encode(text).ids[:most - 1] + [EOS]
+
+
+class RowPlan:
+    """Row s of training for any s: epoch after epoch of `plan_epoch`."""
+
+    def __init__(self, clips, seed):
+        self.clips, self.seed = clips, seed
+        self.first = [0]                                     # row number at which each epoch begins
+
+    @functools.lru_cache(maxsize=2)
+    def epoch(self, n):
+        return plan_epoch(self.clips.keys, self.clips.lengths, self.clips.row_tokens, self.seed, n)
+
+    def row(self, s):
+        """The keys of the clips in row s."""
+        while self.first[-1] <= s:
+            self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
+        n = int(np.searchsorted(self.first, s, side="right")) - 1
+        return [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
+
+
+def load_row(clips, keys, seed, step, drop, times):
+    """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
+    tokens, t [B]). `times`: the time of each clip."""
+    latents = [clips.latent(key, seed, step) for key in keys]
+    noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
+    texts = [clips.text(key, seed, step, drop) for key in keys]
+    row = clips.lay_out(keys, texts)
+    left = (0, 0, 0, len(row.rows) - int(row.cu[-1]))        # the null clip's tokens are zeros
+    tokens = [F.pad(patchify(group, clips.patch), left) for group in (latents, noises)]
+    return keys, row, *tokens, torch.tensor(times, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def clip_losses(model, row, x0, noise, t, dtype):
+    """[B]: each clip's squared error of the velocity, its own mean over tokens and channels."""
+    device, rows = x0.device, row.rows
+    time_of = t[rows.long()][:, None]
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        v = model(interpolate(x0, noise, time_of), t, row)
+    error = (v.float() - target(x0, noise)).square().mean(-1)                        # [N]
+    n = int(row.cu[-1])                                      # the null clip does not count
+    sums = torch.zeros(len(t), device=device).index_add(0, rows[:n].long(), error[:n])
+    return sums / (row.cu[1:] - row.cu[:-1])
+
+
+@torch.no_grad()
+def held_out_loss(model, bank, device, dtype, n_bins=4):
+    """(mean loss, loss by time bin) over the fixed bank of clips, noise and times."""
+    losses, times = [], []
+    for _, row, x0, noise, t in bank:
+        moved = row.to(device), x0.to(device), noise.to(device), t.to(device)
+        losses.append(clip_losses(model, *moved, dtype).cpu())
+        times.append(t)
+    losses, bins = torch.cat(losses), (torch.cat(times) * n_bins).long().clamp(max=n_bins - 1)
+    by_bin = [losses[bins == b].mean().item() for b in range(n_bins)]
+    return losses.mean().item(), by_bin
+
+
+@torch.no_grad()
+def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0, shift=1.0,
+             time_stride=4, progress=None):
+    """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
+    (token ids), all in one packed row with their unguided twins; returns uint8 [T, H, W, 3] each."""
+    device, n = noises[0].device, len(shapes)
+    twice = 2 if guidance != 1 else 1
+    patch = model.dit.patch
+    row = lay_out(shapes * twice, rates * twice, texts + [[EOS]] * n * (twice - 1), time_stride, patch)
+    row = row.to(device)
+
+    def velocity(x, t):
+        times = torch.full((n * twice,), t, device=device)
+        v = model(x.repeat(twice, 1), times, row)
+        if twice == 1:
+            return v
+        v, unguided = v.chunk(2)
+        return unguided + guidance * (v - unguided)
+
+    tokens = euler(velocity, patchify(noises, patch), n_steps, shift, progress)
+    mean, std = normaliser(vae_config, device)
+    videos = []
+    for z in unpatchify(tokens, shapes, patch):
+        parts = decode_long(vae, (z * std + mean)[None])
+        videos.append(to_frames(torch.cat(list(parts), 2)[0]))
+    return videos
+
+
+def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
+    """A sheet of videos sampled at held-out clips' captions, sizes and lengths."""
+    rows, device = [], next(model.parameters()).device
+    texts = [clips.text(key, seed, 0, 0.0) for key in keys]
+    shapes = [clips.shape[key] for key in keys]
+    noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
+    videos = generate(model, vae, vae_config, shapes, [clips.about[key]["fps"] for key in keys], texts,
+                      noises, shift=shift, time_stride=clips.time_stride)
+    for video, ids in zip(videos, texts):
+        pick = np.unique(np.linspace(0, len(video) - 1, 6).round().astype(int))
+        rows.append((list(video[pick]), clips.tokenizer.decode(ids)))
+    contact_sheet(path, rows)
+
+
+def plot_losses(folder, width=640, height=360):
+    """loss.png: the training loss (grey) and the held-out loss (blue) over steps, on a log scale."""
+    log = read_log(folder)
+    lines = [([(r["step"], r["loss"]) for r in log], (170, 170, 170)),
+             ([(r["step"], r["held_out"]) for r in log if "held_out" in r], (40, 90, 220))]
+    values = [value for points, _ in lines for _, value in points]
+    low, high, last = math.log(min(values)), math.log(max(values)), max(r["step"] for r in log)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    place = lambda step, value: (60 + (width - 80) * step / last, height - 30 - (height - 60)
+                                 * (math.log(value) - low) / max(1e-9, high - low))
+    for points, colour in lines:
+        if len(points) > 1:
+            draw.line([place(*point) for point in points], fill=colour, width=2)
+    for value in (math.exp(low), math.exp((low + high) / 2), math.exp(high)):
+        draw.text((8, place(0, value)[1] - 6), f"{value:.3f}", fill="black")
+    draw.text((60, height - 20), f"0 to {last} steps; grey: training, blue: held out", fill="black")
+    with atomic(Path(folder) / "loss.png") as path:
+        image.save(path, "PNG")
+
+
+def open_stage(args, folder, rank):
+    """(autoencoder, its config, tokenizer, training Clips, held-out Clips)."""
+    data = dataset_dir(args.name)
+    train_rows, held_out = split_rows(open_dataset(data), data)
+    vae_name = args.vae or f"{Path(args.name).name}-vae"
+    vae, vae_config = load_autoencoder(vae_name)
+    if not (folder / "tokenizer.json").exists() and rank == 0:
+        texts = [c["text"] for row in train_rows for c in row["captions"]]
+        tokenizer = (load_tokenizer(run_dir(args.init) / "tokenizer.json") if args.init else
+                     train_tokenizer(texts, args.vocab))
+        with atomic(folder / "tokenizer.json") as path:
+            tokenizer.save(str(path))
+    barrier()
+    tokenizer, patch = load_tokenizer(folder / "tokenizer.json"), MODELS[args.model]["patch"]
+    clips = [Clips(data, rows, vae_config, patch, args.row_tokens, tokenizer)
+             for rows in (train_rows, held_out)]
+    return vae, vae_config, tokenizer, *clips
+
+
+def held_out_bank(clips, seed):
+    """A few rows of held-out clips with fixed noise and evenly spread times, for figures that two
+    runs can compare to three digits."""
+    plan = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]
+    n, bank, place = sum(len(row) for row in plan), [], 0
+    spread = rng(seed, "bank").permutation(n)
+    for indices in plan:
+        keys = [clips.keys[i] for i in indices]
+        times = [(spread[place + j] + 0.5) / n for j in range(len(keys))]
+        place += len(keys)
+        bank.append(load_row(clips, keys, seed, 0, 0.0, times))
+    return bank
+
+
+def train(args, folder):
+    rank, world, device = setup(args)
+    rows_a_step = args.batch_tokens // args.row_tokens
+    vae, vae_config, tokenizer, clips, held_out = open_stage(args, folder, rank)
+    options = dict(MODELS[args.model], channels=vae.z_dim, vocab=tokenizer.get_vocab_size())
+    checkpoint = start_run(folder, {"kind": "denoiser", "args": vars(args), "model": options, "vae":
+                                    {"run": args.vae or f"{Path(args.name).name}-vae",
+                                     "hash": vae_config["hash"]}})
+    torch.manual_seed(args.seed)
+    model, step = TextToVideo(**options).to(device), 0
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer, plan = MuonAdamW(model, plain=("dit.head", "table", "dit.time")), RowPlan(clips, args.seed)
+    if checkpoint:
+        step, tensors, _ = load_step(checkpoint)
+        model.load_state_dict(tensors["model"])
+        ema.load_state_dict(tensors["ema"])
+        restore_optimizer(optimizer, model, tensors["optimizer"])
+    elif args.init:
+        model.load_state_dict(init_weights(args.init, "denoiser", "ema", options))
+        ema.load_state_dict(model.state_dict())
+    vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
+    print_header(args, folder, model, clips, held_out, device)
+
+    def batch(step):
+        """This rank's rows of a step, and the number of clips in all of its rows."""
+        rows = [plan.row(step * rows_a_step + i) for i in range(rows_a_step)]
+        loaded = []
+        for keys in rows[rank::world]:
+            times = [draw_t(rng(args.seed, "time", step, key), args.shift) for key in keys]
+            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times))
+        return loaded, sum(len(keys) for keys in rows)
+
+    log, stop, began = Log(folder, step), on_sigterm(), time.time()
+    bar = tqdm(total=args.steps, initial=step, desc="train_dit", unit="step", disable=rank > 0)
+    for step, (loaded, n_clips) in prefetch(batch, step, args.steps):
+        loss, done, is_last = torch.zeros((), device=device), step + 1, step + 1 == args.steps
+        for _, row, x0, noise, t in loaded:
+            moved = row.to(device), x0.to(device), noise.to(device), t.to(device)
+            share = clip_losses(model, *moved, args.dtype).sum() / n_clips
+            share.backward()
+            loss += share.detach()
+        lr = lr_at(step, args)
+        norm = take_step(model, optimizer, lr)
+        ema_update(ema, model, min(args.ema, (1 + done) / (10 + done)))
+        if done % args.log_every == 0 or is_last:
+            total, = sum_over_ranks(loss.item())
+            check_finite(total, folder, step, [key for keys, *_ in loaded for key in keys])
+            entry = dict(step=done, loss=total, grad_norm=norm.item(), lr=lr, clips=n_clips,
+                         seconds=round(time.time() - began, 2))
+            if rank == 0 and (done % args.eval_every == 0 or is_last):
+                entry["held_out"], entry["held_out_by_t"] = held_out_loss(ema, bank, device, args.dtype)
+                sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
+                                folder / "samples" / f"step-{done:06d}.png", args.shift)
+            log.write(**entry)
+            bar.set_postfix_str(f"loss {total:.4f}")
+        bar.update()
+        if done % args.save_every == 0 or is_last or stop:
+            save_step(folder, done, {"model": model.state_dict(), "ema": ema.state_dict(),
+                                     "optimizer": optimizer_tensors(optimizer, model)}, {})
+            if stop and not is_last:
+                sys.exit(143)
+    bar.close()
+    if rank == 0:
+        plot_losses(folder)
+    barrier()
+
+
+def print_header(args, folder, model, clips, held_out, device):
+    n, tokens = sum(p.numel() for p in model.parameters()), sum(clips.lengths)
+    kernels, why = backend(device)
+    print(f"{folder}: {n / 1e6:.2f}M parameters ({sum(p.numel() for p in model.dit.parameters()) / 1e6:.2f}"
+          f"M denoiser); {len(clips.keys)} clips of {tokens / len(clips.keys):.0f} tokens to learn from, "
+          f"{len(held_out.keys)} held out; {args.batch_tokens // args.row_tokens} rows of "
+          f"{args.row_tokens} tokens a step; {device}, {kernels} kernels ({why})", file=sys.stderr)
+
+
+def load_denoiser(name, device="cpu", weights="ema"):
+    """(model in eval mode, tokenizer, config) of a run's newest checkpoint."""
+    folder = run_dir(name)
+    config = read_config(folder, "denoiser")
+    step = last_step(folder)
+    if step is None:
+        refuse(f"{folder} has no checkpoint yet: run its train_dit.py command again")
+    model = TextToVideo(**config["model"])
+    model.load_state_dict(load_file(step / f"{weights}.safetensors"))
+    return (model.to(device).eval().requires_grad_(False),
+            load_tokenizer(folder / "tokenizer.json"), config)
+
+
+def parse_options(argv=None):
+    parser = option_parser(__doc__)
+    parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
+    add = parser.add_argument_group("what to train").add_argument
+    add("--run", help="runs/RUN, or a path with a slash (NAME)")
+    add("--init", help="run whose weights and tokenizer to begin with (none)")
+    add("--vae", help="the run whose latents to train on (NAME-vae)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
+    add = parser.add_argument_group("model (fixed at the first start, like all below but "
+                                    "--steps)").add_argument
+    add("--model", default="video-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--vocab", type=number(int, 259), default=512,
+        help="tokens of the captions' BPE, 259 or more (%(default)s)")
+    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of matrix products (%(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=number(int, 1), default=1200, help="optimizer steps (%(default)s)")
+    add("--row_tokens", type=number(int, 1), default=1024, help="tokens a packed row (%(default)s)")
+    add("--batch_tokens", type=number(int, 1), default=2048,
+        help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
+    add("--lr", type=number(float, 0, 1), default=2e-3, help="highest learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), default=50, help="steps of warm-up (%(default)s)")
+    add("--ema", type=number(float, 0, 1), default=0.995,
+        help="decay of the averaged weights, 0 to 1 (%(default)s)")
+    add("--drop", type=number(float, 0, 1), default=0.1,
+        help="share of captions dropped, 0 to 1 (%(default)s)")
+    add("--shift", type=number(float, 0.01, 100), default=1.0,
+        help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
+    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
+    add("--eval_every", type=number(int, 1), default=400,
+        help="steps between held-out figures and samples (%(default)s)")
+    add("--save_every", type=number(int, 1), default=200,
+        help="steps between checkpoints (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.batch_tokens % args.row_tokens:
+        refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
+               f"{args.row_tokens}")
+    return args
+
+
+def main(argv=None):
+    args = parse_options(argv)
+    folder = run_dir(args.run or Path(args.name).name)
+    train(args, folder)
+    print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1032 @@
+"""Stage 2: clips -> a causal video autoencoder, and every clip's latents.
+
+In:   data/NAME/ as prepare_data.py left it.
+Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once training ends),
+                      log.jsonl, samples/ (originals beside reconstructions), step-000100/
+      data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
+                      [2 C, T', H', W'], mean and log-variance; HASH8 names the autoencoder
+
+The idea: a clip is a still followed by motion. Every convolution looks at the past only, so the
+first frame becomes a latent of its own, each further latent covers four frames, a still is a clip
+of one frame, and a long clip can be coded in chunks that carry two frames of state a layer: the
+same numbers as in one piece. No statistic runs over time or space, for the same reason.
+
+    python train_vae.py demo                     # two minutes on two cores, after prepare_data.py demo
+    python train_vae.py demo --encode            # seconds
+    python train_vae.py demo --run quick --steps 20                          # a look, under a minute
+    torchrun --nproc_per_node 8 train_vae.py mine --model vae-b --size 256   # one node
+
+Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
+Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
+Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, read_clip,
+                          refuse, rng, run_dir)
+
+RUN_FORMAT = 1          # of a run's folder and of a latents file
+
+# ------------------------------------------------------------------------------------------------
+# The plumbing of a run, used by every stage that trains
+# ------------------------------------------------------------------------------------------------
+
+
+def setup(args):
+    """Returns (rank, world, device); joins torchrun's process group where there is one."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = args.device
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            refuse("--device cuda: torch sees no CUDA device here; use --device cpu")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    return rank, world, torch.device(name)
+
+
+def option_parser(doc):
+    """An argparse parser that refuses wrong options in one line, status 2."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
+    return parser
+
+
+def barrier():
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def sum_over_ranks(*values):
+    """Python floats summed over all ranks."""
+    if not torch.distributed.is_initialized():
+        return values
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return tuple(total.tolist())
+
+
+def sum_gradients(model):
+    """Adds up the ranks' gradients in one flat buffer; each rank's loss is its share of the sum."""
+    if torch.distributed.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+def read_config(folder, kind):
+    """config.json of a run; refuses what is no run, or a run of another kind or format."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        refuse(f"{folder} is no run (it has no config.json): train one first, or name another")
+    try:
+        config = json.loads(path.read_text())
+        found = config["format"], config["kind"]
+    except (ValueError, KeyError, TypeError):
+        refuse(f"{path} is damaged: it does not hold a run's format and kind")
+    if found[0] != RUN_FORMAT:
+        refuse(f"{folder} has run format {found[0]}, this version reads {RUN_FORMAT}")
+    if found[1] != kind:
+        refuse(f"{folder} is a run of kind '{found[1]}', wanted is '{kind}'")
+    return config
+
+
+def write_config(folder, config):
+    with atomic(Path(folder) / "config.json") as path:
+        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def start_run(folder, config, resumable=("steps",)):
+    """Opens the run's folder, or makes it, and returns its last checkpoint's folder or None.
+
+    `config` holds "kind" and "args" and whatever else a loader needs. A run goes on only with the
+    options that it began with, but for those in `resumable`: anything else is refused by name."""
+    folder, rank = Path(folder), int(os.environ.get("RANK", 0))
+    if (folder / "config.json").exists():
+        old = read_config(folder, config["kind"])
+        for name in sorted(set(old["args"]) | set(config["args"])):
+            was, now = old["args"].get(name), config["args"].get(name)
+            if name not in resumable and was != now:
+                refuse(f"{folder} was begun with --{name} {was}, not {now}: use another --run, "
+                       "or remove the folder")
+    elif rank == 0:
+        here = Path(__file__).resolve().parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(folder, {
+            "format": RUN_FORMAT, **config, "git": git.stdout.strip() or None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
+    barrier()
+    return last_step(folder)
+
+
+def init_weights(name, kind, weights, model):
+    """The tensors of run `name` to begin another with; refuses a model of other options."""
+    folder = run_dir(name)
+    config, step = read_config(folder, kind), last_step(folder)
+    if step is None:
+        refuse(f"{folder} has no checkpoint yet: run its command again")
+    for option, value in json.loads(json.dumps(model)).items():
+        if config["model"].get(option) != value:
+            refuse(f"{folder} has {option} {config['model'].get(option)}, --model asks for {value}")
+    return load_file(step / f"{weights}.safetensors")
+
+
+def last_step(folder):
+    """The newest checkpoint's folder, or None. A checkpoint is renamed to its name when whole."""
+    return max(Path(folder).glob("step-*"), default=None)
+
+
+def save_step(folder, step, tensors, state, keep=2):
+    """Writes folder/step-000100/: one safetensors file for each of `tensors` {name: {key: tensor}},
+    and state.json. Everything is on disk before the folder gets its name."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".step-{step:06d}.part"
+    for stale in [*Path(folder).glob(".step-*.part"), *([final] if final.exists() else [])]:
+        shutil.rmtree(stale)
+    part.mkdir(parents=True)
+    for name, group in tensors.items():
+        group = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+        save_file(group, part / f"{name}.safetensors")
+    (part / "state.json").write_text(json.dumps({"step": step, **state}, sort_keys=True))
+    for path in [*part.iterdir(), part]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    part.rename(final)
+    for old in sorted(Path(folder).glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_step(path):
+    """(step, {name: {key: tensor}}, state) of one checkpoint's folder."""
+    state = json.loads((Path(path) / "state.json").read_text())
+    tensors = {file.stem: load_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
+    return state["step"], tensors, state
+
+
+def optimizer_tensors(optimizer, model):
+    """An optimizer's state as a flat dict: NAME.exp_avg and so on, by the parameter's name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
+            for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def restore_optimizer(optimizer, model, tensors):
+    """The inverse of `optimizer_tensors`, strict: every parameter of the file must be there."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        p = parameters[parameter]
+        # AdamW keeps its step counter on the CPU unless it is capturable or fused
+        optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
+
+
+class Log:
+    """log.jsonl, a row a step; rows past the checkpoint that a run goes on from are cut."""
+
+    def __init__(self, folder, step):
+        self.path = Path(folder) / "log.jsonl"
+        self.is_writer = int(os.environ.get("RANK", 0)) == 0
+        if self.is_writer:
+            old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            whole = [line for line in old if line.endswith("\n")]
+            with atomic(self.path) as path:
+                path.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
+
+    def write(self, **row):
+        if self.is_writer:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def read_log(folder):
+    """The rows of log.jsonl."""
+    return [json.loads(line) for line in open(Path(folder) / "log.jsonl") if line.endswith("\n")]
+
+
+def lr_at(step, args):
+    """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the hidden matrices (a convolution is one of [C_out, C_in * kernel]), AdamW for
+    embeddings, vectors and the layers named in `plain`; one learning rate serves both, since an
+    orthogonal update is scaled to the root mean square of AdamW's. torch.optim.Muon takes 2D
+    parameters only. (Jordan et al. 2024, github.com/KellerJordan/Muon; the scale: Liu et al. 2025,
+    2502.16982.)"""
+
+    def __init__(self, model, plain=(), betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
+        vectors, matrices = [], []
+        for name, p in model.named_parameters():
+            is_plain = p.dim() < 2 or any(part in name for part in ("embed", *plain))
+            (vectors if is_plain else matrices).append(p)
+        groups = [dict(params=vectors, muon=False), dict(params=matrices, muon=True)]
+        super().__init__([g for g in groups if g["params"]], dict(
+            lr=0.0, betas=betas, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    (self.muon if group["muon"] else self.adamw)(p, self.state[p], group)
+
+    def adamw(self, p, state, group):
+        if not state:
+            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p),
+                         exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        (beta1, beta2), n = group["betas"], state["step"].item()
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        if p.dim() >= 2:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        root = (state["exp_avg_sq"] / (1 - beta2**n)).sqrt_().add_(1e-8)
+        p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**n))
+
+    def muon(self, p, state, group):
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+        is_tall = update.shape[0] > update.shape[1]
+        x = update.T if is_tall else update
+        x = (x / (x.norm() + 1e-7)).bfloat16()      # its errors only perturb the direction
+        for _ in range(5):                          # Newton-Schulz towards the nearest orthogonal
+            square = x @ x.T
+            x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        x = (x.T if is_tall else x).float()
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(x.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(x.shape) ** 0.5)
+
+
+def take_step(model, optimizer, lr, clip=1.0):
+    """Sums gradients over ranks, clips their norm, steps; returns the norm before clipping."""
+    sum_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, over parameters."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+class Stop:
+    """Truthy once SIGTERM has come: the loop then saves and leaves with status 143."""
+
+    def __init__(self):
+        self.came = False
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, *_):
+        self.came = True
+
+    def __bool__(self):
+        return self.came
+
+
+def on_sigterm():
+    return Stop()
+
+
+def check_finite(value, folder, step, keys):
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{folder}: the loss at step {step} is {value}; its clips: "
+                                 f"{', '.join(keys)}. The last checkpoint is untouched.")
+
+
+class Stream:
+    """An endless stream of rows, epoch after epoch, each in the order of sha256(seed, epoch, key):
+    any place of it is found without replaying what came before."""
+
+    def __init__(self, rows, seed):
+        self.rows, self.seed, self.epoch, self.order = rows, seed, None, None
+        self.lock = threading.Lock()
+
+    def take(self, start, count):
+        """`count` rows from place `start`."""
+        picked = []
+        with self.lock:
+            while len(picked) < count:
+                epoch, offset = divmod(start + len(picked), len(self.rows))
+                if epoch != self.epoch:
+                    self.epoch, self.order = epoch, sorted(self.rows, key=lambda row: hashlib.sha256(
+                        f"{self.seed}|{epoch}|{row['key']}".encode()).digest())
+                picked += self.order[offset:offset + count - len(picked)]
+        return picked
+
+
+class ClipCache:
+    """Decoded clips, kept while they fit `mib`: small data sets are decoded once."""
+
+    def __init__(self, folder, mib=2048):
+        self.folder, self.room, self.kept = folder, mib * 2**20, OrderedDict()
+        self.lock = threading.Lock()
+
+    def __call__(self, row):
+        """uint8 [T, H, W, 3]"""
+        with self.lock:
+            if row["key"] in self.kept:
+                return self.kept[row["key"]]
+        frames = read_clip(self.folder, row)
+        with self.lock:
+            if row["key"] not in self.kept and frames.nbytes <= self.room:
+                self.kept[row["key"]] = frames
+                self.room -= frames.nbytes
+        return frames
+
+
+def prefetch(make, start, stop, ahead=4):
+    """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        waiting = OrderedDict()
+        for step in range(start, stop):
+            for later in range(step, min(stop, step + ahead)):
+                if later not in waiting:
+                    waiting[later] = pool.submit(make, later)
+            yield step, waiting.pop(step).result()
+
+
+# ------------------------------------------------------------------------------------------------
+# The autoencoder
+# ------------------------------------------------------------------------------------------------
+
+MODELS = {  # base width, its multiples a level, down-samplings, residual blocks a level, pixel patch
+    "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24, linear=True),
+    "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16, linear=False),
+    "vae-b": dict(dim=96, mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2, patch=1, z_dim=16,
+                  linear=False),
+}
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution over [B, C, T, H, W] that sees the present and past frames only. `state` maps
+    each layer to the last frames that it saw; before the first chunk they are zeros."""
+
+    def __init__(self, c_in, c_out, kernel):
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(c_in, c_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x, state):
+        past = self.kernel_size[0] - 1
+        if past:
+            B, C, _, H, W = x.shape
+            x = torch.cat([state.get(self, x.new_zeros(B, C, past, H, W)), x], 2)
+            state[self] = x[:, :, -past:]
+        return super().forward(x)
+
+
+class Norm(nn.Module):
+    """RMS norm over the channels of each position."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-12).to(x.dtype)
+        return x * scale * self.gamma.view(-1, *[1] * (x.dim() - 2))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = Norm(c_in), CausalConv3d(c_in, c_out, 3)
+        self.norm2, self.conv2 = Norm(c_out), CausalConv3d(c_out, c_out, 3)
+        self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x, state):
+        h = self.conv1(F.silu(self.norm1(x)), state)
+        h = self.conv2(F.silu(self.norm2(h)), state)
+        return h + (x if self.shortcut is None else self.shortcut(x, state))
+
+
+class FrameAttention(nn.Module):
+    """One head over the positions of each frame, added to its input."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.qkv, self.out = Norm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, state):
+        B, C, T, H, W = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 4, 1).reshape(B * T, H * W, C)
+        q, k, v = self.qkv(tokens).chunk(3, -1)
+        y = self.out(F.scaled_dot_product_attention(q, k, v))
+        return x + y.view(B, T, H, W, C).permute(0, 4, 1, 2, 3)
+
+
+def fold(x, c_out, time, space, first):
+    """[B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]: each block of pixels becomes
+    channels, and runs of channels are averaged. At a clip's start a zero frame goes in front."""
+    if time > 1 and first:
+        x = F.pad(x, (0, 0, 0, 0, 1, 0))
+    B, C, T, H, W = x.shape
+    x = x.reshape(B, C, T // time, time, H // space, space, W // space, space)
+    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, T // time, H // space, W // space, c_out, -1)
+    return x.mean(-1).permute(0, 4, 1, 2, 3)
+
+
+def unfold(x, c_out, time, space, first):
+    """The way back: channels are repeated and become blocks of pixels."""
+    B, C, T, H, W = x.shape
+    x = x.permute(0, 2, 3, 4, 1).repeat_interleave(c_out * time * space**2 // C, -1)
+    x = x.view(B, T, H, W, c_out, time, space, space).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    x = x.reshape(B, c_out, T * time, H * space, W * space)
+    return x[:, :, 1:] if time > 1 and first else x
+
+
+class Down(nn.Module):
+    """Half the size where `space`, half the frames after the first where `time`; the folded input
+    is added, so that a straight way leads from the pixels to the latent."""
+
+    def __init__(self, dim, space, time):
+        super().__init__()
+        self.factors = 2 if time else 1, 2 if space else 1
+        self.conv = nn.Conv3d(dim, dim, (1, 3, 3), stride=(1, 2, 2)) if space else None
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
+
+    def forward(self, x, state):
+        first = self not in state
+        straight = fold(x, x.shape[1], *self.factors, first)
+        if self.conv is not None:
+            x = self.conv(F.pad(x, (0, 1, 0, 1)))
+        last = x[:, :, -1:]
+        if self.time_conv is not None:
+            if not first:
+                x = self.time_conv(torch.cat([state[self], x], 2))
+            elif x.shape[2] > 1:
+                x = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+        state[self] = last
+        return x + straight
+
+
+class Up(nn.Module):
+    """Twice the size where `space`; where `time`, two frames for each after the first, which passes
+    as it is and which the others do not see (Wan's rule). The unfolded input is added."""
+
+    def __init__(self, dim, c_out, space, time):
+        super().__init__()
+        self.factors, self.c_out = (2 if time else 1, 2 if space else 1), c_out
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if time else None
+        self.conv = nn.Conv3d(dim, c_out, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x, state):
+        first = self not in state
+        state[self] = True
+        straight = unfold(x, self.c_out, *self.factors, first)
+        if self.time_conv is not None:
+            start, rest = x[:, :, :int(first)], x[:, :, int(first):]
+            if rest.shape[2]:
+                B, C, T, H, W = rest.shape
+                rest = self.time_conv(rest, state).view(B, 2, C, T, H, W)
+                rest = rest.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
+            x = torch.cat([start, rest], 2)
+        if self.factors[1] > 1:
+            x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
+        return self.conv(x) + straight
+
+
+class PatchCode(nn.Module):
+    """The linear autoencoder of patches: the first frame in patches of 1 x s x s, later ones of
+    t x s x s pixels, each to C numbers and back. `fit` finds the best such code in closed form, so
+    that the network has only to correct it: with minutes to train, that is worth several dB."""
+
+    def __init__(self, z_dim, stride, time_stride):
+        super().__init__()
+        self.stride, self.times = stride, (1, time_stride)
+        sizes = [3 * t * stride**2 for t in self.times]
+        self.to_code = nn.ModuleList(nn.Linear(size, z_dim) for size in sizes)
+        self.to_patch = nn.ModuleList(nn.Linear(z_dim, size) for size in sizes)
+
+    def parts(self, x, state):
+        """The first frame, if the clip begins here, and the others: (which code, [B, C, T, …])."""
+        n = 0 if self in state else 1
+        state[self] = True
+        return [(i, part) for i, part in ((0, x[:, :, :n]), (1, x[:, :, n:])) if part.shape[2]]
+
+    def patches(self, x, t):
+        B, C, T, H, W = x.shape
+        s = self.stride
+        x = x.reshape(B, C, T // t, t, H // s, s, W // s, s)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)              # [B, T', H', W', 3 t s s]
+
+    def encode(self, video, state):
+        codes = [self.to_code[i](self.patches(part, self.times[i]))
+                 for i, part in self.parts(video, state)]
+        return torch.cat(codes, 1).permute(0, 4, 1, 2, 3)
+
+    def decode(self, z, state):
+        videos, s = [], self.stride
+        for i, part in self.parts(z, state):
+            x = self.to_patch[i](part.permute(0, 2, 3, 4, 1))
+            B, T, H, W, _ = x.shape
+            x = x.view(B, T, H, W, 3, self.times[i], s, s).permute(0, 4, 1, 5, 2, 6, 3, 7)
+            videos.append(x.reshape(B, 3, T * self.times[i], H * s, W * s))
+        return torch.cat(videos, 2)
+
+    @torch.no_grad()
+    def fit(self, videos):
+        """The principal components of the patches of `videos`, a list of [3, T, H, W]: rotated so
+        that all numbers vary alike, but not whitened. Distances between codes are distances
+        between pixels then, and what is coarse stays large: a denoiser settles it first. The first
+        frame's components are turned to match the others' mean over time."""
+        z_dim, bases = self.to_code[0].out_features, []
+        for t, later in zip(self.times, (False, True)):
+            parts = [video[None, :, later:] if later else video[None, :, :1] for video in videos]
+            x = torch.cat([self.patches(p, t).flatten(0, 3) for p in parts if p.shape[2]]).double()
+            mean = x.mean(0)
+            variances, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+            bases.append((mean, vectors[:, -z_dim:], variances[-z_dim:].mean() / t))
+        over_time = bases[1][1].view(3, self.times[1], -1, z_dim).sum(1).flatten(0, 1)
+        u, _, v = torch.linalg.svd(bases[0][1].T @ over_time)
+        rotation = torch.linalg.qr(torch.randn(z_dim, z_dim, dtype=torch.float64,
+                                               generator=torch.Generator().manual_seed(0)))[0]
+        turns, scale = (u @ v @ rotation, rotation), bases[1][2].sqrt()
+        for i, (t, turn, (mean, vectors, _)) in enumerate(zip(self.times, turns, bases)):
+            basis, size = vectors @ turn, scale * t**0.5
+            self.to_code[i].weight.copy_(basis.T / size)
+            self.to_code[i].bias.copy_(-(mean @ basis) / size)
+            self.to_patch[i].weight.copy_(basis * size)
+            self.to_patch[i].bias.copy_(mean)
+
+
+class Autoencoder(nn.Module):
+    """Video [B, 3, T, H, W] in [-1, 1], T = 1 + 4k, H and W multiples of 8, to latents
+    [B, C, 1 + k, H / 8, W / 8] and back. `downs` says for each level but the last whether it is left
+    with half the size ("s"), half the frames ("t"), or both ("st")."""
+
+    def __init__(self, dim, mults, downs, n_res, patch, z_dim, linear):
+        super().__init__()
+        self.patch, self.z_dim = patch, z_dim
+        self.stride = patch * 2 ** sum("s" in down for down in downs)
+        self.time_stride = 2 ** sum("t" in down for down in downs)
+        widths = [dim * m for m in mults]
+        layers, width = [CausalConv3d(3 * patch * patch, widths[0], 3)], widths[0]
+        for i, c_out in enumerate(widths):
+            for _ in range(n_res):
+                layers.append(ResBlock(width, c_out))
+                width = c_out
+            if i < len(downs):
+                layers.append(Down(width, "s" in downs[i], "t" in downs[i]))
+        layers += [ResBlock(width, width), FrameAttention(width), ResBlock(width, width)]
+        self.encoder = nn.ModuleList(layers)
+        self.encoder_norm, self.to_moments = Norm(width), CausalConv3d(width, 2 * z_dim, 3)
+
+        layers = [CausalConv3d(z_dim, width, 3)]
+        layers += [ResBlock(width, width), FrameAttention(width), ResBlock(width, width)]
+        for i, c_out in reversed(list(enumerate(widths))):
+            for _ in range(n_res + 1):
+                layers.append(ResBlock(width, c_out))
+                width = c_out
+            if i:
+                layers.append(Up(width, widths[i - 1], "s" in downs[i - 1], "t" in downs[i - 1]))
+                width = widths[i - 1]
+        self.decoder = nn.ModuleList(layers)
+        self.decoder_norm = Norm(width)
+        self.to_pixels = CausalConv3d(width, 3 * patch * patch, 3)
+        self.linear = PatchCode(z_dim, self.stride, self.time_stride) if linear else None
+        if linear:                                                       # begin as the linear code
+            for layer in (self.to_moments, self.to_pixels):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.to_moments.bias[z_dim:], -6.0)            # begin with little noise
+
+    def encode(self, video, state=None):
+        """(mean, logvar), each [B, C, T', H', W']. With a `state` dict carried from call to call a
+        clip may come in chunks: 1 + 4a frames first, then multiples of four."""
+        state, p = {} if state is None else state, self.patch
+        B, C, T, H, W = video.shape
+        x = video.view(B, C, T, H // p, p, W // p, p).permute(0, 1, 4, 6, 2, 3, 5)
+        x = x.reshape(B, C * p * p, T, H // p, W // p)
+        for layer in self.encoder:
+            x = layer(x, state)
+        moments = self.to_moments(F.silu(self.encoder_norm(x)), state)
+        mean, logvar = moments.chunk(2, 1)
+        if self.linear is not None:
+            mean = mean + self.linear.encode(video, state)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z, state=None):
+        """Video [B, 3, T, H, W]; with a carried `state` dict, chunks of any number of latents."""
+        state, p = {} if state is None else state, self.patch
+        x = z
+        for layer in self.decoder:
+            x = layer(x, state)
+        x = self.to_pixels(F.silu(self.decoder_norm(x)), state)
+        B, C, T, H, W = x.shape
+        x = x.view(B, 3, p, p, T, H, W).permute(0, 1, 4, 5, 2, 6, 3)
+        x = x.reshape(B, 3, T, H * p, W * p)
+        return x if self.linear is None else x + self.linear.decode(z, state)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clips of any size
+# ------------------------------------------------------------------------------------------------
+
+
+def fit_sides(frames, stride):
+    """The stated rule: sides are cropped, about the centre, to multiples of the stride (a side
+    below one stride is padded by its edge). Returns the view and (top, left, height, width)."""
+    H, W = frames.shape[1:3]
+    if min(H, W) < stride:
+        pad = [(0, 0), (0, max(0, stride - H)), (0, max(0, stride - W)), (0, 0)]
+        frames = np.pad(frames, pad, mode="edge")
+        H, W = frames.shape[1:3]
+    h, w = H // stride * stride, W // stride * stride
+    top, left = (H - h) // 2, (W - w) // 2
+    return frames[:, top:top + h, left:left + w], (top, left, h, w)
+
+
+def fit_time(n_frames, time_stride):
+    """Frames beyond 1 + 4k are dropped at the end."""
+    return 1 + (n_frames - 1) // time_stride * time_stride
+
+
+def to_tensor(frames):
+    """uint8 [T, H, W, 3] to float32 [3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 127.5 - 1
+
+
+def to_frames(video):
+    """[3, T, H, W] in [-1, 1] to uint8 [T, H, W, 3]."""
+    video = (video.float().clamp(-1, 1) + 1) * 127.5
+    return video.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+
+
+def draw_window(frames, random, max_frames, size, model):
+    """A random window of at most `max_frames` and `size` pixels a side, drawn by `random`."""
+    frames, _ = fit_sides(frames, model.stride)
+    n = fit_time(min(max_frames, len(frames)), model.time_stride)
+    h, w = (min(side, size) // model.stride * model.stride for side in frames.shape[1:3])
+    t, y, x = (int(random.integers(0, most - part + 1))
+               for most, part in zip(frames.shape, (n, h, w)))
+    return to_tensor(frames[t:t + n, y:y + h, x:x + w])
+
+
+def by_shape(videos, most=None):
+    """Batches of equal shape: [(indices, [B, 3, T, H, W])]. With `most`, of that many clips or of
+    one: each new shape costs a CPU's or a compiler's set-up, so sizes in between are avoided."""
+    groups = {}
+    for i, video in enumerate(videos):
+        groups.setdefault(video.shape, []).append(i)
+    cut = []
+    for group in groups.values():
+        n = len(group) if most is None else len(group) // most * most
+        cut += [group[i:i + (most or n)] for i in range(0, n, most or n)]
+        cut += [[i] for i in group[n:]]
+    return [(group, torch.stack([videos[i] for i in group])) for group in cut]
+
+
+@torch.no_grad()
+def encode_long(model, video, chunk=32):
+    """(mean, logvar) of [B, 3, T, H, W], in chunks: memory does not grow with T."""
+    state, starts = {}, range(1, video.shape[2], chunk)
+    parts = [model.encode(video[:, :, :1], state)]
+    parts += [model.encode(video[:, :, t:t + chunk], state) for t in starts]
+    return tuple(torch.cat(group, 2) for group in zip(*parts))
+
+
+@torch.no_grad()
+def decode_long(model, z, chunk=8):
+    """Yields the video of latents [B, C, T', H', W'] piece by piece, [B, 3, T, H, W] each."""
+    state = {}
+    for t in range(0, z.shape[2], chunk):
+        yield model.decode(z[:, :, t:t + chunk], state)
+
+
+def psnr(video, other):
+    """Decibels, of [..., 3, T, H, W] in [-1, 1]: one figure a clip, against the range of 2."""
+    error = (video.clamp(-1, 1) - other).square().mean((-4, -3, -2, -1))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def gaussians(purpose, seed, step, keys, shapes):
+    """Standard normal draws, one tensor a clip, keyed by the clip: no packing or rank changes them."""
+    return [torch.from_numpy(rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32))
+            for key, shape in zip(keys, shapes)]
+
+
+def losses(model, videos, noises, args):
+    """Sums over clips of (L1, squared error, KL), each clip's own mean; differentiable."""
+    total = torch.zeros(3, device=noises[0].device)
+    for group, x in by_shape(videos):
+        mean, logvar = model.encode(x)
+        noise = torch.stack([noises[i] for i in group])
+        y = model.decode(mean + (0.5 * logvar).exp() * noise)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        parts = (y - x).abs(), (y - x).square(), kl
+        total = total + torch.stack([part.float().mean((1, 2, 3, 4)).sum() for part in parts])
+    return total
+
+
+@torch.no_grad()
+def evaluate(model, videos, keys, path, fps):
+    """Mean PSNR over held-out clips, whole and at their own size, and a sheet of a few of them."""
+    figures, rows = [0.0] * len(videos), []
+    decoded = [None] * len(videos)
+    for group, x in by_shape(videos, 8):
+        y = model.decode(model.encode(x)[0])
+        for i, figure, video in zip(group, psnr(y, x).tolist(), y):
+            figures[i], decoded[i] = figure, video
+    for i in range(min(6, len(videos))):
+        pick = np.unique(np.linspace(0, videos[i].shape[1] - 1, 6).round().astype(int))
+        rows.append((list(to_frames(videos[i])[pick]), f"{keys[i]}"))
+        rows.append((list(to_frames(decoded[i])[pick]), f"decoded, {figures[i]:.1f} dB"))
+    contact_sheet(path, rows)
+    return sum(figures) / len(figures)
+
+
+def latent_statistics(model, videos):
+    """Mean and std a latent channel over `videos`, as lists of floats."""
+    cells = []
+    for _, x in by_shape(videos, 8):
+        mean, logvar = encode_long(model, x)
+        cells.append(torch.stack([mean, logvar.exp()]).transpose(1, 2).flatten(2))
+    mean, variance = torch.cat(cells, 2).double().unbind(0)              # each [C, cells]
+    std = (mean.var(1, unbiased=False) + variance.mean(1)).sqrt()
+    return mean.mean(1).tolist(), std.tolist()
+
+
+def split_rows(rows, folder):
+    """(training rows, held-out rows); refuses a data set that has nothing to train on."""
+    train = [row for row in rows if row["split"] == "train"]
+    if not train:
+        refuse(f"{folder} has no clip in its training split")
+    return train, [row for row in rows if row["split"] != "train"] or train[:8]
+
+
+def finish(model, args, folder, train, clips):
+    """Fixes the latents' statistics and the autoencoder's name in config.json."""
+    sample = Stream(train, args.seed).take(0, min(len(train), 256))
+    windows = [draw_window(clips(row), rng(args.seed, "statistics", row["key"]), args.frames,
+                           args.size, model).to(next(model.parameters()).device) for row in sample]
+    mean, std = latent_statistics(model, windows)
+    config = read_config(folder, "vae")
+    weights = (last_step(folder) / "model.safetensors").read_bytes()
+    name = hashlib.sha256(weights + json.dumps([mean, std]).encode()).hexdigest()[:8]
+    write_config(folder, {**config, "latents_mean": mean, "latents_std": std, "hash": name})
+
+
+def train(args, folder):
+    rank, world, device = setup(args)
+    rows = open_dataset(dataset_dir(args.name))
+    train_rows, held_out = split_rows(rows, args.name)
+    checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": MODELS[args.model]})
+    torch.manual_seed(args.seed)
+    model = Autoencoder(**MODELS[args.model]).to(device)
+    clips, stream = ClipCache(dataset_dir(args.name)), Stream(train_rows, args.seed)
+    optimizer, step = MuonAdamW(model, plain=("to_pixels", "linear")), 0
+
+    def batch(step):
+        picked = stream.take(step * args.batch, args.batch)[rank::world]
+        keys = [row["key"] for row in picked]
+        videos = [draw_window(clips(row), rng(args.seed, "window", step, row["key"]), args.frames,
+                              args.size, model) for row in picked]
+        shapes = [(model.z_dim, 1 + (T - 1) // model.time_stride, H // model.stride,
+                   W // model.stride) for _, T, H, W in (video.shape for video in videos)]
+        return keys, videos, gaussians("posterior", args.seed, step, keys, shapes)
+
+    if checkpoint:
+        step, tensors, _ = load_step(checkpoint)
+        model.load_state_dict(tensors["model"])
+        restore_optimizer(optimizer, model, tensors["optimizer"])
+    elif args.init:
+        model.load_state_dict(init_weights(args.init, "vae", "model", MODELS[args.model]))
+    elif model.linear is not None:
+        n = min(len(train_rows), 512)
+        model.linear.fit([draw_window(clips(row), rng(args.seed, "fit", row["key"]), args.frames,
+                                      args.size, model) for row in stream.take(0, n)])
+    bank = [to_tensor(fit_sides(clips(row)[:fit_time(min(len(clips(row)), 65), model.time_stride)],
+                                model.stride)[0]).to(device)
+            for row in Stream(held_out, args.seed).take(0, min(len(held_out), 48))]
+    bank_keys = [row["key"] for row in Stream(held_out, args.seed).take(0, len(bank))]
+    log, stop, began, figure = Log(folder, step), on_sigterm(), time.time(), None
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{len(train_rows)} clips to learn from, {len(held_out)} held out, {device}", file=sys.stderr)
+    bar = tqdm(total=args.steps, initial=step, desc="train_vae", unit="step", disable=rank > 0)
+    for step, (keys, videos, noises) in prefetch(batch, step, args.steps):
+        videos, noises = [v.to(device) for v in videos], [n.to(device) for n in noises]
+        terms = losses(model, videos, noises, args) / args.batch
+        (terms[0] + terms[1] + args.kl * terms[2]).backward()
+        lr = lr_at(step, args)
+        norm = take_step(model, optimizer, lr)
+        done, is_last = step + 1, step + 1 == args.steps
+        if done % args.log_every == 0 or is_last:
+            l1, mse, kl = sum_over_ranks(*terms.tolist())
+            check_finite(l1 + mse + kl, folder, step, keys)
+            row = dict(step=done, l1=l1, mse=mse, kl=kl, grad_norm=norm.item(), lr=lr,
+                       seconds=round(time.time() - began, 2))
+            if rank == 0 and (done % args.eval_every == 0 or is_last):
+                figure = evaluate(model, bank, bank_keys, Path(folder) / "samples" /
+                                  f"step-{done:06d}.png", None)
+                row["psnr"] = figure
+            log.write(**row)
+            bar.set_postfix_str(f"l1 {l1:.4f}" + (f" psnr {figure:.2f}" if figure else ""))
+        bar.update()
+        if done % args.save_every == 0 or is_last or stop:
+            save_step(folder, done, {"model": model.state_dict(),
+                                     "optimizer": optimizer_tensors(optimizer, model)}, {})
+            if stop and not is_last:
+                sys.exit(143)
+    bar.close()
+    if rank == 0 and "hash" not in read_config(folder, "vae"):
+        finish(model, args, folder, train_rows, clips)
+    barrier()
+
+
+# ------------------------------------------------------------------------------------------------
+# Encoding
+# ------------------------------------------------------------------------------------------------
+
+
+def load_autoencoder(name, device="cpu"):
+    """(model in eval mode, config) of a trained run; its config holds hash, latents_mean and _std."""
+    folder = run_dir(name)
+    config = read_config(folder, "vae")
+    if "hash" not in config:
+        refuse(f"{folder} has not finished training: run its train_vae.py command again")
+    model = Autoencoder(**config["model"])
+    model.load_state_dict(load_file(last_step(folder) / "model.safetensors"))
+    return model.to(device).eval().requires_grad_(False), config
+
+
+def normaliser(config, device="cpu"):
+    """(mean, std), each [C, 1, 1, 1]: latents minus mean over std have unit variance a channel."""
+    return tuple(torch.tensor(config[key], device=device).view(-1, 1, 1, 1)
+                 for key in ("latents_mean", "latents_std"))
+
+
+def latents_path(folder, shard, name):
+    return Path(folder) / f"{shard}.latents-{name}.safetensors"
+
+
+def pieces(key, n_frames, cells_a_frame, max_cells, time_stride):
+    """Cuts a clip of too many latent cells in time: [(key, first frame, frames)], each piece with
+    its own first frame. Pieces of a cut clip are named KEY+0, KEY+1, …"""
+    most = max(1, max_cells // cells_a_frame)                            # latents a piece
+    latents = 1 + (n_frames - 1) // time_stride
+    if latents <= most:
+        return [(key, 0, fit_time(n_frames, time_stride))]
+    length, cut = 1 + (most - 1) * time_stride, []
+    for start in range(0, n_frames, length):
+        cut.append((f"{key}+{len(cut)}", start, fit_time(min(length, n_frames - start), time_stride)))
+    return cut
+
+
+def encode_shard(model, config, folder, shard, rows, args, device):
+    """Writes the latents of one shard; its metadata tells which frames and crop each came from."""
+    tensors, about = {}, {}
+
+    def load(row):
+        return row, read_clip(folder, row)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for start in range(0, len(rows), 256):                           # a window of clips at a time
+            videos, keys = [], []
+            for row, frames in pool.map(load, rows[start:start + 256]):
+                frames, crop = fit_sides(frames, model.stride)
+                cells = crop[2] * crop[3] // model.stride**2
+                for key, first, n in pieces(row["key"], len(frames), cells, args.max_cells,
+                                            model.time_stride):
+                    videos.append(to_tensor(frames[first:first + n]))
+                    keys.append(key)
+                    about[key] = {"clip": row["key"], "first_frame": first, "frames": n,
+                                  "fps": row["fps"], "crop": crop}
+            for group, x in by_shape(videos, 8):
+                moments = torch.cat(encode_long(model, x.to(device)), 1).half().cpu()
+                tensors.update((keys[i], m.clone()) for i, m in zip(group, moments))
+    header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
+              "time_stride": model.time_stride, "max_cells": args.max_cells, "clips": about}
+    with atomic(latents_path(folder, shard, config["hash"])) as path:
+        save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
+
+
+def read_header(path):
+    """The header of a latents file; refuses a format that this version does not know."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata().get("nanosora", "{}"))
+    if header.get("format") != RUN_FORMAT:
+        refuse(f"{path} has format {header.get('format')}, this version reads {RUN_FORMAT}: remove it "
+               "and encode again")
+    return header
+
+
+def encode(args):
+    rank, world, device = setup(args)
+    folder = dataset_dir(args.name)
+    rows = open_dataset(folder)
+    model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)
+    shards = {}
+    for row in rows:
+        shards.setdefault(row["shard"], []).append(row)
+    todo = []
+    for shard in sorted(shards)[rank::world]:
+        path = latents_path(folder, shard, config["hash"])
+        if not path.exists():
+            todo.append(shard)
+        elif read_header(path)["max_cells"] != args.max_cells:
+            refuse(f"{path} was encoded with --max_cells {read_header(path)['max_cells']}: give the "
+                   "same, or remove the file")
+    for shard in tqdm(todo, desc="encode", unit="shard", disable=rank > 0):
+        encode_shard(model, config, folder, shard, shards[shard], args, device)
+    barrier()
+    if rank == 0:
+        print(f"{folder}: latents of {len(rows)} clips by autoencoder {config['hash']}", file=sys.stderr)
+
+
+def parse_options(argv=None):
+    parser = option_parser(__doc__)
+    parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--run", help="run to train: runs/RUN, or a path with a slash (NAME-vae)")
+    add("--init", help="run whose weights to begin with (none)")
+    add("--encode", action="store_true", help="write every clip's latents, train nothing")
+    add("--vae", help="with --encode: the trained run (NAME-vae)")
+    add("--max_cells", type=number(int, 1), default=65536,
+        help="with --encode: latent cells T'H'W' a piece, 1 or more; longer clips are cut (%(default)s)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
+    add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
+                                    "--steps)").add_argument
+    add("--model", default="vae-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--frames", type=number(int, 1), default=9,
+        help="frames of a training window at most, 1 or more (%(default)s)")
+    add("--size", type=number(int, 8), default=32,
+        help="side of a training window at most, px, 8 or more (%(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=number(int, 1), default=1000, help="optimizer steps (%(default)s)")
+    add("--batch", type=number(int, 1), default=8, help="clips a step, all ranks (%(default)s)")
+    add("--lr", type=number(float, 0, 1), default=2e-3, help="highest learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), default=30, help="steps of warm-up (%(default)s)")
+    add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
+    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
+    add("--eval_every", type=number(int, 1), default=500,
+        help="steps between held-out PSNRs (%(default)s)")
+    add("--save_every", type=number(int, 1), default=250,
+        help="steps between checkpoints (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_options(argv)
+    if args.encode:
+        return encode(args)
+    folder = run_dir(args.run or f"{Path(args.name).name}-vae")
+    config = folder / "config.json"
+    train(args, folder)
+    print(f"{folder}: trained, autoencoder {json.loads(config.read_text())['hash']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
