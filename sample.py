@@ -9,7 +9,7 @@ step guided: away from what the model does without a caption, towards what it do
 sizes and lengths that differ share one packed row.
 
     python sample.py demo --prompt "a red circle moves left"
-    python sample.py demo --prompt "a cyan cross moves up" --size 48x32 --seconds 2 --fps 12 --seed 7
+    python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --fps 12 --seed 7
     python sample.py demo --eval demo                        # a minute on two cores
 
 Axes: T frames, H W pixels; T' H' W' the latent grid. Guidance: Ho & Salimans 2022 (2207.12598).
@@ -258,7 +258,7 @@ def parse_options(argv=None):
         help="with --eval: prompts of each kind (%(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=number(int, 1), default=20, help="steps of the sampler (%(default)s)")
-    add("--cfg", type=number(float, 0), default=4.0, help="guidance, 1: none (%(default)s)")
+    add("--cfg", type=number(float, 0), default=3.0, help="guidance, 1: none (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
     add("--vae", help="autoencoder's run, where it is not the one named in the config")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")

@@ -644,11 +644,11 @@ def parse_options(argv=None):
         help="tokens of the captions' BPE, 259 or more (%(default)s)")
     add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of matrix products (%(default)s)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=number(int, 1), default=1200, help="optimizer steps (%(default)s)")
-    add("--row_tokens", type=number(int, 1), default=1024, help="tokens a packed row (%(default)s)")
+    add("--steps", type=number(int, 1), default=900, help="optimizer steps (%(default)s)")
+    add("--row_tokens", type=number(int, 1), default=2048, help="tokens a packed row (%(default)s)")
     add("--batch_tokens", type=number(int, 1), default=2048,
         help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
-    add("--lr", type=number(float, 0, 1), default=2e-3, help="highest learning rate (%(default)s)")
+    add("--lr", type=number(float, 0, 1), default=1e-2, help="highest learning rate (%(default)s)")
     add("--warmup", type=number(int, 0), default=50, help="steps of warm-up (%(default)s)")
     add("--ema", type=number(float, 0, 1), default=0.995,
         help="decay of the averaged weights, 0 to 1 (%(default)s)")
@@ -658,7 +658,7 @@ def parse_options(argv=None):
         help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
     add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
-    add("--eval_every", type=number(int, 1), default=400,
+    add("--eval_every", type=number(int, 1), default=300,
         help="steps between held-out figures and samples (%(default)s)")
     add("--save_every", type=number(int, 1), default=200,
         help="steps between checkpoints (%(default)s)")

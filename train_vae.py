@@ -1004,14 +1004,14 @@ def parse_options(argv=None):
     add("--size", type=number(int, 8), default=32,
         help="side of a training window at most, px, 8 or more (%(default)s)")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=number(int, 1), default=1000, help="optimizer steps (%(default)s)")
+    add("--steps", type=number(int, 1), default=800, help="optimizer steps (%(default)s)")
     add("--batch", type=number(int, 1), default=8, help="clips a step, all ranks (%(default)s)")
-    add("--lr", type=number(float, 0, 1), default=2e-3, help="highest learning rate (%(default)s)")
+    add("--lr", type=number(float, 0, 1), default=4e-3, help="highest learning rate (%(default)s)")
     add("--warmup", type=number(int, 0), default=30, help="steps of warm-up (%(default)s)")
     add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
     add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
-    add("--eval_every", type=number(int, 1), default=500,
+    add("--eval_every", type=number(int, 1), default=400,
         help="steps between held-out PSNRs (%(default)s)")
     add("--save_every", type=number(int, 1), default=250,
         help="steps between checkpoints (%(default)s)")
