@@ -507,20 +507,20 @@ def plot_losses(folder, width=640, height=360):
         image.save(path, "PNG")
 
 
-def open_stage(args, folder, rank):
+def open_stage(args, folder):
     """(autoencoder, its config, tokenizer, training Clips, held-out Clips)."""
     data = dataset_dir(args.name)
     train_rows, held_out = split_rows(open_dataset(data), data)
     vae_name = args.vae or f"{Path(args.name).name}-vae"
     vae, vae_config = load_autoencoder(vae_name)
-    if not (folder / "tokenizer.json").exists() and rank == 0:
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+    elif args.init:
+        tokenizer = load_tokenizer(run_dir(args.init) / "tokenizer.json")
+    else:
         texts = [c["text"] for row in train_rows for c in row["captions"]]
-        tokenizer = (load_tokenizer(run_dir(args.init) / "tokenizer.json") if args.init else
-                     train_tokenizer(texts, args.vocab))
-        with atomic(folder / "tokenizer.json") as path:
-            tokenizer.save(str(path))
-    barrier()
-    tokenizer, patch = load_tokenizer(folder / "tokenizer.json"), MODELS[args.model]["patch"]
+        tokenizer = train_tokenizer(texts, args.vocab)
+    patch = MODELS[args.model]["patch"]
     clips = [Clips(data, rows, vae_config, patch, args.row_tokens, tokenizer)
              for rows in (train_rows, held_out)]
     return vae, vae_config, tokenizer, *clips
@@ -543,11 +543,14 @@ def held_out_bank(clips, seed):
 def train(args, folder):
     rank, world, device = setup(args)
     rows_a_step = args.batch_tokens // args.row_tokens
-    vae, vae_config, tokenizer, clips, held_out = open_stage(args, folder, rank)
+    vae, vae_config, tokenizer, clips, held_out = open_stage(args, folder)
     options = dict(MODELS[args.model], channels=vae.z_dim, vocab=tokenizer.get_vocab_size())
     checkpoint = start_run(folder, {"kind": "denoiser", "args": vars(args), "model": options, "vae":
                                     {"run": args.vae or f"{Path(args.name).name}-vae",
                                      "hash": vae_config["hash"]}})
+    if rank == 0 and not (folder / "tokenizer.json").exists():
+        with atomic(folder / "tokenizer.json") as path:
+            tokenizer.save(str(path))
     torch.manual_seed(args.seed)
     model, step = TextToVideo(**options).to(device), 0
     ema = copy.deepcopy(model).requires_grad_(False)
