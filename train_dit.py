@@ -10,8 +10,8 @@ transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips k
 size and shape: their patches lie end to end in one row of --row_tokens tokens, attention stays
 within each clip, and no clip is padded. What is left of a row is a null clip that nothing sees.
 
-    python train_dit.py demo                     # some minutes on two cores, after the stages before
-    python train_dit.py demo --run quick --steps 10 --eval_every 10          # a look, under a minute
+    python train_dit.py demo                     # six minutes on two cores
+    python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
     torchrun --nproc_per_node 8 train_dit.py mine --model video-b --row_tokens 16384
 
 Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
@@ -48,11 +48,10 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Log, MuonAdamW, barrier, check_finite, decode_long, ema_update, gaussians,
-                       init_weights,                       last_step, latents_path, load_autoencoder, load_step, lr_at, normaliser,
-                       on_sigterm, optimizer_tensors, option_parser, prefetch, read_config,
-                       read_header, read_log,
-                       restore_optimizer, save_step, setup, split_rows, start_run, sum_over_ranks,
-                       take_step, to_frames)
+                       init_weights, last_step, latents_path, load_autoencoder, load_step, lr_at,
+                       normaliser, on_sigterm, optimizer_tensors, option_parser, prefetch,
+                       read_config, read_header, read_log, restore_optimizer, save_step, setup,
+                       split_rows, start_run, sum_over_ranks, take_step, to_frames)
 
 EOS = 2                      # of our tokenizer: an empty prompt is this one token
 

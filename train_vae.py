@@ -11,9 +11,9 @@ first frame becomes a latent of its own, each further latent covers four frames,
 of one frame, and a long clip can be coded in chunks that carry two frames of state a layer: the
 same numbers as in one piece. No statistic runs over time or space, for the same reason.
 
-    python train_vae.py demo                     # two minutes on two cores, after prepare_data.py demo
+    python train_vae.py demo                     # two minutes on two cores
     python train_vae.py demo --encode            # seconds
-    python train_vae.py demo --run quick --steps 20                          # a look, under a minute
+    python train_vae.py demo --run quick --steps 20                      # a look, under a minute
     torchrun --nproc_per_node 8 train_vae.py mine --model vae-b --size 256   # one node
 
 Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
