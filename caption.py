@@ -610,12 +610,13 @@ def train(args, run):
         lr = lr_at(step, args)
         norm = take_step(model, optimizer, lr)
         done, is_last = step + 1, step + 1 == args.steps
-        if done % args.log_every == 0 or is_last:
+        is_evaluated = done % args.eval_every == 0 or is_last
+        if done % args.log_every == 0 or is_evaluated:
             loss, words = sum_over_ranks(*terms.tolist())
             check_finite(loss + words, run, step, keys)
             row = dict(step=done, loss=loss, words=words, grad_norm=norm.item(), lr=lr,
                        seconds=round(time.time() - began, 2))
-            if rank == 0 and (done % args.eval_every == 0 or is_last):
+            if rank == 0 and is_evaluated:
                 row["held_out"] = figure = held_out_loss(model, held_out, frames, texts)
             log.write(**row)
             bar.set_postfix_str(f"loss {loss:.3f}" + (f" held out {figure:.3f}" if figure else ""))

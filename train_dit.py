@@ -586,12 +586,13 @@ def train(args, folder):
         lr = lr_at(step, args)
         norm = take_step(model, optimizer, lr)
         ema_update(ema, model, min(args.ema, (1 + done) / (10 + done)))
-        if done % args.log_every == 0 or is_last:
+        is_evaluated = done % args.eval_every == 0 or is_last
+        if done % args.log_every == 0 or is_evaluated:
             total, = sum_over_ranks(loss.item())
             check_finite(total, folder, step, [key for keys, *_ in loaded for key in keys])
             entry = dict(step=done, loss=total, grad_norm=norm.item(), lr=lr, clips=n_clips,
                          seconds=round(time.time() - began, 2))
-            if rank == 0 and (done % args.eval_every == 0 or is_last):
+            if rank == 0 and is_evaluated:
                 entry["held_out"], entry["held_out_by_t"] = held_out_loss(ema, bank, device, args.dtype)
                 sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
                                 folder / "samples" / f"step-{done:06d}.png", args.shift)

@@ -862,12 +862,13 @@ def train(args, folder):
         lr = lr_at(step, args)
         norm = take_step(model, optimizer, lr)
         done, is_last = step + 1, step + 1 == args.steps
-        if done % args.log_every == 0 or is_last:
+        is_evaluated = done % args.eval_every == 0 or is_last
+        if done % args.log_every == 0 or is_evaluated:
             l1, mse, kl = sum_over_ranks(*terms.tolist())
             check_finite(l1 + mse + kl, folder, step, keys)
             row = dict(step=done, l1=l1, mse=mse, kl=kl, grad_norm=norm.item(), lr=lr,
                        seconds=round(time.time() - began, 2))
-            if rank == 0 and (done % args.eval_every == 0 or is_last):
+            if rank == 0 and is_evaluated:
                 figure = evaluate(model, bank, bank_keys, Path(folder) / "samples" /
                                   f"step-{done:06d}.png", None)
                 row["psnr"] = figure
