@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,6 +389,7 @@ class RowPlan:
     def __init__(self, clips, seed):
         self.clips, self.seed = clips, seed
         self.first = [0]                                     # row number at which each epoch begins
+        self.lock = threading.Lock()                         # the loader's threads share the plan
 
     @functools.lru_cache(maxsize=2)
     def epoch(self, n):
@@ -395,10 +397,11 @@ class RowPlan:
 
     def row(self, s):
         """The keys of the clips in row s."""
-        while self.first[-1] <= s:
-            self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
-        n = int(np.searchsorted(self.first, s, side="right")) - 1
-        return [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
+        with self.lock:
+            while self.first[-1] <= s:
+                self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
+            n = int(np.searchsorted(self.first, s, side="right")) - 1
+            return [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
 
 
 def load_row(clips, keys, seed, step, drop, times):

@@ -1,5 +1,7 @@
 """The denoiser on packed rows: packed equals alone, a fresh block is the identity, any row is found."""
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -147,3 +149,19 @@ def test_the_time_law_is_logit_normal_and_shifted():
     shifted = np.array([D.draw_t(random, 3.0) for _ in range(4000)])
     assert abs(np.median(plain) - 0.5) < 0.02 and abs(np.median(shifted) - 0.75) < 0.02
     assert 0 < plain.min() and shifted.max() < 1
+
+
+def test_rows_are_the_same_when_threads_ask_for_them_at_once(monkeypatch):
+    """The loader's threads meet at the end of an epoch: each row must still be one and the same."""
+    class Clips:
+        keys, lengths, row_tokens = [f"k{i}" for i in range(40)], [30, 50, 20, 60] * 10, 128
+    alone = D.RowPlan(Clips, 7)
+    rows, plan_epoch = [alone.row(s) for s in range(60)], D.plan_epoch
+
+    def slow(*args):
+        time.sleep(0.01)
+        return plan_epoch(*args)
+    monkeypatch.setattr(D, "plan_epoch", slow)
+    shared = D.RowPlan(Clips, 7)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(shared.row, range(60))) == rows
