@@ -55,8 +55,8 @@ from tqdm import tqdm
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, open_dataset,
                           refuse, rng, run_dir)
-from train_vae import (Log, MuonAdamW, Stream, barrier, check_finite, last_step, load_step, lr_at,
-                       on_sigterm, optimizer_tensors, prefetch, read_config, restore_optimizer,
+from train_vae import (Log, MuonAdamW, Stop, Stream, barrier, check_finite, last_step, load_step,
+                       lr_at, optimizer_tensors, prefetch, read_config, restore_optimizer,
                        save_step, setup, start_run, sum_over_ranks, take_step)
 
 PAD, BOS, EOS = 0, 1, 2
@@ -597,7 +597,7 @@ def train(args, run):
         picked = stream.take(step * args.batch, args.batch)[rank::world]
         return draw_batch(picked, frames, texts, args, step)
 
-    log, stop, began, figure = Log(run, step), on_sigterm(), time.time(), None
+    log, stop, began, figure = Log(run, step), Stop(), time.time(), None
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{len(learnt)} captioned clips to learn from, {len(held_out)} held out, {device}",
           file=sys.stderr)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet, is_left_out,
                           number, refuse, render_shot, run_dir, write_video)
 from train_dit import encode_text, generate, load_denoiser
-from train_vae import gaussians, load_autoencoder, option_parser, setup
+from train_vae import gaussians, load_autoencoder, option_parser, setup, sheet_frames
 
 # ------------------------------------------------------------------------------------------------
 # Sampling
@@ -80,10 +80,6 @@ def cut(video, wish):
     return video[:wish["frames"], top:top + wish["height"], left:left + wish["width"]]
 
 
-def sheet_frames(video, n=8):
-    return list(video[np.unique(np.linspace(0, len(video) - 1, n).round().astype(int))])
-
-
 def sample(args, folder):
     _, _, device = setup(args)
     sampler = Sampler(args.name, args.vae, device)
@@ -97,7 +93,7 @@ def sample(args, folder):
         path = folder / "samples" / f"{slug}-s{wish['seed']}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, video, wish["fps"], crf=12)
-        rows.append((sheet_frames(video), f"{wish['prompt']} (seed {wish['seed']})"))
+        rows.append((sheet_frames(video, 8), f"{wish['prompt']} (seed {wish['seed']})"))
         contact_sheet(path.with_suffix(".png"), rows[-1:])
         print(path)
     if len(rows) > 1:
@@ -226,7 +222,7 @@ def evaluate_demo(args, folder):
             found = tuple(shapes[0][k] for k in ("colour", "form", "direction")) if shapes else (None,) * 3
             right.append([a == b for a, b in zip(found, wanted)])
             says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, found))}"
-            rows.append((sheet_frames(video, 6), f"{wish['prompt']}: {says}"))
+            rows.append((sheet_frames(video), f"{wish['prompt']}: {says}"))
         shares = np.array(right).mean(0)
         result[name] = {"n": len(right), "form": shares[1], "colour": shares[0], "direction": shares[2],
                         "all": float(np.all(right, 1).mean())}

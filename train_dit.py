@@ -21,7 +21,6 @@ Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wa
 """
 import copy
 import functools
-import hashlib
 import json
 import math
 import sys
@@ -40,7 +39,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from caption import TextTower, train_tokenizer
+from caption import EOS, TextTower, train_tokenizer
 from kernels import backend
 from kernels.adaln import gate_residual_ln_modulate, ln_modulate
 from kernels.attention import attention
@@ -48,13 +47,12 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
-from train_vae import (Log, MuonAdamW, barrier, check_finite, decode_long, ema_update, gaussians,
-                       init_weights, last_step, latents_path, load_autoencoder, load_step, lr_at,
-                       normaliser, on_sigterm, optimizer_tensors, option_parser, prefetch,
-                       read_config, read_header, read_log, restore_optimizer, save_step, setup,
-                       split_rows, start_run, sum_over_ranks, take_step, to_frames)
-
-EOS = 2                      # of our tokenizer: an empty prompt is this one token
+from train_vae import (Log, MuonAdamW, Stop, barrier, check_finite, decode_long, ema_update,
+                       epoch_order, gaussians, init_weights, last_step, latents_path,
+                       load_autoencoder, load_step, lr_at, normaliser,
+                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
+                       read_log, restore_optimizer, save_step, setup, sheet_frames, split_rows,
+                       start_run, sum_over_ranks, take_step, to_frames)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: flow matching on a straight line
@@ -292,10 +290,9 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None):
 
 def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
     """Rows of clips for one epoch: a list of lists of indices into `keys`, in the order of
-    sha256(seed, epoch, key). Clips are taken in blocks, the longest first, each into the first row
+    `epoch_order`. Clips are taken in blocks, the longest first, each into the first row
     with room; rows with room left at the end of the epoch are topped up with clips seen already."""
-    order = sorted(range(len(keys)), key=lambda i: hashlib.sha256(
-        f"{seed}|{epoch}|{keys[i]}".encode()).digest())
+    order = epoch_order(range(len(keys)), lambda i: keys[i], seed, epoch)
     planned = []
     for start in range(0, len(order), block):
         rows, room = [], []
@@ -483,8 +480,7 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     videos = generate(model, vae, vae_config, shapes, [clips.about[key]["fps"] for key in keys], texts,
                       noises, shift=shift, time_stride=clips.time_stride)
     for video, ids in zip(videos, texts):
-        pick = np.unique(np.linspace(0, len(video) - 1, 6).round().astype(int))
-        rows.append((list(video[pick]), clips.tokenizer.decode(ids)))
+        rows.append((sheet_frames(video), clips.tokenizer.decode(ids)))
     contact_sheet(path, rows)
 
 
@@ -577,7 +573,7 @@ def train(args, folder):
             loaded.append(load_row(clips, keys, args.seed, step, args.drop, times))
         return loaded, sum(len(keys) for keys in rows)
 
-    log, stop, began = Log(folder, step), on_sigterm(), time.time()
+    log, stop, began = Log(folder, step), Stop(), time.time()
     bar = tqdm(total=args.steps, initial=step, desc="train_dit", unit="step", disable=rank > 0)
     for step, (loaded, n_clips) in prefetch(batch, step, args.steps):
         loss, done, is_last = torch.zeros((), device=device), step + 1, step + 1 == args.steps

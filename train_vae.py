@@ -210,7 +210,7 @@ def restore_optimizer(optimizer, model, tensors):
     for name, value in tensors.items():
         parameter, key = name.rsplit(".", 1)
         p = parameters[parameter]
-        # AdamW keeps its step counter on the CPU unless it is capturable or fused
+        # the step counter stays on the CPU, where it is read each step
         optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
 
 
@@ -328,19 +328,20 @@ class Stop:
         return self.came
 
 
-def on_sigterm():
-    return Stop()
-
-
 def check_finite(value, folder, step, keys):
     if not math.isfinite(value):
         raise FloatingPointError(f"{folder}: the loss at step {step} is {value}; its clips: "
                                  f"{', '.join(keys)}. The last checkpoint is untouched.")
 
 
+def epoch_order(items, key, seed, epoch):
+    """`items` in the order of sha256(seed, epoch, key(item))."""
+    return sorted(items, key=lambda item: hashlib.sha256(
+        f"{seed}|{epoch}|{key(item)}".encode()).digest())
+
+
 class Stream:
-    """An endless stream of rows, epoch after epoch, each in the order of sha256(seed, epoch, key):
-    any place of it is found without replaying what came before."""
+    """An endless stream of rows, epoch after epoch, each in the order of `epoch_order`: any place of it is found without replaying what came before."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.epoch, self.order = rows, seed, None, None
@@ -353,8 +354,8 @@ class Stream:
             while len(picked) < count:
                 epoch, offset = divmod(start + len(picked), len(self.rows))
                 if epoch != self.epoch:
-                    self.epoch, self.order = epoch, sorted(self.rows, key=lambda row: hashlib.sha256(
-                        f"{self.seed}|{epoch}|{row['key']}".encode()).digest())
+                    self.epoch = epoch
+                    self.order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
                 picked += self.order[offset:offset + count - len(picked)]
         return picked
 
@@ -699,6 +700,11 @@ def to_frames(video):
     return video.round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
+def sheet_frames(video, n=6):
+    """At most n frames, evenly from the first to the last, of uint8 [T, H, W, 3]."""
+    return list(video[np.unique(np.linspace(0, len(video) - 1, n).round().astype(int))])
+
+
 def draw_window(frames, random, max_frames, size, model):
     """A random window of at most `max_frames` and `size` pixels a side, drawn by `random`."""
     frames, _ = fit_sides(frames, model.stride)
@@ -757,7 +763,7 @@ def gaussians(purpose, seed, step, keys, shapes):
             for key, shape in zip(keys, shapes)]
 
 
-def losses(model, videos, noises, args):
+def losses(model, videos, noises):
     """Sums over clips of (L1, squared error, KL), each clip's own mean; differentiable."""
     total = torch.zeros(3, device=noises[0].device)
     for group, x in by_shape(videos):
@@ -771,7 +777,7 @@ def losses(model, videos, noises, args):
 
 
 @torch.no_grad()
-def evaluate(model, videos, keys, path, fps):
+def evaluate(model, videos, keys, path):
     """Mean PSNR over held-out clips, whole and at their own size, and a sheet of a few of them."""
     figures, rows = [0.0] * len(videos), []
     decoded = [None] * len(videos)
@@ -780,9 +786,8 @@ def evaluate(model, videos, keys, path, fps):
         for i, figure, video in zip(group, psnr(y, x).tolist(), y):
             figures[i], decoded[i] = figure, video
     for i in range(min(6, len(videos))):
-        pick = np.unique(np.linspace(0, videos[i].shape[1] - 1, 6).round().astype(int))
-        rows.append((list(to_frames(videos[i])[pick]), f"{keys[i]}"))
-        rows.append((list(to_frames(decoded[i])[pick]), f"decoded, {figures[i]:.1f} dB"))
+        rows.append((sheet_frames(to_frames(videos[i])), keys[i]))
+        rows.append((sheet_frames(to_frames(decoded[i])), f"decoded, {figures[i]:.1f} dB"))
     contact_sheet(path, rows)
     return sum(figures) / len(figures)
 
@@ -847,17 +852,16 @@ def train(args, folder):
         n = min(len(train_rows), 512)
         model.linear.fit([draw_window(clips(row), rng(args.seed, "fit", row["key"]), args.frames,
                                       args.size, model) for row in stream.take(0, n)])
-    bank = [to_tensor(fit_sides(clips(row)[:fit_time(min(len(clips(row)), 65), model.time_stride)],
-                                model.stride)[0]).to(device)
-            for row in Stream(held_out, args.seed).take(0, min(len(held_out), 48))]
-    bank_keys = [row["key"] for row in Stream(held_out, args.seed).take(0, len(bank))]
-    log, stop, began, figure = Log(folder, step), on_sigterm(), time.time(), None
+    shown = Stream(held_out, args.seed).take(0, min(len(held_out), 48))
+    bank = [to_tensor(fit_sides(frames[:fit_time(min(len(frames), 65), model.time_stride)],
+                                model.stride)[0]).to(device) for frames in map(clips, shown)]
+    log, stop, began, figure = Log(folder, step), Stop(), time.time(), None
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
           f"{len(train_rows)} clips to learn from, {len(held_out)} held out, {device}", file=sys.stderr)
     bar = tqdm(total=args.steps, initial=step, desc="train_vae", unit="step", disable=rank > 0)
     for step, (keys, videos, noises) in prefetch(batch, step, args.steps):
         videos, noises = [v.to(device) for v in videos], [n.to(device) for n in noises]
-        terms = losses(model, videos, noises, args) / args.batch
+        terms = losses(model, videos, noises) / args.batch
         (terms[0] + terms[1] + args.kl * terms[2]).backward()
         lr = lr_at(step, args)
         norm = take_step(model, optimizer, lr)
@@ -869,8 +873,8 @@ def train(args, folder):
             row = dict(step=done, l1=l1, mse=mse, kl=kl, grad_norm=norm.item(), lr=lr,
                        seconds=round(time.time() - began, 2))
             if rank == 0 and is_evaluated:
-                figure = evaluate(model, bank, bank_keys, Path(folder) / "samples" /
-                                  f"step-{done:06d}.png", None)
+                figure = evaluate(model, bank, [row["key"] for row in shown], Path(folder) / "samples" /
+                                  f"step-{done:06d}.png")
                 row["psnr"] = figure
             log.write(**row)
             bar.set_postfix_str(f"l1 {l1:.4f}" + (f" psnr {figure:.2f}" if figure else ""))
@@ -976,9 +980,8 @@ def encode(args):
         path = latents_path(folder, shard, config["hash"])
         if not path.exists():
             todo.append(shard)
-        elif read_header(path)["max_cells"] != args.max_cells:
-            refuse(f"{path} was encoded with --max_cells {read_header(path)['max_cells']}: give the "
-                   "same, or remove the file")
+        elif (was := read_header(path)["max_cells"]) != args.max_cells:
+            refuse(f"{path} was encoded with --max_cells {was}: give the same, or remove the file")
     for shard in tqdm(todo, desc="encode", unit="shard", disable=rank > 0):
         encode_shard(model, config, folder, shard, shards[shard], args, device)
     barrier()
