@@ -997,8 +997,9 @@ def parse_options(argv=None):
     add("--init", help="run whose weights to begin with (none)")
     add("--encode", action="store_true", help="write every clip's latents, train nothing")
     add("--vae", help="with --encode: the trained run (NAME-vae)")
-    add("--max_cells", type=number(int, 1), default=65536,
-        help="with --encode: latent cells T'H'W' a piece, 1 or more; longer clips are cut (%(default)s)")
+    add("--max_cells", type=number(int, 1), default=2048,
+        help="with --encode: latent cells T'H'W' a piece, so that it fits a row of train_dit.py; "
+        "longer clips are cut (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
                                     "--steps)").add_argument
