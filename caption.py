@@ -33,12 +33,10 @@ Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
 1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245).
 """
-import argparse
 import functools
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,11 +51,11 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
-from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, open_dataset,
-                          refuse, rng, run_dir)
-from train_vae import (Log, MuonAdamW, Stop, Stream, barrier, check_finite, last_step, load_step,
-                       lr_at, optimizer_tensors, prefetch, read_config, restore_optimizer,
-                       save_step, setup, start_run, sum_over_ranks, take_step)
+from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
+                          open_dataset, refuse, rng, run_dir)
+from train_vae import (MuonAdamW, Stream, barrier, fit, is_finished, last_step, load_step, lr_at,
+                       option_parser, optimizer_tensors, prefetch, read_config, restore_optimizer, setup,
+                       skip_clips, start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -564,9 +562,10 @@ def write_sheet(path, folder, rows, captions):
 
 
 def train(args, run):
-    rank, world, device = setup(args)
+    rank, world, device = setup(args, args.batch, "--batch")
     folder = dataset_dir(args.name)
-    rows = [row for row in own_captions(folder, open_dataset(folder)) if row["captions"]]
+    rows = skip_clips(own_captions(folder, open_dataset(folder)), args.skip_clips)
+    rows = [row for row in rows if row["captions"]]
     learnt = [row for row in rows if row["split"] == "train"]
     if not learnt:
         refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
@@ -574,6 +573,9 @@ def train(args, run):
     held_out = Stream(held_out, args.seed).take(0, min(len(held_out), 256))
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
                                  "model": MODELS[args.model]})
+    sheet = run / "samples" / f"step-{args.steps:06d}.png"
+    if is_finished(checkpoint, args) and sheet.exists():
+        return
     tokenizer = open_tokenizer(run / "tokenizer.json", [c["text"] for row in learnt
                                                         for c in row["captions"]], args.vocab)
     texts = functools.lru_cache(maxsize=2**16)(lambda t: encode(tokenizer, t, args.max_tokens))
@@ -581,9 +583,9 @@ def train(args, run):
     model, step = Captioner(**MODELS[args.model], vocab=tokenizer.get_vocab_size()).to(device), 0
     optimizer = MuonAdamW(model, plain=("head", "words", "position", "stem"))
     if checkpoint:
-        step, tensors, _ = load_step(checkpoint)
-        model.load_state_dict(tensors["model"])
-        restore_optimizer(optimizer, model, tensors["optimizer"])
+        step, saved = load_step(checkpoint)
+        model.load_state_dict(saved["model"])
+        restore_optimizer(optimizer, model, saved["optimizer"])
     captions = [texts(c["text"]) for row in learnt for c in row["captions"]]
     if not checkpoint:
         word_prior(model, captions)
@@ -591,42 +593,26 @@ def train(args, run):
     length = sum(len(ids) - 1 for ids in captions) / len(captions)
     frames = Frames(folder, learnt + held_out, MODELS[args.model]["size"],
                     MODELS[args.model]["frames"])
-    stream, sheet = Stream(learnt, args.seed), run / "samples" / f"step-{args.steps:06d}.png"
+    stream = Stream(learnt, args.seed)
+    print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{len(learnt)} captioned clips to learn from, {len(held_out)} held out, {device}",
+          file=sys.stderr)
 
     def batch(step):
         picked = stream.take(step * args.batch, args.batch)[rank::world]
         return draw_batch(picked, frames, texts, args, step)
 
-    log, stop, began, figure = Log(run, step), Stop(), time.time(), None
-    print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{len(learnt)} captioned clips to learn from, {len(held_out)} held out, {device}",
-          file=sys.stderr)
-    bar = tqdm(total=args.steps, initial=step, desc="caption", unit="step", disable=rank > 0)
-    for step, drawn in prefetch(batch, step, args.steps):
+    def learn(step, drawn):
         keys, view, jitter, noise, ids, blank = drawn.to(device)
         x = vary(view, jitter) + 0.15 * args.vary * noise
-        terms = losses(model, x, ids, blank) / (args.batch * length)
-        (terms[0] + args.words * terms[1]).backward()
-        lr = lr_at(step, args)
-        norm = take_step(model, optimizer, lr)
-        done, is_last = step + 1, step + 1 == args.steps
-        is_evaluated = done % args.eval_every == 0 or is_last
-        if done % args.log_every == 0 or is_evaluated:
-            loss, words = sum_over_ranks(*terms.tolist())
-            check_finite(loss + words, run, step, keys)
-            row = dict(step=done, loss=loss, words=words, grad_norm=norm.item(), lr=lr,
-                       seconds=round(time.time() - began, 2))
-            if rank == 0 and is_evaluated:
-                row["held_out"] = figure = held_out_loss(model, held_out, frames, texts)
-            log.write(**row)
-            bar.set_postfix_str(f"loss {loss:.3f}" + (f" held out {figure:.3f}" if figure else ""))
-        bar.update()
-        if done % args.save_every == 0 or is_last or stop:
-            save_step(run, done, {"model": model.state_dict(),
-                                  "optimizer": optimizer_tensors(optimizer, model)}, {})
-            if stop and not is_last:
-                sys.exit(143)
-    bar.close()
+        loss, words = losses(model, x, ids, blank) / (args.batch * length)
+        (loss + args.words * words).backward()
+        norm = take_step(model, optimizer, lr_at(step, args))
+        return {"loss": loss.detach(), "words": words.detach()}, norm, keys
+
+    fit(args, run, step, batch, learn,
+        lambda done: {"held_out": held_out_loss(model, held_out, frames, texts)},
+        lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0 and not sheet.exists():
         shown = held_out[:24]
         x = torch.from_numpy(np.stack([frames(row["key"]) for row in shown]))
@@ -733,40 +719,29 @@ def caption(args):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = refuse
+    parser = option_parser(__doc__)
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
-    what = parser.add_argument_group("what to do").add_argument
-    what("--train", action="store_true", help="train a captioner; else one captions the clips")
-    what("--run", help="the run to train: runs/RUN or a path (NAME-captioner unless given)")
-    what("--vlm", help="the trained run that captions (NAME-captioner unless given)")
-    what("--all", action="store_true", help="caption every clip, also those that have a caption")
-    what("--batch", type=int, default=32, help="clips a step, over all ranks, or at a time")
-    what("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    model = parser.add_argument_group("model").add_argument
-    model("--model", default="captioner-xs", choices=sorted(MODELS), help="size")
-    model("--vocab", type=int, default=512, help="tokens of the captions' BPE at most, 259 or more")
-    model("--max_tokens", type=int, default=128, help="longest caption, in tokens, 1 or more")
-    train = parser.add_argument_group("training").add_argument
-    train("--steps", type=int, default=800, help="optimizer steps, 1 or more")
-    train("--lr", type=float, default=8e-3, help="highest learning rate, a step, up to 1")
-    train("--warmup", type=int, default=60, help="steps of warm-up, 0 or more")
-    train("--words", type=float, default=2.0, help="weight of the words' loss, 0 or more")
-    train("--blank", type=float, default=0.3, help="share of tokens hidden while it learns, 0 to 1")
-    train("--vary", type=float, default=1.0, help="strength of the clips' variation, 0 (none) to 3")
-    train("--seed", type=int, default=0, help="of every draw")
-    train("--log_every", type=int, default=20, help="steps between rows of the log, 1 or more")
-    train("--eval_every", type=int, default=200, help="steps between held-out losses, 1 or more")
-    train("--save_every", type=int, default=200, help="steps between checkpoints, 1 or more")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--train", action="store_true", help="train a captioner; else one captions the clips")
+    add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
+    add("--vlm", help="the trained run that captions (NAME-captioner)")
+    add("--all", action="store_true", help="caption every clip, also those that have a caption")
+    add("--batch", type=number(int, 1), default=32,
+        help="clips a step, over all ranks, or at a time (%(default)s)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="captioner-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--vocab", type=number(int, 259), default=512,
+        help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
+    add("--max_tokens", type=number(int, 1), default=128,
+        help="longest caption, in tokens (%(default)s)")
+    add = training_options(parser, steps=800, lr=8e-3, warmup=60, eval_every=200)
+    add("--words", type=number(float, 0), default=2.0,
+        help="weight of the words' loss (%(default)s)")
+    add("--blank", type=number(float, 0, 1), default=0.3,
+        help="share of tokens hidden while it learns, 0 to 1 (%(default)s)")
+    add("--vary", type=number(float, 0, 3), default=1.0,
+        help="strength of the clips' variation, 0 (none) to 3 (%(default)s)")
     args = parser.parse_args(argv)
-    for name, low, high in (("batch", 1, 2**20), ("vocab", 259, 2**20), ("max_tokens", 1, 2**16),
-                            ("steps", 1, 10**6 - 1), ("lr", 1e-9, 1), ("warmup", 0, 10**6),
-                            ("words", 0, 1e6), ("blank", 0, 1), ("vary", 0, 3),
-                            ("log_every", 1, 10**6), ("eval_every", 1, 10**6),
-                            ("save_every", 1, 10**6)):
-        if not low <= getattr(args, name) <= high:
-            refuse(f"--{name} {getattr(args, name)}: must be {low} to {high}")
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
     return args

@@ -1105,12 +1105,14 @@ def demo_files(n_files=160, seed=0):
 
 def demo_shot(random, combinations, level, width, height, fps):
     """One shot: shapes [{colour, form, direction, radius, start, stop}] (pixels), a ground, a
-    number of frames, a caption. Shapes stay inside the frame and clear of each other."""
+    number of frames, a caption. Shapes stay inside the frame and clear of each other; two are
+    smaller than one, so that there is room for both ways."""
     side, n_frames = min(width, height), int(random.integers(9, 15))
+    radii = (0.25, 0.29) if len(combinations) == 1 else (0.17, 0.2)
     for _ in range(200):
         shapes = []
         for colour, form, direction in combinations:
-            radius = side * random.uniform(0.25, 0.29) / (1 if len(combinations) == 1 else 1.25)
+            radius = side * random.uniform(*radii)
             size, step = np.array([width, height]), np.array(DIRECTIONS[direction])
             room = size / 2 - radius - 1                                 # how far a centre may go
             path = step * random.uniform(0.75, 1.0) * 2 * room * np.abs(step)

@@ -4,12 +4,12 @@ In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with.
 Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264) and .png (a sheet of its frames);
       runs/NAME/eval.json and eval-*.png (--eval demo).
 
-The idea: start from noise and follow the learned velocity from t = 1 to t = 0 (Euler's method), each
-step guided: away from what the model does without a caption, towards what it does with it. Prompts,
-sizes and lengths that differ share one packed row.
+The idea: start from noise and follow the learned velocity from t = 1 to t = 0 (Euler's method),
+each step guided: away from what the model does without a caption, towards what it does with it.
+Prompts, sizes and lengths that differ share one packed row.
 
     python sample.py demo --prompt "a red circle moves left"
-    python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --fps 12 --seed 7
+    python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --seed 7
     python sample.py demo --eval demo                        # a minute on two cores
 
 Axes: T frames, H W pixels; T' H' W' the latent grid. Guidance: Ho & Salimans 2022 (2207.12598).
@@ -18,15 +18,12 @@ import argparse
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet, is_left_out,
-                          number, refuse, render_shot, run_dir, write_video)
+from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet,
+                          is_left_out, number, refuse, render_shot, run_dir, write_video)
 from train_dit import encode_text, generate, load_denoiser
 from train_vae import gaussians, load_autoencoder, option_parser, setup, sheet_frames
 
@@ -45,7 +42,8 @@ class Sampler:
         self.vae, self.vae_config = load_autoencoder(vae or wanted["run"], device)
         if self.vae_config["hash"] != wanted["hash"]:
             refuse(f"run {name} was trained on latents of autoencoder {wanted['hash']}, "
-                   f"{vae or wanted['run']} is {self.vae_config['hash']}: name the right one by --vae")
+                   f"{vae or wanted['run']} is {self.vae_config['hash']}: name the right one "
+                   "by --vae")
 
     def latent_shape(self, frames, height, width):
         """The smallest grid that covers the video: what is too much is cut off after decoding."""
@@ -63,12 +61,13 @@ class Sampler:
         with tqdm(total=n_steps * len(batches), desc="sample", unit="step") as progress:
             for part in batches:
                 shapes = [self.latent_shape(w["frames"], w["height"], w["width"]) for w in part]
-                noises = [gaussians("sample", w["seed"], 0, [w["prompt"]], [shape])[0].to(self.device)
+                noises = [gaussians("sample", w["seed"], 0, [w["prompt"]], [shape])[0]
                           for w, shape in zip(part, shapes)]
+                noises = [noise.to(self.device) for noise in noises]
                 texts = [encode_text(self.tokenizer, w["prompt"]) for w in part]
                 decoded = generate(self.model, self.vae, self.vae_config, shapes,
-                                   [w["fps"] for w in part], texts, noises, n_steps, guidance, shift,
-                                   self.vae.time_stride, progress)
+                                   [w["fps"] for w in part], texts, noises, n_steps, guidance,
+                                   shift, self.vae.time_stride, progress)
                 videos += [cut(video, w) for video, w in zip(decoded, part)]
         return videos
 
@@ -219,13 +218,14 @@ def evaluate_demo(args, folder):
         videos, rows, right = sampler(wishes, args.steps, args.cfg), [], []
         for wish, video, wanted in zip(wishes, videos, combinations):
             shapes = describe(video)
-            found = tuple(shapes[0][k] for k in ("colour", "form", "direction")) if shapes else (None,) * 3
+            found = shapes[0] if shapes else {}
+            found = tuple(found.get(k) for k in ("colour", "form", "direction"))
             right.append([a == b for a, b in zip(found, wanted)])
             says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, found))}"
             rows.append((sheet_frames(video), f"{wish['prompt']}: {says}"))
         shares = np.array(right).mean(0)
-        result[name] = {"n": len(right), "form": shares[1], "colour": shares[0], "direction": shares[2],
-                        "all": float(np.all(right, 1).mean())}
+        result[name] = {"n": len(right), "form": shares[1], "colour": shares[0],
+                        "direction": shares[2], "all": float(np.all(right, 1).mean())}
         contact_sheet(folder / f"eval-{name}.png", rows)
         print(name, " ".join(f"{key} {value:.3g}" for key, value in result[name].items()))
     with atomic(folder / "eval.json") as path:
@@ -249,7 +249,8 @@ def parse_options(argv=None):
     add("--seconds", type=number(float, 0.001), default=1.3, help="length, s (%(default)s)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
     add("--fps", type=number(float, 0.1), default=10.0, help="frames a second (%(default)s)")
-    add("--n", type=number(int, 1), default=1, help="videos a prompt, seeds counting up (%(default)s)")
+    add("--n", type=number(int, 1), default=1,
+        help="videos a prompt, seeds counting up (%(default)s)")
     add("--n_eval", type=number(int, 1), default=48,
         help="with --eval: prompts of each kind (%(default)s)")
     add = parser.add_argument_group("how").add_argument

@@ -6,9 +6,10 @@ Out:  runs/NAME/  config.json, tokenizer.json (byte-level BPE of the captions), 
                   step-000100/ (model, ema, optimizer: safetensors; state.json)
 
 The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a
-transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own length,
-size and shape: their patches lie end to end in one row of --row_tokens tokens, attention stays
-within each clip, and no clip is padded. What is left of a row is a null clip that nothing sees.
+transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own
+length, size and shape: their patches lie end to end in one row of --row_tokens tokens, attention
+stays within each clip, and no clip is padded. What is left of a row is a null clip that nothing
+sees.
 
     python train_dit.py demo                     # six minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
@@ -21,11 +22,9 @@ Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wa
 """
 import copy
 import functools
-import json
 import math
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +36,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
-from tqdm import tqdm
 
 from caption import EOS, TextTower, train_tokenizer
 from kernels import backend
@@ -47,12 +45,11 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
-from train_vae import (Log, MuonAdamW, Stop, barrier, check_finite, decode_long, ema_update,
-                       epoch_order, gaussians, init_weights, last_step, latents_path,
-                       load_autoencoder, load_step, lr_at, normaliser,
-                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_log, restore_optimizer, save_step, setup, sheet_frames, split_rows,
-                       start_run, sum_over_ranks, take_step, to_frames)
+from train_vae import (MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit, gaussians,
+                       init_weights, is_finished, last_step, latents_path, load_autoencoder,
+                       load_step, lr_at, normaliser, optimizer_tensors, option_parser, read_config,
+                       read_header, read_log, restore_optimizer, setup, sheet_frames, skip_clips,
+                       split_rows, start_run, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: flow matching on a straight line
@@ -93,7 +90,8 @@ def euler(velocity, x, n_steps, shift=1.0, progress=None):
 
 MODELS = {  # width, blocks, heads, patch (t, y, x), width / blocks / heads of the text tower
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), text=(128, 2, 4), rope_base=100.0),
-    "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), text=(256, 4, 4), rope_base=1000.0),
+    "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), text=(256, 4, 4),
+                    rope_base=1000.0),
     "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), text=(512, 6, 8),
                     rope_base=1000.0),
 }
@@ -135,7 +133,8 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
         self.q_norm, self.k_norm = nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
 
     def forward(self, h, text, row):
@@ -262,7 +261,7 @@ TIME_UNIT = 3.0              # rotary units a second: about one a latent frame a
 
 def clip_coords(shape, fps, time_stride, patch):
     """float32 [n, 3] of a clip's tokens: the time at the centre of the frames that a latent frame
-    covers (one frame for the first, time_stride for each other), and the patch's centre in cells."""
+    covers (the first one frame, the others time_stride each), and the patch's centre in cells."""
     _, T, H, W = shape
     latent = np.arange(T)
     centre = np.where(latent == 0, 0.5, (latent - 1) * time_stride + 1 + time_stride / 2)
@@ -323,7 +322,8 @@ class Clips:
     def __init__(self, folder, rows, config, patch, row_tokens, tokenizer):
         self.mean, self.std = normaliser(config)
         self.tokenizer, self.row_tokens, self.patch = tokenizer, row_tokens, patch
-        self.files, self.shape, self.about, self.rows = {}, {}, {}, {row["key"]: row for row in rows}
+        self.files, self.shape, self.about = {}, {}, {}
+        self.rows = {row["key"]: row for row in rows}
         for shard in sorted({row["shard"] for row in rows}):
             path = latents_path(folder, shard, config["hash"])
             if not path.exists():
@@ -342,8 +342,8 @@ class Clips:
         self.lengths = [math.prod(self.shape[key][1:]) // math.prod(patch) for key in self.keys]
         longest = max(self.lengths)
         if longest > row_tokens:
-            refuse(f"a clip has {longest} tokens, more than --row_tokens {row_tokens}: raise that, or "
-                   f"encode again with --max_cells {row_tokens * math.prod(patch)}")
+            refuse(f"a clip has {longest} tokens, more than --row_tokens {row_tokens}: raise that, "
+                   f"or encode again with --max_cells {row_tokens * math.prod(patch)}")
 
     def latent(self, key, seed, step):
         """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']."""
@@ -444,15 +444,15 @@ def held_out_loss(model, bank, device, dtype, n_bins=4):
 
 
 @torch.no_grad()
-def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0, shift=1.0,
-             time_stride=4, progress=None):
+def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
+             shift=1.0, time_stride=4, progress=None):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
-    (token ids), all in one packed row with their unguided twins; returns uint8 [T, H, W, 3] each."""
+    (token ids), all in one packed row with their unguided twins; uint8 [T, H, W, 3] of each."""
     device, n = noises[0].device, len(shapes)
     twice = 2 if guidance != 1 else 1
     patch = model.dit.patch
-    row = lay_out(shapes * twice, rates * twice, texts + [[EOS]] * n * (twice - 1), time_stride, patch)
-    row = row.to(device)
+    texts = texts + [[EOS]] * n * (twice - 1)
+    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch).to(device)
 
     def velocity(x, t):
         times = torch.full((n * twice,), t, device=device)
@@ -477,15 +477,16 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     texts = [clips.text(key, seed, 0, 0.0) for key in keys]
     shapes = [clips.shape[key] for key in keys]
     noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
-    videos = generate(model, vae, vae_config, shapes, [clips.about[key]["fps"] for key in keys], texts,
-                      noises, shift=shift, time_stride=clips.time_stride)
+    rates = [clips.about[key]["fps"] for key in keys]
+    videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
+                      time_stride=clips.time_stride)
     for video, ids in zip(videos, texts):
         rows.append((sheet_frames(video), clips.tokenizer.decode(ids)))
     contact_sheet(path, rows)
 
 
 def plot_losses(folder, width=640, height=360):
-    """loss.png: the training loss (grey) and the held-out loss (blue) over steps, on a log scale."""
+    """loss.png: the training loss (grey) and the held-out loss (blue), on a log scale."""
     log = read_log(folder)
     lines = [([(r["step"], r["loss"]) for r in log], (170, 170, 170)),
              ([(r["step"], r["held_out"]) for r in log if "held_out" in r], (40, 90, 220))]
@@ -508,7 +509,7 @@ def plot_losses(folder, width=640, height=360):
 def open_stage(args, folder):
     """(autoencoder, its config, tokenizer, training Clips, held-out Clips)."""
     data = dataset_dir(args.name)
-    train_rows, held_out = split_rows(open_dataset(data), data)
+    train_rows, held_out = split_rows(skip_clips(open_dataset(data), args.skip_clips), data)
     vae_name = args.vae or f"{Path(args.name).name}-vae"
     vae, vae_config = load_autoencoder(vae_name)
     if (folder / "tokenizer.json").exists():
@@ -539,29 +540,31 @@ def held_out_bank(clips, seed):
 
 
 def train(args, folder):
-    rank, world, device = setup(args)
     rows_a_step = args.batch_tokens // args.row_tokens
+    rank, world, device = setup(args, rows_a_step, "--batch_tokens")
     vae, vae_config, tokenizer, clips, held_out = open_stage(args, folder)
     options = dict(MODELS[args.model], channels=vae.z_dim, vocab=tokenizer.get_vocab_size())
     checkpoint = start_run(folder, {"kind": "denoiser", "args": vars(args), "model": options, "vae":
                                     {"run": args.vae or f"{Path(args.name).name}-vae",
                                      "hash": vae_config["hash"]}})
+    if is_finished(checkpoint, args):
+        return
     if rank == 0 and not (folder / "tokenizer.json").exists():
         with atomic(folder / "tokenizer.json") as path:
             tokenizer.save(str(path))
     torch.manual_seed(args.seed)
     model, step = TextToVideo(**options).to(device), 0
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer, plan = MuonAdamW(model, plain=("dit.head", "table", "dit.time")), RowPlan(clips, args.seed)
+    optimizer = MuonAdamW(model, plain=("dit.head", "table", "dit.time"))
     if checkpoint:
-        step, tensors, _ = load_step(checkpoint)
-        model.load_state_dict(tensors["model"])
-        ema.load_state_dict(tensors["ema"])
-        restore_optimizer(optimizer, model, tensors["optimizer"])
+        step, saved = load_step(checkpoint)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        restore_optimizer(optimizer, model, saved["optimizer"])
     elif args.init:
         model.load_state_dict(init_weights(args.init, "denoiser", "ema", options))
         ema.load_state_dict(model.state_dict())
-    vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
+    vae, bank, plan = vae.to(device), held_out_bank(held_out, args.seed), RowPlan(clips, args.seed)
     print_header(args, folder, model, clips, held_out, device)
 
     def batch(step):
@@ -573,37 +576,26 @@ def train(args, folder):
             loaded.append(load_row(clips, keys, args.seed, step, args.drop, times))
         return loaded, sum(len(keys) for keys in rows)
 
-    log, stop, began = Log(folder, step), Stop(), time.time()
-    bar = tqdm(total=args.steps, initial=step, desc="train_dit", unit="step", disable=rank > 0)
-    for step, (loaded, n_clips) in prefetch(batch, step, args.steps):
-        loss, done, is_last = torch.zeros((), device=device), step + 1, step + 1 == args.steps
-        for _, row, x0, noise, t in loaded:
-            moved = row.to(device), x0.to(device), noise.to(device), t.to(device)
+    def learn(step, data):
+        (loaded, n_clips), loss = data, torch.zeros((), device=device)
+        for _, row, *tensors in loaded:
+            moved = [x.to(device) for x in (row, *tensors)]
             share = clip_losses(model, *moved, args.dtype).sum() / n_clips
             share.backward()
             loss += share.detach()
-        lr = lr_at(step, args)
-        norm = take_step(model, optimizer, lr)
-        ema_update(ema, model, min(args.ema, (1 + done) / (10 + done)))
-        is_evaluated = done % args.eval_every == 0 or is_last
-        if done % args.log_every == 0 or is_evaluated:
-            total, = sum_over_ranks(loss.item())
-            check_finite(total, folder, step, [key for keys, *_ in loaded for key in keys])
-            entry = dict(step=done, loss=total, grad_norm=norm.item(), lr=lr, clips=n_clips,
-                         seconds=round(time.time() - began, 2))
-            if rank == 0 and is_evaluated:
-                entry["held_out"], entry["held_out_by_t"] = held_out_loss(ema, bank, device, args.dtype)
-                sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
-                                folder / "samples" / f"step-{done:06d}.png", args.shift)
-            log.write(**entry)
-            bar.set_postfix_str(f"loss {total:.4f}")
-        bar.update()
-        if done % args.save_every == 0 or is_last or stop:
-            save_step(folder, done, {"model": model.state_dict(), "ema": ema.state_dict(),
-                                     "optimizer": optimizer_tensors(optimizer, model)}, {})
-            if stop and not is_last:
-                sys.exit(143)
-    bar.close()
+        norm = take_step(model, optimizer, lr_at(step, args))
+        ema_update(ema, model, min(args.ema, (2 + step) / (11 + step)))
+        return {"loss": loss}, norm, [key for keys, *_ in loaded for key in keys]
+
+    def evaluate(done):
+        sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
+                        folder / "samples" / f"step-{done:06d}.png", args.shift)
+        mean, by_time = held_out_loss(ema, bank, device, args.dtype)
+        return {"held_out": mean, "held_out_by_t": by_time}
+
+    fit(args, folder, step, batch, learn, evaluate, lambda: {
+        "model": model.state_dict(), "ema": ema.state_dict(),
+        "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0:
         plot_losses(folder)
     barrier()
@@ -611,9 +603,10 @@ def train(args, folder):
 
 def print_header(args, folder, model, clips, held_out, device):
     n, tokens = sum(p.numel() for p in model.parameters()), sum(clips.lengths)
+    dit = sum(p.numel() for p in model.dit.parameters())
     kernels, why = backend(device)
-    print(f"{folder}: {n / 1e6:.2f}M parameters ({sum(p.numel() for p in model.dit.parameters()) / 1e6:.2f}"
-          f"M denoiser); {len(clips.keys)} clips of {tokens / len(clips.keys):.0f} tokens to learn from, "
+    print(f"{folder}: {n / 1e6:.2f}M parameters ({dit / 1e6:.2f}M denoiser); {len(clips.keys)} "
+          f"clips of {tokens / len(clips.keys):.0f} tokens to learn from, "
           f"{len(held_out.keys)} held out; {args.batch_tokens // args.row_tokens} rows of "
           f"{args.row_tokens} tokens a step; {device}, {kernels} kernels ({why})", file=sys.stderr)
 
@@ -638,32 +631,23 @@ def parse_options(argv=None):
     add("--run", help="runs/RUN, or a path with a slash (NAME)")
     add("--init", help="run whose weights and tokenizer to begin with (none)")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("model (fixed at the first start, like all below but "
-                                    "--steps)").add_argument
+                                    "--steps, --keep and --skip_clips)").add_argument
     add("--model", default="video-xs", choices=sorted(MODELS), help="size (%(default)s)")
     add("--vocab", type=number(int, 259), default=512,
         help="tokens of the captions' BPE, 259 or more (%(default)s)")
-    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of matrix products (%(default)s)")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=number(int, 1), default=900, help="optimizer steps (%(default)s)")
+    add("--dtype", default="fp32", choices=["fp32", "bf16"],
+        help="of matrix products (%(default)s)")
+    add = training_options(parser, steps=900, lr=1e-2, warmup=50, eval_every=300)
     add("--row_tokens", type=number(int, 1), default=2048, help="tokens a packed row (%(default)s)")
     add("--batch_tokens", type=number(int, 1), default=2048,
         help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
-    add("--lr", type=number(float, 0, 1), default=1e-2, help="highest learning rate (%(default)s)")
-    add("--warmup", type=number(int, 0), default=50, help="steps of warm-up (%(default)s)")
     add("--ema", type=number(float, 0, 1), default=0.995,
         help="decay of the averaged weights, 0 to 1 (%(default)s)")
     add("--drop", type=number(float, 0, 1), default=0.1,
         help="share of captions dropped, 0 to 1 (%(default)s)")
     add("--shift", type=number(float, 0.01, 100), default=1.0,
         help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
-    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
-    add("--eval_every", type=number(int, 1), default=300,
-        help="steps between held-out figures and samples (%(default)s)")
-    add("--save_every", type=number(int, 1), default=200,
-        help="steps between checkpoints (%(default)s)")
     args = parser.parse_args(argv)
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
@@ -675,7 +659,8 @@ def main(argv=None):
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     train(args, folder)
-    print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}", file=sys.stderr)
+    print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

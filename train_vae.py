@@ -1,7 +1,7 @@
 """Stage 2: clips -> a causal video autoencoder, and every clip's latents.
 
 In:   data/NAME/ as prepare_data.py left it.
-Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once training ends),
+Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once it ends),
                       log.jsonl, samples/ (originals beside reconstructions), step-000100/
       data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
                       [2 C, T', H', W'], mean and log-variance; HASH8 names the autoencoder
@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -54,9 +54,12 @@ RUN_FORMAT = 1          # of a run's folder and of a latents file
 # ------------------------------------------------------------------------------------------------
 
 
-def setup(args):
-    """Returns (rank, world, device); joins torchrun's process group where there is one."""
+def setup(args, parts=None, option=None):
+    """Returns (rank, world, device); joins torchrun's process group where there is one. `parts`:
+    of how many parts a step consists, by which option; no rank may be left without."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if parts is not None and parts < world:
+        refuse(f"{option}: a step of {parts} cannot be shared by {world} ranks: raise it")
     name = args.device
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
@@ -124,7 +127,7 @@ def write_config(folder, config):
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def start_run(folder, config, resumable=("steps",)):
+def start_run(folder, config, resumable=("steps", "skip_clips", "keep")):
     """Opens the run's folder, or makes it, and returns its last checkpoint's folder or None.
 
     `config` holds "kind" and "args" and whatever else a loader needs. A run goes on only with the
@@ -163,38 +166,48 @@ def init_weights(name, kind, weights, model):
     return load_file(step / f"{weights}.safetensors")
 
 
+def is_finished(checkpoint, args):
+    """Whether a checkpoint's folder holds the last step that was asked for, or one beyond."""
+    return checkpoint is not None and int(checkpoint.name.split("-")[1]) >= args.steps
+
+
 def last_step(folder):
     """The newest checkpoint's folder, or None. A checkpoint is renamed to its name when whole."""
     return max(Path(folder).glob("step-*"), default=None)
 
 
-def save_step(folder, step, tensors, state, keep=2):
+def save_step(folder, step, tensors, keep=2):
     """Writes folder/step-000100/: one safetensors file for each of `tensors` {name: {key: tensor}},
-    and state.json. Everything is on disk before the folder gets its name."""
+    and state.json. Everything is on disk before the folder gets its name, and only then do
+    checkpoints older than the last `keep` go; a disk that is full leaves them as they are."""
     if int(os.environ.get("RANK", 0)):
         return
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".step-{step:06d}.part"
     for stale in [*Path(folder).glob(".step-*.part"), *([final] if final.exists() else [])]:
         shutil.rmtree(stale)
-    part.mkdir(parents=True)
-    for name, group in tensors.items():
-        group = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-        save_file(group, part / f"{name}.safetensors")
-    (part / "state.json").write_text(json.dumps({"step": step, **state}, sort_keys=True))
-    for path in [*part.iterdir(), part]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    try:
+        part.mkdir(parents=True)
+        for name, group in tensors.items():
+            group = {key: value.detach().cpu().contiguous() for key, value in group.items()}
+            save_file(group, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps({"step": step}))
+        for path in [*part.iterdir(), part]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        refuse(f"step {step} could not be saved in {folder} ({error}); the checkpoint before it is "
+               "whole: make room and run the same command again")
     part.rename(final)
     for old in sorted(Path(folder).glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 
 
 def load_step(path):
-    """(step, {name: {key: tensor}}, state) of one checkpoint's folder."""
-    state = json.loads((Path(path) / "state.json").read_text())
-    tensors = {file.stem: load_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
-    return state["step"], tensors, state
+    """(step, {name: {key: tensor}}) of one checkpoint's folder."""
+    step = json.loads((Path(path) / "state.json").read_text())["step"]
+    return step, {file.stem: load_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
 
 
 def optimizer_tensors(optimizer, model):
@@ -328,10 +341,81 @@ class Stop:
         return self.came
 
 
-def check_finite(value, folder, step, keys):
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{folder}: the loss at step {step} is {value}; its clips: "
-                                 f"{', '.join(keys)}. The last checkpoint is untouched.")
+def check_finite(norm, folder, step, keys):
+    """Refuses to go on from a gradient that is not finite: it would spoil later checkpoints."""
+    if not math.isfinite(norm):
+        refuse(f"{folder}: the gradient of step {step} is not finite; its clips: "
+               f"{', '.join(keys)}. The last checkpoint is untouched; --skip_clips leaves clips out")
+
+
+def fit(args, folder, start, batch, learn, evaluate, tensors):
+    """The loop of every stage that trains, from step `start` to args.steps.
+
+    batch(step): what this rank learns from, made ahead in threads. learn(step, data): adds up the
+    gradients, takes the step, and returns ({figure: this rank's share of it}, the gradient's norm,
+    the clips' keys). evaluate(done): {figure: float}, by the first rank. tensors(): what a
+    checkpoint holds."""
+    rank, log, stop, began = int(os.environ.get("RANK", 0)), Log(folder, start), Stop(), time.time()
+    name, before = Path(sys.argv[0]).stem, None
+    bar = tqdm(total=args.steps, initial=start, desc=name, unit="step", disable=rank > 0)
+    for step, data in prefetch(batch, start, args.steps):
+        figures, norm, keys = learn(step, data)
+        done, is_last = step + 1, step + 1 == args.steps
+        is_evaluated = done % args.eval_every == 0 or is_last
+        is_logged = done % args.log_every == 0 or is_evaluated
+        is_stopped, = sum_over_ranks(float(bool(stop)))          # all ranks leave at one step
+        is_saved = done % args.save_every == 0 or is_last or is_stopped
+        if before:                       # a step late: a GPU need not be waited for at every step
+            check_finite(before[0].item(), folder, *before[1:])
+        before = norm, step, keys
+        if is_logged or is_saved:
+            check_finite(norm.item(), folder, step, keys)
+        if is_logged:
+            totals = sum_over_ranks(*(float(value) for value in figures.values()))
+            row = dict(step=done, **dict(zip(figures, totals)), grad_norm=norm.item(),
+                       lr=lr_at(step, args), seconds=round(time.time() - began, 2))
+            if is_evaluated and rank == 0:
+                row.update(evaluate(done))
+            log.write(**row)
+            bar.set_postfix_str(", ".join(f"{key} {value:.4f}" for key, value in row.items()
+                                          if key in (*figures, "held_out", "psnr")))
+        bar.update()
+        if is_saved:
+            save_step(folder, done, tensors(), args.keep)
+            if is_stopped and not is_last:
+                sys.exit(143)
+    bar.close()
+
+
+def training_options(parser, **defaults):
+    """Adds the options that all stages that train share; the defaults differ."""
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
+    add("--lr", type=number(float, 0, 1), help="highest learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
+    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
+    add("--eval_every", type=number(int, 1), help="steps between held-out figures (%(default)s)")
+    add("--save_every", type=number(int, 1), default=200,
+        help="steps between checkpoints (%(default)s)")
+    add("--keep", type=number(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add("--skip_clips", metavar="FILE", help="keys of clips to leave out, one a line (none)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
+    parser.set_defaults(**defaults)
+    return add
+
+
+def skip_clips(rows, path):
+    """`rows` without the clips whose keys stand in the file `path` (None: all of them)."""
+    if path is None:
+        return rows
+    if not Path(path).is_file():
+        refuse(f"--skip_clips {path}: no such file; it holds a clip's key a line")
+    skipped = set(Path(path).read_text().split())
+    missing = skipped - {row["key"] for row in rows}
+    if missing:
+        refuse(f"--skip_clips {path}: {min(missing)} is no clip of this data set")
+    return [row for row in rows if row["key"] not in skipped]
 
 
 def epoch_order(items, key, seed, epoch):
@@ -341,7 +425,8 @@ def epoch_order(items, key, seed, epoch):
 
 
 class Stream:
-    """An endless stream of rows, epoch after epoch, each in the order of `epoch_order`: any place of it is found without replaying what came before."""
+    """An endless stream of rows, epoch after epoch, each in the order of `epoch_order`: any place
+    of it is found without replaying what came before."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.epoch, self.order = rows, seed, None, None
@@ -395,9 +480,11 @@ def prefetch(make, start, stop, ahead=4):
 # The autoencoder
 # ------------------------------------------------------------------------------------------------
 
-MODELS = {  # base width, its multiples a level, down-samplings, residual blocks a level, pixel patch
-    "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24, linear=True),
-    "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16, linear=False),
+MODELS = {  # base width, multiples a level, down-samplings, residual blocks a level, pixel patch
+    "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
+                   linear=True),
+    "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16,
+                  linear=False),
     "vae-b": dict(dim=96, mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2, patch=1, z_dim=16,
                   linear=False),
 }
@@ -546,7 +633,7 @@ class PatchCode(nn.Module):
         self.to_patch = nn.ModuleList(nn.Linear(z_dim, size) for size in sizes)
 
     def parts(self, x, state):
-        """The first frame, if the clip begins here, and the others: (which code, [B, C, T, …])."""
+        """The first frame, if the clip begins here, and the others: [(which code, their part)]."""
         n = 0 if self in state else 1
         state[self] = True
         return [(i, part) for i, part in ((0, x[:, :, :n]), (1, x[:, :, n:])) if part.shape[2]]
@@ -599,8 +686,8 @@ class PatchCode(nn.Module):
 
 class Autoencoder(nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1], T = 1 + 4k, H and W multiples of 8, to latents
-    [B, C, 1 + k, H / 8, W / 8] and back. `downs` says for each level but the last whether it is left
-    with half the size ("s"), half the frames ("t"), or both ("st")."""
+    [B, C, 1 + k, H / 8, W / 8] and back. `downs` says for each level but the last whether it is
+    left with half the size ("s"), half the frames ("t"), or both ("st")."""
 
     def __init__(self, dim, mults, downs, n_res, patch, z_dim, linear):
         super().__init__()
@@ -758,9 +845,10 @@ def psnr(video, other):
 
 
 def gaussians(purpose, seed, step, keys, shapes):
-    """Standard normal draws, one tensor a clip, keyed by the clip: no packing or rank changes them."""
-    return [torch.from_numpy(rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32))
-            for key, shape in zip(keys, shapes)]
+    """Standard normal draws, a tensor a clip, keyed by the clip: no packing or rank changes them."""
+    draws = (rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32)
+             for key, shape in zip(keys, shapes))
+    return [torch.from_numpy(draw) for draw in draws]
 
 
 def losses(model, videos, noises):
@@ -824,68 +912,57 @@ def finish(model, args, folder, train, clips):
 
 
 def train(args, folder):
-    rank, world, device = setup(args)
-    rows = open_dataset(dataset_dir(args.name))
+    rank, world, device = setup(args, args.batch, "--batch")
+    rows = skip_clips(open_dataset(dataset_dir(args.name)), args.skip_clips)
     train_rows, held_out = split_rows(rows, args.name)
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": MODELS[args.model]})
+    if checkpoint and "hash" in read_config(folder, "vae") and is_finished(checkpoint, args):
+        return
     torch.manual_seed(args.seed)
     model = Autoencoder(**MODELS[args.model]).to(device)
     clips, stream = ClipCache(dataset_dir(args.name)), Stream(train_rows, args.seed)
     optimizer, step = MuonAdamW(model, plain=("to_pixels", "linear")), 0
 
+    def window(row, *purpose):
+        return draw_window(clips(row), rng(args.seed, *purpose, row["key"]), args.frames, args.size,
+                           model)
+
+    if checkpoint:
+        step, saved = load_step(checkpoint)
+        model.load_state_dict(saved["model"])
+        restore_optimizer(optimizer, model, saved["optimizer"])
+    elif args.init:
+        model.load_state_dict(init_weights(args.init, "vae", "model", MODELS[args.model]))
+    elif model.linear is not None:
+        model.linear.fit([window(row, "fit") for row in stream.take(0, min(len(train_rows), 512))])
+    shown = Stream(held_out, args.seed).take(0, min(len(held_out), 48))
+    bank = [to_tensor(fit_sides(frames[:fit_time(min(len(frames), 65), model.time_stride)],
+                                model.stride)[0]).to(device) for frames in map(clips, shown)]
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+          f"{len(train_rows)} clips to learn from, {len(held_out)} held out, {device}",
+          file=sys.stderr)
+
     def batch(step):
         picked = stream.take(step * args.batch, args.batch)[rank::world]
         keys = [row["key"] for row in picked]
-        videos = [draw_window(clips(row), rng(args.seed, "window", step, row["key"]), args.frames,
-                              args.size, model) for row in picked]
+        videos = [window(row, "window", step) for row in picked]
         shapes = [(model.z_dim, 1 + (T - 1) // model.time_stride, H // model.stride,
                    W // model.stride) for _, T, H, W in (video.shape for video in videos)]
         return keys, videos, gaussians("posterior", args.seed, step, keys, shapes)
 
-    if checkpoint:
-        step, tensors, _ = load_step(checkpoint)
-        model.load_state_dict(tensors["model"])
-        restore_optimizer(optimizer, model, tensors["optimizer"])
-    elif args.init:
-        model.load_state_dict(init_weights(args.init, "vae", "model", MODELS[args.model]))
-    elif model.linear is not None:
-        n = min(len(train_rows), 512)
-        model.linear.fit([draw_window(clips(row), rng(args.seed, "fit", row["key"]), args.frames,
-                                      args.size, model) for row in stream.take(0, n)])
-    shown = Stream(held_out, args.seed).take(0, min(len(held_out), 48))
-    bank = [to_tensor(fit_sides(frames[:fit_time(min(len(frames), 65), model.time_stride)],
-                                model.stride)[0]).to(device) for frames in map(clips, shown)]
-    log, stop, began, figure = Log(folder, step), Stop(), time.time(), None
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{len(train_rows)} clips to learn from, {len(held_out)} held out, {device}", file=sys.stderr)
-    bar = tqdm(total=args.steps, initial=step, desc="train_vae", unit="step", disable=rank > 0)
-    for step, (keys, videos, noises) in prefetch(batch, step, args.steps):
-        videos, noises = [v.to(device) for v in videos], [n.to(device) for n in noises]
-        terms = losses(model, videos, noises) / args.batch
-        (terms[0] + terms[1] + args.kl * terms[2]).backward()
-        lr = lr_at(step, args)
-        norm = take_step(model, optimizer, lr)
-        done, is_last = step + 1, step + 1 == args.steps
-        is_evaluated = done % args.eval_every == 0 or is_last
-        if done % args.log_every == 0 or is_evaluated:
-            l1, mse, kl = sum_over_ranks(*terms.tolist())
-            check_finite(l1 + mse + kl, folder, step, keys)
-            row = dict(step=done, l1=l1, mse=mse, kl=kl, grad_norm=norm.item(), lr=lr,
-                       seconds=round(time.time() - began, 2))
-            if rank == 0 and is_evaluated:
-                figure = evaluate(model, bank, [row["key"] for row in shown], Path(folder) / "samples" /
-                                  f"step-{done:06d}.png")
-                row["psnr"] = figure
-            log.write(**row)
-            bar.set_postfix_str(f"l1 {l1:.4f}" + (f" psnr {figure:.2f}" if figure else ""))
-        bar.update()
-        if done % args.save_every == 0 or is_last or stop:
-            save_step(folder, done, {"model": model.state_dict(),
-                                     "optimizer": optimizer_tensors(optimizer, model)}, {})
-            if stop and not is_last:
-                sys.exit(143)
-    bar.close()
-    if rank == 0 and "hash" not in read_config(folder, "vae"):
+    def learn(step, data):
+        keys, videos, noises = data
+        l1, mse, kl = losses(model, [v.to(device) for v in videos],
+                             [n.to(device) for n in noises]) / args.batch
+        (l1 + mse + args.kl * kl).backward()
+        norm = take_step(model, optimizer, lr_at(step, args))
+        return {"l1": l1.detach(), "mse": mse.detach(), "kl": kl.detach()}, norm, keys
+
+    fit(args, folder, step, batch, learn,
+        lambda done: {"psnr": evaluate(model, bank, [row["key"] for row in shown],
+                                       folder / "samples" / f"step-{done:06d}.png")},
+        lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
+    if rank == 0:
         finish(model, args, folder, train_rows, clips)
     barrier()
 
@@ -896,7 +973,7 @@ def train(args, folder):
 
 
 def load_autoencoder(name, device="cpu"):
-    """(model in eval mode, config) of a trained run; its config holds hash, latents_mean and _std."""
+    """(model in eval mode, config) of a trained run; the config has hash, latents_mean and _std."""
     folder = run_dir(name)
     config = read_config(folder, "vae")
     if "hash" not in config:
@@ -925,7 +1002,8 @@ def pieces(key, n_frames, cells_a_frame, max_cells, time_stride):
         return [(key, 0, fit_time(n_frames, time_stride))]
     length, cut = 1 + (most - 1) * time_stride, []
     for start in range(0, n_frames, length):
-        cut.append((f"{key}+{len(cut)}", start, fit_time(min(length, n_frames - start), time_stride)))
+        n = fit_time(min(length, n_frames - start), time_stride)
+        cut.append((f"{key}+{len(cut)}", start, n))
     return cut
 
 
@@ -937,7 +1015,7 @@ def encode_shard(model, config, folder, shard, rows, args, device):
         return row, read_clip(folder, row)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for start in range(0, len(rows), 256):                           # a window of clips at a time
+        for start in range(0, len(rows), 256):                           # so many clips at a time
             videos, keys = [], []
             for row, frames in pool.map(load, rows[start:start + 256]):
                 frames, crop = fit_sides(frames, model.stride)
@@ -962,8 +1040,8 @@ def read_header(path):
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata().get("nanosora", "{}"))
     if header.get("format") != RUN_FORMAT:
-        refuse(f"{path} has format {header.get('format')}, this version reads {RUN_FORMAT}: remove it "
-               "and encode again")
+        refuse(f"{path} has format {header.get('format')}, this version reads {RUN_FORMAT}: remove "
+               "it and encode again")
     return header
 
 
@@ -986,7 +1064,8 @@ def encode(args):
         encode_shard(model, config, folder, shard, shards[shard], args, device)
     barrier()
     if rank == 0:
-        print(f"{folder}: latents of {len(rows)} clips by autoencoder {config['hash']}", file=sys.stderr)
+        print(f"{folder}: latents of {len(rows)} clips by autoencoder {config['hash']}",
+              file=sys.stderr)
 
 
 def parse_options(argv=None):
@@ -1000,26 +1079,16 @@ def parse_options(argv=None):
     add("--max_cells", type=number(int, 1), default=2048,
         help="with --encode: latent cells T'H'W' a piece, so that it fits a row of train_dit.py; "
         "longer clips are cut (%(default)s)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
-                                    "--steps)").add_argument
+                                    "--steps, --keep and --skip_clips)").add_argument
     add("--model", default="vae-xs", choices=sorted(MODELS), help="size (%(default)s)")
     add("--frames", type=number(int, 1), default=9,
         help="frames of a training window at most, 1 or more (%(default)s)")
     add("--size", type=number(int, 8), default=32,
         help="side of a training window at most, px, 8 or more (%(default)s)")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=number(int, 1), default=800, help="optimizer steps (%(default)s)")
+    add = training_options(parser, steps=800, lr=4e-3, warmup=30, eval_every=400)
     add("--batch", type=number(int, 1), default=8, help="clips a step, all ranks (%(default)s)")
-    add("--lr", type=number(float, 0, 1), default=4e-3, help="highest learning rate (%(default)s)")
-    add("--warmup", type=number(int, 0), default=30, help="steps of warm-up (%(default)s)")
     add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
-    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
-    add("--eval_every", type=number(int, 1), default=400,
-        help="steps between held-out PSNRs (%(default)s)")
-    add("--save_every", type=number(int, 1), default=250,
-        help="steps between checkpoints (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -1028,9 +1097,8 @@ def main(argv=None):
     if args.encode:
         return encode(args)
     folder = run_dir(args.run or f"{Path(args.name).name}-vae")
-    config = folder / "config.json"
     train(args, folder)
-    print(f"{folder}: trained, autoencoder {json.loads(config.read_text())['hash']}", file=sys.stderr)
+    print(f"{folder}: trained, autoencoder {read_config(folder, 'vae')['hash']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

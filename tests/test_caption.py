@@ -268,7 +268,7 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     assert "not finished" in line(tmp_path, "--train")
     assert "is no run" in line("set", "--vlm", "nobody")
     assert "--steps 0" in line("set", "--train", "--steps", 0)
-    assert "--blank 1.5" in line("set", "--train", "--blank", 1.5)
+    assert "--blank: 1.5" in line("set", "--train", "--blank", 1.5)
     assert "--vocab" in line("set", "--train", "--vocab", 100)
     assert "invalid choice" in line("set", "--train", "--model", "huge")
     assert "goes with" in line("set", "--run", "x")

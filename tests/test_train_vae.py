@@ -1,4 +1,8 @@
 """The autoencoder: causal, chunkable, fitted; runs: resumed, refused, equal on two ranks."""
+import math
+import resource
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -143,15 +147,66 @@ def test_a_stream_is_found_at_any_place_and_shows_every_row_each_epoch():
 def test_checkpoints_are_renamed_when_whole_and_old_ones_go(tmp_path):
     tensors = {"model": {"a": torch.arange(3.0)}, "optimizer": {}}
     for step in (1, 2, 3):
-        V.save_step(tmp_path, step, tensors, {"note": step})
+        V.save_step(tmp_path, step, tensors)
     (tmp_path / ".step-000009.part").mkdir()
     assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-000002", "step-000003"]
-    step, loaded, state = V.load_step(V.last_step(tmp_path))
-    assert step == 3 and state["note"] == 3 and torch.equal(loaded["model"]["a"], torch.arange(3.0))
+    step, loaded = V.load_step(V.last_step(tmp_path))
+    assert step == 3 and torch.equal(loaded["model"]["a"], torch.arange(3.0))
     before = (V.last_step(tmp_path) / "model.safetensors").read_bytes()
-    V.save_step(tmp_path, 3, loaded, {"note": 3})
+    V.save_step(tmp_path, 3, loaded)
     assert (V.last_step(tmp_path) / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_save_that_finds_no_room_leaves_the_checkpoint_before_it(tmp_path, capsys):
+    """The limit on a file's size stands in for a disk's end: writing fails half-way."""
+    V.save_step(tmp_path, 1, {"model": {"a": torch.arange(3.0)}})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            V.save_step(tmp_path, 2, {"model": {"a": torch.arange(3.0), "b": torch.zeros(9999)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stop.value.code == 2 and "make room" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    assert torch.equal(V.load_step(V.last_step(tmp_path))[1]["model"]["a"], torch.arange(3.0))
+
+
+def loop(folder, learn, steps=6, **more):
+    """Runs the loop of training with a `learn` of the test's."""
+    args = SimpleNamespace(steps=steps, eval_every=4, log_every=2, save_every=2, keep=9, lr=1e-3,
+                           warmup=0, **more)
+    V.fit(args, folder, 0, lambda step: step, learn, lambda done: {"held_out": 0.5},
+          lambda: {"model": {"a": torch.zeros(1)}})
+
+
+def test_the_loop_logs_evaluates_and_saves_when_it_should(tmp_path):
+    loop(tmp_path, lambda step, data: ({"loss": torch.tensor(float(step))}, torch.tensor(1.0), []))
+    rows = V.read_log(tmp_path)
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 1.0), (4, 3.0), (6, 5.0)]
+    assert ["held_out" in row for row in rows] == [False, True, True]
+    assert [p.name for p in sorted(tmp_path.glob("step-*"))] == [f"step-{n:06d}" for n in (2, 4, 6)]
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_a_gradient_that_is_not_finite_is_named_and_never_saved(tmp_path, capsys, bad):
+    with pytest.raises(SystemExit) as stop:
+        loop(tmp_path, lambda step, data: ({"loss": torch.tensor(1.0)}, torch.tensor(
+            math.nan if step == bad else 1.0), [f"clip-{step}"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"step {bad}" in error and f"clip-{bad}" in error
+    assert V.last_step(tmp_path).name == "step-000002"
+
+
+def test_clips_are_skipped_by_key(tmp_path, capsys):
+    rows = [{"key": "a"}, {"key": "b"}]
+    (tmp_path / "skip").write_text("b\n")
+    assert V.skip_clips(rows, tmp_path / "skip") == rows[:1] and V.skip_clips(rows, None) == rows
+    (tmp_path / "skip").write_text("c\n")
+    with pytest.raises(SystemExit):
+        V.skip_clips(rows, tmp_path / "skip")
+    assert "c is no clip" in capsys.readouterr().err
 
 
 def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
