@@ -267,7 +267,7 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     assert "does not exist" in line("nothing", "--train")
     assert "not finished" in line(tmp_path, "--train")
     assert "is no run" in line("set", "--vlm", "nobody")
-    assert "--steps 0" in line("set", "--train", "--steps", 0)
+    assert "--steps: 0 is out of range" in line("set", "--train", "--steps", 0)
     assert "--blank: 1.5" in line("set", "--train", "--blank", 1.5)
     assert "--vocab" in line("set", "--train", "--vocab", 100)
     assert "invalid choice" in line("set", "--train", "--model", "huge")
