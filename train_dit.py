@@ -13,7 +13,7 @@ sees.
 
     python train_dit.py demo                     # six minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
-    torchrun --nproc_per_node 8 train_dit.py mine --model video-b --row_tokens 16384
+    torchrun --nproc_per_node 8 -- train_dit.py mine --model video-b --row_tokens 16384
 
 Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
 A heads, E head dim, P patch volume. Time runs from t = 0, clean, to t = 1, noise.
@@ -22,9 +22,12 @@ Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wa
 """
 import copy
 import functools
+import json
 import math
+import re
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +51,7 @@ from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_datas
 from train_vae import (MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit, gaussians,
                        init_weights, is_finished, last_step, latents_path, load_autoencoder,
                        load_step, lr_at, normaliser, optimizer_tensors, option_parser, read_config,
-                       read_header, read_log, restore_optimizer, setup, sheet_frames, skip_clips,
+                       read_header, read_log, read_tensors, restore_optimizer, setup, sheet_frames, skip_clips,
                        split_rows, start_run, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
@@ -88,21 +91,23 @@ def euler(velocity, x, n_steps, shift=1.0, progress=None):
 # The network
 # ------------------------------------------------------------------------------------------------
 
-MODELS = {  # width, blocks, heads, patch (t, y, x), width / blocks / heads of the text tower
-    "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), text=(128, 2, 4), rope_base=100.0),
-    "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), text=(256, 4, 4),
-                    rope_base=1000.0),
-    "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), text=(512, 6, 8),
-                    rope_base=1000.0),
+MODELS = {
+    "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
+                     text=(128, 2, 4)),          # the text tower's width, layers and heads
+    "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), rope_base=1000.0,
+                    text=(256, 4, 4)),
+    "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), rope_base=1000.0,
+                    text=(512, 6, 8)),
 }
 
 
 def sinusoid(t, width=256):
-    """[B] times in [0, 1] to [B, width]: cosines, then sines, of 1000 t at widths/2 frequencies."""
-    frequencies = torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2,
-                            dtype=torch.float64, device="cpu")).to(t.device, torch.float32)
-    angles = 1000 * t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
+    """[R] times to [R, width]: cosines, then sines, of t at width / 2 frequencies. The angles are
+    float64 where the device has it: at t = 1000 float32 leaves them four digits."""
+    wide = torch.float32 if t.device.type == "mps" else torch.float64
+    exponent = torch.arange(width // 2, dtype=wide, device=t.device) / (width // 2)
+    angles = t.to(wide)[:, None] * 10000.0 ** -exponent
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
 
 
 def rope_frequencies(head_dim, base):
@@ -115,74 +120,141 @@ def rope_frequencies(head_dim, base):
     return torch.tensor(freqs, dtype=torch.float32), torch.tensor(axes, dtype=torch.int32)
 
 
+@functools.lru_cache(maxsize=256)
+def sincos(grid, width, device):
+    """[T' H' W', width] positions that are added: half of the channels for the column, half for the
+    row (DiT's), sines first in each; clips of several latent frames add the frame's (Latte's)."""
+    def wave(places, n):
+        angles = np.outer(places, 10000.0 ** (-np.arange(n // 2) / (n / 2)))
+        return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    T, H, W = grid
+    t, y, x = (place.ravel() for place in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+    table = np.concatenate([wave(x, width // 2), wave(y, width // 2)], 1)
+    table = table + wave(t, width) if T > 1 else table
+    return torch.from_numpy(table).to(device, torch.float32)
+
+
 class SelfAttention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, qk_norm):
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        ones = lambda: nn.Parameter(torch.ones(dim)) if qk_norm else None
+        self.q_norm, self.k_norm = ones(), ones()
 
     def forward(self, h, row):
-        qkv = self.qkv(h).unflatten(-1, (3, self.heads, -1))                         # [N, 3, A, E]
-        q, k = qk_norm_rope(qkv[:, 0], qkv[:, 1], row.coords, row.freqs, row.axes,
-                            self.q_norm.to(h.dtype), self.k_norm.to(h.dtype))        # [N, A, E]
-        return self.out(attention(q, k, qkv[:, 2], row.cu, row.cu).flatten(1))       # [N, D]
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).unbind(1)           # [N, A, E]
+        if row.freqs is not None:
+            q, k = qk_norm_rope(q, k, row.coords, row.freqs, row.axes,
+                                self.q_norm.to(h.dtype), self.k_norm.to(h.dtype))
+        return self.out(attention(q, k, v, row.cu, row.cu).flatten(1))               # [N, D]
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, dim, heads):
+    """Every token of a clip reads its text; with `image`, another softmax reads its image tokens,
+    and both answers are added (Wan's I2V)."""
+
+    def __init__(self, dim, heads, image):
         super().__init__()
         self.heads = heads
         self.q, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.q_norm, self.k_norm = nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
+        self.kv_image = nn.Linear(dim, 2 * dim) if image else None
+        self.k_norm_image = nn.RMSNorm(dim, 1e-6) if image else None
 
-    def forward(self, h, text, row):
-        k, v = self.kv(text).chunk(2, -1)                                            # [L, D]
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.q_norm(self.q(h)),
-                                                                self.k_norm(k), v))
-        return self.out(attention(q, k, v, row.cu, row.cu_text).flatten(1))          # [N, D]
+    def read(self, q, kv, norm, context, cu, cu_context):
+        k, v = kv(context).chunk(2, -1)                                              # [L, D]
+        k, v = (x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v))
+        return attention(q, k, v, cu, cu_context).flatten(1)                         # [N, D]
+
+    def forward(self, h, text, image, row):
+        q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))                   # [N, A, E]
+        o = self.read(q, self.kv, self.k_norm, text, row.cu, row.cu_text)
+        if image is not None:
+            o = o + self.read(q, self.kv_image, self.k_norm_image, image, row.cu, row.cu_image)
+        return self.out(o)
+
+
+def fill_texts(texts, most=512):
+    """What Wan's published models read: each prompt's embeddings [L, width] with rows of zeros up
+    to `most`, which take part in attention too. Returns ([B * most, width], cu int32 [B+1])."""
+    filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
+    return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
+                                           device=texts[0].device) * most
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, modulated and gated by the clip's row of a table; cross-attention
-    between them, behind a plain LayerNorm. `after` is the (shift, scale) of what comes next, whose
-    norm is computed together with the last residual."""
+    """Self-attention and MLP, modulated and gated by each token's row of a table; between them,
+    where there is text, cross-attention behind a plain LayerNorm. `after` is the (shift, scale) of
+    what comes next, whose norm is computed together with the last residual. The tables come from a
+    projection of the block's own (DiT), or from one shared by all blocks plus an offset (Wan)."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, ffn, own_table, qk_norm, text, image):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(6, dim))
-        self.attn, self.cross = SelfAttention(dim, heads), CrossAttention(dim, heads)
-        self.cross_weight = nn.Parameter(torch.ones(dim))
-        self.cross_bias = nn.Parameter(torch.zeros(dim))
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        if own_table:
+            self.modulation = nn.Linear(dim, 6 * dim)
+        else:
+            self.table = nn.Parameter(torch.zeros(6, dim))
+        self.attn = SelfAttention(dim, heads, qk_norm)
+        self.cross = CrossAttention(dim, heads, image) if text else None
+        if text:
+            self.cross_weight = nn.Parameter(torch.ones(dim))
+            self.cross_bias = nn.Parameter(torch.zeros(dim))
+        self.up, self.down = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
 
-    def forward(self, x, h, m, after, text, row):
+    def forward(self, x, h, m, after, text, image, row):
         """x, h [N, D]: the stream and its modulated norm; m: six tables [R, D]."""
         _, _, gate1, shift2, scale2, gate2 = m
-        one, same = torch.ones_like(gate1), gate1.shape
-        plain = self.cross_bias.expand(same), (self.cross_weight - 1).expand(same)
-        x, h = gate_residual_ln_modulate(x, self.attn(h, row), gate1, *plain, row.rows)
-        x, h = gate_residual_ln_modulate(x, self.cross(h, text, row), one, shift2, scale2, row.rows)
+        y = self.attn(h, row)
+        if self.cross is not None:
+            one, same = torch.ones_like(gate1), gate1.shape
+            plain = self.cross_bias.float().expand(same), (self.cross_weight - 1).float().expand(same)
+            x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.rows)
+            y, gate1 = self.cross(h, text, image, row), one
+        x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.rows)
         y = self.down(F.gelu(self.up(h), approximate="tanh"))                        # [N, D]
         return gate_residual_ln_modulate(x, y, gate2, *after, row.rows)
 
 
 class DiT(nn.Module):
-    """The denoiser: packed noisy patches, a time a clip and packed text to velocities a patch."""
+    """The denoiser of packed clips: noisy patches, a time a table row, text or a class, to what the
+    objective asks for, a patch a token. Its options make it DiT and SiT (own_table, positions
+    "sincos", classes, no qk_norm and no text), Wan ("index" positions, text, image_dim) or ours
+    ("seconds"). time_scale: what t = 1 is called in the network's own count of time."""
 
-    def __init__(self, channels, text_dim, dim, depth, heads, patch, rope_base):
+    def __init__(self, channels, dim, depth, heads, patch, out_channels=None, ffn=None, text_dim=0,
+                 image_dim=0, image_tokens=0, classes=0, own_table=False, positions="seconds",
+                 rope_base=10000.0, grid=None, conditions=0):
         super().__init__()
-        self.patch, size = tuple(patch), channels * math.prod(patch)
-        self.embed = nn.Linear(size, dim)
+        self.patch, self.positions, self.grid = tuple(patch), positions, grid
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.embed = nn.Linear(channels * math.prod(patch), dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_table = nn.Linear(dim, 6 * dim)
-        self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.head_table, self.head = nn.Parameter(torch.zeros(2, dim)), nn.Linear(dim, size)
-        freqs, axes = rope_frequencies(dim // heads, rope_base)
-        self.register_buffer("freqs", freqs, persistent=False)
-        self.register_buffer("axes", axes, persistent=False)
+        self.classes = nn.Embedding(classes, dim) if classes else None     # the last one: no class
+        self.about = nn.Linear(64 * conditions, dim) if conditions else None
+        if own_table:
+            self.head_modulation = nn.Linear(dim, 2 * dim)
+        else:
+            self.time_table = nn.Linear(dim, 6 * dim)
+            self.head_table = nn.Parameter(torch.zeros(2, dim))
+        self.own_table = own_table
+        self.text = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"),
+                                  nn.Linear(dim, dim)) if text_dim else None
+        self.image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim),
+                                   nn.GELU(), nn.Linear(image_dim, dim),
+                                   nn.LayerNorm(dim)) if image_dim else None
+        self.image_place = nn.Parameter(torch.zeros(image_tokens, image_dim)) if image_tokens else None
+        is_rotary = positions != "sincos"
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn or 4 * dim, own_table, is_rotary, text_dim,
+                                          image_dim) for _ in range(depth))
+        self.head = nn.Linear(dim, self.out_channels * math.prod(patch))
+        if is_rotary:
+            freqs, axes = rope_frequencies(dim // heads, rope_base)
+            self.register_buffer("freqs", freqs, persistent=False)
+            self.register_buffer("axes", axes, persistent=False)
+        elif grid:
+            self.register_buffer("pos_embed", sincos((1, *grid), dim, "cpu").clone())
         self.initialise()
 
     def initialise(self):
@@ -190,35 +262,67 @@ class DiT(nn.Module):
 
         module                              | law            | std
         Linear                              | xavier uniform | (2 / (in + out))^0.5
-        time.*, text.*                      | normal         | 0.02
-        time_table, head, cross.out         | zero           | 0
+        time.*, text.*, classes             | normal         | 0.02
+        modulation, time_table, head, about,| zero           | 0
+        cross.out                           |                |
         tables, biases                      | zero           | 0
         norms' weights                      | one            | 0
         """
+        zeros = ("modulation", "time_table", "head", "about", "head_modulation")
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
                 if name.split(".")[0] in ("time", "text"):
                     nn.init.normal_(module.weight, std=0.02)
-                if name in ("time_table", "head") or name.endswith("cross.out"):
+                if name.split(".")[-1] in zeros or name.endswith("cross.out"):
                     nn.init.zeros_(module.weight)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, x, t, text, row):
-        """x [N, C*P] noisy tokens; t [B] in [0, 1]; text [L, text_dim]; row: a Row, for its layout.
-        Returns the velocity [N, C*P]."""
-        row.freqs, row.axes = self.freqs, self.axes
-        e = self.time(sinusoid(t))                                                   # [B, D]
-        e0 = self.time_table(F.silu(e)).unflatten(-1, (6, -1))                       # [B, 6, D]
-        tables = [(block.table + e0).float().unbind(1) for block in self.blocks]     # 6 x [B, D]
-        afters = [m[:2] for m in tables[1:]]
-        afters.append((self.head_table + e[:, None]).float().unbind(1))
-        text = self.text(text)                                                       # [L, D]
+    def tables(self, t, row):
+        """[(six tables [R, D]) a block], and the head's (shift, scale), all float32: t [R]."""
+        e = self.time(sinusoid(t).to(self.embed.weight.dtype))                       # [R, D]
+        if self.classes is not None:
+            e = e + self.classes(row.labels)
+        if self.about is not None:
+            e = e + self.about(row.about)
+        if self.own_table:
+            c = F.silu(e)
+            blocks = [block.modulation(c).float().chunk(6, -1) for block in self.blocks]
+            return blocks, self.head_modulation(c).float().chunk(2, -1)
+        e0 = self.time_table(F.silu(e)).unflatten(-1, (6, -1))                       # [R, 6, D]
+        blocks = [(block.table + e0).float().unbind(1) for block in self.blocks]
+        return blocks, (self.head_table + e[:, None]).float().unbind(1)
+
+    def place(self, x, row):
+        """Adds sin-cos positions to the embedded tokens x [N, D]."""
+        def of(shape):
+            grid = tuple(side // p for side, p in zip(shape[1:], self.patch))
+            is_own = self.grid and grid == (1, *self.grid)
+            return self.pos_embed if is_own else sincos(grid, x.shape[1], x.device)
+        places = torch.cat([of(shape) for shape in row.shapes])
+        return x + F.pad(places, (0, 0, 0, len(x) - len(places))).to(x.dtype)
+
+    def forward(self, x, t, row, text=None, image=None):
+        """x [N, C*P] noisy tokens; t [R], the network's time of each table row; row: a Row, for the
+        layout; text [L, text_dim] and image [I, image_dim]: what the clips read, packed by
+        row.cu_text and row.cu_image. Returns [N, C_out*P]."""
+        row.freqs, row.axes = (None, None) if self.positions == "sincos" else (self.freqs, self.axes)
+        tables, last = self.tables(t, row)
+        if self.text is not None:
+            text = self.text(text)                                                   # [L, D]
+        if self.image is not None:
+            if self.image_place is not None:
+                image = image + self.image_place.repeat(len(image) // len(self.image_place), 1)
+            image = self.image(image)                                                # [I, D]
         x = self.embed(x)                                                            # [N, D]
+        if self.positions == "sincos":
+            x = self.place(x, row)
         h = ln_modulate(x, *tables[0][:2], row.rows)
-        for block, m, after in zip(self.blocks, tables, afters):
-            x, h = block(x, h, m, after, text, row)
-        return self.head(h)                                                          # [N, C*P]
+        for block, m, after in zip(self.blocks, tables, [m[:2] for m in tables[1:]] + [last]):
+            x, h = block(x, h, m, after, text, image, row)
+        return self.head(h)                                                          # [N, C_out*P]
 
 
 class TextToVideo(nn.Module):
@@ -227,10 +331,11 @@ class TextToVideo(nn.Module):
     def __init__(self, channels, vocab, text, **options):
         super().__init__()
         self.tower = TextTower(vocab, *text)
-        self.dit = DiT(channels, text[0], **options)
+        self.dit = DiT(channels, text_dim=text[0], **options)
 
     def forward(self, x, t, row):
-        return self.dit(x, t, self.tower(row.ids, row.cu_text), row)
+        """x [N, C*P]; t [R], 0 clean to 1 noise. Returns [N, C*P]."""
+        return self.dit(x, 1000 * t, row, self.tower(row.ids, row.cu_text))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,7 +352,10 @@ class Row:
     rows: torch.Tensor       # int32 [N]: the table row, here the clip, of each token
     ids: torch.Tensor        # int64 [L]: the captions' tokens end to end
     cu_text: torch.Tensor    # int32 [B + 1]
-    freqs: torch.Tensor = None
+    cu_image: torch.Tensor = None            # int32 [B + 1]: the image tokens that clips read
+    labels: torch.Tensor = None              # int64 [R]: classes
+    about: torch.Tensor = None               # float32 [R, 64 * conditions]
+    freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
     axes: torch.Tensor = None
 
     def to(self, device):
@@ -261,8 +369,12 @@ TIME_UNIT = 3.0              # rotary units a second: about one a latent frame a
 
 def clip_coords(shape, fps, time_stride, patch):
     """float32 [n, 3] of a clip's tokens: the time at the centre of the frames that a latent frame
-    covers (the first one frame, the others time_stride each), and the patch's centre in cells."""
+    covers (the first one frame, the others time_stride each), and the patch's centre in cells.
+    time_stride None: plain numbers of patches (Wan's published models)."""
     _, T, H, W = shape
+    if time_stride is None:
+        grid = np.indices([side // p for side, p in zip((T, H, W), patch)], dtype=np.float32)
+        return grid.reshape(3, -1).T
     latent = np.arange(T)
     centre = np.where(latent == 0, 0.5, (latent - 1) * time_stride + 1 + time_stride / 2)
     t = TIME_UNIT * centre / (fps or 1.0)
@@ -443,6 +555,14 @@ def held_out_loss(model, bank, device, dtype, n_bins=4):
     return losses.mean().item(), by_bin
 
 
+def guide(with_prompt, without, scale, channels=None):
+    """Classifier-free guidance, `scale` 1: none; the channels (axis 1, all of them or the first
+    few, as DiT's figures want it) go from `without` beyond `with_prompt`."""
+    channels = with_prompt.shape[1] if channels is None else channels
+    near, far = with_prompt[:, :channels], without[:, :channels]
+    return torch.cat([far + scale * (near - far), with_prompt[:, channels:]], 1)
+
+
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
              shift=1.0, time_stride=4, progress=None):
@@ -459,8 +579,7 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
         v = model(x.repeat(twice, 1), times, row)
         if twice == 1:
             return v
-        v, unguided = v.chunk(2)
-        return unguided + guidance * (v - unguided)
+        return guide(*v.chunk(2), guidance)
 
     tokens = euler(velocity, patchify(noises, patch), n_steps, shift, progress)
     mean, std = normaliser(vae_config, device)
@@ -624,6 +743,192 @@ def load_denoiser(name, device="cpu", weights="ema"):
             load_tokenizer(folder / "tokenizer.json"), config)
 
 
+# ================================================================================================
+# Published weights
+# ================================================================================================
+
+# Our name, their name or names (joined one after the other), how the tensor is turned; * is a
+# block's number. A rule whose names a file does not hold is for another kind of model.
+LINEAR = ("weight", "bias")
+DIT_KEYS = [
+    ("embed.weight", "x_embedder.proj.weight", "conv"), ("embed.bias", "x_embedder.proj.bias"),
+    ("time.0", "t_embedder.mlp.0", LINEAR), ("time.2", "t_embedder.mlp.2", LINEAR),
+    ("classes.weight", "y_embedder.embedding_table.weight"), ("pos_embed", "pos_embed", "batch"),
+    ("blocks.*.modulation", "blocks.*.adaLN_modulation.1", LINEAR),
+    ("blocks.*.attn.qkv", "blocks.*.attn.qkv", LINEAR),
+    ("blocks.*.attn.out", "blocks.*.attn.proj", LINEAR),
+    ("blocks.*.up", "blocks.*.mlp.fc1", LINEAR), ("blocks.*.down", "blocks.*.mlp.fc2", LINEAR),
+    ("head_modulation", "final_layer.adaLN_modulation.1", LINEAR),
+    ("head.weight", "final_layer.linear.weight", "head"),
+    ("head.bias", "final_layer.linear.bias", "head"),
+]
+WAN_KEYS = [
+    ("embed.weight", "patch_embedding.weight", "conv"), ("embed.bias", "patch_embedding.bias"),
+    ("time.0", "time_embedding.0", LINEAR), ("time.2", "time_embedding.2", LINEAR),
+    ("text.0", "text_embedding.0", LINEAR), ("text.2", "text_embedding.2", LINEAR),
+    ("time_table", "time_projection.1", LINEAR), ("blocks.*.table", "blocks.*.modulation", "batch"),
+    ("blocks.*.attn.qkv", "blocks.*.self_attn.q|k|v", LINEAR),
+    ("blocks.*.attn.out", "blocks.*.self_attn.o", LINEAR),
+    ("blocks.*.attn.q_norm", "blocks.*.self_attn.norm_q.weight"),
+    ("blocks.*.attn.k_norm", "blocks.*.self_attn.norm_k.weight"),
+    ("blocks.*.cross.q", "blocks.*.cross_attn.q", LINEAR),
+    ("blocks.*.cross.kv", "blocks.*.cross_attn.k|v", LINEAR),
+    ("blocks.*.cross.kv_image", "blocks.*.cross_attn.k_img|v_img", LINEAR),
+    ("blocks.*.cross.out", "blocks.*.cross_attn.o", LINEAR),
+    ("blocks.*.cross.q_norm.weight", "blocks.*.cross_attn.norm_q.weight"),
+    ("blocks.*.cross.k_norm.weight", "blocks.*.cross_attn.norm_k.weight"),
+    ("blocks.*.cross.k_norm_image.weight", "blocks.*.cross_attn.norm_k_img.weight"),
+    ("blocks.*.cross_weight", "blocks.*.norm3.weight"), ("blocks.*.cross_bias", "blocks.*.norm3.bias"),
+    ("blocks.*.up", "blocks.*.ffn.0", LINEAR), ("blocks.*.down", "blocks.*.ffn.2", LINEAR),
+    *((f"image.{i}", f"img_emb.proj.{i}", LINEAR) for i in (0, 1, 3, 4)),
+    ("image_place", "img_emb.emb_pos", "batch"), ("head_table", "head.modulation", "batch"),
+    ("head.weight", "head.head.weight", "head"), ("head.bias", "head.head.bias", "head"),
+]
+DIFFUSERS_NAMES = [             # a part of an original Wan name, the same in diffusers' layout
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
+    ("head.modulation", "scale_shift_table"), (".modulation", ".scale_shift_table"),
+    ("self_attn.o", "attn1.to_out.0"), ("cross_attn.o", "attn2.to_out.0"),
+    ("self_attn.norm_", "attn1.norm_"), ("cross_attn.norm_k_img", "attn2.norm_added_k"),
+    ("cross_attn.norm_", "attn2.norm_"), ("cross_attn.k_img", "attn2.add_k_proj"),
+    ("cross_attn.v_img", "attn2.add_v_proj"), ("self_attn.", "attn1.to_"),
+    ("cross_attn.", "attn2.to_"), (".norm3.", ".norm2."), ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"), ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+]
+
+
+def in_diffusers(name):
+    """A name of Wan's original layout as diffusers has it."""
+    for original, theirs in DIFFUSERS_NAMES:
+        if original in name:
+            return name.replace(original, theirs)
+    return name
+
+
+def key_rules(layout, depth):
+    """[(our name, [their names], how)] of a model of `depth` blocks: layout "dit", "wan" or
+    "diffusers"."""
+    rules = []
+    for ours, theirs, *how in DIT_KEYS if layout == "dit" else WAN_KEYS:
+        parts = how[0] if how and how[0] is LINEAR else ("",)
+        stem, _, last = theirs.rpartition(".")
+        for part in parts:
+            names = [f"{stem}.{one}".lstrip(".") + (part and f".{part}") for one in last.split("|")]
+            if layout == "diffusers":
+                names = [in_diffusers(name) for name in names]
+            rule = ours + (part and f".{part}"), names, "" if how == [LINEAR] else "".join(how)
+            rules += [(rule[0].replace("*", str(n)), [name.replace("*", str(n)) for name in names],
+                       rule[2]) for n in (range(depth) if "*" in ours else (0,))]
+    return rules
+
+
+def turn(tensor, how, patch, back=False):
+    """One tensor from a published layout to ours; or, `back`, the other way, bit for bit."""
+    volume = math.prod(patch)
+    if how == "conv":                    # a convolution's [D, C, (pt,) ph, pw] is a matrix here
+        return tensor.flatten(1)
+    if how == "batch":                   # [1, ...]
+        return tensor[None] if back else tensor[0]
+    if how == "head":                    # their features run (patch, channel), ours (channel, patch)
+        inner = (-1, volume) if back else (volume, -1)
+        return tensor.unflatten(0, inner).transpose(0, 1).flatten(0, 1)
+    return tensor
+
+
+def from_published(published, layout, model):
+    """The state dict of a DiT from that of a published file; refuses keys too many or too few."""
+    left, state = dict(published), {}
+    for key in [key for key in left if key.endswith("norm_added_q.weight")]:
+        del left[key]                    # diffusers' I2V files hold it and nothing reads it
+    wanted = model.state_dict()
+    for ours, theirs, how in key_rules(layout, len(model.blocks)):
+        if ours in wanted:
+            lacks = [name for name in theirs if name not in left]
+            if lacks:
+                refuse(f"the weights have no {lacks[0]}: not this kind of model, or not whole")
+            state[ours] = turn(torch.cat([left.pop(name) for name in theirs]), how, model.patch)
+            if state[ours].shape != wanted[ours].shape:
+                refuse(f"{theirs[0]}: {list(state[ours].shape)}, wanted {list(wanted[ours].shape)}")
+    if left:
+        refuse(f"the weights hold {min(left)}, which this kind of model has not")
+    return state
+
+
+def to_published(state, layout, model, conv_shape):
+    """The inverse: a published file's state dict; `conv_shape`: of its patch embedding."""
+    published = {}
+    for ours, theirs, how in key_rules(layout, len(model.blocks)):
+        if ours in state:
+            whole = turn(state[ours], how, model.patch, back=True)
+            whole = whole.view(conv_shape) if how == "conv" else whole
+            published.update(zip(theirs, whole.chunk(len(theirs))))
+    return published
+
+
+def dit_options(state, heads=None):
+    """The options of a DiT or SiT whose published state dict this is: all but the heads can be read
+    off it, and these are 64 wide in every published size but XL."""
+    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    side = round(state["pos_embed"].shape[1] ** 0.5)
+    return dict(
+        channels=channels, dim=dim, patch=(1, patch, patch), own_table=True, positions="sincos",
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        heads=heads or (16 if dim == 1152 else dim // 64), grid=(side, side),
+        ffn=len(state["blocks.0.mlp.fc1.bias"]),
+        out_channels=len(state["final_layer.linear.bias"]) // patch**2,
+        classes=len(state["y_embedder.embedding_table.weight"]))
+
+
+def wan_options(state, config, layout):
+    """The options of a Wan denoiser from its config.json, and from its tensors what that lacks."""
+    name = in_diffusers if layout == "diffusers" else lambda key: key
+    embed, text = state["patch_embedding.weight"], state[name("text_embedding.0.weight")]
+    image, place = (state.get(name(key)) for key in ("img_emb.proj.0.weight", "img_emb.emb_pos"))
+    patch = tuple(embed.shape[2:])
+    return dict(
+        channels=embed.shape[1], dim=embed.shape[0], patch=patch, positions="index",
+        depth=config.get("num_layers"), ffn=config["ffn_dim"], text_dim=text.shape[1],
+        heads=config.get("num_attention_heads") or config["num_heads"],
+        out_channels=len(state[name("head.head.bias")]) // math.prod(patch),
+        image_dim=0 if image is None else len(image),
+        image_tokens=0 if place is None else place.shape[1])
+
+
+def load_published(path, heads=None):
+    """(DiT, layout) of published weights: a DiT's or SiT's .pt file (a plain state dict, or one of
+    their training checkpoints, of which the average is taken), or a Wan folder in either layout."""
+    path, config, layout = Path(path), {}, "dit"
+    if path.is_dir():
+        path = path / "transformer" if (path / "transformer").is_dir() else path
+        if not (path / "config.json").is_file():
+            refuse(f"{path} has no config.json: not a published folder, nor a run")
+        config = json.loads((path / "config.json").read_text())
+        layout = {"WanModel": "wan", "WanTransformer3DModel": "diffusers"}.get(
+            config.get("_class_name"))
+        if layout is None:
+            refuse(f"{path} holds a {config.get('_class_name')}, which is not known here: WanModel "
+                   "and WanTransformer3DModel are")
+    state = read_tensors(path)
+    if layout == "dit":
+        state = state.get("ema", state)
+        if "x_embedder.proj.weight" not in state:
+            refuse(f"{path} has no x_embedder.proj.weight: not a DiT's or SiT's file")
+    options = dit_options(state, heads) if layout == "dit" else wan_options(state, config, layout)
+    with torch.device("meta"):
+        model = DiT(**options)
+    model.load_state_dict(from_published(state, layout, model), assign=True)
+    if model.positions != "sincos":      # buffers that no file holds
+        model.freqs, model.axes = rope_frequencies(options["dim"] // options["heads"], 10000.0)
+    return model.requires_grad_(False).eval(), layout
+
+
 def parse_options(argv=None):
     parser = option_parser(__doc__)
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
@@ -655,7 +960,166 @@ def parse_options(argv=None):
     return args
 
 
+# ------------------------------------------------------------------------------------------------
+# python train_dit.py bench: a training step beside diffusers', where that is installed
+# ------------------------------------------------------------------------------------------------
+
+
+def peer_wan(layers, dim, device):
+    """(diffusers' WanTransformer3DModel, our DiT of the same weights)."""
+    from diffusers import WanTransformer3DModel
+    peer = WanTransformer3DModel(num_attention_heads=dim // 64, attention_head_dim=64, ffn_dim=4 * dim,
+                                 num_layers=layers, text_dim=256, in_channels=16, out_channels=16)
+    shake(peer)
+    config = dict(num_layers=layers, num_attention_heads=dim // 64, ffn_dim=4 * dim)
+    options = wan_options(peer.state_dict(), config, "diffusers")
+    ours = DiT(**options)
+    ours.load_state_dict(from_published(peer.state_dict(), "diffusers", ours))
+    return peer.to(device), ours.to(device)
+
+
+def peer_dit(layers, dim, side, device):
+    """(diffusers' DiTTransformer2DModel, our DiT of the same weights)."""
+    from diffusers import DiTTransformer2DModel
+    peer = DiTTransformer2DModel(num_attention_heads=dim // 64, attention_head_dim=64, in_channels=4,
+                                 out_channels=8, num_layers=layers, sample_size=side,
+                                 norm_eps=1e-6).eval()
+    shake(peer)
+    for block in peer.transformer_blocks:                # as in DiT's own code
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    ours = DiT(4, dim, layers, dim // 64, (1, 2, 2), out_channels=8, classes=1001, own_table=True,
+               positions="sincos", grid=(side // 2, side // 2))
+    theirs, state = peer.state_dict(), {"pos_embed": ours.pos_embed}
+    for name in theirs:                  # each of their blocks holds the embedders: let them agree
+        if ".norm1.emb." in name:
+            theirs[name].copy_(theirs[re.sub(r"blocks\.\d+", "blocks.0", name)])
+    names = [(r"pos_embed.proj", "embed"), (r"proj_out_1", "head_modulation"), (r"proj_out_2", "head"),
+             (r"transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", "time.0"),
+             (r"transformer_blocks.0.norm1.emb.timestep_embedder.linear_2", "time.2"),
+             (r"transformer_blocks.0.norm1.emb.class_embedder.embedding_table", "classes")]
+    for n in range(layers):
+        block = f"transformer_blocks.{n}"
+        names += [(f"{block}.norm1.linear", f"blocks.{n}.modulation"),
+                  (f"{block}.attn1.to_out.0", f"blocks.{n}.attn.out"),
+                  (f"{block}.ff.net.0.proj", f"blocks.{n}.up"), (f"{block}.ff.net.2", f"blocks.{n}.down")]
+        for kind in LINEAR:
+            state[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(
+                [theirs[f"{block}.attn1.to_{part}.{kind}"] for part in "qkv"])
+    for name, own in names:
+        for kind in LINEAR:
+            if f"{name}.{kind}" in theirs:
+                how = "conv" if (own, kind) == ("embed", "weight") else own if own == "head" else ""
+                state[f"{own}.{kind}"] = turn(theirs[f"{name}.{kind}"], how, ours.patch)
+    ours.load_state_dict(state)
+    return peer.to(device), ours.to(device)
+
+
+def shake(model):
+    """Random weights of a trained model's size, none of them at its initial value."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.02 if p.dim() > 1 else 0.1) + (p.mean() if p.dim() < 2 else 0))
+
+
+def bench_case(kind, layers, dim, shapes, device):
+    """(their step's forward, ours: functions without arguments that return the outputs, one a clip;
+    the two models). Theirs takes the clips one after the other in shapes, or padded to the largest."""
+    torch.manual_seed(1)
+    is_wan = kind == "wan"
+    peer, ours = peer_wan(layers, dim, device) if is_wan else peer_dit(layers, dim, shapes[0][2],
+                                                                      device)
+    channels = 16 if is_wan else 4
+    clips = [torch.randn(channels, *shape, device=device) for shape in shapes]
+    largest = [max(sides) for sides in zip(*shapes)]
+    padded = torch.zeros(len(clips), channels, *largest, device=device)
+    for b, clip in enumerate(clips):
+        padded[(b, slice(None), *(slice(n) for n in clip.shape[1:]))] = clip
+    times = torch.randint(0, 1000, (len(clips),), device=device)
+    texts = [torch.randn(20 + b, 256, device=device) for b in range(len(clips))]
+    row = lay_out([tuple(clip.shape) for clip in clips], [None] * len(clips), [[]] * len(clips), None,
+                  ours.patch).to(device)
+    row.labels = times
+    packed, row.cu_text = fill_texts(texts) if is_wan else (None, None)
+
+    def theirs(alone=False):
+        if not is_wan:
+            return list(peer(padded[:, :, 0], times, class_labels=times).sample[:, :, None])
+        if not alone:
+            return list(peer(padded, times, packed.view(len(clips), -1, 256)).sample)
+        return [peer(clip[None], t[None], text[None]).sample[0] for clip, t, text
+                in zip(clips, times, packed.view(len(clips), -1, 256))]
+
+    def mine():
+        out = ours(patchify(clips, ours.patch), times.float(), row, packed)
+        return unpatchify(out, [(ours.out_channels, *shape) for shape in shapes], ours.patch)
+
+    return peer, ours, theirs, mine
+
+
+def step_seconds(steps, repeats):
+    """The least seconds of each of several training steps, timed in turns."""
+    best = [math.inf] * len(steps)
+    for _ in range(repeats):
+        for i, step in enumerate(steps):
+            sync()
+            began = time.perf_counter()
+            step()
+            sync()
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def bench(argv):
+    """Prints a table: a step of ours and of diffusers' with equal weights, in one run."""
+    parser = option_parser("A training step beside diffusers' (which must be installed)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of ours")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=number(int, 1), default=5, help="steps of each (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        import diffusers
+    except ImportError:
+        refuse("bench needs diffusers beside it: pip install diffusers")
+    mixed = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
+    cases = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
+             ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
+             ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
+             ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, mixed)]
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
+          f"{torch.get_num_threads()} threads; theirs fp32, ours {args.dtype}")
+    print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
+    for name, kind, layers, dim, shapes in cases:
+        peer, ours, theirs, mine = bench_case(kind, layers, dim, shapes, args.device)
+        with torch.no_grad():
+            pairs = zip(theirs(alone=True) if kind == "wan" else theirs(), mine())
+            away = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+
+        def stepper(model, forward, dtype):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+            def step():
+                with torch.autocast(torch.device(args.device).type, torch.bfloat16, dtype == "bf16"):
+                    outs = forward()
+                sum(out.float().square().mean() for out in outs).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return step
+
+        a, b = step_seconds([stepper(peer, theirs, "fp32"), stepper(ours, mine, args.dtype)],
+                            args.repeats)
+        print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return bench(argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     train(args, folder)

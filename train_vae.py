@@ -14,7 +14,7 @@ same numbers as in one piece. No statistic runs over time or space, for the same
     python train_vae.py demo                     # two minutes on two cores
     python train_vae.py demo --encode            # seconds
     python train_vae.py demo --run quick --steps 20                      # a look, under a minute
-    torchrun --nproc_per_node 8 train_vae.py mine --model vae-b --size 256   # one node
+    torchrun --nproc_per_node 8 -- train_vae.py mine --model vae-b --size 256   # one node
 
 Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -164,6 +165,33 @@ def init_weights(name, kind, weights, model):
         if config["model"].get(option) != value:
             refuse(f"{folder} has {option} {config['model'].get(option)}, --model asks for {value}")
     return load_file(step / f"{weights}.safetensors")
+
+
+def read_tensors(path):
+    """{name: tensor} of a published file, or of the one (perhaps sharded) in a folder: safetensors,
+    or .pt, .pth, .bin, .ckpt of plain tensors. Nothing but tensors and options is ever unpickled."""
+    path = Path(path)
+    if path.is_dir():
+        index = next(iter(sorted(path.glob("*.index.json"))), None)
+        if index:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            lacks = [name for name in files if not (path / name).is_file()]
+            if lacks:
+                refuse(f"{path} lacks {lacks[0]}, which {index.name} names")
+        else:
+            files = [p.name for ending in ("safetensors", "bin") for p in path.glob(f"*.{ending}")][:1]
+        if not files:
+            refuse(f"{path} holds no weights (.safetensors or .bin)")
+        return {k: v for name in files for k, v in read_tensors(path / name).items()}
+    if not path.is_file():
+        refuse(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
 
 
 def is_finished(checkpoint, args):

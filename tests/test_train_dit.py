@@ -76,7 +76,7 @@ def test_a_fresh_model_is_the_identity_and_returns_zero():
         seen.append(m)
     text = torch.randn(int(row.cu_text[-1]), 48)
     after = torch.zeros(2, 3, 48).unbind(0)
-    assert torch.equal(block(x, x, tables, after, text, row)[0], x)
+    assert torch.equal(block(x, x, tables, after, text, None, row)[0], x)
 
 
 def test_initial_values_follow_the_table_of_initialise():
