@@ -81,7 +81,7 @@ def test_a_fresh_model_is_the_identity_and_returns_zero():
 
 def test_initial_values_follow_the_table_of_initialise():
     torch.manual_seed(0)
-    dit = D.DiT(16, 64, dim=256, depth=1, heads=4, patch=(1, 2, 2), rope_base=100.0)
+    dit = D.DiT(16, text_dim=64, dim=256, depth=1, heads=4, patch=(1, 2, 2), rope_base=100.0)
     for name, module in dit.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
