@@ -5,6 +5,8 @@ Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BP
                             log.jsonl, samples/ (held-out frames and what it says), step-000100/
       data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
                             "scores": {"logprob": mean over the tokens}}; data/NAME/captions-RUN.png
+      data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
+                            text encoder reads them; HASH8 names the encoder
 
 The idea: a vision tower turns frames into tokens, a connector turns these into the decoder's width,
 and a decoder reads them as the beginning of its text and goes on with the caption. Two things make
@@ -31,31 +33,42 @@ Axes: B clips, n frames of a clip, S their side in px, N visual tokens, L text t
 A heads, E head dim. Layers are pre-norm; rotary positions count all visual tokens as one place.
 Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021 (convolutional
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
-1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245).
+1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
+Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020).
 """
 import functools
+import hashlib
+import html
 import json
+import math
 import os
+import pickle
+import re
 import sys
+import unicodedata
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
                           open_dataset, refuse, rng, run_dir)
-from train_vae import (MuonAdamW, Stream, barrier, fit, is_finished, last_step, load_step, lr_at,
-                       option_parser, optimizer_tensors, prefetch, read_config, restore_optimizer, setup,
-                       skip_clips, start_run, take_step, training_options)
+from train_vae import (RUN_FORMAT, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
+                       load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
+                       read_header, restore_optimizer, setup, skip_clips, start_run, take_step,
+                       training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -108,6 +121,10 @@ def pad(lists):
 # ------------------------------------------------------------------------------------------------
 
 
+ACTS = {"gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu,
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
 @dataclass(frozen=True)
 class Stack:
     """The shape of a stack of transformer layers; a published family is one such row."""
@@ -117,20 +134,26 @@ class Stack:
     kv_heads: int = 0           # 0: as many as heads
     ffn: int = 0                # hidden width of the MLP; 0: 4 * width
     norm: str = "ln"            # "ln" or "rms"
-    glu: bool = False           # SiLU-gated MLP, or a plain GELU one
+    glu: bool = False           # a gated MLP, or a plain one
     causal: bool = False
     rope: float = 1e4           # base of the rotary positions; models that add positions use none
     eps: float = 1e-5
+    act: str = "gelu"           # of the MLP, by its published name: a key of ACTS
+    head: int = 0               # head dim; 0: width / heads
+    bias: bool = True           # of the linear layers
+    scale: float | None = None  # of the attention's scores; None: head dim^-0.5
 
     def __post_init__(self):
         heads, shared = self.heads, self.kv_heads or self.heads
-        if self.width % (2 * heads) or heads % shared:
+        if (not self.head and self.width % (2 * heads)) or heads % shared:
             raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
                              "must cut width into even parts, and kv_heads must divide heads")
+        if self.act not in ACTS:
+            raise ValueError(f"activation {self.act} is not one of {', '.join(sorted(ACTS))}")
 
     @property
     def head_dim(self):
-        return self.width // self.heads
+        return self.head or self.width // self.heads
 
     def layers(self):
         return nn.ModuleList(Layer(self) for _ in range(self.depth))
@@ -159,35 +182,40 @@ class Layer(nn.Module):
     def __init__(self, stack):
         super().__init__()
         self.stack, width, ffn = stack, stack.width, stack.ffn or 4 * stack.width
+        inner = stack.heads * stack.head_dim
         shared = (stack.kv_heads or stack.heads) * stack.head_dim
+        linear = functools.partial(nn.Linear, bias=stack.bias)
         self.norm1, self.norm2 = stack.make_norm(), stack.make_norm()
-        self.q, self.k, self.v = nn.Linear(width, width), *(nn.Linear(width, shared) for _ in "kv")
-        self.out = nn.Linear(width, width)
-        self.gate = nn.Linear(width, ffn) if stack.glu else None
-        self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.q, self.k, self.v = linear(width, inner), *(linear(width, shared) for _ in "kv")
+        self.out = linear(inner, width)
+        self.gate = linear(width, ffn) if stack.glu else None
+        self.up, self.down = linear(width, ffn), linear(ffn, width)
 
-    def attend(self, x, turn, cu, cache):
+    def attend(self, x, turn, cu, cache, bias):
         q, k, v = (f(x).unflatten(-1, (-1, self.stack.head_dim)) for f in (self.q, self.k, self.v))
         if turn is not None:
             q, k = rotate(q, *turn), rotate(k, *turn)                    # [B, N, A or KV, E]
         if cu is not None:                                               # packed: [L, A or KV, E]
             k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
-            return self.out(attention(q, k, v, cu, cu).flatten(1))
+            return self.out(attention(q, k, v, cu, cu, self.stack.scale).flatten(1))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.add(self, k, v)
+        if bias is not None:                                             # scores in float32, too
+            q, k, v = q.float(), k.float(), v.float()
         # One new query sees all that the cache holds; several are a text's beginning: a square.
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=self.stack.causal and q.shape[2] > 1,
+        o = F.scaled_dot_product_attention(q, k, v, bias, scale=self.stack.scale,
+                                           is_causal=self.stack.causal and q.shape[2] > 1,
                                            enable_gqa=q.shape[1] != k.shape[1])
-        return self.out(o.transpose(1, 2).flatten(2))
+        return self.out(o.transpose(1, 2).flatten(2).to(x.dtype))
 
-    def forward(self, x, turn=None, cu=None, cache=None):
-        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' (cos, sin)."""
-        x = x + self.attend(self.norm1(x), turn, cu, cache)
-        h = self.norm2(x)
-        if self.gate is None:
-            return x + self.down(F.gelu(self.up(h)))
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+    def forward(self, x, turn=None, cu=None, cache=None, bias=None):
+        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' (cos, sin);
+        bias: float32 [B or 1, A, N, N], added to the attention's scores."""
+        x = x + self.attend(self.norm1(x), turn, cu, cache, bias)
+        h, act = self.norm2(x), ACTS[self.stack.act]
+        h = act(self.up(h)) if self.gate is None else act(self.gate(h)) * self.up(h)
+        return x + self.down(h)
 
 
 class Cache:
@@ -716,6 +744,353 @@ def caption(args):
         write_sheet(sheet, folder, shown, [texts[row["key"]] for row in shown])
     if rank == 0:
         print(f"{folder}: {len(wanted)} clips captioned by {run}; look at {sheet}", file=sys.stderr)
+
+
+# ================================================================================================
+# Published models, strictly by their published names. First: T5 v1.1, UMT5 and CLIP read text
+# ================================================================================================
+
+
+def read_published(path):
+    """The object in a published JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        refuse(f"{path} is missing, or holds no JSON")
+
+
+def weight_files(folder):
+    """The files of a Hugging Face folder's weights, one or several."""
+    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        index = path.with_name(f"{path.name}.index.json")
+        if path.exists():
+            return [path]
+        if index.exists():
+            return [folder / name for name in {*read_published(index)["weight_map"].values()}]
+    refuse(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an "
+           ".index.json of several")
+
+
+def read_weights(files):
+    """{published name: a function that reads the tensor}, over all files. Nothing but tensors is
+    unpickled; files are mapped, so that a large model is in memory once."""
+    weights = {}
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                file = safe_open(path, "pt")
+                names, read = file.keys(), file.get_tensor
+            else:
+                names = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                read = names.get
+        except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            refuse(f"{path} cannot be read as weights: {error}")
+        weights.update((name, functools.partial(read, name)) for name in names)
+    return weights
+
+
+def load_strictly(model, weights, patterns, ignored, dtype, device, where):
+    """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
+    our module's name, published name; several with | are one tensor's, one of them must be there).
+    Whatever is missing, of another shape, or neither known nor `ignored`, is refused by name."""
+    state, known, faults = {}, set(), []
+    for name, parameter in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        theirs = next(match.expand(theirs) for ours, theirs in patterns
+                      if (match := re.fullmatch(ours, module)))
+        names = [f"{each}.{kind}" for each in theirs.split("|")]
+        known.update(names)
+        there = next((each for each in names if each in weights), None)
+        if there is None:
+            faults.append(f"{names[0]} is missing")
+        elif (tensor := weights[there]()).shape != parameter.shape:
+            faults.append(f"{there} is {list(tensor.shape)}, not {list(parameter.shape)}")
+        else:
+            state[name] = tensor.to(device, dtype)
+    faults += [f"{name} is unexpected" for name in sorted(weights)
+               if name not in known and not re.fullmatch(ignored, name)]
+    if faults:
+        refuse(f"{where}: " + "; ".join(faults[:8]) + f"; {len(faults)} in all" * (len(faults) > 8))
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+T5_KEYS = [
+    (r"embed", r"shared|encoder.embed_tokens"), (r"norm", r"encoder.final_layer_norm"),
+    (r"tables.(\d+)", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
+    (r"layers.(\d+).norm1", r"encoder.block.\1.layer.0.layer_norm"),
+    (r"layers.(\d+).norm2", r"encoder.block.\1.layer.1.layer_norm"),
+    (r"layers.(\d+).([qkv])", r"encoder.block.\1.layer.0.SelfAttention.\2"),
+    (r"layers.(\d+).out", r"encoder.block.\1.layer.0.SelfAttention.o"),
+    (r"layers.(\d+).gate", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
+    (r"layers.(\d+).up", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
+    (r"layers.(\d+).down", r"encoder.block.\1.layer.1.DenseReluDense.wo")]
+T5_IGNORED = r"decoder\..*|lm_head\.weight"                              # of a whole T5
+WAN_T5 = "models_t5_umt5-xxl-enc-bf16.pth"                               # UMT5 in Wan's own layout
+WAN_KEYS = [
+    (r"embed", r"token_embedding"), (r"norm", r"norm"),
+    (r"tables.(\d+)", r"blocks.\1.pos_embedding.embedding"),
+    (r"layers.(\d+).(norm\d)", r"blocks.\1.\2"), (r"layers.(\d+).([qkv])", r"blocks.\1.attn.\2"),
+    (r"layers.(\d+).out", r"blocks.\1.attn.o"), (r"layers.(\d+).gate", r"blocks.\1.ffn.gate.0"),
+    (r"layers.(\d+).up", r"blocks.\1.ffn.fc1"), (r"layers.(\d+).down", r"blocks.\1.ffn.fc2")]
+CLIP_KEYS = [
+    (r"embed", r"text_model.embeddings.token_embedding"), (r"norm", r"text_model.final_layer_norm"),
+    (r"position", r"text_model.embeddings.position_embedding"),
+    (r"layers.(\d+).norm(\d)", r"text_model.encoder.layers.\1.layer_norm\2"),
+    (r"layers.(\d+).([qkv]|out)", r"text_model.encoder.layers.\1.self_attn.\2_proj"),
+    (r"layers.(\d+).up", r"text_model.encoder.layers.\1.mlp.fc1"),
+    (r"layers.(\d+).down", r"text_model.encoder.layers.\1.mlp.fc2")]
+CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_scale|"
+                r"(text|visual)_projection\.weight")
+CLIP_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+                     num_attention_heads=8, max_position_embeddings=77, vocab_size=49408,
+                     hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
+
+
+def clean_prompt(text):
+    """A prompt as Wan's models are given it: HTML's entities read; typographic quotes, ligatures
+    and full-width forms made plain; control characters dropped; white space in single spaces.
+    (What Wan uses, ftfy, also repairs text that was decoded wrongly.)"""
+    text = text if "<" in text else html.unescape(text)
+    text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb06\uff01-\uffef]",
+                  lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = re.sub("[\u201c-\u201f]", '"', re.sub("[\u02bc\u2018-\u201b]", "'", text))
+    text = re.sub("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
+    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def clip_tokenizer(folder):
+    """CLIP's BPE from its two older files."""
+    part, words = tokenizers.pre_tokenizers, tokenizers.normalizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>",
+        unk_token="<|endoftext|>"))
+    tokenizer.normalizer = words.Sequence([
+        words.NFC(), words.Replace(tokenizers.Regex(r"\s+"), " "), words.Lowercase()])
+    tokenizer.pre_tokenizer = part.Sequence([
+        part.Split(tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"),
+                   "removed", invert=True), part.ByteLevel(add_prefix_space=False)])
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return tokenizer
+
+
+def open_tokens(folder, is_clip):
+    """(text -> ids, ids before each text, id after it, id of padding) of a published tokenizer.
+    T5's spiece.model comes first: tokenizer.json may have lost the bytes that spell rare signs."""
+    marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
+    if not is_clip and (folder / "spiece.model").exists():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+        return pieces.encode, [], pieces.eos_id(), max(0, pieces.pad_id())
+    if (folder / "tokenizer.json").exists():
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    elif is_clip and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        tokenizer = clip_tokenizer(folder)
+    else:
+        refuse(f"{folder} has no tokenizer: neither tokenizer.json nor "
+               + ("vocab.json with merges.txt" if is_clip else "spiece.model"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        told = read_published(folder / name).get("pad_token") if (folder / name).exists() else None
+        marks[-1] = told["content"] if isinstance(told, dict) else told or marks[-1]
+    *begin, end, pad = map(tokenizer.token_to_id, marks)
+    if None in (*begin, end, pad):
+        refuse(f"{folder}: the tokenizer lacks one of {', '.join(marks)}")
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, begin, end, pad
+
+
+def distance_buckets(n, buckets, furthest):
+    """int64 [n, n]: the row of T5's table for query i and key j. Half of the rows are for keys that
+    come later; of each half the first half is for one distance each, the others widen with its
+    logarithm, and the last holds all from `furthest` on."""
+    place, half = torch.arange(n), buckets // 2
+    away, exact = place - place[:, None], half // 2
+    far = (away.abs().clamp(min=1).float() / exact).log() / math.log(furthest / exact)
+    far = (exact + (far * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(away.abs() < exact, away.abs(), far) + half * (away > 0)
+
+
+class TextEncoder(nn.Module):
+    """A frozen text encoder, as `open_text_encoder` makes it. T5's and UMT5's add a table's row to
+    the scores by the distance of two tokens (T5: the first layer's table in all, UMT5: each its
+    own); CLIP's is causal and adds positions. `hash` names it in files' names."""
+
+    def __init__(self, stack, vocab, positions=0, tables=0, buckets=32, furthest=128):
+        super().__init__()
+        self.buckets, self.furthest, self.max_length = buckets, furthest, positions or 512
+        self.embed = nn.Embedding(vocab, stack.width)
+        self.position = nn.Embedding(positions, stack.width) if positions else None
+        self.tables = nn.ModuleList(nn.Embedding(buckets, stack.heads) for _ in range(tables))
+        self.layers, self.norm = stack.layers(), stack.make_norm()
+
+    def forward(self, ids, mask=None):
+        """ids int64 [B, L]; mask [B, L], 0 at padding (CLIP's sees its padding and ignores it) ->
+        (hidden states, those before the last layer and norm), each [B, L, D]."""
+        x, bias, n = self.embed(ids), None, ids.shape[1]
+        if self.position is not None:
+            x = x + self.position.weight[:n]
+        rows = distance_buckets(n, self.buckets, self.furthest).to(ids.device)
+        for i, layer in enumerate(self.layers):
+            if self.tables:
+                table = self.tables[i % len(self.tables)].weight.float()
+                bias = table[rows].permute(2, 0, 1)[None]                # [1, A, L, L]
+                if mask is not None:
+                    bias = bias.masked_fill(mask[:, None, None] == 0, -torch.inf)
+            before, x = x, layer(x, bias=bias)                           # [B, L, D]
+        return self.norm(x), before
+
+    def pooled(self, ids, hidden):
+        """[B, D]: CLIP's hidden state at the first end of each text. Configs that say 2, which is
+        not its id, mean the largest id."""
+        is_end = ids == (ids.amax(1, True) if self.end == 2 else self.end)
+        return hidden[torch.arange(len(ids)), is_end.int().argmax(1)]
+
+    def ids(self, texts, max_length=None):
+        """(ids, mask), int64 [B, max_length]: texts with their marks, cut and padded."""
+        most, (split, begin, end, pad), rows = max_length or self.max_length, self.tokens, []
+        if self.position is not None and most > self.max_length:
+            raise ValueError(f"max_length {most}: this encoder has {self.max_length} positions")
+        for text in texts:
+            ids = begin + split(clean_prompt(text) if self.is_wan else text)
+            rows.append(ids[:most - 1] + [end])
+        mask = torch.arange(most) < torch.tensor([[len(row)] for row in rows])
+        return torch.tensor([row + [pad] * (most - len(row)) for row in rows]), mask.long()
+
+    @torch.no_grad()
+    def encode(self, texts, max_length=None, batch=8):
+        """A tensor [L, D] for each text, up to the end of its own; of CLIP's all max_length rows,
+        as the models that read them were given."""
+        found, device = [], self.embed.weight.device
+        for i in range(0, len(texts), batch):
+            ids, mask = self.ids(texts[i:i + batch], max_length)
+            lengths = (mask if self.tables else torch.ones_like(mask)).sum(1).tolist()
+            ids, mask = (x[:, :max(lengths)].to(device) for x in (ids, mask))
+            found += [x[:n] for x, n in zip(self(ids, mask)[0], lengths)]
+        return found
+
+
+def wan_config(weights):
+    """What config.json would say, from the shapes in Wan's file."""
+    (vocab, width), (buckets, heads), (inner, _), (ffn, _) = (
+        weights[name]().shape for name in (
+            "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
+            "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"))
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return dict(model_type="umt5", d_model=width, vocab_size=vocab, num_heads=heads, d_ff=ffn,
+                d_kv=inner // heads, num_layers=depth, layer_norm_epsilon=1e-6,
+                relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu")
+
+
+def make_text_encoder(config):
+    """(TextEncoder without weights, a text that says what it computes) of a published config."""
+    kind = config.get("model_type")
+    if kind in ("t5", "umt5") and config["feed_forward_proj"] == "gated-gelu":
+        stack = Stack(config["d_model"], config["num_layers"], config["num_heads"],
+                      ffn=config["d_ff"], norm="rms", glu=True, eps=config["layer_norm_epsilon"],
+                      act="gelu_new", head=config["d_kv"], bias=False, scale=1.0)
+        shape = dict(tables=stack.depth if kind == "umt5" else 1,
+                     buckets=config["relative_attention_num_buckets"],
+                     furthest=config.get("relative_attention_max_distance", 128))
+    elif kind in ("clip", "clip_text_model"):
+        config = {**CLIP_DEFAULTS, **config.get("text_config", config)}
+        stack = Stack(config["hidden_size"], config["num_hidden_layers"],
+                      config["num_attention_heads"], ffn=config["intermediate_size"], causal=True,
+                      act=config["hidden_act"], eps=config["layer_norm_eps"])
+        shape = dict(positions=config["max_position_embeddings"])
+    else:
+        raise ValueError(f"model_type {kind}, feed_forward_proj {config.get('feed_forward_proj')}: "
+                         "known are t5 and umt5 with gated-gelu, clip and clip_text_model")
+    with torch.device("meta"):
+        model = TextEncoder(stack, config["vocab_size"], **shape)
+    model.end = config.get("eos_token_id")
+    return model, f"{stack} {shape}"
+
+
+def open_text_encoder(path, device="cpu", dtype=torch.float32):
+    """The TextEncoder of a Hugging Face folder, of a diffusers pipeline's, or of Wan's own layout.
+    Wan's, in either layout, cleans its prompts. T5 overflows in float16, which is refused."""
+    path = where = tokens = Path(path)
+    index, weights, patterns = path / "model_index.json", None, None
+    is_wan = index.exists() and read_published(index).get("_class_name", "").startswith("Wan")
+    if (path / WAN_T5).exists():
+        where, tokens, is_wan = path / WAN_T5, path / "google" / "umt5-xxl", True
+        weights, patterns = read_weights([where]), (WAN_KEYS, "")
+    elif (path / "text_encoder").is_dir():
+        where, tokens = path / "text_encoder", path / "tokenizer"
+    elif not (path / "config.json").exists():
+        refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
+    try:
+        model, facts = make_text_encoder(wan_config(weights) if weights else
+                                         read_published(where / "config.json"))
+    except KeyError as error:
+        refuse(f"{where}: {error} is missing, of the sizes or of the config")
+    except ValueError as error:
+        refuse(f"{where}: {error}")
+    is_clip = model.position is not None
+    if dtype == torch.float16 and not is_clip:
+        refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
+    load_strictly(model, weights or read_weights(weight_files(where)),
+                  *patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED)),
+                  dtype, device, where)
+    model.tokens, model.is_wan = open_tokens(tokens, is_clip), is_wan
+    digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
+    for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
+        digest.update(tensor.flatten()[:4096].float().cpu().numpy().tobytes())
+    model.hash = digest.hexdigest()[:8]
+    return model
+
+
+def text_path(folder, shard, name):
+    return Path(folder) / f"{shard}.text-{name}.safetensors"
+
+
+def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0, world=1):
+    """Writes what `encoder` makes of the captions of `rows`, of the empty prompt and of a negative
+    one: a file a shard, in which tensor "7" belongs to text 7 of the header. A file that holds all
+    of them is left alone; one that lacks some is made again, with what it held."""
+    most, shards = max_length or encoder.max_length, {}
+    for row in rows:
+        texts = shards.setdefault(row["shard"], {"", negative})
+        texts.update(caption["text"] for caption in row["captions"])
+    for shard in tqdm(sorted(shards)[rank::world], desc="encode", unit="shard", disable=rank > 0):
+        path, texts = text_path(folder, shard, encoder.hash), shards[shard]
+        if path.exists():
+            was = read_header(path)
+            if was["max_length"] != most:
+                refuse(f"{path} was encoded with at most {was['max_length']} tokens, not {most}: "
+                       "give the same, or remove the file")
+            if texts <= set(was["texts"]):
+                continue
+            texts = texts.union(was["texts"])
+        texts = sorted(texts, key=lambda text: (len(text), text))        # neighbours pad little
+        header = {"format": RUN_FORMAT, "encoder": encoder.hash, "max_length": most, "texts": texts}
+        tensors = {str(i): x.cpu().clone() for i, x in enumerate(encoder.encode(texts, most))}
+        with atomic(path) as part:
+            save_file(tensors, part, {"nanosora": json.dumps(header, sort_keys=True)})
+    barrier()
+
+
+class TextEmbeddings:
+    """What `encode_captions` wrote for some shards: text -> [L, D], read when it is asked for."""
+
+    def __init__(self, folder, shards, name):
+        self.places = {}
+        for path in (text_path(folder, shard, name) for shard in sorted(set(shards))):
+            if not path.exists():
+                refuse(f"{path} is missing: encode the captions (again)")
+            for i, text in enumerate(read_header(path)["texts"]):
+                self.places.setdefault(text, (path, str(i)))
+
+    def __getitem__(self, text):
+        path, name = self.places[text]
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None):

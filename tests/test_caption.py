@@ -3,6 +3,7 @@ made here: what it learns, how it resumes, what it writes, what it refuses."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import caption as c
 import prepare_data
@@ -107,8 +108,10 @@ def test_text_tower_packed_equals_each_text_alone():
 def test_layer_flags():
     """Every flag of a stack runs, keeps its shape, and a causal one does not see what comes."""
     torch.manual_seed(0)
-    for kv_heads, norm, glu in ((0, "ln", False), (2, "rms", True), (1, "ln", True)):
-        stack = c.Stack(32, 1, 4, kv_heads=kv_heads, norm=norm, glu=glu, causal=True)
+    for kv_heads, norm, glu, act, head in ((0, "ln", False, "gelu", 0), (2, "rms", True, "silu", 6),
+                                           (1, "ln", True, "quick_gelu", 10)):
+        stack = c.Stack(32, 1, 4, kv_heads=kv_heads, norm=norm, glu=glu, causal=True, act=act,
+                        head=head, bias=glu, scale=1.0 if head else None)
         layer, x = c.Layer(stack), torch.randn(2, 6, 32)
         turn = c.rotary(torch.arange(6), stack)
         y = layer(x, turn)
@@ -117,6 +120,140 @@ def test_layer_flags():
         assert y.shape == (2, 6, 32) and not torch.allclose(layer(x, turn)[:, 4:], y[:, 4:])
     with pytest.raises(ValueError, match="kv_heads 3"):
         c.Stack(32, 1, 4, kv_heads=3)
+    with pytest.raises(ValueError, match="activation relu6"):
+        c.Stack(32, 1, 4, act="relu6")
+
+
+# -- published text encoders: the numbers are test_parity's ----------------------------------------
+
+FIXTURES = ROOT / "tests" / "fixtures"
+TEXTS = ["a red dog", "", "a small grey cat runs across the street in the rain"]
+
+
+def published(folder, name, tensors=None, config=None, **files):
+    """A copy of a fixture's folder, with other weights (a dict a file) or another config."""
+    source = FIXTURES / name
+    shutil.copytree(source / "encoder" if (source / "encoder").exists() else source, folder)
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    if tensors is not None or files:
+        (folder / "model.safetensors").unlink()
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors")
+    for path, part in files.items():
+        (save_file if path.endswith("safetensors") else torch.save)(part, folder / path)
+    return folder
+
+
+def refusal(capsys, *args, **options):
+    with pytest.raises(SystemExit) as stop:
+        c.open_text_encoder(*args, **options)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def agree(a, b):
+    assert a.hash == b.hash                              # weights that are alike are one encoder
+    assert all(map(torch.equal, a.encode(TEXTS, 20), b.encode(TEXTS, 20)))
+
+
+def test_layouts_of_weights_agree(tmp_path):
+    """Whole, in shards of either kind, with the rest of the model, and in Wan's own layout."""
+    plain = published(tmp_path / "plain", "t5-v1_1-encoder")
+    tensors, encoder = load_file(plain / "model.safetensors"), c.open_text_encoder(plain)
+    names = sorted(tensors)
+    for kind, stem in ((".safetensors", "model"), (".bin", "pytorch_model")):
+        parts = {f"{stem}-{i}-of-2{kind}": {n: tensors[n] for n in names[i::2]} for i in (0, 1)}
+        parts[f"{stem}-0-of-2{kind}"]["decoder.final_layer_norm.weight"] = torch.ones(48)
+        folder = published(tmp_path / stem, "t5-v1_1-encoder", **parts)
+        (folder / f"{stem}{kind}.index.json").write_text(json.dumps(
+            {"weight_map": {n: path for path, part in parts.items() for n in part}}))
+        agree(c.open_text_encoder(folder), encoder)
+
+    plain = published(tmp_path / "clip", "clip-text")
+    tensors, encoder = load_file(plain / "model.safetensors"), c.open_text_encoder(plain)
+    config = json.loads((plain / "config.json").read_text())
+    whole = published(
+        tmp_path / "whole", "clip-text", config={"model_type": "clip", "text_config": config},
+        tensors={**tensors, "logit_scale": torch.ones(()), "vision_model.x": torch.ones(1)})
+    agree(c.open_text_encoder(whole), encoder)
+    (whole / "tokenizer.json").unlink()                  # then its two older files are read
+    agree(c.open_text_encoder(whole), encoder)
+    assert [x.shape for x in encoder.encode(TEXTS)] == [(20, 48)] * 3        # padding included
+
+    plain = published(tmp_path / "umt5", "wan-umt5")
+    wan, encoder = tmp_path / "wan", c.open_text_encoder(plain)
+    shutil.copytree(plain, wan / "google" / "umt5-xxl")
+    renamed = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        for ours, theirs in (("shared", "token_embedding"), ("encoder.final_layer_norm", "norm"),
+                             ("encoder.block", "blocks"), (".layer.0.SelfAttention", ".attn"),
+                             (".attn.relative_attention_bias", ".pos_embedding.embedding"),
+                             (".layer.0.layer_norm", ".norm1"), (".layer.1.layer_norm", ".norm2"),
+                             (".layer.1.DenseReluDense", ".ffn"), ("wi_0", "gate.0"),
+                             ("wi_1", "fc1"), ("wo.", "fc2.")):
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    torch.save(renamed, wan / c.WAN_T5)
+    (tmp_path / "pipeline").mkdir()
+    shutil.move(plain, tmp_path / "pipeline" / "text_encoder")
+    shutil.copytree(wan / "google" / "umt5-xxl", tmp_path / "pipeline" / "tokenizer")
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    wan, pipeline = c.open_text_encoder(wan), c.open_text_encoder(tmp_path / "pipeline")
+    agree(wan, pipeline)
+    curly = [f"\u201c{text}\u201d  &amp; \u2026" for text in TEXTS]   # Wan's clean their prompts
+    assert all(map(torch.equal, wan.encode(curly),
+                   encoder.encode([f'"{text}" & \u2026' for text in TEXTS])))
+    assert [len(x) for x in wan.encode(curly)] == wan.ids(curly)[1].sum(1).tolist()
+
+
+def test_text_encoder_refusals(tmp_path, capsys):
+    tensors = load_file(FIXTURES / "wan-umt5" / "model.safetensors")
+    lost = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    some = {name: x for name, x in tensors.items() if name != lost}
+    some |= {"extra.weight": torch.ones(1), "shared.weight": torch.ones(9, 32)}
+    error = refusal(capsys, published(tmp_path / "some", "wan-umt5", tensors=some))
+    assert f"{lost} is missing" in error and "extra.weight is unexpected" in error
+    assert "shared.weight is [9, 32], not [512, 32]" in error
+    assert "neither config.json nor text_encoder/ nor models_t5" in refusal(capsys, tmp_path)
+    assert "float16" in refusal(capsys, FIXTURES / "wan-umt5", dtype=torch.float16)
+    bert = published(tmp_path / "bert", "wan-umt5", config={"model_type": "bert"})
+    assert "model_type bert" in refusal(capsys, bert)
+    (bert / "config.json").write_text('{"model_type": "umt5", "feed_forward_proj": "gated-gelu"}')
+    assert "'d_model' is missing" in refusal(capsys, bert)
+    bare = published(tmp_path / "bare", "wan-umt5")
+    for name, wanted in (("spiece.model", ""), ("tokenizer.json", "spiece.model"),
+                         ("model.safetensors", "no weights")):
+        (bare / name).unlink()
+        assert not wanted or wanted in refusal(capsys, bare)
+    torch.save({"shared.weight": Path("x")}, bare / "pytorch_model.bin")
+    assert "cannot be read as weights" in refusal(capsys, bare)
+
+
+def test_encoded_captions(tmp_path, capsys):
+    """Each shard's texts, each once, and the prompts; made again only where a text is missing."""
+    encoder = c.open_text_encoder(FIXTURES / "wan-umt5")
+    rows = [{"shard": f"shard-0000{i // 2}", "captions": [{"text": t} for t in (TEXTS[0], t)]}
+            for i, t in enumerate(["one", "two", "three", "__metadata__"])]
+    c.encode_captions(tmp_path, rows, encoder, 12, negative="ugly")
+    paths = [c.text_path(tmp_path, f"shard-0000{i}", encoder.hash) for i in (0, 1)]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    c.encode_captions(tmp_path, rows, encoder, 12, negative="ugly")
+    assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    texts = c.TextEmbeddings(tmp_path, ["shard-00001", "shard-00000"], encoder.hash)
+    assert sorted(texts.places) == sorted(["", "ugly", TEXTS[0], "one", "two", "three",
+                                           "__metadata__"])
+    for text in texts.places:
+        torch.testing.assert_close(texts[text], encoder.encode([text], 12)[0], atol=2e-5, rtol=0)
+    paths[0].unlink()
+    c.encode_captions(tmp_path, [*rows, {**rows[3], "captions": [{"text": "four"}]}], encoder, 12,
+                      negative="ugly")
+    assert paths[0].read_bytes() == before[0][0] and paths[1].read_bytes() != before[1][0]
+    texts = c.TextEmbeddings(tmp_path, ["shard-00001"], encoder.hash)
+    assert {"four", "three", "ugly"} <= set(texts.places)
+    with pytest.raises(SystemExit):
+        c.encode_captions(tmp_path, rows, encoder, 24)
+    assert "at most 12 tokens, not 24" in capsys.readouterr().err
 
 
 # -- the captioner ---------------------------------------------------------------------------------

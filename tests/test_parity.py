@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import caption
 import train_dit as D
 
 ROOT = Path(os.environ.get("PARITY_DIR") or Path(__file__).with_name("fixtures"))
@@ -21,9 +22,6 @@ TO_COME = {
     ("dit", "training_losses"): "DiT's diffusion", ("gaussian_diffusion", "*"): "DiT's diffusion",
     ("sit", "training_losses"): "SiT's objectives", ("sit_transport", "*"): "SiT's objectives",
     ("uvit", "*"): "published denoisers", ("videogpt_gpt", "*"): "published denoisers",
-    ("t5_encoder", "*"): "text encoders",
-    ("umt5_encoder", "*"): "text encoders", ("umt5", "*"): "text encoders",
-    ("clip_text", "*"): "text encoders",
     ("dit", "p_sample_loop"): "samplers", ("dit", "ddim_sample_loop"): "samplers",
     ("sit", "sample_ode"): "samplers", ("sit", "sample_sde"): "samplers",
     ("sit_transport", "sample_ode"): "samplers", ("sit_transport", "sample_sde"): "samplers",
@@ -49,7 +47,8 @@ def handles(system, call="*"):
 
 class Case:
     """One check of one folder; `case["in.x"]` and the like are its tensors, None where it has none.
-    Folders without a list of checks are one check, named by nothing, whose tensors have plain names."""
+    Folders without a list of checks are one check, named by nothing, whose tensors have plain names;
+    what a handler takes from there by `case[...]` counts as an input."""
 
     def __init__(self, folder, check):
         self.folder, self.check = folder, check
@@ -65,8 +64,10 @@ class Case:
         self.tensors = {name[len(prefix):]: tensor for name, tensor
                         in load_file(self.folder / "io.safetensors").items()
                         if name.startswith(prefix)}
+        self.inputs = set()
 
     def __getitem__(self, name):
+        self.inputs.add(name)
         return self.tensors.get(name)
 
     def wanted(self):
@@ -74,7 +75,10 @@ class Case:
         if self.check:
             return [f"out.{n}" for n in self.check["out"]] + [f"grad.{n}" for n in
                                                               self.check.get("grad", ())]
-        return [name for name in self.tensors if name.startswith(("out", "grad."))]
+        outs = [name for name in self.tensors if name.startswith("out")]
+        if outs:
+            return outs + [name for name in self.tensors if name.startswith("grad.")]
+        return sorted(set(self.tensors) - self.inputs)
 
     def bound(self, recorded):
         """The largest error allowed in a tensor recorded as this one."""
@@ -173,6 +177,48 @@ def wan_forward(case):
     return {**gradients(case, model, layout), **found}
 
 
+# ---- text encoders
+
+@handles("t5_encoder", "text_encode")
+@handles("umt5_encoder", "text_encode")
+@handles("clip_text", "text_encode")
+@handles("t5_encoder", "text_encode_ids")
+@handles("umt5_encoder", "text_encode_ids")
+@handles("clip_text", "text_encode_ids")
+def text_encode(case):
+    encoder = caption.open_text_encoder(case.weights)
+    ids, mask = case["in.ids"], case["in.mask"]
+    if case.call == "text_encode":
+        most = case.kwargs.get("max_length", case.args.get("max_length"))
+        ours = encoder.ids(case.about["texts"], most)
+        assert torch.equal(ours[0], ids) and (mask is None or torch.equal(ours[1], mask))
+    hidden, before = encoder(ids, mask)
+    return {"out.hidden": hidden, "out.penultimate": before,
+            "out.pooled": encoder.pooled(ids, hidden) if case.system == "clip_text" else None}
+
+
+@handles("umt5")
+def wan_text(case):
+    """Of a folder's names: after_blockN and embeds hold a text's first rows only."""
+    encoder, about, blocks = caption.open_text_encoder(case.weights), case.about, {}
+    cleaned = [caption.clean_prompt(prompt) for prompt in about["prompts"]]
+    assert cleaned == about["cleaned"]
+    ids, mask = encoder.ids(cleaned, about["max_length"])
+    hooks = [layer.register_forward_hook(lambda *call, i=i: blocks.update({i: call[-1]}))
+             for i, layer in enumerate(encoder.layers)]
+    encoder(ids, mask)
+    for hook in hooks:
+        hook.remove()
+    embeds = torch.zeros(*ids.shape, encoder.embed.embedding_dim)
+    for i, text in enumerate(encoder.encode(cleaned, about["max_length"])):
+        embeds[i, :len(text)] = text
+    found = {f"after_block{i}": x * mask[:, :, None] for i, x in blocks.items()} | {
+        "input_ids": ids, "attention_mask": mask, "lengths": mask.sum(1), "embeds": embeds,
+        "embeds_sum_over_tokens": embeds.sum(1)}
+    return {name: found[name][:, :x.shape[1]] if x.dim() == 3 else found[name]
+            for name, x in case.tensors.items()}
+
+
 def all_cases():
     for path in sorted(ROOT.glob("*/fixture.json")):
         checks = json.loads(path.read_text()).get("checks") or [None]
@@ -181,7 +227,7 @@ def all_cases():
 
 def compare(case, found):
     for name in case.wanted():
-        recorded = case[name]
+        recorded = case.tensors[name]
         assert name in found, f"{name} was not computed"
         ours = found[name].detach()
         assert ours.shape == recorded.shape, f"{name}: {tuple(ours.shape)}, {tuple(recorded.shape)}"
