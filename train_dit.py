@@ -48,11 +48,12 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
-from train_vae import (MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit, gaussians,
-                       init_weights, is_finished, last_step, latents_path, load_autoencoder,
-                       load_step, lr_at, normaliser, optimizer_tensors, option_parser, read_config,
-                       read_header, read_log, read_tensors, restore_optimizer, setup, sheet_frames, skip_clips,
-                       split_rows, start_run, take_step, to_frames, training_options)
+from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit,
+                       gaussians, init_weights, is_finished, keep_memory, last_step, latents_path,
+                       load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
+                       option_parser, read_config, read_header, read_log, read_tensors,
+                       restore_optimizer, setup, sheet_frames, skip_clips, split_rows, start_run,
+                       take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: flow matching on a straight line
@@ -138,7 +139,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim, heads, qk_norm):
         super().__init__()
         self.heads = heads
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.out = Linear(dim, 3 * dim), Linear(dim, dim)
         ones = lambda: nn.Parameter(torch.ones(dim)) if qk_norm else None
         self.q_norm, self.k_norm = ones(), ones()
 
@@ -157,8 +158,8 @@ class CrossAttention(nn.Module):
     def __init__(self, dim, heads, image):
         super().__init__()
         self.heads = heads
-        self.q, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q, self.out = Linear(dim, dim), Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.q_norm, self.k_norm = nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
         self.kv_image = nn.Linear(dim, 2 * dim) if image else None
         self.k_norm_image = nn.RMSNorm(dim, 1e-6) if image else None
@@ -201,7 +202,7 @@ class Block(nn.Module):
         if text:
             self.cross_weight = nn.Parameter(torch.ones(dim))
             self.cross_bias = nn.Parameter(torch.zeros(dim))
-        self.up, self.down = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+        self.up, self.down = Linear(dim, ffn), Linear(ffn, dim)
 
     def forward(self, x, h, m, after, text, image, row):
         """x, h [N, D]: the stream and its modulated norm; m: six tables [R, D]."""
@@ -229,7 +230,7 @@ class DiT(nn.Module):
         super().__init__()
         self.patch, self.positions, self.grid = tuple(patch), positions, grid
         self.channels, self.out_channels = channels, out_channels or channels
-        self.embed = nn.Linear(channels * math.prod(patch), dim)
+        self.embed = Linear(channels * math.prod(patch), dim)
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.classes = nn.Embedding(classes, dim) if classes else None     # the last one: no class
         self.about = nn.Linear(64 * conditions, dim) if conditions else None
@@ -248,7 +249,7 @@ class DiT(nn.Module):
         is_rotary = positions != "sincos"
         self.blocks = nn.ModuleList(Block(dim, heads, ffn or 4 * dim, own_table, is_rotary, text_dim,
                                           image_dim) for _ in range(depth))
-        self.head = nn.Linear(dim, self.out_channels * math.prod(patch))
+        self.head = Linear(dim, self.out_channels * math.prod(patch))
         if is_rotary:
             freqs, axes = rope_frequencies(dim // heads, rope_base)
             self.register_buffer("freqs", freqs, persistent=False)
@@ -1058,10 +1059,15 @@ def bench_case(kind, layers, dim, shapes, device):
 
 
 def step_seconds(steps, repeats):
-    """The least seconds of each of several training steps, timed in turns."""
+    """The least seconds of a step of theirs and of ours, timed in turns: theirs with memory as
+    Python starts, ours with memory as our scripts set it."""
     best = [math.inf] * len(steps)
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
         for i, step in enumerate(steps):
+            keep_memory(i == 1)
+            if turn == 0:
+                step()
+                continue
             sync()
             began = time.perf_counter()
             step()
