@@ -340,6 +340,251 @@ class TextToVideo(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
+# U-ViT and VideoGPT's prior
+# ------------------------------------------------------------------------------------------------
+
+_S, _M = dict(dim=512, depth=12, heads=8), dict(dim=768, depth=16, heads=12)
+_L, _H = dict(dim=1024, depth=20, heads=16), dict(dim=1152, depth=28, heads=16, conv=False)
+UVIT_MODELS = {  # 1001 classes: the last stands for none; text: width and number of CLIP's tokens
+    "uvit-s-2-cifar10": dict(_S, channels=3, size=(1, 32, 32), patch=2),
+    "uvit-s-4-celeba64": dict(_S, channels=3, size=(1, 64, 64), patch=4),
+    "uvit-m-4-imagenet64": dict(_M, channels=3, size=(1, 64, 64), patch=4, classes=1000),
+    "uvit-l-4-imagenet64": dict(_L, channels=3, size=(1, 64, 64), patch=4, classes=1000),
+    "uvit-l-2-imagenet256": dict(_L, channels=4, size=(1, 32, 32), patch=2, classes=1001),
+    "uvit-h-2-imagenet256": dict(_H, channels=4, size=(1, 32, 32), patch=2, classes=1001),
+    "uvit-l-4-imagenet512": dict(_L, channels=4, size=(1, 64, 64), patch=4, classes=1001),
+    "uvit-h-4-imagenet512": dict(_H, channels=4, size=(1, 64, 64), patch=4, classes=1001),
+    "uvit-s-2-coco": dict(_S, channels=4, size=(1, 32, 32), patch=2, text=(768, 77)),
+    "uvit-s-2-coco-deep": dict(_S, channels=4, size=(1, 32, 32), patch=2, text=(768, 77), depth=16),
+}
+
+
+class UViTBlock(nn.Module):
+    """A pre-norm layer; with `skip`, the stream is first joined with an earlier block's output."""
+
+    def __init__(self, dim, heads, hidden, bias, skip=False):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim, bias), proj=nn.Linear(dim, dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+
+    def forward(self, x, cu, skip=None):
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], -1))                           # [N, D]
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        x = x + self.attn.proj(attention(q, k, v, cu, cu).flatten(1))                # [N, D]
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+
+
+class UViT(nn.Module):
+    """U-ViT (2209.12152): class or text, time and patches are all tokens of one sequence, and the
+    second half of the blocks gets the outputs of the first half, the latest first. size (T', H',
+    W'): the grid that positions are learnt for; a smaller clip has its near corner. depth // 2
+    blocks stand on each side of a middle one. state_dict() has the published names."""
+
+    def __init__(self, channels, size, patch, dim, depth, heads, hidden=None, classes=0, text=None,
+                 conv=True, qkv_bias=False, time_mlp=False):
+        super().__init__()
+        self.patch, self.channels = (1, patch, patch), channels
+        self.grid = tuple(n // p for n, p in zip(size, self.patch))
+        self.extras = 1 + bool(classes) + (text[1] if text else 0)
+        block = functools.partial(UViTBlock, dim, heads, hidden or 4 * dim, qkv_bias)
+        self.pos_embed = nn.Parameter(torch.randn(1, self.extras + math.prod(self.grid), dim) / 50)
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(channels, dim, patch, patch)))
+        self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(
+            4 * dim, dim)) if time_mlp else nn.Identity()
+        self.label_emb = nn.Embedding(classes, dim) if classes else None
+        self.context_embed = nn.Linear(text[0], dim) if text else None
+        self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self.norm, self.decoder_pred = nn.LayerNorm(dim), nn.Linear(dim, channels * patch**2)
+        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+        # positions and Linears: normal 0.02, biases 0; convolutions and labels: torch's own law
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, condition, shapes):
+        """x [N, C*P]: noisy tokens of clips of `shapes` [(C, T', H', W')] as `patchify` lays them,
+        perhaps with a null clip behind; t [B] on the published scale, 1 to 1000 for latents, 0 to
+        999 for pixels; condition: int64 [B] labels, [B, L, width] text, or None, as the model is.
+        Returns the noise [N, C*P]. A clip's tokens are label and time, or time and text, then x."""
+        cells = [tuple(n // p for n, p in zip(shape[1:], self.patch)) for shape in shapes]
+        counts, place = list(map(math.prod, cells)), self.pos_embed[0]
+        time = self.time_embed(sinusoid(t, place.shape[1]))[:, None]          # [B, 1, D]
+        label = [] if self.label_emb is None else [self.label_emb(condition)[:, None]]
+        text = [] if self.context_embed is None else [self.context_embed(condition)]
+        extras = torch.cat([*label, time, *text], 1) + place[:self.extras]           # [B, X, D]
+        grid, proj = place[self.extras:].unflatten(0, self.grid), self.patch_embed.proj
+        patches = F.linear(x[:sum(counts)], proj.weight.flatten(1), proj.bias).split(counts)
+        h = torch.cat([part for extra, patch, (nt, ny, nx) in zip(extras, patches, cells)
+                       for part in (extra, patch + grid[:nt, :ny, :nx].flatten(0, 2))])
+        lengths, skips = [self.extras + n for n in counts], []
+        cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=x.device)
+        for block in self.in_blocks:
+            skips.append(h := block(h, cu))
+        h = self.mid_block(h, cu)
+        for block in self.out_blocks:
+            h = block(h, cu, skips.pop())
+        h = torch.cat([clip[self.extras:] for clip in h.split(lengths)])             # [n, D]
+        h = self.decoder_pred(self.norm(h)).unflatten(-1, (-1, self.channels))       # [n, P, C]
+        h = h.mT.flatten(1)                                  # [n, C*P], as patchify has it
+        if self.final_layer is not None:                     # a frame is an image of its batch
+            h = patchify([self.final_layer(z.transpose(0, 1)).transpose(0, 1)
+                          for z in unpatchify(h, shapes, self.patch)], self.patch)
+        return F.pad(h, (0, 0, 0, len(x) - len(h)))
+
+
+def sd_alpha_bars(beta_start=0.00085, beta_end=0.012, n_steps=1000):
+    """float64 [n_steps + 1]: the data's variance after 0, 1, ... steps of Stable Diffusion."""
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, n_steps, dtype=torch.float64)
+    return F.pad((1 - roots.square()).cumprod(0), (1, 0), value=1.0)
+
+
+def noise_losses(model, x0, noise, n, condition, shapes, alpha_bars):
+    """(x_n [N, C*P], each clip's mean squared error of the noise [B]) at the steps n [B] in
+    1..1000; x0 and noise [N, C*P] without a null clip."""
+    counts = [math.prod(shape) // x0.shape[1] for shape in shapes]
+    kept = alpha_bars.to(n.device)[n].repeat_interleave(n.new_tensor(counts))[:, None]
+    x_n = kept.sqrt().to(x0) * x0 + (1 - kept).sqrt().to(x0) * noise
+    error = (model(x_n, n, condition, shapes).float() - noise).square().mean(1)      # [N]
+    return x_n, torch.stack([part.mean() for part in error.split(counts)])
+
+
+def uvit_guided(model, x, t, condition, null, scale, shapes):
+    """Guidance as U-ViT counts it, cond + scale (cond - uncond): 0 is none, 0.4 is 1.4 elsewhere.
+    null: the label or the text that stands for none; x without a null clip."""
+    both = torch.cat([condition, null.expand_as(condition)])
+    given, free = model(x.repeat(2, 1), t.repeat(2), both, [*shapes] * 2).chunk(2)
+    return given + scale * (given - free)
+
+
+class CodeNorm(nn.Module):
+    """VideoGPT's LayerNorm: its 1e-5 stands outside the root; a class may set gain and bias."""
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        if classes:
+            self.w, self.wb = nn.Linear(classes, dim, False), nn.Linear(classes, dim, False)
+            nn.init.constant_(self.w.weight, classes**-0.5)
+        else:
+            self.g, self.b = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x, label):
+        gain, bias = (self.g, self.b) if label is None else (
+            1 + self.w.weight.T[label][:, None], self.wb.weight.T[label][:, None])   # [B, 1, D]
+        var, mean = torch.var_mean(x.float(), -1, correction=0, keepdim=True)
+        return ((x.float() - mean) * (1e-5 + var.rsqrt()) * gain + bias).to(x.dtype)
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, dim, depth, heads, classes, dropout, attn_dropout):
+        super().__init__()
+        self.heads, self.dropout, self.attn_dropout = heads, dropout, attn_dropout
+        self.pre_attn_norm, self.pre_fc_norm = CodeNorm(dim, classes), CodeNorm(dim, classes)
+        self.attn = nn.ModuleDict({name: nn.Linear(dim, dim, name == "fc")
+                                   for name in ("w_qs", "w_ks", "w_vs", "fc")})
+        self.fc_block = nn.ModuleDict({"0": nn.Linear(dim, 4 * dim), "2": nn.Linear(4 * dim, dim)})
+        for name, linear in self.attn.items():
+            nn.init.normal_(linear.weight, std=(dim * (depth if name == "fc" else 1))**-0.5)
+
+    def forward(self, x, label, mask, cache, first):
+        h, drop = self.pre_attn_norm(x, label), self.dropout * self.training
+        q, k, v = (self.attn[name](h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for name in ("w_qs", "w_ks", "w_vs"))                             # [B, A, L, E]
+        if cache is not None:
+            cache[:, :, :, first:first + x.shape[1]] = torch.stack([k, v])
+            k, v = cache[:, :, :, :first + x.shape[1]]
+        h = F.scaled_dot_product_attention(q, k, v, mask, self.attn_dropout * self.training,
+                                           is_causal=mask is None and cache is None)
+        x = x + F.dropout(self.attn.fc(h.transpose(1, 2).flatten(2)), drop)
+        h = self.fc_block["0"](self.pre_fc_norm(x, label))
+        return x + F.dropout(self.fc_block["2"](h * torch.sigmoid(1.702 * h)), drop)
+
+
+@functools.lru_cache(maxsize=4)
+def sparse_mask(shape, device, block=32, local=4):
+    """bool [L, L]: which codes (columns) a code sees. Runs of `block` codes form a grid; one sees
+    itself, the `local` before it, and earlier ones that differ along one axis, not the last."""
+    axis = max(i for i in range(len(shape)) if i == 0 or math.prod(shape[i:]) > block)
+    grid = *shape[:axis], math.prod(shape[axis:]) // block
+    at = np.stack(np.unravel_index(np.arange(math.prod(grid)), grid), -1)            # [M, axes]
+    differs, number = at[:, None] != at, np.arange(len(at))
+    seen = (number[:, None] - number <= local) | (differs.sum(-1) == 1) & ~differs[..., -1]
+    return torch.from_numpy(seen.repeat(block, 0).repeat(block, 1)).tril().to(device)
+
+
+class GPT(nn.Module):
+    """VideoGPT's prior (2104.10157): predicts each code of a clip, in raster order, from those
+    before it. shape (T', H', W'): of the codes, L in all; codes, code_dim: of the codebook, which
+    the VQ-VAE owns; dim: a multiple of 3; sparse: by `sparse_mask`. It has the published names."""
+
+    def __init__(self, shape, codes, code_dim, dim, depth, heads, sparse=False, classes=0,
+                 dropout=0.2, attn_dropout=0.3):
+        super().__init__()
+        self.shape, self.heads, self.sparse = tuple(shape), heads, sparse
+        self.register_buffer("codebook", torch.zeros(codes, code_dim))
+        self.fc_in = nn.Linear(code_dim, dim, False)
+        self.attn_stack = nn.ModuleDict(dict(
+            right_shift=nn.ParameterDict(dict(sos=0.02 * torch.randn(dim))),
+            pos_embd=nn.ModuleDict(dict(emb=nn.ParameterDict(
+                {f"d_{i}": 0.01 * torch.randn(n, dim // 3) for i, n in enumerate(shape)}))),
+            attn_nets=nn.ModuleList(GPTBlock(dim, depth, heads, classes, dropout,
+                                             0 if sparse else attn_dropout) for _ in range(depth))))
+        self.norm, self.fc_out = CodeNorm(dim, classes), nn.Linear(dim, codes, False)
+        nn.init.normal_(self.fc_in.weight, std=0.02)
+        nn.init.zeros_(self.fc_out.weight)
+
+    def run(self, x, first, label, caches=None):
+        """Logits [B, n, K] from the inputs x [B, n, D] of the places first, first + 1, ..."""
+        last = first + x.shape[1]
+        index = np.unravel_index(np.arange(first, last), self.shape)
+        tables, blocks = self.attn_stack.pos_embd.emb.values(), self.attn_stack.attn_nets
+        x = x + torch.cat([table[i] for table, i in zip(tables, index)], -1)
+        mask = sparse_mask(self.shape, x.device)[first:last, :last] if self.sparse else None
+        for block, cache in zip(blocks, caches or [None] * len(blocks)):
+            x = block(x, label, mask, cache, first)                                  # [B, n, D]
+        return self.fc_out(self.norm(x, label))
+
+    def forward(self, codes, label=None):
+        """codes int64 [B, T', H', W'], label int64 [B] or None, as the model is, to logits [B, T',
+        H', W', K]: those at a place are of the code there, given all before it."""
+        x = self.fc_in(self.codebook[codes.flatten(1)[:, :-1]])                      # [B, L-1, D]
+        x = torch.cat([self.attn_stack.right_shift.sos.expand(len(codes), 1, -1), x], 1)
+        return self.run(x, 0, label).unflatten(1, self.shape)
+
+    def loss(self, codes, label=None):
+        """Mean cross-entropy a code, in nats."""
+        return F.cross_entropy(self(codes, label).flatten(0, -2), codes.flatten())
+
+    def step(self, previous, place, caches, label=None):
+        """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
+        what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
+        x = self.fc_in(self.codebook[previous])                                      # [B, D]
+        x = x if place else self.attn_stack.right_shift.sos.to(x).expand_as(x)
+        if not caches:
+            size = 2, len(x), self.heads, math.prod(self.shape), x.shape[1] // self.heads
+            caches += [x.new_zeros(size) for _ in self.attn_stack.attn_nets]
+        return self.run(x[:, None], place, label, caches)[:, 0]
+
+
+@torch.no_grad()
+def generate_codes(model, draws, label=None, temperature=1.0, progress=iter):
+    """Codes int64 [B, T', H', W'], one by one. draws [B, L]: uniform numbers in [0, 1);
+    temperature: above 0; progress: what to wrap the loop in, such as tqdm."""
+    caches, codes = [], torch.zeros_like(draws, dtype=torch.int64)
+    for place in progress(range(draws.shape[1])):
+        logits = model.step(codes[:, place - 1], place, caches, label)               # [B, K]
+        below = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        codes[:, place] = (below < draws[:, place, None] * below[:, -1:]).sum(-1)
+    return codes.unflatten(1, model.shape)
+
+
+# ------------------------------------------------------------------------------------------------
 # Data: packed rows of clips
 # ------------------------------------------------------------------------------------------------
 
@@ -928,6 +1173,72 @@ def load_published(path, heads=None):
     if model.positions != "sincos":      # buffers that no file holds
         model.freqs, model.axes = rope_frequencies(options["dim"] // options["heads"], 10000.0)
     return model.requires_grad_(False).eval(), layout
+
+
+def filled(make, options, state, path):
+    """make(**options) holding the tensors of `state`, in eval mode; names and shapes must agree."""
+    with torch.device("meta"):
+        model = make(**options)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        refuse(f"{path}: {error}")
+    return model.eval()
+
+
+def load_uvit(path, heads=None, text_tokens=77):
+    """(UViT, its options) of a published .pth or a training folder N.ckpt (its nnet_ema.pth). What
+    the file does not tell: heads (None: of width 64, but 72 in the H models), and text_tokens."""
+    path = Path(path, "nnet_ema.pth") if Path(path).is_dir() else Path(path)
+    state = read_tensors(path)
+    if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
+        refuse(f"{path} is no U-ViT: it has no pos_embed, patch_embed or mid_block")
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
+    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
+    text = None if text is None else (text.shape[1], text_tokens)
+    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
+    side = math.isqrt(max(patches, 1))
+    if not heads or dim % heads or side**2 != patches:
+        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
+               f"text_tokens (they leave {patches} patches, which must form a square)")
+    options = dict(
+        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
+        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
+        text=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
+        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
+        time_mlp="time_embed.0.weight" in state)
+    return filled(UViT, options, state, path), options
+
+
+def load_gpt(path):
+    """(GPT, its options, the VQ-VAE's state dict) of a published Lightning .ckpt, masks ignored."""
+    file = read_tensors(path)
+    try:
+        state, args = dict(file["state_dict"]), vars(file["hyper_parameters"]["args"])
+        codebook = state["vqvae.codebook.embeddings"]
+        options = dict(
+            shape=tuple(len(state[f"attn_stack.pos_embd.emb.d_{i}"]) for i in range(3)),
+            codes=len(codebook), code_dim=codebook.shape[1], dim=args["hidden_dim"],
+            depth=args["layers"], classes=args.get("class_cond_dim") or 0, sparse=args["attn_type"]
+            == "sparse", **{key: args[key] for key in ("heads", "dropout", "attn_dropout")})
+    except (KeyError, TypeError) as error:
+        refuse(f"{path} is no checkpoint of VideoGPT's prior: {error}")
+    if args.get("n_cond_frames") or any(name.startswith("resnet.") for name in state):
+        refuse(f"{path} is conditioned on frames through a ResNet-34: that form does not load here")
+    vqvae = {name[6:]: state.pop(name) for name in list(state) if name.startswith("vqvae.")}
+    state = {name: x for name, x in state.items() if not name.endswith(".attn.attn.mask")}
+    return filled(GPT, options, state | {"codebook": codebook}, path), options, vqvae
+
+
+def gpt_state(model, vqvae):
+    """The published state dict of a GPT with the VQ-VAE whose codes it predicts."""
+    state = model.state_dict() | {f"vqvae.{name}": x for name, x in vqvae.items()}
+    del state["codebook"]
+    for i in range(0 if model.sparse else len(model.attn_stack.attn_nets)):
+        mask = torch.ones(math.prod(model.shape), math.prod(model.shape)).tril()
+        state[f"attn_stack.attn_nets.{i}.attn.attn.mask"] = mask
+    return state
 
 
 def parse_options(argv=None):

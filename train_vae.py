@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,9 +190,15 @@ def init_weights(name, kind, weights, model):
     return load_file(step / f"{weights}.safetensors")
 
 
+STAND_INS = [           # classes in published checkpoints, read as data without their code
+    (type("Namespace", (), {}), "argparse.Namespace"),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+
 def read_tensors(path):
     """{name: tensor} of a published file, or of the one (perhaps sharded) in a folder: safetensors,
-    or .pt, .pth, .bin, .ckpt of plain tensors. Nothing but tensors and options is ever unpickled."""
+    or .pt, .pth, .bin, .ckpt of tensors and plain data. No code of a file's is ever run."""
     path = Path(path)
     if path.is_dir():
         index = next(iter(sorted(path.glob("*.index.json"))), None)
@@ -210,9 +217,14 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        with torch.serialization.safe_globals(STAND_INS):
+            is_zip = zipfile.is_zipfile(path)
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
+            if unknown:
+                refuse(f"{path} holds more than weights: {', '.join(sorted(unknown))}")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError,
+            pickle.UnpicklingError) as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
 
 

@@ -21,12 +21,11 @@ ROOT = Path(os.environ.get("PARITY_DIR") or Path(__file__).with_name("fixtures")
 TO_COME = {
     ("dit", "training_losses"): "DiT's diffusion", ("gaussian_diffusion", "*"): "DiT's diffusion",
     ("sit", "training_losses"): "SiT's objectives", ("sit_transport", "*"): "SiT's objectives",
-    ("uvit", "*"): "published denoisers", ("videogpt_gpt", "*"): "published denoisers",
     ("dit", "p_sample_loop"): "samplers", ("dit", "ddim_sample_loop"): "samplers",
     ("sit", "sample_ode"): "samplers", ("sit", "sample_sde"): "samplers",
     ("sit_transport", "sample_ode"): "samplers", ("sit_transport", "sample_sde"): "samplers",
     ("uvit", "dpm_solver_pp_sample"): "samplers", ("schedulers", "*"): "samplers",
-    ("wan-pipeline", "*"): "samplers", ("videogpt_gpt", "gpt_decode_cached"): "sampling with a cache",
+    ("wan-pipeline", "*"): "samplers",
     ("autoencoder_kl", "*"): "published autoencoders", ("videogpt_vqvae", "*"): "published autoencoders",
     ("wan-vae", "*"): "published autoencoders", ("caption-metrics", "*"): "caption metrics",
     **{(family, "*"): "published captioners and language models" for family in (
@@ -239,6 +238,86 @@ def compare(case, found):
         for i, (a, b) in enumerate(pairs):
             error = (a.double() - b.double()).abs().max().item()
             assert error <= case.bound(b), f"{name}[{i}]: {error:.3g} above {case.bound(b):.3g}"
+
+
+# ---- U-ViT and VideoGPT's prior
+
+def own_gradients(case, model, loss):
+    """{"grad.NAME": gradient of the loss} at what a check names."""
+    loss.backward()
+    return {f"grad.{name}": model.get_parameter(name).grad for name in case.check.get("grad", ())}
+
+
+def packed(case, name, patch):
+    """(tokens [N, C*P], shapes) of the images [B, C, H, W] of this name."""
+    clips = list(case[name][:, :, None])
+    return D.patchify(clips, patch), [tuple(z.shape) for z in clips]
+
+
+def unpacked(tokens, shapes, patch):
+    return torch.cat(D.unpatchify(tokens, shapes, patch), 1).transpose(0, 1)
+
+
+def open_uvit(case):
+    """(U-ViT, condition, what stands for none): a text, a label, or None."""
+    args = case.args
+    model, options = D.load_uvit(case.weights, args["num_heads"], args.get("num_clip_token", 77))
+    assert options["qkv_bias"] == args.get("qkv_bias", False)
+    assert options["conv"] == args.get("conv", True)
+    condition, null = case["in.context"], case["in.empty_context"]
+    if options["classes"]:
+        condition = case["in.y"]
+        null = torch.tensor(case.kwargs.get("null_class", options["classes"] - 1))
+    return model, condition, null
+
+
+@handles("uvit", "forward")
+def uvit_forward(case):
+    model, condition, _ = open_uvit(case)
+    x, shapes = packed(case, "in.x", model.patch)
+    out = unpacked(model(x, case["in.t"], condition, shapes), shapes, model.patch)
+    if case["in.probe"] is None:
+        return {"out.out": out}
+    return {"out.out": out, **own_gradients(case, model, (out * case["in.probe"]).sum())}
+
+
+@handles("uvit", "training_losses")
+def uvit_training_losses(case):
+    model, condition, _ = open_uvit(case)
+    schedule, start, end, steps = (case.kwargs[name] for name in (
+        "schedule", "beta_start", "beta_end", "n_timestep"))
+    assert schedule == "stable_diffusion"
+    (x0, shapes), (noise, _) = (packed(case, f"in.{name}", model.patch) for name in ("x0", "eps"))
+    x_n, losses = D.noise_losses(model, x0, noise, case["in.n"], condition, shapes,
+                                 D.sd_alpha_bars(start, end, steps))
+    return {"out.x_n": unpacked(x_n, shapes, model.patch), "out.loss": losses,
+            **own_gradients(case, model, losses.mean())}
+
+
+@handles("uvit", "cfg")
+def uvit_cfg(case):
+    model, condition, null = open_uvit(case)
+    x, shapes = packed(case, "in.x", model.patch)
+    out = D.uvit_guided(model, x, case["in.t"], condition, null, case.kwargs["scale"], shapes)
+    return {"out.out": unpacked(out, shapes, model.patch)}
+
+
+@handles("videogpt_gpt", "gpt_forward")
+def gpt_forward(case):
+    model, _, _ = D.load_gpt(case.weights)
+    logits, loss = (f(case["in.codes"], case["in.label"]) for f in (model, model.loss))
+    return {"out.logits": logits, "out.loss": loss, **own_gradients(case, model, loss)}
+
+
+@handles("videogpt_gpt", "gpt_decode_cached")
+def gpt_decode_cached(case):
+    model, _, _ = D.load_gpt(case.weights)
+    assert (case.kwargs.get("block", 32), case.kwargs.get("num_local_blocks", 4)) == (32, 4)
+    codes, caches = case["in.codes"].flatten(1), []
+    with torch.no_grad():
+        logits = [model.step(codes[:, place - 1], place, caches, case["in.label"])
+                  for place in range(codes.shape[1])]
+    return {"out.logits": torch.stack(logits, 1).unflatten(1, case["in.codes"].shape[1:])}
 
 
 @pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.id)
