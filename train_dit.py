@@ -30,6 +30,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,36 +57,246 @@ from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoc
                        take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
-# The objective: flow matching on a straight line
+# The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
 # ------------------------------------------------------------------------------------------------
 
+# Times, and coefficients found from them, broadcast against x: [B, 1, 1, 1, 1] for latents, [N, 1]
+# for packed tokens. Errors keep x's shape: the mean over a clip is its caller's.
 
-def draw_t(random, shift):
-    """A time in (0, 1): logit-normal, then shifted towards noise, t' = s t / (1 + (s - 1) t)."""
-    t = 1 / (1 + math.exp(-random.standard_normal()))
+
+class Objective(NamedTuple):
+    """What the network predicts, of which path, and how its error is weighed."""
+    prediction: str = "velocity"    # velocity | noise | score | x | ddpm
+    path: str = "linear"            # linear | gvp | vp; ddpm has its own
+    weighting: str = "none"         # none | velocity | likelihood | min-snr
+    shift_tokens: int = 0           # see token_shift
+
+
+def objective_of(args):
+    """The Objective of a run's options; the default for a run older than they are."""
+    names = {"objective": "prediction"}
+    fields = {names.get(name, name): value for name, value in args.items()}
+    return Objective(**{name: fields[name] for name in Objective._fields if name in fields})
+
+
+def interpolant(path, t):
+    """(alpha, sigma, and their derivatives in t): a straight line, a quarter of a circle (GVP), or
+    DDPM's variance preserving diffusion with rate 0.1 + 19.9 t (VP), as in SiT."""
+    if path == "linear":
+        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+    if path == "gvp":
+        alpha, sigma = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
+        return alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha
+    log_alpha, slope = -t * (0.05 + 19.9 / 4 * t), -(0.05 + 19.9 / 2 * t)
+    alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+    return alpha, sigma, slope * alpha, -slope * alpha.square() / sigma
+
+
+def interval(how, is_sampling=False):
+    """(first, last) time between which nothing below divides by zero: SiT's, in our direction; x
+    needs as much, since its noise is read by dividing by sigma."""
+    if how.path == "vp":
+        return (1e-3 if is_sampling else 1e-5), 1.0
+    ends = {"noise": (1e-3, 1 - 1e-3), "score": (1e-3, 1 - 1e-3), "x": (1e-3, 1.0)}
+    return ends.get(how.prediction, (0.0, 1.0))
+
+
+def shifted(t, shift):
+    """t pushed towards noise: t' = s t / (1 + (s - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def interpolate(x0, noise, t):
-    """x_t on the straight line from data (t = 0) to noise (t = 1)."""
-    return (1 - t) * x0 + t * noise
+def token_shift(shift, n, base):
+    """The shift of a clip of n tokens: it grows with the root of n / base, since of a longer clip
+    more can still be seen at the same time (Esser et al. 2024, 2403.03206). base 0: it does not."""
+    return shift * (n / base) ** 0.5 if base else shift
 
 
-def target(x0, noise):
-    """The velocity dx_t / dt."""
-    return noise - x0
+def draw_t(random, law="logit-normal", shift=1.0, span=(0.0, 1.0), mean=0.0, std=1.0):
+    """A time by a law, shifted, within a span. random: a numpy Generator."""
+    if law == "uniform":
+        t = random.random()
+    else:
+        t = 1 / (1 + math.exp(-(mean + std * random.standard_normal())))
+    return span[0] + (span[1] - span[0]) * shifted(t, shift)
 
 
-def euler(velocity, x, n_steps, shift=1.0, progress=None):
-    """Follows dx/dt = velocity(x, t) from t = 1 to t = 0 in n_steps; the steps are spaced by the
-    same shift as the training times. x: a tensor; velocity(x, t) takes t as a float."""
-    times = np.linspace(1, 0, n_steps + 1)
-    times = (shift * times / (1 + (shift - 1) * times)).tolist()
+def network_time(how, t):
+    """The time that the network is told: DDPM knows its steps n = 0..999 alone, as n / 1000."""
+    return (1000 * t).floor().clamp(max=999) / 1000 if how.prediction == "ddpm" else t
+
+
+def interpolate(how, x0, noise, t):
+    """x_t on the path from data (t = 0) to noise (t = 1)."""
+    if how.prediction == "ddpm":
+        c = ddpm_at(ddpm_tables(), (1000 * t).round().long())
+        return c["alpha"] * x0 + c["sigma"] * noise
+    alpha, sigma, _, _ = interpolant(how.path, t)
+    return alpha * x0 + sigma * noise
+
+
+def target(how, x0, noise, t):
+    """What the output should be: velocity dx_t / dt, noise, x_0, or sigma times the score."""
+    if how.prediction == "velocity":
+        _, _, d_alpha, d_sigma = interpolant(how.path, t)
+        return d_alpha * x0 + d_sigma * noise
+    return {"noise": noise, "x": x0, "score": -noise}[how.prediction]
+
+
+def weight(how, t, gamma=5.0):
+    """The factor of the squared error: a law of the error of x_0, which is `ratio` times the
+    output's. velocity: as if velocity had been predicted; likelihood: its bound (both SiT's);
+    min-snr: min(SNR, gamma) (Hang et al. 2023, 2303.09556)."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
+    turn = alpha * d_sigma - d_alpha * sigma
+    law = {"velocity": (turn / sigma).square(), "likelihood": turn * alpha / sigma ** 3,
+           "min-snr": (alpha / sigma).square().clamp(max=gamma)}[how.weighting]
+    ratio = {"x": 1.0, "velocity": sigma / turn}.get(how.prediction, sigma / alpha)
+    return law * ratio ** 2
+
+
+def squared_error(how, output, x0, noise, t):
+    """Elementwise, weighted; of a score, after scaling by sigma."""
+    if how.prediction == "ddpm":
+        c = ddpm_at(ddpm_tables(), (1000 * t).round().long())
+        eps, v = output.chunk(2, -1)                         # a token's channels: eps, then v
+        bits = ddpm_bits(eps.detach(), v, x0, c["alpha"] * x0 + c["sigma"] * noise, c)
+        return (eps - noise).square() + bits
+    if how.prediction == "score":
+        output = interpolant(how.path, t)[1] * output
+    error = (output - target(how, x0, noise, t)).square()
+    return error if how.weighting == "none" else weight(how, t) * error
+
+
+def read_output(how, output, x, t):
+    """(velocity, x_0, noise) that an output at x_t = x stands for."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
+    if how.prediction == "velocity":
+        turn = alpha * d_sigma - d_alpha * sigma             # not 0 at any end of linear and GVP
+        return (output, (d_sigma * x - sigma * output) / turn,
+                (alpha * output - d_alpha * x) / turn)
+    if how.prediction == "x":
+        x0, noise = output, (x - alpha * output) / sigma
+    else:
+        noise = output if how.prediction == "noise" else -sigma * output
+        x0 = (x - sigma * noise) / alpha
+    return d_alpha * x0 + d_sigma * noise, x0, noise
+
+
+def drift_score(how, output, x, t):
+    """(dx/dt of the flow, gradient of log density at x), for stochastic samplers."""
+    velocity, _, noise = read_output(how, output, x, t)
+    return velocity, -noise / interpolant(how.path, t)[1]
+
+
+def diffusion(path, form, t, norm=1.0):
+    """SiT's strengths w(t) of the noise that a stochastic sampler adds and its score takes away."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
+    return {"constant": norm * torch.ones_like(t), "sigma": norm * sigma, "linear": norm * t,
+            "SBDM": norm * sigma * (d_sigma - d_alpha * sigma / alpha),
+            "decreasing": (1 - norm * torch.cos(math.pi * t)) ** 2 / 4,
+            "increasing-decreasing": norm * torch.sin(math.pi * t) ** 2}[form]
+
+
+def from_sit(network, prediction="velocity"):
+    """A network of SiT's, whose time runs from noise, 0, to data, 1, as one of ours: the only place
+    that knows. Its velocity is ours with the other sign."""
+    sign = -1 if prediction == "velocity" else 1
+    return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
+
+
+def euler(velocity, x, n_steps, shift=1.0, progress=None, span=(0.0, 1.0)):
+    """Follows dx/dt = velocity(x, t) from t = 1 to t = 0 (or within a span) in n_steps, spaced by
+    the training times' shift: a float, or a float32 tensor that broadcasts with x; so is t."""
+    times = [span[0] + (span[1] - span[0]) * shifted(t, shift)
+             for t in np.linspace(1, 0, n_steps + 1).tolist()]
     for now, after in zip(times, times[1:]):
         x = x + (after - now) * velocity(x, now)
         if progress is not None:
             progress.update()
     return x
+
+
+# DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
+
+
+def ddpm_betas(schedule="linear", n=1000, ends=None):
+    """float64 [n]: linear (DiT's ends), scaled_linear (Stable Diffusion's) or squaredcos_cap_v2."""
+    if schedule == "squaredcos_cap_v2":
+        signal = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
+    if schedule == "scaled_linear":
+        low, high = ends or (0.00085, 0.012)
+        return np.linspace(low ** 0.5, high ** 0.5, n) ** 2
+    return np.linspace(*(ends or (0.1 / n, 20 / n)), n)
+
+
+def respace(spec, n):
+    """The steps kept of n: "" all; "250" spread evenly; "10,15,20" in equal parts of the whole;
+    "ddim50" by a whole stride."""
+    if spec.startswith("ddim"):
+        strides = [i for i in range(1, n) if len(range(0, n, i)) == int(spec[4:])]
+        if not strides:
+            refuse(f"no whole stride keeps {spec[4:]} of {n} steps")
+        return list(range(0, n, strides[0]))
+    counts, kept, start = [int(count) for count in spec.split(",")] if spec else [n], [], 0
+    for i, count in enumerate(counts):
+        size = n // len(counts) + (i < n % len(counts))
+        if count > size:
+            refuse(f"{count} steps cannot be kept of {size}")
+        stride, place = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            kept.append(start + round(place))
+            place += stride                                  # summed and rounded as DiT does
+        start += size
+    return kept
+
+
+@functools.lru_cache
+def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
+    """float64 [S] of the S kept steps, by their published names, and what x_t and the loss need."""
+    kept = respace(respacing, n)
+    alpha_bar = np.cumprod(1 - ddpm_betas(schedule, n, ends))[kept]
+    before = np.append(1.0, alpha_bar[:-1])
+    betas = 1 - alpha_bar / before
+    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step, of which the log
+    log_variance = np.log(np.append(variance[1:2], variance[1:]))          # is the second's
+    tables = dict(
+        timestep_map=np.array(kept), betas=betas, log_betas=np.log(betas), alphas_cumprod=alpha_bar,
+        alpha=alpha_bar ** 0.5, sigma=(1 - alpha_bar) ** 0.5,
+        posterior_variance=variance, posterior_log_variance_clipped=log_variance,
+        posterior_mean_coef1=betas * before ** 0.5 / (1 - alpha_bar),
+        posterior_mean_coef2=(1 - before) * (1 - betas) ** 0.5 / (1 - alpha_bar))
+    return {name: torch.from_numpy(table) for name, table in tables.items()}
+
+
+def ddpm_at(tables, n):
+    """{name: float32, of the shape of n} at the steps n (int64), and n itself."""
+    found = {name: table.to(n.device, torch.float32)[n] for name, table in tables.items()}
+    return {"n": n, **found}
+
+
+def ddpm_mean_logvar(eps, v, x, c):
+    """(mean, log variance) of the step before x_t = x; v from -1 to 1 spans the variance."""
+    x0 = (x - c["sigma"] * eps) / c["alpha"]
+    least, share = c["posterior_log_variance_clipped"], (v + 1) / 2
+    mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
+    return mean, share * c["log_betas"] + (1 - share) * least
+
+
+def ddpm_bits(eps, v, x0, x, c):
+    """The bound's term of a step, elementwise in bits: KL(true posterior, ours); at the first step
+    the code length of x_0 in 256 levels. DiT keeps eps out of its gradient."""
+    mean, logvar = ddpm_mean_logvar(eps, v, x, c)
+    true_mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
+    true_logvar = c["posterior_log_variance_clipped"]
+    kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
+                + (true_mean - mean).square() * (-logvar).exp())
+    # the normal's distribution function by the same approximation as the reference
+    below = lambda z: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
+    upper, lower = (below((x0 - mean + half) * (-0.5 * logvar).exp()) for half in (1/255, -1/255))
+    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
+    return torch.where(c["n"] == 0, -mass.clamp(min=1e-12).log(), kl) / math.log(2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -328,6 +539,7 @@ class DiT(nn.Module):
 
 class TextToVideo(nn.Module):
     """The denoiser and the text tower that is trained, averaged and saved with it."""
+    objective = Objective()                                  # as what its output is to be read
 
     def __init__(self, channels, vocab, text, **options):
         super().__init__()
@@ -777,12 +989,13 @@ def load_row(clips, keys, seed, step, drop, times):
 
 
 def clip_losses(model, row, x0, noise, t, dtype):
-    """[B]: each clip's squared error of the velocity, its own mean over tokens and channels."""
-    device, rows = x0.device, row.rows
+    """[B]: each clip's squared error, its own mean over tokens and channels."""
+    device, rows, how = x0.device, row.rows, model.objective
+    t = network_time(how, t)
     time_of = t[rows.long()][:, None]
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        v = model(interpolate(x0, noise, time_of), t, row)
-    error = (v.float() - target(x0, noise)).square().mean(-1)                        # [N]
+        output = model(interpolate(how, x0, noise, time_of), t, row)
+    error = squared_error(how, output.float(), x0, noise, time_of).mean(-1)          # [N]
     n = int(row.cu[-1])                                      # the null clip does not count
     sums = torch.zeros(len(t), device=device).index_add(0, rows[:n].long(), error[:n])
     return sums / (row.cu[1:] - row.cu[:-1])
@@ -819,15 +1032,17 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
     patch = model.dit.patch
     texts = texts + [[EOS]] * n * (twice - 1)
     row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch).to(device)
+    how, first, lengths = model.objective, row.cu[:n].long(), row.cu[1:n + 1] - row.cu[:n]
+    if how.shift_tokens:                                     # each token by its clip's length
+        shift = token_shift(shift, lengths, how.shift_tokens).repeat_interleave(lengths)[:, None]
 
     def velocity(x, t):
-        times = torch.full((n * twice,), t, device=device)
-        v = model(x.repeat(twice, 1), times, row)
-        if twice == 1:
-            return v
-        return guide(*v.chunk(2), guidance)
+        t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
+        output = model(x.repeat(twice, 1), t[first, 0].repeat(twice), row)
+        output = guide(*output.chunk(2), guidance) if twice == 2 else output
+        return read_output(how, output, x, t)[0]
 
-    tokens = euler(velocity, patchify(noises, patch), n_steps, shift, progress)
+    tokens = euler(velocity, patchify(noises, patch), n_steps, shift, progress, interval(how, True))
     mean, std = normaliser(vae_config, device)
     videos = []
     for z in unpatchify(tokens, shapes, patch):
@@ -919,6 +1134,8 @@ def train(args, folder):
             tokenizer.save(str(path))
     torch.manual_seed(args.seed)
     model, step = TextToVideo(**options).to(device), 0
+    model.objective = objective_of(vars(args))               # the average's copy has it too
+    tokens_of = dict(zip(clips.keys, clips.lengths))
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = MuonAdamW(model, plain=("dit.head", "table", "dit.time"))
     if checkpoint:
@@ -937,7 +1154,9 @@ def train(args, folder):
         rows = [plan.row(step * rows_a_step + i) for i in range(rows_a_step)]
         loaded = []
         for keys in rows[rank::world]:
-            times = [draw_t(rng(args.seed, "time", step, key), args.shift) for key in keys]
+            times = [draw_t(rng(args.seed, "time", step, key), args.times,
+                            token_shift(args.shift, tokens_of[key], args.shift_tokens),
+                            interval(model.objective)) for key in keys]
             loaded.append(load_row(clips, keys, args.seed, step, args.drop, times))
         return loaded, sum(len(keys) for keys in rows)
 
@@ -984,6 +1203,7 @@ def load_denoiser(name, device="cpu", weights="ema"):
     if step is None:
         refuse(f"{folder} has no checkpoint yet: run its train_dit.py command again")
     model = TextToVideo(**config["model"])
+    model.objective = objective_of(config["args"])
     model.load_state_dict(load_file(step / f"{weights}.safetensors"))
     return (model.to(device).eval().requires_grad_(False),
             load_tokenizer(folder / "tokenizer.json"), config)
@@ -1263,12 +1483,26 @@ def parse_options(argv=None):
         help="decay of the averaged weights, 0 to 1 (%(default)s)")
     add("--drop", type=number(float, 0, 1), default=0.1,
         help="share of captions dropped, 0 to 1 (%(default)s)")
+    add("--objective", default="velocity", choices=["velocity", "noise", "score", "x", "ddpm"],
+        help="what the model predicts; ddpm: DiT's noise and variance (%(default)s)")
+    add("--path", default="linear", choices=["linear", "gvp", "vp"],
+        help="from data to noise: straight, a quarter circle, DDPM's diffusion (%(default)s)")
+    add("--weighting", default="none", choices=["none", "velocity", "likelihood", "min-snr"],
+        help="of the squared error over times (%(default)s)")
+    add("--times", default="logit-normal", choices=["logit-normal", "uniform"],
+        help="law of the training times (%(default)s)")
     add("--shift", type=number(float, 0.01, 100), default=1.0,
         help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
+    add("--shift_tokens", type=number(int, 0), default=0,
+        help="tokens at which the shift is --shift; it grows with their root, 0: not (%(default)s)")
     args = parser.parse_args(argv)
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
+    if args.objective == "ddpm":         # its loss is there; a head of 2 C outputs is not yet
+        refuse("--objective ddpm: no model learns a variance yet; take --objective noise --path vp")
+    if args.objective == "velocity" and args.weighting in ("velocity", "likelihood"):
+        refuse(f"--weighting {args.weighting} is for --objective noise, score and x: leave it out")
     return args
 
 

@@ -19,8 +19,6 @@ ROOT = Path(os.environ.get("PARITY_DIR") or Path(__file__).with_name("fixtures")
 
 # (system, call or "*"): why it is not checked yet
 TO_COME = {
-    ("dit", "training_losses"): "DiT's diffusion", ("gaussian_diffusion", "*"): "DiT's diffusion",
-    ("sit", "training_losses"): "SiT's objectives", ("sit_transport", "*"): "SiT's objectives",
     ("dit", "p_sample_loop"): "samplers", ("dit", "ddim_sample_loop"): "samplers",
     ("sit", "sample_ode"): "samplers", ("sit", "sample_sde"): "samplers",
     ("sit_transport", "sample_ode"): "samplers", ("sit_transport", "sample_sde"): "samplers",
@@ -145,6 +143,46 @@ def dit_cfg(case):
     # the other half's guided channels are the same, seen from the other side
     return {"out.out": torch.cat([D.guide(with_label, without, scale, n),
                                   D.guide(without, with_label, 1 - scale, n)])}
+
+
+@handles("dit", "training_losses")
+def dit_losses(case):
+    model, layout = D.load_published(case.weights, case.args.get("num_heads"))
+    model.requires_grad_(True)
+    x0, noise, n = case["in.x_start"], case["in.noise"], case["in.t"]
+    tables = D.ddpm_tables("linear", case.kwargs["respacing"])
+    c = D.ddpm_at(tables, n.view(-1, 1, 1, 1))
+    x = c["alpha"] * x0 + c["sigma"] * noise
+    times = tables["timestep_map"][n].float()
+    out = torch.stack(denoise(model, list(x[:, :, None]), times, labels=case["in.y"]))[:, :, 0]
+    eps, v = out.chunk(2, 1) if case.args["learn_sigma"] else (out, None)
+    terms = {"mse": (eps - noise).square().flatten(1).mean(1)}
+    if v is not None:
+        terms["vb"] = D.ddpm_bits(eps.detach(), v, x0, x, c).flatten(1).mean(1)
+    terms["loss"] = sum(terms.values())
+    terms["loss"].mean().backward()
+    return {**{f"out.{name}": term for name, term in terms.items()},
+            **gradients(case, model, layout)}
+
+
+@handles("sit", "training_losses")
+def sit_network_losses(case):
+    model, layout = D.load_published(case.weights, case.args.get("num_heads"))
+    model.requires_grad_(True)
+    how = D.Objective(case.kwargs["prediction"], case.kwargs["path"].lower(),
+                      case.kwargs["loss_weight"] or "none")
+    how = how._replace(weighting="none") if how.prediction == "velocity" else how
+    x0, noise, t = case["in.x1"], case["in.x0"], (1 - case["in.t"]).view(-1, 1, 1, 1)
+
+    def network(x, t):
+        out = denoise(model, list(x[:, :, None]), t.flatten(), labels=case["in.y"])
+        return torch.stack(out)[:, :x.shape[1], 0]
+    x = D.interpolate(how, x0, noise, t)
+    output = D.from_sit(network, how.prediction)(x, t)
+    loss = D.squared_error(how, output, x0, noise, t).flatten(1).mean(1)
+    loss.mean().backward()
+    sign = -1 if how.prediction == "velocity" else 1
+    return {"out.loss": loss, "out.pred": sign * output, **gradients(case, model, layout)}
 
 
 @handles("wan-denoiser")
@@ -318,6 +356,51 @@ def gpt_decode_cached(case):
         logits = [model.step(codes[:, place - 1], place, caches, case["in.label"])
                   for place in range(codes.shape[1])]
     return {"out.logits": torch.stack(logits, 1).unflatten(1, case["in.codes"].shape[1:])}
+
+
+# ---- objectives
+
+
+@handles("gaussian_diffusion", "tables")
+def diffusion_tables(case):
+    tables = D.ddpm_tables(case.kwargs["noise_schedule"], case.kwargs["respacing"],
+                           case.kwargs["diffusion_steps"])
+    return {f"out.{name}": table for name, table in tables.items()}
+
+
+def sit_case(case):
+    """(objective, the analytic model as one of ours, times as ours, shaped to broadcast)."""
+    how = D.Objective(case.kwargs.get("prediction", "velocity"), case.kwargs["path"].lower(),
+                      case.kwargs.get("loss_weight") or "none")
+    if how.prediction == "velocity":
+        how = how._replace(weighting="none")                 # SiT weighs no velocity, even if asked
+    a, b = case["in.a"], case["in.b"]
+    model = D.from_sit(lambda x, t: a * x + b * torch.cos(3 * t), how.prediction)
+    return how, model, (1 - case["in.t"]).view(-1, *[1] * a.ndim)
+
+
+@handles("sit_transport", "training_losses")
+def sit_losses(case):
+    how, model, t = sit_case(case)
+    x0, noise = case["in.x1"], case["in.x0"]                 # SiT numbers the ends by its own time
+    x = D.interpolate(how, x0, noise, t)
+    velocity = D.target(how._replace(prediction="velocity"), x0, noise, t)
+    error = D.squared_error(how, model(x, t), x0, noise, t)
+    return {"out.x_t": x, "out.u_t": -velocity, "out.loss": error.flatten(1).mean(1)}
+
+
+@handles("sit_transport", "drift_score")
+def sit_drift_score(case):
+    how, model, t = sit_case(case)
+    drift, score = D.drift_score(how, model(case["in.x"], t), case["in.x"], t)
+    return {"out.drift": -drift, "out.score": score}
+
+
+@handles("sit_transport", "compute_diffusion")
+def sit_diffusion(case):
+    t = 1 - case["in.t"]
+    return {"out.diffusion": D.diffusion(case.kwargs["path"].lower(), case.kwargs["form"], t,
+                                         case.kwargs["norm"])}
 
 
 @pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.id)

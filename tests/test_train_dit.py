@@ -135,22 +135,6 @@ def test_euler_follows_a_known_flow():
         assert torch.allclose(end, goal, atol=1e-5)
 
 
-def test_interpolation_and_target_agree():
-    x0, noise = torch.randn(2, 6)
-    h = 1e-3
-    slope = (D.interpolate(x0, noise, 0.4 + h) - D.interpolate(x0, noise, 0.4 - h)) / (2 * h)
-    assert torch.allclose(slope, D.target(x0, noise), atol=1e-3)
-    assert torch.equal(D.interpolate(x0, noise, 0.0), x0)
-
-
-def test_the_time_law_is_logit_normal_and_shifted():
-    random = np.random.default_rng(0)
-    plain = np.array([D.draw_t(random, 1.0) for _ in range(4000)])
-    shifted = np.array([D.draw_t(random, 3.0) for _ in range(4000)])
-    assert abs(np.median(plain) - 0.5) < 0.02 and abs(np.median(shifted) - 0.75) < 0.02
-    assert 0 < plain.min() and shifted.max() < 1
-
-
 def test_rows_are_the_same_when_threads_ask_for_them_at_once(monkeypatch):
     """The loader's threads meet at the end of an epoch: each row must still be one and the same."""
     class Clips:
