@@ -1603,22 +1603,16 @@ def bench_case(kind, layers, dim, shapes, device):
     return peer, ours, theirs, mine
 
 
-def step_seconds(steps, repeats):
-    """The least seconds of a step of theirs and of ours, timed in turns: theirs with memory as
-    Python starts, ours with memory as our scripts set it."""
-    best = [math.inf] * len(steps)
-    for turn in range(repeats + 1):
-        for i, step in enumerate(steps):
-            keep_memory(i == 1)
-            if turn == 0:
-                step()
-                continue
-            sync()
-            began = time.perf_counter()
-            step()
-            sync()
-            best[i] = min(best[i], time.perf_counter() - began)
-    return best
+def step_seconds(step, repeats):
+    """The median seconds of a training step, after three to warm up."""
+    times = []
+    for _ in range(3 + repeats):
+        sync()
+        began = time.perf_counter()
+        step()
+        sync()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[3:]))
 
 
 def sync():
@@ -1662,8 +1656,10 @@ def bench(argv):
                 optimizer.zero_grad()
             return step
 
-        a, b = step_seconds([stepper(peer, theirs, "fp32"), stepper(ours, mine, args.dtype)],
-                            args.repeats)
+        keep_memory(False)                               # as Python starts; then as our scripts do
+        a = step_seconds(stepper(peer, theirs, "fp32"), args.repeats)
+        keep_memory()
+        b = step_seconds(stepper(ours, mine, args.dtype), args.repeats)
         print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
 
 

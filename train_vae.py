@@ -71,6 +71,8 @@ def setup(args, parts=None, option=None):
         if not torch.cuda.is_available():
             refuse("--device cuda: torch sees no CUDA device here; use --device cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "cpu":
+        keep_memory()
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
     return rank, world, torch.device(name)
@@ -82,7 +84,7 @@ def keep_memory(wanted=True):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0 if wanted else 65536)                 # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1 if wanted else 2**17)         # M_TRIM_THRESHOLD
+        libc.mallopt(-1, -1 if wanted else 2**17)                # M_TRIM_THRESHOLD
 
 
 class Linear(nn.Linear):
