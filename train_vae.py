@@ -341,37 +341,57 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    (self.muon if group["muon"] else self.adamw)(p, self.state[p], group)
+            found = [p for p in group["params"] if p.grad is not None]
+            if not group["muon"]:
+                self.adamw(found, group)
+                continue
+            shapes = {}
+            for p in found:                              # matrices of one shape go as one batch
+                shapes.setdefault((len(p), p[0].numel()), []).append(p)
+            for alike in shapes.values():
+                self.muon(alike, group)
 
-    def adamw(self, p, state, group):
-        if not state:
-            state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p),
-                         exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
-        (beta1, beta2), n = group["betas"], state["step"].item()
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        if p.dim() >= 2:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        root = (state["exp_avg_sq"] / (1 - beta2**n)).sqrt_().add_(1e-8)
-        p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**n))
+    def adamw(self, found, group):
+        for p in found:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p),
+                                     exp_avg_sq=torch.zeros_like(p))
+        if not found:
+            return
+        states, grads = [self.state[p] for p in found], [p.grad for p in found]
+        first, second = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        steps = [state["step"].item() for state in states]
+        decayed = [p for p in found if p.dim() >= 2]
+        if decayed:
+            torch._foreach_mul_(decayed, 1 - lr * group["weight_decay"])
+        roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**n for n in steps]))
+        torch._foreach_add_(roots, 1e-8)
+        torch._foreach_addcdiv_(found, first, roots, [-lr / (1 - beta1**n) for n in steps])
 
-    def muon(self, p, state, group):
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-        is_tall = update.shape[0] > update.shape[1]
-        x = update.T if is_tall else update
-        x = (x / (x.norm() + 1e-7)).bfloat16()      # its errors only perturb the direction
+    def muon(self, alike, group):
+        """alike: parameters of one shape, as matrices."""
+        for p in alike:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        grads, kept = [p.grad for p in alike], [self.state[p]["momentum"] for p in alike]
+        torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
+        x = torch.stack(torch._foreach_lerp(grads, kept, group["momentum"])).flatten(2)
+        is_tall = x.shape[1] > x.shape[2]
+        x = x.transpose(1, 2) if is_tall else x
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        x = x.bfloat16()                            # its errors only perturb the direction
         for _ in range(5):                          # Newton-Schulz towards the nearest orthogonal
-            square = x @ x.T
+            square = x @ x.transpose(1, 2)
             x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-        x = (x.T if is_tall else x).float()
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(x.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(x.shape) ** 0.5)
+        x = (x.transpose(1, 2) if is_tall else x).float().reshape(-1, *alike[0].shape)
+        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        size = 0.2 * max(alike[0].flatten(1).shape) ** 0.5
+        torch._foreach_add_(alike, list(x), alpha=-group["lr"] * size)
 
 
 def take_step(model, optimizer, lr, clip=1.0):
@@ -530,8 +550,9 @@ class ClipCache:
 
 
 def prefetch(make, start, stop, ahead=4):
-    """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread. These
+    threads compute alone: OpenMP's helpers of their own would fight with the step's for the cores."""
+    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = OrderedDict()
         for step in range(start, stop):
             for later in range(step, min(stop, step + ahead)):
