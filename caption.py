@@ -65,7 +65,7 @@ from tqdm import tqdm
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
                           open_dataset, refuse, rng, run_dir)
-from train_vae import (RUN_FORMAT, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
+from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
                        load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
                        read_header, restore_optimizer, setup, skip_clips, start_run, take_step,
                        training_options)
@@ -364,7 +364,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.tower = Tower(Stack(width, tower_depth, heads), size, frames, t_patch, patch, channels,
                            blocks)
-        self.connector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.connector = nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, width))
         self.decoder = Decoder(Stack(width, depth, heads, causal=True), vocab)
         self.words = nn.Linear(width, vocab)
         initialise(self, tower_depth + depth)

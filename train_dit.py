@@ -844,16 +844,18 @@ def clip_coords(shape, fps, time_stride, patch):
 
 def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None):
     """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts
-    (lists of token ids); `n_tokens`: the row's length, null clip included."""
+    (lists of token ids); `n_tokens`: the row's length, null clip included. Behind the texts comes
+    padding that nothing sees, up to a multiple of 64: shapes that come again are cheaper."""
     coords = [clip_coords(shape, fps, time_stride, patch) for shape, fps in zip(shapes, rates)]
     lengths = [len(c) for c in coords]
     left = (n_tokens or sum(lengths)) - sum(lengths)
     coords = np.concatenate(coords + [np.zeros((left, 3), np.float32)])
     rows = np.repeat(np.arange(len(shapes) + 1), lengths + [left]).clip(max=len(shapes) - 1)
+    ids = [i for text in texts for i in text]
     cumulate = lambda counts: torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
     return Row(shapes=list(shapes), coords=torch.from_numpy(coords), cu=cumulate(lengths),
                rows=torch.from_numpy(rows.astype(np.int32)),
-               ids=torch.tensor([i for ids in texts for i in ids], dtype=torch.int64),
+               ids=torch.tensor(ids + [0] * (-len(ids) % 64), dtype=torch.int64),
                cu_text=cumulate([len(ids) for ids in texts]))
 
 

@@ -88,15 +88,17 @@ def keep_memory(wanted=True):
 
 
 class Linear(nn.Linear):
-    """A linear layer of x [N, K]; on a CPU a convolution of one pixel. torch gives convolutions to
-    oneDNN and matrix products to MKL, which on AMD's CPUs leaves half of the vector width unused."""
+    """A linear layer of x [..., K]; on a CPU a convolution of one pixel. torch gives convolutions
+    to oneDNN and matrix products to MKL, which on AMD's CPUs leaves half of the vector width
+    unused. Small products are not worth the detour."""
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.dim() != 2 or x.dtype == torch.float64:
+        is_small = x.numel() * self.out_features < 2**26
+        if x.device.type != "cpu" or is_small or x.dtype == torch.float64:
             return super().forward(x)
-        image = x[None, :, None].permute(0, 3, 1, 2)             # [1, K, N, 1], channels last
-        y = F.conv2d(image, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1)[0, :, 0]                    # [N, M]
+        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)      # [1, K, N, 1]
+        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)          # [..., M]
 
 
 def option_parser(doc):
