@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet,
                           is_left_out, number, refuse, render_shot, run_dir, write_video)
-from train_dit import encode_text, generate, load_denoiser
+from train_dit import generate, load_denoiser
 from train_vae import gaussians, load_autoencoder, option_parser, setup, sheet_frames
 
 # ------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ class Sampler:
 
     def __init__(self, name, vae=None, device="cpu"):
         self.device = device
-        self.model, self.tokenizer, self.config = load_denoiser(name, device)
+        self.model, self.read, self.config = load_denoiser(name, device)
         wanted = self.config["vae"]
         self.vae, self.vae_config = load_autoencoder(vae or wanted["run"], device)
         if self.vae_config["hash"] != wanted["hash"]:
@@ -64,10 +64,10 @@ class Sampler:
                 noises = [gaussians("sample", w["seed"], 0, [w["prompt"]], [shape])[0]
                           for w, shape in zip(part, shapes)]
                 noises = [noise.to(self.device) for noise in noises]
-                texts = [encode_text(self.tokenizer, w["prompt"]) for w in part]
+                texts = [self.read(w["prompt"]) for w in part]
                 decoded = generate(self.model, self.vae, self.vae_config, shapes,
                                    [w["fps"] for w in part], texts, noises, n_steps, guidance,
-                                   shift, self.vae.time_stride, progress)
+                                   shift, self.vae.time_stride, progress, self.read(""))
                 videos += [cut(video, w) for video, w in zip(decoded, part)]
         return videos
 

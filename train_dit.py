@@ -24,6 +24,7 @@ import copy
 import functools
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -37,11 +38,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from caption import EOS, TextTower, train_tokenizer
+from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
+                     train_tokenizer)
 from kernels import backend
 from kernels.adaln import gate_residual_ln_modulate, ln_modulate
 from kernels.attention import attention
@@ -50,7 +53,7 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit,
-                       gaussians, init_weights, is_finished, keep_memory, last_step, latents_path,
+                       gaussians, is_finished, keep_memory, last_step, latents_path,
                        load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
                        option_parser, read_config, read_header, read_log, read_tensors,
                        restore_optimizer, setup, sheet_frames, skip_clips, split_rows, start_run,
@@ -67,7 +70,7 @@ from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoc
 class Objective(NamedTuple):
     """What the network predicts, of which path, and how its error is weighed."""
     prediction: str = "velocity"    # velocity | noise | score | x | ddpm
-    path: str = "linear"            # linear | gvp | vp; ddpm has its own
+    path: str = "linear"            # linear | gvp | vp, or in 1000 steps: ddpm (DiT's) | sd
     weighting: str = "none"         # none | velocity | likelihood | min-snr
     shift_tokens: int = 0           # see token_shift
 
@@ -79,9 +82,15 @@ def objective_of(args):
     return Objective(**{name: fields[name] for name in Objective._fields if name in fields})
 
 
+STEPPED = {"ddpm": "linear", "sd": "scaled_linear"}     # the betas of DiT, and of U-ViT's latents
+
+
 def interpolant(path, t):
     """(alpha, sigma, and their derivatives in t): a straight line, a quarter of a circle (GVP), or
     DDPM's variance preserving diffusion with rate 0.1 + 19.9 t (VP), as in SiT."""
+    if path in STEPPED:
+        c = ddpm_at(ddpm_tables(STEPPED[path]), (1000 * t).round().long() - int(path == "sd"))
+        return c["alpha"], c["sigma"], None, None
     if path == "linear":
         return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
     if path == "gvp":
@@ -122,15 +131,15 @@ def draw_t(random, law="logit-normal", shift=1.0, span=(0.0, 1.0), mean=0.0, std
 
 
 def network_time(how, t):
-    """The time that the network is told: DDPM knows its steps n = 0..999 alone, as n / 1000."""
-    return (1000 * t).floor().clamp(max=999) / 1000 if how.prediction == "ddpm" else t
+    """The time that the network is told. Stepped paths know n / 1000 alone: DiT's n is 0..999,
+    U-ViT's 1..1000."""
+    if how.path not in STEPPED:
+        return t
+    return ((1000 * t).floor().clamp(max=999) + int(how.path == "sd")) / 1000
 
 
 def interpolate(how, x0, noise, t):
     """x_t on the path from data (t = 0) to noise (t = 1)."""
-    if how.prediction == "ddpm":
-        c = ddpm_at(ddpm_tables(), (1000 * t).round().long())
-        return c["alpha"] * x0 + c["sigma"] * noise
     alpha, sigma, _, _ = interpolant(how.path, t)
     return alpha * x0 + sigma * noise
 
@@ -169,8 +178,11 @@ def squared_error(how, output, x0, noise, t):
 
 
 def read_output(how, output, x, t):
-    """(velocity, x_0, noise) that an output at x_t = x stands for."""
+    """(velocity, x_0, noise) that an output at x_t = x stands for; a stepped path has no velocity."""
     alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
+    if how.path in STEPPED:
+        noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
+        return None, (x - sigma * noise) / alpha, noise
     if how.prediction == "velocity":
         turn = alpha * d_sigma - d_alpha * sigma             # not 0 at any end of linear and GVP
         return (output, (d_sigma * x - sigma * output) / turn,
@@ -212,6 +224,19 @@ def euler(velocity, x, n_steps, shift=1.0, progress=None, span=(0.0, 1.0)):
              for t in np.linspace(1, 0, n_steps + 1).tolist()]
     for now, after in zip(times, times[1:]):
         x = x + (after - now) * velocity(x, now)
+        if progress is not None:
+            progress.update()
+    return x
+
+
+def ddim(read, x, n_steps, how, progress=None):
+    """Follows a stepped path from noise to data: at each step x_0 and noise are read off and mixed
+    again for the next (Song et al. 2021, 2010.02502, eta 0). read(x, t) -> (_, x_0, noise)."""
+    last = 1.0 if how.path == "sd" else 0.999
+    times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
+    for now, after in zip(times.tolist(), [*times[1:], None]):
+        _, x0, noise = read(x, now)
+        x = x0 if after is None else interpolate(how, x0, noise, after.to(x.device))
         if progress is not None:
             progress.update()
     return x
@@ -303,13 +328,42 @@ def ddpm_bits(eps, v, x0, x, c):
 # The network
 # ------------------------------------------------------------------------------------------------
 
-MODELS = {
+MODELS = {      # kind: what the network is told and how its output is read (Denoiser)
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
     "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), rope_base=1000.0,
                     text=(256, 4, 4)),
     "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), rope_base=1000.0,
                     text=(512, 6, 8)),
+    **{f"{kind}-{size}-{p}": dict(kind=kind, dim=dim, depth=depth, heads=heads, patch=(1, p, p),
+                                  channels=4, out_channels=8, own_table=True, positions="sincos",
+                                  classes=1001, grid=(32 // p, 32 // p))
+       for kind in ("dit", "sit") for p in (2, 4, 8) for size, depth, dim, heads in (
+           ("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16))},
+    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit")},  # what --init says
+    **{f"wan-{size}": dict(kind="wan", dim=dim, depth=depth, heads=dim // 128, patch=(1, 2, 2),
+                           ffn=ffn, channels=channels, out_channels=out, text_dim=4096,
+                           image_dim=image, positions="index")
+       for size, dim, depth, ffn, channels, out, image in (
+           ("1.3b", 1536, 30, 8960, 16, 16, 0), ("14b", 5120, 40, 13824, 16, 16, 0),
+           ("i2v-14b", 5120, 40, 13824, 36, 16, 1280), ("ti2v-5b", 3072, 30, 14336, 48, 48, 0))},
+    **{name: dict(kind="uvit", **sizes, **more) for sizes, variants in (
+        (dict(dim=512, depth=12, heads=8), {
+            "uvit-s-2-cifar10": dict(channels=3, size=(1, 32, 32), patch=2),
+            "uvit-s-4-celeba64": dict(channels=3, size=(1, 64, 64), patch=4),
+            "uvit-s-2-coco": dict(channels=4, size=(1, 32, 32), patch=2, clip=(768, 77))}),
+        (dict(dim=512, depth=16, heads=8), {
+            "uvit-s-2-coco-deep": dict(channels=4, size=(1, 32, 32), patch=2, clip=(768, 77))}),
+        (dict(dim=768, depth=16, heads=12), {
+            "uvit-m-4-imagenet64": dict(channels=3, size=(1, 64, 64), patch=4, classes=1000)}),
+        (dict(dim=1024, depth=20, heads=16), {
+            "uvit-l-4-imagenet64": dict(channels=3, size=(1, 64, 64), patch=4, classes=1000),
+            "uvit-l-2-imagenet256": dict(channels=4, size=(1, 32, 32), patch=2, classes=1001),
+            "uvit-l-4-imagenet512": dict(channels=4, size=(1, 64, 64), patch=4, classes=1001)}),
+        (dict(dim=1152, depth=28, heads=16, conv=False), {
+            "uvit-h-2-imagenet256": dict(channels=4, size=(1, 32, 32), patch=2, classes=1001),
+            "uvit-h-4-imagenet512": dict(channels=4, size=(1, 64, 64), patch=4, classes=1001)}))
+       for name, more in variants.items()},
 }
 
 
@@ -433,7 +487,9 @@ class DiT(nn.Module):
     """The denoiser of packed clips: noisy patches, a time a table row, text or a class, to what the
     objective asks for, a patch a token. Its options make it DiT and SiT (own_table, positions
     "sincos", classes, no qk_norm and no text), Wan ("index" positions, text, image_dim) or ours
-    ("seconds"). time_scale: what t = 1 is called in the network's own count of time."""
+    ("seconds"). recompute: every which block forgets what backward can compute again, 0: none."""
+
+    recompute = 0
 
     def __init__(self, channels, dim, depth, heads, patch, out_channels=None, ffn=None, text_dim=0,
                  image_dim=0, image_tokens=0, classes=0, own_table=False, positions="seconds",
@@ -532,44 +588,17 @@ class DiT(nn.Module):
         if self.positions == "sincos":
             x = self.place(x, row)
         h = ln_modulate(x, *tables[0][:2], row.rows)
-        for block, m, after in zip(self.blocks, tables, [m[:2] for m in tables[1:]] + [last]):
+        afters = [m[:2] for m in tables[1:]] + [last]
+        for i, (block, m, after) in enumerate(zip(self.blocks, tables, afters)):
+            if self.recompute and i % self.recompute == 0 and torch.is_grad_enabled():
+                block = functools.partial(checkpoint, block, use_reentrant=False)
             x, h = block(x, h, m, after, text, image, row)
         return self.head(h)                                                          # [N, C_out*P]
 
 
-class TextToVideo(nn.Module):
-    """The denoiser and the text tower that is trained, averaged and saved with it."""
-    objective = Objective()                                  # as what its output is to be read
-
-    def __init__(self, channels, vocab, text, **options):
-        super().__init__()
-        self.tower = TextTower(vocab, *text)
-        self.dit = DiT(channels, text_dim=text[0], **options)
-
-    def forward(self, x, t, row):
-        """x [N, C*P]; t [R], 0 clean to 1 noise. Returns [N, C*P]."""
-        return self.dit(x, 1000 * t, row, self.tower(row.ids, row.cu_text))
-
-
 # ------------------------------------------------------------------------------------------------
-# U-ViT and VideoGPT's prior
+# U-ViT, VideoGPT's prior, and a network with what reads its prompts
 # ------------------------------------------------------------------------------------------------
-
-_S, _M = dict(dim=512, depth=12, heads=8), dict(dim=768, depth=16, heads=12)
-_L, _H = dict(dim=1024, depth=20, heads=16), dict(dim=1152, depth=28, heads=16, conv=False)
-UVIT_MODELS = {  # 1001 classes: the last stands for none; text: width and number of CLIP's tokens
-    "uvit-s-2-cifar10": dict(_S, channels=3, size=(1, 32, 32), patch=2),
-    "uvit-s-4-celeba64": dict(_S, channels=3, size=(1, 64, 64), patch=4),
-    "uvit-m-4-imagenet64": dict(_M, channels=3, size=(1, 64, 64), patch=4, classes=1000),
-    "uvit-l-4-imagenet64": dict(_L, channels=3, size=(1, 64, 64), patch=4, classes=1000),
-    "uvit-l-2-imagenet256": dict(_L, channels=4, size=(1, 32, 32), patch=2, classes=1001),
-    "uvit-h-2-imagenet256": dict(_H, channels=4, size=(1, 32, 32), patch=2, classes=1001),
-    "uvit-l-4-imagenet512": dict(_L, channels=4, size=(1, 64, 64), patch=4, classes=1001),
-    "uvit-h-4-imagenet512": dict(_H, channels=4, size=(1, 64, 64), patch=4, classes=1001),
-    "uvit-s-2-coco": dict(_S, channels=4, size=(1, 32, 32), patch=2, text=(768, 77)),
-    "uvit-s-2-coco-deep": dict(_S, channels=4, size=(1, 32, 32), patch=2, text=(768, 77), depth=16),
-}
-
 
 class UViTBlock(nn.Module):
     """A pre-norm layer; with `skip`, the stream is first joined with an earlier block's output."""
@@ -595,9 +624,10 @@ class UViT(nn.Module):
     W'): the grid that positions are learnt for; a smaller clip has its near corner. depth // 2
     blocks stand on each side of a middle one. state_dict() has the published names."""
 
-    def __init__(self, channels, size, patch, dim, depth, heads, hidden=None, classes=0, text=None,
+    def __init__(self, channels, size, patch, dim, depth, heads, hidden=None, classes=0, clip=None,
                  conv=True, qkv_bias=False, time_mlp=False):
         super().__init__()
+        text = clip                                          # its width and number of tokens
         self.patch, self.channels = (1, patch, patch), channels
         self.grid = tuple(n // p for n, p in zip(size, self.patch))
         self.extras = 1 + bool(classes) + (text[1] if text else 0)
@@ -649,30 +679,6 @@ class UViT(nn.Module):
             h = patchify([self.final_layer(z.transpose(0, 1)).transpose(0, 1)
                           for z in unpatchify(h, shapes, self.patch)], self.patch)
         return F.pad(h, (0, 0, 0, len(x) - len(h)))
-
-
-def sd_alpha_bars(beta_start=0.00085, beta_end=0.012, n_steps=1000):
-    """float64 [n_steps + 1]: the data's variance after 0, 1, ... steps of Stable Diffusion."""
-    roots = torch.linspace(beta_start**0.5, beta_end**0.5, n_steps, dtype=torch.float64)
-    return F.pad((1 - roots.square()).cumprod(0), (1, 0), value=1.0)
-
-
-def noise_losses(model, x0, noise, n, condition, shapes, alpha_bars):
-    """(x_n [N, C*P], each clip's mean squared error of the noise [B]) at the steps n [B] in
-    1..1000; x0 and noise [N, C*P] without a null clip."""
-    counts = [math.prod(shape) // x0.shape[1] for shape in shapes]
-    kept = alpha_bars.to(n.device)[n].repeat_interleave(n.new_tensor(counts))[:, None]
-    x_n = kept.sqrt().to(x0) * x0 + (1 - kept).sqrt().to(x0) * noise
-    error = (model(x_n, n, condition, shapes).float() - noise).square().mean(1)      # [N]
-    return x_n, torch.stack([part.mean() for part in error.split(counts)])
-
-
-def uvit_guided(model, x, t, condition, null, scale, shapes):
-    """Guidance as U-ViT counts it, cond + scale (cond - uncond): 0 is none, 0.4 is 1.4 elsewhere.
-    null: the label or the text that stands for none; x without a null clip."""
-    both = torch.cat([condition, null.expand_as(condition)])
-    given, free = model(x.repeat(2, 1), t.repeat(2), both, [*shapes] * 2).chunk(2)
-    return given + scale * (given - free)
 
 
 class CodeNorm(nn.Module):
@@ -796,6 +802,34 @@ def generate_codes(model, draws, label=None, temperature=1.0, progress=iter):
     return codes.unflatten(1, model.shape)
 
 
+class Denoiser(nn.Module):
+    """A network and what reads its prompts: our small text tower (`text`: its width, layers and
+    heads), trained, averaged and saved with it; else classes, or embeddings of a frozen encoder."""
+
+    objective = Objective()
+
+    def __init__(self, kind="video", text=None, vocab=0, **options):
+        super().__init__()
+        self.kind, self.tower = kind, TextTower(vocab, *text) if text else None
+        if text:
+            options["text_dim"] = text[0]
+        self.dit = UViT(**options) if kind == "uvit" else DiT(**options)
+
+    def forward(self, x, t, row):
+        """x [N, C*P]; t [R], 0 clean to 1 noise. Returns what the objective asks for, [N, C*P], or
+        [N, 2 C*P] for DDPM's noise and variance. Here alone a network's own count of time is
+        known: DiT's, Wan's and U-ViT's runs to 1000, SiT's from noise, 0, to data, 1."""
+        if self.kind == "uvit":
+            context = row.labels if row.text is None else row.text.unflatten(0, (len(t), -1))
+            return self.dit(x, 1000 * t, context, row.shapes)
+        text = self.tower(row.ids, row.cu_text) if self.tower else row.text
+        out = self.dit(x, 1 - t if self.kind == "sit" else 1000 * t, row, text, row.image)
+        if self.objective.prediction != "ddpm":
+            out = out[:, :x.shape[1]]                        # a variance that nothing asked for
+        is_turned = self.kind == "sit" and self.objective.prediction == "velocity"
+        return -out if is_turned else out
+
+
 # ------------------------------------------------------------------------------------------------
 # Data: packed rows of clips
 # ------------------------------------------------------------------------------------------------
@@ -811,6 +845,8 @@ class Row:
     ids: torch.Tensor        # int64 [L]: the captions' tokens end to end
     cu_text: torch.Tensor    # int32 [B + 1]
     cu_image: torch.Tensor = None            # int32 [B + 1]: the image tokens that clips read
+    text: torch.Tensor = None                # [L, width]: their embeddings by a frozen encoder
+    image: torch.Tensor = None               # [I, width]: image tokens that clips read (Wan's I2V)
     labels: torch.Tensor = None              # int64 [R]: classes
     about: torch.Tensor = None               # float32 [R, 64 * conditions]
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
@@ -842,21 +878,30 @@ def clip_coords(shape, fps, time_stride, patch):
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
 
 
-def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None):
-    """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts
-    (lists of token ids); `n_tokens`: the row's length, null clip included. Behind the texts comes
-    padding that nothing sees, up to a multiple of 64: shapes that come again are cheaper."""
+def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video"):
+    """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
+    lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
+    included. Behind ids comes padding that nothing sees, up to a multiple of 64: shapes that come
+    again are cheaper."""
     coords = [clip_coords(shape, fps, time_stride, patch) for shape, fps in zip(shapes, rates)]
     lengths = [len(c) for c in coords]
     left = (n_tokens or sum(lengths)) - sum(lengths)
     coords = np.concatenate(coords + [np.zeros((left, 3), np.float32)])
     rows = np.repeat(np.arange(len(shapes) + 1), lengths + [left]).clip(max=len(shapes) - 1)
-    ids = [i for text in texts for i in text]
+    ids, more, lengths_of_texts = [], {}, [0] * len(texts)
+    if isinstance(texts[0], int):
+        more["labels"] = torch.tensor(texts)
+    elif isinstance(texts[0], torch.Tensor):
+        lengths_of_texts = [512 if kind == "wan" else len(text) for text in texts]
+        more["text"] = fill_texts(texts)[0] if kind == "wan" else torch.cat(texts)
+    else:
+        ids = [i for text in texts for i in text]
+        lengths_of_texts = [len(text) for text in texts]
     cumulate = lambda counts: torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
     return Row(shapes=list(shapes), coords=torch.from_numpy(coords), cu=cumulate(lengths),
                rows=torch.from_numpy(rows.astype(np.int32)),
                ids=torch.tensor(ids + [0] * (-len(ids) % 64), dtype=torch.int64),
-               cu_text=cumulate([len(ids) for ids in texts]))
+               cu_text=cumulate(lengths_of_texts), **more)
 
 
 def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
@@ -888,12 +933,15 @@ def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
     return planned
 
 
+CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight")
+
+
 class Clips:
     """The latents of a data set by one autoencoder, with their captions as token ids."""
 
-    def __init__(self, folder, rows, config, patch, row_tokens, tokenizer):
+    def __init__(self, folder, rows, config, patch, row_tokens):
         self.mean, self.std = normaliser(config)
-        self.tokenizer, self.row_tokens, self.patch = tokenizer, row_tokens, patch
+        self.row_tokens, self.patch = row_tokens, patch
         self.files, self.shape, self.about = {}, {}, {}
         self.rows = {row["key"]: row for row in rows}
         for shard in sorted({row["shard"] for row in rows}):
@@ -917,6 +965,11 @@ class Clips:
             refuse(f"a clip has {longest} tokens, more than --row_tokens {row_tokens}: raise that, "
                    f"or encode again with --max_cells {row_tokens * math.prod(patch)}")
 
+    def read_as(self, kind, tokenizer=None, embeddings=None, labels=None):
+        """Sets what the network is told of a clip: its captions' ids, their embeddings, or a class."""
+        self.kind, self.tokenizer, self.embeddings = kind, tokenizer, embeddings
+        self.labels = labels and {label: i for i, label in enumerate(labels)}
+
     def latent(self, key, seed, step):
         """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']."""
         C, T, H, W = self.shape[key]
@@ -925,18 +978,25 @@ class Clips:
         return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
 
     def text(self, key, seed, step, drop):
-        """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`."""
-        captions = self.rows[self.about[key]["clip"]]["captions"]
-        random = rng(seed, "caption", step, key)
-        if random.random() < drop or not captions:
-            return [EOS]
+        """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. With
+        a frozen encoder its embeddings [L, width], with classes the label's number, in their place."""
+        row = self.rows[self.about[key]["clip"]]
+        captions, random = row["captions"], rng(seed, "caption", step, key)
+        is_dropped = random.random() < drop
+        if self.labels is not None:
+            return self.labels.get(None if is_dropped else row["label"], len(self.labels))
+        if is_dropped or not captions:
+            return [EOS] if self.embeddings is None else self.embeddings[""]
         weights = np.array([c["weight"] for c in captions], dtype=np.float64)
-        picked = captions[int(random.choice(len(captions), p=weights / weights.sum()))]
-        return encode_text(self.tokenizer, picked["text"])
+        picked = captions[int(random.choice(len(captions), p=weights / weights.sum()))]["text"]
+        if self.embeddings is not None:
+            return self.embeddings[picked]
+        return encode_text(self.tokenizer, picked)
 
     def lay_out(self, keys, texts):
+        stride = None if self.kind == "wan" else self.time_stride
         return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
-                       texts, self.time_stride, self.patch, self.row_tokens)
+                       texts, stride, self.patch, self.row_tokens, self.kind)
 
 
 def load_tokenizer(path):
@@ -1026,25 +1086,32 @@ def guide(with_prompt, without, scale, channels=None):
 
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
-             shift=1.0, time_stride=4, progress=None):
+             shift=1.0, time_stride=4, progress=None, none=(EOS,)):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
-    (token ids), all in one packed row with their unguided twins; uint8 [T, H, W, 3] of each."""
+    (as lay_out takes them; `none`: the empty one), all in one packed row with their unguided twins;
+    uint8 [T, H, W, 3] of each."""
     device, n = noises[0].device, len(shapes)
     twice = 2 if guidance != 1 else 1
     patch = model.dit.patch
-    texts = texts + [[EOS]] * n * (twice - 1)
-    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch).to(device)
+    texts = texts + [none] * n * (twice - 1)
+    time_stride = None if model.kind == "wan" else time_stride
+    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind).to(device)
     how, first, lengths = model.objective, row.cu[:n].long(), row.cu[1:n + 1] - row.cu[:n]
     if how.shift_tokens:                                     # each token by its clip's length
         shift = token_shift(shift, lengths, how.shift_tokens).repeat_interleave(lengths)[:, None]
 
-    def velocity(x, t):
+    def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
         output = model(x.repeat(twice, 1), t[first, 0].repeat(twice), row)
         output = guide(*output.chunk(2), guidance) if twice == 2 else output
-        return read_output(how, output, x, t)[0]
+        return read_output(how, output, x, t)
 
-    tokens = euler(velocity, patchify(noises, patch), n_steps, shift, progress, interval(how, True))
+    tokens = patchify(noises, patch)
+    if how.path in STEPPED:
+        tokens = ddim(read, tokens, n_steps, how, progress)
+    else:
+        tokens = euler(lambda x, t: read(x, t)[0], tokens, n_steps, shift, progress,
+                       interval(how, True))
     mean, std = normaliser(vae_config, device)
     videos = []
     for z in unpatchify(tokens, shapes, patch):
@@ -1056,14 +1123,16 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
 def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     """A sheet of videos sampled at held-out clips' captions, sizes and lengths."""
     rows, device = [], next(model.parameters()).device
-    texts = [clips.text(key, seed, 0, 0.0) for key in keys]
+    texts, none = ([clips.text(key, seed, 0, drop) for key in keys] for drop in (0.0, 1.0))
     shapes = [clips.shape[key] for key in keys]
     noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
     rates = [clips.about[key]["fps"] for key in keys]
     videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
-                      time_stride=clips.time_stride)
-    for video, ids in zip(videos, texts):
-        rows.append((sheet_frames(video), clips.tokenizer.decode(ids)))
+                      time_stride=clips.time_stride, none=none[0])
+    for video, key in zip(videos, keys):
+        row = clips.rows[clips.about[key]["clip"]]
+        rows.append((sheet_frames(video), row["label"] if clips.labels is not None else
+                     (row["captions"] or [{"text": ""}])[0]["text"]))
     contact_sheet(path, rows)
 
 
@@ -1088,23 +1157,83 @@ def plot_losses(folder, width=640, height=360):
         image.save(path, "PNG")
 
 
+def last_checkpoint(folder):
+    return last_step(folder) or refuse(f"{folder} has no checkpoint yet: run its command again")
+
+
+def start_from(args):
+    """(options of the network or None, its published layout or None, its weights or None) that
+    --init names: nothing, a run, or published weights."""
+    if not args.init:
+        return None, None, None
+    path = Path(args.init) if Path(args.init).is_file() else run_dir(args.init)
+    about = path / "config.json"
+    if not path.is_file() and not (about.is_file() and "_class_name" in about.read_text()
+                                   or (path / "transformer").is_dir()):
+        config = read_config(path, "denoiser")               # of a run of ours
+        weights = load_file(last_checkpoint(path) / "ema.safetensors")
+        return config["model"], config["layout"], weights
+    network, layout, options = load_published(path, args.heads)
+    kind = {"dit": args.model.split("-")[0], "uvit": "uvit"}.get(layout, "wan")
+    return {"kind": kind, **options}, layout, {f"dit.{k}": v for k, v in network.state_dict().items()}
+
+
 def open_stage(args, folder):
-    """(autoencoder, its config, tokenizer, training Clips, held-out Clips)."""
-    data = dataset_dir(args.name)
+    """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of the
+    run's config.json the network is made of, the weights to begin with or None)."""
+    data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     train_rows, held_out = split_rows(skip_clips(open_dataset(data), args.skip_clips), data)
-    vae_name = args.vae or f"{Path(args.name).name}-vae"
-    vae, vae_config = load_autoencoder(vae_name)
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-    elif args.init:
-        tokenizer = load_tokenizer(run_dir(args.init) / "tokenizer.json")
-    else:
+    (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args)
+    if options is None and "dim" not in MODELS[args.model]:
+        refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
+    patch = (options or MODELS[args.model])["patch"]
+    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    clips = [Clips(data, rows, vae_config, patch, args.row_tokens) for rows in (train_rows, held_out)]
+    is_new, options = options is None, dict(options or MODELS[args.model])
+    kind, z = options.setdefault("kind", "video"), vae.z_dim
+    largest = tuple(max(shape[i] for part in clips for shape in part.shape.values())
+                    for i in (1, 2, 3))
+    if is_new:
+        options |= {"video": dict(channels=z), "wan": dict(channels=z, out_channels=z),
+                    "uvit": dict(channels=z, size=largest)}.get(
+                        kind, dict(channels=z, out_channels=2 * z, grid=None))
+    elif options.get("out_channels") not in (None, z, 2 * z) or options["channels"] != z:
+        refuse(f"--init {args.init} takes latents of {options['channels']} channels, {name} has {z}")
+    elif kind == "uvit" and any(a > b for a, b in zip(largest, options["size"])):
+        refuse(f"--init {args.init} has positions for latents of {options['size']}, the largest here "
+               f"are {largest}: prepare smaller clips, or stills")
+    tokenizer = embeddings = labels = None
+    if options.get("classes"):
+        labels = sorted({row["label"] for row in train_rows} - {None})
+        if not labels:
+            refuse(f"{data} has no labels, and {args.model} learns classes: --format folder has them")
+        if options["classes"] != len(labels) + 1:            # another table of them, then
+            options["classes"] = len(labels) + 1
+            weights = weights and {k: v for k, v in weights.items() if k not in CLASS_TABLES}
+    elif args.text_encoder:
+        encoder = open_text_encoder(args.text_encoder)
+        encode_captions(data, train_rows + held_out, encoder, rank=int(os.environ.get("RANK", 0)),
+                        world=int(os.environ.get("WORLD_SIZE", 1)))
+        barrier()
+        embeddings = TextEmbeddings(data, {r["shard"] for r in train_rows + held_out}, encoder.hash)
+        width, wanted = encoder.embed.embedding_dim, (options.get("clip") or [0])[0]
+        wanted = wanted or (0 if is_new else options.get("text_dim", 0))
+        if wanted not in (0, width):
+            refuse(f"--text_encoder {args.text_encoder} is {width} wide, {args.model} reads {wanted}")
+        options |= {"text": None} if kind == "uvit" else {"text": None, "text_dim": width}
+    elif options.get("text"):
+        source = folder if (folder / "tokenizer.json").exists() else args.init and run_dir(args.init)
         texts = [c["text"] for row in train_rows for c in row["captions"]]
-        tokenizer = train_tokenizer(texts, args.vocab)
-    patch = MODELS[args.model]["patch"]
-    clips = [Clips(data, rows, vae_config, patch, args.row_tokens, tokenizer)
-             for rows in (train_rows, held_out)]
-    return vae, vae_config, tokenizer, *clips
+        tokenizer = load_tokenizer(source / "tokenizer.json") if source else train_tokenizer(
+            texts, args.vocab)
+        options["vocab"] = tokenizer.get_vocab_size()
+    elif options.get("text_dim") or options.get("clip"):
+        refuse(f"{args.model} reads embeddings of a frozen text encoder: --text_encoder DIR")
+    for part in clips:
+        part.read_as(kind, tokenizer, embeddings, labels)
+    about = {"model": options, "layout": layout, "labels": labels,
+             "vae": {"run": name, "hash": vae_config["hash"]}}
+    return vae, vae_config, *clips, about, weights
 
 
 def held_out_bank(clips, seed):
@@ -1124,30 +1253,32 @@ def held_out_bank(clips, seed):
 def train(args, folder):
     rows_a_step = args.batch_tokens // args.row_tokens
     rank, world, device = setup(args, rows_a_step, "--batch_tokens")
-    vae, vae_config, tokenizer, clips, held_out = open_stage(args, folder)
-    options = dict(MODELS[args.model], channels=vae.z_dim, vocab=tokenizer.get_vocab_size())
-    checkpoint = start_run(folder, {"kind": "denoiser", "args": vars(args), "model": options, "vae":
-                                    {"run": args.vae or f"{Path(args.name).name}-vae",
-                                     "hash": vae_config["hash"]}})
-    if is_finished(checkpoint, args):
+    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder)
+    saved_at = start_run(folder, {"kind": "denoiser", "args": vars(args), **about})
+    if is_finished(saved_at, args):
         return
-    if rank == 0 and not (folder / "tokenizer.json").exists():
+    if rank == 0 and clips.tokenizer and not (folder / "tokenizer.json").exists():
         with atomic(folder / "tokenizer.json") as path:
-            tokenizer.save(str(path))
+            clips.tokenizer.save(str(path))
     torch.manual_seed(args.seed)
-    model, step = TextToVideo(**options).to(device), 0
+    model, step = Denoiser(**about["model"]).to(device), 0
     model.objective = objective_of(vars(args))               # the average's copy has it too
+    model.dit.recompute = args.recompute
+    if weights and not saved_at:
+        lacks = set(model.load_state_dict(weights, strict=False).missing_keys) - set(CLASS_TABLES)
+        if lacks:
+            refuse(f"--init {args.init} has no {min(lacks)}: not this model")
     tokens_of = dict(zip(clips.keys, clips.lengths))
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = MuonAdamW(model, plain=("dit.head", "table", "dit.time"))
-    if checkpoint:
-        step, saved = load_step(checkpoint)
+    plain = ("dit.head", "table", "dit.time") if args.optimizer == "muon" else ("",)
+    optimizer = MuonAdamW(model, plain)
+    if saved_at:
+        step, saved = load_step(saved_at)
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         restore_optimizer(optimizer, model, saved["optimizer"])
-    elif args.init:
-        model.load_state_dict(init_weights(args.init, "denoiser", "ema", options))
-        ema.load_state_dict(model.state_dict())
+    for block in model.dit.blocks if args.compile else ():
+        block.compile()
     vae, bank, plan = vae.to(device), held_out_bank(held_out, args.seed), RowPlan(clips, args.seed)
     print_header(args, folder, model, clips, held_out, device)
 
@@ -1198,17 +1329,27 @@ def print_header(args, folder, model, clips, held_out, device):
 
 
 def load_denoiser(name, device="cpu", weights="ema"):
-    """(model in eval mode, tokenizer, config) of a run's newest checkpoint."""
+    """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
     folder = run_dir(name)
     config = read_config(folder, "denoiser")
-    step = last_step(folder)
-    if step is None:
-        refuse(f"{folder} has no checkpoint yet: run its train_dit.py command again")
-    model = TextToVideo(**config["model"])
+    model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
-    model.load_state_dict(load_file(step / f"{weights}.safetensors"))
-    return (model.to(device).eval().requires_grad_(False),
-            load_tokenizer(folder / "tokenizer.json"), config)
+    model.load_state_dict(load_file(last_checkpoint(folder) / f"{weights}.safetensors"))
+    if config["labels"]:
+        read = lambda prompt: class_of(prompt, config["labels"])
+    elif config["args"]["text_encoder"]:
+        encoder = open_text_encoder(config["args"]["text_encoder"], device)
+        read = lambda prompt: encoder.encode([prompt])[0]
+    else:
+        read = functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
+    return model.to(device).eval().requires_grad_(False), read, config
+
+
+def class_of(prompt, labels):
+    """The number of a label, or of no label where the prompt is empty."""
+    if prompt and prompt not in labels:
+        refuse(f"'{prompt}' is no class of this run: {', '.join(labels[:12])}, …")
+    return labels.index(prompt) if prompt else len(labels)
 
 
 # ================================================================================================
@@ -1329,9 +1470,10 @@ def from_published(published, layout, model):
     return state
 
 
-def to_published(state, layout, model, conv_shape):
-    """The inverse: a published file's state dict; `conv_shape`: of its patch embedding."""
-    published = {}
+def to_published(state, layout, model):
+    """The inverse: a published file's state dict."""
+    patch = model.patch[1:] if layout == "dit" else model.patch
+    published, conv_shape = {}, (-1, model.channels, *patch)
     for ours, theirs, how in key_rules(layout, len(model.blocks)):
         if ours in state:
             whole = turn(state[ours], how, model.patch, back=True)
@@ -1370,9 +1512,14 @@ def wan_options(state, config, layout):
 
 
 def load_published(path, heads=None):
-    """(DiT, layout) of published weights: a DiT's or SiT's .pt file (a plain state dict, or one of
-    their training checkpoints, of which the average is taken), or a Wan folder in either layout."""
+    """(DiT, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state dict,
+    or one of their training checkpoints, of which the average is taken), a Wan folder in either
+    layout; or a U-ViT's file or folder."""
     path, config, layout = Path(path), {}, "dit"
+    if (path / "nnet_ema.pth").is_file() or path.is_file() and "mid_block.mlp.fc1.weight" in (
+            read_tensors(path)):
+        model, options = load_uvit(path, heads)
+        return model, "uvit", options
     if path.is_dir():
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
@@ -1394,7 +1541,7 @@ def load_published(path, heads=None):
     model.load_state_dict(from_published(state, layout, model), assign=True)
     if model.positions != "sincos":      # buffers that no file holds
         model.freqs, model.axes = rope_frequencies(options["dim"] // options["heads"], 10000.0)
-    return model.requires_grad_(False).eval(), layout
+    return model.eval(), layout, options
 
 
 def filled(make, options, state, path):
@@ -1427,7 +1574,7 @@ def load_uvit(path, heads=None, text_tokens=77):
     options = dict(
         channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
         depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
-        text=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
+        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
         conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
         time_mlp="time_embed.0.weight" in state)
     return filled(UViT, options, state, path), options
@@ -1468,11 +1615,15 @@ def parse_options(argv=None):
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to train").add_argument
     add("--run", help="runs/RUN, or a path with a slash (NAME)")
-    add("--init", help="run whose weights and tokenizer to begin with (none)")
+    add("--init", help="begin with these weights: a run, or published ones, a file or a folder")
+    add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
+    add("--text_encoder", help="folder of a frozen T5, UMT5 or CLIP to read captions with (none)")
+    add("--export", metavar="FILE", help="write the run's average in its published layout, and stop")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
     add = parser.add_argument_group("model (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
-    add("--model", default="video-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--model", default="video-xs", choices=sorted(MODELS), metavar="NAME",
+        help=f"size: {', '.join(sorted(MODELS))} (%(default)s)")
     add("--vocab", type=number(int, 259), default=512,
         help="tokens of the captions' BPE, 259 or more (%(default)s)")
     add("--dtype", default="fp32", choices=["fp32", "bf16"],
@@ -1485,14 +1636,19 @@ def parse_options(argv=None):
         help="decay of the averaged weights, 0 to 1 (%(default)s)")
     add("--drop", type=number(float, 0, 1), default=0.1,
         help="share of captions dropped, 0 to 1 (%(default)s)")
-    add("--objective", default="velocity", choices=["velocity", "noise", "score", "x", "ddpm"],
-        help="what the model predicts; ddpm: DiT's noise and variance (%(default)s)")
-    add("--path", default="linear", choices=["linear", "gvp", "vp"],
-        help="from data to noise: straight, a quarter circle, DDPM's diffusion (%(default)s)")
+    add("--optimizer", default="muon", choices=["muon", "adamw"],
+        help="of the matrices; the rest has AdamW (%(default)s)")
+    add("--compile", action="store_true", help="compile the blocks (torch.compile)")
+    add("--recompute", type=number(int, 0), default=0,
+        help="recompute every which block in backward to save memory, 0: none (%(default)s)")
+    add("--objective", choices=["velocity", "noise", "score", "x", "ddpm"],
+        help="what the model predicts; ddpm: noise and variance (velocity; dit: ddpm; uvit: noise)")
+    add("--path", choices=["linear", "gvp", "vp", *STEPPED], help="from data to noise: straight, a "
+        "quarter circle, diffusion, or the steps of DDPM and of Stable Diffusion (as --objective)")
     add("--weighting", default="none", choices=["none", "velocity", "likelihood", "min-snr"],
         help="of the squared error over times (%(default)s)")
-    add("--times", default="logit-normal", choices=["logit-normal", "uniform"],
-        help="law of the training times (%(default)s)")
+    add("--times", choices=["logit-normal", "uniform"],
+        help="law of the training times (logit-normal; dit, sit, uvit: uniform)")
     add("--shift", type=number(float, 0.01, 100), default=1.0,
         help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
     add("--shift_tokens", type=number(int, 0), default=0,
@@ -1501,8 +1657,19 @@ def parse_options(argv=None):
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
-    if args.objective == "ddpm":         # its loss is there; a head of 2 C outputs is not yet
-        refuse("--objective ddpm: no model learns a variance yet; take --objective noise --path vp")
+    by_kind = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(args.model.split("-")[0])
+    args.objective = args.objective or (by_kind or ("velocity",))[0]
+    args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
+    args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
+                                else "uniform")
+    if (args.objective == "ddpm") != (args.path == "ddpm") or (
+            args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
+                                      args.weighting != "none")):
+        refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do not "
+               "go together: ddpm goes with ddpm, sd with noise, both without a weighting")
+    if args.objective == "ddpm" and not args.model.startswith("dit"):
+        refuse(f"--objective ddpm needs a head for the variance, which {args.model} has not: "
+               "take a dit")
     if args.objective == "velocity" and args.weighting in ("velocity", "likelihood"):
         refuse(f"--weighting {args.weighting} is for --objective noise, score and x: leave it out")
     return args
@@ -1665,12 +1832,27 @@ def bench(argv):
         print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
 
 
+def export(args, folder):
+    """Writes a run's average under the names and in the shapes of its published layout."""
+    model, _, config = load_denoiser(folder)
+    layout, state = config["layout"], model.dit.state_dict()
+    if layout is None:
+        refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
+    if layout != "uvit":
+        state = to_published(state, layout, model.dit)
+    with atomic(args.export) as path:
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    print(f"{args.export}: {len(state)} tensors as {layout} names them", file=sys.stderr)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:
         return bench(argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
+    if args.export:
+        return export(args, folder)
     train(args, folder)
     print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
           file=sys.stderr)

@@ -135,7 +135,7 @@ def test_ddpm_of_packed_tokens_is_that_of_each_latent():
     """Coefficients a token or a clip, the step found from our time; loss = squared error + bits."""
     x0, noise, out = torch.randn(3, 2, 4, 3, generator=torch.Generator().manual_seed(0))
     v = out.tanh()
-    how = D.Objective("ddpm")
+    how = D.Objective("ddpm", "ddpm")
     t = D.network_time(how, torch.tensor([0.00042, 0.9999]))
     assert t.tolist() == [0.0, torch.tensor(0.999).item()]
     packed = D.squared_error(how, torch.cat([out, v], -1).flatten(0, 1), x0.flatten(0, 1),
@@ -147,11 +147,35 @@ def test_ddpm_of_packed_tokens_is_that_of_each_latent():
 
 
 def test_options_make_the_objective():
+    assert D.objective_of(vars(D.parse_options(["demo", "--model", "dit-s-2"]))) == D.Objective(
+        "ddpm", "ddpm")
+    assert D.objective_of(vars(D.parse_options(["demo", "--model", "uvit-s-2-coco"]))) == (
+        D.Objective("noise", "sd"))
     args = D.parse_options(["demo", "--objective", "noise", "--path", "vp", "--weighting",
                             "min-snr", "--shift_tokens", "64"])
     assert D.objective_of(vars(args)) == D.Objective("noise", "vp", "min-snr", 64)
     assert D.objective_of({"shift": 1.0}) == D.Objective() == D.objective_of(
         vars(D.parse_options(["demo"])))
+
+
+def test_noise_at_each_step_of_stable_diffusion():
+    """n counts factors from 1: at n = 1 one of them is in, at 1000 all."""
+    how = D.Objective("noise", "sd")
+    t = D.network_time(how, torch.tensor([0.0, 0.4996, 1.0]))
+    assert (1000 * t).round().tolist() == [1, 500, 1000]
+    kept = D.interpolate(how, torch.ones(3), torch.zeros(3), t).square()
+    assert abs(kept[0] - (1 - 0.00085)) < 1e-6 and abs(kept[2] - 0.00466) < 1e-5
+    x0, noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    x = D.interpolate(how, x0, noise, t)
+    assert torch.allclose(D.read_output(how, noise, x, t)[1], x0, atol=1e-4)
+
+
+def test_ddim_follows_a_perfect_model_to_the_data():
+    x0, noise = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    for how, last in ((D.Objective("noise", "sd"), 1.0), (D.Objective("ddpm", "ddpm"), 0.999)):
+        x = D.interpolate(how, x0, noise, torch.tensor(last))
+        read = lambda x, t: D.read_output(how, noise, x, torch.tensor(t))
+        assert torch.allclose(D.ddim(read, x, 7, how), x0, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [["--objective", "ddpm"], ["--weighting", "likelihood"]])

@@ -109,18 +109,16 @@ def denoise(model, clips, times, texts=None, images=None, labels=None):
 
 def gradients(case, model, layout):
     """The parameters' gradients under their published names, as the case asks for them."""
-    shape = model.channels, *model.patch
-    shape = (len(model.embed.bias), *(shape[:1] + shape[2:] if layout == "dit" else shape))
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad
              for name, p in model.named_parameters()}
-    grads = D.to_published(grads, layout, model, shape)
+    grads = D.to_published(grads, layout, model)
     return {f"grad.{name}": grad for name, grad in grads.items()}
 
 
 @handles("dit", "forward")
 @handles("sit", "forward")
 def dit_forward(case):
-    model, layout = D.load_published(case.weights, case.args.get("num_heads"))
+    model, layout, _ = D.load_published(case.weights, case.args.get("num_heads"))
     model.requires_grad_(True)
     y = denoise(model, list(case["in.x"][:, :, None]), case["in.t"], labels=case["in.y"])
     out = torch.stack(y)[:, :, 0]
@@ -133,7 +131,7 @@ def dit_forward(case):
 @handles("dit", "forward_with_cfg")
 @handles("sit", "forward_with_cfg")
 def dit_cfg(case):
-    model, _ = D.load_published(case.weights, case.args.get("num_heads"))
+    model, _, _ = D.load_published(case.weights, case.args.get("num_heads"))
     half, channels = case["in.x"].chunk(2)[0], case["in.x"].shape[1]
     clips = list(torch.cat([half, half])[:, :, None])
     out = torch.stack(denoise(model, clips, case["in.t"], labels=case["in.y"]))[:, :, 0]
@@ -147,7 +145,7 @@ def dit_cfg(case):
 
 @handles("dit", "training_losses")
 def dit_losses(case):
-    model, layout = D.load_published(case.weights, case.args.get("num_heads"))
+    model, layout, _ = D.load_published(case.weights, case.args.get("num_heads"))
     model.requires_grad_(True)
     x0, noise, n = case["in.x_start"], case["in.noise"], case["in.t"]
     tables = D.ddpm_tables("linear", case.kwargs["respacing"])
@@ -167,7 +165,7 @@ def dit_losses(case):
 
 @handles("sit", "training_losses")
 def sit_network_losses(case):
-    model, layout = D.load_published(case.weights, case.args.get("num_heads"))
+    model, layout, _ = D.load_published(case.weights, case.args.get("num_heads"))
     model.requires_grad_(True)
     how = D.Objective(case.kwargs["prediction"], case.kwargs["path"].lower(),
                       case.kwargs["loss_weight"] or "none")
@@ -188,7 +186,7 @@ def sit_network_losses(case):
 @handles("wan-denoiser")
 def wan_forward(case):
     """Clips come as a batch (x, context, timestep) or one by one (x0, context0, timestep0, …)."""
-    model, layout = D.load_published(case.folder)
+    model, layout, _ = D.load_published(case.folder)
     model.requires_grad_(True)
     found = {}
     if case["x"] is not None:
@@ -322,12 +320,15 @@ def uvit_forward(case):
 @handles("uvit", "training_losses")
 def uvit_training_losses(case):
     model, condition, _ = open_uvit(case)
-    schedule, start, end, steps = (case.kwargs[name] for name in (
-        "schedule", "beta_start", "beta_end", "n_timestep"))
-    assert schedule == "stable_diffusion"
+    start, end, steps = (case.kwargs[name] for name in ("beta_start", "beta_end", "n_timestep"))
+    assert case.kwargs["schedule"] == "stable_diffusion"
     (x0, shapes), (noise, _) = (packed(case, f"in.{name}", model.patch) for name in ("x0", "eps"))
-    x_n, losses = D.noise_losses(model, x0, noise, case["in.n"], condition, shapes,
-                                 D.sd_alpha_bars(start, end, steps))
+    lengths = torch.tensor([len(x0) // len(shapes)] * len(shapes))
+    c = D.ddpm_at(D.ddpm_tables("scaled_linear", "", steps, (start, end)),
+                  (case["in.n"] - 1).repeat_interleave(lengths)[:, None])
+    x_n = c["alpha"] * x0 + c["sigma"] * noise
+    error = (model(x_n, case["in.n"], condition, shapes) - noise).square().mean(1)
+    losses = torch.stack([part.mean() for part in error.split(lengths.tolist())])
     return {"out.x_n": unpacked(x_n, shapes, model.patch), "out.loss": losses,
             **own_gradients(case, model, losses.mean())}
 
@@ -336,7 +337,9 @@ def uvit_training_losses(case):
 def uvit_cfg(case):
     model, condition, null = open_uvit(case)
     x, shapes = packed(case, "in.x", model.patch)
-    out = D.uvit_guided(model, x, case["in.t"], condition, null, case.kwargs["scale"], shapes)
+    both = torch.cat([condition, null.expand_as(condition)])
+    out = model(x.repeat(2, 1), case["in.t"].repeat(2), both, shapes * 2)
+    out = D.guide(*out.chunk(2), 1 + case.kwargs["scale"])   # U-ViT counts from 0, none
     return {"out.out": unpacked(out, shapes, model.patch)}
 
 

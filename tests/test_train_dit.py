@@ -17,7 +17,7 @@ TEXTS = [[5, 6, 7, 2], [2], [9, 2]]
 
 def shaken(**changes):
     torch.manual_seed(0)
-    model = D.TextToVideo(**{**OPTIONS, **changes})
+    model = D.Denoiser(**{**OPTIONS, **changes})
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     return model
@@ -33,6 +33,30 @@ def drawn(patch=(1, 1, 1), n_tokens=None):
     pad = (0, 0, 0, len(row.rows) - int(row.cu[-1]))
     tokens = [torch.nn.functional.pad(D.patchify(x, patch), pad) for x in (latents, noises)]
     return row, *tokens, torch.tensor([0.2, 0.9, 0.5]), latents
+
+
+MILLIONS = {      # as published, with DiT's table of positions
+    "dit-s-2": "32.96", "dit-s-4": "32.95", "dit-s-8": "33.15", "dit-b-2": "130.51",
+    "dit-b-4": "130.48", "dit-b-8": "130.88", "dit-l-2": "458.10", "dit-l-4": "458.05",
+    "dit-l-8": "458.59", "dit-xl-2": "675.13", "dit-xl-4": "675.07", "dit-xl-8": "675.68",
+    "wan-1.3b": "1418.996800", "wan-14b": "14288.491584", "wan-i2v-14b": "16394.878784",
+    "wan-ti2v-5b": "4999.787712", "uvit-s-2-cifar10": "44.26", "uvit-s-4-celeba64": "44.29",
+    "uvit-m-4-imagenet64": "130.94", "uvit-l-4-imagenet64": "286.83",
+    "uvit-l-2-imagenet256": "286.76", "uvit-h-2-imagenet256": "500.83",
+    "uvit-l-4-imagenet512": "286.86", "uvit-h-4-imagenet512": "500.94", "uvit-s-2-coco": "44.69",
+    "uvit-s-2-coco-deep": "58"}
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_every_published_size_has_its_parameters(name):
+    with torch.device("meta"):
+        network = D.Denoiser(**D.MODELS[name]).dit
+    count = sum(p.numel() for p in network.parameters())
+    count += network.pos_embed.numel() if name.startswith("dit") else 0
+    digits = len(MILLIONS[name].partition(".")[2])
+    assert f"{count / 1e6:.{digits}f}" == MILLIONS[name]
+    twin = name.replace("dit", "sit")
+    assert {**D.MODELS[twin], "kind": "dit"} == D.MODELS[name] or not name.startswith("dit")
 
 
 @pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2)])
@@ -65,7 +89,7 @@ def test_nothing_of_the_null_clip_is_seen():
 
 def test_a_fresh_model_is_the_identity_and_returns_zero():
     torch.manual_seed(0)
-    model, (row, x0, _, t, _) = D.TextToVideo(**OPTIONS), drawn()
+    model, (row, x0, _, t, _) = D.Denoiser(**OPTIONS), drawn()
     assert torch.equal(model(x0, t, row), torch.zeros_like(x0))
     dit, seen = model.dit, []
     row.freqs, row.axes = dit.freqs, dit.axes
