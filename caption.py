@@ -42,11 +42,9 @@ import html
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import unicodedata
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +55,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -67,7 +65,7 @@ from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_
                           open_dataset, refuse, rng, run_dir)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
                        load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
-                       read_header, restore_optimizer, setup, skip_clips, start_run, take_step,
+                       read_header, read_tensors, restore_optimizer, setup, skip_clips, start_run, take_step,
                        training_options)
 
 PAD, BOS, EOS = 0, 1, 2
@@ -759,36 +757,6 @@ def read_published(path):
         refuse(f"{path} is missing, or holds no JSON")
 
 
-def weight_files(folder):
-    """The files of a Hugging Face folder's weights, one or several."""
-    for path in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        index = path.with_name(f"{path.name}.index.json")
-        if path.exists():
-            return [path]
-        if index.exists():
-            return [folder / name for name in {*read_published(index)["weight_map"].values()}]
-    refuse(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor an "
-           ".index.json of several")
-
-
-def read_weights(files):
-    """{published name: a function that reads the tensor}, over all files. Nothing but tensors is
-    unpickled; files are mapped, so that a large model is in memory once."""
-    weights = {}
-    for path in files:
-        try:
-            if path.suffix == ".safetensors":
-                file = safe_open(path, "pt")
-                names, read = file.keys(), file.get_tensor
-            else:
-                names = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                read = names.get
-        except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            refuse(f"{path} cannot be read as weights: {error}")
-        weights.update((name, functools.partial(read, name)) for name in names)
-    return weights
-
-
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
     our module's name, published name; several with | are one tensor's, one of them must be there).
@@ -803,7 +771,7 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
         there = next((each for each in names if each in weights), None)
         if there is None:
             faults.append(f"{names[0]} is missing")
-        elif (tensor := weights[there]()).shape != parameter.shape:
+        elif (tensor := weights[there]).shape != parameter.shape:
             faults.append(f"{there} is {list(tensor.shape)}, not {list(parameter.shape)}")
         else:
             state[name] = tensor.to(device, dtype)
@@ -973,7 +941,7 @@ class TextEncoder(nn.Module):
 def wan_config(weights):
     """What config.json would say, from the shapes in Wan's file."""
     (vocab, width), (buckets, heads), (inner, _), (ffn, _) = (
-        weights[name]().shape for name in (
+        weights[name].shape for name in (
             "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
             "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight"))
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -1015,7 +983,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
     is_wan = index.exists() and read_published(index).get("_class_name", "").startswith("Wan")
     if (path / WAN_T5).exists():
         where, tokens, is_wan = path / WAN_T5, path / "google" / "umt5-xxl", True
-        weights, patterns = read_weights([where]), (WAN_KEYS, "")
+        weights, patterns = read_tensors(where), (WAN_KEYS, "")
     elif (path / "text_encoder").is_dir():
         where, tokens = path / "text_encoder", path / "tokenizer"
     elif not (path / "config.json").exists():
@@ -1030,7 +998,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
-    load_strictly(model, weights or read_weights(weight_files(where)),
+    load_strictly(model, weights or read_tensors(where),
                   *patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED)),
                   dtype, device, where)
     model.tokens, model.is_wan = open_tokens(tokens, is_clip), is_wan

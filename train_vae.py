@@ -200,33 +200,39 @@ STAND_INS = [           # classes in published checkpoints, read as data without
     (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
+WEIGHT_FILES = [f"{stem}.{end}" for stem, end in (
+    ("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"), ("pytorch_model", "bin"))]
+
+
 def read_tensors(path):
-    """{name: tensor} of a published file, or of the one (perhaps sharded) in a folder: safetensors,
-    or .pt, .pth, .bin, .ckpt of tensors and plain data. No code of a file's is ever run."""
+    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards with an index:
+    safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so that a
+    large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
-        index = next(iter(sorted(path.glob("*.index.json"))), None)
-        if index:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            lacks = [name for name in files if not (path / name).is_file()]
-            if lacks:
-                refuse(f"{path} lacks {lacks[0]}, which {index.name} names")
-        else:
-            files = [p.name for ending in ("safetensors", "bin") for p in path.glob(f"*.{ending}")][:1]
-        if not files:
-            refuse(f"{path} holds no weights (.safetensors or .bin)")
-        return {k: v for name in files for k, v in read_tensors(path / name).items()}
-    if not path.is_file():
-        refuse(f"{path}: no such file")
+        whole = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+        index = next((path / f"{name}.index.json" for name in WEIGHT_FILES
+                      if (path / f"{name}.index.json").is_file()), None)
+        try:
+            names = {whole.name} if whole else index and set(
+                json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError):
+            refuse(f"{index} is damaged: it does not map names to files")
+        if not names:
+            refuse(f"{path} has no weights: none of {', '.join(WEIGHT_FILES)}, nor an .index.json")
+        return {k: v for name in sorted(names) for k, v in read_tensors(path / name).items()}
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
         with torch.serialization.safe_globals(STAND_INS):
             is_zip = zipfile.is_zipfile(path)
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
             if unknown:
                 refuse(f"{path} holds more than weights: {', '.join(sorted(unknown))}")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except FileNotFoundError:
+        refuse(f"{path}: no such file")
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError,
             pickle.UnpicklingError) as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")

@@ -227,7 +227,7 @@ def test_text_encoder_refusals(tmp_path, capsys):
         (bare / name).unlink()
         assert not wanted or wanted in refusal(capsys, bare)
     torch.save({"shared.weight": Path("x")}, bare / "pytorch_model.bin")
-    assert "cannot be read as weights" in refusal(capsys, bare)
+    assert "holds more than weights: pathlib.PosixPath" in refusal(capsys, bare)
 
 
 def test_encoded_captions(tmp_path, capsys):
