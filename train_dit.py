@@ -1700,14 +1700,12 @@ def peer_dit(layers, dim, side, device):
                                  out_channels=8, num_layers=layers, sample_size=side,
                                  norm_eps=1e-6).eval()
     shake(peer)
-    for block in peer.transformer_blocks:                # as in DiT's own code
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    for block in peer.transformer_blocks:                # one embedder for all, as in DiT's own code
+        block.norm1.emb = peer.transformer_blocks[0].norm1.emb
+    peer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift = 0
     ours = DiT(4, dim, layers, dim // 64, (1, 2, 2), out_channels=8, classes=1001, own_table=True,
                positions="sincos", grid=(side // 2, side // 2))
     theirs, state = peer.state_dict(), {"pos_embed": ours.pos_embed}
-    for name in theirs:                  # each of their blocks holds the embedders: let them agree
-        if ".norm1.emb." in name:
-            theirs[name].copy_(theirs[re.sub(r"blocks\.\d+", "blocks.0", name)])
     names = [(r"pos_embed.proj", "embed"), (r"proj_out_1", "head_modulation"), (r"proj_out_2", "head"),
              (r"transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", "time.0"),
              (r"transformer_blocks.0.norm1.emb.timestep_embedder.linear_2", "time.2"),
