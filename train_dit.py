@@ -9,7 +9,8 @@ The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) 
 transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own
 length, size and shape: their patches lie end to end in one row of --row_tokens tokens, attention
 stays within each clip, and no clip is padded. What is left of a row is a null clip that nothing
-sees.
+sees. With --given, frames and clips before or after join a clip's attention as tokens of their own
+time that are clean, t = 0, and bear no loss: one model then continues, connects and loops videos.
 
     python train_dit.py demo                     # six minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
@@ -25,7 +26,6 @@ import functools
 import json
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -512,7 +512,8 @@ class DiT(nn.Module):
         self.image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim),
                                    nn.GELU(), nn.Linear(image_dim, dim),
                                    nn.LayerNorm(dim)) if image_dim else None
-        self.image_place = nn.Parameter(torch.zeros(image_tokens, image_dim)) if image_tokens else None
+        self.image_place = nn.Parameter(torch.zeros(
+            image_tokens, image_dim)) if image_tokens else None
         is_rotary = positions != "sincos"
         self.blocks = nn.ModuleList(Block(dim, heads, ffn or 4 * dim, own_table, is_rotary, text_dim,
                                           image_dim) for _ in range(depth))
@@ -552,7 +553,8 @@ class DiT(nn.Module):
         """[(six tables [R, D]) a block], and the head's (shift, scale), all float32: t [R]."""
         e = self.time(sinusoid(t).to(self.embed.weight.dtype))                       # [R, D]
         if self.classes is not None:
-            e = e + self.classes(row.labels)
+            none = self.classes.num_embeddings - 1           # of what is given
+            e = e + self.classes(F.pad(row.labels, (0, len(t) - len(row.labels)), value=none))
         if self.about is not None:
             e = e + self.about(row.about)
         if self.own_table:
@@ -838,10 +840,11 @@ class Denoiser(nn.Module):
 @dataclass
 class Row:
     """The layout of a packed row, all on one device. Tokens from cu[-1] on are the null clip."""
-    shapes: list             # (C, T', H', W') of each clip
+    shapes: list             # (C, T', H', W') of each clip, behind it of what it is given
     coords: torch.Tensor     # float32 [N, 3]: t in seconds times TIME_UNIT, y and x in latent cells
-    cu: torch.Tensor         # int32 [B + 1]: clip b holds tokens cu[b] to cu[b + 1]
-    rows: torch.Tensor       # int32 [N]: the table row, here the clip, of each token
+    cu: torch.Tensor         # int32 [B + 1]: clip b and its given hold tokens cu[b] to cu[b + 1]
+    rows: torch.Tensor       # int32 [N]: the table row of each token: its clip's, or B if given
+    own: torch.Tensor        # int64 [n]: the tokens that are neither given nor the null clip's
     ids: torch.Tensor        # int64 [L]: the captions' tokens end to end
     cu_text: torch.Tensor    # int32 [B + 1]
     cu_image: torch.Tensor = None            # int32 [B + 1]: the image tokens that clips read
@@ -857,37 +860,53 @@ class Row:
                  if isinstance(value, torch.Tensor)}
         return Row(**{**vars(self), **moved})
 
+    def table_times(self, t):
+        """[R] from the clips' times t [B]: where anything is given, a last row at t = 0."""
+        return F.pad(t, (0, 1)) if len(self.shapes) > len(t) else t
+
 
 TIME_UNIT = 3.0              # rotary units a second: about one a latent frame at 12 frames/s
 
 
-def clip_coords(shape, fps, time_stride, patch):
+def clip_coords(shape, fps, time_stride, patch, offset=0.0):
     """float32 [n, 3] of a clip's tokens: the time at the centre of the frames that a latent frame
     covers (the first one frame, the others time_stride each), and the patch's centre in cells.
-    time_stride None: plain numbers of patches (Wan's published models)."""
+    time_stride None: plain numbers of patches (Wan's published models). offset: when the first
+    frame begins, in seconds (patches)."""
     _, T, H, W = shape
     if time_stride is None:
         grid = np.indices([side // p for side, p in zip((T, H, W), patch)], dtype=np.float32)
+        grid[0] += offset
         return grid.reshape(3, -1).T
     latent = np.arange(T)
     centre = np.where(latent == 0, 0.5, (latent - 1) * time_stride + 1 + time_stride / 2)
-    t = TIME_UNIT * centre / (fps or 1.0)
+    t = TIME_UNIT * centre / (fps or 1.0) + TIME_UNIT * offset
     pt, ph, pw = patch
     axes = [axis.reshape(-1, size).mean(1) for axis, size in
             ((t, pt), (np.arange(H) + 0.5, ph), (np.arange(W) + 0.5, pw))]
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
 
 
-def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video"):
+def with_givens(latents, givens):
+    """Each clip's latent and, behind it, what it is given: the order in which a row holds them."""
+    return [x for z, given in zip(latents, givens) for x in (z, *(latent for latent, _ in given))]
+
+
+def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video", givens=None):
     """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
     lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
-    included. Behind ids comes padding that nothing sees, up to a multiple of 64: shapes that come
-    again are cheaper."""
-    coords = [clip_coords(shape, fps, time_stride, patch) for shape, fps in zip(shapes, rates)]
+    included; `givens`: each clip's [(latent, seconds from the clip's first frame to its own)].
+    Behind ids comes padding that nothing sees, up to a multiple of 64: shapes that come again are
+    cheaper."""
+    B, parts = len(shapes), []                               # (clip, table row, shape, offset)
+    for b, given in enumerate(givens or [[]] * B):
+        parts += [(b, b, shapes[b], 0.0), *((b, B, latent.shape, at) for latent, at in given)]
+    coords = [clip_coords(shape, rates[b], time_stride, patch, at) for b, _, shape, at in parts]
     lengths = [len(c) for c in coords]
     left = (n_tokens or sum(lengths)) - sum(lengths)
     coords = np.concatenate(coords + [np.zeros((left, 3), np.float32)])
-    rows = np.repeat(np.arange(len(shapes) + 1), lengths + [left]).clip(max=len(shapes) - 1)
+    clips, owners, every, _ = zip(*parts)
+    rows = np.repeat([*owners, B - 1], [*lengths, left])
     ids, more, lengths_of_texts = [], {}, [0] * len(texts)
     if isinstance(texts[0], int):
         more["labels"] = torch.tensor(texts)
@@ -898,8 +917,10 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
         ids = [i for text in texts for i in text]
         lengths_of_texts = [len(text) for text in texts]
     cumulate = lambda counts: torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
-    return Row(shapes=list(shapes), coords=torch.from_numpy(coords), cu=cumulate(lengths),
+    return Row(shapes=list(every), coords=torch.from_numpy(coords),
+               cu=cumulate(np.bincount(clips, lengths)),
                rows=torch.from_numpy(rows.astype(np.int32)),
+               own=torch.from_numpy(np.flatnonzero(rows[:sum(lengths)] < B)),
                ids=torch.tensor(ids + [0] * (-len(ids) % 64), dtype=torch.int64),
                cu_text=cumulate(lengths_of_texts), **more)
 
@@ -939,8 +960,9 @@ CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight")
 class Clips:
     """The latents of a data set by one autoencoder, with their captions as token ids."""
 
-    def __init__(self, folder, rows, config, patch, row_tokens):
+    def __init__(self, folder, rows, config, patch, row_tokens, given=0.0):
         self.mean, self.std = normaliser(config)
+        self.given = given                                   # the share of clips with givens
         self.row_tokens, self.patch = row_tokens, patch
         self.files, self.shape, self.about = {}, {}, {}
         self.rows = {row["key"]: row for row in rows}
@@ -949,37 +971,71 @@ class Clips:
             if not path.exists():
                 refuse(f"{path} is missing: run `python train_vae.py {Path(folder).name} --encode`")
             header = read_header(path)
+            if given and "alone" not in header:
+                refuse(f"{path} holds nothing to give: run `python train_vae.py "
+                       f"{Path(folder).name} --encode` again")
             self.time_stride = header["time_stride"]
             file = safe_open(path, "pt")
-            for key, about in header["clips"].items():
+            for key, about in (header["clips"] | (header["alone"] if given else {})).items():
                 if about["clip"] not in self.rows:
                     continue
                 C, T, H, W = file.get_slice(key).get_shape()
                 crop = [side // p * p for side, p in zip((T, H, W), patch)]
                 self.files[key], self.about[key] = file, about
                 self.shape[key] = (C // 2, *crop)
-        self.keys = sorted(self.files)
-        self.lengths = [math.prod(self.shape[key][1:]) // math.prod(patch) for key in self.keys]
-        longest = max(self.lengths)
+        self.keys = sorted(key for key in self.files if ":" not in key)
+        count = lambda T, H, W: T * H * W // math.prod(patch)
+        shapes = [self.shape[key][1:] for key in self.keys]
+        self.lengths = [count(*shape) for shape in shapes]
+        more = 2 if given else 0                             # frames; halves take no more
+        longest = max(count(T + more * (T > 1), H, W) for T, H, W in shapes)
         if longest > row_tokens:
-            refuse(f"a clip has {longest} tokens, more than --row_tokens {row_tokens}: raise that, "
-                   f"or encode again with --max_cells {row_tokens * math.prod(patch)}")
+            cells = row_tokens * math.prod(patch) - more * max(H * W for _, H, W in shapes)
+            refuse(f"a clip takes {longest} tokens, more than --row_tokens {row_tokens}: raise it, "
+                   f"or encode again with --max_cells {cells}")
 
     def read_as(self, kind, tokenizer=None, embeddings=None, labels=None):
-        """Sets what the network is told of a clip: its captions' ids, their embeddings, or a class."""
+        """Sets what the network is told of a clip: a caption's ids, its embeddings, or a class."""
         self.kind, self.tokenizer, self.embeddings = kind, tokenizer, embeddings
         self.labels = labels and {label: i for i, label in enumerate(labels)}
 
-    def latent(self, key, seed, step):
-        """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']."""
+    def latent(self, name, seed, step):
+        """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']. KEY:first
+        is the first frame alone, which is KEY's first latent, in a draw of its own."""
+        key = name.removesuffix(":first")
         C, T, H, W = self.shape[key]
+        T = T if key == name else 1
         mean, logvar = self.files[key].get_tensor(key)[:, :T, :H, :W].float().chunk(2)
-        noise = gaussians("posterior", seed, step, [key], [mean.shape])[0]
+        noise = gaussians("posterior", seed, step, [name], [mean.shape])[0]
         return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
 
+    def draw_givens(self, key, seed, epoch, given):
+        """[what to denoise in KEY's place, what it is given ...]: with chance `given` its first
+        frame, its last, both, or of its halves one before or after the other. Drawn by the epoch
+        and not by the step, since the plan of an epoch's rows needs to know the lengths."""
+        random = rng(seed, "given", epoch, key)
+        if self.shape[key][1] < 2 or random.random() >= given:
+            return [key]
+        first, last, a, b = (f"{key}:{name}" for name in ("first", "last", "a", "b"))
+        ways = [[key, first], [key, last], [key, first, last]]
+        ways += [[b, a], [a, b]] if a in self.files else []
+        return ways[int(random.integers(len(ways)))]
+
+    def count_tokens(self, names):
+        """Of all that `draw_givens` has named."""
+        _, _, H, W = self.shape[names[0]]
+        frames = [1 if name.endswith(":first") else self.shape[name][1] for name in names]
+        return sum(frames) * H * W // math.prod(self.patch)
+
+    def given_to(self, target, names, seed, step):
+        """[(latent, its offset in seconds)] of what has these names, for `lay_out`."""
+        here, of = self.about[target], lambda name: self.about[name.removesuffix(":first")]
+        return [(self.latent(name, seed, step), (of(name)["first_frame"] - here["first_frame"])
+                 / (here["fps"] or 1.0)) for name in names]
+
     def text(self, key, seed, step, drop):
-        """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. With
-        a frozen encoder its embeddings [L, width], with classes the label's number, in their place."""
+        """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. In
+        their place embeddings [L, width] of a frozen encoder, or, with classes, the label's number."""
         row = self.rows[self.about[key]["clip"]]
         captions, random = row["captions"], rng(seed, "caption", step, key)
         is_dropped = random.random() < drop
@@ -993,10 +1049,10 @@ class Clips:
             return self.embeddings[picked]
         return encode_text(self.tokenizer, picked)
 
-    def lay_out(self, keys, texts):
+    def lay_out(self, keys, texts, givens=None):
         stride = None if self.kind == "wan" else self.time_stride
         return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
-                       texts, stride, self.patch, self.row_tokens, self.kind)
+                       texts, stride, self.patch, self.row_tokens, self.kind, givens)
 
 
 def load_tokenizer(path):
@@ -1015,34 +1071,51 @@ def encode_text(tokenizer, text, most=256):
 class RowPlan:
     """Row s of training for any s: epoch after epoch of `plan_epoch`."""
 
-    def __init__(self, clips, seed):
-        self.clips, self.seed = clips, seed
+    def __init__(self, clips, seed, given=0.0):
+        self.clips, self.seed, self.given = clips, seed, given
         self.first = [0]                                     # row number at which each epoch begins
         self.lock = threading.Lock()                         # the loader's threads share the plan
 
     @functools.lru_cache(maxsize=2)
     def epoch(self, n):
-        return plan_epoch(self.clips.keys, self.clips.lengths, self.clips.row_tokens, self.seed, n)
+        clips, lengths = self.clips, self.clips.lengths
+        if self.given:
+            lengths = [clips.count_tokens(clips.draw_givens(key, self.seed, n, self.given))
+                       for key in clips.keys]
+        return plan_epoch(clips.keys, lengths, clips.row_tokens, self.seed, n)
 
-    def row(self, s):
-        """The keys of the clips in row s."""
+    def find(self, s):
+        """(epoch, keys of the clips) of row s."""
         with self.lock:
             while self.first[-1] <= s:
                 self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
             n = int(np.searchsorted(self.first, s, side="right")) - 1
-            return [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
+            return n, [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
+
+    def row(self, s):
+        """The keys of the clips in row s."""
+        return self.find(s)[1]
+
+    def givens(self, s):
+        """What is drawn for each clip of row s by `draw_givens`."""
+        n, keys = self.find(s)
+        return [self.clips.draw_givens(key, self.seed, n, self.given) for key in keys]
 
 
-def load_row(clips, keys, seed, step, drop, times):
+def load_row(clips, keys, seed, step, drop, times, drawn=None):
     """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
-    tokens, t [B]). `times`: the time of each clip."""
-    latents = [clips.latent(key, seed, step) for key in keys]
+    tokens, t [B]). `times`: the time of each clip; `drawn`: what takes its place and what that is
+    given, as `draw_givens` names them (itself and nothing)."""
+    drawn = drawn or [[key] for key in keys]
+    targets = [target for target, *_ in drawn]
+    givens = [clips.given_to(target, names, seed, step) for target, *names in drawn]
+    latents = [clips.latent(key, seed, step) for key in targets]
     noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
-    texts = [clips.text(key, seed, step, drop) for key in keys]
-    row = clips.lay_out(keys, texts)
+    row = clips.lay_out(targets, [clips.text(key, seed, step, drop) for key in keys], givens)
     left = (0, 0, 0, len(row.rows) - int(row.cu[-1]))        # the null clip's tokens are zeros
-    tokens = [F.pad(patchify(group, clips.patch), left) for group in (latents, noises)]
-    return keys, row, *tokens, torch.tensor(times, dtype=torch.float32)
+    x0 = F.pad(patchify(with_givens(latents, givens), clips.patch), left)
+    noise = torch.zeros_like(x0).index_copy_(0, row.own, patchify(noises, clips.patch))
+    return keys, row, x0, noise, torch.tensor(times, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1051,16 +1124,18 @@ def load_row(clips, keys, seed, step, drop, times):
 
 
 def clip_losses(model, row, x0, noise, t, dtype):
-    """[B]: each clip's squared error, its own mean over tokens and channels."""
-    device, rows, how = x0.device, row.rows, model.objective
+    """[B]: each clip's squared error, its own mean over tokens and channels; what is given, and
+    the null clip, do not count."""
+    device, how, clip_of = x0.device, model.objective, row.rows[row.own].long()
     t = network_time(how, t)
-    time_of = t[rows.long()][:, None]
+    own_x0, own_noise, time_of = x0[row.own], noise[row.own], t[clip_of][:, None]
+    x = x0.index_copy(0, row.own, interpolate(how, own_x0, own_noise, time_of))
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        output = model(interpolate(how, x0, noise, time_of), t, row)
-    error = squared_error(how, output.float(), x0, noise, time_of).mean(-1)          # [N]
-    n = int(row.cu[-1])                                      # the null clip does not count
-    sums = torch.zeros(len(t), device=device).index_add(0, rows[:n].long(), error[:n])
-    return sums / (row.cu[1:] - row.cu[:-1])
+        output = model(x, row.table_times(t), row).index_select(0, row.own)
+    error = squared_error(how, output.float(), own_x0, own_noise, time_of).mean(-1)  # [n]
+    sums, counts = (torch.zeros(len(t), device=device).index_add(0, clip_of, each)
+                    for each in (error, torch.ones_like(error)))
+    return sums / counts
 
 
 @torch.no_grad()
@@ -1086,53 +1161,64 @@ def guide(with_prompt, without, scale, channels=None):
 
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
-             shift=1.0, time_stride=4, progress=None, none=(EOS,)):
+             shift=1.0, time_stride=4, progress=None, none=(EOS,), givens=None):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
     (as lay_out takes them; `none`: the empty one), all in one packed row with their unguided twins;
-    uint8 [T, H, W, 3] of each."""
+    uint8 [T, H, W, 3] of each. `givens`: each clip's [(normalised latent [C, T', H', W'], seconds
+    from the clip's first frame to its own)], which the twins see too."""
     device, n = noises[0].device, len(shapes)
     twice = 2 if guidance != 1 else 1
     patch = model.dit.patch
-    texts = texts + [none] * n * (twice - 1)
+    texts, givens = texts + [none] * n * (twice - 1), givens or [[]] * n
     time_stride = None if model.kind == "wan" else time_stride
-    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind).to(device)
-    how, first, lengths = model.objective, row.cu[:n].long(), row.cu[1:n + 1] - row.cu[:n]
+    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind,
+                  givens * twice).to(device)
+    tokens = patchify(with_givens(noises, givens), patch)
+    how, own = model.objective, row.own[:len(row.own) // twice]
+    lengths = torch.bincount(row.rows[own])
+    first = lengths.cumsum(0) - lengths                      # each clip's first own token
     if how.shift_tokens:                                     # each token by its clip's length
         shift = token_shift(shift, lengths, how.shift_tokens).repeat_interleave(lengths)[:, None]
 
     def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
-        output = model(x.repeat(twice, 1), t[first, 0].repeat(twice), row)
+        times = row.table_times(t[first, 0].repeat(twice))
+        output = model(tokens.index_copy(0, own, x).repeat(twice, 1), times, row)[row.own]
         output = guide(*output.chunk(2), guidance) if twice == 2 else output
         return read_output(how, output, x, t)
 
-    tokens = patchify(noises, patch)
+    x = tokens[own]
     if how.path in STEPPED:
-        tokens = ddim(read, tokens, n_steps, how, progress)
+        x = ddim(read, x, n_steps, how, progress)
     else:
-        tokens = euler(lambda x, t: read(x, t)[0], tokens, n_steps, shift, progress,
-                       interval(how, True))
+        x = euler(lambda x, t: read(x, t)[0], x, n_steps, shift, progress, interval(how, True))
     mean, std = normaliser(vae_config, device)
     videos = []
-    for z in unpatchify(tokens, shapes, patch):
+    for z in unpatchify(x, shapes, patch):
         parts = decode_long(vae, (z * std + mean)[None])
         videos.append(to_frames(torch.cat(list(parts), 2)[0]))
     return videos
 
 
 def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
-    """A sheet of videos sampled at held-out clips' captions, sizes and lengths."""
+    """A sheet of videos sampled at held-out clips' captions, sizes and lengths; of a run that is
+    trained with givens, each again from its first frame."""
     rows, device = [], next(model.parameters()).device
+    givens = [[] for _ in keys]
+    if clips.given:
+        givens += [[(clips.latent(f"{key}:first", seed, 0).to(device), 0.0)] for key in keys]
+        keys = keys * 2
     texts, none = ([clips.text(key, seed, 0, drop) for key in keys] for drop in (0.0, 1.0))
     shapes = [clips.shape[key] for key in keys]
     noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
     rates = [clips.about[key]["fps"] for key in keys]
     videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
-                      time_stride=clips.time_stride, none=none[0])
-    for video, key in zip(videos, keys):
+                      time_stride=clips.time_stride, none=none[0], givens=givens)
+    for video, key, given in zip(videos, keys, givens):
         row = clips.rows[clips.about[key]["clip"]]
-        rows.append((sheet_frames(video), row["label"] if clips.labels is not None else
-                     (row["captions"] or [{"text": ""}])[0]["text"]))
+        caption = (row["captions"] or [{"text": ""}])[0]["text"]
+        title = caption if clips.labels is None else row["label"]
+        rows.append((sheet_frames(video), title + ", from its first frame" * len(given)))
     contact_sheet(path, rows)
 
 
@@ -1188,7 +1274,8 @@ def open_stage(args, folder):
         refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
     patch = (options or MODELS[args.model])["patch"]
     patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    clips = [Clips(data, rows, vae_config, patch, args.row_tokens) for rows in (train_rows, held_out)]
+    clips = [Clips(data, rows, vae_config, patch, args.row_tokens, args.given)
+             for rows in (train_rows, held_out)]
     is_new, options = options is None, dict(options or MODELS[args.model])
     kind, z = options.setdefault("kind", "video"), vae.z_dim
     largest = tuple(max(shape[i] for part in clips for shape in part.shape.values())
@@ -1239,7 +1326,7 @@ def open_stage(args, folder):
 def held_out_bank(clips, seed):
     """A few rows of held-out clips with fixed noise and evenly spread times, for figures that two
     runs can compare to three digits."""
-    plan = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]
+    plan = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
     n, bank, place = sum(len(row) for row in plan), [], 0
     spread = rng(seed, "bank").permutation(n)
     for indices in plan:
@@ -1279,18 +1366,19 @@ def train(args, folder):
         restore_optimizer(optimizer, model, saved["optimizer"])
     for block in model.dit.blocks if args.compile else ():
         block.compile()
-    vae, bank, plan = vae.to(device), held_out_bank(held_out, args.seed), RowPlan(clips, args.seed)
+    vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
+    plan = RowPlan(clips, args.seed, args.given)
     print_header(args, folder, model, clips, held_out, device)
 
     def batch(step):
         """This rank's rows of a step, and the number of clips in all of its rows."""
-        rows = [plan.row(step * rows_a_step + i) for i in range(rows_a_step)]
-        loaded = []
-        for keys in rows[rank::world]:
+        places, loaded = range(step * rows_a_step, (step + 1) * rows_a_step), []
+        rows = [plan.row(s) for s in places]
+        for s, keys in zip(places[rank::world], rows[rank::world]):
             times = [draw_t(rng(args.seed, "time", step, key), args.times,
                             token_shift(args.shift, tokens_of[key], args.shift_tokens),
                             interval(model.objective)) for key in keys]
-            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times))
+            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, plan.givens(s)))
         return loaded, sum(len(keys) for keys in rows)
 
     def learn(step, data):
@@ -1387,7 +1475,8 @@ WAN_KEYS = [
     ("blocks.*.cross.q_norm.weight", "blocks.*.cross_attn.norm_q.weight"),
     ("blocks.*.cross.k_norm.weight", "blocks.*.cross_attn.norm_k.weight"),
     ("blocks.*.cross.k_norm_image.weight", "blocks.*.cross_attn.norm_k_img.weight"),
-    ("blocks.*.cross_weight", "blocks.*.norm3.weight"), ("blocks.*.cross_bias", "blocks.*.norm3.bias"),
+    ("blocks.*.cross_weight", "blocks.*.norm3.weight"),
+    ("blocks.*.cross_bias", "blocks.*.norm3.bias"),
     ("blocks.*.up", "blocks.*.ffn.0", LINEAR), ("blocks.*.down", "blocks.*.ffn.2", LINEAR),
     *((f"image.{i}", f"img_emb.proj.{i}", LINEAR) for i in (0, 1, 3, 4)),
     ("image_place", "img_emb.emb_pos", "batch"), ("head_table", "head.modulation", "batch"),
@@ -1636,6 +1725,8 @@ def parse_options(argv=None):
         help="decay of the averaged weights, 0 to 1 (%(default)s)")
     add("--drop", type=number(float, 0, 1), default=0.1,
         help="share of captions dropped, 0 to 1 (%(default)s)")
+    add("--given", type=number(float, 0, 1), default=0.0, help="share of clips that are given "
+        "frames or their other half: clean tokens without a loss; 0 to 1 (%(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
         help="of the matrices; the rest has AdamW (%(default)s)")
     add("--compile", action="store_true", help="compile the blocks (torch.compile)")
@@ -1662,6 +1753,8 @@ def parse_options(argv=None):
     args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
     args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
                                 else "uniform")
+    if args.given and args.model.startswith("uvit"):
+        refuse("--given: U-ViT has one time for all of its tokens; take another --model")
     if (args.objective == "ddpm") != (args.path == "ddpm") or (
             args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
                                       args.weighting != "none")):
@@ -1680,68 +1773,13 @@ def parse_options(argv=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def peer_wan(layers, dim, device):
-    """(diffusers' WanTransformer3DModel, our DiT of the same weights)."""
-    from diffusers import WanTransformer3DModel
-    peer = WanTransformer3DModel(num_attention_heads=dim // 64, attention_head_dim=64, ffn_dim=4 * dim,
-                                 num_layers=layers, text_dim=256, in_channels=16, out_channels=16)
-    shake(peer)
-    config = dict(num_layers=layers, num_attention_heads=dim // 64, ffn_dim=4 * dim)
-    options = wan_options(peer.state_dict(), config, "diffusers")
-    ours = DiT(**options)
-    ours.load_state_dict(from_published(peer.state_dict(), "diffusers", ours))
-    return peer.to(device), ours.to(device)
-
-
-def peer_dit(layers, dim, side, device):
-    """(diffusers' DiTTransformer2DModel, our DiT of the same weights)."""
-    from diffusers import DiTTransformer2DModel
-    peer = DiTTransformer2DModel(num_attention_heads=dim // 64, attention_head_dim=64, in_channels=4,
-                                 out_channels=8, num_layers=layers, sample_size=side,
-                                 norm_eps=1e-6).eval()
-    shake(peer)
-    for block in peer.transformer_blocks:                # one embedder for all, as in DiT's own code
-        block.norm1.emb = peer.transformer_blocks[0].norm1.emb
-    peer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift = 0
-    ours = DiT(4, dim, layers, dim // 64, (1, 2, 2), out_channels=8, classes=1001, own_table=True,
-               positions="sincos", grid=(side // 2, side // 2))
-    theirs, state = peer.state_dict(), {"pos_embed": ours.pos_embed}
-    names = [(r"pos_embed.proj", "embed"), (r"proj_out_1", "head_modulation"), (r"proj_out_2", "head"),
-             (r"transformer_blocks.0.norm1.emb.timestep_embedder.linear_1", "time.0"),
-             (r"transformer_blocks.0.norm1.emb.timestep_embedder.linear_2", "time.2"),
-             (r"transformer_blocks.0.norm1.emb.class_embedder.embedding_table", "classes")]
-    for n in range(layers):
-        block = f"transformer_blocks.{n}"
-        names += [(f"{block}.norm1.linear", f"blocks.{n}.modulation"),
-                  (f"{block}.attn1.to_out.0", f"blocks.{n}.attn.out"),
-                  (f"{block}.ff.net.0.proj", f"blocks.{n}.up"), (f"{block}.ff.net.2", f"blocks.{n}.down")]
-        for kind in LINEAR:
-            state[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(
-                [theirs[f"{block}.attn1.to_{part}.{kind}"] for part in "qkv"])
-    for name, own in names:
-        for kind in LINEAR:
-            if f"{name}.{kind}" in theirs:
-                how = "conv" if (own, kind) == ("embed", "weight") else own if own == "head" else ""
-                state[f"{own}.{kind}"] = turn(theirs[f"{name}.{kind}"], how, ours.patch)
-    ours.load_state_dict(state)
-    return peer.to(device), ours.to(device)
-
-
-def shake(model):
-    """Random weights of a trained model's size, none of them at its initial value."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * (0.02 if p.dim() > 1 else 0.1) + (p.mean() if p.dim() < 2 else 0))
-
-
-def bench_case(kind, layers, dim, shapes, device):
+def bench_case(peers, kind, layers, dim, shapes, device):
     """(their step's forward, ours: functions without arguments that return the outputs, one a clip;
-    the two models). Theirs takes the clips one after the other in shapes, or padded to the largest."""
+    the two models). Theirs takes the clips padded to the largest, or each alone."""
     torch.manual_seed(1)
     is_wan = kind == "wan"
-    peer, ours = peer_wan(layers, dim, device) if is_wan else peer_dit(layers, dim, shapes[0][2],
-                                                                      device)
+    peer, ours = peers.wan(layers, dim) if is_wan else peers.dit(layers, dim, shapes[0][2])
+    peer, ours = peer.to(device), ours.to(device)
     channels = 16 if is_wan else 4
     clips = [torch.randn(channels, *shape, device=device) for shape in shapes]
     largest = [max(sides) for sides in zip(*shapes)]
@@ -1792,22 +1830,23 @@ def bench(argv):
     parser = option_parser("A training step beside diffusers' (which must be installed)")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=number(int, 1), default=5, help="steps of each (%(default)s)")
+    parser.add_argument("--repeats", type=number(int, 1), default=5,
+                        help="steps of each (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        import diffusers
-    except ImportError:
-        refuse("bench needs diffusers beside it: pip install diffusers")
+        from tests import peers          # what only measures is no part of this script
+    except ImportError as error:
+        refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
     mixed = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
     cases = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
              ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
              ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
              ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, mixed)]
-    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
+    print(f"diffusers {peers.VERSION}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads; theirs fp32, ours {args.dtype}")
     print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
     for name, kind, layers, dim, shapes in cases:
-        peer, ours, theirs, mine = bench_case(kind, layers, dim, shapes, args.device)
+        peer, ours, theirs, mine = bench_case(peers, kind, layers, dim, shapes, args.device)
         with torch.no_grad():
             pairs = zip(theirs(alone=True) if kind == "wan" else theirs(), mine())
             away = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)

@@ -4,7 +4,8 @@ In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once it ends),
                       log.jsonl, samples/ (originals beside reconstructions), step-000100/
       data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
-                      [2 C, T', H', W'], mean and log-variance; HASH8 names the autoencoder
+                      [2 C, T', H', W'], mean and log-variance; its last frame and its halves,
+                      encoded on their own (see `alone`); HASH8 names the autoencoder
 
 The idea: a clip is a still followed by motion. Every convolution looks at the past only, so the
 first frame becomes a latent of its own, each further latent covers four frames, a still is a clip
@@ -1100,30 +1101,47 @@ def pieces(key, n_frames, cells_a_frame, max_cells, time_stride):
     return cut
 
 
+def alone(key, first, n, time_stride):
+    """What train_dit.py may give with a piece of n frames, each encoded on its own: [(key, first
+    frame, frames)]. KEY:last is its last frame; KEY:a and KEY:b are its halves, where each has two
+    latents, together as many as KEY. Its first frame alone is KEY's first latent."""
+    latents = 1 + (n - 1) // time_stride
+    found = [(f"{key}:last", first + n - 1, 1)] if latents > 1 else []
+    if latents >= 4:
+        half = 1 + (latents // 2 - 1) * time_stride
+        found += [(f"{key}:a", first, half),
+                  (f"{key}:b", first + half, fit_time(n - half, time_stride))]
+    return found
+
+
 def encode_shard(model, config, folder, shard, rows, args, device):
     """Writes the latents of one shard; its metadata tells which frames and crop each came from."""
-    tensors, about = {}, {}
+    tensors, about = {}, {"clips": {}, "alone": {}}
 
     def load(row):
         return row, read_clip(folder, row)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         for start in range(0, len(rows), 256):                           # so many clips at a time
-            videos, keys = [], []
+            videos = {"clips": {}, "alone": {}}
             for row, frames in pool.map(load, rows[start:start + 256]):
                 frames, crop = fit_sides(frames, model.stride)
                 cells = crop[2] * crop[3] // model.stride**2
-                for key, first, n in pieces(row["key"], len(frames), cells, args.max_cells,
-                                            model.time_stride):
-                    videos.append(to_tensor(frames[first:first + n]))
-                    keys.append(key)
-                    about[key] = {"clip": row["key"], "first_frame": first, "frames": n,
-                                  "fps": row["fps"], "crop": crop}
-            for group, x in by_shape(videos, 8):
-                moments = torch.cat(encode_long(model, x.to(device)), 1).half().cpu()
-                tensors.update((keys[i], m.clone()) for i, m in zip(group, moments))
+                cut = pieces(row["key"], len(frames), cells, args.max_cells, model.time_stride)
+                more = [part for piece in cut for part in alone(*piece, model.time_stride)]
+                for kind, parts in (("clips", cut), ("alone", more)):
+                    for key, first, n in parts:
+                        videos[kind][key] = torch.from_numpy(frames[first:first + n])   # no copy
+                        about[kind][key] = {"clip": row["key"], "first_frame": first, "frames": n,
+                                            "fps": row["fps"], "crop": crop}
+            for each in videos.values():
+                keys = list(each)
+                for picked, x in by_shape(list(each.values()), 8):       # uint8 [8, T, H, W, 3]
+                    x = x.to(device).permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
+                    moments = torch.cat(encode_long(model, x), 1).half().cpu()
+                    tensors.update((keys[i], m.clone()) for i, m in zip(picked, moments))
     header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
-              "time_stride": model.time_stride, "max_cells": args.max_cells, "clips": about}
+              "time_stride": model.time_stride, "max_cells": args.max_cells, **about}
     with atomic(latents_path(folder, shard, config["hash"])) as path:
         save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
 
@@ -1149,10 +1167,12 @@ def encode(args):
     todo = []
     for shard in sorted(shards)[rank::world]:
         path = latents_path(folder, shard, config["hash"])
-        if not path.exists():
+        was = read_header(path) if path.exists() else {"max_cells": args.max_cells}
+        if was["max_cells"] != args.max_cells:
+            refuse(f"{path} was encoded with --max_cells {was['max_cells']}: give the same, or "
+                   "remove the file")
+        if "alone" not in was:                               # older files hold whole clips only
             todo.append(shard)
-        elif (was := read_header(path)["max_cells"]) != args.max_cells:
-            refuse(f"{path} was encoded with --max_cells {was}: give the same, or remove the file")
     for shard in tqdm(todo, desc="encode", unit="shard", disable=rank > 0):
         encode_shard(model, config, folder, shard, shards[shard], args, device)
     barrier()
