@@ -983,6 +983,8 @@ class Clips:
                 crop = [side // p * p for side, p in zip((T, H, W), patch)]
                 self.files[key], self.about[key] = file, about
                 self.shape[key] = (C // 2, *crop)
+                self.about[f"{key}:first"] = {**about, "frames": 1, "fps": None}
+                self.shape[f"{key}:first"] = (C // 2, 1, *crop[1:])
         self.keys = sorted(key for key in self.files if ":" not in key)
         count = lambda T, H, W: T * H * W // math.prod(patch)
         shapes = [self.shape[key][1:] for key in self.keys]
@@ -1002,18 +1004,19 @@ class Clips:
     def latent(self, name, seed, step):
         """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']. KEY:first
         is the first frame alone, which is KEY's first latent, in a draw of its own."""
-        key = name.removesuffix(":first")
-        C, T, H, W = self.shape[key]
-        T = T if key == name else 1
+        key, (_, T, H, W) = name.removesuffix(":first"), self.shape[name]
         mean, logvar = self.files[key].get_tensor(key)[:, :T, :H, :W].float().chunk(2)
         noise = gaussians("posterior", seed, step, [name], [mean.shape])[0]
         return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
 
-    def draw_givens(self, key, seed, epoch, given):
-        """[what to denoise in KEY's place, what it is given ...]: with chance `given` its first
-        frame, its last, both, or of its halves one before or after the other. Drawn by the epoch
-        and not by the step, since the plan of an epoch's rows needs to know the lengths."""
+    def draw_givens(self, key, seed, epoch, given, stills=0.0):
+        """[what to denoise in KEY's place, what it is given ...]: with chance `stills` its first
+        frame as a still; else with chance `given` its first frame, its last, both, or of its halves
+        one before or after the other. Drawn by the epoch and not by the step, since the plan of an
+        epoch's rows needs to know the lengths."""
         random = rng(seed, "given", epoch, key)
+        if stills and rng(seed, "still", epoch, key).random() < stills:
+            return [f"{key}:first"]
         if self.shape[key][1] < 2 or random.random() >= given:
             return [key]
         first, last, a, b = (f"{key}:{name}" for name in ("first", "last", "a", "b"))
@@ -1024,14 +1027,13 @@ class Clips:
     def count_tokens(self, names):
         """Of all that `draw_givens` has named."""
         _, _, H, W = self.shape[names[0]]
-        frames = [1 if name.endswith(":first") else self.shape[name][1] for name in names]
-        return sum(frames) * H * W // math.prod(self.patch)
+        return sum(self.shape[name][1] for name in names) * H * W // math.prod(self.patch)
 
     def given_to(self, target, names, seed, step):
         """[(latent, its offset in seconds)] of what has these names, for `lay_out`."""
-        here, of = self.about[target], lambda name: self.about[name.removesuffix(":first")]
-        return [(self.latent(name, seed, step), (of(name)["first_frame"] - here["first_frame"])
-                 / (here["fps"] or 1.0)) for name in names]
+        here = self.about[target]
+        return [(self.latent(name, seed, step), (self.about[name]["first_frame"]
+                 - here["first_frame"]) / (here["fps"] or 1.0)) for name in names]
 
     def text(self, key, seed, step, drop):
         """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. In
@@ -1071,16 +1073,16 @@ def encode_text(tokenizer, text, most=256):
 class RowPlan:
     """Row s of training for any s: epoch after epoch of `plan_epoch`."""
 
-    def __init__(self, clips, seed, given=0.0):
-        self.clips, self.seed, self.given = clips, seed, given
+    def __init__(self, clips, seed, given=0.0, stills=0.0):
+        self.clips, self.seed, self.shares = clips, seed, (given, stills)
         self.first = [0]                                     # row number at which each epoch begins
         self.lock = threading.Lock()                         # the loader's threads share the plan
 
     @functools.lru_cache(maxsize=2)
     def epoch(self, n):
         clips, lengths = self.clips, self.clips.lengths
-        if self.given:
-            lengths = [clips.count_tokens(clips.draw_givens(key, self.seed, n, self.given))
+        if any(self.shares):
+            lengths = [clips.count_tokens(clips.draw_givens(key, self.seed, n, *self.shares))
                        for key in clips.keys]
         return plan_epoch(clips.keys, lengths, clips.row_tokens, self.seed, n)
 
@@ -1099,7 +1101,7 @@ class RowPlan:
     def givens(self, s):
         """What is drawn for each clip of row s by `draw_givens`."""
         n, keys = self.find(s)
-        return [self.clips.draw_givens(key, self.seed, n, self.given) for key in keys]
+        return [self.clips.draw_givens(key, self.seed, n, *self.shares) for key in keys]
 
 
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
@@ -1367,7 +1369,7 @@ def train(args, folder):
     for block in model.dit.blocks if args.compile else ():
         block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
-    plan = RowPlan(clips, args.seed, args.given)
+    plan = RowPlan(clips, args.seed, args.given, args.stills)
     print_header(args, folder, model, clips, held_out, device)
 
     def batch(step):
@@ -1727,6 +1729,8 @@ def parse_options(argv=None):
         help="share of captions dropped, 0 to 1 (%(default)s)")
     add("--given", type=number(float, 0, 1), default=0.0, help="share of clips that are given "
         "frames or their other half: clean tokens without a loss; 0 to 1 (%(default)s)")
+    add("--stills", type=number(float, 0, 1), default=0.0,
+        help="share of clips of which the first frame alone is learnt; 0 to 1 (%(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
         help="of the matrices; the rest has AdamW (%(default)s)")
     add("--compile", action="store_true", help="compile the blocks (torch.compile)")

@@ -283,3 +283,21 @@ def test_older_latents_are_refused_and_encoded_again(folder, monkeypatch, capsys
     assert "--encode" in capsys.readouterr().err
     V.main(["own", "--encode", "--device", "cpu"])
     assert path.read_bytes() == before
+
+
+def test_stills_take_their_share_and_rows_stay_full(folder, monkeypatch):
+    """A still is the clip's first latent, without a rate; whole clips are as they were."""
+    monkeypatch.chdir(folder)
+    _, _, clips = opened(folder, 0.0)
+    plan = D.RowPlan(clips, 0, 0.0, 0.5)
+    drawn = [names for s in range(40) for names in plan.givens(s)]
+    stills = [target for target, in drawn if target.endswith(":first")]
+    assert 0.4 < len(stills) / len(drawn) < 0.6
+    for s in range(4):
+        row, names = plan.row(s), plan.givens(s)
+        _, laid, x0, _, _ = D.load_row(clips, row, 0, 0, 0.0, [0.5] * len(row), names)
+        assert int(laid.cu[-1]) <= clips.row_tokens == len(x0)
+        assert [shape[1] == 1 for shape in laid.shapes] == [
+            n[0].endswith(":first") or clips.shape[n[0]][1] == 1 for n in names]
+    C, _, H, W = clips.shape[clips.keys[0]]
+    assert clips.latent(f"{clips.keys[0]}:first", 0, 0).shape == (C, 1, H, W)
