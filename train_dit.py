@@ -14,6 +14,7 @@ time that are clean, t = 0, and bear no loss: one model then continues, connects
 
     python train_dit.py demo                     # six minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
+    python train_dit.py mine --model video-b --estimate --price_per_hour 2        # before a run
     torchrun --nproc_per_node 8 -- train_dit.py mine --model video-b --row_tokens 16384
 
 Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
@@ -57,7 +58,7 @@ from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoc
                        load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
                        option_parser, read_config, read_header, read_log, read_tensors,
                        restore_optimizer, setup, sheet_frames, skip_clips, split_rows, start_run,
-                       take_step, to_frames, training_options)
+                       sum_over_ranks, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1121,6 +1122,125 @@ def load_row(clips, keys, seed, step, drop, times, drawn=None):
 
 
 # ------------------------------------------------------------------------------------------------
+# What a step costs: the run's header, --estimate, the log's MFU
+# ------------------------------------------------------------------------------------------------
+
+EFFICIENCY = 0.4             # the MFU that an estimate takes for granted
+
+
+def matmul_rate(device, dtype="fp32", seconds=0.2):
+    """FLOP/s of a large linear layer on this device, the best of what fits into `seconds`: what the
+    log's MFU is a share of, so that it needs no table of devices."""
+    n, best = 4096 if device.type == "cuda" else 1024, math.inf
+    with torch.no_grad(), torch.random.fork_rng([]):
+        to = dict(device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        layer, x = Linear(n, n).to(**to), torch.randn(n, n).to(**to)
+        layer(x)[0, 0].item()                                # .item() waits for the device
+        stop = time.perf_counter() + seconds
+        while (began := time.perf_counter()) < stop:
+            layer(x)[0, 0].item()
+            best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def step_flops(options, clips, texts):
+    """FLOPs of a training step of Denoiser(**options) on clips of these lengths in tokens, each with
+    a text of the length in `texts`. Forward and backward are three times the forward:
+
+        6 * [depth * (N (6 D^2 + 2 D F) + 2 L D^2 + 2 D sum n (n + m))     blocks
+             + 2 N C P D + L (W D + D^2) + B (256 D + 7 D^2)               patches, texts, times
+             + layers * (12 L W^2 + 2 W sum m^2)]                          the tower, of width W
+
+    with n tokens and m text tokens a clip, N and L in all, F the MLP's width; without text 4 D^2 for
+    6 D^2. Norms and activations are left out, and what is of no use: the null clip, padding, scores
+    computed again."""
+    has_text = bool(options.get("text") or options.get("text_dim"))
+    n, m, D = np.array(clips, float), np.array(texts, float) * has_text, options["dim"]
+    ffn, (W, layers, _) = options.get("ffn") or 4 * D, options.get("text") or (0, 0, 0)
+    N, L, patch = n.sum(), m.sum(), options["patch"]
+    ends = options["channels"] * (patch**2 if isinstance(patch, int) else math.prod(patch))
+    blocks = N * ((4 + 2 * has_text) * D**2 + 2 * D * ffn) + 2 * L * D**2 + 2 * D * (
+        n * (n + m)).sum()
+    rest = 2 * N * ends * D + L * (W * D + D**2) + len(n) * (256 * D + 7 * D**2)
+    tower = layers * (12 * L * W**2 + 2 * W * (m**2).sum())
+    return float(6 * (options["depth"] * blocks + rest + tower))
+
+
+def saved_bytes(options, n_tokens, n_text, kernels, dtype):
+    """Bytes that a row's forward pass keeps for the backward, weights apart. A token leaves in each
+    block 20 vectors of width D, which linear layers, attention and norms had as inputs, two of the
+    MLP's width, and on torch's path ten more that the Triton kernels compute again; a text token
+    its keys and values. bf16: two bytes a number; torch's path keeps half of them in fp32."""
+    D, (W, layers, _) = options["dim"], options.get("text") or (0, 0, 0)
+    numbers = (20 if kernels == "triton" else 30) + 2 * (options.get("ffn") or 4 * D) / D
+    size = 4 if dtype == "fp32" else 2 if kernels == "triton" else 3
+    tower = n_text * (3 * options["depth"] * D + 20 * layers * W)
+    return size * (n_tokens * options["depth"] * D * numbers + tower)
+
+
+def evenness(rows, row_tokens):
+    """Of rows, lists of clips' lengths: (the share of tokens that are clips', the attention FLOPs
+    of the largest row over their mean: what the ranks wait for each other)."""
+    work = [sum(n * n for n in row) for row in rows]
+    return sum(map(sum, rows)) / len(rows) / row_tokens, max(work) * len(work) / sum(work)
+
+
+def estimate(args, options, clips, plan, device):
+    """{what: figure} of a run: how the first epoch's rows are filled, what a step of all ranks
+    costs. Texts are taken to be as long as those of some 256 clips are on average."""
+    rows = [[clips.lengths[i] for i in row] for row in plan.epoch(0)]
+    some = clips.keys[::-(-len(clips.keys) // 256)]
+    texts = [clips.text(key, args.seed, 0, 0.0) for key in some]
+    text = sum(0 if isinstance(text, int) else len(text) for text in texts) / len(some)
+    text = 512 if clips.kind == "wan" else text
+    with torch.device("meta"):
+        model = Denoiser(**options)
+    n, n_clips = sum(p.numel() for p in model.parameters()), sum(map(len, rows))
+    flops = step_flops(options, [k for row in rows for k in row], [text] * n_clips) / len(rows)
+    flops *= args.batch_tokens // args.row_tokens
+    peak, = sum_over_ranks(matmul_rate(device, args.dtype))
+    kernels, why = backend(device)
+    full, even = evenness(rows, args.row_tokens)
+    return dict(
+        params=n, dit=sum(p.numel() for p in model.dit.parameters()), fullness=full, evenness=even,
+        flops=flops, peak=peak, step_s=flops / peak / EFFICIENCY, kernels=kernels, why=why,
+        # weights, gradients, average and Muon's momentum, 4 bytes each; autocast's copies
+        state=(16 if args.dtype == "fp32" else 18) * n,
+        row=saved_bytes(options, args.row_tokens, text * n_clips / len(rows), kernels, args.dtype))
+
+
+def print_estimate(args, cost, device):
+    """The table of --estimate."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    hours = cost["step_s"] * args.steps / 3600
+    price = "" if args.price_per_hour is None else f", {hours * args.price_per_hour:.2f} in all"
+    tera, mib = 1e12, 2**20
+    rows = [
+        ("parameters", f"{cost['params'] / 1e6:.2f}M, {cost['dit'] / 1e6:.2f}M in the denoiser"),
+        ("fixed memory", f"{cost['state'] / mib:.0f} MiB: weights, gradients, momentum, average"),
+        ("activations", f"{cost['row'] / mib:.0f} MiB for a row of {args.row_tokens} tokens in "
+         f"{args.dtype}, {cost['kernels']} kernels ({cost['why']})"),
+        ("a step", f"{cost['step_s']:.3g} s: {cost['flops'] / tera:.3g} TFLOP at {EFFICIENCY:.0%} "
+         f"of the {cost['peak'] / tera:.3g} TFLOP/s measured on {device}"),
+        (f"{args.steps} steps", f"{hours:.2f} hours{price}")]
+    for gb in (8, 16, 24, 80):           # a tenth is left to temporaries and the allocator
+        most = int((0.9e9 * gb - cost["state"]) / cost["row"] * args.row_tokens) // 256 * 256
+        rows.append((f"{gb} GB hold", f"--row_tokens {most}" if most > 0 else "not even one row"))
+    print("\n".join(f"{name:14}{text}" for name, text in rows))
+
+
+def check_estimate(cost, folder):
+    """Prints what was estimated beside what the log has."""
+    log = [(row["step_s"], row["peak_mib"]) for row in read_log(folder) if "step_s" in row]
+    seconds, memory = np.array(log).T
+    counted = (cost["state"] + cost["row"]) / 2**20
+    print(f"{folder}: estimated {cost['step_s']:.3g} s a step and {counted:.0f} MiB; measured "
+          f"{np.median(seconds):.3g} s and {memory.max():.0f} MiB, with data, autoencoder and, on "
+          "a CPU, libraries", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
 
@@ -1140,17 +1260,23 @@ def clip_losses(model, row, x0, noise, t, dtype):
     return sums / counts
 
 
+def by_time(losses, t, n_bins=4):
+    """[n_bins, 2] of losses [B] at times t [B]: sum and number in each equal part of 0 to 1."""
+    bins = F.one_hot((t * n_bins).long().clamp(max=n_bins - 1), n_bins).float()      # [B, n_bins]
+    return bins.T @ torch.stack([losses, torch.ones_like(losses)], 1)
+
+
 @torch.no_grad()
-def held_out_loss(model, bank, device, dtype, n_bins=4):
+def held_out_loss(model, bank, device, dtype):
     """(mean loss, loss by time bin) over the fixed bank of clips, noise and times."""
     losses, times = [], []
     for _, row, x0, noise, t in bank:
         moved = row.to(device), x0.to(device), noise.to(device), t.to(device)
         losses.append(clip_losses(model, *moved, dtype).cpu())
         times.append(t)
-    losses, bins = torch.cat(losses), (torch.cat(times) * n_bins).long().clamp(max=n_bins - 1)
-    by_bin = [losses[bins == b].mean().item() for b in range(n_bins)]
-    return losses.mean().item(), by_bin
+    losses = torch.cat(losses)
+    sums, counts = by_time(losses, torch.cat(times)).unbind(1)
+    return losses.mean().item(), (sums / counts).tolist()
 
 
 def guide(with_prompt, without, scale, channels=None):
@@ -1225,22 +1351,28 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
 
 
 def plot_losses(folder, width=640, height=360):
-    """loss.png: the training loss (grey) and the held-out loss (blue), on a log scale."""
+    """loss.png: the training loss, the held-out loss and, thin, that by time, on a log scale."""
     log = read_log(folder)
-    lines = [([(r["step"], r["loss"]) for r in log], (170, 170, 170)),
-             ([(r["step"], r["held_out"]) for r in log if "held_out" in r], (40, 90, 220))]
-    values = [value for points, _ in lines for _, value in points]
+    held = [row for row in log if "held_out" in row]
+    lines = [("training", (170, 170, 170), 2, [(row["step"], row["loss"]) for row in log]),
+             ("held out", (40, 90, 220), 2, [(row["step"], row["held_out"]) for row in held])]
+    for i, colour in enumerate(((20, 150, 60), (230, 160, 0), (220, 80, 30), (150, 40, 150))):
+        points = [(row["step"], row["held_out_by_t"][i]) for row in held]
+        lines.append((f"t {i / 4:g} to {(i + 1) / 4:g}", colour, 1, points))
+    lines = [(*line, [(x, y) for x, y in points if y > 0]) for *line, points in lines]   # no NaN
+    values = [value for *_, points in lines for _, value in points]
     low, high, last = math.log(min(values)), math.log(max(values)), max(r["step"] for r in log)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     place = lambda step, value: (60 + (width - 80) * step / last, height - 30 - (height - 60)
                                  * (math.log(value) - low) / max(1e-9, high - low))
-    for points, colour in lines:
-        if len(points) > 1:
-            draw.line([place(*point) for point in points], fill=colour, width=2)
+    left = 60
+    for name, colour, wide, points in [(f"0 to {last} steps", "black", 1, []), *lines]:
+        draw.line([place(*point) for point in points], fill=colour, width=wide)
+        draw.text((left, height - 20), name, fill=colour)
+        left += draw.textlength(name) + 14
     for value in (math.exp(low), math.exp((low + high) / 2), math.exp(high)):
         draw.text((8, place(0, value)[1] - 6), f"{value:.3f}", fill="black")
-    draw.text((60, height - 20), f"0 to {last} steps; grey: training, blue: held out", fill="black")
     with atomic(Path(folder) / "loss.png") as path:
         image.save(path, "PNG")
 
@@ -1339,13 +1471,31 @@ def held_out_bank(clips, seed):
     return bank
 
 
+def add_gradients(model, loaded, lengths, args, device):
+    """Learns from this rank's loaded rows of a step; returns their part of the log's figures.
+    lengths: of the clips in each row of all ranks."""
+    n_clips, by_t = sum(map(len, lengths)), torch.zeros(4, 2, device=device)
+    for _, row, *tensors in loaded:
+        moved = [x.to(device) for x in (row, *tensors)]
+        losses = clip_losses(model, *moved, args.dtype)                              # [B]
+        (losses.sum() / n_clips).backward()
+        by_t += by_time(losses.detach(), moved[-1])
+    full, even = evenness(lengths, args.row_tokens)
+    return {"loss": by_t[:, 0].sum() / n_clips, "loss_by_t": by_t, "fullness": (full, 1),
+            "evenness": (even, 1)}
+
+
 def train(args, folder):
     rows_a_step = args.batch_tokens // args.row_tokens
     rank, world, device = setup(args, rows_a_step, "--batch_tokens")
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder)
+    plan = RowPlan(clips, args.seed, args.given, args.stills)
+    if args.estimate:
+        return print_estimate(args, estimate(args, about["model"], clips, plan, device), device)
     saved_at = start_run(folder, {"kind": "denoiser", "args": vars(args), **about})
     if is_finished(saved_at, args):
         return
+    cost = estimate(args, about["model"], clips, plan, device)
     if rank == 0 and clips.tokenizer and not (folder / "tokenizer.json").exists():
         with atomic(folder / "tokenizer.json") as path:
             clips.tokenizer.save(str(path))
@@ -1369,53 +1519,51 @@ def train(args, folder):
     for block in model.dit.blocks if args.compile else ():
         block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
-    plan = RowPlan(clips, args.seed, args.given, args.stills)
-    print_header(args, folder, model, clips, held_out, device)
+    print_header(args, folder, cost, clips, held_out, device)
 
     def batch(step):
-        """This rank's rows of a step, and the number of clips in all of its rows."""
+        """This rank's rows of a step, and the lengths of the clips in all of its rows."""
         places, loaded = range(step * rows_a_step, (step + 1) * rows_a_step), []
-        rows = [plan.row(s) for s in places]
-        for s, keys in zip(places[rank::world], rows[rank::world]):
+        rows, drawn = [plan.row(s) for s in places], [plan.givens(s) for s in places]
+        for keys, names in zip(rows[rank::world], drawn[rank::world]):
             times = [draw_t(rng(args.seed, "time", step, key), args.times,
                             token_shift(args.shift, tokens_of[key], args.shift_tokens),
                             interval(model.objective)) for key in keys]
-            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, plan.givens(s)))
-        return loaded, sum(len(keys) for keys in rows)
+            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, names))
+        return loaded, [[clips.count_tokens(each) for each in row] for row in drawn]
 
     def learn(step, data):
-        (loaded, n_clips), loss = data, torch.zeros((), device=device)
-        for _, row, *tensors in loaded:
-            moved = [x.to(device) for x in (row, *tensors)]
-            share = clip_losses(model, *moved, args.dtype).sum() / n_clips
-            share.backward()
-            loss += share.detach()
+        figures = add_gradients(model, *data, args, device)
         norm = take_step(model, optimizer, lr_at(step, args))
         ema_update(ema, model, min(args.ema, (2 + step) / (11 + step)))
-        return {"loss": loss}, norm, [key for keys, *_ in loaded for key in keys]
+        return figures, norm, [key for keys, *_ in data[0] for key in keys]
 
     def evaluate(done):
         sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
                         folder / "samples" / f"step-{done:06d}.png", args.shift)
-        mean, by_time = held_out_loss(ema, bank, device, args.dtype)
-        return {"held_out": mean, "held_out_by_t": by_time}
+        mean, by_t = held_out_loss(ema, bank, device, args.dtype)
+        return {"held_out": mean, "held_out_by_t": by_t}
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
         "model": model.state_dict(), "ema": ema.state_dict(),
-        "optimizer": optimizer_tensors(optimizer, model)})
+        "optimizer": optimizer_tensors(optimizer, model)},
+        (args.batch_tokens * cost["fullness"], cost["flops"], cost["peak"]))
     if rank == 0:
         plot_losses(folder)
+        check_estimate(cost, folder)
     barrier()
 
 
-def print_header(args, folder, model, clips, held_out, device):
-    n, tokens = sum(p.numel() for p in model.parameters()), sum(clips.lengths)
-    dit = sum(p.numel() for p in model.dit.parameters())
-    kernels, why = backend(device)
-    print(f"{folder}: {n / 1e6:.2f}M parameters ({dit / 1e6:.2f}M denoiser); {len(clips.keys)} "
-          f"clips of {tokens / len(clips.keys):.0f} tokens to learn from, "
-          f"{len(held_out.keys)} held out; {args.batch_tokens // args.row_tokens} rows of "
-          f"{args.row_tokens} tokens a step; {device}, {kernels} kernels ({why})", file=sys.stderr)
+def print_header(args, folder, cost, clips, held_out, device):
+    if int(os.environ.get("RANK", 0)):
+        return
+    print(f"{folder}: {cost['params'] / 1e6:.2f}M parameters ({cost['dit'] / 1e6:.2f}M denoiser); "
+          f"{len(clips.keys)} clips of {sum(clips.lengths) / len(clips.keys):.0f} tokens to learn "
+          f"from, {len(held_out.keys)} held out; {args.batch_tokens // args.row_tokens} rows of "
+          f"{args.row_tokens} tokens a step, {cost['fullness']:.1%} full, attention of the largest "
+          f"{cost['evenness']:.2f} of the mean; {cost['flops'] / 1e12:.3g} TFLOP a step, "
+          f"{cost['peak'] / 1e12:.3g} TFLOP/s measured; {device}, {cost['kernels']} kernels "
+          f"({cost['why']})", file=sys.stderr)
 
 
 def load_denoiser(name, device="cpu", weights="ema"):
@@ -1711,6 +1859,10 @@ def parse_options(argv=None):
     add("--text_encoder", help="folder of a frozen T5, UMT5 or CLIP to read captions with (none)")
     add("--export", metavar="FILE", help="write the run's average in its published layout, and stop")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
+    add("--estimate", action="store_true",
+        help="print what the run needs of memory, time and money, and train nothing")
+    add("--price_per_hour", type=number(float, 0),
+        help="of all ranks, in any currency, 0 or more, for --estimate (none)")
     add = parser.add_argument_group("model (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
     add("--model", default="video-xs", choices=sorted(MODELS), metavar="NAME",
@@ -1895,6 +2047,8 @@ def main(argv=None):
     if args.export:
         return export(args, folder)
     train(args, folder)
+    if args.estimate:
+        return
     print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
           file=sys.stderr)
 

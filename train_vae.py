@@ -29,6 +29,7 @@ import math
 import os
 import pickle
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -156,7 +157,8 @@ def write_config(folder, config):
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def start_run(folder, config, resumable=("steps", "skip_clips", "keep")):
+def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
+                                     "price_per_hour")):
     """Opens the run's folder, or makes it, and returns its last checkpoint's folder or None.
 
     `config` holds "kind" and "args" and whatever else a loader needs. A run goes on only with the
@@ -441,15 +443,38 @@ def check_finite(norm, folder, step, keys):
                f"{', '.join(keys)}. The last checkpoint is untouched; --skip_clips leaves clips out")
 
 
-def fit(args, folder, start, batch, learn, evaluate, tensors):
+def peak_mib():
+    """The most memory held so far: on the GPU where there is one, or else by this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss            # KiB, on macOS bytes
+    return round(held / 2**(20 if sys.platform == "darwin" else 10))
+
+
+def over_ranks(figures):
+    """{figure: number} over all ranks. What is a number is a rank's part of the sum; a tensor [2]
+    or [n, 2] holds sums and counts: their quotients count, None where nothing was counted."""
+    parts = [torch.as_tensor(value).detach().cpu().double() for value in figures.values()]
+    sums = sum_over_ranks(*torch.cat([part.flatten() for part in parts]).tolist())
+    found = {}
+    for name, part, total in zip(figures, parts, torch.tensor(sums, dtype=torch.float64).split(
+            [part.numel() for part in parts])):
+        means = [x / n if n else None for x, n in total.view(-1, 2).tolist()] if part.dim() else []
+        found[name] = total.item() if part.dim() == 0 else means if part.dim() > 1 else means[0]
+    return found
+
+
+def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
     """The loop of every stage that trains, from step `start` to args.steps.
 
     batch(step): what this rank learns from, made ahead in threads. learn(step, data): adds up the
-    gradients, takes the step, and returns ({figure: this rank's share of it}, the gradient's norm,
-    the clips' keys). evaluate(done): {figure: float}, by the first rank. tensors(): what a
-    checkpoint holds."""
+    gradients, takes the step, and returns ({figure: this rank's part of it, see `over_ranks`}, the
+    gradient's norm, the clips' keys). evaluate(done): {figure: float}, by the first rank.
+    tensors(): what a checkpoint holds. work: (tokens a step, its FLOPs, the FLOP/s that all ranks
+    together reach at most, or None), of which the log has tokens_s and mfu."""
     rank, log, stop, began = int(os.environ.get("RANK", 0)), Log(folder, start), Stop(), time.time()
     name, before = Path(sys.argv[0]).stem, None
+    clock, counted = began, start        # since when, and from which step, the pace is measured
     bar = tqdm(total=args.steps, initial=start, desc=name, unit="step", disable=rank > 0)
     for step, data in prefetch(batch, start, args.steps):
         figures, norm, keys = learn(step, data)
@@ -463,20 +488,29 @@ def fit(args, folder, start, batch, learn, evaluate, tensors):
         before = norm, step, keys
         if is_logged or is_saved:
             check_finite(norm.item(), folder, step, keys)
+        worked = time.time() - clock     # without what comes below: evaluating and saving
         if is_logged:
-            totals = sum_over_ranks(*(float(value) for value in figures.values()))
-            row = dict(step=done, **dict(zip(figures, totals)), grad_norm=norm.item(),
-                       lr=lr_at(step, args), seconds=round(time.time() - began, 2))
+            step_s = worked / (done - counted)
+            row = dict(step=done, **over_ranks(figures), grad_norm=norm.item(),
+                       lr=lr_at(step, args), seconds=round(time.time() - began, 2),
+                       step_s=round(step_s, 5), peak_mib=peak_mib())
+            if work:
+                tokens, flops, peak = work
+                row["tokens_s"] = round(tokens / step_s)
+                row["mfu"] = round(flops / step_s / peak, 4) if peak else None
+            worked, counted = 0.0, done
             if is_evaluated and rank == 0:
                 row.update(evaluate(done))
             log.write(**row)
-            bar.set_postfix_str(", ".join(f"{key} {value:.4f}" for key, value in row.items()
-                                          if key in (*figures, "held_out", "psnr")))
+            shown = [key for key, value in figures.items() if torch.as_tensor(value).dim() == 0]
+            bar.set_postfix_str(", ".join(f"{key} {row[key]:.4f}" for key in
+                                          (*shown, "held_out", "psnr") if key in row))
         bar.update()
         if is_saved:
             save_step(folder, done, tensors(), args.keep)
             if is_stopped and not is_last:
                 sys.exit(143)
+        clock = time.time() - worked
     bar.close()
 
 

@@ -110,6 +110,26 @@ def test_the_denoiser_learns_and_shows_it(demo):
     assert sorted(p.name for p in (demo / "runs/demo").glob("step-*"))[-1] == "step-000024"
 
 
+def test_an_estimate_is_a_table_that_writes_nothing(demo):
+    before = sorted(demo.rglob("*"))
+    out, _ = run(demo, ["train_dit.py", "demo", "--run", "planned", "--estimate", "--steps", "3600",
+                        "--price_per_hour", "2"])
+    assert sorted(demo.rglob("*")) == before
+    seconds = float(re.search(r"^a step +([\d.]+) s: .* TFLOP/s measured on", out, re.M)[1])
+    hours, price = re.search(r"^3600 steps +([\d.]+) hours, ([\d.]+) in", out, re.M).groups()
+    hours, price = float(hours), float(price)
+    assert abs(hours - seconds) <= 0.01 and abs(price - 2 * hours) <= 0.02
+    fits = [int(n) for n in re.findall(r"^\d+ GB hold +--row_tokens (\d+)$", out, re.M)]
+    assert len(fits) == 4 and fits == sorted(fits) and fits[0] > 2048
+
+
+def test_a_run_says_how_well_it_goes(demo):
+    row = log(demo, "demo")[-1]
+    assert len(row["loss_by_t"]) == len(row["held_out_by_t"]) == 4
+    assert 0.9 < row["fullness"] <= 1 <= row["evenness"] < 2 and 0 < row["mfu"] < 1.5
+    assert row["tokens_s"] > 0 and row["step_s"] > 0 and row["peak_mib"] > 100
+
+
 def test_sample_writes_what_was_asked_for(demo):
     out, _ = run(demo, ["sample.py", "demo", "--prompt", "a red circle moves left", "--size", "36x44",
                         "--frames", "11", "--fps", "8", "--steps", "3"])

@@ -6,8 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import caption
 import train_dit as D
+from kernels.attention import reference
 
 OPTIONS = dict(channels=5, vocab=300, dim=48, depth=2, heads=2, patch=(1, 1, 1), text=(32, 1, 2),
                rope_base=100.0)
@@ -173,3 +176,53 @@ def test_rows_are_the_same_when_threads_ask_for_them_at_once(monkeypatch):
     shared = D.RowPlan(Clips, 7)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(shared.row, range(60))) == rows
+
+
+def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch):
+    """On a row without padding, with attention written out as products that the counter sees."""
+    monkeypatch.setattr(D, "attention", reference)
+    monkeypatch.setattr(caption, "attention", reference)
+    texts = [[5] * 30, [6] * 32, [2] * 2]                # 64 tokens: no padding behind them
+    row, model = D.lay_out(SHAPES, [8.0] * 3, texts, 4, (1, 1, 1)), shaken()
+    x0 = torch.randn(int(row.cu[-1]), 5)
+    with FlopCounterMode(display=False) as forward:
+        loss = D.clip_losses(model, row, x0, torch.randn_like(x0), torch.rand(3), "fp32").sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    wanted = D.step_flops(OPTIONS, (row.cu[1:] - row.cu[:-1]).tolist(), [len(t) for t in texts])
+    assert forward.get_total_flops() == wanted / 3
+    inputs = 2 * len(x0) * 5 * 48 + 2 * 3 * 256 * 48         # of patches and times: no gradient
+    assert backward.get_total_flops() == 2 * wanted / 3 - inputs
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saved_bytes_are_what_a_forward_pass_saves(backend, dtype):
+    options = dict(OPTIONS, dim=96, depth=3)
+    row = D.lay_out([(5, 4, 4, 10)] * 2, [8.0] * 2, [[5] * 40, [2] * 24], 4, (1, 1, 1))
+    model, x0 = shaken(dim=96, depth=3), torch.randn(int(row.cu[-1]), 5)
+    own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x            # alive: no address comes twice
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        D.clip_losses(model, row, x0, torch.randn_like(x0), torch.rand(2), dtype)
+    copies = [sorted(p.shape) for p in model.parameters()]    # of weights, which autocast makes
+    found = sum(x.untyped_storage().nbytes() for at, x in saved.items()
+                if at not in own and sorted(x.shape) not in copies)
+    assert D.saved_bytes(options, len(x0), 64, backend, dtype) == pytest.approx(found, rel=0.25)
+
+
+def test_losses_by_time_are_sums_and_numbers():
+    losses, t = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 0.2, 0.6, 1.0])
+    assert D.by_time(losses, t).tolist() == [[3, 2], [0, 0], [3, 1], [4, 1]]
+
+
+def test_rows_are_as_full_and_even_as_is_said():
+    assert D.evenness([[4, 4], [8], [2, 2, 2]], 10) == (22 / 30, 64 * 3 / (32 + 64 + 12))
+
+
+def test_a_measured_rate_leaves_torchs_generator_alone():
+    before = torch.get_rng_state()
+    assert D.matmul_rate(torch.device("cpu"), seconds=0.01) > 1e8
+    assert torch.equal(torch.get_rng_state(), before)

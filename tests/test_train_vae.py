@@ -1,6 +1,7 @@
 """The autoencoder: causal, chunkable, fitted; runs: resumed, refused, equal on two ranks."""
 import math
 import resource
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,12 +174,12 @@ def test_a_save_that_finds_no_room_leaves_the_checkpoint_before_it(tmp_path, cap
     assert torch.equal(V.load_step(V.last_step(tmp_path))[1]["model"]["a"], torch.arange(3.0))
 
 
-def loop(folder, learn, steps=6, **more):
+def loop(folder, learn, steps=6, evaluate=lambda done: {"held_out": 0.5}, work=None, **more):
     """Runs the loop of training with a `learn` of the test's."""
     args = SimpleNamespace(steps=steps, eval_every=4, log_every=2, save_every=2, keep=9, lr=1e-3,
                            warmup=0, **more)
-    V.fit(args, folder, 0, lambda step: step, learn, lambda done: {"held_out": 0.5},
-          lambda: {"model": {"a": torch.zeros(1)}})
+    V.fit(args, folder, 0, lambda step: step, learn, evaluate,
+          lambda: {"model": {"a": torch.zeros(1)}}, work)
 
 
 def test_the_loop_logs_evaluates_and_saves_when_it_should(tmp_path):
@@ -187,6 +188,27 @@ def test_the_loop_logs_evaluates_and_saves_when_it_should(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(2, 1.0), (4, 3.0), (6, 5.0)]
     assert ["held_out" in row for row in rows] == [False, True, True]
     assert [p.name for p in sorted(tmp_path.glob("step-*"))] == [f"step-{n:06d}" for n in (2, 4, 6)]
+
+
+def test_the_pace_is_that_of_the_steps_alone(tmp_path):
+    def learn(step, data):
+        time.sleep(0.02)
+        return {"loss": torch.tensor(1.0)}, torch.tensor(1.0), []
+
+    def evaluate(done):
+        time.sleep(0.5)
+        return {"held_out": 0.5}
+    loop(tmp_path, learn, 6, evaluate, (100, 1e6, 1e9))
+    for row in V.read_log(tmp_path):
+        assert 0.02 <= row["step_s"] < 0.2
+        assert row["tokens_s"] == pytest.approx(100 / row["step_s"], rel=0.01)
+        assert row["mfu"] == pytest.approx(1e-3 / row["step_s"], rel=0.01) and row["peak_mib"] > 10
+    assert V.read_log(tmp_path)[-1]["seconds"] > 0.6
+
+
+def test_sums_and_counts_are_logged_as_means():
+    figures = {"loss": torch.tensor(2.0), "mean": (6, 4), "by_t": torch.tensor([[3., 2], [0, 0]])}
+    assert V.over_ranks(figures) == {"loss": 2.0, "mean": 1.5, "by_t": [1.5, None]}
 
 
 @pytest.mark.parametrize("bad", [2, 3])

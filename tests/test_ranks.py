@@ -1,0 +1,127 @@
+"""Two gloo ranks, real processes: losses and weights as on one; kills, SIGTERM, too few rows."""
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+OFTEN = ["--log_every", "1", "--save_every", "2", "--keep", "99"]
+VAE = ["train_vae.py", "demo", "--steps", "4", "--eval_every", "4", *OFTEN]
+DIT = ["train_dit.py", "demo", "--steps", "8", "--eval_every", "8", "--row_tokens", "256",
+       "--batch_tokens", "768", *OFTEN]              # three rows: the ranks get two and one
+
+
+def start(folder, command, world=1):
+    """The processes of one command, a rank each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+               WORLD_SIZE=str(world))
+    return [subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=folder,
+                             env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for rank in range(world)]
+
+
+def end(processes, status=0):
+    """Their stderr; all must end with this status and none with a traceback."""
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    for process, error in zip(processes, errors):
+        assert process.returncode == status and "Traceback" not in error, error[-3000:]
+    return errors
+
+
+def rows(run):
+    return [json.loads(line) for line in open(run / "log.jsonl")]
+
+
+def wait_for(processes, is_there):
+    while not is_there():
+        time.sleep(0.01)
+        assert all(process.poll() is None for process in processes), end(processes)
+
+
+def digests(run):
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(run.glob("step-*/*"))}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a small data set and its latents, by an autoencoder that one rank trained."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for command in (["prepare_data.py", "demo", "--demo_files", "12"], VAE,
+                    ["train_vae.py", "demo", "--encode"]):
+        end(start(folder, command))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(small):
+    """The run of the denoiser on two ranks, unbroken."""
+    end(start(small, [*DIT, "--run", "pair"], 2))
+    return small / "runs/pair"
+
+
+def check_same(one, two, figures):
+    """Two runs' figures at every step to 1e-4, gradients' norms and last weights to 1e-3: where a
+    gradient is only rounding, as of outputs that begin at zero, Muon makes a step of it."""
+    flat = lambda x: [y or 0.0 for y in (x if isinstance(x, list) else [x])]     # None: no clip
+    for a, b in zip(rows(one), rows(two), strict=True):
+        for name in (*figures, "grad_norm"):
+            near = pytest.approx(flat(a[name]), rel=1e-3 if name == "grad_norm" else 1e-4)
+            assert flat(b[name]) == near, (a["step"], name)
+    for step, most in ((2, 1e-4), (rows(one)[-1]["step"], 1e-3)):
+        a, b = (load_file(run / f"step-{step:06d}/model.safetensors") for run in (one, two))
+        away = torch.stack([(a[name] - b[name]).norm() for name in a]).norm()
+        assert away <= most * torch.stack([x.norm() for x in a.values()]).norm(), step
+
+
+def test_two_ranks_train_the_denoiser_as_one(small, pair):
+    end(start(small, [*DIT, "--run", "alone"]))
+    check_same(small / "runs/alone", pair, ["loss", "loss_by_t", "fullness", "evenness"])
+
+
+def test_two_ranks_train_the_autoencoder_as_one(small):
+    end(start(small, [*VAE, "--run", "vae-pair"], 2))
+    check_same(small / "runs/demo-vae", small / "runs/vae-pair", ["l1", "mse", "kl"])
+
+
+@pytest.mark.slow
+def test_ranks_killed_and_started_again_go_on_with_the_same_bits(small, pair):
+    command, run = [*DIT, "--run", "killed"], small / "runs/killed"
+    processes = start(small, command, 2)
+    wait_for(processes, (run / "step-000002").exists)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (run / "step-000008").exists()
+    end(start(small, command, 2))
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(pair)]
+    assert digests(run) == digests(pair)
+
+
+@pytest.mark.slow
+def test_sigterm_at_one_rank_saves_and_both_leave_with_143(small):
+    command, run = [*DIT, "--run", "stopped", "--steps", "4000"], small / "runs/stopped"
+    processes = start(small, command, 2)
+    wait_for(processes, (run / "step-000002").exists)
+    processes[1].send_signal(signal.SIGTERM)
+    end(processes, 143)
+    assert max(run.glob("step-*")).name == f"step-{rows(run)[-1]['step']:06d}"
+
+
+def test_fewer_rows_than_ranks_are_refused(small):
+    for error in end(start(small, [*DIT, "--run", "few", "--batch_tokens", "256"], 2), 2):
+        assert len(error.splitlines()) == 1 and "--batch_tokens" in error and "2 ranks" in error
+    assert not (small / "runs/few").exists()
