@@ -1077,7 +1077,7 @@ def parse(argv=None):
         help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
         help="longest caption, in tokens (%(default)s)")
-    add = training_options(parser, steps=800, lr=8e-3, warmup=60, eval_every=200)
+    add = training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
     add("--words", type=number(float, 0), default=2.0,
         help="weight of the words' loss (%(default)s)")
     add("--blank", type=number(float, 0, 1), default=0.3,

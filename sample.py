@@ -20,6 +20,7 @@ import math
 import re
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet,
@@ -70,6 +71,18 @@ class Sampler:
                                    shift, self.vae.time_stride, progress, self.read(""))
                 videos += [cut(video, w) for video, w in zip(decoded, part)]
         return videos
+
+
+@torch.no_grad()
+def generate_codes(model, draws, label=None, temperature=1.0, progress=iter):
+    """Codes int64 [B, T', H', W'], one by one. draws [B, L]: uniform numbers in [0, 1);
+    temperature: above 0; progress: what to wrap the loop in, such as tqdm."""
+    caches, codes = [], torch.zeros_like(draws, dtype=torch.int64)
+    for place in progress(range(draws.shape[1])):
+        logits = model.step(codes[:, place - 1], place, caches, label)               # [B, K]
+        below = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        codes[:, place] = (below < draws[:, place, None] * below[:, -1:]).sum(-1)
+    return codes.unflatten(1, model.shape)
 
 
 def cut(video, wish):

@@ -12,7 +12,7 @@ stays within each clip, and no clip is padded. What is left of a row is a null c
 sees. With --given, frames and clips before or after join a clip's attention as tokens of their own
 time that are clean, t = 0, and bear no loss: one model then continues, connects and loops videos.
 
-    python train_dit.py demo                     # six minutes on two cores
+    python train_dit.py demo                     # three minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
     python train_dit.py mine --model video-b --estimate --price_per_hour 2        # before a run
     torchrun --nproc_per_node 8 -- train_dit.py mine --model video-b --row_tokens 16384
@@ -54,7 +54,7 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit,
-                       gaussians, is_finished, keep_memory, last_step, latents_path,
+                       gaussians, is_finished, last_step, latents_path,
                        load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
                        option_parser, read_config, read_header, read_log, read_tensors,
                        restore_optimizer, setup, sheet_frames, skip_clips, split_rows, start_run,
@@ -793,18 +793,6 @@ class GPT(nn.Module):
         return self.run(x[:, None], place, label, caches)[:, 0]
 
 
-@torch.no_grad()
-def generate_codes(model, draws, label=None, temperature=1.0, progress=iter):
-    """Codes int64 [B, T', H', W'], one by one. draws [B, L]: uniform numbers in [0, 1);
-    temperature: above 0; progress: what to wrap the loop in, such as tqdm."""
-    caches, codes = [], torch.zeros_like(draws, dtype=torch.int64)
-    for place in progress(range(draws.shape[1])):
-        logits = model.step(codes[:, place - 1], place, caches, label)               # [B, K]
-        below = (logits.float() / temperature).softmax(-1).cumsum(-1)
-        codes[:, place] = (below < draws[:, place, None] * below[:, -1:]).sum(-1)
-    return codes.unflatten(1, model.shape)
-
-
 class Denoiser(nn.Module):
     """A network and what reads its prompts: our small text tower (`text`: its width, layers and
     heads), trained, averaged and saved with it; else classes, or embeddings of a frozen encoder."""
@@ -820,17 +808,15 @@ class Denoiser(nn.Module):
 
     def forward(self, x, t, row):
         """x [N, C*P]; t [R], 0 clean to 1 noise. Returns what the objective asks for, [N, C*P], or
-        [N, 2 C*P] for DDPM's noise and variance. Here alone a network's own count of time is
-        known: DiT's, Wan's and U-ViT's runs to 1000, SiT's from noise, 0, to data, 1."""
+        [N, 2 C*P] for DDPM's noise and variance. To DiT, Wan and U-ViT noise is at 1000."""
         if self.kind == "uvit":
             context = row.labels if row.text is None else row.text.unflatten(0, (len(t), -1))
             return self.dit(x, 1000 * t, context, row.shapes)
         text = self.tower(row.ids, row.cu_text) if self.tower else row.text
-        out = self.dit(x, 1 - t if self.kind == "sit" else 1000 * t, row, text, row.image)
-        if self.objective.prediction != "ddpm":
-            out = out[:, :x.shape[1]]                        # a variance that nothing asked for
-        is_turned = self.kind == "sit" and self.objective.prediction == "velocity"
-        return -out if is_turned else out
+        run = lambda x, t: self.dit(x, t, row, text, row.image)
+        out = from_sit(run, self.objective.prediction)(x, t) if self.kind == "sit" else run(
+            x, 1000 * t)
+        return out if self.objective.prediction == "ddpm" else out[:, :x.shape[1]]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1871,7 +1857,7 @@ def parse_options(argv=None):
         help="tokens of the captions' BPE, 259 or more (%(default)s)")
     add("--dtype", default="fp32", choices=["fp32", "bf16"],
         help="of matrix products (%(default)s)")
-    add = training_options(parser, steps=900, lr=1e-2, warmup=50, eval_every=300)
+    add = training_options(parser, steps=1100, lr=1e-2, warmup=50, eval_every=550)
     add("--row_tokens", type=number(int, 1), default=2048, help="tokens a packed row (%(default)s)")
     add("--batch_tokens", type=number(int, 1), default=2048,
         help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
@@ -1924,107 +1910,6 @@ def parse_options(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------------
-# python train_dit.py bench: a training step beside diffusers', where that is installed
-# ------------------------------------------------------------------------------------------------
-
-
-def bench_case(peers, kind, layers, dim, shapes, device):
-    """(their step's forward, ours: functions without arguments that return the outputs, one a clip;
-    the two models). Theirs takes the clips padded to the largest, or each alone."""
-    torch.manual_seed(1)
-    is_wan = kind == "wan"
-    peer, ours = peers.wan(layers, dim) if is_wan else peers.dit(layers, dim, shapes[0][2])
-    peer, ours = peer.to(device), ours.to(device)
-    channels = 16 if is_wan else 4
-    clips = [torch.randn(channels, *shape, device=device) for shape in shapes]
-    largest = [max(sides) for sides in zip(*shapes)]
-    padded = torch.zeros(len(clips), channels, *largest, device=device)
-    for b, clip in enumerate(clips):
-        padded[(b, slice(None), *(slice(n) for n in clip.shape[1:]))] = clip
-    times = torch.randint(0, 1000, (len(clips),), device=device)
-    texts = [torch.randn(20 + b, 256, device=device) for b in range(len(clips))]
-    row = lay_out([tuple(clip.shape) for clip in clips], [None] * len(clips), [[]] * len(clips), None,
-                  ours.patch).to(device)
-    row.labels = times
-    packed, row.cu_text = fill_texts(texts) if is_wan else (None, None)
-
-    def theirs(alone=False):
-        if not is_wan:
-            return list(peer(padded[:, :, 0], times, class_labels=times).sample[:, :, None])
-        if not alone:
-            return list(peer(padded, times, packed.view(len(clips), -1, 256)).sample)
-        return [peer(clip[None], t[None], text[None]).sample[0] for clip, t, text
-                in zip(clips, times, packed.view(len(clips), -1, 256))]
-
-    def mine():
-        out = ours(patchify(clips, ours.patch), times.float(), row, packed)
-        return unpatchify(out, [(ours.out_channels, *shape) for shape in shapes], ours.patch)
-
-    return peer, ours, theirs, mine
-
-
-def step_seconds(step, repeats):
-    """The median seconds of a training step, after three to warm up."""
-    times = []
-    for _ in range(3 + repeats):
-        sync()
-        began = time.perf_counter()
-        step()
-        sync()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times[3:]))
-
-
-def sync():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def bench(argv):
-    """Prints a table: a step of ours and of diffusers' with equal weights, in one run."""
-    parser = option_parser("A training step beside diffusers' (which must be installed)")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=number(int, 1), default=5,
-                        help="steps of each (%(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        from tests import peers          # what only measures is no part of this script
-    except ImportError as error:
-        refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
-    mixed = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
-    cases = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
-             ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
-             ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
-             ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, mixed)]
-    print(f"diffusers {peers.VERSION}, torch {torch.__version__}, {args.device}, "
-          f"{torch.get_num_threads()} threads; theirs fp32, ours {args.dtype}")
-    print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
-    for name, kind, layers, dim, shapes in cases:
-        peer, ours, theirs, mine = bench_case(peers, kind, layers, dim, shapes, args.device)
-        with torch.no_grad():
-            pairs = zip(theirs(alone=True) if kind == "wan" else theirs(), mine())
-            away = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
-
-        def stepper(model, forward, dtype):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-
-            def step():
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, dtype == "bf16"):
-                    outs = forward()
-                sum(out.float().square().mean() for out in outs).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return step
-
-        keep_memory(False)                               # as Python starts; then as our scripts do
-        a = step_seconds(stepper(peer, theirs, "fp32"), args.repeats)
-        keep_memory()
-        b = step_seconds(stepper(ours, mine, args.dtype), args.repeats)
-        print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
-
-
 def export(args, folder):
     """Writes a run's average under the names and in the shapes of its published layout."""
     model, _, config = load_denoiser(folder)
@@ -2040,8 +1925,12 @@ def export(args, folder):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:
-        return bench(argv[1:])
+    if argv[:1] == ["bench"]:            # what only measures is no part of this script
+        try:
+            from tests import peers
+        except ImportError as error:
+            refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
+        return peers.bench(argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     if args.export:

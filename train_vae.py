@@ -12,7 +12,7 @@ first frame becomes a latent of its own, each further latent covers four frames,
 of one frame, and a long clip can be coded in chunks that carry two frames of state a layer: the
 same numbers as in one piece. No statistic runs over time or space, for the same reason.
 
-    python train_vae.py demo                     # two minutes on two cores
+    python train_vae.py demo                     # a minute on two cores
     python train_vae.py demo --encode            # seconds
     python train_vae.py demo --run quick --steps 20                      # a look, under a minute
     torchrun --nproc_per_node 8 -- train_vae.py mine --model vae-b --size 256   # one node
@@ -1233,7 +1233,7 @@ def parse_options(argv=None):
         help="frames of a training window at most, 1 or more (%(default)s)")
     add("--size", type=number(int, 8), default=32,
         help="side of a training window at most, px, 8 or more (%(default)s)")
-    add = training_options(parser, steps=800, lr=4e-3, warmup=30, eval_every=400)
+    add = training_options(parser, steps=600, lr=4e-3, warmup=30, eval_every=300)
     add("--batch", type=number(int, 1), default=8, help="clips a step, all ranks (%(default)s)")
     add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
     return parser.parse_args(argv)

@@ -1,11 +1,13 @@
-"""diffusers' denoisers beside ours, with equal weights: for `python train_dit.py bench` alone."""
+"""`python train_dit.py bench`: a training step beside diffusers', with equal weights, in one run."""
+import time
+
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel, WanTransformer3DModel
 
 import train_dit as D
-
-VERSION = diffusers.__version__
+import train_vae as V
 
 
 def wan(layers, dim):
@@ -63,3 +65,94 @@ def shake(model):
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (0.02 if p.dim() > 1 else 0.1)
                     + (p.mean() if p.dim() < 2 else 0))
+
+def bench_case(kind, layers, dim, shapes, device):
+    """(their step's forward, ours: functions without arguments that return the outputs, one a clip;
+    the two models). Theirs takes the clips padded to the largest, or each alone."""
+    torch.manual_seed(1)
+    is_wan = kind == "wan"
+    peer, ours = wan(layers, dim) if is_wan else dit(layers, dim, shapes[0][2])
+    peer, ours = peer.to(device), ours.to(device)
+    channels = 16 if is_wan else 4
+    clips = [torch.randn(channels, *shape, device=device) for shape in shapes]
+    largest = [max(sides) for sides in zip(*shapes)]
+    padded = torch.zeros(len(clips), channels, *largest, device=device)
+    for b, clip in enumerate(clips):
+        padded[(b, slice(None), *(slice(n) for n in clip.shape[1:]))] = clip
+    times = torch.randint(0, 1000, (len(clips),), device=device)
+    texts = [torch.randn(20 + b, 256, device=device) for b in range(len(clips))]
+    row = D.lay_out([tuple(clip.shape) for clip in clips], [None] * len(clips), [[]] * len(clips), None,
+                  ours.patch).to(device)
+    row.labels = times
+    packed, row.cu_text = D.fill_texts(texts) if is_wan else (None, None)
+
+    def theirs(alone=False):
+        if not is_wan:
+            return list(peer(padded[:, :, 0], times, class_labels=times).sample[:, :, None])
+        if not alone:
+            return list(peer(padded, times, packed.view(len(clips), -1, 256)).sample)
+        return [peer(clip[None], t[None], text[None]).sample[0] for clip, t, text
+                in zip(clips, times, packed.view(len(clips), -1, 256))]
+
+    def mine():
+        out = ours(D.patchify(clips, ours.patch), times.float(), row, packed)
+        return D.unpatchify(out, [(ours.out_channels, *shape) for shape in shapes], ours.patch)
+
+    return peer, ours, theirs, mine
+
+
+def step_seconds(step, repeats):
+    """The median seconds of a training step, after three to warm up."""
+    times = []
+    for _ in range(3 + repeats):
+        sync()
+        began = time.perf_counter()
+        step()
+        sync()
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[3:]))
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def bench(argv):
+    """Prints a table: a step of ours and of diffusers' with equal weights, in one run."""
+    parser = V.option_parser("A training step beside diffusers' (which must be installed)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of ours")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=V.number(int, 1), default=5,
+                        help="steps of each (%(default)s)")
+    args = parser.parse_args(argv)
+    mixed = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
+    cases = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
+             ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
+             ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
+             ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, mixed)]
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
+          f"{torch.get_num_threads()} threads; theirs fp32, ours {args.dtype}")
+    print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
+    for name, kind, layers, dim, shapes in cases:
+        peer, ours, theirs, mine = bench_case(kind, layers, dim, shapes, args.device)
+        with torch.no_grad():
+            pairs = zip(theirs(alone=True) if kind == "wan" else theirs(), mine())
+            away = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
+
+        def stepper(model, forward, dtype):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+            def step():
+                with torch.autocast(torch.device(args.device).type, torch.bfloat16, dtype == "bf16"):
+                    outs = forward()
+                sum(out.float().square().mean() for out in outs).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            return step
+
+        V.keep_memory(False)                               # as Python starts; then as our scripts do
+        a = step_seconds(stepper(peer, theirs, "fp32"), args.repeats)
+        V.keep_memory()
+        b = step_seconds(stepper(ours, mine, args.dtype), args.repeats)
+        print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
