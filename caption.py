@@ -65,8 +65,8 @@ from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_
                           open_dataset, refuse, rng, run_dir)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
                        load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
-                       read_header, read_tensors, restore_optimizer, setup, skip_clips, start_run, take_step,
-                       training_options)
+                       read_header, read_tensors, restore_optimizer, setup, skip_clips, start_run,
+                       take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]

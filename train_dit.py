@@ -179,7 +179,7 @@ def squared_error(how, output, x0, noise, t):
 
 
 def read_output(how, output, x, t):
-    """(velocity, x_0, noise) that an output at x_t = x stands for; a stepped path has no velocity."""
+    """(velocity, x_0, noise) that an output at x_t = x stands for; stepped paths have no velocity."""
     alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
     if how.path in STEPPED:
         noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
@@ -476,7 +476,7 @@ class Block(nn.Module):
         y = self.attn(h, row)
         if self.cross is not None:
             one, same = torch.ones_like(gate1), gate1.shape
-            plain = self.cross_bias.float().expand(same), (self.cross_weight - 1).float().expand(same)
+            plain = [table.float().expand(same) for table in (self.cross_bias, self.cross_weight - 1)]
             x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.rows)
             y, gate1 = self.cross(h, text, image, row), one
         x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.rows)
@@ -516,8 +516,8 @@ class DiT(nn.Module):
         self.image_place = nn.Parameter(torch.zeros(
             image_tokens, image_dim)) if image_tokens else None
         is_rotary = positions != "sincos"
-        self.blocks = nn.ModuleList(Block(dim, heads, ffn or 4 * dim, own_table, is_rotary, text_dim,
-                                          image_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn or 4 * dim, own_table, is_rotary,
+                                          text_dim, image_dim) for _ in range(depth))
         self.head = Linear(dim, self.out_channels * math.prod(patch))
         if is_rotary:
             freqs, axes = rope_frequencies(dim // heads, rope_base)
@@ -579,7 +579,8 @@ class DiT(nn.Module):
         """x [N, C*P] noisy tokens; t [R], the network's time of each table row; row: a Row, for the
         layout; text [L, text_dim] and image [I, image_dim]: what the clips read, packed by
         row.cu_text and row.cu_image. Returns [N, C_out*P]."""
-        row.freqs, row.axes = (None, None) if self.positions == "sincos" else (self.freqs, self.axes)
+        if self.positions != "sincos":
+            row.freqs, row.axes = self.freqs, self.axes
         tables, last = self.tables(t, row)
         if self.text is not None:
             text = self.text(text)                                                   # [L, D]
@@ -1024,7 +1025,7 @@ class Clips:
 
     def text(self, key, seed, step, drop):
         """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. In
-        their place embeddings [L, width] of a frozen encoder, or, with classes, the label's number."""
+        their place embeddings [L, width] of a frozen encoder or, with classes, the label's number."""
         row = self.rows[self.about[key]["clip"]]
         captions, random = row["captions"], rng(seed, "caption", step, key)
         is_dropped = random.random() < drop
@@ -1130,16 +1131,16 @@ def matmul_rate(device, dtype="fp32", seconds=0.2):
 
 
 def step_flops(options, clips, texts):
-    """FLOPs of a training step of Denoiser(**options) on clips of these lengths in tokens, each with
-    a text of the length in `texts`. Forward and backward are three times the forward:
+    """FLOPs of a training step of Denoiser(**options) on clips of these lengths in tokens, each
+    with a text of the length in `texts`. Forward and backward are three times the forward:
 
         6 * [depth * (N (6 D^2 + 2 D F) + 2 L D^2 + 2 D sum n (n + m))     blocks
              + 2 N C P D + L (W D + D^2) + B (256 D + 7 D^2)               patches, texts, times
              + layers * (12 L W^2 + 2 W sum m^2)]                          the tower, of width W
 
-    with n tokens and m text tokens a clip, N and L in all, F the MLP's width; without text 4 D^2 for
-    6 D^2. Norms and activations are left out, and what is of no use: the null clip, padding, scores
-    computed again."""
+    with n tokens and m text tokens a clip, N and L in all, F the MLP's width; without text 4 D^2
+    for 6 D^2. Norms and activations are left out, and what is of no use: the null clip, padding,
+    scores computed again."""
     has_text = bool(options.get("text") or options.get("text_dim"))
     n, m, D = np.array(clips, float), np.array(texts, float) * has_text, options["dim"]
     ffn, (W, layers, _) = options.get("ffn") or 4 * D, options.get("text") or (0, 0, 0)
@@ -1381,12 +1382,13 @@ def start_from(args):
         return config["model"], config["layout"], weights
     network, layout, options = load_published(path, args.heads)
     kind = {"dit": args.model.split("-")[0], "uvit": "uvit"}.get(layout, "wan")
-    return {"kind": kind, **options}, layout, {f"dit.{k}": v for k, v in network.state_dict().items()}
+    weights = {f"dit.{name}": value for name, value in network.state_dict().items()}
+    return {"kind": kind, **options}, layout, weights
 
 
 def open_stage(args, folder):
-    """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of the
-    run's config.json the network is made of, the weights to begin with or None)."""
+    """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of
+    the run's config.json the network is made of, the weights to begin with or None)."""
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     train_rows, held_out = split_rows(skip_clips(open_dataset(data), args.skip_clips), data)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args)
@@ -1398,6 +1400,10 @@ def open_stage(args, folder):
              for rows in (train_rows, held_out)]
     is_new, options = options is None, dict(options or MODELS[args.model])
     kind, z = options.setdefault("kind", "video"), vae.z_dim
+    for name in {"dim", "depth", "heads"} & set(MODELS[args.model]):
+        if options[name] != MODELS[args.model][name]:
+            refuse(f"--init {args.init} has {name} {options[name]}, --model {args.model} "
+                   f"{MODELS[args.model][name]}")
     largest = tuple(max(shape[i] for part in clips for shape in part.shape.values())
                     for i in (1, 2, 3))
     if is_new:
@@ -1405,15 +1411,17 @@ def open_stage(args, folder):
                     "uvit": dict(channels=z, size=largest)}.get(
                         kind, dict(channels=z, out_channels=2 * z, grid=None))
     elif options.get("out_channels") not in (None, z, 2 * z) or options["channels"] != z:
-        refuse(f"--init {args.init} takes latents of {options['channels']} channels, {name} has {z}")
+        refuse(f"--init {args.init} takes latents of {options['channels']} channels, those of "
+               f"{name} have {z}")
     elif kind == "uvit" and any(a > b for a, b in zip(largest, options["size"])):
-        refuse(f"--init {args.init} has positions for latents of {options['size']}, the largest here "
-               f"are {largest}: prepare smaller clips, or stills")
+        refuse(f"--init {args.init} has positions for latents of {options['size']}, the largest "
+               f"here are {largest}: prepare smaller clips, or stills")
     tokenizer = embeddings = labels = None
     if options.get("classes"):
         labels = sorted({row["label"] for row in train_rows} - {None})
         if not labels:
-            refuse(f"{data} has no labels, and {args.model} learns classes: --format folder has them")
+            refuse(f"{data} has no labels, and {args.model} learns classes: prepare_data.py "
+                   "--format folder has them")
         if options["classes"] != len(labels) + 1:            # another table of them, then
             options["classes"] = len(labels) + 1
             weights = weights and {k: v for k, v in weights.items() if k not in CLASS_TABLES}
@@ -1426,10 +1434,12 @@ def open_stage(args, folder):
         width, wanted = encoder.embed.embedding_dim, (options.get("clip") or [0])[0]
         wanted = wanted or (0 if is_new else options.get("text_dim", 0))
         if wanted not in (0, width):
-            refuse(f"--text_encoder {args.text_encoder} is {width} wide, {args.model} reads {wanted}")
+            refuse(f"--text_encoder {args.text_encoder} is {width} wide, {args.model} reads "
+                   f"{wanted}")
         options |= {"text": None} if kind == "uvit" else {"text": None, "text_dim": width}
     elif options.get("text"):
-        source = folder if (folder / "tokenizer.json").exists() else args.init and run_dir(args.init)
+        source = args.init and run_dir(args.init)
+        source = folder if (folder / "tokenizer.json").exists() else source
         texts = [c["text"] for row in train_rows for c in row["captions"]]
         tokenizer = load_tokenizer(source / "tokenizer.json") if source else train_tokenizer(
             texts, args.vocab)
@@ -1495,8 +1505,8 @@ def train(args, folder):
             refuse(f"--init {args.init} has no {min(lacks)}: not this model")
     tokens_of = dict(zip(clips.keys, clips.lengths))
     ema = copy.deepcopy(model).requires_grad_(False)
-    plain = ("dit.head", "table", "dit.time") if args.optimizer == "muon" else ("",)
-    optimizer = MuonAdamW(model, plain)
+    optimizer = MuonAdamW(model, ("dit.head", "table", "dit.time") if args.optimizer == "muon"
+                          else ("",))
     if saved_at:
         step, saved = load_step(saved_at)
         model.load_state_dict(saved["model"])
@@ -1670,7 +1680,7 @@ def turn(tensor, how, patch, back=False):
         return tensor.flatten(1)
     if how == "batch":                   # [1, ...]
         return tensor[None] if back else tensor[0]
-    if how == "head":                    # their features run (patch, channel), ours (channel, patch)
+    if how == "head":                    # theirs run (patch, channel), ours (channel, patch)
         inner = (-1, volume) if back else (volume, -1)
         return tensor.unflatten(0, inner).transpose(0, 1).flatten(0, 1)
     return tensor
@@ -1737,9 +1747,9 @@ def wan_options(state, config, layout):
 
 
 def load_published(path, heads=None):
-    """(DiT, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state dict,
-    or one of their training checkpoints, of which the average is taken), a Wan folder in either
-    layout; or a U-ViT's file or folder."""
+    """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
+    dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
+    either layout, a U-ViT's file or folder."""
     path, config, layout = Path(path), {}, "dit"
     if (path / "nnet_ema.pth").is_file() or path.is_file() and "mid_block.mlp.fc1.weight" in (
             read_tensors(path)):
@@ -1843,7 +1853,8 @@ def parse_options(argv=None):
     add("--init", help="begin with these weights: a run, or published ones, a file or a folder")
     add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
     add("--text_encoder", help="folder of a frozen T5, UMT5 or CLIP to read captions with (none)")
-    add("--export", metavar="FILE", help="write the run's average in its published layout, and stop")
+    add("--export", metavar="FILE",
+        help="write the run's average in its published layout, and stop")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
     add("--estimate", action="store_true",
         help="print what the run needs of memory, time and money, and train nothing")
@@ -1886,7 +1897,11 @@ def parse_options(argv=None):
         help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
     add("--shift_tokens", type=number(int, 0), default=0,
         help="tokens at which the shift is --shift; it grows with their root, 0: not (%(default)s)")
-    args = parser.parse_args(argv)
+    return check_options(parser.parse_args(argv))
+
+
+def check_options(args):
+    """Fills in what the model decides, and refuses what does not go together."""
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
@@ -1900,8 +1915,8 @@ def parse_options(argv=None):
     if (args.objective == "ddpm") != (args.path == "ddpm") or (
             args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
                                       args.weighting != "none")):
-        refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do not "
-               "go together: ddpm goes with ddpm, sd with noise, both without a weighting")
+        refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do "
+               "not go together: ddpm goes with ddpm, sd with noise, both without a weighting")
     if args.objective == "ddpm" and not args.model.startswith("dit"):
         refuse(f"--objective ddpm needs a head for the variance, which {args.model} has not: "
                "take a dit")

@@ -208,9 +208,9 @@ WEIGHT_FILES = [f"{stem}.{end}" for stem, end in (
 
 
 def read_tensors(path):
-    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards with an index:
-    safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so that a
-    large model is in memory once; no code of theirs is ever run."""
+    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards with an
+    index: safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
+    that a large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
         whole = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
@@ -440,7 +440,8 @@ def check_finite(norm, folder, step, keys):
     """Refuses to go on from a gradient that is not finite: it would spoil later checkpoints."""
     if not math.isfinite(norm):
         refuse(f"{folder}: the gradient of step {step} is not finite; its clips: "
-               f"{', '.join(keys)}. The last checkpoint is untouched; --skip_clips leaves clips out")
+               f"{', '.join(keys)}. The last checkpoint is untouched; --skip_clips leaves clips "
+               "out")
 
 
 def peak_mib():
@@ -594,7 +595,7 @@ class ClipCache:
 
 def prefetch(make, start, stop, ahead=4):
     """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread. These
-    threads compute alone: OpenMP's helpers of their own would fight with the step's for the cores."""
+    threads compute alone: OpenMP's helpers of their own would fight with the step's for cores."""
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = OrderedDict()
         for step in range(start, stop):
@@ -973,7 +974,7 @@ def psnr(video, other):
 
 
 def gaussians(purpose, seed, step, keys, shapes):
-    """Standard normal draws, a tensor a clip, keyed by the clip: no packing or rank changes them."""
+    """Standard normal draws, a tensor a clip, keyed by it: no packing or rank changes them."""
     draws = (rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32)
              for key, shape in zip(keys, shapes))
     return [torch.from_numpy(draw) for draw in draws]

@@ -25,8 +25,8 @@ float32 [N, A].
 Measured: not yet on a GPU.
 
 Torch path: clips of equal query length form one batched call; where their key lengths differ, keys
-are padded to the longest with a mask. Large clips on a CPU go one by one, through oneDNN. Indices are built once per pair of cu and kept, since every
-layer of a step asks for the same ones.
+are padded to the longest with a mask. Large clips on a CPU go one by one, through oneDNN. Indices
+are built once per pair of cu and kept, since every layer of a step asks for the same ones.
 """
 
 import functools
@@ -196,7 +196,7 @@ def _clip_backward(do, q, k, v, o, lse, scale):
 
 
 def _is_large(q, k, bias):
-    """Whether a group's clips [clips, A, L, E] go one by one: for small ones the calls cost more."""
+    """Whether a group's clips [clips, A, L, E] go one by one: of small ones the calls cost more."""
     return (q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and bias is None
             and q.shape[1] * q.shape[2] * k.shape[2] >= 2**18)
 

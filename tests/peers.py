@@ -1,4 +1,4 @@
-"""`python train_dit.py bench`: a training step beside diffusers', with equal weights, in one run."""
+"""`python train_dit.py bench`: a training step beside diffusers' with equal weights, in one run."""
 import time
 
 import diffusers
@@ -25,11 +25,11 @@ def wan(layers, dim):
 
 def dit(layers, dim, side):
     """(diffusers' DiTTransformer2DModel, our DiT of the same weights)."""
-    peer = DiTTransformer2DModel(num_attention_heads=dim // 64, attention_head_dim=64, in_channels=4,
-                                 out_channels=8, num_layers=layers, sample_size=side,
-                                 norm_eps=1e-6).eval()
+    peer = DiTTransformer2DModel(num_attention_heads=dim // 64, attention_head_dim=64,
+                                 in_channels=4, out_channels=8, num_layers=layers,
+                                 sample_size=side, norm_eps=1e-6).eval()
     shake(peer)
-    for block in peer.transformer_blocks:                # one embedder for all, as in DiT's own code
+    for block in peer.transformer_blocks:                # one embedder for all, as in DiT's code
         block.norm1.emb = peer.transformer_blocks[0].norm1.emb
     peer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift = 0
     ours = D.DiT(4, dim, layers, dim // 64, (1, 2, 2), out_channels=8, classes=1001, own_table=True,
@@ -81,8 +81,8 @@ def bench_case(kind, layers, dim, shapes, device):
         padded[(b, slice(None), *(slice(n) for n in clip.shape[1:]))] = clip
     times = torch.randint(0, 1000, (len(clips),), device=device)
     texts = [torch.randn(20 + b, 256, device=device) for b in range(len(clips))]
-    row = D.lay_out([tuple(clip.shape) for clip in clips], [None] * len(clips), [[]] * len(clips), None,
-                  ours.patch).to(device)
+    row = D.lay_out([tuple(clip.shape) for clip in clips], [None] * len(clips),
+                    [[]] * len(clips), None, ours.patch).to(device)
     row.labels = times
     packed, row.cu_text = D.fill_texts(texts) if is_wan else (None, None)
 
@@ -144,14 +144,15 @@ def bench(argv):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
             def step():
-                with torch.autocast(torch.device(args.device).type, torch.bfloat16, dtype == "bf16"):
+                kind = torch.device(args.device).type
+                with torch.autocast(kind, torch.bfloat16, dtype == "bf16"):
                     outs = forward()
                 sum(out.float().square().mean() for out in outs).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             return step
 
-        V.keep_memory(False)                               # as Python starts; then as our scripts do
+        V.keep_memory(False)             # memory as Python starts; then as our scripts do
         a = step_seconds(stepper(peer, theirs, "fp32"), args.repeats)
         V.keep_memory()
         b = step_seconds(stepper(ours, mine, args.dtype), args.repeats)
