@@ -1379,7 +1379,7 @@ def start_from(args):
                                    or (path / "transformer").is_dir()):
         config = read_config(path, "denoiser")               # of a run of ours
         weights = load_file(last_checkpoint(path) / "ema.safetensors")
-        return config["model"], config["layout"], weights
+        return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
     kind = {"dit": args.model.split("-")[0], "uvit": "uvit"}.get(layout, "wan")
     weights = {f"dit.{name}": value for name, value in network.state_dict().items()}
@@ -1569,9 +1569,9 @@ def load_denoiser(name, device="cpu", weights="ema"):
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
     model.load_state_dict(load_file(last_checkpoint(folder) / f"{weights}.safetensors"))
-    if config["labels"]:
+    if config.get("labels"):
         read = lambda prompt: class_of(prompt, config["labels"])
-    elif config["args"]["text_encoder"]:
+    elif config["args"].get("text_encoder"):
         encoder = open_text_encoder(config["args"]["text_encoder"], device)
         read = lambda prompt: encoder.encode([prompt])[0]
     else:
@@ -1928,7 +1928,7 @@ def check_options(args):
 def export(args, folder):
     """Writes a run's average under the names and in the shapes of its published layout."""
     model, _, config = load_denoiser(folder)
-    layout, state = config["layout"], model.dit.state_dict()
+    layout, state = config.get("layout"), model.dit.state_dict()
     if layout is None:
         refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
     if layout != "uvit":
