@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet,
                           is_left_out, number, refuse, render_shot, run_dir, write_video)
-from train_dit import generate, load_denoiser
+from train_dit import generate, interpolant, load_denoiser, read_output
 from train_vae import gaussians, load_autoencoder, option_parser, setup, sheet_frames
 
 # ------------------------------------------------------------------------------------------------
@@ -53,6 +53,11 @@ class Sampler:
         return (self.vae.z_dim, up(frames - 1 + self.vae.time_stride, self.vae.time_stride, pt),
                 up(height, self.vae.stride, ph), up(width, self.vae.stride, pw))
 
+    def told(self, wish):
+        """What a run that was trained with conditions is told of a wish."""
+        known = {**wish, "seconds": wish["frames"] / wish["fps"]}
+        return [known.get(name) for name in self.config["args"].get("conditions", ())]
+
     def __call__(self, wishes, n_steps, guidance, batch=16):
         """`wishes`: dicts of prompt, frames, height, width, fps, seed. Returns uint8 [T, H, W, 3]
         of each, exactly as asked for. The noise of a wish depends on itself and its seed alone."""
@@ -68,9 +73,25 @@ class Sampler:
                 texts = [self.read(w["prompt"]) for w in part]
                 decoded = generate(self.model, self.vae, self.vae_config, shapes,
                                    [w["fps"] for w in part], texts, noises, n_steps, guidance,
-                                   shift, self.vae.time_stride, progress, self.read(""))
+                                   shift, self.vae.time_stride, progress, self.read(""),
+                                   about=[self.told(w) for w in part])
                 videos += [cut(video, w) for video, w in zip(decoded, part)]
         return videos
+
+
+def drift_score(how, output, x, t):
+    """(dx/dt of the flow, gradient of log density at x), for stochastic samplers."""
+    velocity, _, noise = read_output(how, output, x, t)
+    return velocity, -noise / interpolant(how.path, t)[1]
+
+
+def diffusion(path, form, t, norm=1.0):
+    """SiT's strengths w(t) of the noise that a stochastic sampler adds and its score takes away."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
+    return {"constant": norm * torch.ones_like(t), "sigma": norm * sigma, "linear": norm * t,
+            "SBDM": norm * sigma * (d_sigma - d_alpha * sigma / alpha),
+            "decreasing": (1 - norm * torch.cos(math.pi * t)) ** 2 / 4,
+            "increasing-decreasing": norm * torch.sin(math.pi * t) ** 2}[form]
 
 
 @torch.no_grad()
@@ -98,7 +119,7 @@ def sample(args, folder):
     height, width = args.size
     frames = args.frames or max(1, round(args.seconds * args.fps))
     wishes = [dict(prompt=prompt, frames=frames, height=height, width=width, fps=args.fps,
-                   seed=args.seed + i) for prompt in args.prompt for i in range(args.n)]
+                   seed=args.seed + i, motion=args.motion) for prompt in args.prompt for i in range(args.n)]
     videos, rows = sampler(wishes, args.steps, args.cfg), []
     for wish, video in zip(wishes, videos):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"
@@ -262,6 +283,8 @@ def parse_options(argv=None):
     add("--seconds", type=number(float, 0.001), default=1.3, help="length, s (%(default)s)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
     add("--fps", type=number(float, 0.1), default=10.0, help="frames a second (%(default)s)")
+    add("--motion", type=number(float, 0),
+        help="motion score to ask for, of a run trained with --conditions motion (none)")
     add("--n", type=number(int, 1), default=1,
         help="videos a prompt, seeds counting up (%(default)s)")
     add("--n_eval", type=number(int, 1), default=48,

@@ -196,21 +196,6 @@ def read_output(how, output, x, t):
     return d_alpha * x0 + d_sigma * noise, x0, noise
 
 
-def drift_score(how, output, x, t):
-    """(dx/dt of the flow, gradient of log density at x), for stochastic samplers."""
-    velocity, _, noise = read_output(how, output, x, t)
-    return velocity, -noise / interpolant(how.path, t)[1]
-
-
-def diffusion(path, form, t, norm=1.0):
-    """SiT's strengths w(t) of the noise that a stochastic sampler adds and its score takes away."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
-    return {"constant": norm * torch.ones_like(t), "sigma": norm * sigma, "linear": norm * t,
-            "SBDM": norm * sigma * (d_sigma - d_alpha * sigma / alpha),
-            "decreasing": (1 - norm * torch.cos(math.pi * t)) ** 2 / 4,
-            "increasing-decreasing": norm * torch.sin(math.pi * t) ** 2}[form]
-
-
 def from_sit(network, prediction="velocity"):
     """A network of SiT's, whose time runs from noise, 0, to data, 1, as one of ours: the only place
     that knows. Its velocity is ours with the other sign."""
@@ -557,7 +542,7 @@ class DiT(nn.Module):
             none = self.classes.num_embeddings - 1           # of what is given
             e = e + self.classes(F.pad(row.labels, (0, len(t) - len(row.labels)), value=none))
         if self.about is not None:
-            e = e + self.about(row.about)
+            e = e + self.about(F.pad(row.about, (0, 0, 0, len(t) - len(row.about))))
         if self.own_table:
             c = F.silu(e)
             blocks = [block.modulation(c).float().chunk(6, -1) for block in self.blocks]
@@ -794,6 +779,17 @@ class GPT(nn.Module):
         return self.run(x[:, None], place, label, caches)[:, 0]
 
 
+CONDITIONS = ("seconds", "height", "width", "fps", "motion")
+
+
+def condition_code(values):
+    """What a network with `conditions` is told of a clip beside its prompt: float32 [64 a value] of
+    the logarithms; of a value that is None, zeros."""
+    known = torch.tensor([0.0 if value is None else value for value in values])
+    told = torch.tensor([float(value is not None) for value in values])
+    return (sinusoid(100 * torch.log1p(known), 64) * told[:, None]).flatten()
+
+
 class Denoiser(nn.Module):
     """A network and what reads its prompts: our small text tower (`text`: its width, layers and
     heads), trained, averaged and saved with it; else classes, or embeddings of a frozen encoder."""
@@ -880,12 +876,13 @@ def with_givens(latents, givens):
     return [x for z, given in zip(latents, givens) for x in (z, *(latent for latent, _ in given))]
 
 
-def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video", givens=None):
+def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video", givens=None,
+            about=None):
     """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
     lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
-    included; `givens`: each clip's [(latent, seconds from the clip's first frame to its own)].
-    Behind ids comes padding that nothing sees, up to a multiple of 64: shapes that come again are
-    cheaper."""
+    included; `givens`: each clip's [(latent, seconds from the clip's first frame to its own)];
+    `about`: each clip's values for `condition_code`. Behind ids comes padding that nothing sees, up
+    to a multiple of 64: shapes that come again are cheaper."""
     B, parts = len(shapes), []                               # (clip, table row, shape, offset)
     for b, given in enumerate(givens or [[]] * B):
         parts += [(b, b, shapes[b], 0.0), *((b, B, latent.shape, at) for latent, at in given)]
@@ -896,6 +893,8 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
     clips, owners, every, _ = zip(*parts)
     rows = np.repeat([*owners, B - 1], [*lengths, left])
     ids, more, lengths_of_texts = [], {}, [0] * len(texts)
+    if about and about[0]:
+        more["about"] = torch.stack([condition_code(values) for values in about])
     if isinstance(texts[0], int):
         more["labels"] = torch.tensor(texts)
     elif isinstance(texts[0], torch.Tensor):
@@ -984,9 +983,11 @@ class Clips:
             refuse(f"a clip takes {longest} tokens, more than --row_tokens {row_tokens}: raise it, "
                    f"or encode again with --max_cells {cells}")
 
-    def read_as(self, kind, tokenizer=None, embeddings=None, labels=None):
-        """Sets what the network is told of a clip: a caption's ids, its embeddings, or a class."""
+    def read_as(self, kind, tokenizer=None, embeddings=None, labels=None, conditions=()):
+        """Sets what the network is told of a clip: a caption's ids, its embeddings, or a class; and
+        which of CONDITIONS."""
         self.kind, self.tokenizer, self.embeddings = kind, tokenizer, embeddings
+        self.conditions = conditions
         self.labels = labels and {label: i for i, label in enumerate(labels)}
 
     def latent(self, name, seed, step):
@@ -1039,10 +1040,19 @@ class Clips:
             return self.embeddings[picked]
         return encode_text(self.tokenizer, picked)
 
-    def lay_out(self, keys, texts, givens=None):
+    def told(self, key, seed, step, drop):
+        """The clip's values of the run's conditions, None with chance `drop`."""
+        about, score = self.about[key], self.rows[self.about[key]["clip"]]["scores"]
+        if rng(seed, "conditions", step, key).random() < drop:
+            return [None] * len(self.conditions)
+        known = {"seconds": about["fps"] and about["frames"] / about["fps"], "fps": about["fps"],
+                 "height": about["crop"][2], "width": about["crop"][3], "motion": score.get("motion")}
+        return [known[name] for name in self.conditions]
+
+    def lay_out(self, keys, texts, givens=None, about=None):
         stride = None if self.kind == "wan" else self.time_stride
         return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
-                       texts, stride, self.patch, self.row_tokens, self.kind, givens)
+                       texts, stride, self.patch, self.row_tokens, self.kind, givens, about)
 
 
 def load_tokenizer(path):
@@ -1101,7 +1111,8 @@ def load_row(clips, keys, seed, step, drop, times, drawn=None):
     givens = [clips.given_to(target, names, seed, step) for target, *names in drawn]
     latents = [clips.latent(key, seed, step) for key in targets]
     noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
-    row = clips.lay_out(targets, [clips.text(key, seed, step, drop) for key in keys], givens)
+    row = clips.lay_out(targets, [clips.text(key, seed, step, drop) for key in keys], givens,
+                        [clips.told(key, seed, step, drop) for key in targets])
     left = (0, 0, 0, len(row.rows) - int(row.cu[-1]))        # the null clip's tokens are zeros
     x0 = F.pad(patchify(with_givens(latents, givens), clips.patch), left)
     noise = torch.zeros_like(x0).index_copy_(0, row.own, patchify(noises, clips.patch))
@@ -1276,18 +1287,18 @@ def guide(with_prompt, without, scale, channels=None):
 
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
-             shift=1.0, time_stride=4, progress=None, none=(EOS,), givens=None):
+             shift=1.0, time_stride=4, progress=None, none=(EOS,), givens=None, about=None):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
     (as lay_out takes them; `none`: the empty one), all in one packed row with their unguided twins;
     uint8 [T, H, W, 3] of each. `givens`: each clip's [(normalised latent [C, T', H', W'], seconds
-    from the clip's first frame to its own)], which the twins see too."""
+    from the clip's first frame to its own)], and `about`, as lay_out has it: the twins see them."""
     device, n = noises[0].device, len(shapes)
     twice = 2 if guidance != 1 else 1
     patch = model.dit.patch
     texts, givens = texts + [none] * n * (twice - 1), givens or [[]] * n
     time_stride = None if model.kind == "wan" else time_stride
     row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind,
-                  givens * twice).to(device)
+                  givens * twice, (about or [[]] * n) * twice).to(device)
     tokens = patchify(with_givens(noises, givens), patch)
     how, own = model.objective, row.own[:len(row.own) // twice]
     lengths = torch.bincount(row.rows[own])
@@ -1328,7 +1339,8 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
     rates = [clips.about[key]["fps"] for key in keys]
     videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
-                      time_stride=clips.time_stride, none=none[0], givens=givens)
+                      time_stride=clips.time_stride, none=none[0], givens=givens,
+                      about=[clips.told(key, seed, 0, 0.0) for key in keys])
     for video, key, given in zip(videos, keys, givens):
         row = clips.rows[clips.about[key]["clip"]]
         caption = (row["captions"] or [{"text": ""}])[0]["text"]
@@ -1446,8 +1458,12 @@ def open_stage(args, folder):
         options["vocab"] = tokenizer.get_vocab_size()
     elif options.get("text_dim") or options.get("clip"):
         refuse(f"{args.model} reads embeddings of a frozen text encoder: --text_encoder DIR")
+    conditions = args.conditions
+    if len(conditions) != options.get("conditions", 0) and not is_new:
+        refuse(f"--init {args.init} was told {options.get('conditions', 0)} --conditions")
+    options |= {"conditions": len(conditions)} if conditions else {}
     for part in clips:
-        part.read_as(kind, tokenizer, embeddings, labels)
+        part.read_as(kind, tokenizer, embeddings, labels, conditions)
     about = {"model": options, "layout": layout, "labels": labels,
              "vae": {"run": name, "hash": vae_config["hash"]}}
     return vae, vae_config, *clips, about, weights
@@ -1512,8 +1528,9 @@ def train(args, folder):
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         restore_optimizer(optimizer, model, saved["optimizer"])
-    for block in model.dit.blocks if args.compile else ():
-        block.compile()
+    for block in model.dit.modules() if args.compile else ():
+        if isinstance(block, (Block, UViTBlock)):
+            block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
     print_header(args, folder, cost, clips, held_out, device)
 
@@ -1876,6 +1893,8 @@ def parse_options(argv=None):
         help="decay of the averaged weights, 0 to 1 (%(default)s)")
     add("--drop", type=number(float, 0, 1), default=0.1,
         help="share of captions dropped, 0 to 1 (%(default)s)")
+    add("--conditions", nargs="*", choices=CONDITIONS, default=[],
+        help="what else the model is told of each clip: " + ", ".join(CONDITIONS) + " (none)")
     add("--given", type=number(float, 0, 1), default=0.0, help="share of clips that are given "
         "frames or their other half: clean tokens without a loss; 0 to 1 (%(default)s)")
     add("--stills", type=number(float, 0, 1), default=0.0,
@@ -1910,8 +1929,8 @@ def check_options(args):
     args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
     args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
                                 else "uniform")
-    if args.given and args.model.startswith("uvit"):
-        refuse("--given: U-ViT has one time for all of its tokens; take another --model")
+    if args.model.startswith("uvit") and (args.given or args.recompute or args.conditions):
+        refuse("--given, --recompute, --conditions: U-ViT has none of them; take another --model")
     if (args.objective == "ddpm") != (args.path == "ddpm") or (
             args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
                                       args.weighting != "none")):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 import train_dit as D
 
 PATHS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "noise", "score", "x")
@@ -43,7 +44,7 @@ def test_every_prediction_is_read_as_the_same_truth(path, prediction):
     velocity = D.target(D.Objective("velocity", path), x0, noise, t)
     for found, wanted in zip(D.read_output(how, output, x, t), (velocity, x0, noise)):
         assert torch.allclose(found, wanted, atol=1e-10)
-    drift, score = D.drift_score(how, output, x, t)
+    drift, score = sample.drift_score(how, output, x, t)
     assert torch.allclose(drift, velocity)
     assert torch.allclose(score, -noise / D.interpolant(path, t)[1])
     for weighting in ("none", "velocity", "likelihood", "min-snr"):
@@ -57,11 +58,11 @@ def test_a_weighted_error_is_that_of_what_it_is_named_for(path, prediction):
     x, output = D.interpolate(how, x0, noise, t), torch.ones_like(x0)
     alpha, sigma, *_ = D.interpolant(path, t)
     velocity, data, _ = D.read_output(how, output, x, t)
-    _, score = D.drift_score(how, output, x, t)
+    _, score = sample.drift_score(how, output, x, t)
     truth = D.target(D.Objective("velocity", path), x0, noise, t)
     error = {name: D.squared_error(how._replace(weighting=name), output, x0, noise, t)
              for name in ("velocity", "likelihood", "min-snr")}
-    snr, drift_var = alpha ** 2 / sigma ** 2, D.diffusion(path, "SBDM", t)
+    snr, drift_var = alpha ** 2 / sigma ** 2, sample.diffusion(path, "SBDM", t)
     assert torch.allclose(error["velocity"], (velocity - truth) ** 2)
     assert torch.allclose(error["min-snr"], snr.clamp(max=5) * (data - x0) ** 2)
     assert torch.allclose(error["likelihood"], drift_var * (score + noise / sigma) ** 2)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import caption
+import sample
 import train_dit as D
 
 ROOT = Path(os.environ.get("PARITY_DIR") or Path(__file__).with_name("fixtures"))
@@ -395,14 +396,14 @@ def sit_losses(case):
 @handles("sit_transport", "drift_score")
 def sit_drift_score(case):
     how, model, t = sit_case(case)
-    drift, score = D.drift_score(how, model(case["in.x"], t), case["in.x"], t)
+    drift, score = sample.drift_score(how, model(case["in.x"], t), case["in.x"], t)
     return {"out.drift": -drift, "out.score": score}
 
 
 @handles("sit_transport", "compute_diffusion")
 def sit_diffusion(case):
     t = 1 - case["in.t"]
-    return {"out.diffusion": D.diffusion(case.kwargs["path"].lower(), case.kwargs["form"], t,
+    return {"out.diffusion": sample.diffusion(case.kwargs["path"].lower(), case.kwargs["form"], t,
                                          case.kwargs["norm"])}
 
 

@@ -226,3 +226,20 @@ def test_a_measured_rate_leaves_torchs_generator_alone():
     before = torch.get_rng_state()
     assert D.matmul_rate(torch.device("cpu"), seconds=0.01) > 1e8
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_conditions_are_told_dropped_and_begin_without_effect():
+    """What is unknown is a row of zeros; a new network ignores them; two values differ once learnt."""
+    code = D.condition_code([2.0, None, 24.0])
+    assert code.shape == (3 * 64,) and not code[64:128].any() and code[:64].any()
+    torch.manual_seed(0)
+    model = D.Denoiser(**OPTIONS, conditions=2)
+    row, x0, _, t, _ = drawn()
+    rows = [D.lay_out(SHAPES, [8.0, 1.0, 12.0], TEXTS, 4, (1, 1, 1), about=[[value, None]] * 3)
+            for value in (1.0, 9.0)]
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    a, b = (model(x0, t, row) for row in rows)
+    assert not torch.allclose(a, b)
+    torch.nn.init.zeros_(model.dit.about.weight)
+    torch.testing.assert_close(*(model(x0, t, row) for row in rows))
