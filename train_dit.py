@@ -42,6 +42,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
@@ -1483,6 +1484,38 @@ def held_out_bank(clips, seed):
     return bank
 
 
+class LoRA(nn.Module):
+    """B A, of low rank, added to a frozen weight (Hu et al. 2021, 2106.09685)."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5)
+        self.b = nn.Parameter(torch.zeros(len(weight), rank))
+
+    def forward(self, weight):
+        return weight + self.b @ self.a
+
+
+def add_lora(model, rank):
+    """Freezes the model but for such an addition to each matrix of its blocks."""
+    model.requires_grad_(False)
+    for block in (m for m in model.dit.modules() if isinstance(m, (Block, UViTBlock))):
+        for layer in [m for m in block.modules() if isinstance(m, nn.Linear)]:
+            register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+
+
+def merged(model):
+    """The state dict with what LoRA adds added: that of a model without it."""
+    state, original = {}, ".parametrizations.weight.original"
+    for name, value in model.state_dict().items():
+        if name.endswith(original):
+            layer = name.removesuffix(original)
+            state[f"{layer}.weight"] = model.get_submodule(layer).weight
+        elif ".parametrizations." not in name:
+            state[name] = value
+    return state
+
+
 def add_gradients(model, loaded, lengths, args, device):
     """Learns from this rank's loaded rows of a step; returns their part of the log's figures.
     lengths: of the clips in each row of all ranks."""
@@ -1519,6 +1552,8 @@ def train(args, folder):
         lacks = set(model.load_state_dict(weights, strict=False).missing_keys) - set(CLASS_TABLES)
         if lacks:
             refuse(f"--init {args.init} has no {min(lacks)}: not this model")
+    if args.lora:
+        add_lora(model, args.lora)
     tokens_of = dict(zip(clips.keys, clips.lengths))
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = MuonAdamW(model, ("dit.head", "table", "dit.time") if args.optimizer == "muon"
@@ -1526,7 +1561,7 @@ def train(args, folder):
     if saved_at:
         step, saved = load_step(saved_at)
         model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
+        ema.load_state_dict(saved.get("average", saved["ema"]))
         restore_optimizer(optimizer, model, saved["optimizer"])
     for block in model.dit.modules() if args.compile else ():
         if isinstance(block, (Block, UViTBlock)):
@@ -1558,7 +1593,8 @@ def train(args, folder):
         return {"held_out": mean, "held_out_by_t": by_t}
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
-        "model": model.state_dict(), "ema": ema.state_dict(),
+        "model": model.state_dict(), "ema": merged(ema),
+        **({"average": ema.state_dict()} if args.lora else {}),      # not merged, to go on from
         "optimizer": optimizer_tensors(optimizer, model)},
         (args.batch_tokens * cost["fullness"], cost["flops"], cost["peak"]))
     if rank == 0:
@@ -1901,6 +1937,8 @@ def parse_options(argv=None):
         help="share of clips of which the first frame alone is learnt; 0 to 1 (%(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
         help="of the matrices; the rest has AdamW (%(default)s)")
+    add("--lora", type=number(int, 0), default=0, metavar="RANK",
+        help="learn additions of this rank to the blocks' matrices alone, 0: all (%(default)s)")
     add("--compile", action="store_true", help="compile the blocks (torch.compile)")
     add("--recompute", type=number(int, 0), default=0,
         help="recompute every which block in backward to save memory, 0: none (%(default)s)")

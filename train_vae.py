@@ -326,9 +326,12 @@ def read_log(folder):
 
 
 def lr_at(step, args):
-    """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it."""
+    """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it, or
+    args.lr to the end (--schedule constant)."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
+    if args.schedule == "constant":
+        return args.lr
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
@@ -521,6 +524,8 @@ def training_options(parser, **defaults):
     add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
     add("--lr", type=number(float, 0, 1), help="highest learning rate (%(default)s)")
     add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
+    add("--schedule", default="cosine", choices=["cosine", "constant"],
+        help="of the learning rate after that (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
     add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
     add("--eval_every", type=number(int, 1), help="steps between held-out figures (%(default)s)")

@@ -95,6 +95,27 @@ def test_a_system_is_begun_from_trained_sampled_and_written_back(kind, home, tmp
     shutil.rmtree(home / "runs" / f"{kind}-still")
 
 
+def test_lora_learns_additions_and_merges_them(home, tmp_path, monkeypatch):
+    """Only matrices of blocks change; a run that was stopped goes on to the same bytes."""
+    monkeypatch.chdir(home)
+    path = published("dit", tmp_path)
+    common = ["set", "--vae", "set-vae", "--model", "dit", "--init", str(path), "--heads", "4",
+              "--row_tokens", "64", "--batch_tokens", "64", "--eval_every", "9", "--warmup", "0",
+              "--schedule", "constant", "--lora", "2", "--lr", "0.01"]
+    for run, stops in (("whole", ["3"]), ("broken", ["1", "3"])):
+        for stop in stops:
+            D.main([*common, "--run", run, "--steps", stop])
+    for name in ("ema", "average", "model", "optimizer"):
+        whole, broken = (load_file(home / f"runs/{run}/step-000003/{name}.safetensors")
+                         for run in ("whole", "broken"))
+        assert set(whole) == set(broken) and all(torch.equal(whole[k], broken[k]) for k in whole)
+    D.main(["set", "--run", "whole", "--export", str(tmp_path / "out.safetensors")])
+    before, after = D.read_tensors(path), load_file(tmp_path / "out.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("blocks.") and name.endswith(
+        "weight")}
+
+
 def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(home)
     path = published("dit", tmp_path)

@@ -177,7 +177,7 @@ def test_a_save_that_finds_no_room_leaves_the_checkpoint_before_it(tmp_path, cap
 def loop(folder, learn, steps=6, evaluate=lambda done: {"held_out": 0.5}, work=None, **more):
     """Runs the loop of training with a `learn` of the test's."""
     args = SimpleNamespace(steps=steps, eval_every=4, log_every=2, save_every=2, keep=9, lr=1e-3,
-                           warmup=0, **more)
+                           warmup=0, schedule="cosine", **more)
     V.fit(args, folder, 0, lambda step: step, learn, evaluate,
           lambda: {"model": {"a": torch.zeros(1)}}, work)
 
