@@ -1413,10 +1413,10 @@ def open_stage(args, folder):
              for rows in (train_rows, held_out)]
     is_new, options = options is None, dict(options or MODELS[args.model])
     kind, z = options.setdefault("kind", "video"), vae.z_dim
-    for name in {"dim", "depth", "heads"} & set(MODELS[args.model]):
-        if options[name] != MODELS[args.model][name]:
-            refuse(f"--init {args.init} has {name} {options[name]}, --model {args.model} "
-                   f"{MODELS[args.model][name]}")
+    for size in {"dim", "depth", "heads"} & set(MODELS[args.model]):
+        if options[size] != MODELS[args.model][size]:
+            refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
+                   f"{MODELS[args.model][size]}")
     largest = tuple(max(shape[i] for part in clips for shape in part.shape.values())
                     for i in (1, 2, 3))
     if is_new:

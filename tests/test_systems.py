@@ -82,7 +82,7 @@ def test_a_system_is_begun_from_trained_sampled_and_written_back(kind, home, tmp
     assert set(before) == set(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
     D.main([*common, "--run", f"{kind}-moved", "--steps", "2", "--lr", "0.001", "--optimizer",
-            "adamw", "--recompute", "1"])
+            "adamw", "--recompute", "0" if kind == "uvit" else "1"])
     D.main([name, "--run", f"{kind}-moved", "--export", str(tmp_path / "moved.safetensors")])
     moved = load_file(tmp_path / "moved.safetensors")
     assert any(not torch.equal(before[key], moved[key]) for key in before)
