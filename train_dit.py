@@ -403,6 +403,13 @@ class SelfAttention(nn.Module):
         return self.out(attention(q, k, v, row.cu, row.cu).flatten(1))               # [N, D]
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in float32 whatever comes in."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
 class CrossAttention(nn.Module):
     """Every token of a clip reads its text; with `image`, another softmax reads its image tokens,
     and both answers are added (Wan's I2V)."""
@@ -412,9 +419,9 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.q, self.out = Linear(dim, dim), Linear(dim, dim)
         self.kv = Linear(dim, 2 * dim)
-        self.q_norm, self.k_norm = nn.RMSNorm(dim, 1e-6), nn.RMSNorm(dim, 1e-6)
+        self.q_norm, self.k_norm = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
         self.kv_image = nn.Linear(dim, 2 * dim) if image else None
-        self.k_norm_image = nn.RMSNorm(dim, 1e-6) if image else None
+        self.k_norm_image = RMSNorm(dim, 1e-6) if image else None
 
     def read(self, q, kv, norm, context, cu, cu_context):
         k, v = kv(context).chunk(2, -1)                                              # [L, D]
@@ -567,7 +574,8 @@ class DiT(nn.Module):
         row.cu_text and row.cu_image. Returns [N, C_out*P]."""
         if self.positions != "sincos":
             row.freqs, row.axes = self.freqs, self.axes
-        tables, last = self.tables(t, row)
+        with torch.autocast(x.device.type, enabled=False):   # times and tables in float32, as Wan's
+            tables, last = self.tables(t, row)
         if self.text is not None:
             text = self.text(text)                                                   # [L, D]
         if self.image is not None:
