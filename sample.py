@@ -119,7 +119,8 @@ def sample(args, folder):
     height, width = args.size
     frames = args.frames or max(1, round(args.seconds * args.fps))
     wishes = [dict(prompt=prompt, frames=frames, height=height, width=width, fps=args.fps,
-                   seed=args.seed + i, motion=args.motion) for prompt in args.prompt for i in range(args.n)]
+                   seed=args.seed + i, motion=args.motion)
+              for prompt in args.prompt for i in range(args.n)]
     videos, rows = sampler(wishes, args.steps, args.cfg), []
     for wish, video in zip(wishes, videos):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"

@@ -27,6 +27,7 @@ import functools
 import json
 import math
 import os
+import runpy
 import sys
 import threading
 import time
@@ -55,7 +56,7 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit,
-                       gaussians, is_finished, last_step, latents_path,
+                       gaussians, is_finished, last_checkpoint, latents_path,
                        load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
                        option_parser, read_config, read_header, read_log, read_tensors,
                        restore_optimizer, setup, sheet_frames, skip_clips, split_rows, start_run,
@@ -180,7 +181,7 @@ def squared_error(how, output, x0, noise, t):
 
 
 def read_output(how, output, x, t):
-    """(velocity, x_0, noise) that an output at x_t = x stands for; stepped paths have no velocity."""
+    """(velocity, x_0, noise) of an output at x_t = x; velocity is None on a stepped path."""
     alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
     if how.path in STEPPED:
         noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
@@ -469,7 +470,8 @@ class Block(nn.Module):
         y = self.attn(h, row)
         if self.cross is not None:
             one, same = torch.ones_like(gate1), gate1.shape
-            plain = [table.float().expand(same) for table in (self.cross_bias, self.cross_weight - 1)]
+            plain = self.cross_bias, self.cross_weight - 1
+            plain = [table.float().expand(same) for table in plain]
             x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.rows)
             y, gate1 = self.cross(h, text, image, row), one
         x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.rows)
@@ -885,6 +887,9 @@ def with_givens(latents, givens):
     return [x for z, given in zip(latents, givens) for x in (z, *(latent for latent, _ in given))]
 
 
+WAN_TEXT = 512               # rows of text that Wan's published models read, filled with zeros
+
+
 def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video", givens=None,
             about=None):
     """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
@@ -892,6 +897,7 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
     included; `givens`: each clip's [(latent, seconds from the clip's first frame to its own)];
     `about`: each clip's values for `condition_code`. Behind ids comes padding that nothing sees, up
     to a multiple of 64: shapes that come again are cheaper."""
+    time_stride = None if kind == "wan" else time_stride
     B, parts = len(shapes), []                               # (clip, table row, shape, offset)
     for b, given in enumerate(givens or [[]] * B):
         parts += [(b, b, shapes[b], 0.0), *((b, B, latent.shape, at) for latent, at in given)]
@@ -907,7 +913,7 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
     if isinstance(texts[0], int):
         more["labels"] = torch.tensor(texts)
     elif isinstance(texts[0], torch.Tensor):
-        lengths_of_texts = [512 if kind == "wan" else len(text) for text in texts]
+        lengths_of_texts = [WAN_TEXT if kind == "wan" else len(text) for text in texts]
         more["text"] = fill_texts(texts)[0] if kind == "wan" else torch.cat(texts)
     else:
         ids = [i for text in texts for i in text]
@@ -1035,7 +1041,7 @@ class Clips:
 
     def text(self, key, seed, step, drop):
         """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. In
-        their place embeddings [L, width] of a frozen encoder or, with classes, the label's number."""
+        their place embeddings [L, width] of a frozen encoder, or the label's number for classes."""
         row = self.rows[self.about[key]["clip"]]
         captions, random = row["captions"], rng(seed, "caption", step, key)
         is_dropped = random.random() < drop
@@ -1055,13 +1061,14 @@ class Clips:
         if rng(seed, "conditions", step, key).random() < drop:
             return [None] * len(self.conditions)
         known = {"seconds": about["fps"] and about["frames"] / about["fps"], "fps": about["fps"],
-                 "height": about["crop"][2], "width": about["crop"][3], "motion": score.get("motion")}
+                 "height": about["crop"][2], "width": about["crop"][3],
+                 "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
 
     def lay_out(self, keys, texts, givens=None, about=None):
-        stride = None if self.kind == "wan" else self.time_stride
         return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
-                       texts, stride, self.patch, self.row_tokens, self.kind, givens, about)
+                       texts, self.time_stride, self.patch, self.row_tokens, self.kind, givens,
+                       about)
 
 
 def load_tokenizer(path):
@@ -1199,7 +1206,7 @@ def estimate(args, options, clips, plan, device):
     some = clips.keys[::-(-len(clips.keys) // 256)]
     texts = [clips.text(key, args.seed, 0, 0.0) for key in some]
     text = sum(0 if isinstance(text, int) else len(text) for text in texts) / len(some)
-    text = 512 if clips.kind == "wan" else text
+    text = WAN_TEXT if clips.kind == "wan" else text
     with torch.device("meta"):
         model = Denoiser(**options)
     n, n_clips = sum(p.numel() for p in model.parameters()), sum(map(len, rows))
@@ -1305,7 +1312,6 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
     twice = 2 if guidance != 1 else 1
     patch = model.dit.patch
     texts, givens = texts + [none] * n * (twice - 1), givens or [[]] * n
-    time_stride = None if model.kind == "wan" else time_stride
     row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind,
                   givens * twice, (about or [[]] * n) * twice).to(device)
     tokens = patchify(with_givens(noises, givens), patch)
@@ -1383,10 +1389,6 @@ def plot_losses(folder, width=640, height=360):
         draw.text((8, place(0, value)[1] - 6), f"{value:.3f}", fill="black")
     with atomic(Path(folder) / "loss.png") as path:
         image.save(path, "PNG")
-
-
-def last_checkpoint(folder):
-    return last_step(folder) or refuse(f"{folder} has no checkpoint yet: run its command again")
 
 
 def start_from(args):
@@ -1468,7 +1470,7 @@ def open_stage(args, folder):
     elif options.get("text_dim") or options.get("clip"):
         refuse(f"{args.model} reads embeddings of a frozen text encoder: --text_encoder DIR")
     conditions = args.conditions
-    if len(conditions) != options.get("conditions", 0) and not is_new:
+    if not is_new and len(conditions) != options.get("conditions", 0):
         refuse(f"--init {args.init} was told {options.get('conditions', 0)} --conditions")
     options |= {"conditions": len(conditions)} if conditions else {}
     for part in clips:
@@ -1812,11 +1814,7 @@ def load_published(path, heads=None):
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
     either layout, a U-ViT's file or folder."""
     path, config, layout = Path(path), {}, "dit"
-    if (path / "nnet_ema.pth").is_file() or path.is_file() and "mid_block.mlp.fc1.weight" in (
-            read_tensors(path)):
-        model, options = load_uvit(path, heads)
-        return model, "uvit", options
-    if path.is_dir():
+    if path.is_dir() and not (path / "nnet_ema.pth").is_file():
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
             refuse(f"{path} has no config.json: not a published folder, nor a run")
@@ -1826,7 +1824,10 @@ def load_published(path, heads=None):
         if layout is None:
             refuse(f"{path} holds a {config.get('_class_name')}, which is not known here: WanModel "
                    "and WanTransformer3DModel are")
-    state = read_tensors(path)
+    state = read_tensors(path / "nnet_ema.pth" if layout == "dit" and path.is_dir() else path)
+    if "mid_block.mlp.fc1.weight" in state:
+        model, options = load_uvit(path, heads)
+        return model, "uvit", options
     if layout == "dit":
         state = state.get("ema", state)
         if "x_embedder.proj.weight" not in state:
@@ -2007,10 +2008,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:            # what only measures is no part of this script
         try:
-            from tests import peers
+            peers = runpy.run_path(str(Path(__file__).with_name("tests") / "peers.py"))
         except ImportError as error:
             refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
-        return peers.bench(argv[1:])
+        return peers["bench"](argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     if args.export:

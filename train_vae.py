@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import resource
 import shutil
@@ -188,9 +187,7 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
 def init_weights(name, kind, weights, model):
     """The tensors of run `name` to begin another with; refuses a model of other options."""
     folder = run_dir(name)
-    config, step = read_config(folder, kind), last_step(folder)
-    if step is None:
-        refuse(f"{folder} has no checkpoint yet: run its command again")
+    config, step = read_config(folder, kind), last_checkpoint(folder)
     for option, value in json.loads(json.dumps(model)).items():
         if config["model"].get(option) != value:
             refuse(f"{folder} has {option} {config['model'].get(option)}, --model asks for {value}")
@@ -237,8 +234,13 @@ def read_tensors(path):
     except FileNotFoundError:
         refuse(f"{path}: no such file")
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError,
-            pickle.UnpicklingError) as error:
+            torch.serialization.pickle.UnpicklingError) as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
+
+
+def last_checkpoint(folder):
+    """The newest checkpoint's folder; refuses a run that has none."""
+    return last_step(folder) or refuse(f"{folder} has no checkpoint yet: run its command again")
 
 
 def is_finished(checkpoint, args):
