@@ -616,65 +616,120 @@ def prefetch(make, start, stop, ahead=4):
 # The autoencoder
 # ------------------------------------------------------------------------------------------------
 
-MODELS = {  # base width, multiples a level, down-samplings, residual blocks a level, pixel patch
+# dim: width of the first level; dec_dim: the decoder's, where it differs; mults: a level's multiple
+# of it; downs: whether a level is left with half the size ("s"), half the frames ("t"), or both;
+# n_res: residual blocks a level; patch: pixels of a side that become channels first.
+WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
+MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                    linear=True),
-    "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16,
-                  linear=False),
-    "vae-b": dict(dim=96, mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2, patch=1, z_dim=16,
-                  linear=False),
+    "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16),
+    "vae-b": dict(dim=96, z_dim=16, **WAN),
+    "wan-2.1": dict(dim=96, z_dim=16, residual=False, **WAN),
+    "wan-2.2": dict(dim=160, dec_dim=256, z_dim=48, patch=2, **WAN),
+    "sd-vae": dict(dim=128, mults=(1, 2, 4, 4), downs=("s", "s", "s"), n_res=2, z_dim=4,
+                   residual=False, groups=32),
 }
+ROOM = 2**23            # numbers of the largest tensor that a chunk makes in a layer, about
+
+
+class NormSiLU(torch.autograd.Function):
+    """SiLU(RMS norm(x)) of x [B, C, T, H, W], written behind the frames of `before` (or as many
+    zero frames as `past`) where the next convolution reads it: [B, C, past + T, H, W]. One op in
+    the place of six keeps one tensor for the way back, and touches memory half as often."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, before, past):
+        B, C, T, H, W = x.shape
+        layout = torch.channels_last_3d if x.device.type == "cpu" else torch.contiguous_format
+        room = torch.empty((B, C, past + T, H, W), dtype=x.dtype, device=x.device,
+                           memory_format=layout)
+        room[:, :, :past] = 0 if before is None else before
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(
+            x.dtype, torch.float32))
+        scale = (C**0.5 / size.clamp_min(1e-12)).to(x.dtype)
+        y = torch.mul(x, scale, out=room[:, :, past:])
+        F.silu(y.mul_(gamma.view(-1, 1, 1, 1)), inplace=True)
+        ctx.save_for_backward(x, gamma, scale)
+        ctx.past = past
+        return room
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gamma, scale = ctx.saved_tensors
+        before, grad = grad[:, :, :ctx.past], grad[:, :, ctx.past:]
+        unit, weight = x * scale, gamma.view(-1, 1, 1, 1)
+        u = unit * weight
+        share = torch.sigmoid(u)
+        du = share * (u * (1 - share)).add_(1) * grad
+        d_gamma = torch.einsum("bcthw,bcthw->c", du, unit)
+        du = du.mul_(weight)
+        inner = (du * unit).mean(1, keepdim=True)
+        dx = du.sub_(unit.mul_(inner)).mul_(scale)
+        return dx, d_gamma, before if ctx.needs_input_grad[2] else None, None
+
+
+class Norm(nn.Module):
+    """RMS norm over the channels of each position; with `groups`, group norm over each frame."""
+
+    def __init__(self, dim, groups=0):
+        super().__init__()
+        self.groups, self.gamma = groups, nn.Parameter(torch.ones(dim))
+        self.beta = nn.Parameter(torch.zeros(dim)) if groups else None
+
+    def forward(self, x):
+        if self.groups:
+            B, T = x.shape[0], x.shape[2]
+            frames = x.transpose(1, 2).flatten(0, 1)
+            frames = F.group_norm(frames, self.groups, self.gamma, self.beta, 1e-6)
+            return frames.unflatten(0, (B, T)).transpose(1, 2)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = x.shape[1]**0.5 / wide.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return x * scale.to(x.dtype) * self.gamma.view(-1, 1, 1, 1)
 
 
 class CausalConv3d(nn.Conv3d):
-    """A convolution over [B, C, T, H, W] that sees the present and past frames only. `state` maps
-    each layer to the last frames that it saw; before the first chunk they are zeros."""
+    """A convolution over [B, C, T, H, W] that sees the present and past frames only, after SiLU and
+    `norm` where one is given. `state` maps each layer to the last frames that it saw; before the
+    first chunk they are zeros."""
 
     def __init__(self, c_in, c_out, kernel):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         super().__init__(c_in, c_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
-    def forward(self, x, state):
-        past = self.kernel_size[0] - 1
-        if past:
-            B, C, _, H, W = x.shape
-            x = torch.cat([state.get(self, x.new_zeros(B, C, past, H, W)), x], 2)
-            state[self] = x[:, :, -past:]
+    def forward(self, x, state, norm=None):
+        past, before = self.kernel_size[0] - 1, state.get(self)
+        if norm is not None and not norm.groups:
+            x = NormSiLU.apply(x, norm.gamma, before, past)
+        else:
+            x = x if norm is None else F.silu(norm(x))
+            if past:
+                B, C, _, H, W = x.shape
+                x = torch.cat([x.new_zeros(B, C, past, H, W) if before is None else before, x], 2)
+        if past:                                   # a copy, since a view would keep all of x
+            state[self] = x[:, :, -past:] if torch.is_grad_enabled() else x[:, :, -past:].clone()
         return super().forward(x)
 
 
-class Norm(nn.Module):
-    """RMS norm over the channels of each position."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-12).to(x.dtype)
-        return x * scale * self.gamma.view(-1, *[1] * (x.dim() - 2))
-
-
 class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, kernel, groups):
         super().__init__()
-        self.norm1, self.conv1 = Norm(c_in), CausalConv3d(c_in, c_out, 3)
-        self.norm2, self.conv2 = Norm(c_out), CausalConv3d(c_out, c_out, 3)
+        self.norm1, self.conv1 = Norm(c_in, groups), CausalConv3d(c_in, c_out, kernel)
+        self.norm2, self.conv2 = Norm(c_out, groups), CausalConv3d(c_out, c_out, kernel)
         self.shortcut = CausalConv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x, state):
-        h = self.conv1(F.silu(self.norm1(x)), state)
-        h = self.conv2(F.silu(self.norm2(h)), state)
-        return h + (x if self.shortcut is None else self.shortcut(x, state))
+        h = self.conv1(x, state, self.norm1)
+        h = self.conv2(h, state, self.norm2)
+        return h.add_(x if self.shortcut is None else self.shortcut(x, state))
 
 
 class FrameAttention(nn.Module):
     """One head over the positions of each frame, added to its input."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, groups):
         super().__init__()
-        self.norm, self.qkv, self.out = Norm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm, self.qkv, self.out = Norm(dim, groups), Linear(dim, 3 * dim), Linear(dim, dim)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x, state):
@@ -685,75 +740,214 @@ class FrameAttention(nn.Module):
         return x + y.view(B, T, H, W, C).permute(0, 4, 1, 2, 3)
 
 
-def fold(x, c_out, time, space, first):
+def fold(x, c_out, time, space):
     """[B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]: each block of pixels becomes
-    channels, and runs of channels are averaged. At a clip's start a zero frame goes in front."""
-    if time > 1 and first:
-        x = F.pad(x, (0, 0, 0, 0, 1, 0))
+    channels, and runs of channels are averaged."""
     B, C, T, H, W = x.shape
     x = x.reshape(B, C, T // time, time, H // space, space, W // space, space)
     x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, T // time, H // space, W // space, c_out, -1)
     return x.mean(-1).permute(0, 4, 1, 2, 3)
 
 
-def unfold(x, c_out, time, space, first):
+def unfold(x, c_out, time, space):
     """The way back: channels are repeated and become blocks of pixels."""
     B, C, T, H, W = x.shape
     x = x.permute(0, 2, 3, 4, 1).repeat_interleave(c_out * time * space**2 // C, -1)
     x = x.view(B, T, H, W, c_out, time, space, space).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    x = x.reshape(B, c_out, T * time, H * space, W * space)
-    return x[:, :, 1:] if time > 1 and first else x
+    return x.reshape(B, c_out, T * time, H * space, W * space)
 
 
 class Down(nn.Module):
-    """Half the size where `space`, half the frames after the first where `time`; the folded input
-    is added, so that a straight way leads from the pixels to the latent."""
+    """Half the size where `space`; where `time`, the first frame as it is and then a frame for
+    every two. Chunks may have any number of frames: what is not used yet waits in the state."""
 
     def __init__(self, dim, space, time):
         super().__init__()
-        self.factors = 2 if time else 1, 2 if space else 1
         self.conv = nn.Conv3d(dim, dim, (1, 3, 3), stride=(1, 2, 2)) if space else None
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x, state):
-        first = self not in state
-        straight = fold(x, x.shape[1], *self.factors, first)
         if self.conv is not None:
             x = self.conv(F.pad(x, (0, 1, 0, 1)))
-        last = x[:, :, -1:]
-        if self.time_conv is not None:
-            if not first:
-                x = self.time_conv(torch.cat([state[self], x], 2))
-            elif x.shape[2] > 1:
-                x = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
-        state[self] = last
-        return x + straight
+        if self.time_conv is None:
+            return x
+        first = x[:, :, :int(self not in state)]
+        x = x if self not in state else torch.cat([state[self], x], 2)
+        n = (x.shape[2] - 1) // 2
+        state[self] = x[:, :, 2 * n:].clone()
+        return torch.cat([first, self.time_conv(x[:, :, :2 * n + 1])], 2) if n else first
 
 
 class Up(nn.Module):
     """Twice the size where `space`; where `time`, two frames for each after the first, which passes
-    as it is and which the others do not see (Wan's rule). The unfolded input is added."""
+    as it is and which the others do not see (Wan's rule)."""
 
     def __init__(self, dim, c_out, space, time):
         super().__init__()
-        self.factors, self.c_out = (2 if time else 1, 2 if space else 1), c_out
+        self.space = space
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if time else None
         self.conv = nn.Conv3d(dim, c_out, (1, 3, 3), padding=(0, 1, 1))
 
     def forward(self, x, state):
-        first = self not in state
-        state[self] = True
-        straight = unfold(x, self.c_out, *self.factors, first)
         if self.time_conv is not None:
-            start, rest = x[:, :, :int(first)], x[:, :, int(first):]
+            n = int(self not in state)
+            start, rest = x[:, :, :n], x[:, :, n:]
             if rest.shape[2]:
                 B, C, T, H, W = rest.shape
                 rest = self.time_conv(rest, state).view(B, 2, C, T, H, W)
                 rest = rest.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
             x = torch.cat([start, rest], 2)
-        if self.factors[1] > 1:
+        state[self] = True
+        if self.space:
             x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
-        return self.conv(x) + straight
+        return self.conv(x)
+
+
+class Level(nn.Module):
+    """Layers at one size, the last of which may change it. `straight`: (time, space) by which the
+    input is folded (or with `grows` unfolded) and added, a straight way from pixels to latent."""
+
+    def __init__(self, layers, c_out, straight=None, grows=False, growth=1):
+        super().__init__()
+        self.layers, self.c_out = nn.ModuleList(layers), c_out
+        self.straight, self.grows, self.growth = straight, grows, growth
+
+    def forward(self, x, state):
+        y = x
+        for layer in self.layers:
+            y = layer(y, state)
+        if self.straight is None:
+            return y
+        time, space = self.straight
+        if self.grows:
+            x = unfold(x, self.c_out, time, space)
+            x = x[:, :, time - 1:] if self not in state else x
+            state[self] = True
+            return y + x
+        if time > 1:                                 # a zero frame goes in front of the first
+            x = torch.cat([state.get(self, torch.zeros_like(x[:, :, :1])), x], 2)
+            n = x.shape[2] // time * time
+            x, state[self] = x[:, :, :n], x[:, :, n:].clone()
+        return y + fold(x, self.c_out, time, space) if y.shape[2] else y
+
+
+def regroup(pieces, room):
+    """Pieces [B, C, T, H, W] of a clip, joined or cut in time to about `room` numbers each."""
+    held, n = [], 0
+    for piece in pieces:
+        frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
+        most = piece.shape[2] if room is None else max(1, int(room // frame))
+        for part in piece.split(max(1, most), 2):
+            held, n = held + [part], n + part.shape[2]
+            if n and n >= most:
+                yield torch.cat(held, 2) if len(held) > 1 else part
+                held, n = [], 0
+    if n:
+        yield torch.cat(held, 2)
+
+
+def stream(levels, x, state):
+    """Runs `levels` over x [B, C, T, H, W], in pieces of a size that suits each of them: memory
+    does not grow with T, and no convolution is called on too little at once. Gradients want the
+    whole at once."""
+    pieces = iter([x])
+    for level in levels:
+        room = None if torch.is_grad_enabled() else ROOM / level.growth
+        pieces = map(lambda piece, level=level: level(piece, state), regroup(pieces, room))
+    return [piece for piece in pieces if piece.shape[2]]
+
+
+class Codebook(nn.Module):
+    """Vectors [K, C]; a latent position becomes the nearest of them. They follow the positions that
+    choose them by moving averages, not by gradients (van den Oord et al. 2017, 1711.00937)."""
+
+    def __init__(self, n_codes, dim):
+        super().__init__()
+        self.n_codes = n_codes
+        self.register_buffer("codebook", torch.randn(n_codes, dim))
+        self.register_buffer("counts", torch.zeros(n_codes))
+        self.register_buffer("sums", torch.zeros(n_codes, dim))
+
+    def codes(self, z):
+        """[B, C, T, H, W] to int64 [B, T, H, W]"""
+        flat = z.movedim(1, -1)
+        away = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T
+        return away.argmin(-1)
+
+    def lookup(self, codes):
+        return self.codebook[codes].movedim(-1, 1)
+
+    def forward(self, z):
+        """(the chosen vectors, with the gradient of z; codes; commitment loss [B])"""
+        codes = self.codes(z.detach())
+        chosen = self.lookup(codes)
+        loss = 0.25 * (z - chosen).square().mean((1, 2, 3, 4))
+        return z + (chosen - z).detach(), codes, loss
+
+    @torch.no_grad()
+    def follow(self, z, codes, decay=0.99):
+        """The averages after a step's positions z [N, C] with codes [N], over all ranks."""
+        hits = F.one_hot(codes, self.n_codes).to(z.dtype)
+        both = torch.cat([hits.sum(0)[:, None], hits.T @ z], 1)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(both)
+        self.counts.lerp_(both[:, 0], 1 - decay)
+        self.sums.lerp_(both[:, 1:], 1 - decay)
+        total = self.counts.sum()
+        share = (self.counts + 1e-7) / (total + self.n_codes * 1e-7) * total
+        self.codebook.copy_(self.sums / share[:, None])
+
+    @torch.no_grad()
+    def restart(self, candidates):
+        """Codes that hardly anyone chooses become candidates [M, C], the same on all ranks."""
+        dead = (self.counts < min(1.0, 0.1 * self.counts.mean().item())).nonzero()[:, 0]
+        n = torch.arange(len(dead), device=dead.device)
+        vectors = candidates[n % len(candidates)]
+        vectors = vectors * (1 + 1e-3 * (n // len(candidates)))[:, None]      # twins part in time
+        self.codebook[dead], self.sums[dead], self.counts[dead] = vectors, vectors, 1.0
+
+
+def perplexity(codes, n_codes):
+    """exp(entropy) of int64 codes: as how many equally likely ones they count."""
+    share = torch.bincount(codes.flatten(), minlength=n_codes).double() / codes.numel()
+    return (-(share * share.clamp_min(1e-10).log()).sum()).exp().float()
+
+
+class FSQ(nn.Module):
+    """Each of C numbers is bounded and rounded to one of `levels[i]` values: a codebook without
+    parameters (Mentzer et al. 2023, 2309.15505)."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.n_codes = math.prod(levels)
+        levels = torch.tensor(levels)
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("basis", torch.cumprod(torch.tensor([1, *levels[:-1]]), 0),
+                             persistent=False)
+
+    @property
+    def codebook(self):
+        return self.lookup(torch.arange(self.n_codes, device=self.levels.device)).T
+
+    def rounded(self, z):
+        """Integers about 0, as floats with z's gradient, [..., C] last."""
+        half = (self.levels - 1) * (1 + 1e-3) / 2
+        offset = 0.5 * (self.levels % 2 == 0)
+        bounded = torch.tanh(z + torch.atanh(offset / half)) * half - offset
+        return bounded + (bounded.round() - bounded).detach()
+
+    def codes(self, z):
+        digits = self.rounded(z.movedim(1, -1)).round().long() + self.levels // 2
+        return (digits * self.basis).sum(-1)
+
+    def lookup(self, codes):
+        digits = codes[..., None] // self.basis % self.levels
+        half = self.levels // 2
+        return ((digits - half) / half).movedim(-1, 1)
+
+    def forward(self, z):
+        chosen = self.rounded(z.movedim(1, -1)) / (self.levels // 2)
+        return chosen.movedim(-1, 1), self.codes(z.detach()), z.new_zeros(len(z))
 
 
 class PatchCode(nn.Module):
@@ -763,16 +957,20 @@ class PatchCode(nn.Module):
 
     def __init__(self, z_dim, stride, time_stride):
         super().__init__()
-        self.stride, self.times = stride, (1, time_stride)
+        self.z_dim, self.stride, self.times = z_dim, stride, (1, time_stride)
         sizes = [3 * t * stride**2 for t in self.times]
         self.to_code = nn.ModuleList(nn.Linear(size, z_dim) for size in sizes)
         self.to_patch = nn.ModuleList(nn.Linear(z_dim, size) for size in sizes)
 
-    def parts(self, x, state):
-        """The first frame, if the clip begins here, and the others: [(which code, their part)]."""
+    def parts(self, x, state, times):
+        """The first frame, if the clip begins here, and whole groups of the others: [(which code,
+        their part)]; what is no whole group waits in the state."""
         n = 0 if self in state else 1
-        state[self] = True
-        return [(i, part) for i, part in ((0, x[:, :, :n]), (1, x[:, :, n:])) if part.shape[2]]
+        first, x = x[:, :, :n], x[:, :, n:]
+        x = x if n or state[self] is None else torch.cat([state[self], x], 2)
+        whole = x.shape[2] // times[1] * times[1]
+        state[self] = x[:, :, whole:].clone() if x.shape[2] > whole else None
+        return [(i, part) for i, part in ((0, first), (1, x[:, :, :whole])) if part.shape[2]]
 
     def patches(self, x, t):
         B, C, T, H, W = x.shape
@@ -781,13 +979,15 @@ class PatchCode(nn.Module):
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)              # [B, T', H', W', 3 t s s]
 
     def encode(self, video, state):
-        codes = [self.to_code[i](self.patches(part, self.times[i]))
-                 for i, part in self.parts(video, state)]
+        B, _, _, H, W = video.shape
+        codes = [video.new_zeros(B, 0, H // self.stride, W // self.stride, self.z_dim)]
+        codes += [self.to_code[i](self.patches(part, self.times[i]))
+                  for i, part in self.parts(video, state, self.times)]
         return torch.cat(codes, 1).permute(0, 4, 1, 2, 3)
 
     def decode(self, z, state):
         videos, s = [], self.stride
-        for i, part in self.parts(z, state):
+        for i, part in self.parts(z, state, (1, 1)):
             x = self.to_patch[i](part.permute(0, 2, 3, 4, 1))
             B, T, H, W, _ = x.shape
             x = x.view(B, T, H, W, 3, self.times[i], s, s).permute(0, 4, 1, 5, 2, 6, 3, 7)
@@ -821,71 +1021,121 @@ class PatchCode(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Video [B, 3, T, H, W] in [-1, 1], T = 1 + 4k, H and W multiples of 8, to latents
-    [B, C, 1 + k, H / 8, W / 8] and back. `downs` says for each level but the last whether it is
-    left with half the size ("s"), half the frames ("t"), or both ("st")."""
+    """Video [B, 3, T, H, W] in [-1, 1] to latents [B, C, T', H', W'] and back: T' = 1 + (T - 1) //
+    time_stride, frames beyond are dropped; H' = H / stride. The options are MODELS' columns; a
+    bottleneck "kl" gives mean and log-variance, "vq" one of `codes` vectors, "fsq" one of
+    prod(codes) points. Wan's two autoencoders and Stable Diffusion's are this class."""
 
-    def __init__(self, dim, mults, downs, n_res, patch, z_dim, linear):
+    def __init__(self, dim, mults, downs, n_res, z_dim, patch=1, dec_dim=None, residual=True,
+                 groups=0, quant=True, linear=False, bottleneck="kl", codes=()):
         super().__init__()
         self.patch, self.z_dim = patch, z_dim
         self.stride = patch * 2 ** sum("s" in down for down in downs)
-        self.time_stride = 2 ** sum("t" in down for down in downs)
-        widths = [dim * m for m in mults]
-        layers, width = [CausalConv3d(3 * patch * patch, widths[0], 3)], widths[0]
-        for i, c_out in enumerate(widths):
-            for _ in range(n_res):
-                layers.append(ResBlock(width, c_out))
-                width = c_out
-            if i < len(downs):
-                layers.append(Down(width, "s" in downs[i], "t" in downs[i]))
-        layers += [ResBlock(width, width), FrameAttention(width), ResBlock(width, width)]
-        self.encoder = nn.ModuleList(layers)
-        self.encoder_norm, self.to_moments = Norm(width), CausalConv3d(width, 2 * z_dim, 3)
+        self.time_stride, self.first = 2 ** sum("t" in down for down in downs), 1
+        self.bottleneck = None if bottleneck == "kl" else (
+            Codebook(codes[0], z_dim) if bottleneck == "vq" else FSQ(codes))
+        self.n_codes = self.bottleneck.n_codes if self.bottleneck else 0
+        space, pixels = (1, 3, 3) if groups else 3, 3 * patch**2     # the image model sees a frame
+        block = lambda c_in, c_out: ResBlock(c_in, c_out, space, groups)
+        middle = lambda width: Level([block(width, width), FrameAttention(width, groups),
+                                      block(width, width)], width)
+        steps = [("s" in down, "t" in down) for down in downs]
+        factors = [(1 + t, 1 + s) for s, t in steps] + [(1, 1)]
 
-        layers = [CausalConv3d(z_dim, width, 3)]
-        layers += [ResBlock(width, width), FrameAttention(width), ResBlock(width, width)]
+        widths = [dim * m for m in mults]
+        levels, width = [Level([CausalConv3d(pixels, dim, space)], dim, growth=dim / pixels)], dim
+        for i, c_out in enumerate(widths):
+            layers = [block(width if j == 0 else c_out, c_out) for j in range(n_res)]
+            layers += [Down(c_out, *steps[i])] if i < len(steps) else []
+            levels.append(Level(layers, c_out, factors[i] if residual else None,
+                                growth=c_out / width))
+            width = c_out
+        self.encoder = nn.ModuleList([*levels, middle(width)])
+        moments = z_dim if self.bottleneck else 2 * z_dim
+        self.encoder_norm = Norm(width, groups)
+        self.to_moments = CausalConv3d(width, moments, space)
+        self.quant = CausalConv3d(moments, moments, 1) if quant else None
+
+        self.unquant = CausalConv3d(z_dim, z_dim, 1) if quant else None
+        widths = [(dec_dim or dim) * m for m in mults]
+        width = widths[-1]
+        levels = [Level([CausalConv3d(z_dim, width, space)], width), middle(width)]
         for i, c_out in reversed(list(enumerate(widths))):
-            for _ in range(n_res + 1):
-                layers.append(ResBlock(width, c_out))
-                width = c_out
+            layers = [block(width if j == 0 else c_out, c_out) for j in range(n_res + 1)]
+            growth, out = max(1, c_out / width), c_out
             if i:
-                layers.append(Up(width, widths[i - 1], "s" in downs[i - 1], "t" in downs[i - 1]))
-                width = widths[i - 1]
-        self.decoder = nn.ModuleList(layers)
-        self.decoder_norm = Norm(width)
-        self.to_pixels = CausalConv3d(width, 3 * patch * patch, 3)
+                out = c_out if residual or groups else c_out // 2            # Wan 2.1 halves here
+                layers.append(Up(c_out, out, *steps[i - 1]))
+                growth *= math.prod(factors[i - 1]) * factors[i - 1][1]
+            levels.append(Level(layers, out, factors[i - 1] if residual and i else None, True,
+                                growth))
+            width = out
+        self.decoder = nn.ModuleList(levels)
+        self.decoder_norm, self.to_pixels = Norm(width, groups), CausalConv3d(width, pixels, space)
         self.linear = PatchCode(z_dim, self.stride, self.time_stride) if linear else None
-        if linear:                                                       # begin as the linear code
-            for layer in (self.to_moments, self.to_pixels):
+        self.initialise()
+
+    def initialise(self):
+        """Layers begin as torch has them, attention adding nothing; a model with a linear code
+        begins as that code; log-variances begin at -6, little noise."""
+        last = self.quant or self.to_moments
+        if self.linear is not None:
+            for layer in (last, self.to_pixels):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.to_moments.bias[z_dim:], -6.0)            # begin with little noise
+        if self.bottleneck is None:
+            nn.init.constant_(last.bias[self.z_dim:], -6.0)
 
-    def encode(self, video, state=None):
-        """(mean, logvar), each [B, C, T', H', W']. With a `state` dict carried from call to call a
-        clip may come in chunks: 1 + 4a frames first, then multiples of four."""
+    def features(self, video, state=None):
+        """What the bottleneck is given: moments [B, 2 C, T', H', W'], or [B, C, T', H', W']. With a
+        `state` dict carried from call to call a clip may come in chunks of any number of frames; a
+        latent comes out once its frames are there."""
         state, p = {} if state is None else state, self.patch
         B, C, T, H, W = video.shape
-        x = video.view(B, C, T, H // p, p, W // p, p).permute(0, 1, 4, 6, 2, 3, 5)
-        x = x.reshape(B, C * p * p, T, H // p, W // p)
-        for layer in self.encoder:
-            x = layer(x, state)
-        moments = self.to_moments(F.silu(self.encoder_norm(x)), state)
-        mean, logvar = moments.chunk(2, 1)
-        if self.linear is not None:
-            mean = mean + self.linear.encode(video, state)
+        x = video
+        if p > 1:                                        # Wan's order: the column before the row
+            x = video.reshape(B, C, T, H // p, p, W // p, p).permute(0, 1, 6, 4, 2, 3, 5)
+            x = x.reshape(B, C * p * p, T, H // p, W // p)
+        head = lambda x, state: self.to_moments(x, state, self.encoder_norm)
+        head.growth = 1
+        parts = stream([*self.encoder, head], x, state)
+        code = [] if self.linear is None else self.linear.encode(video, state)
+        if not parts:
+            return video.new_zeros(B, self.to_moments.out_channels, 0, H // self.stride,
+                                   W // self.stride)
+        h = torch.cat(parts, 2)
+        h = h if self.quant is None else self.quant(h, state)
+        if self.linear is None:
+            return h
+        return torch.cat([h[:, :self.z_dim] + code, h[:, self.z_dim:]], 1)
+
+    def encode(self, video, state=None):
+        """(mean, logvar), each [B, C, T', H', W']; of codes their vectors, without noise."""
+        h = self.features(video, state)
+        if self.bottleneck is not None:
+            z = self.bottleneck.lookup(self.bottleneck.codes(h))
+            return z, torch.full_like(z, -30)
+        mean, logvar = h.chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
+
+    def encode_codes(self, video, state=None):
+        """int64 [B, T', H', W'] below n_codes"""
+        return self.bottleneck.codes(self.features(video, state))
+
+    def decode_codes(self, codes, state=None):
+        return self.decode(self.bottleneck.lookup(codes), state)
 
     def decode(self, z, state=None):
         """Video [B, 3, T, H, W]; with a carried `state` dict, chunks of any number of latents."""
         state, p = {} if state is None else state, self.patch
-        x = z
-        for layer in self.decoder:
-            x = layer(x, state)
-        x = self.to_pixels(F.silu(self.decoder_norm(x)), state)
-        B, C, T, H, W = x.shape
-        x = x.view(B, 3, p, p, T, H, W).permute(0, 1, 4, 5, 2, 6, 3)
-        x = x.reshape(B, 3, T, H * p, W * p)
+        head = lambda x, state: self.to_pixels(x, state, self.decoder_norm)
+        head.growth = 1
+        x = z if self.unquant is None else self.unquant(z, state)
+        x = torch.cat(stream([*self.decoder, head], x, state), 2)
+        if p > 1:
+            B, C, T, H, W = x.shape
+            x = x.view(B, 3, p, p, T, H, W).permute(0, 1, 4, 5, 3, 6, 2)
+            x = x.reshape(B, 3, T, H * p, W * p)
         return x if self.linear is None else x + self.linear.decode(z, state)
 
 
@@ -1042,9 +1292,8 @@ def finish(model, args, folder, train, clips):
                            args.size, model).to(next(model.parameters()).device) for row in sample]
     mean, std = latent_statistics(model, windows)
     config = read_config(folder, "vae")
-    weights = (last_step(folder) / "model.safetensors").read_bytes()
-    name = hashlib.sha256(weights + json.dumps([mean, std]).encode()).hexdigest()[:8]
-    write_config(folder, {**config, "latents_mean": mean, "latents_std": std, "hash": name})
+    write_config(folder, {**config, "latents_mean": mean, "latents_std": std,
+                          "hash": weights_hash(model, mean, std)})
 
 
 def train(args, folder):
@@ -1108,14 +1357,39 @@ def train(args, folder):
 # ------------------------------------------------------------------------------------------------
 
 
+def is_run(folder):
+    """Whether a folder's config.json is a run's: a published one's has no kind."""
+    try:
+        return "kind" in json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
+
+
+def build(options):
+    """A fresh model of a config's options."""
+    return (VideoGPT if "downsample" in options else Autoencoder)(**options)
+
+
+def weights_hash(model, mean, std):
+    """8 hex digits that name an autoencoder: of its weights and its latents' statistics."""
+    digest = hashlib.sha256(json.dumps([mean, std]).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
 def load_autoencoder(name, device="cpu"):
-    """(model in eval mode, config) of a trained run; the config has hash, latents_mean and _std."""
+    """(model in eval mode, config) of a trained run, or of a published folder or file (with a
+    slash); the config has model, hash, latents_mean and latents_std."""
     folder = run_dir(name)
-    config = read_config(folder, "vae")
-    if "hash" not in config:
-        refuse(f"{folder} has not finished training: run its train_vae.py command again")
-    model = Autoencoder(**config["model"])
-    model.load_state_dict(load_file(last_step(folder) / "model.safetensors"))
+    if not is_run(folder):
+        model, config = load_published(folder)
+    else:
+        config = read_config(folder, "vae")
+        if "hash" not in config:
+            refuse(f"{folder} has not finished training: run its train_vae.py command again")
+        model = build(config["model"])
+        model.load_state_dict(load_file(last_step(folder) / "model.safetensors"))
     return model.to(device).eval().requires_grad_(False), config
 
 
@@ -1221,6 +1495,290 @@ def encode(args):
     if rank == 0:
         print(f"{folder}: latents of {len(rows)} clips by autoencoder {config['hash']}",
               file=sys.stderr)
+
+
+# ================================================================================================
+# Published autoencoders: Wan's, Stable Diffusion's, VideoGPT's
+# ================================================================================================
+
+WAN_MEAN_16 = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
+               0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+WAN_STD_16 = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526,
+              2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+WAN_MEAN_48 = [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542,
+               0.2813, 0.0891, 0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109,
+               0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899,
+               -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.052, 0.3748,
+               0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667]
+WAN_STD_48 = [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894,
+              1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833,
+              1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866,
+              0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06,
+              0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]
+
+
+class SamePad(nn.Module):
+    """VideoGPT's convolutions: the kernel less the stride is padded, the odd one in front; a
+    transposed one pads its input alike and crops what the kernel adds."""
+
+    def __init__(self, c_in, c_out, kernel, strides=(1, 1, 1), transposed=False, bias=True):
+        super().__init__()
+        pads = [kernel - s for s in strides]
+        self.pads = [n for p in reversed(pads) for n in (p // 2 + p % 2, p // 2)]
+        if transposed:
+            self.convt = nn.ConvTranspose3d(c_in, c_out, kernel, strides, padding=kernel - 1)
+        else:
+            self.conv = nn.Conv3d(c_in, c_out, kernel, strides, bias=bias)
+
+    def forward(self, x):
+        return (self.conv if hasattr(self, "conv") else self.convt)(F.pad(x, self.pads))
+
+
+class AxialAttention(nn.Module):
+    """Two heads over the width, the height and the time of [B, C, T, H, W], each on its own; the
+    sum of the three."""
+
+    def __init__(self, dim, n_heads=2):
+        super().__init__()
+        self.n_heads = n_heads
+        for axis in "wht":
+            layers = {name: nn.Linear(dim, dim, bias=name == "fc") for name in
+                      ("w_qs", "w_ks", "w_vs", "fc")}
+            self.add_module(f"attn_{axis}", nn.ModuleDict(layers))
+
+    def forward(self, x):
+        x, total = x.movedim(1, -1), 0
+        for axis, place in (("w", 3), ("h", 2), ("t", 1)):
+            layers, along = getattr(self, f"attn_{axis}"), x.movedim(place, -2)
+            q, k, v = (layers[name](along).unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
+                       for name in ("w_qs", "w_ks", "w_vs"))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+            total = total + layers["fc"](y).movedim(-2, place)
+        return total.movedim(-1, 1)
+
+
+class AxialBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        norm = nn.BatchNorm3d
+        self.block = nn.Sequential(
+            norm(dim), nn.ReLU(), SamePad(dim, dim // 2, 3, bias=False),
+            norm(dim // 2), nn.ReLU(), SamePad(dim // 2, dim, 1, bias=False),
+            norm(dim), nn.ReLU(), AxialAttention(dim))
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+class VideoGPTCoder(nn.Module):
+    """One of VideoGPT's two halves, under its own names: `steps` are the strides of its stages."""
+
+    def __init__(self, dim, n_res, steps, is_decoder):
+        super().__init__()
+        stack = [AxialBlock(dim) for _ in range(n_res)] + [nn.BatchNorm3d(dim), nn.ReLU()]
+        self.res_stack, self.is_decoder = nn.Sequential(*stack), is_decoder
+        ends = [(3 if i == 0 else dim, dim) for i in range(len(steps))]
+        if is_decoder:
+            ends = [(dim, 3 if i == len(steps) - 1 else dim) for i in range(len(steps))]
+            self.convts = nn.ModuleList(SamePad(*end, 4, step, transposed=True)
+                                        for end, step in zip(ends, steps))
+        else:
+            self.convs = nn.ModuleList(SamePad(*end, 4, step) for end, step in zip(ends, steps))
+            self.conv_last = SamePad(dim, dim, 3)
+
+    def forward(self, x):
+        if not self.is_decoder:
+            for conv in self.convs:
+                x = F.relu(conv(x))
+            return self.res_stack(self.conv_last(x))
+        x = self.res_stack(x)
+        for i, conv in enumerate(self.convts):
+            x = conv(F.relu(x) if i else x)
+        return x
+
+
+class VideoGPT(nn.Module):
+    """VideoGPT's VQ-VAE (Yan et al. 2021, 2104.10157): video [B, 3, T, H, W] in [-1, 1] to codes
+    [B, T / t, H / s, W / s]. Nothing here is causal: clips are coded whole."""
+
+    def __init__(self, dim, n_res, downsample, z_dim, codes):
+        super().__init__()
+        times, stride, _ = downsample
+        self.stride, self.time_stride, self.first, self.z_dim = stride, times, times, z_dim
+        n = [int(math.log2(d)) for d in downsample]
+        steps = [tuple(2 if i < most else 1 for most in n) for i in range(max(n))]
+        self.encoder = VideoGPTCoder(dim, n_res, steps, False)
+        self.decoder = VideoGPTCoder(dim, n_res, steps, True)
+        self.pre_vq_conv, self.post_vq_conv = SamePad(dim, z_dim, 1), SamePad(z_dim, dim, 1)
+        self.bottleneck, self.n_codes, self.linear = Codebook(codes, z_dim), codes, None
+
+    def features(self, video, state=None):
+        return self.pre_vq_conv(self.encoder(video / 2))
+
+    def decode(self, z, state=None):
+        return 2 * self.decoder(self.post_vq_conv(z))
+
+    encode, encode_codes = Autoencoder.encode, Autoencoder.encode_codes
+    decode_codes = Autoencoder.decode_codes
+
+    @property
+    def to_pixels(self):
+        return self.decoder.convts[-1].convt
+
+
+RESIDUAL = dict(norm1="residual.0", conv1="residual.2", norm2="residual.3", conv2="residual.6",
+                shortcut="shortcut")
+
+
+def published_names(model, layout):
+    """{our parameter's name: its name in a file} of an Autoencoder; layout: "original" (Wan's own),
+    "diffusers" (Wan's), "image" (AutoencoderKL)."""
+    names, is_original = {}, layout == "original"
+    is_flat = layout != "image" and model.encoder[1].straight is None            # Wan 2.1
+    for side, word, last in (("encoder", "down", -1), ("decoder", "up", None)):
+        levels = list(getattr(model, side))
+        places = [(0, "in"), (len(levels) - 1 if side == "encoder" else 1, "middle")]
+        flat = 0
+        names[f"{side}.0.layers.0"] = f"{side}." + ("conv1" if is_original else "conv_in")
+        middle = places[1][0]
+        for i, part in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+            names[f"{side}.{middle}.layers.{i}"] = f"{side}." + (
+                f"middle.{i}" if is_original else f"mid_block.{part}")
+        rest = [i for i in range(1, len(levels)) if i != middle]
+        for level, i in enumerate(rest):
+            for j, layer in enumerate(levels[i].layers):
+                if is_original:
+                    part = f"{word}samples."
+                    part += f"{flat}" if is_flat else f"{level}.{part}{j}"
+                elif is_flat and side == "encoder":
+                    part = f"down_blocks.{flat}"
+                else:
+                    one = f"{word}sampler" + ("" if not is_flat and layout != "image" else "s.0")
+                    one = f"resnets.{j}" if isinstance(layer, ResBlock) else one
+                    part = f"{word}_blocks.{level}.{one}"
+                names[f"{side}.{i}.layers.{j}"], flat = f"{side}.{part}", flat + 1
+        ends = ("head.0", "head.2") if is_original else (
+            ("conv_norm_out" if layout == "image" else "norm_out"), "conv_out")
+        names[f"{side}_norm"] = f"{side}.{ends[0]}"
+        names["to_moments" if side == "encoder" else "to_pixels"] = f"{side}.{ends[1]}"
+    names["quant"], names["unquant"] = (("conv1", "conv2") if is_original else
+                                        ("quant_conv", "post_quant_conv"))
+    inner = {"qkv": "to_qkv", "out": "proj", "conv": "resample.1", "shortcut": "conv_shortcut"}
+    if layout == "image":
+        inner = {**inner, "norm": "group_norm", "conv": "conv", "out": "to_out.0",
+                 "gamma": "weight", "beta": "bias"}
+    inner = {**inner, **RESIDUAL} if is_original else inner
+    found = {}
+    for own in model.state_dict():
+        place = max((p for p in names if own == p or own.startswith(p + ".")), key=len)
+        parts = own[len(place) + 1:].split(".")
+        found[own] = ".".join([names[place], *(inner.get(part, part) for part in parts)])
+    return found
+
+
+def load_names(model, names, weights, path):
+    """Strict: every parameter is filled and every tensor used; singleton axes may differ."""
+    state = model.state_dict()
+    lacking, extra = sorted(set(names.values()) - set(weights)), set(weights) - set(names.values())
+    if lacking or extra:
+        refuse(f"{path}: " + (f"{lacking[0]} is missing" if lacking else
+                              f"{min(extra)} is not a part of this autoencoder"))
+    slim = lambda shape: [n for n in shape if n > 1]
+    for own, name in names.items():
+        if slim(state[own].shape) != slim(weights[name].shape):
+            refuse(f"{path}: {name} has shape {list(weights[name].shape)}, "
+                   f"not {list(state[own].shape)}")
+        state[own] = weights[name].float().reshape(state[own].shape)
+    model.load_state_dict(state)
+
+
+def wan_options(weights, config):
+    """(options, layout, mean, std) of Wan's autoencoders from their config.json, or from the
+    weights' shapes where none is published."""
+    if config is None:
+        is_22 = any(name.startswith("encoder.downsamples.0.downsamples") for name in weights)
+        z_dim, dec_dim = weights["conv2.weight"].shape[0], weights["decoder.head.0.gamma"].shape[0]
+        dim, channels = weights["encoder.conv1.weight"].shape[:2]
+        options = dict(WAN, dim=dim, z_dim=z_dim, patch=math.isqrt(channels // 3), residual=is_22)
+        if is_22:
+            options["dec_dim"] = dec_dim
+        known = {16: (WAN_MEAN_16, WAN_STD_16), 48: (WAN_MEAN_48, WAN_STD_48)}
+        return options, "original", *known[z_dim]
+    downs = tuple("st" if t else "s" for t in config["temperal_downsample"])
+    options = dict(dim=config["base_dim"], mults=tuple(config["dim_mult"]), downs=downs,
+                   n_res=config["num_res_blocks"], z_dim=config["z_dim"],
+                   dec_dim=config.get("decoder_base_dim"), patch=config.get("patch_size") or 1,
+                   residual=config.get("is_residual", False))
+    return options, "diffusers", config["latents_mean"], config["latents_std"]
+
+
+def image_options(weights, config):
+    """(options, layout, mean, std) of diffusers' AutoencoderKL; attention under its old names is
+    renamed in `weights`, and queries, keys and values are joined."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    for name in list(weights):
+        *place, part, kind = name.split(".")
+        if part in old:
+            weights[".".join([*place, old[part], kind])] = weights.pop(name)
+    for name in [name for name in weights if ".to_q." in name]:
+        parts = [weights.pop(name.replace(".to_q.", f".to_{part}.")) for part in "qkv"]
+        weights[name.replace(".to_q.", ".to_qkv.")] = torch.cat(parts)
+    widths = config["block_out_channels"]
+    options = dict(dim=widths[0], mults=[width // widths[0] for width in widths],
+                   downs=["s"] * (len(widths) - 1), n_res=config["layers_per_block"],
+                   z_dim=config["latent_channels"], groups=config.get("norm_num_groups", 32),
+                   residual=False, quant=config.get("use_quant_conv", True))
+    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 0.18215)
+    n = options["z_dim"]
+    return options, "image", [shift] * n, [1 / scale] * n
+
+
+def load_videogpt(path, saved):
+    """(model, options) of a VideoGPT checkpoint, its GPT's too."""
+    weights = {name.removeprefix("vqvae."): tensor for name, tensor in saved["state_dict"].items()
+               if name.startswith("vqvae.") or not any("vqvae." in n for n in saved["state_dict"])}
+    args = vars(saved["hyper_parameters"]["args"])
+    if "downsample" not in args:
+        refuse(f"{path} does not say its VQ-VAE's strides: name the VQ-VAE's own checkpoint")
+    for name, own in (("embeddings", "codebook"), ("N", "counts"), ("z_avg", "sums")):
+        weights[f"bottleneck.{own}"] = weights.pop(f"codebook.{name}")
+    options = dict(dim=args["n_hiddens"], n_res=args["n_res_layers"], z_dim=args["embedding_dim"],
+                   downsample=list(args["downsample"]), codes=args["n_codes"])
+    model = VideoGPT(**options)
+    load_names(model, {name: name for name in model.state_dict()}, weights, path)
+    return model, options
+
+
+WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+
+
+def load_published(path):
+    """(model, config) of a published autoencoder: a folder of diffusers' (or one with vae/), Wan's
+    own folder or file, a VideoGPT checkpoint."""
+    path = Path(path)
+    if (path / "vae" / "config.json").exists():
+        path = path / "vae"
+    path = next((path / name for name in WAN_FILES if (path / name).exists()), path)
+    config = None
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            refuse(f"{path} holds no autoencoder: neither a run nor a published folder "
+                   f"(config.json with weights, {' or '.join(WAN_FILES)})")
+        config = json.loads((path / "config.json").read_text())
+    weights = read_tensors(path)
+    if "state_dict" in weights:
+        model, options = load_videogpt(path, weights)
+        mean, std = [0.0] * model.z_dim, [1.0] * model.z_dim
+    else:
+        is_image = config is not None and "block_out_channels" in config
+        if not is_image and not ("encoder.conv1.weight" in weights if config is None else
+                                 "temperal_downsample" in config):
+            refuse(f"{path} is no autoencoder known here: Wan's, AutoencoderKL, VideoGPT's")
+        options, layout, mean, std = (image_options if is_image else wan_options)(weights, config)
+        model = Autoencoder(**options)
+        load_names(model, published_names(model, layout), weights, path)
+    return model, {"model": options, "latents_mean": mean, "latents_std": std,
+                   "hash": weights_hash(model, mean, std)}
 
 
 def parse_options(argv=None):

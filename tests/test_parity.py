@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import caption
 import sample
 import train_dit as D
+import train_vae as V
 
 ROOT = Path(os.environ.get("PARITY_DIR") or Path(__file__).with_name("fixtures"))
 
@@ -25,8 +26,7 @@ TO_COME = {
     ("sit_transport", "sample_ode"): "samplers", ("sit_transport", "sample_sde"): "samplers",
     ("uvit", "dpm_solver_pp_sample"): "samplers", ("schedulers", "*"): "samplers",
     ("wan-pipeline", "*"): "samplers",
-    ("autoencoder_kl", "*"): "published autoencoders", ("videogpt_vqvae", "*"): "published autoencoders",
-    ("wan-vae", "*"): "published autoencoders", ("caption-metrics", "*"): "caption metrics",
+    ("caption-metrics", "*"): "caption metrics",
     **{(family, "*"): "published captioners and language models" for family in (
         "cogvlm", "cogvlm2", "internlm2", "internvl", "internvl-orig", "llama", "llama3rope",
         "llava15", "llavanext", "minicpmv2", "mistral", "omnilmm", "qwen2", "qwen25vl", "qwen2vl",
@@ -253,6 +253,110 @@ def wan_text(case):
         "embeds_sum_over_tokens": embeds.sum(1)}
     return {name: found[name][:, :x.shape[1]] if x.dim() == 3 else found[name]
             for name, x in case.tensors.items()}
+
+
+# ---- autoencoders
+
+def published_gradients(model, layout):
+    """{name in a file: gradient}, with an image model's queries, keys and values apart."""
+    found = {}
+    for own, name in V.published_names(model, layout).items():
+        p = model.get_parameter(own)
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        parts = grad.chunk(3) if layout == "image" and ".to_qkv." in name else [grad]
+        names = [name] if len(parts) == 1 else [name.replace("to_qkv", f"to_{p}") for p in "qkv"]
+        found.update(zip(names, parts))
+    return found
+
+
+@handles("autoencoder_kl", "encode")
+@handles("autoencoder_kl", "decode")
+def image_autoencoder(case):
+    folders = [case.weights, *([case.folder / "vae_old_names"] if
+                               (case.folder / "vae_old_names").exists() else [])]
+    (model, config), *others = [V.load_published(folder) for folder in folders]
+    assert all(other["hash"] == config["hash"] for _, other in others)
+    mean, std = V.normaliser(config)
+    scale, shift = case.args["scaling_factor"], case.args.get("shift_factor") or 0.0
+    assert torch.allclose(std * scale, torch.ones(())) and torch.allclose(mean, torch.tensor(shift))
+    if case.call == "encode":
+        mean, logvar = (part[:, :, 0] for part in model.encode(case["in.x"][:, :, None]))
+        return {"out.mean": mean, "out.logvar": logvar,
+                "out.sample": mean + (0.5 * logvar).exp() * case["in.noise"]}
+    x = model.decode(case["in.z"][:, :, None])[:, :, 0]
+    if case["in.probe"] is None:
+        return {"out.x": x}
+    (x * case["in.probe"]).sum().backward()
+    return {"out.x": x, **{f"grad.{name}": grad for name, grad in
+                           published_gradients(model, "image").items()}}
+
+
+@handles("wan-vae")
+def wan_autoencoder(case):
+    """The intermediate values are the levels' outputs; odd sizes are encoded only."""
+    model, config = V.load_published(case.weights)
+    assert config["latents_mean"] == pytest.approx(case.about["latents_mean"])
+    (mean, std), found = V.normaliser(config), {}
+    for name in [n.removeprefix("video") for n in case.tensors if n.startswith("video")]:
+        seen = {}
+        spots = {**{f"{side}_{i}": level for side in ("encoder", "decoder")
+                    for i, level in enumerate(getattr(model, side))}}
+        hooks = [level.register_forward_hook(lambda *call, spot=spot: seen.update({spot: call[-1]}))
+                 for spot, level in spots.items()]
+        means, logvar = model.encode(case[f"video{name}"])
+        found[f"moments{name}"] = torch.cat([means, logvar], 1)
+        found[f"latents{name}"] = (means - mean) / std
+        if case[f"z{name}"] is not None:
+            x = model.decode(case[f"z{name}"] * std + mean).clamp(-1, 1)
+            found[f"decoded{name}"] = x
+        for hook in hooks:
+            hook.remove()
+        if case[f"probe_decoded{name}"] is not None:
+            loss = (found[f"moments{name}"] * case[f"probe_moments{name}"]).sum()
+            (loss + (x * case[f"probe_decoded{name}"]).sum()).backward()
+            found.update({f"grad{name}.{published}": grad.reshape(
+                case.tensors.get(f"grad{name}.{published}", grad).shape) for published, grad in
+                published_gradients(model, case.about["layout"]).items()})
+        last = len(model.encoder) - 1
+        for mid, spot in (("enc_conv1", "encoder_0"), ("enc_conv_in", "encoder_0"),
+                          ("enc_middle", f"encoder_{last}"), ("enc_mid", f"encoder_{last}"),
+                          ("dec_conv1", "decoder_0"), ("dec_middle", "decoder_1"),
+                          ("dec_mid", "decoder_1"), ("dec_up0", "decoder_2"),
+                          ("dec_up1", "decoder_3")):
+            found[f"mid{name}.{mid}"] = seen.get(spot)
+    return found
+
+
+@handles("videogpt_vqvae", "encode")
+@handles("videogpt_vqvae", "decode")
+@handles("videogpt_vqvae", "vqvae_forward")
+def videogpt_autoencoder(case):
+    """Its videos are in [-0.5, 0.5], ours in [-1, 1]."""
+    model = V.load_published(case.weights)[0].eval()
+    if case.call == "decode":
+        return {"out.video": model.decode_codes(case["in.codes"]) / 2}
+    x = 2 * case["in.x"]
+    h = model.features(x)
+    z, codes, commitment = model.bottleneck(h)
+    if case.call == "encode":
+        return {"out.codes": codes, "out.embeddings": model.bottleneck.lookup(codes)}
+    y = model.decode(z) / 2
+    recon, commitment = (y - x / 2).square().mean() / 0.06, commitment.mean()
+    return {"out.recon": y, "out.recon_loss": recon, "out.commitment_loss": commitment,
+            "out.loss": recon + commitment, "out.perplexity": V.perplexity(codes, model.n_codes),
+            **own_gradients(case, model, recon + commitment)}
+
+
+@handles("videogpt_vqvae", "codebook_update")
+def codebook_update(case):
+    book = V.Codebook(*case["in.embeddings"].shape)
+    for own, name in (("codebook", "embeddings"), ("counts", "N"), ("sums", "z_avg")):
+        getattr(book, own).copy_(case[f"in.{name}"])
+    codes = book.codes(case["in.z"])
+    book.follow(case["in.z"].movedim(1, -1).flatten(0, -2), codes.flatten(), case.kwargs["decay"])
+    used = book.counts >= case.kwargs["restart_below"]
+    return {"out.codes": codes, "out.N": book.counts, "out.z_avg": book.sums, "out.used": used,
+            "out.embeddings_used": book.codebook * used[:, None]}
 
 
 def all_cases():

@@ -11,7 +11,10 @@ import torch
 import train_vae as V
 
 TINY = dict(dim=8, mults=(1, 2), downs=("t", "st"), n_res=1, patch=2, z_dim=4, linear=True)
-DEEP = dict(dim=4, mults=(1, 2, 2, 2), downs=("s", "st", "st"), n_res=1, patch=1, z_dim=4, linear=False)
+DEEP = dict(dim=4, mults=(1, 2, 2, 2), downs=("s", "st", "st"), n_res=1, z_dim=4)
+PLAIN = dict(DEEP, residual=False, dec_dim=8)
+IMAGE = dict(dim=4, mults=(1, 2, 2, 2), downs=("s", "s", "s"), n_res=1, z_dim=4, residual=False,
+             groups=2)
 PATCHED = dict(dim=8, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=6, linear=True)
 
 
@@ -24,8 +27,8 @@ def shaken(options, seed=0):
     return model
 
 
-@pytest.mark.parametrize("options", [DEEP, PATCHED])
-@pytest.mark.parametrize("chunks", [(1, 4, 4, 8), (5, 12), (9, 4, 4)])
+@pytest.mark.parametrize("options", [DEEP, PLAIN, PATCHED])
+@pytest.mark.parametrize("chunks", [(1, 4, 4, 8), (5, 12), (3, 2, 1, 6, 5)])
 def test_chunks_equal_the_whole(options, chunks):
     model, video = shaken(options), torch.randn(2, 3, 17, 16, 24, dtype=torch.float64)
     with torch.no_grad():
@@ -45,7 +48,38 @@ def test_chunks_equal_the_whole(options, chunks):
         assert torch.allclose(V.encode_long(model, video, 4)[0], mean, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [DEEP, PATCHED])
+@pytest.mark.parametrize("options", [DEEP, PLAIN, PATCHED, IMAGE])
+def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monkeypatch):
+    model, video = shaken(options), torch.randn(2, 3, 9, 16, 24, dtype=torch.float64)
+    mean, _ = model.encode(video)                                # with gradients: all at once
+    decoded = model.decode(mean)
+    monkeypatch.setattr(V, "ROOM", 999)                          # a frame or two a piece
+    with torch.no_grad():
+        assert torch.allclose(model.encode(video)[0], mean, atol=1e-12)
+        assert torch.allclose(model.decode(mean), decoded, atol=1e-12)
+
+
+def test_gradients_of_the_fused_norm():
+    x, before = (torch.randn(2, 4, n, 3, 2, dtype=torch.float64, requires_grad=True) for n in (3, 2))
+    gamma = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    run = lambda x, gamma, before: V.NormSiLU.apply(x, gamma, before, 2)
+    assert torch.autograd.gradcheck(run, (x, gamma, before))
+    norm = V.Norm(4)
+    norm.gamma.data = gamma.data
+    plain = torch.cat([before, torch.nn.functional.silu(norm(x))], 2)
+    assert torch.allclose(run(x, gamma, before), plain, atol=1e-12)
+    assert torch.equal(V.NormSiLU.apply(x, gamma, None, 2)[:, :, :2], torch.zeros_like(before))
+
+
+@pytest.mark.parametrize("name, count", [("wan-2.1", 126_892_531), ("wan-2.2", 704_688_668),
+                                         ("sd-vae", 83_653_863)])
+def test_presets_have_the_published_number_of_parameters(name, count):
+    with torch.device("meta"):
+        model = V.Autoencoder(**V.MODELS[name])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("options", [DEEP, PLAIN, PATCHED])
 def test_a_still_is_the_first_frame_and_the_past_is_never_changed(options):
     model, video = shaken(options), torch.randn(1, 3, 9, 16, 16, dtype=torch.float64)
     other = video.clone()
@@ -60,9 +94,11 @@ def test_a_still_is_the_first_frame_and_the_past_is_never_changed(options):
 
 def test_fold_and_unfold_are_inverse_where_nothing_is_averaged():
     x = torch.randn(1, 4, 3, 4, 4)
-    folded = V.fold(torch.cat([x[:, :, :1], x], 2)[:, :, 1:], 32, 2, 2, True)
+    x = torch.cat([x[:, :, :1], x], 2)
+    folded = V.fold(x, 32, 2, 2)
     assert folded.shape == (1, 32, 2, 2, 2)
-    assert torch.equal(V.unfold(folded, 4, 2, 2, True), x)
+    assert torch.equal(V.unfold(folded, 4, 2, 2), x)
+    assert torch.equal(V.fold(x, 16, 2, 2), folded.view(1, 16, 2, 2, 2, 2).mean(2))
 
 
 def test_the_linear_code_is_fitted_in_closed_form():
