@@ -24,6 +24,7 @@ Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this sha
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -630,6 +631,7 @@ MODELS = {
     "sd-vae": dict(dim=128, mults=(1, 2, 4, 4), downs=("s", "s", "s"), n_res=2, z_dim=4,
                    residual=False, groups=32),
 }
+DECODER = ("decoder", "decoder_norm", "to_pixels", "unquant", "post_vq_conv")
 ROOM = 2**23            # numbers of the largest tensor that a chunk makes in a layer, about
 
 
@@ -1157,9 +1159,10 @@ def fit_sides(frames, stride):
     return frames[:, top:top + h, left:left + w], (top, left, h, w)
 
 
-def fit_time(n_frames, time_stride):
-    """Frames beyond 1 + 4k are dropped at the end."""
-    return 1 + (n_frames - 1) // time_stride * time_stride
+def fit_time(n_frames, time_stride, first=1):
+    """Frames beyond first + k * time_stride are dropped at the end (fewer than `first`, of which a
+    model makes its first latent, are filled up with the last)."""
+    return first + max(0, n_frames - first) // time_stride * time_stride
 
 
 def to_tensor(frames):
@@ -1178,14 +1181,26 @@ def sheet_frames(video, n=6):
     return list(video[np.unique(np.linspace(0, len(video) - 1, n).round().astype(int))])
 
 
+def window_shape(shape, max_frames, size, model):
+    """(T, H, W) of a training window of a clip of `shape`."""
+    n = fit_time(min(max_frames, shape[0]), model.time_stride, model.first)
+    return n, *(max(model.stride, min(side, size) // model.stride * model.stride)
+                for side in shape[1:3])
+
+
 def draw_window(frames, random, max_frames, size, model):
     """A random window of at most `max_frames` and `size` pixels a side, drawn by `random`."""
     frames, _ = fit_sides(frames, model.stride)
-    n = fit_time(min(max_frames, len(frames)), model.time_stride)
-    h, w = (min(side, size) // model.stride * model.stride for side in frames.shape[1:3])
-    t, y, x = (int(random.integers(0, most - part + 1))
+    n, h, w = window_shape(frames.shape, max_frames, size, model)
+    t, y, x = (int(random.integers(0, max(0, most - part) + 1))
                for most, part in zip(frames.shape, (n, h, w)))
-    return to_tensor(frames[t:t + n, y:y + h, x:x + w])
+    return to_tensor(filled(frames[t:t + n, y:y + h, x:x + w], n))
+
+
+def filled(frames, n):
+    """Clips shorter than n frames go on with their last."""
+    lacking = n - len(frames)
+    return np.concatenate([frames, frames[-1:].repeat(lacking, 0)]) if lacking > 0 else frames
 
 
 def by_shape(videos, most=None):
@@ -1203,26 +1218,52 @@ def by_shape(videos, most=None):
 
 
 @torch.no_grad()
-def encode_long(model, video, chunk=32):
-    """(mean, logvar) of [B, 3, T, H, W], in chunks: memory does not grow with T."""
-    state, starts = {}, range(1, video.shape[2], chunk)
-    parts = [model.encode(video[:, :, :1], state)]
-    parts += [model.encode(video[:, :, t:t + chunk], state) for t in starts]
-    return tuple(torch.cat(group, 2) for group in zip(*parts))
+def encode_long(model, video, tile=None):
+    """(mean, logvar) of [B, 3, T, H, W]; memory does not grow with T, nor with a `tile` (px) with
+    H and W."""
+    encode = lambda part, _: torch.cat(model.encode(part), 1)
+    return tiled(encode, video, tile, 1 / model.stride).chunk(2, 1)
 
 
 @torch.no_grad()
-def decode_long(model, z, chunk=8):
-    """Yields the video of latents [B, C, T', H', W'] piece by piece, [B, 3, T, H, W] each."""
-    state = {}
+def decode_long(model, z, chunk=8, tile=None):
+    """Yields the video of latents [B, C, T', H', W'] piece by piece, [B, 3, T, H, W] each; with a
+    `tile` (px) frames are decoded in parts whose seams are blended."""
+    states = {}
     for t in range(0, z.shape[2], chunk):
-        yield model.decode(z[:, :, t:t + chunk], state)
+        decode = lambda part, place: model.decode(part, states.setdefault(place, {}))
+        yield tiled(decode, z[:, :, t:t + chunk], tile and tile // model.stride, model.stride)
 
 
-def psnr(video, other):
-    """Decibels, of [..., 3, T, H, W] in [-1, 1]: one figure a clip, against the range of 2."""
-    error = (video.clamp(-1, 1) - other).square().mean((-4, -3, -2, -1))
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+def tiled(run, x, tile, scale):
+    """run(part, place) over square tiles of `tile` cells of x's last two axes; neighbours share a
+    quarter, over which one fades into the other. `scale`: the result's side over x's."""
+    sides = x.shape[-2:]
+    if tile is None or max(sides) <= tile:
+        return run(x, 0)
+    strip, total, shares = max(1, tile // 4), None, None
+    starts = [sorted({*range(0, max(1, side - tile), tile - strip), max(0, side - tile)})
+              for side in sides]
+    for place in itertools.product(*starts):
+        top, left = place
+        part = run(x[..., top:top + tile, left:left + tile], place)
+        fades = [fade(n, round(strip * scale), start > 0, start + tile < side).to(x.device)
+                 for n, start, side in zip(part.shape[-2:], place, sides)]
+        if total is None:
+            total = part.new_zeros(*part.shape[:-2], *(round(side * scale) for side in sides))
+            shares = torch.zeros_like(total[0, 0, 0])
+        spot = (..., *(slice(round(start * scale), round(start * scale) + n)
+                       for start, n in zip(place, part.shape[-2:])))
+        share = fades[0][:, None] * fades[1]
+        total[spot] += part * share
+        shares[spot] += share
+    return total / shares
+
+
+def fade(n, strip, comes_in, goes_out):
+    """Weights [n] that rise over the first `strip` and fall over the last, where asked."""
+    rise = ((torch.arange(n) + 0.5) / max(1, strip)).clamp(max=1)
+    return (rise if comes_in else 1) * (rise.flip(0) if goes_out else torch.ones(n))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1237,33 +1278,274 @@ def gaussians(purpose, seed, step, keys, shapes):
     return [torch.from_numpy(draw) for draw in draws]
 
 
-def losses(model, videos, noises):
-    """Sums over clips of (L1, squared error, KL), each clip's own mean; differentiable."""
-    total = torch.zeros(3, device=noises[0].device)
+class Budget:
+    """Which clips a step learns from. An epoch's clips, in its order, are cut into steps of equal
+    numbers of pixels: a clip belongs to the step in whose share its window begins, so that small
+    clips and stills come in larger numbers, and any step is found without those before it."""
+
+    def __init__(self, rows, seed, batch, stills, shape, world):
+        """batch: windows of the largest size a step, about; shape(row): (T, H, W) of its window."""
+        self.rows, self.seed, self.stills, self.shape = rows, seed, stills, shape
+        most, total = max(map(self.pixels, rows)), sum(map(self.pixels, rows))
+        self.n_steps = max(1, round(total / (batch * most)))
+        if total / self.n_steps < world * most and world > 1:
+            refuse(f"--batch {batch} leaves a rank of {world} without a clip: raise it")
+        self.lock, self.epoch = threading.Lock(), None
+
+    def pixels(self, row):
+        T, H, W = self.shape(row)
+        return (self.stills + (1 - self.stills) * T) * H * W             # of a still T = 1
+
+    def __call__(self, step):
+        """[(row, whether as a still)]"""
+        epoch, place = divmod(step, self.n_steps)
+        with self.lock:
+            if epoch != self.epoch:
+                self.order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
+                ends = np.cumsum([self.pixels(row) for row in self.order])
+                begins = np.concatenate([[0], ends[:-1]]) / ends[-1] * self.n_steps
+                self.cuts = np.searchsorted(begins, np.arange(self.n_steps + 1) - 1e-9)
+                self.epoch = epoch
+            picked = self.order[self.cuts[place]:self.cuts[place + 1]]
+        return [(row, self.stills > 0 and rng(self.seed, "still", epoch, row["key"]).random()
+                 < self.stills) for row in picked]
+
+
+class Perceptual(nn.Module):
+    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924) from torchvision's file of VGG-16 and lpips'
+    file of linear layers: the distance of two videos in [-1, 1], a mean over each one's frames."""
+
+    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, vgg, lpips):
+        super().__init__()
+        weights = {**read_tensors(vgg), **read_tensors(lpips)}
+        names = [f"lin{i}.model.1.weight" for i in range(5)]
+        self.stages, place, width = nn.ModuleList(), 0, 3
+        for widths in self.WIDTHS:
+            stage = nn.ModuleList()
+            for c_out in widths:
+                stage.append(nn.Conv2d(width, c_out, 3, padding=1))
+                names += [f"features.{place}.{kind}" for kind in ("weight", "bias")]
+                place, width = place + 2, c_out
+            self.stages.append(stage)
+            place += 1                                                   # a pooling
+        lacking = [name for name in names if name not in weights]
+        if lacking:
+            refuse(f"--perceptual {vgg} {lpips}: {lacking[0]} is missing; wanted are torchvision's "
+                   "vgg16 and lpips' vgg.pth")
+        convs = [conv for stage in self.stages for conv in stage]
+        for i, conv in enumerate(convs):
+            conv.weight.data, conv.bias.data = (weights[name] for name in names[5 + 2*i:7 + 2*i])
+        for i in range(5):
+            self.register_buffer(f"linear{i}", weights[names[i]].float())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, y, x):
+        """[B]"""
+        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
+        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
+        for i, stage in enumerate(self.stages):
+            h = F.max_pool2d(h, 2) if i else h
+            for conv in stage:
+                h = F.relu(conv(h))
+            unit = h / (h.norm(dim=1, keepdim=True) + 1e-10)
+            a, b = unit.chunk(2)
+            total = total + F.conv2d((a - b).square(), getattr(self, f"linear{i}")).mean((1, 2, 3))
+        return total.view(len(x), -1).mean(1)
+
+
+class Discriminator(nn.Module):
+    """A 3D PatchGAN (Isola et al. 2017, 1611.07004): a logit for each neighbourhood of a video."""
+
+    def __init__(self, dim=32):
+        super().__init__()
+        widths = [3, dim, 2 * dim, 4 * dim, 4 * dim]
+        self.convs = nn.ModuleList(nn.Conv3d(a, b, (3, 4, 4), (1 if i == 0 else 2, 2, 2), 1)
+                                   for i, (a, b) in enumerate(zip(widths[:3], widths[1:4])))
+        self.convs.append(nn.Conv3d(*widths[3:], 3, padding=1))
+        self.norms = nn.ModuleList(Norm(width) for width in widths[2:])
+        self.out = nn.Conv3d(widths[-1], 1, 1)
+
+    def forward(self, x):
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            x = F.leaky_relu(x if i == 0 else self.norms[i - 1](x), 0.2)
+        return self.out(x)
+
+
+def reconstruct(model, videos, noises):
+    """[(which clips, x, y, z, codes, bottleneck's loss [B])], batches of one shape; z is what the
+    bottleneck was given. Differentiable."""
+    found = []
     for group, x in by_shape(videos):
-        mean, logvar = model.encode(x)
-        noise = torch.stack([noises[i] for i in group])
-        y = model.decode(mean + (0.5 * logvar).exp() * noise)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        parts = (y - x).abs(), (y - x).square(), kl
-        total = total + torch.stack([part.float().mean((1, 2, 3, 4)).sum() for part in parts])
-    return total
+        h = model.features(x)
+        if model.bottleneck is None:
+            mean, logvar = h.chunk(2, 1)
+            logvar = logvar.clamp(-30, 20)
+            z = mean + (0.5 * logvar).exp() * torch.stack([noises[i] for i in group])
+            loss = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
+            codes = None
+        else:
+            z, codes, loss = model.bottleneck(h)
+        found.append((group, x, model.decode(z), h, codes, loss))
+    return found
+
+
+def losses(found, perceptual=None):
+    """{term: sum over clips of each clip's own mean}"""
+    terms = {"l1": 0.0, "mse": 0.0, "latent": 0.0}
+    for _, x, y, _, _, loss in found:
+        parts = {"l1": (y - x).abs().mean((1, 2, 3, 4)),
+                 "mse": (y - x).square().mean((1, 2, 3, 4)), "latent": loss}
+        if perceptual is not None:
+            parts["perceptual"] = perceptual(y, x)
+        terms = {name: terms.get(name, 0.0) + part.sum() for name, part in parts.items()}
+    return terms
+
+
+def adaptive_weight(loss, adversarial, last):
+    """How much the adversarial loss counts, so that at the weights `last` both pull alike (Esser et
+    al. 2020, 2012.09841); over all ranks."""
+    grads = [torch.autograd.grad(each, last, retain_graph=True)[0] for each in (loss, adversarial)]
+    both = torch.stack(grads)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(both)
+    a, b = both.flatten(1).norm(dim=1)
+    return (a / (b + 1e-4)).clamp(max=1e4)
+
+
+def discriminate(discriminator, found, n_clips):
+    """The discriminator's hinge loss on what was decoded; its gradients are added up."""
+    loss = sum((F.relu(1 - discriminator(x)).mean((1, 2, 3, 4)).sum()
+                + F.relu(1 + discriminator(y.detach())).mean((1, 2, 3, 4)).sum()) / 2
+               for _, x, y, *_ in found) / n_clips
+    loss.backward()
+    return loss.detach()
 
 
 @torch.no_grad()
-def evaluate(model, videos, keys, path):
-    """Mean PSNR over held-out clips, whole and at their own size, and a sheet of a few of them."""
-    figures, rows = [0.0] * len(videos), []
-    decoded = [None] * len(videos)
+def follow_codes(book, found, keys, seed, step):
+    """The codebook's step: averages, and restarts from positions drawn by clip, on all ranks."""
+    flat = torch.cat([z.movedim(1, -1).flatten(0, 3) for _, _, _, z, _, _ in found])
+    book.follow(flat, torch.cat([codes.flatten() for *_, codes, _ in found]))
+    offered = []
+    for group, _, _, z, _, _ in found:
+        for i, positions in zip(group, z.movedim(1, -1).flatten(1, 3)):
+            picked = rng(seed, "restart", step, keys[i]).permutation(len(positions))[:64]
+            offered.append((keys[i], positions[torch.from_numpy(picked).to(z.device)].cpu()))
+    if torch.distributed.is_initialized():
+        lists = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(lists, offered)
+        offered = [pair for part in lists for pair in part]
+    offered.sort(key=lambda pair: pair[0])
+    book.restart(torch.cat([positions for _, positions in offered]).to(flat.device))
+
+
+# ------------------------------------------------------------------------------------------------
+# How good it is
+# ------------------------------------------------------------------------------------------------
+
+
+def psnr(video, other):
+    """Decibels, of [..., 3, T, H, W] in [-1, 1]: one figure a clip, against the range of 2."""
+    error = (video.clamp(-1, 1) - other).square().mean((-4, -3, -2, -1))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+def ssim(video, other):
+    """Structural similarity of [B, 3, T, H, W] in [-1, 1], [B]: over windows of 11 x 11 px with
+    Gaussian weights of 1.5 px that lie in the frame, a channel at a time (Wang et al. 2004)."""
+    frames = [x.clamp(-1, 1).movedim(2, 1).flatten(0, 2)[:, None] for x in (video, other)]
+    n = min(11, *video.shape[-2:])
+    line = torch.exp(-(torch.arange(n, device=video.device) - (n - 1) / 2).square() / (2 * 1.5**2))
+    line = (line / line.sum()).to(video.dtype)
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, line.view(1, 1, 1, n)), line.view(1, 1, n, 1))
+    x, y = frames
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    value = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return value.view(len(video), -1).mean(1)
+
+
+def flicker(video, other):
+    """By how many 8-bit levels a frame's change to the next differs from the original's, [B]."""
+    change = (video.clamp(-1, 1) - other).diff(dim=2).abs() * 127.5
+    return change.mean((1, 2, 3, 4)) if video.shape[2] > 1 else change.new_zeros(len(video))
+
+
+def frechet_distance(a, b):
+    """Of two sets of features [N, D], as Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)."""
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T).atleast_2d(), torch.cov(b.T).atleast_2d()
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    both = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
+    away = (a.mean(0) - b.mean(0)).square().sum()
+    return (away + A.trace() + B.trace() - 2 * both).item()
+
+
+def open_detector(path, option):
+    """A TorchScript network that turns 8-bit images or videos into features: the standard files are
+    inception-2015-12-05.pt (FID) and i3d_torchscript.pt (FVD)."""
+    try:
+        return torch.jit.load(path, map_location="cpu").eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
+
+
+@torch.no_grad()
+def image_features(detector, frames):
+    """[T, D] of uint8 frames [T, H, W, 3]"""
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return torch.cat([detector(part, return_features=True).flatten(1) for part in x.split(16)])
+
+
+@torch.no_grad()
+def video_features(detector, frames):
+    """[1, D] of uint8 frames [T, H, W, 3]"""
+    x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float()
+    return detector(x, rescale=True, resize=True, return_features=True).flatten(1)
+
+
+@torch.no_grad()
+def evaluate(model, videos, keys, path, detectors=()):
+    """{figure: mean over held-out clips}, each whole and at its own size; a sheet of a few goes to
+    `path`. `detectors`: {"rfid" or "rfvd": a TorchScript network}."""
+    figures, rows, used = {}, [], []
+    decoded, features = [None] * len(videos), {name: ([], []) for name in detectors}
     for group, x in by_shape(videos, 8):
-        y = model.decode(model.encode(x)[0])
-        for i, figure, video in zip(group, psnr(y, x).tolist(), y):
-            figures[i], decoded[i] = figure, video
+        z, _ = model.encode(x)
+        y = model.decode(z)
+        for name, measure in (("psnr", psnr), ("ssim", ssim), ("flicker", flicker)):
+            figures.setdefault(name, []).extend(zip(group, measure(y, x).tolist()))
+        if model.n_codes:
+            used.append(model.bottleneck.codes(z if isinstance(model.bottleneck, Codebook)
+                                               else model.features(x)).flatten())
+        for i, original, video in zip(group, x, y):
+            decoded[i] = to_frames(video)
+            for name, pair in features.items():
+                measure = image_features if name == "rfid" else video_features
+                for held, frames in zip(pair, (to_frames(original), decoded[i])):
+                    held.append(measure(detectors[name], frames))
     for i in range(min(6, len(videos))):
+        shown = dict(figures["psnr"])[i]
         rows.append((sheet_frames(to_frames(videos[i])), keys[i]))
-        rows.append((sheet_frames(to_frames(decoded[i])), f"decoded, {figures[i]:.1f} dB"))
+        rows.append((sheet_frames(decoded[i]), f"decoded, {shown:.1f} dB"))
     contact_sheet(path, rows)
-    return sum(figures) / len(figures)
+    result = {name: sum(dict(pairs).values()) / len(pairs) for name, pairs in figures.items()}
+    if used:
+        codes = torch.cat(used)
+        result["usage"] = len(codes.unique()) / model.n_codes
+        result["perplexity"] = perplexity(codes, model.n_codes).item()
+    for name, pair in features.items():
+        result[name] = frechet_distance(*(torch.cat(held) for held in pair))
+    return result
 
 
 def latent_statistics(model, videos):
@@ -1278,11 +1560,59 @@ def latent_statistics(model, videos):
 
 
 def split_rows(rows, folder):
-    """(training rows, held-out rows); refuses a data set that has nothing to train on."""
-    train = [row for row in rows if row["split"] == "train"]
+    """(training rows, held-out rows): by the data set's own split, or else every clip whose key's
+    hash falls into a twentieth (at least one). Refuses a data set that has nothing to train on."""
+    held = [row for row in rows if row["split"] != "train"]
+    if not held:
+        order = epoch_order(rows, lambda row: row["key"], "held out", 0)
+        held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
+    keys = {row["key"] for row in held}
+    train = [row for row in rows if row["key"] not in keys]
     if not train:
         refuse(f"{folder} has no clip in its training split")
-    return train, [row for row in rows if row["split"] != "train"] or train[:8]
+    return train, held or train
+
+
+def held_out_bank(model, clips, rows, seed, n=48):
+    """(rows, videos) of at most n held-out clips, 65 frames of each at most, at their own size."""
+    shown = Stream(rows, seed).take(0, min(len(rows), n))
+    length = lambda frames: fit_time(min(len(frames), 65), model.time_stride, model.first)
+    return shown, [to_tensor(filled(fit_sides(frames[:length(frames)], model.stride)[0],
+                                    length(frames))) for frames in map(clips, shown)]
+
+
+def evaluate_run(args):
+    """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
+    _, _, device = setup(args)
+    folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
+    rows = split_rows(open_dataset(folder), args.name)[1]
+    model, config = load_autoencoder(name, device)
+    shown, bank = held_out_bank(model, ClipCache(folder), rows, args.seed, args.n_eval)
+    files = {key: path for key, path in (("rfid", args.rfid), ("rfvd", args.rfvd)) if path}
+    detectors = {key: open_detector(path, f"--{key}") for key, path in files.items()}
+    keys = [row["key"] for row in shown]
+    out = run_dir(name) if is_run(run_dir(name)) else Path("runs") / f"{folder.name}-eval"
+    out.mkdir(parents=True, exist_ok=True)
+    bank = [video.to(device) for video in bank]
+    result = evaluate(model, bank, keys, out / "eval.png", detectors)
+    mean, std = latent_statistics(model, bank)
+    digest = hashlib.sha256(b"".join(row["source"].encode() + to_frames(video).tobytes()
+                                     for row, video in zip(shown, bank))).hexdigest()[:16]
+    sizes = sorted({tuple(video.shape[1:]) for video in bank})
+    protocol = {"autoencoder": config["hash"], "data": digest, "clips": len(bank),
+                "frames_height_width": [sizes[0], sizes[-1]], "range": "RGB, 8 bit",
+                **{key: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+                   for key, path in files.items()}}
+    with atomic(out / "eval.json") as path:
+        path.write_text(json.dumps({**result, "latents_mean": mean, "latents_std": std,
+                                    "protocol": protocol}, indent=1) + "\n")
+    print(" ".join(f"{key} {value:.4g}" for key, value in result.items()))
+    print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
 
 
 def finish(model, args, folder, train, clips):
@@ -1296,57 +1626,120 @@ def finish(model, args, folder, train, clips):
                           "hash": weights_hash(model, mean, std)})
 
 
+def begin(args):
+    """(options of the model, its first weights or None), by --model, --bottleneck and --init."""
+    options = dict(MODELS[args.model or "vae-xs"])
+    if args.bottleneck != "kl":
+        options.update(bottleneck=args.bottleneck, codes=args.codes)
+        options.update({"z_dim": len(args.codes)} if args.bottleneck == "fsq" else {})
+    if not args.init:
+        return options, None
+    model, config = load_autoencoder(args.init)
+    if args.model and config["model"] != json.loads(json.dumps(options)):
+        refuse(f"--init {args.init} has other options than --model {args.model}: leave --model out")
+    if args.bottleneck != "kl":
+        refuse("--init brings its own bottleneck: leave --bottleneck out")
+    return json.loads(json.dumps(config["model"])), model.state_dict()
+
+
+def learn(args, step, data, parts, optimizers, perceptual):
+    """One step from `data` (keys, clips of all ranks, videos, noises); returns what `fit` wants."""
+    keys, n_clips, videos, noises = data
+    model, device = parts["model"], next(parts["model"].parameters()).device
+    found = reconstruct(model, [v.to(device) for v in videos], [n.to(device) for n in noises])
+    terms = {name: term / n_clips for name, term in losses(found, perceptual).items()}
+    loss = terms["l1"] + terms["mse"] + terms.get("perceptual", 0.0)
+    total = loss + (args.kl if model.bottleneck is None else 1.0) * terms["latent"]
+    judge = parts.get("discriminator") if step >= args.gan_start else None
+    if judge is not None:
+        judge.requires_grad_(False)
+        terms["gan"] = -sum(judge(y).mean((1, 2, 3, 4)).sum() for _, _, y, *_ in found) / n_clips
+        weight = adaptive_weight(loss, terms["gan"], model.to_pixels.weight)
+        total = total + args.gan * weight * terms["gan"]
+    total.backward()
+    norm = take_step(model, optimizers["model"], lr_at(step, args))
+    if judge is not None:
+        judge.requires_grad_(True)
+        terms["discriminator"] = discriminate(judge, found, n_clips)
+        take_step(judge, optimizers["discriminator"], lr_at(step, args))
+    if isinstance(model.bottleneck, Codebook) and not args.decoder_only:
+        follow_codes(model.bottleneck, found, keys, args.seed, step)
+    return {name: term.detach() for name, term in terms.items()}, norm, keys
+
+
+def open_parts(args, options, device):
+    """({"model": network, perhaps "discriminator"}, their optimizers, LPIPS or None)"""
+    parts = {"model": build(options).to(device)}
+    if args.gan:
+        parts["discriminator"] = Discriminator().to(device)
+    if args.decoder_only:
+        for name, p in parts["model"].named_parameters():
+            p.requires_grad_(name.split(".")[0] in DECODER)
+    parts["model"].train(not isinstance(parts["model"], VideoGPT))       # its batch norms stay
+    perceptual = Perceptual(*args.perceptual).to(device) if args.perceptual else None
+    return parts, {name: MuonAdamW(part, plain=("to_pixels", "linear"))
+                   for name, part in parts.items()}, perceptual
+
+
 def train(args, folder):
     rank, world, device = setup(args, args.batch, "--batch")
     rows = skip_clips(open_dataset(dataset_dir(args.name)), args.skip_clips)
     train_rows, held_out = split_rows(rows, args.name)
-    checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": MODELS[args.model]})
+    options, weights = begin(args)
+    checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})
     if checkpoint and "hash" in read_config(folder, "vae") and is_finished(checkpoint, args):
         return
     torch.manual_seed(args.seed)
-    model = Autoencoder(**MODELS[args.model]).to(device)
-    clips, stream = ClipCache(dataset_dir(args.name)), Stream(train_rows, args.seed)
-    optimizer, step = MuonAdamW(model, plain=("to_pixels", "linear")), 0
+    parts, optimizers, perceptual = open_parts(args, options, device)
+    model, clips, start = parts["model"], ClipCache(dataset_dir(args.name)), 0
 
-    def window(row, *purpose):
-        return draw_window(clips(row), rng(args.seed, *purpose, row["key"]), args.frames, args.size,
+    def shape(row):
+        sides = [row[side] for side in ("frames", "height", "width")]
+        return window_shape(sides, args.frames, args.size, model)
+
+    def window(row, is_still, *purpose):
+        frames = model.first if is_still else args.frames
+        return draw_window(clips(row), rng(args.seed, *purpose, row["key"]), frames, args.size,
                            model)
 
+    budget = Budget(train_rows, args.seed, args.batch, args.stills, shape, world)
+
     if checkpoint:
-        step, saved = load_step(checkpoint)
-        model.load_state_dict(saved["model"])
-        restore_optimizer(optimizer, model, saved["optimizer"])
-    elif args.init:
-        model.load_state_dict(init_weights(args.init, "vae", "model", MODELS[args.model]))
+        start, saved = load_step(checkpoint)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+            restore_optimizer(optimizers[name], part, saved[f"{name}-optimizer"])
+    elif weights is not None:
+        model.load_state_dict(weights)
     elif model.linear is not None:
-        model.linear.fit([window(row, "fit") for row in stream.take(0, min(len(train_rows), 512))])
-    shown = Stream(held_out, args.seed).take(0, min(len(held_out), 48))
-    bank = [to_tensor(fit_sides(frames[:fit_time(min(len(frames), 65), model.time_stride)],
-                                model.stride)[0]).to(device) for frames in map(clips, shown)]
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{len(train_rows)} clips to learn from, {len(held_out)} held out, {device}",
-          file=sys.stderr)
+        sample = Stream(train_rows, args.seed).take(0, min(len(train_rows), 512))
+        model.linear.fit([window(row, False, "fit") for row in sample])
+    shown, bank = held_out_bank(model, clips, held_out, args.seed)
+    bank = [video.to(device) for video in bank]
+    if rank == 0:
+        print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+              f"{len(train_rows)} clips to learn from in {budget.n_steps} steps, {len(held_out)} "
+              f"held out, {device}, {'' if perceptual else 'no '}LPIPS (--perceptual)",
+              file=sys.stderr)
 
     def batch(step):
-        picked = stream.take(step * args.batch, args.batch)[rank::world]
-        keys = [row["key"] for row in picked]
-        videos = [window(row, "window", step) for row in picked]
-        shapes = [(model.z_dim, 1 + (T - 1) // model.time_stride, H // model.stride,
+        picked = budget(step)
+        mine = picked[rank::world]
+        keys = [row["key"] for row, _ in mine]
+        videos = [window(row, is_still, "window", step) for row, is_still in mine]
+        shapes = [(model.z_dim, 1 + (T - model.first) // model.time_stride, H // model.stride,
                    W // model.stride) for _, T, H, W in (video.shape for video in videos)]
-        return keys, videos, gaussians("posterior", args.seed, step, keys, shapes)
+        return keys, len(picked), videos, gaussians("posterior", args.seed, step, keys, shapes)
 
-    def learn(step, data):
-        keys, videos, noises = data
-        l1, mse, kl = losses(model, [v.to(device) for v in videos],
-                             [n.to(device) for n in noises]) / args.batch
-        (l1 + mse + args.kl * kl).backward()
-        norm = take_step(model, optimizer, lr_at(step, args))
-        return {"l1": l1.detach(), "mse": mse.detach(), "kl": kl.detach()}, norm, keys
+    def tensors():
+        return {name: each for key, part in parts.items() for name, each in (
+            (key, part.state_dict()),
+            (f"{key}-optimizer", optimizer_tensors(optimizers[key], part)))}
 
-    fit(args, folder, step, batch, learn,
-        lambda done: {"psnr": evaluate(model, bank, [row["key"] for row in shown],
-                                       folder / "samples" / f"step-{done:06d}.png")},
-        lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
+    fit(args, folder, start, batch,
+        lambda step, data: learn(args, step, data, parts, optimizers, perceptual),
+        lambda done: evaluate(model, bank, [row["key"] for row in shown],
+                              folder / "samples" / f"step-{done:06d}.png"), tensors)
     if rank == 0:
         finish(model, args, folder, train_rows, clips)
     barrier()
@@ -1403,16 +1796,15 @@ def latents_path(folder, shard, name):
     return Path(folder) / f"{shard}.latents-{name}.safetensors"
 
 
-def pieces(key, n_frames, cells_a_frame, max_cells, time_stride):
+def pieces(key, n_frames, cells_a_frame, max_cells, time_stride, first=1):
     """Cuts a clip of too many latent cells in time: [(key, first frame, frames)], each piece with
     its own first frame. Pieces of a cut clip are named KEY+0, KEY+1, …"""
     most = max(1, max_cells // cells_a_frame)                            # latents a piece
-    latents = 1 + (n_frames - 1) // time_stride
-    if latents <= most:
-        return [(key, 0, fit_time(n_frames, time_stride))]
-    length, cut = 1 + (most - 1) * time_stride, []
+    length, cut = first + (most - 1) * time_stride, []
+    if fit_time(n_frames, time_stride, first) <= length:
+        return [(key, 0, fit_time(n_frames, time_stride, first))]
     for start in range(0, n_frames, length):
-        n = fit_time(min(length, n_frames - start), time_stride)
+        n = fit_time(min(length, n_frames - start), time_stride, first)
         cut.append((f"{key}+{len(cut)}", start, n))
     return cut
 
@@ -1430,34 +1822,58 @@ def alone(key, first, n, time_stride):
     return found
 
 
+def blocks(rows, mib=512):
+    """Rows in runs of at most 256 whose frames take at most `mib` in memory, or of one."""
+    block, room = [], mib * 2**20
+    for row in rows:
+        size = 3 * row["frames"] * row["height"] * row["width"]
+        if block and (size > room or len(block) == 256):
+            yield block
+            block, room = [], mib * 2**20
+        block, room = [*block, row], room - size
+    if block:
+        yield block
+
+
 def encode_shard(model, config, folder, shard, rows, args, device):
-    """Writes the latents of one shard; its metadata tells which frames and crop each came from."""
+    """Writes the latents of one shard; its metadata tells which frames and crop each came from.
+    While the model works on a block of clips, the next is decoded."""
     tensors, about = {}, {"clips": {}, "alone": {}}
+    runs = list(blocks(rows))
 
-    def load(row):
-        return row, read_clip(folder, row)
+    def load(i):
+        videos = {"clips": {}, "alone": {}}
+        for row in runs[i]:
+            frames, crop = fit_sides(read_clip(folder, row), model.stride)
+            cells = crop[2] * crop[3] // model.stride**2
+            cut = pieces(row["key"], len(frames), cells, args.max_cells, model.time_stride,
+                         model.first)
+            more = [] if model.n_codes else [part for piece in cut
+                                             for part in alone(*piece, model.time_stride)]
+            for kind, parts in (("clips", cut), ("alone", more)):
+                for key, first, n in parts:                  # views, but for clips that are short
+                    part = filled(frames[first:first + n], n)
+                    videos[kind][key] = torch.from_numpy(part), {
+                        "clip": row["key"], "first_frame": first, "frames": n, "fps": row["fps"],
+                        "crop": crop}
+        return videos
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for start in range(0, len(rows), 256):                           # so many clips at a time
-            videos = {"clips": {}, "alone": {}}
-            for row, frames in pool.map(load, rows[start:start + 256]):
-                frames, crop = fit_sides(frames, model.stride)
-                cells = crop[2] * crop[3] // model.stride**2
-                cut = pieces(row["key"], len(frames), cells, args.max_cells, model.time_stride)
-                more = [part for piece in cut for part in alone(*piece, model.time_stride)]
-                for kind, parts in (("clips", cut), ("alone", more)):
-                    for key, first, n in parts:
-                        videos[kind][key] = torch.from_numpy(frames[first:first + n])   # no copy
-                        about[kind][key] = {"clip": row["key"], "first_frame": first, "frames": n,
-                                            "fps": row["fps"], "crop": crop}
-            for each in videos.values():
-                keys = list(each)
-                for picked, x in by_shape(list(each.values()), 8):       # uint8 [8, T, H, W, 3]
-                    x = x.to(device).permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
-                    moments = torch.cat(encode_long(model, x), 1).half().cpu()
-                    tensors.update((keys[i], m.clone()) for i, m in zip(picked, moments))
+    for _, videos in prefetch(load, 0, len(runs), ahead=2):
+        for kind, each in videos.items():
+            about[kind].update((key, told) for key, (_, told) in each.items())
+            keys = list(each)
+            for picked, x in by_shape([video for video, _ in each.values()], 8):
+                x = x.to(device).permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
+                if model.n_codes:
+                    with torch.no_grad():
+                        coded = model.encode_codes(x).int().cpu()
+                else:
+                    coded = torch.cat(encode_long(model, x, args.tile), 1).half().cpu()
+                tensors.update((keys[i], m.clone(memory_format=torch.contiguous_format))
+                               for i, m in zip(picked, coded))
     header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
-              "time_stride": model.time_stride, "max_cells": args.max_cells, **about}
+              "time_stride": model.time_stride, "max_cells": args.max_cells, "tile": args.tile,
+              **({"codes": model.n_codes} if model.n_codes else {}), **about}
     with atomic(latents_path(folder, shard, config["hash"])) as path:
         save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
 
@@ -1483,10 +1899,11 @@ def encode(args):
     todo = []
     for shard in sorted(shards)[rank::world]:
         path = latents_path(folder, shard, config["hash"])
-        was = read_header(path) if path.exists() else {"max_cells": args.max_cells}
-        if was["max_cells"] != args.max_cells:
-            refuse(f"{path} was encoded with --max_cells {was['max_cells']}: give the same, or "
-                   "remove the file")
+        was = read_header(path) if path.exists() else {}
+        for option in ("max_cells", "tile"):
+            if was and was.get(option) != getattr(args, option):
+                refuse(f"{path} was encoded with --{option} {was.get(option)}: give the same, or "
+                       "remove the file")
         if "alone" not in was:                               # older files hold whole clips only
             todo.append(shard)
     for shard in tqdm(todo, desc="encode", unit="shard", disable=rank > 0):
@@ -1786,29 +2203,58 @@ def parse_options(argv=None):
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
     add("--run", help="run to train: runs/RUN, or a path with a slash (NAME-vae)")
-    add("--init", help="run whose weights to begin with (none)")
+    add("--init", help="run, or published folder or file, whose weights to begin with (none)")
     add("--encode", action="store_true", help="write every clip's latents, train nothing")
-    add("--vae", help="with --encode: the trained run (NAME-vae)")
+    add("--eval", action="store_true", help="figures on the held-out clips, train nothing")
+    add("--vae", help="with --encode, --eval: the trained run, or a published folder (NAME-vae)")
     add("--max_cells", type=number(int, 1), default=2048,
         help="with --encode: latent cells T'H'W' a piece, so that it fits a row of train_dit.py; "
         "longer clips are cut (%(default)s)")
+    add("--tile", type=number(int, 64),
+        help="with --encode: code larger frames in blended tiles of so many px a side (whole)")
+    add("--rfid", metavar="FILE", help="with --eval: TorchScript Inception, for rFID (none)")
+    add("--rfvd", metavar="FILE", help="with --eval: TorchScript I3D, for rFVD (none)")
+    add("--n_eval", type=number(int, 2), default=48, help="with --eval: clips (%(default)s)")
     add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
-    add("--model", default="vae-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--model", choices=sorted(MODELS), help="size (vae-xs, or what --init has)")
+    add("--bottleneck", default="kl", choices=["kl", "vq", "fsq"],
+        help="kl: mean and variance; vq: a learned codebook; fsq: rounding (%(default)s)")
+    add("--codes", type=number(int, 2), nargs="+",
+        help="vectors of a vq codebook (1024), or levels a channel of fsq (8 5 5 5)")
     add("--frames", type=number(int, 1), default=9,
         help="frames of a training window at most, 1 or more (%(default)s)")
     add("--size", type=number(int, 8), default=32,
         help="side of a training window at most, px, 8 or more (%(default)s)")
+    add("--stills", type=number(float, 0, 1), default=0.0,
+        help="share of the windows that are one frame (%(default)s)")
+    add("--decoder_only", action="store_true", help="leave the encoder as --init has it")
     add = training_options(parser, steps=600, lr=4e-3, warmup=30, eval_every=300)
-    add("--batch", type=number(int, 1), default=8, help="clips a step, all ranks (%(default)s)")
+    add("--batch", type=number(int, 1), default=8,
+        help="windows of the largest size a step, all ranks; smaller ones come in larger numbers "
+        "(%(default)s)")
     add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
-    return parser.parse_args(argv)
+    add("--perceptual", nargs=2, metavar=("VGG", "LPIPS"),
+        help="torchvision's vgg16 and lpips' vgg weights, for the LPIPS term (off)")
+    add("--gan", type=number(float, 0), default=0.0,
+        help="weight of the adversarial term, 0: none (%(default)s)")
+    add("--gan_start", type=number(int, 0), default=0,
+        help="step from which it counts (%(default)s)")
+    args = parser.parse_args(argv)
+    args.codes = args.codes or {"kl": None, "vq": [1024], "fsq": [8, 5, 5, 5]}[args.bottleneck]
+    if args.bottleneck == "kl" and args.codes:
+        refuse("--codes belongs to --bottleneck vq or fsq")
+    if args.bottleneck == "vq" and len(args.codes) != 1:
+        refuse("--codes: a vq codebook has one number, such as 1024")
+    if args.decoder_only and not args.init:
+        refuse("--decoder_only needs --init: whose encoder is it to keep?")
+    return args
 
 
 def main(argv=None):
     args = parse_options(argv)
-    if args.encode:
-        return encode(args)
+    if args.encode or args.eval:
+        return (encode if args.encode else evaluate_run)(args)
     folder = run_dir(args.run or f"{Path(args.name).name}-vae")
     train(args, folder)
     print(f"{folder}: trained, autoencoder {read_config(folder, 'vae')['hash']}", file=sys.stderr)
