@@ -30,6 +30,7 @@ import math
 import os
 import platform
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,15 @@ def option_parser(doc):
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
     return parser
+
+
+def bench(peer, argv):
+    """Runs tests/peers.py's function `peer`: what only measures is no part of a script."""
+    try:
+        found = runpy.run_path(str(Path(__file__).with_name("tests") / "peers.py"))
+    except ImportError as error:
+        refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
+    return found[peer](argv)
 
 
 def barrier():
@@ -632,7 +642,7 @@ MODELS = {
                    residual=False, groups=32),
 }
 DECODER = ("decoder", "decoder_norm", "to_pixels", "unquant", "post_vq_conv")
-ROOM = 2**23            # numbers of the largest tensor that a chunk makes in a layer, about
+ROOM = 2**22            # numbers of the largest tensor that a chunk makes in a layer, about
 
 
 class NormSiLU(torch.autograd.Function):
@@ -690,7 +700,19 @@ class Norm(nn.Module):
         return x * scale.to(x.dtype) * self.gamma.view(-1, 1, 1, 1)
 
 
-class CausalConv3d(nn.Conv3d):
+class Conv3d(nn.Conv3d):
+    """On a CPU always oneDNN's convolution: torch takes another for a chunk of a single clip, which
+    was 2 to 13 times slower here."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or (
+                not torch.backends.mkldnn.is_available()):
+            return super().forward(x)
+        return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride,
+                                        self.dilation, 1)
+
+
+class CausalConv3d(Conv3d):
     """A convolution over [B, C, T, H, W] that sees the present and past frames only, after SiLU and
     `norm` where one is given. `state` maps each layer to the last frames that it saw; before the
     first chunk they are zeros."""
@@ -765,8 +787,8 @@ class Down(nn.Module):
 
     def __init__(self, dim, space, time):
         super().__init__()
-        self.conv = nn.Conv3d(dim, dim, (1, 3, 3), stride=(1, 2, 2)) if space else None
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
+        self.conv = Conv3d(dim, dim, (1, 3, 3), stride=(1, 2, 2)) if space else None
+        self.time_conv = Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x, state):
         if self.conv is not None:
@@ -788,7 +810,7 @@ class Up(nn.Module):
         super().__init__()
         self.space = space
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if time else None
-        self.conv = nn.Conv3d(dim, c_out, (1, 3, 3), padding=(0, 1, 1))
+        self.conv = Conv3d(dim, c_out, (1, 3, 3), padding=(0, 1, 1))
 
     def forward(self, x, state):
         if self.time_conv is not None:
@@ -929,7 +951,7 @@ class FSQ(nn.Module):
 
     @property
     def codebook(self):
-        return self.lookup(torch.arange(self.n_codes, device=self.levels.device)).T
+        return self.lookup(torch.arange(self.n_codes, device=self.levels.device))
 
     def rounded(self, z):
         """Integers about 0, as floats with z's gradient, [..., C] last."""
@@ -1286,9 +1308,10 @@ class Budget:
     def __init__(self, rows, seed, batch, stills, shape, world):
         """batch: windows of the largest size a step, about; shape(row): (T, H, W) of its window."""
         self.rows, self.seed, self.stills, self.shape = rows, seed, stills, shape
-        most, total = max(map(self.pixels, rows)), sum(map(self.pixels, rows))
+        most = max(math.prod(shape(row)) for row in rows)
+        total = sum(map(self.pixels, rows))
         self.n_steps = max(1, round(total / (batch * most)))
-        if total / self.n_steps < world * most and world > 1:
+        if total / self.n_steps < world * max(map(self.pixels, rows)) and world > 1:
             refuse(f"--batch {batch} leaves a rank of {world} without a clip: raise it")
         self.lock, self.epoch = threading.Lock(), None
 
@@ -1482,7 +1505,7 @@ def flicker(video, other):
 def frechet_distance(a, b):
     """Of two sets of features [N, D], as Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)."""
     a, b = a.double(), b.double()
-    A, B = torch.cov(a.T).atleast_2d(), torch.cov(b.T).atleast_2d()
+    A, B = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     both = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
@@ -2252,6 +2275,9 @@ def parse_options(argv=None):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return bench("bench_autoencoder", argv[1:])
     args = parse_options(argv)
     if args.encode or args.eval:
         return (encode if args.encode else evaluate_run)(args)

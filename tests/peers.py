@@ -1,10 +1,12 @@
-"""`python train_dit.py bench`: a training step beside diffusers' with equal weights, in one run."""
+"""`python train_dit.py bench` and `train_vae.py bench`: ours beside diffusers', equal weights, in one
+run."""
+import multiprocessing
 import time
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, DiTTransformer2DModel, WanTransformer3DModel
 
 import train_dit as D
 import train_vae as V
@@ -157,3 +159,89 @@ def bench(argv):
         V.keep_memory()
         b = step_seconds(stepper(ours, mine, args.dtype), args.repeats)
         print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
+
+
+# ---- autoencoders
+
+
+def autoencoder(dim, is_ours):
+    """diffusers' AutoencoderKLWan of this width, or ours with the same weights."""
+    torch.manual_seed(0)
+    peer = AutoencoderKLWan(base_dim=dim, z_dim=16).eval().requires_grad_(False)
+    if not is_ours:
+        return peer
+    options, layout, _, _ = V.wan_options(peer.state_dict(), dict(peer.config))
+    ours = V.Autoencoder(**options).eval().requires_grad_(False)
+    V.load_names(ours, V.published_names(ours, layout), peer.state_dict(), "diffusers")
+    return ours
+
+
+def memory(field):
+    """MiB of VmRSS (held now) or VmHWM (the most so far) of this process."""
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def coder_seconds(dim, shape, is_ours, device, repeats, result):
+    """Puts ({call: (median seconds, peak MiB above what was held before)}, outputs) into `result`."""
+    torch.set_num_threads(2)
+    if is_ours and device == "cpu":
+        V.keep_memory()
+    model, found = autoencoder(dim, is_ours).to(device), {}
+    torch.manual_seed(1)
+    T, H, W = shape
+    video = (torch.rand(1, 3, T, H, W) * 2 - 1).to(device)
+    z = torch.randn(1, 16, 1 + (T - 1) // 4, H // 8, W // 8).to(device)
+    calls = {"encode": lambda: model.encode(video)[0] if is_ours else
+             model.encode(video).latent_dist.mean,
+             "decode": lambda: model.decode(z).clamp(-1, 1) if is_ours else model.decode(z).sample}
+    before = memory("VmRSS")
+    with torch.no_grad():
+        for name, call in calls.items():
+            times = []
+            for _ in range(1 + repeats):
+                sync()
+                began = time.perf_counter()
+                out = call()
+                sync()
+                times.append(time.perf_counter() - began)
+            peak = memory("VmHWM") - before
+            if device != "cpu":
+                peak = torch.cuda.max_memory_allocated() / 2**20
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                open("/proc/self/clear_refs", "w").write("5")            # forgets the high water
+            found[name] = float(np.median(times[1:])), peak, out.cpu().numpy()
+    result.put(found)
+
+
+def bench_autoencoder(argv):
+    """Prints a table: encoding and decoding, ours and diffusers', each in a process of its own."""
+    parser = V.option_parser("Autoencoders beside diffusers' (which must be installed)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=V.number(int, 1), default=3,
+                        help="calls of each (%(default)s)")
+    parser.add_argument("--dims", type=V.number(int, 8), nargs="+", default=[32, 96],
+                        help="base widths (%(default)s)")
+    args = parser.parse_args(argv)
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, 2 threads, "
+          "fp32")
+    print(f"{'autoencoder':34} {'theirs s':>9} {'ours s':>8} {'ratio':>6} {'theirs MiB':>11} "
+          f"{'ours MiB':>9} {'ratio':>6} {'difference':>11}")
+    context = multiprocessing.get_context("fork")
+    for dim in args.dims:
+        for shape in ((17, 128, 128), (33, 192, 320)):
+            sides = []
+            for is_ours in (False, True):
+                result = context.SimpleQueue()
+                child = context.Process(target=coder_seconds, args=(
+                    dim, shape, is_ours, args.device, args.repeats, result))
+                child.start()
+                sides.append(result.get())
+                child.join()
+            for name in ("encode", "decode"):
+                (a, before, theirs), (b, after, ours) = (side[name] for side in sides)
+                away = np.abs(theirs - ours).max() / np.abs(theirs).max()
+                title = f"dim {dim}, {' x '.join(map(str, shape))}, {name}"
+                print(f"{title:34} {a:9.3f} {b:8.3f} {b / a:6.2f} {before:11.0f} {after:9.0f} "
+                      f"{after / before:6.2f} {away:11.1e}", flush=True)

@@ -1,0 +1,260 @@
+"""Bottlenecks, losses, figures and fine-tuning of the autoencoder: each on its own, then by command."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import prepare_data
+import train_vae as V
+
+FIXTURES = Path(__file__).with_name("fixtures")
+SMALL = ["--steps", "2", "--eval_every", "2", "--log_every", "1", "--n_eval", "6", "--batch", "2"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a small data set named demo, where the commands run."""
+    folder = tmp_path_factory.mktemp("vae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare_data.main(["demo", "--demo_files", "8"])
+        yield folder
+
+
+# ---- parts
+
+def test_every_clip_comes_once_an_epoch_and_steps_weigh_alike():
+    rows = [{"key": f"k{i}", "frames": 1 + 8 * (i % 2), "height": 16 + 8 * (i % 3), "width": 16}
+            for i in range(60)]
+    shape = lambda row: (row["frames"], row["height"], row["width"])
+    budget = V.Budget(rows, 0, 3, 0.0, shape, 1)
+    for epoch in range(2):
+        steps = [budget(epoch * budget.n_steps + i) for i in range(budget.n_steps)]
+        keys = [row["key"] for step in steps for row, _ in step]
+        assert sorted(keys) == sorted(row["key"] for row in rows)
+        pixels = [sum(math.prod(shape(row)) for row, _ in step) for step in steps]
+        assert max(pixels) - min(pixels) <= 2 * 9 * 32 * 16
+    at = budget.n_steps + 2
+    assert V.Budget(rows, 0, 3, 0.0, shape, 1)(at) == budget(at)
+    stills = V.Budget(rows, 0, 3, 0.5, shape, 1)
+    drawn = [is_still for i in range(stills.n_steps) for _, is_still in stills(i)]
+    assert len(drawn) == 60 and 15 < sum(drawn) < 45 and stills.n_steps < budget.n_steps
+    with pytest.raises(SystemExit):
+        V.Budget(rows, 0, 1, 0.0, shape, 4)
+
+
+def test_a_codebook_finds_the_clusters_and_restarts_what_nobody_chooses():
+    torch.manual_seed(0)
+    centres, book = 5 * torch.randn(16, 4), V.Codebook(48, 4)
+    book.codebook[:40] = 99.0                                         # far from everything
+    for _ in range(60):
+        z = centres[torch.randint(16, (256,))] + 0.05 * torch.randn(256, 4)
+        codes = book.codes(z.T[None, :, None, None])[0, 0, 0]
+        book.follow(z, codes, 0.9)
+        book.restart(z[torch.randperm(256)[:48]])
+    away = (centres[:, None] - book.codebook).norm(dim=-1)
+    assert away.min(1).values.max() < 0.2
+    assert V.perplexity(codes, 48) > 12
+    z = torch.randn(2, 4, 3, 2, 2, requires_grad=True)
+    chosen, codes, loss = book(z)
+    assert torch.allclose(chosen, book.lookup(codes)) and loss.shape == (2,)
+    chosen.sum().backward()
+    assert torch.equal(z.grad, torch.ones_like(z))                    # straight through
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (3, 4), (2,)])
+def test_fsq_codes_and_points_are_one_to_one(levels):
+    book = V.FSQ(levels)
+    points = book.codebook
+    assert points.shape == (math.prod(levels), len(levels)) and len(points.unique(dim=0)) == len(points)
+    assert points.min() >= -1 and points.max() <= 1
+    z = 3 * torch.randn(2, len(levels), 3, 4, 4)
+    chosen, codes, loss = book(z)
+    assert torch.allclose(chosen, book.lookup(codes), atol=1e-6) and (loss == 0).all()
+    assert torch.equal(book.codes(z), codes) and codes.max() < book.n_codes
+    if len(levels) == 2:
+        assert len(codes.unique()) == book.n_codes
+
+
+def test_figures_have_their_closed_forms():
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 2, 24, 24) * 2 - 1
+    assert torch.allclose(V.ssim(x, x), torch.ones(2)) and (V.flicker(x, x) == 0).all()
+    a, b = x[:1, :1, :1, :11, :11], (0.5 * x + 0.2)[:1, :1, :1, :11, :11]
+    line = np.exp(-(np.arange(11) - 5.0)**2 / 4.5)
+    w = np.outer(line, line) / line.sum()**2                          # the one window, by hand
+    p, q = a.double().numpy()[0, 0, 0], b.double().numpy()[0, 0, 0]
+    mp, mq = (w * p).sum(), (w * q).sum()
+    vp, vq, c = (w * p * p).sum() - mp**2, (w * q * q).sum() - mq**2, (w * p * q).sum() - mp * mq
+    by_hand = (2 * mp * mq + 4e-4) * (2 * c + 36e-4) / ((mp**2 + mq**2 + 4e-4) * (vp + vq + 36e-4))
+    assert V.ssim(a, b).item() == pytest.approx(by_hand, abs=1e-5)
+    other = x.clone()
+    other[:, :, 1] = (x[:, :, 1] + 2 / 255 * 10).clamp(-1, 1)
+    assert 8 < V.flicker(other, x).mean() < 10.1                       # ten levels brighter at once
+    real = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert V.frechet_distance(real, real) == pytest.approx(0, abs=1e-9)
+    moved = 2 * real + torch.tensor([1.0, 0, -2])
+    variances = torch.cov(real.T).diagonal().sum() + 4 * torch.cov(real.T).diagonal().sum()
+    shift = (moved.mean(0) - real.mean(0)).square().sum()
+    assert V.frechet_distance(real, moved) == pytest.approx(
+        (shift + variances - 2 * 2 * torch.cov(real.T).diagonal().sum()).item(), rel=1e-9)
+
+
+def test_tiles_blend_into_the_whole():
+    x = torch.randn(1, 2, 3, 50, 37, dtype=torch.float64)
+    same = V.tiled(lambda part, _: part, x, 16, 1)
+    assert torch.allclose(same, x, atol=1e-12)
+    twice = lambda part, _: part.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.allclose(V.tiled(twice, x, 16, 2), twice(x, 0), atol=1e-12)
+    half = lambda part, _: part[..., ::4, ::4]
+    x = torch.randn(1, 2, 3, 64, 48, dtype=torch.float64)
+    assert torch.allclose(V.tiled(half, x, 32, 0.25), half(x, 0), atol=1e-12)
+    steps = V.tiled(lambda part, place: torch.zeros_like(part) + place[1], x, 16, 1)[0, 0, 0, 0]
+    assert steps[0] == 0 and steps[-1] == 32 and steps.diff().abs().max() <= 6   # no seam jumps
+
+
+def test_lpips_is_read_by_its_published_names(tmp_path, capsys):
+    torch.manual_seed(0)
+    vgg, place, width = {"classifier.0.weight": torch.zeros(1)}, 0, 3
+    for widths in V.Perceptual.WIDTHS:
+        for c_out in widths:
+            vgg[f"features.{place}.weight"] = torch.randn(c_out, width, 3, 3) / (3 * width**0.5)
+            vgg[f"features.{place}.bias"] = torch.zeros(c_out)
+            place, width = place + 2, c_out
+        place += 1
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, n[0], 1, 1) for i, n in
+              enumerate(V.Perceptual.WIDTHS)}
+    torch.save(vgg, tmp_path / "vgg.pth")
+    torch.save(linear, tmp_path / "lpips.pth")
+    lpips = V.Perceptual(tmp_path / "vgg.pth", tmp_path / "lpips.pth")
+    x = torch.rand(2, 3, 2, 16, 16) * 2 - 1
+    y = (x + 0.3 * torch.randn_like(x)).requires_grad_()
+    away = lpips(y, x)
+    assert away.shape == (2,) and (away > 1e-3).all() and (lpips(x, x) == 0).all()
+    away.sum().backward()
+    assert y.grad.abs().sum() > 0
+    del linear["lin3.model.1.weight"]
+    torch.save(linear, tmp_path / "lpips.pth")
+    with pytest.raises(SystemExit):
+        V.Perceptual(tmp_path / "vgg.pth", tmp_path / "lpips.pth")
+    assert "lin3.model.1.weight is missing" in capsys.readouterr().err
+
+
+def test_the_adversarial_weight_balances_the_pulls():
+    layer = nn.Linear(4, 4)
+    y = layer(torch.randn(3, 4))
+    a, b = y.square().mean(), 5 * y.abs().mean()
+    grads = [torch.autograd.grad(each, layer.weight, retain_graph=True)[0] for each in (a, b)]
+    weight = V.adaptive_weight(a, b, layer.weight)
+    assert weight.item() == pytest.approx((grads[0].norm() / (grads[1].norm() + 1e-4)).item())
+
+
+def test_a_bank_of_a_set_without_a_split_is_chosen_by_hash():
+    rows = [{"key": f"k{i}", "split": "train"} for i in range(100)]
+    train, held = V.split_rows(rows, "x")
+    assert len(held) == 5 and len(train) == 95 and V.split_rows(rows[::-1], "x")[1] == held
+    official = [{**row, "split": "val" if i < 3 else "train"} for i, row in enumerate(rows)]
+    assert [row["key"] for row in V.split_rows(official, "x")[1]] == ["k0", "k1", "k2"]
+
+
+# ---- commands
+
+def log(run):
+    return V.read_log(Path("runs") / run)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("vq", ["--bottleneck", "vq", "--codes", "32"]),
+    ("fsq", ["--bottleneck", "fsq", "--codes", "5", "4", "3", "--stills", "0.5"])])
+def test_codes_are_trained_and_encoded(place, name, options):
+    V.main(["demo", "--run", name, *SMALL, *options])
+    row = log(name)[-1]
+    n_codes = 32 if name == "vq" else 60
+    assert 0 < row["usage"] <= 1 and 1 <= row["perplexity"] <= n_codes
+    V.main(["demo", "--encode", "--vae", name])
+    model, config = V.load_autoencoder(name)
+    assert model.n_codes == n_codes and model.bottleneck.codebook.shape == (n_codes, model.z_dim)
+    path = next(Path("data/demo").glob(f"*.latents-{config['hash']}.safetensors"))
+    header, codes = V.read_header(path), load_file(path)
+    assert header["codes"] == n_codes and not header["alone"] and set(codes) == set(header["clips"])
+    for key, code in list(codes.items())[:5]:
+        told = header["clips"][key]
+        assert code.dtype == torch.int32 and 0 <= code.min() and code.max() < n_codes
+        assert code.shape == (1 + (told["frames"] - 1) // 4, told["crop"][2] // 8, told["crop"][3] // 8)
+        video = model.decode_codes(code[None].long())
+        assert video.shape[2:] == (told["frames"], *told["crop"][2:])
+
+
+def test_a_run_with_codes_and_a_discriminator_resumes_bit_for_bit(place):
+    options = [*SMALL, "--bottleneck", "vq", "--codes", "16", "--gan", "0.1", "--gan_start", "1"]
+    V.main(["demo", "--run", "whole", *options, "--steps", "4", "--schedule", "constant"])
+    V.main(["demo", "--run", "broken", *options, "--schedule", "constant"])
+    V.main(["demo", "--run", "broken", *options, "--steps", "4", "--schedule", "constant"])
+    a, b = (load_file(Path(f"runs/{run}/step-000004/{part}.safetensors"))
+            for part in ("model", ) for run in ("whole", "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    terms = log("whole")
+    assert "gan" not in terms[0] and all(
+        math.isfinite(terms[3][name]) for name in ("l1", "mse", "latent", "gan", "discriminator"))
+    assert {path.name for path in Path("runs/whole/step-000004").iterdir()} == {
+        f"{part}{end}.safetensors" for part in ("model", "discriminator")
+        for end in ("", "-optimizer")} | {"state.json"}
+
+
+@pytest.mark.parametrize("source", ["sd-vae", "wan-vae-original", "videogpt-vqvae/vqvae.ckpt"])
+def test_published_weights_are_fine_tuned_and_encode(place, source):
+    path, name = str(FIXTURES / source), f"tuned-{source[:3]}"
+    V.main(["demo", "--run", name, "--init", path, *SMALL, "--decoder_only", "--lr", "1e-3"])
+    before, after = V.load_autoencoder(path)[0].state_dict(), V.load_autoencoder(name)[0].state_dict()
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert "decoder" in moved and moved <= set(V.DECODER)
+    V.main(["demo", "--encode", "--vae", path, "--max_cells", "9999"])
+    config = V.load_autoencoder(path)[1]
+    header = V.read_header(next(Path("data/demo").glob(f"*.latents-{config['hash']}.safetensors")))
+    assert header["autoencoder"] == config["hash"] and ("codes" in header) == ("gpt" in source)
+
+
+class Colours(nn.Module):
+    """A detector with the standard files' calls: mean colours of an image, or of a video."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = True, rescale: bool = False,
+                resize: bool = False) -> torch.Tensor:
+        return x.float().flatten(2).mean(2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_eval_prints_figures_with_their_protocol(place, tmp_path, capsys):
+    torch.jit.script(Colours()).save(tmp_path / "colours.pt")
+    V.main(["demo", "--run", "plain", *SMALL])
+    capsys.readouterr()
+    detectors = ["--rfid", str(tmp_path / "colours.pt"), "--rfvd", str(tmp_path / "colours.pt")]
+    V.main(["demo", "--eval", "--vae", "plain", "--n_eval", "6", *detectors])
+    said, first = capsys.readouterr().out, json.loads(Path("runs/plain/eval.json").read_text())
+    assert 10 < first["psnr"] < 60 and 0 < first["ssim"] <= 1 and first["flicker"] >= 0
+    assert first["rfid"] >= 0 and first["rfvd"] >= 0 and len(first["latents_std"]) == 24
+    assert first["protocol"]["clips"] == 6 and first["protocol"]["data"] in said
+    V.main(["demo", "--eval", "--vae", "plain", "--n_eval", "6", *detectors])
+    assert json.loads(Path("runs/plain/eval.json").read_text()) == first
+    assert Path("runs/plain/eval.png").exists()
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--codes", "8"], "--codes belongs to"),
+    (["--bottleneck", "vq", "--codes", "8", "8"], "one number"),
+    (["--decoder_only"], "--init"),
+    (["--init", "nowhere"], "nowhere"),
+    (["--init", str(FIXTURES / "clip-text")], "no autoencoder"),
+    (["--init", str(FIXTURES / "sd-vae"), "--model", "vae-s"], "leave --model out"),
+    (["--init", str(FIXTURES / "sd-vae"), "--bottleneck", "vq"], "leave --bottleneck out"),
+    (["--eval", "--vae", str(FIXTURES / "sd-vae"), "--rfid", "README.md"], "no TorchScript"),
+    (["--perceptual", "a.pth", "b.pth"], "a.pth")])
+def test_wrong_options_end_in_one_line(place, capsys, options, says):
+    with pytest.raises(SystemExit) as stop:
+        V.main(["demo", "--run", "wrong", *options])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
