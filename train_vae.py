@@ -195,16 +195,6 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
     return last_step(folder)
 
 
-def init_weights(name, kind, weights, model):
-    """The tensors of run `name` to begin another with; refuses a model of other options."""
-    folder = run_dir(name)
-    config, step = read_config(folder, kind), last_checkpoint(folder)
-    for option, value in json.loads(json.dumps(model)).items():
-        if config["model"].get(option) != value:
-            refuse(f"{folder} has {option} {config['model'].get(option)}, --model asks for {value}")
-    return load_file(step / f"{weights}.safetensors")
-
-
 STAND_INS = [           # classes in published checkpoints, read as data without their code
     (type("Namespace", (), {}), "argparse.Namespace"),
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
@@ -411,7 +401,8 @@ class MuonAdamW(torch.optim.Optimizer):
         is_tall = x.shape[1] > x.shape[2]
         x = x.transpose(1, 2) if is_tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        x = x.bfloat16()                            # its errors only perturb the direction
+        if x.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+            x = x.bfloat16()                        # its errors only perturb the direction
         for _ in range(5):                          # Newton-Schulz towards the nearest orthogonal
             square = x @ x.transpose(1, 2)
             x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
