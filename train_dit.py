@@ -1003,7 +1003,7 @@ class Clips:
     by one that has a codebook, all cropped to one shape (T', H', W'), or to the most frequent."""
 
     def __init__(self, folder, rows, config, patch, row_tokens, given=0.0, shape=None):
-        self.is_codes = "n_codes" in config
+        self.is_codes = bool(config.get("n_codes"))
         self.mean, self.std = (0, 1) if self.is_codes else normaliser(config)
         self.given = given                                   # the share of clips with givens
         self.row_tokens, self.patch = row_tokens, patch
@@ -1129,11 +1129,6 @@ class Clips:
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
 
-    def lay_out(self, keys, texts, givens=None, about=None):
-        return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
-                       texts, self.time_stride, self.patch, self.row_tokens, self.kind, givens,
-                       about)
-
 
 def load_tokenizer(path):
     """The run's tokenizer.json; refuses a damaged one."""
@@ -1156,42 +1151,39 @@ class RowPlan:
         self.first = [0]                                     # row number at which each epoch begins
         self.lock = threading.Lock()                         # the loader's threads share the plan
 
+    def draw(self, key, epoch):
+        return self.clips.draw_givens(key, self.seed, epoch, *self.shares) if any(
+            self.shares) else [key]
+
     @functools.lru_cache(maxsize=2)
     def epoch(self, n):
         clips, lengths = self.clips, self.clips.lengths
         if any(self.shares):
-            lengths = [clips.count_tokens(clips.draw_givens(key, self.seed, n, *self.shares))
-                       for key in clips.keys]
+            lengths = [clips.count_tokens(self.draw(key, n)) for key in clips.keys]
         return plan_epoch(clips.keys, lengths, clips.row_tokens, self.seed, n)
 
-    def find(self, s):
-        """(epoch, keys of the clips) of row s."""
+    def row(self, s):
+        """(the keys of the clips in row s, what `draw_givens` draws for each)."""
         with self.lock:
             while self.first[-1] <= s:
                 self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
             n = int(np.searchsorted(self.first, s, side="right")) - 1
-            return n, [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
-
-    def row(self, s):
-        """The keys of the clips in row s."""
-        return self.find(s)[1]
-
-    def givens(self, s):
-        """What is drawn for each clip of row s by `draw_givens`."""
-        n, keys = self.find(s)
-        return [self.clips.draw_givens(key, self.seed, n, *self.shares) for key in keys]
+            keys = [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
+        return keys, [self.draw(key, n) for key in keys]
 
 
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
     """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
-    tokens, t [B]), or (keys, Row, codes [B, T', H', W']). `times`: the time of each clip; `drawn`:
-    what takes its place and what that is given, as `draw_givens` names them (itself and nothing)."""
+    tokens, t [B]), or (keys, Row, codes [B, T', H', W']). `times`: of each clip; `drawn`: what
+    takes its place and what that is given, as `draw_givens` names them (itself and nothing)."""
     drawn = drawn or [[key] for key in keys]
     targets = [target for target, *_ in drawn]
     givens = [clips.given_to(target, names, seed, step) for target, *names in drawn]
     latents = [clips.latent(key, seed, step) for key in targets]
-    row = clips.lay_out(targets, [clips.text(key, seed, step, drop) for key in keys], givens,
-                        [clips.told(key, seed, step, drop) for key in targets])
+    row = lay_out([clips.shape[key] for key in targets], [clips.about[k]["fps"] for k in targets],
+                  [clips.text(key, seed, step, drop) for key in keys], clips.time_stride,
+                  clips.patch, clips.row_tokens, clips.kind, givens,
+                  [clips.told(key, seed, step, drop) for key in targets])
     if clips.is_codes:
         return keys, row, torch.stack(latents)
     noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
@@ -1297,8 +1289,8 @@ def estimate(args, options, clips, plan, device):
         row=saved_bytes(options, args.row_tokens, text * n_clips / len(rows), kernels, args.dtype))
 
 
-def print_estimate(args, cost, device):
-    """The table of --estimate."""
+def print_cost(args, cost, clips, held_out, device):
+    """A run's header: what it learns, from what, at what cost; and the whole of --estimate."""
     if int(os.environ.get("RANK", 0)):
         return
     hours = cost["step_s"] * args.steps / 3600
@@ -1306,16 +1298,22 @@ def print_estimate(args, cost, device):
     tera, mib = 1e12, 2**20
     rows = [
         ("parameters", f"{cost['params'] / 1e6:.2f}M, {cost['dit'] / 1e6:.2f}M in the denoiser"),
+        ("clips", f"{len(clips.keys)} of {sum(clips.lengths) / len(clips.keys):.0f} tokens to "
+         f"learn from, {len(held_out.keys)} held out"),
+        ("rows", f"{args.batch_tokens // args.row_tokens} of {args.row_tokens} tokens a step, "
+         f"{cost['fullness']:.1%} full, attention of the largest {cost['evenness']:.2f} of the "
+         "mean"),
         ("fixed memory", f"{cost['state'] / mib:.0f} MiB: weights, gradients, momentum, average"),
         ("activations", f"{cost['row'] / mib:.0f} MiB for a row of {args.row_tokens} tokens in "
          f"{args.dtype}, {cost['kernels']} kernels ({cost['why']})"),
         ("a step", f"{cost['step_s']:.3g} s: {cost['flops'] / tera:.3g} TFLOP at {EFFICIENCY:.0%} "
          f"of the {cost['peak'] / tera:.3g} TFLOP/s measured on {device}"),
         (f"{args.steps} steps", f"{hours:.2f} hours{price}")]
-    for gb in (8, 16, 24, 80):           # a tenth is left to temporaries and the allocator
+    for gb in (8, 16, 24, 80) if args.estimate else ():      # a tenth is left to temporaries
         most = int((0.9e9 * gb - cost["state"]) / cost["row"] * args.row_tokens) // 256 * 256
         rows.append((f"{gb} GB hold", f"--row_tokens {most}" if most > 0 else "not even one row"))
-    print("\n".join(f"{name:14}{text}" for name, text in rows))
+    print("\n".join(f"{name:14}{text}" for name, text in rows),
+          file=sys.stdout if args.estimate else sys.stderr)
 
 
 def check_estimate(cost, folder):
@@ -1524,12 +1522,11 @@ def fit_latents(args, options, is_new, vae, name, shapes):
     kind, z = options["kind"], vae.z_dim
     largest = tuple(max(shape[i] for shape in shapes) for i in (1, 2, 3))
     if kind == "gpt":
-        codes, code_dim = vae.codebook.shape
+        told, here = ("shape", "codes", "code_dim"), (largest, *vae.codebook.shape)
         if is_new:
-            options |= dict(shape=largest, codes=codes, code_dim=code_dim)
-        elif (options["codes"], options["code_dim"]) != (codes, code_dim):
-            refuse(f"--init {args.init} has {options['codes']} codes of width "
-                   f"{options['code_dim']}, {name} has {codes} of width {code_dim}")
+            options |= dict(zip(told, here))
+        elif (was := (tuple(options["shape"]), options["codes"], options["code_dim"])) != here:
+            refuse(f"--init {args.init} has {told} = {was}, {name} and --shape give {here}")
     elif is_new:
         options |= {"video": dict(channels=z), "wan": dict(channels=z, out_channels=z),
                     "uvit": dict(channels=z, size=largest)}.get(
@@ -1606,13 +1603,12 @@ def open_stage(args, folder, begun):
         if options[size] != preset[size]:
             refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
                    f"{preset[size]}")
-    if (kind == "gpt") != ("n_codes" in vae_config):
+    if (kind == "gpt") != bool(vae_config.get("n_codes")):
         refuse(f"--model {args.model} learns {'codes' if kind == 'gpt' else 'latents'}, which "
                f"{name} does not make: gpt models go with train_vae.py --bottleneck vq or fsq, "
                "the others with kl")
     patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    shape = options.get("shape") or args.shape
-    clips = []
+    clips, shape = [], args.shape or options.get("shape")
     for rows in (train_rows, held_out):
         clips.append(Clips(data, rows, vae_config, patch, args.row_tokens, args.given, shape))
         shape = shape or clips[0].shape[clips[0].keys[0]][1:]
@@ -1641,15 +1637,11 @@ def open_stage(args, folder, begun):
 def held_out_bank(clips, seed):
     """A few rows of held-out clips with fixed noise and evenly spread times, for figures that two
     runs can compare to three digits."""
-    plan = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
-    n, bank, place = sum(len(row) for row in plan), [], 0
-    spread = rng(seed, "bank").permutation(n)
-    for indices in plan:
-        keys = [clips.keys[i] for i in indices]
-        times = [(spread[place + j] + 0.5) / n for j in range(len(keys))]
-        place += len(keys)
-        bank.append(load_row(clips, keys, seed, 0, 0.0, times))
-    return bank
+    rows = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
+    n = sum(map(len, rows))
+    times = iter((rng(seed, "bank").permutation(n) + 0.5) / n)
+    return [load_row(clips, [clips.keys[i] for i in row], seed, 0, 0.0, [next(times) for _ in row])
+            for row in rows]
 
 
 BLOCKS = (Block, UViTBlock, GPTBlock)
@@ -1702,30 +1694,11 @@ def add_gradients(model, step, loaded, lengths, args, device):
             "evenness": (even, 1)}
 
 
-def train(args, folder):
-    rows_a_step = args.batch_tokens // args.row_tokens
-    rank, world, device = setup(args, rows_a_step, "--batch_tokens")
-    config, begun, saved_at = {"kind": "denoiser", "args": vars(args)}, None, None
-    is_begun = (folder / "config.json").exists() and not args.estimate
-    barrier()                                                # before the first rank makes it
-    if is_begun:
-        saved_at, begun = start_run(folder, config), read_config(folder, "denoiser")
-        if is_finished(saved_at, args):
-            return
-    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun)
-    plan = RowPlan(clips, args.seed, args.given, args.stills)
-    cost = estimate(args, about["model"], clips, plan, device)
-    if args.estimate:
-        return print_estimate(args, cost, device)
-    if not is_begun:
-        start_run(folder, {**config, **about})
-    if rank == 0 and clips.tokenizer and not (folder / "tokenizer.json").exists():
-        with atomic(folder / "tokenizer.json") as path:
-            clips.tokenizer.save(str(path))
+def build(args, options, weights, vae):
+    """The model that a run begins with."""
     torch.manual_seed(args.seed)
-    model, step = Denoiser(**about["model"]).to(device), 0
-    model.objective = objective_of(vars(args))               # the average's copy has it too
-    model.dit.recompute = args.recompute
+    model = Denoiser(**options)
+    model.objective, model.dit.recompute = objective_of(vars(args)), args.recompute
     if weights:
         lacks = [name for name in model.load_state_dict(weights, strict=False).missing_keys
                  if not name.endswith(CLASS_TABLES)]
@@ -1735,6 +1708,32 @@ def train(args, folder):
         model.dit.codebook.copy_(vae.codebook)
     if args.lora:
         add_lora(model, args.lora)
+    return model
+
+
+def train(args, folder):
+    rows_a_step = args.batch_tokens // args.row_tokens
+    rank, world, device = setup(args, rows_a_step, "--batch_tokens")
+    config, begun, saved_at = {"kind": "denoiser", "args": vars(args)}, None, None
+    is_begun = (folder / "config.json").exists() and not args.estimate
+    barrier()                                                # before the first rank makes it
+    if is_begun:
+        saved_at = start_run(folder, config)
+        if is_finished(saved_at, args):
+            return
+        begun = saved_at and read_config(folder, "denoiser")
+    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun)
+    plan = RowPlan(clips, args.seed, args.given, args.stills)
+    cost = estimate(args, about["model"], clips, plan, device)
+    print_cost(args, cost, clips, held_out, device)
+    if args.estimate:
+        return
+    if not is_begun:
+        start_run(folder, {**config, **about})
+    if rank == 0 and clips.tokenizer and not (folder / "tokenizer.json").exists():
+        with atomic(folder / "tokenizer.json") as path:
+            clips.tokenizer.save(str(path))
+    model, step = build(args, about["model"], weights, vae).to(device), 0
     tokens_of = dict(zip(clips.keys, clips.lengths))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = MuonAdamW(model, ("dit.head", "table", "dit.time", "pos_embd", ".w.", ".wb.",
@@ -1748,18 +1747,17 @@ def train(args, folder):
         if isinstance(block, BLOCKS):
             block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
-    print_header(args, folder, cost, clips, held_out, device)
 
     def batch(step):
         """This rank's rows of a step, and the lengths of the clips in all of its rows."""
-        places, loaded = range(step * rows_a_step, (step + 1) * rows_a_step), []
-        rows, drawn = [plan.row(s) for s in places], [plan.givens(s) for s in places]
-        for keys, names in zip(rows[rank::world], drawn[rank::world]):
+        rows = [plan.row(s) for s in range(step * rows_a_step, (step + 1) * rows_a_step)]
+        loaded = []
+        for keys, drawn in rows[rank::world]:
             times = [draw_t(rng(args.seed, "time", step, key), args.times,
                             token_shift(args.shift, tokens_of[key], args.shift_tokens),
                             interval(model.objective)) for key in keys]
-            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, names))
-        return loaded, [[clips.count_tokens(each) for each in row] for row in drawn]
+            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, drawn))
+        return loaded, [[clips.count_tokens(each) for each in drawn] for _, drawn in rows]
 
     def learn(step, data):
         figures = add_gradients(model, step, *data, args, device)
@@ -1782,17 +1780,6 @@ def train(args, folder):
         check_estimate(cost, folder)
     barrier()
 
-
-def print_header(args, folder, cost, clips, held_out, device):
-    if int(os.environ.get("RANK", 0)):
-        return
-    print(f"{folder}: {cost['params'] / 1e6:.2f}M parameters ({cost['dit'] / 1e6:.2f}M denoiser); "
-          f"{len(clips.keys)} clips of {sum(clips.lengths) / len(clips.keys):.0f} tokens to learn "
-          f"from, {len(held_out.keys)} held out; {args.batch_tokens // args.row_tokens} rows of "
-          f"{args.row_tokens} tokens a step, {cost['fullness']:.1%} full, attention of the largest "
-          f"{cost['evenness']:.2f} of the mean; {cost['flops'] / 1e12:.3g} TFLOP a step, "
-          f"{cost['peak'] / 1e12:.3g} TFLOP/s measured; {device}, {cost['kernels']} kernels "
-          f"({cost['why']})", file=sys.stderr)
 
 
 def load_denoiser(name, device="cpu", weights="ema"):
@@ -2063,13 +2050,10 @@ def parse_options(argv=None):
     add("--init", help="begin with these weights: a run, or published ones, a file or a folder")
     add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
     add("--text_encoder", help="folder of a frozen T5, UMT5 or CLIP to read captions with (none)")
-    add("--export", metavar="FILE",
-        help="write the run's average in its published layout, and stop")
+    add("--export", metavar="FILE", help="write the average in its published layout, and stop")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
-    add("--estimate", action="store_true",
-        help="print what the run needs of memory, time and money, and train nothing")
-    add("--price_per_hour", type=number(float, 0),
-        help="of all ranks, in any currency, 0 or more, for --estimate (none)")
+    add("--estimate", action="store_true", help="print what memory, time and money a run needs")
+    add("--price_per_hour", type=number(float, 0), help="of all ranks, 0 or more (none)")
     add = parser.add_argument_group("model (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
     add("--model", default="video-xs", choices=sorted(MODELS), metavar="NAME",
@@ -2078,21 +2062,19 @@ def parse_options(argv=None):
         help="tokens of the captions' BPE, 259 or more (%(default)s)")
     add("--shape", type=shape_of, metavar="T'xH'xW'", help="of the codes that a gpt model learns, "
         "such as 4x32x32: larger clips are cropped, smaller left out (the most frequent)")
-    add("--dtype", default="fp32", choices=["fp32", "bf16"],
-        help="of matrix products (%(default)s)")
+    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of products (%(default)s)")
     add = training_options(parser, steps=1100, lr=1e-2, warmup=50, eval_every=550)
     add("--row_tokens", type=number(int, 1), default=2048, help="tokens a packed row (%(default)s)")
     add("--batch_tokens", type=number(int, 1), default=2048,
         help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
-    add("--ema", type=number(float, 0, 1), default=0.995,
-        help="decay of the averaged weights, 0 to 1 (%(default)s)")
-    add("--drop", type=number(float, 0, 1), default=0.1,
-        help="share of captions dropped, 0 to 1 (%(default)s)")
+    share = number(float, 0, 1)
+    add("--ema", type=share, default=0.995, help="decay of the average, 0 to 1 (%(default)s)")
+    add("--drop", type=share, default=0.1, help="share of texts dropped, 0 to 1 (%(default)s)")
     add("--conditions", nargs="*", choices=CONDITIONS, default=[],
         help="what else the model is told of each clip: " + ", ".join(CONDITIONS) + " (none)")
-    add("--given", type=number(float, 0, 1), default=0.0, help="share of clips that are given "
-        "frames or their other half: clean tokens without a loss; 0 to 1 (%(default)s)")
-    add("--stills", type=number(float, 0, 1), default=0.0,
+    add("--given", type=share, default=0.0, help="share of clips that are given frames or their "
+        "other half: clean tokens without a loss; 0 to 1 (%(default)s)")
+    add("--stills", type=share, default=0.0,
         help="share of clips of which the first frame alone is learnt; 0 to 1 (%(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
         help="of the matrices; the rest has AdamW (%(default)s)")

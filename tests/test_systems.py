@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import prepare_data
 import sample
@@ -142,6 +143,65 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
     assert "4 channels" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
     assert "prepare smaller" in line("--model", "uvit", "--heads", "2", "--init",
                                      str(published("uvit", tmp_path)))
+
+
+def test_a_finished_run_opens_nothing_and_one_without_a_checkpoint_begins_again(
+        home, tmp_path, monkeypatch):
+    """Neither its --init nor its text encoder need be there; killed before its first checkpoint it
+    begins with its --init once more."""
+    monkeypatch.chdir(home)
+    path, read, opened = published("wan", tmp_path), D.read_tensors, []
+    monkeypatch.setattr(D, "read_tensors", lambda path: opened.append(path) or read(path))
+    command = ["set", "--vae", "set-vae", "--model", "wan", "--init", str(path), "--text_encoder",
+               str(ENCODER), "--row_tokens", "64", "--batch_tokens", "64", "--run", "done",
+               "--steps", "1", "--lr", "0"]
+    D.main(command)
+    assert len(opened) == 1
+    shutil.rmtree(home / "runs/done/step-000001")
+    D.main(command)
+    D.main(["set", "--run", "done", "--export", str(tmp_path / "back.safetensors")])
+    before, after = read(path), load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    shutil.rmtree(path)
+    monkeypatch.setattr(D, "open_text_encoder", None)
+    D.main(command)
+    assert len(opened) == 2
+
+
+def test_an_estimate_encodes_no_captions(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    for path in (home / "data/set").glob("*.text-*"):
+        path.unlink()
+    D.main(["set", "--vae", "set-vae", "--model", "wan", "--init", str(published("wan", tmp_path)),
+            "--text_encoder", str(ENCODER), "--row_tokens", "64", "--batch_tokens", "64", "--run",
+            "planned", "--estimate"])
+    assert "80 GB hold" in capsys.readouterr().out
+    assert not list((home / "data/set").glob("*.text-*")) and not (home / "runs/planned").exists()
+    encoder = D.open_text_encoder(ENCODER)
+    for text in ("", "a dark video"):
+        assert len(D.CountedTexts(encoder)[text]) == len(encoder.encode([text])[0])
+
+
+def test_a_published_file_is_read_once(tmp_path, monkeypatch):
+    read, opened = D.read_tensors, []
+    monkeypatch.setattr(D, "read_tensors", lambda path: opened.append(path) or read(path))
+    assert D.load_published(published("uvit", tmp_path), 2)[1] == "uvit"
+    assert D.load_published(FIXTURES / "videogpt-gpt-sparse" / "gpt.ckpt")[1] == "gpt"
+    assert len(opened) == 2
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not torch.cuda.is_available(),
+                    reason="no C++ compiler for torch.compile")
+def test_compiled_blocks_train_as_the_others(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(D.MODELS, "video-tiny", dict(dim=24, depth=1, heads=2, patch=(1, 2, 2),
+                                                     rope_base=100.0, text=(16, 1, 2)))
+    losses = []
+    for run, more in (("eager", []), ("compiled", ["--compile"])):
+        D.main(["set", "--vae", "set-vae", "--model", "video-tiny", "--run", run, "--steps", "3",
+                "--row_tokens", "64", "--batch_tokens", "64", "--log_every", "1", *more])
+        losses.append([row["loss"] for row in D.read_log(home / "runs" / run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
 # -- VideoGPT's prior ------------------------------------------------------------------------------
@@ -282,3 +342,46 @@ def test_codes_and_latents_are_not_mistaken(home, coded, capsys, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(home)
     assert "--bottleneck vq" in line("--model", "gpt-xs", "--vae", "set-vae")
+
+
+def test_dropout_of_a_row_is_its_own_whatever_shares_the_step(coded):
+    """Gradients of two rows are those of each alone, as on two ranks."""
+    rows = prepare_data.open_dataset(coded / "data/set")
+    clips = D.Clips(coded / "data/set", rows, CONFIG, (1, 1, 1), 96)
+    clips.read_as("gpt")
+    model = D.Denoiser(**TINY, shape=(2, 4, 4), codes=6, code_dim=3)
+    model.dit.codebook.copy_(Levels().codebook)
+    torch.nn.init.normal_(model.dit.fc_out.weight)
+    loaded = [D.load_row(clips, clips.keys[i:i + 3], 0, 0, 0.0, [0.5] * 3) for i in (0, 3)]
+    args = D.parse_options(["set", "--model", "gpt-xs", "--row_tokens", "96"])
+
+    def gradient(*picked):
+        model.zero_grad()
+        figures = D.add_gradients(model, 7, [loaded[i] for i in picked], [[32] * 3] * 2, args, "cpu")
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), figures["loss"]
+    both, one, two = gradient(0, 1), gradient(0), gradient(1)
+    torch.testing.assert_close(both[0], one[0] + two[0])
+    torch.testing.assert_close(both[1], one[1] + two[1])
+    assert not torch.allclose(gradient(0)[0], D.copy.deepcopy(gradient(1)[0]))
+    model.eval()
+    assert not torch.allclose(gradient(0)[0], one[0])        # there was dropout
+
+
+def test_what_a_prior_costs_is_what_torch_counts(monkeypatch):
+    """FLOPs but for the half of the scores that nothing sees; bytes within a quarter."""
+    options = dict(TINY, shape=(2, 4, 8), codes=50, code_dim=3, dim=96, dropout=0.0)
+    model, codes = D.Denoiser(**options), torch.randint(50, (3, 2, 4, 8))
+    saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x            # alive: no address comes twice
+        return x
+    with FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.dit.eval().losses(codes)
+    found = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own)
+    assert D.saved_bytes(options, 192, 0, "torch", "fp32") == pytest.approx(found, rel=0.25)
+    attention = 4 * 96 * 3 * 64 * 64 * 2                     # written out: of all pairs
+    seen = 4 * 96 * 3 * 64 * 65 // 2 * 2
+    assert D.step_flops(options, [64] * 3, [0] * 3) / 3 - seen == pytest.approx(
+        counter.get_total_flops() - attention - 2 * 3 * 3 * 96 * -1, rel=1e-9)
