@@ -469,9 +469,8 @@ class Block(nn.Module):
         _, _, gate1, shift2, scale2, gate2 = m
         y = self.attn(h, row)
         if self.cross is not None:
-            one, same = torch.ones_like(gate1), gate1.shape
-            plain = self.cross_bias, self.cross_weight - 1
-            plain = [table.float().expand(same) for table in plain]
+            one, plain = torch.ones_like(gate1), (self.cross_bias, self.cross_weight - 1)
+            plain = [table.float().expand_as(gate1) for table in plain]
             x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.rows)
             y, gate1 = self.cross(h, text, image, row), one
         x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.rows)
@@ -622,22 +621,22 @@ class UViT(nn.Module):
     """U-ViT (2209.12152): class or text, time and patches are all tokens of one sequence, and the
     second half of the blocks gets the outputs of the first half, the latest first. size (T', H',
     W'): the grid that positions are learnt for; a smaller clip has its near corner. depth // 2
-    blocks stand on each side of a middle one. state_dict() has the published names."""
+    blocks stand on each side of a middle one; clip: the text's width and number of tokens.
+    state_dict() has the published names."""
 
     def __init__(self, channels, size, patch, dim, depth, heads, hidden=None, classes=0, clip=None,
                  conv=True, qkv_bias=False, time_mlp=False):
         super().__init__()
-        text = clip                                          # its width and number of tokens
         self.patch, self.channels = (1, patch, patch), channels
         self.grid = tuple(n // p for n, p in zip(size, self.patch))
-        self.extras = 1 + bool(classes) + (text[1] if text else 0)
+        self.extras = 1 + bool(classes) + (clip[1] if clip else 0)
         block = functools.partial(UViTBlock, dim, heads, hidden or 4 * dim, qkv_bias)
         self.pos_embed = nn.Parameter(torch.randn(1, self.extras + math.prod(self.grid), dim) / 50)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(channels, dim, patch, patch)))
         self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(
             4 * dim, dim)) if time_mlp else nn.Identity()
         self.label_emb = nn.Embedding(classes, dim) if classes else None
-        self.context_embed = nn.Linear(text[0], dim) if text else None
+        self.context_embed = nn.Linear(clip[0], dim) if clip else None
         self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
@@ -1003,8 +1002,6 @@ class Clips:
     by one that has a codebook, all cropped to one shape (T', H', W'), or to the most frequent."""
 
     def __init__(self, folder, rows, config, patch, row_tokens, given=0.0, shape=None):
-        self.is_codes = bool(config.get("n_codes"))
-        self.mean, self.std = (0, 1) if self.is_codes else normaliser(config)
         self.given = given                                   # the share of clips with givens
         self.row_tokens, self.patch = row_tokens, patch
         self.files, self.shape, self.about = {}, {}, {}
@@ -1017,7 +1014,7 @@ class Clips:
             if given and "alone" not in header:
                 refuse(f"{path} holds nothing to give: run `python train_vae.py "
                        f"{Path(folder).name} --encode` again")
-            self.time_stride = header["time_stride"]
+            self.time_stride, self.is_codes = header["time_stride"], "codes" in header
             file = safe_open(path, "pt")
             for key, about in (header["clips"] | (header["alone"] if given else {})).items():
                 if about["clip"] not in self.rows:
@@ -1032,6 +1029,8 @@ class Clips:
         self.keys = sorted(key for key in self.files if ":" not in key)
         if self.is_codes:
             self.crop_codes(shape)
+        else:
+            self.mean, self.std = normaliser(config)
         count = lambda T, H, W: T * H * W // math.prod(patch)
         shapes = [self.shape[key][1:] for key in self.keys]
         self.lengths = [count(*shape) for shape in shapes]
@@ -1522,7 +1521,7 @@ def fit_latents(args, options, is_new, vae, name, shapes):
     kind, z = options["kind"], vae.z_dim
     largest = tuple(max(shape[i] for shape in shapes) for i in (1, 2, 3))
     if kind == "gpt":
-        told, here = ("shape", "codes", "code_dim"), (largest, *vae.codebook.shape)
+        told, here = ("shape", "codes", "code_dim"), (largest, *vae.bottleneck.codebook.shape)
         if is_new:
             options |= dict(zip(told, here))
         elif (was := (tuple(options["shape"]), options["codes"], options["code_dim"])) != here:
@@ -1603,7 +1602,7 @@ def open_stage(args, folder, begun):
         if options[size] != preset[size]:
             refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
                    f"{preset[size]}")
-    if (kind == "gpt") != bool(vae_config.get("n_codes")):
+    if (kind == "gpt") != bool(vae.n_codes):
         refuse(f"--model {args.model} learns {'codes' if kind == 'gpt' else 'latents'}, which "
                f"{name} does not make: gpt models go with train_vae.py --bottleneck vq or fsq, "
                "the others with kl")
@@ -1619,7 +1618,8 @@ def open_stage(args, folder, begun):
     if weights and options.get("classes") != classes:        # another table of them, then
         weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
     if kind == "gpt":
-        if weights and not torch.equal(weights["dit.codebook"], vae.codebook):
+        if weights and not torch.equal(weights["dit.codebook"],
+                                           vae.bottleneck.codebook):
             refuse(f"--init {args.init} was trained on codes of another autoencoder than {name}")
         if options.get("sparse") and math.prod(options["shape"]) % 32:
             refuse(f"--model {args.model} sees blocks of 32 codes, and clips of --shape "
@@ -1705,7 +1705,7 @@ def build(args, options, weights, vae):
         if lacks:
             refuse(f"--init {args.init} has no {min(lacks)}: not this model")
     if model.kind == "gpt":
-        model.dit.codebook.copy_(vae.codebook)
+        model.dit.codebook.copy_(vae.bottleneck.codebook)
     if args.lora:
         add_lora(model, args.lora)
     return model
