@@ -11,6 +11,7 @@ length, size and shape: their patches lie end to end in one row of --row_tokens 
 stays within each clip, and no clip is padded. What is left of a row is a null clip that nothing
 sees. With --given, frames and clips before or after join a clip's attention as tokens of their own
 time that are clean, t = 0, and bear no loss: one model then continues, connects and loops videos.
+The models gpt-* (VideoGPT's prior) learn the codes of a VQ or FSQ autoencoder, one by one.
 
     python train_dit.py demo                     # three minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
@@ -20,7 +21,8 @@ time that are clean, t = 0, and bear no loss: one model then continues, connects
 Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
 A heads, E head dim, P patch volume. Time runs from t = 0, clean, to t = 1, noise.
 Papers: Peebles & Xie 2022 (DiT, 2212.09748); Lipman et al. 2022 (flow matching, 2210.02747);
-Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314).
+Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314);
+Yan et al. 2021 (VideoGPT, 2104.10157).
 """
 import argparse
 import copy
@@ -1618,12 +1620,12 @@ def open_stage(args, folder, begun):
     if weights and options.get("classes") != classes:        # another table of them, then
         weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
     if kind == "gpt":
-        if weights and not torch.equal(weights["dit.codebook"],
-                                           vae.bottleneck.codebook):
+        codebook, shape = vae.bottleneck.codebook, tuple(options["shape"])
+        if weights and not torch.equal(weights["dit.codebook"], codebook):
             refuse(f"--init {args.init} was trained on codes of another autoencoder than {name}")
-        if options.get("sparse") and math.prod(options["shape"]) % 32:
-            refuse(f"--model {args.model} sees blocks of 32 codes, and clips of --shape "
-                   f"{'x'.join(map(str, options['shape']))} hold no whole number of them")
+        if options.get("sparse") and len(sparse_mask(shape, "cpu")) != math.prod(shape):
+            refuse(f"--model {args.model} sees blocks of 32 codes, and --shape "
+                   f"{'x'.join(map(str, shape))} is no whole number of them: name another")
     if not is_new and len(args.conditions) != options.get("conditions", 0):
         refuse(f"--init {args.init} was told {options.get('conditions', 0)} --conditions")
     options |= {"conditions": len(args.conditions)} if args.conditions else {}
