@@ -1249,10 +1249,12 @@ def step_flops(options, clips, texts):
 def saved_bytes(options, n_tokens, n_text, kernels, dtype):
     """Bytes that a row's forward pass keeps for the backward, weights apart. A token leaves in each
     block 20 vectors of width D, which linear layers, attention and norms had as inputs, two of the
-    MLP's width, and on torch's path ten more that the Triton kernels compute again; a text token
-    its keys and values. bf16: two bytes a number; torch's path keeps half of them in fp32."""
+    MLP's width, and on torch's path ten more that the Triton kernels compute again (in GPT 18); a
+    text token its keys and values. bf16: two bytes a number; torch's path keeps half of them in
+    fp32."""
     D, (W, layers, _) = options["dim"], options.get("text") or (0, 0, 0)
-    numbers = (20 if kernels == "triton" else 30) + 2 * (options.get("ffn") or 4 * D) / D
+    vectors = 18 if options.get("kind") == "gpt" else 20 if kernels == "triton" else 30
+    numbers = vectors + 2 * (options.get("ffn") or 4 * D) / D
     size = 4 if dtype == "fp32" else 2 if kernels == "triton" else 3
     tower = n_text * (3 * options["depth"] * D + 20 * layers * W)
     logits = 4 * n_tokens * options.get("codes", 0) * 2      # and their softmax, float32
