@@ -94,18 +94,6 @@ def diffusion(path, form, t, norm=1.0):
             "increasing-decreasing": norm * torch.sin(math.pi * t) ** 2}[form]
 
 
-@torch.no_grad()
-def generate_codes(model, draws, label=None, temperature=1.0, progress=iter):
-    """Codes int64 [B, T', H', W'], one by one. draws [B, L]: uniform numbers in [0, 1);
-    temperature: above 0; progress: what to wrap the loop in, such as tqdm."""
-    caches, codes = [], torch.zeros_like(draws, dtype=torch.int64)
-    for place in progress(range(draws.shape[1])):
-        logits = model.step(codes[:, place - 1], place, caches, label)               # [B, K]
-        below = (logits.float() / temperature).softmax(-1).cumsum(-1)
-        codes[:, place] = (below < draws[:, place, None] * below[:, -1:]).sum(-1)
-    return codes.unflatten(1, model.shape)
-
-
 def cut(video, wish):
     """The frames and, about the centre, the pixels that were asked for."""
     top, left = ((side - want) // 2 for side, want in

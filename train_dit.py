@@ -11,6 +11,7 @@ length, size and shape: their patches lie end to end in one row of --row_tokens 
 stays within each clip, and no clip is padded. What is left of a row is a null clip that nothing
 sees. With --given, frames and clips before or after join a clip's attention as tokens of their own
 time that are clean, t = 0, and bear no loss: one model then continues, connects and loops videos.
+The models gpt-* (VideoGPT's prior) learn the codes of a VQ or FSQ autoencoder, one by one.
 
     python train_dit.py demo                     # three minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
@@ -20,13 +21,16 @@ time that are clean, t = 0, and bear no loss: one model then continues, connects
 Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
 A heads, E head dim, P patch volume. Time runs from t = 0, clean, to t = 1, noise.
 Papers: Peebles & Xie 2022 (DiT, 2212.09748); Lipman et al. 2022 (flow matching, 2210.02747);
-Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314).
+Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314);
+Yan et al. 2021 (VideoGPT, 2104.10157).
 """
+import argparse
 import copy
 import functools
 import json
 import math
 import os
+import re
 import runpy
 import sys
 import threading
@@ -80,9 +84,8 @@ class Objective(NamedTuple):
 
 def objective_of(args):
     """The Objective of a run's options; the default for a run older than they are."""
-    names = {"objective": "prediction"}
-    fields = {names.get(name, name): value for name, value in args.items()}
-    return Objective(**{name: fields[name] for name in Objective._fields if name in fields})
+    told = {**args, "prediction": args.get("objective")}
+    return Objective(**{k: told[k] for k in Objective._fields if told.get(k) is not None})
 
 
 STEPPED = {"ddpm": "linear", "sd": "scaled_linear"}     # the betas of DiT, and of U-ViT's latents
@@ -328,30 +331,29 @@ MODELS = {      # kind: what the network is told and how its output is read (Den
                                   classes=1001, grid=(32 // p, 32 // p))
        for kind in ("dit", "sit") for p in (2, 4, 8) for size, depth, dim, heads in (
            ("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16))},
-    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit")},  # what --init says
+    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit", "gpt")},   # as --init says
     **{f"wan-{size}": dict(kind="wan", dim=dim, depth=depth, heads=dim // 128, patch=(1, 2, 2),
                            ffn=ffn, channels=channels, out_channels=out, text_dim=4096,
                            image_dim=image, positions="index")
        for size, dim, depth, ffn, channels, out, image in (
            ("1.3b", 1536, 30, 8960, 16, 16, 0), ("14b", 5120, 40, 13824, 16, 16, 0),
            ("i2v-14b", 5120, 40, 13824, 36, 16, 1280), ("ti2v-5b", 3072, 30, 14336, 48, 48, 0))},
-    **{name: dict(kind="uvit", **sizes, **more) for sizes, variants in (
-        (dict(dim=512, depth=12, heads=8), {
-            "uvit-s-2-cifar10": dict(channels=3, size=(1, 32, 32), patch=2),
-            "uvit-s-4-celeba64": dict(channels=3, size=(1, 64, 64), patch=4),
-            "uvit-s-2-coco": dict(channels=4, size=(1, 32, 32), patch=2, clip=(768, 77))}),
-        (dict(dim=512, depth=16, heads=8), {
-            "uvit-s-2-coco-deep": dict(channels=4, size=(1, 32, 32), patch=2, clip=(768, 77))}),
-        (dict(dim=768, depth=16, heads=12), {
-            "uvit-m-4-imagenet64": dict(channels=3, size=(1, 64, 64), patch=4, classes=1000)}),
-        (dict(dim=1024, depth=20, heads=16), {
-            "uvit-l-4-imagenet64": dict(channels=3, size=(1, 64, 64), patch=4, classes=1000),
-            "uvit-l-2-imagenet256": dict(channels=4, size=(1, 32, 32), patch=2, classes=1001),
-            "uvit-l-4-imagenet512": dict(channels=4, size=(1, 64, 64), patch=4, classes=1001)}),
-        (dict(dim=1152, depth=28, heads=16, conv=False), {
-            "uvit-h-2-imagenet256": dict(channels=4, size=(1, 32, 32), patch=2, classes=1001),
-            "uvit-h-4-imagenet512": dict(channels=4, size=(1, 64, 64), patch=4, classes=1001)}))
-       for name, more in variants.items()},
+    **{f"uvit-{name}": dict(kind="uvit", dim=dim, depth=depth, heads=min(16, dim // 64),
+                            channels=channels, size=(1, side, side), patch=patch, **more)
+       for name, dim, depth, channels, side, patch, more in (
+           ("s-2-cifar10", 512, 12, 3, 32, 2, {}), ("s-4-celeba64", 512, 12, 3, 64, 4, {}),
+           ("s-2-coco", 512, 12, 4, 32, 2, dict(clip=(768, 77))),
+           ("s-2-coco-deep", 512, 16, 4, 32, 2, dict(clip=(768, 77))),
+           ("m-4-imagenet64", 768, 16, 3, 64, 4, dict(classes=1000)),
+           ("l-4-imagenet64", 1024, 20, 3, 64, 4, dict(classes=1000)),
+           ("l-2-imagenet256", 1024, 20, 4, 32, 2, dict(classes=1001)),
+           ("l-4-imagenet512", 1024, 20, 4, 64, 4, dict(classes=1001)),
+           ("h-2-imagenet256", 1152, 28, 4, 32, 2, dict(classes=1001, conv=False)),
+           ("h-4-imagenet512", 1152, 28, 4, 64, 4, dict(classes=1001, conv=False)))},
+    "gpt-xs": dict(kind="gpt", dim=192, depth=6, heads=4, dropout=0.1, attn_dropout=0.0,
+                   text=(128, 2, 4)),
+    **{name: dict(kind="gpt", dim=576, depth=8, heads=4, sparse=True, classes=classes)
+       for name, classes in (("gpt-ucf", 0), ("gpt-ucf-class", 101))},
 }
 
 
@@ -469,9 +471,8 @@ class Block(nn.Module):
         _, _, gate1, shift2, scale2, gate2 = m
         y = self.attn(h, row)
         if self.cross is not None:
-            one, same = torch.ones_like(gate1), gate1.shape
-            plain = self.cross_bias, self.cross_weight - 1
-            plain = [table.float().expand(same) for table in plain]
+            one, plain = torch.ones_like(gate1), (self.cross_bias, self.cross_weight - 1)
+            plain = [table.float().expand_as(gate1) for table in plain]
             x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.rows)
             y, gate1 = self.cross(h, text, image, row), one
         x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.rows)
@@ -622,22 +623,22 @@ class UViT(nn.Module):
     """U-ViT (2209.12152): class or text, time and patches are all tokens of one sequence, and the
     second half of the blocks gets the outputs of the first half, the latest first. size (T', H',
     W'): the grid that positions are learnt for; a smaller clip has its near corner. depth // 2
-    blocks stand on each side of a middle one. state_dict() has the published names."""
+    blocks stand on each side of a middle one; clip: the text's width and number of tokens.
+    state_dict() has the published names."""
 
     def __init__(self, channels, size, patch, dim, depth, heads, hidden=None, classes=0, clip=None,
                  conv=True, qkv_bias=False, time_mlp=False):
         super().__init__()
-        text = clip                                          # its width and number of tokens
         self.patch, self.channels = (1, patch, patch), channels
         self.grid = tuple(n // p for n, p in zip(size, self.patch))
-        self.extras = 1 + bool(classes) + (text[1] if text else 0)
+        self.extras = 1 + bool(classes) + (clip[1] if clip else 0)
         block = functools.partial(UViTBlock, dim, heads, hidden or 4 * dim, qkv_bias)
         self.pos_embed = nn.Parameter(torch.randn(1, self.extras + math.prod(self.grid), dim) / 50)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(channels, dim, patch, patch)))
         self.time_embed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(
             4 * dim, dim)) if time_mlp else nn.Identity()
         self.label_emb = nn.Embedding(classes, dim) if classes else None
-        self.context_embed = nn.Linear(text[0], dim) if text else None
+        self.context_embed = nn.Linear(clip[0], dim) if clip else None
         self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
@@ -682,36 +683,37 @@ class UViT(nn.Module):
 
 
 class CodeNorm(nn.Module):
-    """VideoGPT's LayerNorm: its 1e-5 stands outside the root; a class may set gain and bias."""
+    """VideoGPT's LayerNorm: its 1e-5 stands outside the root; a class may set gain and bias, and so
+    may a text."""
 
-    def __init__(self, dim, classes):
+    def __init__(self, dim, classes, text_dim):
         super().__init__()
-        if classes:
-            self.w, self.wb = nn.Linear(classes, dim, False), nn.Linear(classes, dim, False)
-            nn.init.constant_(self.w.weight, classes**-0.5)
+        if width := classes or text_dim:
+            self.w, self.wb = nn.Linear(width, dim, False), nn.Linear(width, dim, False)
+            nn.init.constant_(self.w.weight, classes**-0.5 if classes else 0.0)
         else:
             self.g, self.b = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x, label):
-        gain, bias = (self.g, self.b) if label is None else (
-            1 + self.w.weight.T[label][:, None], self.wb.weight.T[label][:, None])   # [B, 1, D]
+    def forward(self, x, told):
+        gain, bias = (self.g, self.b) if told is None else (
+            1 + self.w(told)[:, None], self.wb(told)[:, None])                       # [B, 1, D]
         var, mean = torch.var_mean(x.float(), -1, correction=0, keepdim=True)
         return ((x.float() - mean) * (1e-5 + var.rsqrt()) * gain + bias).to(x.dtype)
 
 
 class GPTBlock(nn.Module):
-    def __init__(self, dim, depth, heads, classes, dropout, attn_dropout):
+    def __init__(self, dim, depth, heads, norm, dropout, attn_dropout):
         super().__init__()
         self.heads, self.dropout, self.attn_dropout = heads, dropout, attn_dropout
-        self.pre_attn_norm, self.pre_fc_norm = CodeNorm(dim, classes), CodeNorm(dim, classes)
+        self.pre_attn_norm, self.pre_fc_norm = norm(), norm()
         self.attn = nn.ModuleDict({name: nn.Linear(dim, dim, name == "fc")
                                    for name in ("w_qs", "w_ks", "w_vs", "fc")})
         self.fc_block = nn.ModuleDict({"0": nn.Linear(dim, 4 * dim), "2": nn.Linear(4 * dim, dim)})
         for name, linear in self.attn.items():
             nn.init.normal_(linear.weight, std=(dim * (depth if name == "fc" else 1))**-0.5)
 
-    def forward(self, x, label, mask, cache, first):
-        h, drop = self.pre_attn_norm(x, label), self.dropout * self.training
+    def forward(self, x, told, mask, cache, first):
+        h, drop = self.pre_attn_norm(x, told), self.dropout * self.training
         q, k, v = (self.attn[name](h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for name in ("w_qs", "w_ks", "w_vs"))                             # [B, A, L, E]
         if cache is not None:
@@ -720,7 +722,7 @@ class GPTBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, mask, self.attn_dropout * self.training,
                                            is_causal=mask is None and cache is None)
         x = x + F.dropout(self.attn.fc(h.transpose(1, 2).flatten(2)), drop)
-        h = self.fc_block["0"](self.pre_fc_norm(x, label))
+        h = self.fc_block["0"](self.pre_fc_norm(x, told))
         return x + F.dropout(self.fc_block["2"](h * torch.sigmoid(1.702 * h)), drop)
 
 
@@ -739,47 +741,59 @@ def sparse_mask(shape, device, block=32, local=4):
 class GPT(nn.Module):
     """VideoGPT's prior (2104.10157): predicts each code of a clip, in raster order, from those
     before it. shape (T', H', W'): of the codes, L in all; codes, code_dim: of the codebook, which
-    the VQ-VAE owns; dim: a multiple of 3; sparse: by `sparse_mask`. It has the published names."""
+    the VQ-VAE owns; dim: a multiple of 3; sparse: by `sparse_mask`. It has the published names.
+    text_dim is ours: each norm's gain and bias hear of a text what they else hear of a class."""
+
+    patch = (1, 1, 1)
 
     def __init__(self, shape, codes, code_dim, dim, depth, heads, sparse=False, classes=0,
-                 dropout=0.2, attn_dropout=0.3):
+                 text_dim=0, dropout=0.2, attn_dropout=0.3):
         super().__init__()
-        self.shape, self.heads, self.sparse = tuple(shape), heads, sparse
+        self.shape, self.heads, self.sparse, self.classes = tuple(shape), heads, sparse, classes
+        norm = functools.partial(CodeNorm, dim, classes, text_dim)
         self.register_buffer("codebook", torch.zeros(codes, code_dim))
         self.fc_in = nn.Linear(code_dim, dim, False)
         self.attn_stack = nn.ModuleDict(dict(
             right_shift=nn.ParameterDict(dict(sos=0.02 * torch.randn(dim))),
             pos_embd=nn.ModuleDict(dict(emb=nn.ParameterDict(
                 {f"d_{i}": 0.01 * torch.randn(n, dim // 3) for i, n in enumerate(shape)}))),
-            attn_nets=nn.ModuleList(GPTBlock(dim, depth, heads, classes, dropout,
+            attn_nets=nn.ModuleList(GPTBlock(dim, depth, heads, norm, dropout,
                                              0 if sparse else attn_dropout) for _ in range(depth))))
-        self.norm, self.fc_out = CodeNorm(dim, classes), nn.Linear(dim, codes, False)
+        self.norm, self.fc_out = norm(), nn.Linear(dim, codes, False)
         nn.init.normal_(self.fc_in.weight, std=0.02)
         nn.init.zeros_(self.fc_out.weight)
 
-    def run(self, x, first, label, caches=None):
+    def run(self, x, first, told, caches=None):
         """Logits [B, n, K] from the inputs x [B, n, D] of the places first, first + 1, ..."""
+        if self.classes:                                     # behind the last one: no class, zeros
+            told = F.one_hot(told, self.classes + 1)[:, :-1].to(x)
         last = first + x.shape[1]
         index = np.unravel_index(np.arange(first, last), self.shape)
         tables, blocks = self.attn_stack.pos_embd.emb.values(), self.attn_stack.attn_nets
         x = x + torch.cat([table[i] for table, i in zip(tables, index)], -1)
         mask = sparse_mask(self.shape, x.device)[first:last, :last] if self.sparse else None
         for block, cache in zip(blocks, caches or [None] * len(blocks)):
-            x = block(x, label, mask, cache, first)                                  # [B, n, D]
-        return self.fc_out(self.norm(x, label))
+            x = block(x, told, mask, cache, first)                                   # [B, n, D]
+        return self.fc_out(self.norm(x, told))
 
-    def forward(self, codes, label=None):
-        """codes int64 [B, T', H', W'], label int64 [B] or None, as the model is, to logits [B, T',
-        H', W', K]: those at a place are of the code there, given all before it."""
+    def forward(self, codes, told=None):
+        """codes int64 [B, T', H', W']; told, as the model is: labels int64 [B], texts [B, text_dim]
+        or None; to logits [B, T', H', W', K]: those at a place are of the code there, given all
+        before it."""
         x = self.fc_in(self.codebook[codes.flatten(1)[:, :-1]])                      # [B, L-1, D]
-        x = torch.cat([self.attn_stack.right_shift.sos.expand(len(codes), 1, -1), x], 1)
-        return self.run(x, 0, label).unflatten(1, self.shape)
+        sos = self.attn_stack.right_shift.sos.to(x).expand(len(codes), 1, -1)
+        return self.run(torch.cat([sos, x], 1), 0, told).unflatten(1, self.shape)
 
-    def loss(self, codes, label=None):
-        """Mean cross-entropy a code, in nats."""
-        return F.cross_entropy(self(codes, label).flatten(0, -2), codes.flatten())
+    def losses(self, codes, told=None):
+        """[B, L]: the cross-entropy of each code, in nats."""
+        logits = self(codes, told).flatten(0, -2).float()                            # [B L, K]
+        return F.cross_entropy(logits, codes.flatten(), reduction="none").view(len(codes), -1)
 
-    def step(self, previous, place, caches, label=None):
+    def loss(self, codes, told=None):
+        """Their mean."""
+        return self.losses(codes, told).mean()
+
+    def step(self, previous, place, caches, told=None):
         """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
         what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
         x = self.fc_in(self.codebook[previous])                                      # [B, D]
@@ -787,7 +801,19 @@ class GPT(nn.Module):
         if not caches:
             size = 2, len(x), self.heads, math.prod(self.shape), x.shape[1] // self.heads
             caches += [x.new_zeros(size) for _ in self.attn_stack.attn_nets]
-        return self.run(x[:, None], place, label, caches)[:, 0]
+        return self.run(x[:, None], place, told, caches)[:, 0]
+
+
+@torch.no_grad()
+def generate_codes(model, draws, told=None, temperature=1.0, progress=iter):
+    """Codes int64 [B, T', H', W'], one by one. draws [B, L]: uniform numbers in [0, 1);
+    temperature: above 0; progress: what to wrap the loop in, such as tqdm."""
+    caches, codes = [], torch.zeros_like(draws, dtype=torch.int64)
+    for place in progress(range(draws.shape[1])):
+        logits = model.step(codes[:, place - 1], place, caches, told)                # [B, K]
+        below = (logits.float() / temperature).softmax(-1).cumsum(-1)
+        codes[:, place] = (below < draws[:, place, None] * below[:, -1:]).sum(-1)
+    return codes.unflatten(1, model.shape)
 
 
 CONDITIONS = ("seconds", "height", "width", "fps", "motion")
@@ -803,7 +829,8 @@ def condition_code(values):
 
 class Denoiser(nn.Module):
     """A network and what reads its prompts: our small text tower (`text`: its width, layers and
-    heads), trained, averaged and saved with it; else classes, or embeddings of a frozen encoder."""
+    heads), trained, averaged and saved with it; else classes, or embeddings of a frozen encoder.
+    kind: video, dit, sit, wan or uvit; of codes gpt, VideoGPT's prior, which denoises nothing."""
 
     objective = Objective()
 
@@ -812,16 +839,29 @@ class Denoiser(nn.Module):
         self.kind, self.tower = kind, TextTower(vocab, *text) if text else None
         if text:
             options["text_dim"] = text[0]
-        self.dit = UViT(**options) if kind == "uvit" else DiT(**options)
+        self.dit = {"uvit": UViT, "gpt": GPT}.get(kind, DiT)(**options)
+
+    def read(self, row):
+        """What the network is told, as its kind takes it: texts end to end [L, width]; of U-ViT a
+        clip's text [B, L, width] or labels [B]; of GPT the mean of its text [B, width] or labels;
+        None if nothing."""
+        text = self.tower(row.ids, row.cu_text) if self.tower else row.text
+        if self.kind not in ("uvit", "gpt"):
+            return text
+        if text is None:
+            return row.labels
+        if self.kind == "uvit":
+            return text.unflatten(0, (len(row.cu_text) - 1, -1))
+        lengths = row.cu_text.diff().tolist()                # behind them there is padding
+        return torch.stack([part.mean(0) for part in text[:sum(lengths)].split(lengths)])
 
     def forward(self, x, t, row):
         """x [N, C*P]; t [R], 0 clean to 1 noise. Returns what the objective asks for, [N, C*P], or
         [N, 2 C*P] for DDPM's noise and variance. To DiT, Wan and U-ViT noise is at 1000."""
+        told = self.read(row)
         if self.kind == "uvit":
-            context = row.labels if row.text is None else row.text.unflatten(0, (len(t), -1))
-            return self.dit(x, 1000 * t, context, row.shapes)
-        text = self.tower(row.ids, row.cu_text) if self.tower else row.text
-        run = lambda x, t: self.dit(x, t, row, text, row.image)
+            return self.dit(x, 1000 * t, told, row.shapes)
+        run = lambda x, t: self.dit(x, t, row, told, row.image)
         out = from_sit(run, self.objective.prediction)(x, t) if self.kind == "sit" else run(
             x, 1000 * t)
         return out if self.objective.prediction == "ddpm" else out[:, :x.shape[1]]
@@ -956,14 +996,14 @@ def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
     return planned
 
 
-CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight")
+CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight", ".w.weight", ".wb.weight")   # ends
 
 
 class Clips:
-    """The latents of a data set by one autoencoder, with their captions as token ids."""
+    """The latents of a data set by one autoencoder, with their captions as token ids; or the codes
+    by one that has a codebook, all cropped to one shape (T', H', W'), or to the most frequent."""
 
-    def __init__(self, folder, rows, config, patch, row_tokens, given=0.0):
-        self.mean, self.std = normaliser(config)
+    def __init__(self, folder, rows, config, patch, row_tokens, given=0.0, shape=None):
         self.given = given                                   # the share of clips with givens
         self.row_tokens, self.patch = row_tokens, patch
         self.files, self.shape, self.about = {}, {}, {}
@@ -976,18 +1016,23 @@ class Clips:
             if given and "alone" not in header:
                 refuse(f"{path} holds nothing to give: run `python train_vae.py "
                        f"{Path(folder).name} --encode` again")
-            self.time_stride = header["time_stride"]
+            self.time_stride, self.is_codes = header["time_stride"], "codes" in header
             file = safe_open(path, "pt")
             for key, about in (header["clips"] | (header["alone"] if given else {})).items():
                 if about["clip"] not in self.rows:
                     continue
-                C, T, H, W = file.get_slice(key).get_shape()
+                *moments, T, H, W = file.get_slice(key).get_shape()
+                C = moments[0] // 2 if moments else 1        # a code has no channels
                 crop = [side // p * p for side, p in zip((T, H, W), patch)]
                 self.files[key], self.about[key] = file, about
-                self.shape[key] = (C // 2, *crop)
+                self.shape[key] = (C, *crop)
                 self.about[f"{key}:first"] = {**about, "frames": 1, "fps": None}
-                self.shape[f"{key}:first"] = (C // 2, 1, *crop[1:])
+                self.shape[f"{key}:first"] = (C, 1, *crop[1:])
         self.keys = sorted(key for key in self.files if ":" not in key)
+        if self.is_codes:
+            self.crop_codes(shape)
+        else:
+            self.mean, self.std = normaliser(config)
         count = lambda T, H, W: T * H * W // math.prod(patch)
         shapes = [self.shape[key][1:] for key in self.keys]
         self.lengths = [count(*shape) for shape in shapes]
@@ -997,6 +1042,21 @@ class Clips:
             cells = row_tokens * math.prod(patch) - more * max(H * W for _, H, W in shapes)
             refuse(f"a clip takes {longest} tokens, more than --row_tokens {row_tokens}: raise it, "
                    f"or encode again with --max_cells {cells}")
+
+    def crop_codes(self, shape):
+        """Gives all clips one shape; those that are smaller are left out and named."""
+        found = [self.shape[key][1:] for key in self.keys]
+        shape = shape or max(sorted(set(found)), key=found.count)
+        is_small = [any(a < b for a, b in zip(each, shape)) for each in found]
+        small = [key for key, left_out in zip(self.keys, is_small) if left_out]
+        text = f"smaller than codes of {'x'.join(map(str, shape))}: {', '.join(small[:8])}"
+        if len(small) == len(self.keys):
+            refuse(f"all clips are {text}: choose another --shape")
+        if small and not int(os.environ.get("RANK", 0)):
+            print(f"{len(small)} of {len(self.keys)} clips are left out, {text}"
+                  + ", …" * (len(small) > 8), file=sys.stderr)
+        self.keys = [key for key, left_out in zip(self.keys, is_small) if not left_out]
+        self.shape |= {key: (1, *shape) for key in self.keys}
 
     def read_as(self, kind, tokenizer=None, embeddings=None, labels=None, conditions=()):
         """Sets what the network is told of a clip: a caption's ids, its embeddings, or a class; and
@@ -1009,7 +1069,11 @@ class Clips:
         """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']. KEY:first
         is the first frame alone, which is KEY's first latent, in a draw of its own."""
         key, (_, T, H, W) = name.removesuffix(":first"), self.shape[name]
-        mean, logvar = self.files[key].get_tensor(key)[:, :T, :H, :W].float().chunk(2)
+        tensor = self.files[key].get_tensor(key)
+        if self.is_codes:                                    # int64 [T', H', W'], about the centre
+            top, left = (tensor.shape[1] - H) // 2, (tensor.shape[2] - W) // 2
+            return tensor[:T, top:top + H, left:left + W].long()
+        mean, logvar = tensor[:, :T, :H, :W].float().chunk(2)
         noise = gaussians("posterior", seed, step, [name], [mean.shape])[0]
         return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
 
@@ -1043,7 +1107,8 @@ class Clips:
         """Token ids of one of the clip's captions, drawn by weight; dropped with chance `drop`. In
         their place embeddings [L, width] of a frozen encoder, or the label's number for classes."""
         row = self.rows[self.about[key]["clip"]]
-        captions, random = row["captions"], rng(seed, "caption", step, key)
+        captions = row["captions"] if self.tokenizer or self.embeddings is not None else []
+        random = rng(seed, "caption", step, key)
         is_dropped = random.random() < drop
         if self.labels is not None:
             return self.labels.get(None if is_dropped else row["label"], len(self.labels))
@@ -1064,11 +1129,6 @@ class Clips:
                  "height": about["crop"][2], "width": about["crop"][3],
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
-
-    def lay_out(self, keys, texts, givens=None, about=None):
-        return lay_out([self.shape[key] for key in keys], [self.about[key]["fps"] for key in keys],
-                       texts, self.time_stride, self.patch, self.row_tokens, self.kind, givens,
-                       about)
 
 
 def load_tokenizer(path):
@@ -1092,43 +1152,42 @@ class RowPlan:
         self.first = [0]                                     # row number at which each epoch begins
         self.lock = threading.Lock()                         # the loader's threads share the plan
 
+    def draw(self, key, epoch):
+        return self.clips.draw_givens(key, self.seed, epoch, *self.shares) if any(
+            self.shares) else [key]
+
     @functools.lru_cache(maxsize=2)
     def epoch(self, n):
         clips, lengths = self.clips, self.clips.lengths
         if any(self.shares):
-            lengths = [clips.count_tokens(clips.draw_givens(key, self.seed, n, *self.shares))
-                       for key in clips.keys]
+            lengths = [clips.count_tokens(self.draw(key, n)) for key in clips.keys]
         return plan_epoch(clips.keys, lengths, clips.row_tokens, self.seed, n)
 
-    def find(self, s):
-        """(epoch, keys of the clips) of row s."""
+    def row(self, s):
+        """(the keys of the clips in row s, what `draw_givens` draws for each)."""
         with self.lock:
             while self.first[-1] <= s:
                 self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
             n = int(np.searchsorted(self.first, s, side="right")) - 1
-            return n, [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
-
-    def row(self, s):
-        """The keys of the clips in row s."""
-        return self.find(s)[1]
-
-    def givens(self, s):
-        """What is drawn for each clip of row s by `draw_givens`."""
-        n, keys = self.find(s)
-        return [self.clips.draw_givens(key, self.seed, n, *self.shares) for key in keys]
+            keys = [self.clips.keys[i] for i in self.epoch(n)[s - self.first[n]]]
+        return keys, [self.draw(key, n) for key in keys]
 
 
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
     """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
-    tokens, t [B]). `times`: the time of each clip; `drawn`: what takes its place and what that is
-    given, as `draw_givens` names them (itself and nothing)."""
+    tokens, t [B]), or (keys, Row, codes [B, T', H', W']). `times`: of each clip; `drawn`: what
+    takes its place and what that is given, as `draw_givens` names them (itself and nothing)."""
     drawn = drawn or [[key] for key in keys]
     targets = [target for target, *_ in drawn]
     givens = [clips.given_to(target, names, seed, step) for target, *names in drawn]
     latents = [clips.latent(key, seed, step) for key in targets]
+    row = lay_out([clips.shape[key] for key in targets], [clips.about[k]["fps"] for k in targets],
+                  [clips.text(key, seed, step, drop) for key in keys], clips.time_stride,
+                  clips.patch, clips.row_tokens, clips.kind, givens,
+                  [clips.told(key, seed, step, drop) for key in targets])
+    if clips.is_codes:
+        return keys, row, torch.stack(latents)
     noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
-    row = clips.lay_out(targets, [clips.text(key, seed, step, drop) for key in keys], givens,
-                        [clips.told(key, seed, step, drop) for key in targets])
     left = (0, 0, 0, len(row.rows) - int(row.cu[-1]))        # the null clip's tokens are zeros
     x0 = F.pad(patchify(with_givens(latents, givens), clips.patch), left)
     noise = torch.zeros_like(x0).index_copy_(0, row.own, patchify(noises, clips.patch))
@@ -1167,29 +1226,39 @@ def step_flops(options, clips, texts):
 
     with n tokens and m text tokens a clip, N and L in all, F the MLP's width; without text 4 D^2
     for 6 D^2. Norms and activations are left out, and what is of no use: the null clip, padding,
-    scores computed again."""
+    scores computed again. A GPT's codes see half of each other or less, hear of texts in their
+    norms alone, and are read and predicted by (code_dim + K) D."""
     has_text = bool(options.get("text") or options.get("text_dim"))
     n, m, D = np.array(clips, float), np.array(texts, float) * has_text, options["dim"]
     ffn, (W, layers, _) = options.get("ffn") or 4 * D, options.get("text") or (0, 0, 0)
-    N, L, patch = n.sum(), m.sum(), options["patch"]
+    N, L, patch = n.sum(), m.sum(), options.get("patch", 1)
+    tower = layers * (12 * L * W**2 + 2 * W * (m**2).sum())
+    if options.get("kind") == "gpt":
+        seen = sparse_mask(tuple(options["shape"]), "cpu").sum().item() if options.get(
+            "sparse") else n[0] * (n[0] + 1) / 2
+        blocks = N * 12 * D**2 + 2 * D * len(n) * seen
+        rest = N * (options["code_dim"] + options["codes"]) * D
+        return float(6 * (options["depth"] * blocks + rest + tower))
     ends = options["channels"] * (patch**2 if isinstance(patch, int) else math.prod(patch))
     blocks = N * ((4 + 2 * has_text) * D**2 + 2 * D * ffn) + 2 * L * D**2 + 2 * D * (
         n * (n + m)).sum()
     rest = 2 * N * ends * D + L * (W * D + D**2) + len(n) * (256 * D + 7 * D**2)
-    tower = layers * (12 * L * W**2 + 2 * W * (m**2).sum())
     return float(6 * (options["depth"] * blocks + rest + tower))
 
 
 def saved_bytes(options, n_tokens, n_text, kernels, dtype):
     """Bytes that a row's forward pass keeps for the backward, weights apart. A token leaves in each
     block 20 vectors of width D, which linear layers, attention and norms had as inputs, two of the
-    MLP's width, and on torch's path ten more that the Triton kernels compute again; a text token
-    its keys and values. bf16: two bytes a number; torch's path keeps half of them in fp32."""
+    MLP's width, and on torch's path ten more that the Triton kernels compute again (in GPT 18); a
+    text token its keys and values. bf16: two bytes a number; torch's path keeps half of them in
+    fp32."""
     D, (W, layers, _) = options["dim"], options.get("text") or (0, 0, 0)
-    numbers = (20 if kernels == "triton" else 30) + 2 * (options.get("ffn") or 4 * D) / D
+    vectors = 18 if options.get("kind") == "gpt" else 20 if kernels == "triton" else 30
+    numbers = vectors + 2 * (options.get("ffn") or 4 * D) / D
     size = 4 if dtype == "fp32" else 2 if kernels == "triton" else 3
     tower = n_text * (3 * options["depth"] * D + 20 * layers * W)
-    return size * (n_tokens * options["depth"] * D * numbers + tower)
+    logits = 4 * n_tokens * options.get("codes", 0) * 2      # and their softmax, float32
+    return size * (n_tokens * options["depth"] * D * numbers + tower) + logits
 
 
 def evenness(rows, row_tokens):
@@ -1223,8 +1292,8 @@ def estimate(args, options, clips, plan, device):
         row=saved_bytes(options, args.row_tokens, text * n_clips / len(rows), kernels, args.dtype))
 
 
-def print_estimate(args, cost, device):
-    """The table of --estimate."""
+def print_cost(args, cost, clips, held_out, device):
+    """A run's header: what it learns, from what, at what cost; and the whole of --estimate."""
     if int(os.environ.get("RANK", 0)):
         return
     hours = cost["step_s"] * args.steps / 3600
@@ -1232,16 +1301,22 @@ def print_estimate(args, cost, device):
     tera, mib = 1e12, 2**20
     rows = [
         ("parameters", f"{cost['params'] / 1e6:.2f}M, {cost['dit'] / 1e6:.2f}M in the denoiser"),
+        ("clips", f"{len(clips.keys)} of {sum(clips.lengths) / len(clips.keys):.0f} tokens to "
+         f"learn from, {len(held_out.keys)} held out"),
+        ("rows", f"{args.batch_tokens // args.row_tokens} of {args.row_tokens} tokens a step, "
+         f"{cost['fullness']:.1%} full, attention of the largest {cost['evenness']:.2f} of the "
+         "mean"),
         ("fixed memory", f"{cost['state'] / mib:.0f} MiB: weights, gradients, momentum, average"),
         ("activations", f"{cost['row'] / mib:.0f} MiB for a row of {args.row_tokens} tokens in "
          f"{args.dtype}, {cost['kernels']} kernels ({cost['why']})"),
         ("a step", f"{cost['step_s']:.3g} s: {cost['flops'] / tera:.3g} TFLOP at {EFFICIENCY:.0%} "
          f"of the {cost['peak'] / tera:.3g} TFLOP/s measured on {device}"),
         (f"{args.steps} steps", f"{hours:.2f} hours{price}")]
-    for gb in (8, 16, 24, 80):           # a tenth is left to temporaries and the allocator
+    for gb in (8, 16, 24, 80) if args.estimate else ():      # a tenth is left to temporaries
         most = int((0.9e9 * gb - cost["state"]) / cost["row"] * args.row_tokens) // 256 * 256
         rows.append((f"{gb} GB hold", f"--row_tokens {most}" if most > 0 else "not even one row"))
-    print("\n".join(f"{name:14}{text}" for name, text in rows))
+    print("\n".join(f"{name:14}{text}" for name, text in rows),
+          file=sys.stdout if args.estimate else sys.stderr)
 
 
 def check_estimate(cost, folder):
@@ -1274,6 +1349,20 @@ def clip_losses(model, row, x0, noise, t, dtype):
     return sums / counts
 
 
+def losses_of(model, row, *tensors, dtype):
+    """(each clip's loss [B]; losses, and their times, for `by_time`) of what `load_row` loaded. The
+    losses of codes, in nats, are told apart by their place in raster order, from 0 to 1."""
+    if model.kind != "gpt":
+        losses = clip_losses(model, row, *tensors, dtype)
+        return losses, losses.detach(), tensors[-1]
+    codes, = tensors
+    with torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        losses = model.dit.losses(codes, model.read(row))                            # [B, L]
+    n = losses.shape[1]
+    place = torch.arange(n, device=codes.device).expand_as(losses) / n
+    return losses.mean(1), losses.detach().flatten(), place.flatten()
+
+
 def by_time(losses, t, n_bins=4):
     """[n_bins, 2] of losses [B] at times t [B]: sum and number in each equal part of 0 to 1."""
     bins = F.one_hot((t * n_bins).long().clamp(max=n_bins - 1), n_bins).float()      # [B, n_bins]
@@ -1282,15 +1371,20 @@ def by_time(losses, t, n_bins=4):
 
 @torch.no_grad()
 def held_out_loss(model, bank, device, dtype):
-    """(mean loss, loss by time bin) over the fixed bank of clips, noise and times."""
-    losses, times = [], []
-    for _, row, x0, noise, t in bank:
-        moved = row.to(device), x0.to(device), noise.to(device), t.to(device)
-        losses.append(clip_losses(model, *moved, dtype).cpu())
-        times.append(t)
-    losses = torch.cat(losses)
-    sums, counts = by_time(losses, torch.cat(times)).unbind(1)
-    return losses.mean().item(), (sums / counts).tolist()
+    """The log's figures over the fixed bank of clips, noise and times: the mean loss, the loss by
+    time bin and by clip shape (T'xH'xW'), of codes in bits a code too."""
+    found, shapes = [], []
+    for _, *loaded in bank:
+        losses = losses_of(model, *(x.to(device) for x in loaded), dtype=dtype)
+        found.append([x.cpu() for x in losses])
+        shapes += ["x".join(map(str, shape[1:])) for shape in loaded[0].shapes]
+    losses, binned, times = (torch.cat(parts) for parts in zip(*found))
+    sums, counts = by_time(binned, times).unbind(1)
+    by_shape = {shape: losses[torch.tensor([each == shape for each in shapes])].mean().item()
+                for shape in sorted(set(shapes))}
+    bits = {"bits_per_dim": losses.mean().item() / math.log(2)} if model.kind == "gpt" else {}
+    return {"held_out": losses.mean().item(), "held_out_by_t": (sums / counts).tolist(),
+            "held_out_by_shape": by_shape, **bits}
 
 
 def guide(with_prompt, without, scale, channels=None):
@@ -1341,6 +1435,16 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
     return videos
 
 
+@torch.no_grad()
+def sample_codes(model, vae, texts, draws, temperature=1.0, progress=iter):
+    """Videos of codes that a prior draws under `texts` (as lay_out takes them), by numbers `draws`
+    [B, L] (as generate_codes does); uint8 [T, H, W, 3] of each."""
+    row = lay_out([(1, *model.dit.shape)] * len(texts), [None] * len(texts), texts, 1, (1, 1, 1))
+    told = model.read(row.to(draws.device))
+    codes = generate_codes(model.dit, draws, told, temperature, progress)
+    return [to_frames(video) for video in vae.decode_codes(codes)]
+
+
 def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     """A sheet of videos sampled at held-out clips' captions, sizes and lengths; of a run that is
     trained with givens, each again from its first frame."""
@@ -1351,14 +1455,19 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
         keys = keys * 2
     texts, none = ([clips.text(key, seed, 0, drop) for key in keys] for drop in (0.0, 1.0))
     shapes = [clips.shape[key] for key in keys]
-    noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
-    rates = [clips.about[key]["fps"] for key in keys]
-    videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
-                      time_stride=clips.time_stride, none=none[0], givens=givens,
-                      about=[clips.told(key, seed, 0, 0.0) for key in keys])
+    if clips.is_codes:
+        draws = [rng(seed, "sample", 0, key).random(math.prod(model.dit.shape)) for key in keys]
+        videos = sample_codes(model, vae, texts, torch.tensor(np.array(draws)).float().to(device))
+    else:
+        noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
+        rates = [clips.about[key]["fps"] for key in keys]
+        videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
+                          time_stride=clips.time_stride, none=none[0], givens=givens,
+                          about=[clips.told(key, seed, 0, 0.0) for key in keys])
+    is_told = clips.tokenizer or clips.embeddings is not None
     for video, key, given in zip(videos, keys, givens):
         row = clips.rows[clips.about[key]["clip"]]
-        caption = (row["captions"] or [{"text": ""}])[0]["text"]
+        caption = (row["captions"] or [{"text": ""}])[0]["text"] if is_told else ""
         title = caption if clips.labels is None else row["label"]
         rows.append((sheet_frames(video), title + ", from its first frame" * len(given)))
     contact_sheet(path, rows)
@@ -1391,11 +1500,12 @@ def plot_losses(folder, width=640, height=360):
         image.save(path, "PNG")
 
 
-def start_from(args):
-    """(options of the network or None, its published layout or None, its weights or None) that
-    --init names: nothing, a run, or published weights."""
-    if not args.init:
-        return None, None, None
+def start_from(args, begun):
+    """(options of the network or None, its published layout or None, its weights or None): those of
+    the config.json of a run that has `begun`, or what --init names: nothing, a run, or published
+    weights."""
+    if begun or not args.init:
+        return begun and begun["model"], begun and begun["layout"], None
     path = Path(args.init) if Path(args.init).is_file() else run_dir(args.init)
     about = path / "config.json"
     if not path.is_file() and not (about.is_file() and "_class_name" in about.read_text()
@@ -1404,32 +1514,23 @@ def start_from(args):
         weights = load_file(last_checkpoint(path) / "ema.safetensors")
         return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
-    kind = {"dit": args.model.split("-")[0], "uvit": "uvit"}.get(layout, "wan")
+    kind = {"dit": args.model.split("-")[0], "uvit": "uvit", "gpt": "gpt"}.get(layout, "wan")
     weights = {f"dit.{name}": value for name, value in network.state_dict().items()}
     return {"kind": kind, **options}, layout, weights
 
 
-def open_stage(args, folder):
-    """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of
-    the run's config.json the network is made of, the weights to begin with or None)."""
-    data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
-    train_rows, held_out = split_rows(skip_clips(open_dataset(data), args.skip_clips), data)
-    (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args)
-    if options is None and "dim" not in MODELS[args.model]:
-        refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
-    patch = (options or MODELS[args.model])["patch"]
-    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
-    clips = [Clips(data, rows, vae_config, patch, args.row_tokens, args.given)
-             for rows in (train_rows, held_out)]
-    is_new, options = options is None, dict(options or MODELS[args.model])
-    kind, z = options.setdefault("kind", "video"), vae.z_dim
-    for size in {"dim", "depth", "heads"} & set(MODELS[args.model]):
-        if options[size] != MODELS[args.model][size]:
-            refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
-                   f"{MODELS[args.model][size]}")
-    largest = tuple(max(shape[i] for part in clips for shape in part.shape.values())
-                    for i in (1, 2, 3))
-    if is_new:
+def fit_latents(args, options, is_new, vae, name, shapes):
+    """Fills in what of a new model's options the latents decide, of these shapes by the autoencoder
+    of this name; refuses latents that a model with weights was not made for."""
+    kind, z = options["kind"], vae.z_dim
+    largest = tuple(max(shape[i] for shape in shapes) for i in (1, 2, 3))
+    if kind == "gpt":
+        told, here = ("shape", "codes", "code_dim"), (largest, *vae.bottleneck.codebook.shape)
+        if is_new:
+            options |= dict(zip(told, here))
+        elif (was := (tuple(options["shape"]), options["codes"], options["code_dim"])) != here:
+            refuse(f"--init {args.init} has {told} = {was}, {name} and --shape give {here}")
+    elif is_new:
         options |= {"video": dict(channels=z), "wan": dict(channels=z, out_channels=z),
                     "uvit": dict(channels=z, size=largest)}.get(
                         kind, dict(channels=z, out_channels=2 * z, grid=None))
@@ -1439,43 +1540,100 @@ def open_stage(args, folder):
     elif kind == "uvit" and any(a > b for a, b in zip(largest, options["size"])):
         refuse(f"--init {args.init} has positions for latents of {options['size']}, the largest "
                f"here are {largest}: prepare smaller clips, or stills")
-    tokenizer = embeddings = labels = None
+
+
+class CountedTexts(dict):
+    """In the place of embeddings where their lengths alone count: nothing is encoded."""
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def __missing__(self, text):
+        mask = self.encoder.ids([text])[1]                   # CLIP's padding counts
+        return torch.empty(int(mask.sum()) if self.encoder.tables else mask.numel(), 0)
+
+
+def open_texts(args, folder, data, options, is_new, train_rows, held_out):
+    """(tokenizer, embeddings, labels): the one of them that the network reads, by which its options
+    are filled in, and None for the others."""
     if options.get("classes"):
         labels = sorted({row["label"] for row in train_rows} - {None})
         if not labels:
             refuse(f"{data} has no labels, and {args.model} learns classes: prepare_data.py "
                    "--format folder has them")
-        if options["classes"] != len(labels) + 1:            # another table of them, then
-            options["classes"] = len(labels) + 1
-            weights = weights and {k: v for k, v in weights.items() if k not in CLASS_TABLES}
-    elif args.text_encoder:
-        encoder = open_text_encoder(args.text_encoder)
-        encode_captions(data, train_rows + held_out, encoder, rank=int(os.environ.get("RANK", 0)),
-                        world=int(os.environ.get("WORLD_SIZE", 1)))
-        barrier()
-        embeddings = TextEmbeddings(data, {r["shard"] for r in train_rows + held_out}, encoder.hash)
+        options["classes"] = len(labels) + (options["kind"] != "gpt")    # the last one: no class
+        return None, None, labels
+    if args.text_encoder:
+        encoder, rows = open_text_encoder(args.text_encoder), train_rows + held_out
         width, wanted = encoder.embed.embedding_dim, (options.get("clip") or [0])[0]
         wanted = wanted or (0 if is_new else options.get("text_dim", 0))
         if wanted not in (0, width):
             refuse(f"--text_encoder {args.text_encoder} is {width} wide, {args.model} reads "
                    f"{wanted}")
-        options |= {"text": None} if kind == "uvit" else {"text": None, "text_dim": width}
-    elif options.get("text"):
+        options |= {"text": None} if options["kind"] == "uvit" else {"text": None,
+                                                                     "text_dim": width}
+        if args.estimate:
+            return None, CountedTexts(encoder), None
+        encode_captions(data, rows, encoder, rank=int(os.environ.get("RANK", 0)),
+                        world=int(os.environ.get("WORLD_SIZE", 1)))
+        return None, TextEmbeddings(data, {row["shard"] for row in rows}, encoder.hash), None
+    if options.get("text"):
         source = args.init and run_dir(args.init)
         source = folder if (folder / "tokenizer.json").exists() else source
         texts = [c["text"] for row in train_rows for c in row["captions"]]
         tokenizer = load_tokenizer(source / "tokenizer.json") if source else train_tokenizer(
             texts, args.vocab)
         options["vocab"] = tokenizer.get_vocab_size()
-    elif options.get("text_dim") or options.get("clip"):
+        return tokenizer, None, None
+    if options.get("text_dim") or options.get("clip"):
         refuse(f"{args.model} reads embeddings of a frozen text encoder: --text_encoder DIR")
-    conditions = args.conditions
-    if not is_new and len(conditions) != options.get("conditions", 0):
+    return None, None, None
+
+
+def open_stage(args, folder, begun):
+    """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of
+    the run's config.json the network is made of, the weights to begin with or None). begun: that
+    config, of a run that goes on."""
+    data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
+    train_rows, held_out = split_rows(skip_clips(open_dataset(data), args.skip_clips), data)
+    (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
+    is_new, preset = options is None, MODELS[args.model]
+    options = {"kind": "video", **(options or preset)}
+    kind, patch = options["kind"], options.get("patch", 1)
+    if "dim" not in options:
+        refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
+    for size in {"dim", "depth", "heads"} & set(preset):
+        if options[size] != preset[size]:
+            refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
+                   f"{preset[size]}")
+    if (kind == "gpt") != bool(vae.n_codes):
+        refuse(f"--model {args.model} learns {'codes' if kind == 'gpt' else 'latents'}, which "
+               f"{name} does not make: gpt models go with train_vae.py --bottleneck vq or fsq, "
+               "the others with kl")
+    patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
+    clips, shape = [], args.shape or options.get("shape")
+    for rows in (train_rows, held_out):
+        clips.append(Clips(data, rows, vae_config, patch, args.row_tokens, args.given, shape))
+        shape = shape or clips[0].shape[clips[0].keys[0]][1:]
+    fit_latents(args, options, is_new, vae, name, [
+        part.shape[key] for part in clips for key in (part.keys if kind == "gpt" else part.shape)])
+    classes = options.get("classes")
+    told = open_texts(args, folder, data, options, is_new, train_rows, held_out)
+    if weights and options.get("classes") != classes:        # another table of them, then
+        weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
+    if kind == "gpt":
+        codebook, shape = vae.bottleneck.codebook, tuple(options["shape"])
+        if weights and not torch.equal(weights["dit.codebook"], codebook):
+            refuse(f"--init {args.init} was trained on codes of another autoencoder than {name}")
+        if options.get("sparse") and len(sparse_mask(shape, "cpu")) != math.prod(shape):
+            refuse(f"--model {args.model} sees blocks of 32 codes, and --shape "
+                   f"{'x'.join(map(str, shape))} is no whole number of them: name another")
+    if not is_new and len(args.conditions) != options.get("conditions", 0):
         refuse(f"--init {args.init} was told {options.get('conditions', 0)} --conditions")
-    options |= {"conditions": len(conditions)} if conditions else {}
+    options |= {"conditions": len(args.conditions)} if args.conditions else {}
     for part in clips:
-        part.read_as(kind, tokenizer, embeddings, labels, conditions)
-    about = {"model": options, "layout": layout, "labels": labels,
+        part.read_as(kind, *told, args.conditions)
+    about = {"model": options, "layout": layout, "labels": told[-1],
              "vae": {"run": name, "hash": vae_config["hash"]}}
     return vae, vae_config, *clips, about, weights
 
@@ -1483,15 +1641,14 @@ def open_stage(args, folder):
 def held_out_bank(clips, seed):
     """A few rows of held-out clips with fixed noise and evenly spread times, for figures that two
     runs can compare to three digits."""
-    plan = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
-    n, bank, place = sum(len(row) for row in plan), [], 0
-    spread = rng(seed, "bank").permutation(n)
-    for indices in plan:
-        keys = [clips.keys[i] for i in indices]
-        times = [(spread[place + j] + 0.5) / n for j in range(len(keys))]
-        place += len(keys)
-        bank.append(load_row(clips, keys, seed, 0, 0.0, times))
-    return bank
+    rows = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
+    n = sum(map(len, rows))
+    times = iter((rng(seed, "bank").permutation(n) + 0.5) / n)
+    return [load_row(clips, [clips.keys[i] for i in row], seed, 0, 0.0, [next(times) for _ in row])
+            for row in rows]
+
+
+BLOCKS = (Block, UViTBlock, GPTBlock)
 
 
 class LoRA(nn.Module):
@@ -1509,7 +1666,7 @@ class LoRA(nn.Module):
 def add_lora(model, rank):
     """Freezes the model but for such an addition to each matrix of its blocks."""
     model.requires_grad_(False)
-    for block in (m for m in model.dit.modules() if isinstance(m, (Block, UViTBlock))):
+    for block in (m for m in model.dit.modules() if isinstance(m, BLOCKS)):
         for layer in [m for m in block.modules() if isinstance(m, nn.Linear)]:
             register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
@@ -1526,72 +1683,88 @@ def merged(model):
     return state
 
 
-def add_gradients(model, loaded, lengths, args, device):
+def add_gradients(model, step, loaded, lengths, args, device):
     """Learns from this rank's loaded rows of a step; returns their part of the log's figures.
     lengths: of the clips in each row of all ranks."""
     n_clips, by_t = sum(map(len, lengths)), torch.zeros(4, 2, device=device)
-    for _, row, *tensors in loaded:
-        moved = [x.to(device) for x in (row, *tensors)]
-        losses = clip_losses(model, *moved, args.dtype)                              # [B]
+    for keys, *tensors in loaded:
+        # dropout, of networks that have it, is a row's own on whatever rank
+        torch.manual_seed(int(rng(args.seed, "dropout", step, keys[0]).integers(2**62)))
+        losses, binned, t = losses_of(model, *(x.to(device) for x in tensors), dtype=args.dtype)
         (losses.sum() / n_clips).backward()
-        by_t += by_time(losses.detach(), moved[-1])
+        by_t += by_time(binned, t) * (len(keys) / len(binned))           # in clips
     full, even = evenness(lengths, args.row_tokens)
     return {"loss": by_t[:, 0].sum() / n_clips, "loss_by_t": by_t, "fullness": (full, 1),
             "evenness": (even, 1)}
 
 
+def build(args, options, weights, vae):
+    """The model that a run begins with."""
+    torch.manual_seed(args.seed)
+    model = Denoiser(**options)
+    model.objective, model.dit.recompute = objective_of(vars(args)), args.recompute
+    if weights:
+        lacks = [name for name in model.load_state_dict(weights, strict=False).missing_keys
+                 if not name.endswith(CLASS_TABLES)]
+        if lacks:
+            refuse(f"--init {args.init} has no {min(lacks)}: not this model")
+    if model.kind == "gpt":
+        model.dit.codebook.copy_(vae.bottleneck.codebook)
+    if args.lora:
+        add_lora(model, args.lora)
+    return model
+
+
 def train(args, folder):
     rows_a_step = args.batch_tokens // args.row_tokens
     rank, world, device = setup(args, rows_a_step, "--batch_tokens")
-    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder)
+    config, begun, saved_at = {"kind": "denoiser", "args": vars(args)}, None, None
+    is_begun = (folder / "config.json").exists() and not args.estimate
+    barrier()                                                # before the first rank makes it
+    if is_begun:
+        saved_at = start_run(folder, config)
+        if is_finished(saved_at, args):
+            return
+        begun = saved_at and read_config(folder, "denoiser")
+    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
-    if args.estimate:
-        return print_estimate(args, estimate(args, about["model"], clips, plan, device), device)
-    saved_at = start_run(folder, {"kind": "denoiser", "args": vars(args), **about})
-    if is_finished(saved_at, args):
-        return
     cost = estimate(args, about["model"], clips, plan, device)
+    print_cost(args, cost, clips, held_out, device)
+    if args.estimate:
+        return
+    if not is_begun:
+        start_run(folder, {**config, **about})
     if rank == 0 and clips.tokenizer and not (folder / "tokenizer.json").exists():
         with atomic(folder / "tokenizer.json") as path:
             clips.tokenizer.save(str(path))
-    torch.manual_seed(args.seed)
-    model, step = Denoiser(**about["model"]).to(device), 0
-    model.objective = objective_of(vars(args))               # the average's copy has it too
-    model.dit.recompute = args.recompute
-    if weights and not saved_at:
-        lacks = set(model.load_state_dict(weights, strict=False).missing_keys) - set(CLASS_TABLES)
-        if lacks:
-            refuse(f"--init {args.init} has no {min(lacks)}: not this model")
-    if args.lora:
-        add_lora(model, args.lora)
+    model, step = build(args, about["model"], weights, vae).to(device), 0
     tokens_of = dict(zip(clips.keys, clips.lengths))
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = MuonAdamW(model, ("dit.head", "table", "dit.time") if args.optimizer == "muon"
-                          else ("",))
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = MuonAdamW(model, ("dit.head", "table", "dit.time", "pos_embd", ".w.", ".wb.",
+                                  "fc_out") if args.optimizer == "muon" else ("",))
     if saved_at:
         step, saved = load_step(saved_at)
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved.get("average", saved["ema"]))
         restore_optimizer(optimizer, model, saved["optimizer"])
     for block in model.dit.modules() if args.compile else ():
-        if isinstance(block, (Block, UViTBlock)):
+        if isinstance(block, BLOCKS):
             block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
-    print_header(args, folder, cost, clips, held_out, device)
 
     def batch(step):
         """This rank's rows of a step, and the lengths of the clips in all of its rows."""
-        places, loaded = range(step * rows_a_step, (step + 1) * rows_a_step), []
-        rows, drawn = [plan.row(s) for s in places], [plan.givens(s) for s in places]
-        for keys, names in zip(rows[rank::world], drawn[rank::world]):
+        rows = [plan.row(s) for s in range(step * rows_a_step, (step + 1) * rows_a_step)]
+        loaded = []
+        for keys, drawn in rows[rank::world]:
             times = [draw_t(rng(args.seed, "time", step, key), args.times,
                             token_shift(args.shift, tokens_of[key], args.shift_tokens),
                             interval(model.objective)) for key in keys]
-            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, names))
-        return loaded, [[clips.count_tokens(each) for each in row] for row in drawn]
+            loaded.append(load_row(clips, keys, args.seed, step, args.drop, times, drawn))
+        return loaded, [[clips.count_tokens(each) for each in drawn] for _, drawn in rows]
 
     def learn(step, data):
-        figures = add_gradients(model, *data, args, device)
+        figures = add_gradients(model, step, *data, args, device)
         norm = take_step(model, optimizer, lr_at(step, args))
         ema_update(ema, model, min(args.ema, (2 + step) / (11 + step)))
         return figures, norm, [key for keys, *_ in data[0] for key in keys]
@@ -1599,8 +1772,7 @@ def train(args, folder):
     def evaluate(done):
         sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
                         folder / "samples" / f"step-{done:06d}.png", args.shift)
-        mean, by_t = held_out_loss(ema, bank, device, args.dtype)
-        return {"held_out": mean, "held_out_by_t": by_t}
+        return held_out_loss(ema, bank, device, args.dtype)
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
         "model": model.state_dict(), "ema": merged(ema),
@@ -1612,17 +1784,6 @@ def train(args, folder):
         check_estimate(cost, folder)
     barrier()
 
-
-def print_header(args, folder, cost, clips, held_out, device):
-    if int(os.environ.get("RANK", 0)):
-        return
-    print(f"{folder}: {cost['params'] / 1e6:.2f}M parameters ({cost['dit'] / 1e6:.2f}M denoiser); "
-          f"{len(clips.keys)} clips of {sum(clips.lengths) / len(clips.keys):.0f} tokens to learn "
-          f"from, {len(held_out.keys)} held out; {args.batch_tokens // args.row_tokens} rows of "
-          f"{args.row_tokens} tokens a step, {cost['fullness']:.1%} full, attention of the largest "
-          f"{cost['evenness']:.2f} of the mean; {cost['flops'] / 1e12:.3g} TFLOP a step, "
-          f"{cost['peak'] / 1e12:.3g} TFLOP/s measured; {device}, {cost['kernels']} kernels "
-          f"({cost['why']})", file=sys.stderr)
 
 
 def load_denoiser(name, device="cpu", weights="ema"):
@@ -1637,6 +1798,8 @@ def load_denoiser(name, device="cpu", weights="ema"):
     elif config["args"].get("text_encoder"):
         encoder = open_text_encoder(config["args"]["text_encoder"], device)
         read = lambda prompt: encoder.encode([prompt])[0]
+    elif model.tower is None:                                # told nothing
+        read = lambda prompt: [EOS]
     else:
         read = functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
     return model.to(device).eval().requires_grad_(False), read, config
@@ -1653,87 +1816,55 @@ def class_of(prompt, labels):
 # Published weights
 # ================================================================================================
 
-# Our name, their name or names (joined one after the other), how the tensor is turned; * is a
-# block's number. A rule whose names a file does not hold is for another kind of model.
-LINEAR = ("weight", "bias")
-DIT_KEYS = [
-    ("embed.weight", "x_embedder.proj.weight", "conv"), ("embed.bias", "x_embedder.proj.bias"),
-    ("time.0", "t_embedder.mlp.0", LINEAR), ("time.2", "t_embedder.mlp.2", LINEAR),
-    ("classes.weight", "y_embedder.embedding_table.weight"), ("pos_embed", "pos_embed", "batch"),
-    ("blocks.*.modulation", "blocks.*.adaLN_modulation.1", LINEAR),
-    ("blocks.*.attn.qkv", "blocks.*.attn.qkv", LINEAR),
-    ("blocks.*.attn.out", "blocks.*.attn.proj", LINEAR),
-    ("blocks.*.up", "blocks.*.mlp.fc1", LINEAR), ("blocks.*.down", "blocks.*.mlp.fc2", LINEAR),
-    ("head_modulation", "final_layer.adaLN_modulation.1", LINEAR),
-    ("head.weight", "final_layer.linear.weight", "head"),
-    ("head.bias", "final_layer.linear.bias", "head"),
-]
-WAN_KEYS = [
-    ("embed.weight", "patch_embedding.weight", "conv"), ("embed.bias", "patch_embedding.bias"),
-    ("time.0", "time_embedding.0", LINEAR), ("time.2", "time_embedding.2", LINEAR),
-    ("text.0", "text_embedding.0", LINEAR), ("text.2", "text_embedding.2", LINEAR),
-    ("time_table", "time_projection.1", LINEAR), ("blocks.*.table", "blocks.*.modulation", "batch"),
-    ("blocks.*.attn.qkv", "blocks.*.self_attn.q|k|v", LINEAR),
-    ("blocks.*.attn.out", "blocks.*.self_attn.o", LINEAR),
-    ("blocks.*.attn.q_norm", "blocks.*.self_attn.norm_q.weight"),
-    ("blocks.*.attn.k_norm", "blocks.*.self_attn.norm_k.weight"),
-    ("blocks.*.cross.q", "blocks.*.cross_attn.q", LINEAR),
-    ("blocks.*.cross.kv", "blocks.*.cross_attn.k|v", LINEAR),
-    ("blocks.*.cross.kv_image", "blocks.*.cross_attn.k_img|v_img", LINEAR),
-    ("blocks.*.cross.out", "blocks.*.cross_attn.o", LINEAR),
-    ("blocks.*.cross.q_norm.weight", "blocks.*.cross_attn.norm_q.weight"),
-    ("blocks.*.cross.k_norm.weight", "blocks.*.cross_attn.norm_k.weight"),
-    ("blocks.*.cross.k_norm_image.weight", "blocks.*.cross_attn.norm_k_img.weight"),
-    ("blocks.*.cross_weight", "blocks.*.norm3.weight"),
-    ("blocks.*.cross_bias", "blocks.*.norm3.bias"),
-    ("blocks.*.up", "blocks.*.ffn.0", LINEAR), ("blocks.*.down", "blocks.*.ffn.2", LINEAR),
-    *((f"image.{i}", f"img_emb.proj.{i}", LINEAR) for i in (0, 1, 3, 4)),
-    ("image_place", "img_emb.emb_pos", "batch"), ("head_table", "head.modulation", "batch"),
-    ("head.weight", "head.head.weight", "head"), ("head.bias", "head.head.bias", "head"),
-]
-DIFFUSERS_NAMES = [             # a part of an original Wan name, the same in diffusers' layout
-    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"), ("head.head", "proj_out"),
-    ("head.modulation", "scale_shift_table"), (".modulation", ".scale_shift_table"),
-    ("self_attn.o", "attn1.to_out.0"), ("cross_attn.o", "attn2.to_out.0"),
-    ("self_attn.norm_", "attn1.norm_"), ("cross_attn.norm_k_img", "attn2.norm_added_k"),
-    ("cross_attn.norm_", "attn2.norm_"), ("cross_attn.k_img", "attn2.add_k_proj"),
-    ("cross_attn.v_img", "attn2.add_v_proj"), ("self_attn.", "attn1.to_"),
-    ("cross_attn.", "attn2.to_"), (".norm3.", ".norm2."), ("ffn.0", "ffn.net.0.proj"),
-    ("ffn.2", "ffn.net.2"), ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-]
+# Our modules (or tensors) and theirs, with what stands behind `blocks.N.` in both; a|b: two or
+# more of theirs, joined one after the other, are one of ours.
+DIT_KEYS = {
+    "embed": "x_embedder.proj", "time.0": "t_embedder.mlp.0", "time.2": "t_embedder.mlp.2",
+    "classes": "y_embedder.embedding_table", "pos_embed": "pos_embed",
+    "modulation": "adaLN_modulation.1", "attn.qkv": "attn.qkv", "attn.out": "attn.proj",
+    "up": "mlp.fc1", "down": "mlp.fc2", "head": "final_layer.linear",
+    "head_modulation": "final_layer.adaLN_modulation.1",
+}
+WAN_KEYS = {                    # in Wan's own layout, and in diffusers'
+    "embed": ("patch_embedding", "patch_embedding"),
+    "time.0": ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    "time.2": ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    "text.0": ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    "text.2": ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    "time_table": ("time_projection.1", "condition_embedder.time_proj"),
+    "image.0": ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    "image.1": ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    "image.3": ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    "image.4": ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    "image_place": ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+    "head_table": ("head.modulation", "scale_shift_table"), "head": ("head.head", "proj_out"),
+    "table": ("modulation", "scale_shift_table"),
+    "attn.qkv": ("self_attn.q|k|v", "attn1.to_q|to_k|to_v"),
+    "attn.out": ("self_attn.o", "attn1.to_out.0"),
+    "attn.q_norm": ("self_attn.norm_q.weight", "attn1.norm_q.weight"),
+    "attn.k_norm": ("self_attn.norm_k.weight", "attn1.norm_k.weight"),
+    "cross.q": ("cross_attn.q", "attn2.to_q"), "cross.kv": ("cross_attn.k|v", "attn2.to_k|to_v"),
+    "cross.kv_image": ("cross_attn.k_img|v_img", "attn2.add_k_proj|add_v_proj"),
+    "cross.out": ("cross_attn.o", "attn2.to_out.0"),
+    "cross.q_norm": ("cross_attn.norm_q", "attn2.norm_q"),
+    "cross.k_norm": ("cross_attn.norm_k", "attn2.norm_k"),
+    "cross.k_norm_image": ("cross_attn.norm_k_img", "attn2.norm_added_k"),
+    "cross_weight": ("norm3.weight", "norm2.weight"), "cross_bias": ("norm3.bias", "norm2.bias"),
+    "up": ("ffn.0", "ffn.net.0.proj"), "down": ("ffn.2", "ffn.net.2"),
+}
+TURNS = {"embed.weight": "conv", "pos_embed": "batch", "image_place": "batch", "table": "batch",
+         "head_table": "batch", "head.weight": "head", "head.bias": "head"}
 
 
-def in_diffusers(name):
-    """A name of Wan's original layout as diffusers has it."""
-    for original, theirs in DIFFUSERS_NAMES:
-        if original in name:
-            return name.replace(original, theirs)
-    return name
-
-
-def key_rules(layout, depth):
-    """[(our name, [their names], how)] of a model of `depth` blocks: layout "dit", "wan" or
-    "diffusers"."""
-    rules = []
-    for ours, theirs, *how in DIT_KEYS if layout == "dit" else WAN_KEYS:
-        parts = how[0] if how and how[0] is LINEAR else ("",)
-        stem, _, last = theirs.rpartition(".")
-        for part in parts:
-            names = [f"{stem}.{one}".lstrip(".") + (part and f".{part}") for one in last.split("|")]
-            if layout == "diffusers":
-                names = [in_diffusers(name) for name in names]
-            rule = ours + (part and f".{part}"), names, "" if how == [LINEAR] else "".join(how)
-            rules += [(rule[0].replace("*", str(n)), [name.replace("*", str(n)) for name in names],
-                       rule[2]) for n in (range(depth) if "*" in ours else (0,))]
-    return rules
+def their_names(ours, layout):
+    """([the names of one of our tensors in layout "dit", "wan" or "diffusers"], how it turns)."""
+    keys = DIT_KEYS if layout == "dit" else {
+        name: pair[layout == "diffusers"] for name, pair in WAN_KEYS.items()}
+    block, name = re.fullmatch(r"(blocks\.\d+\.)?(.*)", ours).groups("")
+    module, end = (name, "") if name in keys else name.rsplit(".", 1)
+    stem, dot, last = keys[module].rpartition(".")
+    names = [block + stem + dot + one + (end and f".{end}") for one in last.split("|")]
+    return names, TURNS.get(name, "")
 
 
 def turn(tensor, how, patch, back=False):
@@ -1752,18 +1883,16 @@ def turn(tensor, how, patch, back=False):
 def from_published(published, layout, model):
     """The state dict of a DiT from that of a published file; refuses keys too many or too few."""
     left, state = dict(published), {}
-    for key in [key for key in left if key.endswith("norm_added_q.weight")]:
-        del left[key]                    # diffusers' I2V files hold it and nothing reads it
-    wanted = model.state_dict()
-    for ours, theirs, how in key_rules(layout, len(model.blocks)):
-        if ours in wanted:
-            lacks = [name for name in theirs if name not in left]
-            if lacks:
-                refuse(f"the weights have no {lacks[0]}: not this kind of model, or not whole")
-            state[ours] = turn(torch.cat([left.pop(name) for name in theirs]), how, model.patch)
-            if state[ours].shape != wanted[ours].shape:
-                refuse(f"{theirs[0]}: {list(state[ours].shape)}, wanted {list(wanted[ours].shape)}")
-    if left:
+    for ours, wanted in model.state_dict().items():
+        theirs, how = their_names(ours, layout)
+        lacks = [name for name in theirs if name not in left]
+        if lacks:
+            refuse(f"the weights have no {lacks[0]}: not this kind of model, or not whole")
+        state[ours] = turn(torch.cat([left.pop(name) for name in theirs]), how, model.patch)
+        if state[ours].shape != wanted.shape:
+            refuse(f"{theirs[0]}: {list(state[ours].shape)}, wanted {list(wanted.shape)}")
+    left = [key for key in left if not key.endswith("norm_added_q.weight")]  # diffusers' I2V files
+    if left:                                                         # hold it, nothing reads it
         refuse(f"the weights hold {min(left)}, which this kind of model has not")
     return state
 
@@ -1772,11 +1901,11 @@ def to_published(state, layout, model):
     """The inverse: a published file's state dict."""
     patch = model.patch[1:] if layout == "dit" else model.patch
     published, conv_shape = {}, (-1, model.channels, *patch)
-    for ours, theirs, how in key_rules(layout, len(model.blocks)):
-        if ours in state:
-            whole = turn(state[ours], how, model.patch, back=True)
-            whole = whole.view(conv_shape) if how == "conv" else whole
-            published.update(zip(theirs, whole.chunk(len(theirs))))
+    for ours, tensor in state.items():
+        theirs, how = their_names(ours, layout)
+        whole = turn(tensor, how, model.patch, back=True)
+        whole = whole.view(conv_shape) if how == "conv" else whole
+        published.update(zip(theirs, whole.chunk(len(theirs))))
     return published
 
 
@@ -1796,15 +1925,14 @@ def dit_options(state, heads=None):
 
 def wan_options(state, config, layout):
     """The options of a Wan denoiser from its config.json, and from its tensors what that lacks."""
-    name = in_diffusers if layout == "diffusers" else lambda key: key
-    embed, text = state["patch_embedding.weight"], state[name("text_embedding.0.weight")]
-    image, place = (state.get(name(key)) for key in ("img_emb.proj.0.weight", "img_emb.emb_pos"))
+    embed, text, head, image, place = (state.get(their_names(ours, layout)[0][0]) for ours in (
+        "embed.weight", "text.0.weight", "head.bias", "image.0.weight", "image_place"))
     patch = tuple(embed.shape[2:])
     return dict(
         channels=embed.shape[1], dim=embed.shape[0], patch=patch, positions="index",
         depth=config.get("num_layers"), ffn=config["ffn_dim"], text_dim=text.shape[1],
         heads=config.get("num_attention_heads") or config["num_heads"],
-        out_channels=len(state[name("head.head.bias")]) // math.prod(patch),
+        out_channels=len(head) // math.prod(patch),
         image_dim=0 if image is None else len(image),
         image_tokens=0 if place is None else place.shape[1])
 
@@ -1812,7 +1940,7 @@ def wan_options(state, config, layout):
 def load_published(path, heads=None):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
-    either layout, a U-ViT's file or folder."""
+    either layout, a U-ViT's file or folder, the checkpoint of a VideoGPT's prior."""
     path, config, layout = Path(path), {}, "dit"
     if path.is_dir() and not (path / "nnet_ema.pth").is_file():
         path = path / "transformer" if (path / "transformer").is_dir() else path
@@ -1826,8 +1954,11 @@ def load_published(path, heads=None):
                    "and WanTransformer3DModel are")
     state = read_tensors(path / "nnet_ema.pth" if layout == "dit" and path.is_dir() else path)
     if "mid_block.mlp.fc1.weight" in state:
-        model, options = load_uvit(path, heads)
+        model, options = load_uvit(path, heads, state=state)
         return model, "uvit", options
+    if "hyper_parameters" in state:
+        model, options, _ = load_gpt(path, state)
+        return model, "gpt", options
     if layout == "dit":
         state = state.get("ema", state)
         if "x_embedder.proj.weight" not in state:
@@ -1852,11 +1983,12 @@ def filled(make, options, state, path):
     return model.eval()
 
 
-def load_uvit(path, heads=None, text_tokens=77):
-    """(UViT, its options) of a published .pth or a training folder N.ckpt (its nnet_ema.pth). What
-    the file does not tell: heads (None: of width 64, but 72 in the H models), and text_tokens."""
+def load_uvit(path, heads=None, text_tokens=77, state=None):
+    """(UViT, its options) of a published .pth or a training folder N.ckpt (its nnet_ema.pth), or of
+    the `state` that was read from it. What the file does not tell: heads (None: of width 64, but 72
+    in the H models), and text_tokens."""
     path = Path(path, "nnet_ema.pth") if Path(path).is_dir() else Path(path)
-    state = read_tensors(path)
+    state = state or read_tensors(path)
     if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
         refuse(f"{path} is no U-ViT: it has no pos_embed, patch_embed or mid_block")
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
@@ -1877,9 +2009,10 @@ def load_uvit(path, heads=None, text_tokens=77):
     return filled(UViT, options, state, path), options
 
 
-def load_gpt(path):
-    """(GPT, its options, the VQ-VAE's state dict) of a published Lightning .ckpt, masks ignored."""
-    file = read_tensors(path)
+def load_gpt(path, file=None):
+    """(GPT, its options, the VQ-VAE's state dict) of a published Lightning .ckpt, or of the `file`
+    that was read from it; masks are ignored."""
+    file = file or read_tensors(path)
     try:
         state, args = dict(file["state_dict"]), vars(file["hyper_parameters"]["args"])
         codebook = state["vqvae.codebook.embeddings"]
@@ -1907,6 +2040,12 @@ def gpt_state(model, vqvae):
     return state
 
 
+def shape_of(text):
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not T'xH'xW', such as 4x32x32")
+    return list(map(int, text.split("x")))                   # as config.json has it
+
+
 def parse_options(argv=None):
     parser = option_parser(__doc__)
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
@@ -1915,34 +2054,31 @@ def parse_options(argv=None):
     add("--init", help="begin with these weights: a run, or published ones, a file or a folder")
     add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
     add("--text_encoder", help="folder of a frozen T5, UMT5 or CLIP to read captions with (none)")
-    add("--export", metavar="FILE",
-        help="write the run's average in its published layout, and stop")
+    add("--export", metavar="FILE", help="write the average in its published layout, and stop")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
-    add("--estimate", action="store_true",
-        help="print what the run needs of memory, time and money, and train nothing")
-    add("--price_per_hour", type=number(float, 0),
-        help="of all ranks, in any currency, 0 or more, for --estimate (none)")
+    add("--estimate", action="store_true", help="print what memory, time and money a run needs")
+    add("--price_per_hour", type=number(float, 0), help="of all ranks, 0 or more (none)")
     add = parser.add_argument_group("model (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
     add("--model", default="video-xs", choices=sorted(MODELS), metavar="NAME",
         help=f"size: {', '.join(sorted(MODELS))} (%(default)s)")
     add("--vocab", type=number(int, 259), default=512,
         help="tokens of the captions' BPE, 259 or more (%(default)s)")
-    add("--dtype", default="fp32", choices=["fp32", "bf16"],
-        help="of matrix products (%(default)s)")
+    add("--shape", type=shape_of, metavar="T'xH'xW'", help="of the codes that a gpt model learns, "
+        "such as 4x32x32: larger clips are cropped, smaller left out (the most frequent)")
+    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of products (%(default)s)")
     add = training_options(parser, steps=1100, lr=1e-2, warmup=50, eval_every=550)
     add("--row_tokens", type=number(int, 1), default=2048, help="tokens a packed row (%(default)s)")
     add("--batch_tokens", type=number(int, 1), default=2048,
         help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
-    add("--ema", type=number(float, 0, 1), default=0.995,
-        help="decay of the averaged weights, 0 to 1 (%(default)s)")
-    add("--drop", type=number(float, 0, 1), default=0.1,
-        help="share of captions dropped, 0 to 1 (%(default)s)")
+    share = number(float, 0, 1)
+    add("--ema", type=share, default=0.995, help="decay of the average, 0 to 1 (%(default)s)")
+    add("--drop", type=share, default=0.1, help="share of texts dropped, 0 to 1 (%(default)s)")
     add("--conditions", nargs="*", choices=CONDITIONS, default=[],
         help="what else the model is told of each clip: " + ", ".join(CONDITIONS) + " (none)")
-    add("--given", type=number(float, 0, 1), default=0.0, help="share of clips that are given "
-        "frames or their other half: clean tokens without a loss; 0 to 1 (%(default)s)")
-    add("--stills", type=number(float, 0, 1), default=0.0,
+    add("--given", type=share, default=0.0, help="share of clips that are given frames or their "
+        "other half: clean tokens without a loss; 0 to 1 (%(default)s)")
+    add("--stills", type=share, default=0.0,
         help="share of clips of which the first frame alone is learnt; 0 to 1 (%(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
         help="of the matrices; the rest has AdamW (%(default)s)")
@@ -1972,6 +2108,14 @@ def check_options(args):
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
     by_kind = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(args.model.split("-")[0])
+    if args.model.startswith("gpt"):
+        if args.given or args.stills or args.recompute or args.conditions or args.objective or (
+                args.path or args.times):
+            refuse("--given, --stills, --recompute, --conditions, --objective, --path, --times: "
+                   "VideoGPT's prior has none of them; leave them out")
+        return args
+    if args.shape:
+        refuse("--shape is for models of codes: other models take clips of any shape")
     args.objective = args.objective or (by_kind or ("velocity",))[0]
     args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
     args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
@@ -1997,7 +2141,12 @@ def export(args, folder):
     layout, state = config.get("layout"), model.dit.state_dict()
     if layout is None:
         refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
-    if layout != "uvit":
+    if layout == "gpt":                  # its file holds the VQ-VAE of its codes
+        begin = config["args"]["init"]
+        while not Path(begin).is_file():
+            begin = read_config(run_dir(begin), "denoiser")["args"]["init"]
+        state = gpt_state(model.dit, load_gpt(begin)[2])
+    elif layout != "uvit":
         state = to_published(state, layout, model.dit)
     with atomic(args.export) as path:
         save_file({name: value.contiguous() for name, value in state.items()}, path)

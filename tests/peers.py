@@ -48,11 +48,11 @@ def dit(layers, dim, side):
                   (f"{block}.attn1.to_out.0", f"blocks.{n}.attn.out"),
                   (f"{block}.ff.net.0.proj", f"blocks.{n}.up"),
                   (f"{block}.ff.net.2", f"blocks.{n}.down")]
-        for kind in D.LINEAR:
+        for kind in ("weight", "bias"):
             state[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(
                 [theirs[f"{block}.attn1.to_{part}.{kind}"] for part in "qkv"])
     for name, own in names:
-        for kind in D.LINEAR:
+        for kind in ("weight", "bias"):
             if f"{name}.{kind}" in theirs:
                 how = "conv" if (own, kind) == ("embed", "weight") else own if own == "head" else ""
                 state[f"{own}.{kind}"] = D.turn(theirs[f"{name}.{kind}"], how, ours.patch)

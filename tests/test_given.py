@@ -223,7 +223,7 @@ def test_rows_are_planned_with_what_is_given_and_stay_full(folder, monkeypatch):
     clips.text, plan = lambda *_: [2], D.RowPlan(clips, 3, 0.7)
     used, places = [], list(range(0, 40, 4))
     for s in places:
-        keys, drawn = plan.row(s), plan.givens(s)
+        keys, drawn = plan.row(s)
         _, row, x0, noise, t = D.load_row(clips, keys, 3, s, 0.0, [0.5] * len(keys), drawn)
         assert len(row.rows) == len(x0) == 512 and int(row.cu[-1]) <= 512
         assert int(row.cu[-1]) == sum(map(clips.count_tokens, drawn))
@@ -232,7 +232,7 @@ def test_rows_are_planned_with_what_is_given_and_stay_full(folder, monkeypatch):
             given = torch.ones(512, dtype=bool).index_fill(0, row.own, False)
             assert not noise[given].any() and x0[given][:5].any()
     assert np.mean(used) > 0.9 * 512
-    assert D.RowPlan(clips, 3, 0.7).givens(places[-1]) == plan.givens(places[-1])
+    assert D.RowPlan(clips, 3, 0.7).row(places[-1]) == plan.row(places[-1])
 
 
 def test_without_the_option_nothing_given_is_read(folder, monkeypatch):
@@ -290,11 +290,11 @@ def test_stills_take_their_share_and_rows_stay_full(folder, monkeypatch):
     monkeypatch.chdir(folder)
     _, _, clips = opened(folder, 0.0)
     plan = D.RowPlan(clips, 0, 0.0, 0.5)
-    drawn = [names for s in range(40) for names in plan.givens(s)]
+    drawn = [names for s in range(40) for names in plan.row(s)[1]]
     stills = [target for target, in drawn if target.endswith(":first")]
     assert 0.4 < len(stills) / len(drawn) < 0.6
     for s in range(4):
-        row, names = plan.row(s), plan.givens(s)
+        row, names = plan.row(s)
         _, laid, x0, _, _ = D.load_row(clips, row, 0, 0, 0.0, [0.5] * len(row), names)
         assert int(laid.cu[-1]) <= clips.row_tokens == len(x0)
         assert [shape[1] == 1 for shape in laid.shapes] == [

@@ -107,6 +107,20 @@ def test_two_ranks_follow_one_codebook_and_discriminator(small):
 
 
 @pytest.mark.slow
+def test_two_ranks_train_the_prior_as_one(small):
+    """On real codes; dropout is a row's own, on whatever rank."""
+    prior = ["train_dit.py", "demo", "--vae", "demo-vq", "--model", "gpt-xs", "--steps", "4",
+             "--eval_every", "4", "--row_tokens", "256", "--batch_tokens", "768", *OFTEN]
+    for command, world in (
+            (["train_vae.py", "demo", "--run", "demo-vq", "--bottleneck", "vq", "--codes", "64",
+              "--steps", "4", "--eval_every", "4"], 1),
+            (["train_vae.py", "demo", "--encode", "--vae", "demo-vq"], 1),
+            ([*prior, "--run", "prior"], 1), ([*prior, "--run", "prior-pair"], 2)):
+        end(start(small, command, world))
+    check_same(small / "runs/prior", small / "runs/prior-pair", ["loss", "loss_by_t"])
+
+
+@pytest.mark.slow
 def test_ranks_killed_and_started_again_go_on_with_the_same_bits(small, pair):
     command, run = [*DIT, "--run", "killed"], small / "runs/killed"
     processes = start(small, command, 2)

@@ -1,20 +1,24 @@
 """Published weights of each system, begun from, trained, sampled and written back, on real files."""
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import prepare_data
 import sample
 import train_dit as D
 import train_vae
 
-ENCODER = Path(__file__).with_name("fixtures") / "t5-v1_1-encoder" / "encoder"
+FIXTURES = Path(__file__).with_name("fixtures")
+ENCODER = FIXTURES / "t5-v1_1-encoder" / "encoder"
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +143,251 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
     assert "4 channels" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
     assert "prepare smaller" in line("--model", "uvit", "--heads", "2", "--init",
                                      str(published("uvit", tmp_path)))
+
+
+def test_a_finished_run_opens_nothing_and_one_without_a_checkpoint_begins_again(
+        home, tmp_path, monkeypatch):
+    """Neither its --init nor its text encoder need be there; killed before its first checkpoint it
+    begins with its --init once more."""
+    monkeypatch.chdir(home)
+    path, read, opened = published("wan", tmp_path), D.read_tensors, []
+    monkeypatch.setattr(D, "read_tensors", lambda path: opened.append(path) or read(path))
+    command = ["set", "--vae", "set-vae", "--model", "wan", "--init", str(path), "--text_encoder",
+               str(ENCODER), "--row_tokens", "64", "--batch_tokens", "64", "--run", "done",
+               "--steps", "1", "--lr", "0"]
+    D.main(command)
+    assert len(opened) == 1
+    shutil.rmtree(home / "runs/done/step-000001")
+    D.main(command)
+    D.main(["set", "--run", "done", "--export", str(tmp_path / "back.safetensors")])
+    before, after = read(path), load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    shutil.rmtree(path)
+    monkeypatch.setattr(D, "open_text_encoder", None)
+    D.main(command)
+    assert len(opened) == 2
+
+
+def test_an_estimate_encodes_no_captions(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    for path in (home / "data/set").glob("*.text-*"):
+        path.unlink()
+    D.main(["set", "--vae", "set-vae", "--model", "wan", "--init", str(published("wan", tmp_path)),
+            "--text_encoder", str(ENCODER), "--row_tokens", "64", "--batch_tokens", "64", "--run",
+            "planned", "--estimate"])
+    assert "80 GB hold" in capsys.readouterr().out
+    assert not list((home / "data/set").glob("*.text-*")) and not (home / "runs/planned").exists()
+    encoder = D.open_text_encoder(ENCODER)
+    for text in ("", "a dark video"):
+        assert len(D.CountedTexts(encoder)[text]) == len(encoder.encode([text])[0])
+
+
+def test_a_published_file_is_read_once(tmp_path, monkeypatch):
+    read, opened = D.read_tensors, []
+    monkeypatch.setattr(D, "read_tensors", lambda path: opened.append(path) or read(path))
+    assert D.load_published(published("uvit", tmp_path), 2)[1] == "uvit"
+    assert D.load_published(FIXTURES / "videogpt-gpt-sparse" / "gpt.ckpt")[1] == "gpt"
+    assert len(opened) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++") and not torch.cuda.is_available(),
+                    reason="no C++ compiler for torch.compile")
+def test_compiled_blocks_train_as_the_others(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(D.MODELS, "sit-tiny", dict(
+        kind="sit", dim=24, depth=1, heads=2, patch=(1, 2, 2), own_table=True, positions="sincos",
+        classes=3))
+    losses = []
+    for run, more in (("eager", []), ("compiled", ["--compile"])):
+        D.main(["set", "--vae", "set-vae", "--model", "sit-tiny", "--run", run, "--steps", "3",
+                "--row_tokens", "64", "--batch_tokens", "64", "--log_every", "1", *more])
+        losses.append([row["loss"] for row in D.read_log(home / "runs" / run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+
+
+# -- VideoGPT's prior ------------------------------------------------------------------------------
+
+
+class Levels(torch.nn.Module):
+    """Stands for a VQ autoencoder: a code is the nearest of K levels of grey of a block of pixels,
+    and a latent frame covers one frame, then four."""
+    stride, time_stride, n_codes, z_dim = 8, 4, 6, 3
+
+    def __init__(self):
+        super().__init__()
+        self.bottleneck = torch.nn.Module()
+        self.bottleneck.codebook = torch.linspace(-1, 1, 6)[:, None] * torch.ones(3)
+
+    def encode_codes(self, video):
+        first, rest = video[:, :, :1], video[:, :, 1:]
+        cells = [F.avg_pool3d(part.mean(1, keepdim=True), (frames, 8, 8))
+                 for part, frames in ((first, 1), (rest, 4)) if part.shape[2]]
+        return (torch.cat(cells, 2)[:, 0] * 2.5 + 2.5).round().long().clamp(0, 5)
+
+    def decode_codes(self, codes):
+        grey = self.bottleneck.codebook[codes].movedim(-1, 1)                       # [B, 3, T', H', W']
+        return F.interpolate(torch.cat([grey[:, :, :1], grey[:, :, 1:].repeat_interleave(
+            4, 2)], 2), scale_factor=(1, 8, 8))
+
+
+CONFIG = {"hash": "c0de0001"}
+CODES = ["--vae", "levels", "--row_tokens", "96", "--batch_tokens", "192", "--eval_every", "4",
+         "--log_every", "1", "--warmup", "0", "--lr", "0.01", "--steps", "4", "--device", "cpu"]
+TINY = dict(kind="gpt", dim=24, depth=2, heads=2, dropout=0.1, attn_dropout=0.1)
+
+
+@pytest.fixture
+def coded(home, monkeypatch):
+    """data/set with codes of `Levels` for every clip: 32 codes each, or some other shape."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(D, "load_autoencoder", lambda name, device="cpu": (Levels(), CONFIG))
+    for name, more in (("tiny", dict(text=(16, 1, 2))), ("tiny-none", dict(sparse=True)),
+                       ("tiny-class", dict(classes=9))):
+        monkeypatch.setitem(D.MODELS, f"gpt-{name}", {**TINY, **more})
+    train, held_out = train_vae.split_rows(prepare_data.open_dataset(home / "data/set"), "set")
+    tensors, about = {}, {}
+    for i, row in enumerate([*train, *held_out]):
+        video = train_vae.to_tensor(prepare_data.read_clip(home / "data/set", row))[None]
+        codes = Levels().encode_codes(video)[0].int()                    # [3, 4, 4]
+        wide = F.pad(codes[:2], (1, 1), value=5)
+        tensors[row["key"]] = {0: codes, 1: codes[:2, :3].clone(), 2: wide}.get(i, codes[:2])
+        about[row["key"]] = {"clip": row["key"], "first_frame": 0, "frames": 9, "fps": 9.0,
+                             "crop": [0, 0, 32, 32]}
+    header = {"format": 1, "autoencoder": "c0de0001", "codes": 6, "stride": 8, "time_stride": 4,
+              "max_cells": 2048, "clips": about, "alone": {}}
+    save_file(tensors, train_vae.latents_path(home / "data/set", "shard-00000", "c0de0001"),
+              {"nanosora": json.dumps(header)})
+    return home
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-none", "tiny-class"])
+def test_a_prior_of_codes_learns_samples_and_goes_on(name, coded, capsys):
+    """Told a caption, nothing or a class; with dropout, a run that was stopped goes on to the same
+    bytes."""
+    common = ["set", *CODES, "--model", f"gpt-{name}", "--lr", "0.02", "--drop", "0.3"]
+    for run, stops in ((f"{name}-whole", ["12"]), (f"{name}-broken", ["3", "12"])):
+        for stop in stops:
+            D.main([*common, "--run", run, "--steps", stop, "--schedule", "constant"])
+    train, _ = train_vae.split_rows(prepare_data.open_dataset(coded / "data/set"), "set")
+    assert (f"1 of {len(train)} clips are left out, smaller than codes of 2x4x4: {train[1]['key']}"
+            in capsys.readouterr().err)
+    for file in ("model", "ema", "optimizer"):
+        whole, broken = (load_file(coded / f"runs/{name}-{end}/step-000012/{file}.safetensors")
+                         for end in ("whole", "broken"))
+        assert set(whole) == set(broken) and all(torch.equal(whole[k], broken[k]) for k in whole)
+    rows = [json.loads(line) for line in open(coded / f"runs/{name}-whole/log.jsonl")]
+    assert rows[0]["loss"] == pytest.approx(math.log(6), abs=1e-5)       # its head begins at zero
+    assert rows[-1]["held_out"] < 0.9 * math.log(6) and rows[-1]["fullness"] == 1
+    assert rows[-1]["bits_per_dim"] == pytest.approx(rows[-1]["held_out"] / math.log(2))
+    assert list(rows[-1]["held_out_by_shape"]) == ["2x4x4"]
+    assert np.mean(rows[-1]["loss_by_t"]) == pytest.approx(rows[-1]["loss"], rel=1e-5)
+    assert (coded / f"runs/{name}-whole/samples/step-000012.png").exists()
+    model, read, config = D.load_denoiser(f"{name}-whole")
+    assert torch.equal(model.dit.codebook, Levels().bottleneck.codebook)
+    prompt = {"tiny": "a dark video", "tiny-none": "", "tiny-class": "dark"}[name]
+    videos = D.sample_codes(model, Levels(), [read(prompt)] * 2, torch.rand(2, 32))
+    assert [video.shape for video in videos] == [(5, 32, 32, 3)] * 2 and videos[0].std() >= 0
+
+
+def test_codes_are_cropped_to_one_shape(coded):
+    rows, _ = train_vae.split_rows(prepare_data.open_dataset(coded / "data/set"), "set")
+    clips = D.Clips(coded / "data/set", rows, CONFIG, (1, 1, 1), 96)
+    whole = clips.files[clips.keys[0]].get_tensor
+    keys = [row["key"] for row in rows]
+    assert clips.keys == sorted([keys[0], *keys[2:]])
+    assert torch.equal(clips.latent(keys[0], 0, 0), whole(keys[0])[:2].long())
+    assert torch.equal(clips.latent(keys[2], 0, 0), whole(keys[2])[:, :, 1:5].long())
+    small = D.Clips(coded / "data/set", rows, CONFIG, (1, 1, 1), 96, shape=[1, 2, 2])
+    assert len(small.keys) == len(rows)
+    assert torch.equal(small.latent(keys[1], 0, 0), whole(keys[1])[:1, :2, 1:3].long())
+
+
+def test_a_published_prior_is_begun_from_and_written_back(coded, tmp_path, monkeypatch):
+    """Bit for bit where nothing was trained, with the VQ-VAE that its file holds."""
+    path = FIXTURES / "videogpt-gpt-class" / "gpt.ckpt"
+    network, options, vqvae = D.load_gpt(path)
+    vae = Levels()
+    vae.bottleneck.codebook = network.codebook
+    vae.decode_codes = lambda codes: torch.zeros(len(codes), 3, 5, 32, 32)
+    monkeypatch.setattr(D, "load_autoencoder", lambda name, device="cpu": (vae, CONFIG))
+    tensors = {key: torch.randint(len(vae.bottleneck.codebook), options["shape"], dtype=torch.int32)
+               for key in (row["key"] for row in prepare_data.open_dataset(coded / "data/set"))}
+    where = train_vae.latents_path(coded / "data/set", "shard-00000", "c0de0001")
+    header = json.dumps(train_vae.read_header(where))
+    save_file(tensors, where, {"nanosora": header})
+    common = ["set", *CODES[:2], "--model", "gpt", "--init", str(path), "--eval_every", "9",
+              "--warmup", "0", "--row_tokens", "256", "--batch_tokens", "256"]
+    D.main([*common, "--run", "still", "--steps", "1", "--lr", "0"])
+    D.main([*common[:4], "gpt", "--init", "still", *common[7:], "--run", "still2", "--steps", "1", "--lr", "0"])
+    before = D.read_tensors(path)["state_dict"]
+    for run in ("still", "still2"):
+        D.main(["set", "--run", run, "--export", str(tmp_path / "back.safetensors")])
+        after = load_file(tmp_path / "back.safetensors")
+        changed = {k for k in before if k not in after or not torch.equal(before[k], after[k])}
+        # another table of classes: the two that the data has
+        assert set(before) == set(after) and all(k.endswith((".w.weight", ".wb.weight"))
+                                                 for k in changed)
+    vae.bottleneck.codebook = network.codebook + 1
+    with pytest.raises(SystemExit):
+        D.main([*common, "--run", "other", "--steps", "1"])
+
+
+def test_codes_and_latents_are_not_mistaken(home, coded, capsys, monkeypatch):
+    def line(*options):
+        with pytest.raises(SystemExit) as stop:
+            D.main(["set", *CODES, "--run", "x", *options])
+        assert stop.value.code == 2 and not (coded / "runs/x").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+    assert "--bottleneck vq" in line("--model", "video-xs")
+    assert "--given" in line("--model", "gpt-tiny", "--given", "0.5")
+    assert "all clips are smaller" in line("--model", "gpt-tiny", "--shape", "9x9x9")
+    assert "blocks of 32 codes" in line("--model", "gpt-tiny-none", "--shape", "2x4x3")
+    assert "--shape is for models of codes" in line("--shape", "2x4x3")
+    assert "such as 4x32x32" in line("--shape", "2x4")
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert "--bottleneck vq" in line("--model", "gpt-xs", "--vae", "set-vae")
+
+
+def test_dropout_of_a_row_is_its_own_whatever_shares_the_step(coded):
+    """Gradients of two rows are those of each alone, as on two ranks."""
+    rows = prepare_data.open_dataset(coded / "data/set")
+    clips = D.Clips(coded / "data/set", rows, CONFIG, (1, 1, 1), 96)
+    clips.read_as("gpt")
+    model = D.Denoiser(**TINY, shape=(2, 4, 4), codes=6, code_dim=3)
+    model.dit.codebook.copy_(Levels().bottleneck.codebook)
+    torch.nn.init.normal_(model.dit.fc_out.weight)
+    loaded = [D.load_row(clips, clips.keys[i:i + 3], 0, 0, 0.0, [0.5] * 3) for i in (0, 3)]
+    args = D.parse_options(["set", "--model", "gpt-xs", "--row_tokens", "96",
+                            "--batch_tokens", "96"])
+
+    def gradient(*picked):
+        model.zero_grad()
+        figures = D.add_gradients(model, 7, [loaded[i] for i in picked], [[32] * 3] * 2, args, "cpu")
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), figures["loss"]
+    both, one, two = gradient(0, 1), gradient(0), gradient(1)
+    torch.testing.assert_close(both[0], one[0] + two[0])
+    torch.testing.assert_close(both[1], one[1] + two[1])
+    assert not torch.allclose(gradient(0)[0], D.copy.deepcopy(gradient(1)[0]))
+    model.eval()
+    assert not torch.allclose(gradient(0)[0], one[0])        # there was dropout
+
+
+def test_what_a_prior_costs_is_what_torch_counts():
+    """FLOPs but for those of the scores; bytes within a quarter."""
+    options = dict(TINY, shape=(2, 4, 8), codes=50, code_dim=3, dim=96, dropout=0.0)
+    model, codes = D.Denoiser(**options), torch.randint(50, (3, 2, 4, 8))
+    saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        saved[x.untyped_storage().data_ptr()] = x            # alive: no address comes twice
+        return x
+    with FlopCounterMode(display=False) as counter, \
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.dit.eval().losses(codes)
+    found = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own)
+    assert D.saved_bytes(options, 192, 0, "torch", "fp32") == pytest.approx(found, rel=0.25)
+    seen = 4 * 96 * 3 * 64 * 65 // 2 * 2                     # torch counts no fused attention
+    assert D.step_flops(options, [64] * 3, [0] * 3) / 3 - seen == (
+        counter.get_total_flops() + 2 * 3 * 3 * 96)          # nor is the last code read

@@ -218,6 +218,22 @@ def test_losses_by_time_are_sums_and_numbers():
     assert D.by_time(losses, t).tolist() == [[3, 2], [0, 0], [3, 1], [4, 1]]
 
 
+def test_the_held_out_loss_is_told_by_time_and_by_shape():
+    model, (row, x0, noise, t, _) = shaken(), drawn(n_tokens=100)
+    losses = D.clip_losses(model, row, x0, noise, t, "fp32")
+    other = D.lay_out(SHAPES[:1], [8.0], TEXTS[:1], 4, (1, 1, 1))
+    alone = D.clip_losses(model, other, x0[:48], noise[:48], t[1:2], "fp32")
+    bank = [(["a", "b", "c"], row, x0, noise, t), (["d"], other, x0[:48], noise[:48], t[1:2])]
+    found = D.held_out_loss(model, bank, torch.device("cpu"), "fp32")
+    every = torch.cat([losses, alone])
+    assert found["held_out"] == pytest.approx(every.mean().item())
+    assert found["held_out_by_shape"] == {
+        "3x4x4": pytest.approx(every[[0, 3]].mean().item()),
+        "1x2x6": pytest.approx(losses[1].item()), "2x4x2": pytest.approx(losses[2].item())}
+    by_t = [losses[0].item(), math.nan, losses[2].item(), every[[1, 3]].mean().item()]
+    assert found["held_out_by_t"] == pytest.approx(by_t, nan_ok=True)
+
+
 def test_rows_are_as_full_and_even_as_is_said():
     assert D.evenness([[4, 4], [8], [2, 2, 2]], 10) == (22 / 30, 64 * 3 / (32 + 64 + 12))
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sample
 import train_dit as D
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -179,14 +178,14 @@ def test_codes_drawn_one_by_one_equal_the_whole(kind):
     """Each drawn code is the one that the full pass over all of them gives for the same number."""
     model, codes, label = opened(kind)
     draws = torch.rand(2, codes[0].numel())
-    drawn = sample.generate_codes(model, draws, label, temperature=0.7)
+    drawn = D.generate_codes(model, draws, label, temperature=0.7)
     below = (model(drawn, label).flatten(1, 3) / 0.7).softmax(-1).cumsum(-1)         # [B, L, K]
     at = drawn.flatten(1)[..., None]
     low = torch.where(at > 0, below.gather(-1, (at - 1).clamp(min=0)), 0.0)
     assert drawn.shape == codes.shape and len(drawn.unique()) > 3
     high, u = below.gather(-1, at), draws[..., None]
     assert ((u >= low - 1e-5) & (u <= high + 1e-5)).all()
-    cold = sample.generate_codes(model, draws, label, temperature=1e-4)
+    cold = D.generate_codes(model, draws, label, temperature=1e-4)
     assert (model(cold, label).argmax(-1) == cold).float().mean() > 0.97             # but for ties
 
 
