@@ -21,12 +21,199 @@ import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet,
                           is_left_out, number, refuse, render_shot, run_dir, write_video)
-from train_dit import generate, interpolant, load_denoiser, read_output
+from train_dit import (ddpm_at, ddpm_tables, generate, interpolant, load_denoiser, read_output,
+                       shifted)
 from train_vae import gaussians, load_autoencoder, option_parser, setup, sheet_frames
+
+# ------------------------------------------------------------------------------------------------
+# Samplers: generators that yield x after each of their steps, from noise to data
+# ------------------------------------------------------------------------------------------------
+
+# alpha and sigma are float64 [n + 1], or [n + 1, N, 1] where every clip has times of its own: x is
+# alpha x_0 + sigma noise at the n points at which the network is asked, and at the last one.
+# predict(x, i) -> (x_0, noise, variance's share or None) at point i; draw(i): standard normal, as x.
+
+
+RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, and of all in the end
+    "euler": ((), (1.0,)), "heun": (((1.0,),), (0.5, 0.5)), "midpoint": (((0.5,),), (0.0, 1.0)),
+    "rk4": (((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))}
+
+
+def runge_kutta(velocity, x, times, method="euler"):
+    """Follows dx/dt = velocity(x, t) along `times`, from the first to the last."""
+    stages, last = RUNGE_KUTTA[method]
+    for now, after in zip(times, times[1:]):
+        step, slopes = after - now, [velocity(x, now)]
+        for row in stages:
+            ahead = sum(weight * slope for weight, slope in zip(row, slopes))
+            slopes.append(velocity(x + step * ahead, now + sum(row) * step))
+        x = x + step * sum(weight * slope for weight, slope in zip(last, slopes))
+        yield x
+
+
+def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path="linear"):
+    """SiT's stochastic samplers: the flow, and noise of strength(t) that the score takes away
+    again. drift_score(x, t) -> (velocity, score). The last of `times` ends it: by one step without
+    noise ("mean"), along the flow ("euler"), by jumping to x_0 ("tweedie") or not at all (None)."""
+    def slope(x, t):
+        velocity, score = drift_score(x, t)
+        return velocity - strength(t) * score
+
+    *times, before_last, stop = times
+    for i, (now, after) in enumerate(zip(times, [*times[1:], before_last])):
+        step, kick = after - now, (2 * strength(now) * (now - after)).sqrt() * draw(i)
+        if method == "heun":
+            x = x + kick
+            first = slope(x, now)
+            x = x + step * (first + slope(x + step * first, after)) / 2
+        else:
+            x = x + step * slope(x, now) + kick
+        yield x
+    if last == "tweedie":
+        alpha, sigma, _, _ = interpolant(path, before_last)
+        x = x / alpha + sigma.square() / alpha * drift_score(x, before_last)[1]
+    elif last:
+        move = slope if last == "mean" else lambda x, t: drift_score(x, t)[0]
+        x = x + (stop - before_last) * move(x, before_last)
+    yield x
+
+
+def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
+    """x_0 and noise are read off and mixed again for the next point, a share `eta` of the noise
+    anew (Song et al. 2021, 2010.02502)."""
+    for i in range(len(alpha) - 1):
+        x0, noise, _ = predict(x, i)
+        fresh = eta * sigma[i + 1] / sigma[i] * (1 - (alpha[i] / alpha[i + 1]).square()).sqrt()
+        kept = (sigma[i + 1].square() - fresh.square()).sqrt()
+        x = alpha[i + 1].to(x) * x0 + kept.to(x) * noise
+        x = x + fresh.to(x) * draw(i) if eta else x
+        yield x
+
+
+def ddpm(predict, x, tables, draw):
+    """Ancestral sampling over the kept steps of `tables` (ddpm_tables), the noisiest first; the
+    variance is the posterior's, or between that and beta by the share that the network tells."""
+    n = len(tables["betas"])
+    for i in range(n):
+        x0, _, share = predict(x, i)
+        c = ddpm_at(tables, torch.tensor(n - 1 - i))
+        least = c["posterior_log_variance_clipped"]
+        logvar = least if share is None else share * c["log_betas"] + (1 - share) * least
+        x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
+        x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
+        yield x
+
+
+def dpm_pp(predict, x, alpha, sigma):
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the x_0 of the step before gives its slope."""
+    half_snr, n, before = (alpha / sigma).log(), len(alpha) - 1, None
+    for i in range(n):
+        x0, h = predict(x, i)[0], half_snr[i + 1] - half_snr[i]
+        ahead = x0
+        if before is not None and (i < n - 1 or (n >= 15 and sigma[n].all())):
+            ahead = x0 + (h / (half_snr[i] - half_snr[i - 1]) / 2).to(x) * (x0 - before)
+        x = (sigma[i + 1] / sigma[i]).to(x) * x - (alpha[i + 1] * torch.expm1(-h)).to(x) * ahead
+        before = x0
+        yield x
+
+
+def dpm_fast(predict, x, alpha, sigma):
+    """DPM-Solver++ in single steps of order 3, the rest in steps of order 2 and 1: U-ViT's. Each
+    takes as many points of the grid as its order; r is where on the way a point lies."""
+    half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
+    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    for order in orders:
+        h = half_snr[i + order] - half_snr[i]
+        # from point i to point j, with a correction by the difference of x_0 at two points
+        reach = lambda j, first, slope=0.0: (
+            (sigma[j] / sigma[i]).to(x) * x + (alpha[j] * bend(j)).to(x) * first
+            + alpha[j].to(x) * slope)
+        bend = lambda j: -torch.expm1(half_snr[i] - half_snr[j])
+        r = [((half_snr[i + k] - half_snr[i]) / h).to(x) for k in range(order)]
+        second = lambda way: (1 - bend(way) / (half_snr[way] - half_snr[i])).to(x)
+        x0 = predict(x, i)[0]
+        if order == 1:
+            x = reach(i + 1, x0)
+        elif order == 2:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            x = reach(i + 2, x0, bend(i + 2).to(x) / (2 * r[1]) * (middle - x0))
+        else:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            later = reach(i + 2, x0, r[2] / r[1] * second(i + 2) * (middle - x0))
+            x = reach(i + 3, x0, second(i + 3) / r[2] * (predict(later, i + 2)[0] - x0))
+        i += order
+        yield x
+
+
+def unipc(predict, x, alpha, sigma):
+    """UniPC of order 2 with B2(h) (Zhao et al. 2023, 2302.04867): each new x_0, before it takes
+    part in the next step, corrects the step that led to it."""
+    half_snr, n = (alpha / sigma).log(), len(alpha) - 1
+    start, found, order = None, [], 0                # the sample each step began at, every x_0
+    for i in range(n):
+        x0 = predict(x, i)[0]
+        if i:
+            h = half_snr[i] - half_snr[i - 1]
+            b = torch.expm1(-h)
+            p, q = 0.0, torch.full_like(b, 0.5)
+            if order == 2:                           # of [[1, 1], [r, 1]] (p, q) = (b1, b2)
+                r = (half_snr[i - 2] - half_snr[i - 1]) / h
+                b1, b2 = (-b / h - 1) / b, 2 * ((-b / h - 1) / -h - 0.5) / b
+                p = (b1 - b2) / (1 - r)
+                q = b1 - p
+                p = (p / r).to(x) * (found[-2] - found[-1])
+            move = found[-1] + p + q.to(x) * (x0 - found[-1])
+            x = (sigma[i] / sigma[i - 1]).to(x) * start - (alpha[i] * b).to(x) * move
+        found, start, order = [*found[-1:], x0], x, min(2, n - i, i + 1)
+        h, ahead = half_snr[i + 1] - half_snr[i], x0
+        if order == 2:
+            r = (half_snr[i - 1] - half_snr[i]) / h
+            ahead = x0 + (found[0] - x0) / (2 * r).to(x)
+        x = (sigma[i + 1] / sigma[i]).to(x) * x - (alpha[i + 1] * torch.expm1(-h)).to(x) * ahead
+        yield x
+
+
+def flow_grid(n, shift=1.0, first=1.0, last=0.0):
+    """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
+    `last`, which is not reached, then 0."""
+    return F.pad(shifted(torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1], shift), (0, 1))
+
+
+def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1):
+    """(int64 [n] steps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of betas:
+    "linspace", "leading" (from `offset` on) or "trailing" as diffusers names them, or "karras".
+    `final`: alpha and sigma of the last point, None: those of step 0."""
+    tables = ddpm_tables(schedule, "", 1000, ends)
+    alpha, sigma = tables["alpha"], tables["sigma"]
+    if spacing == "karras":              # evenly in the 7th root of sigma / alpha
+        ratio = sigma / alpha
+        high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
+        ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
+        place = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
+        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(place).round().long()
+        sigma = alpha * ratio
+    else:
+        steps = {"linspace": torch.linspace(0, 999, n + 1, dtype=torch.float64)[1:].flip(0),
+                 "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
+                 "trailing": 999 - torch.arange(n) * (1000 / n)}[spacing].round().long()
+        alpha, sigma = alpha[steps], sigma[steps]
+    ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
+    return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
+
+
+def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
+    """(times, alpha, sigma), each float64 [n + 1], evenly from 1 to `last`, where a schedule's 1000
+    steps stand at 0.001, 0.002, … and the logarithm of alpha is straight between them (U-ViT's)."""
+    times = np.linspace(1, last, n + 1)
+    known = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
+    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, known))
+    return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
 
 # ------------------------------------------------------------------------------------------------
 # Sampling
