@@ -489,12 +489,12 @@ class DiT(nn.Module):
 
     def __init__(self, channels, dim, depth, heads, patch, out_channels=None, ffn=None, text_dim=0,
                  image_dim=0, image_tokens=0, classes=0, own_table=False, positions="seconds",
-                 rope_base=10000.0, grid=None, conditions=0):
+                 rope_base=10000.0, grid=None, conditions=0, time_width=256):
         super().__init__()
         self.patch, self.positions, self.grid = tuple(patch), positions, grid
         self.channels, self.out_channels = channels, out_channels or channels
         self.embed = Linear(channels * math.prod(patch), dim)
-        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(nn.Linear(time_width, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.classes = nn.Embedding(classes, dim) if classes else None     # the last one: no class
         self.about = nn.Linear(64 * conditions, dim) if conditions else None
         if own_table:
@@ -547,7 +547,8 @@ class DiT(nn.Module):
 
     def tables(self, t, row):
         """[(six tables [R, D]) a block], and the head's (shift, scale), all float32: t [R]."""
-        e = self.time(sinusoid(t).to(self.embed.weight.dtype))                       # [R, D]
+        wave = sinusoid(t, self.time[0].in_features).to(self.embed.weight.dtype)
+        e = self.time(wave)                                                          # [R, D]
         if self.classes is not None:
             none = self.classes.num_embeddings - 1           # of what is given
             e = e + self.classes(F.pad(row.labels, (0, len(t) - len(row.labels)), value=none))
@@ -1632,14 +1633,18 @@ def load_denoiser(name, device="cpu", weights="ema"):
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
     model.load_state_dict(load_file(last_checkpoint(folder) / f"{weights}.safetensors"))
-    if config.get("labels"):
-        read = lambda prompt: class_of(prompt, config["labels"])
-    elif config["args"].get("text_encoder"):
-        encoder = open_text_encoder(config["args"]["text_encoder"], device)
-        read = lambda prompt: encoder.encode([prompt])[0]
-    else:
-        read = functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
+    read = open_reader(folder, config, device)
     return model.to(device).eval().requires_grad_(False), read, config
+
+
+def open_reader(folder, config, device="cpu"):
+    """prompt -> what lay_out takes, of a run."""
+    if config.get("labels"):
+        return lambda prompt: class_of(prompt, config["labels"])
+    if config["args"].get("text_encoder"):
+        encoder = open_text_encoder(config["args"]["text_encoder"], device)
+        return lambda prompt: encoder.encode([prompt])[0]
+    return functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
 
 
 def class_of(prompt, labels):
@@ -1806,6 +1811,7 @@ def wan_options(state, config, layout):
         heads=config.get("num_attention_heads") or config["num_heads"],
         out_channels=len(state[name("head.head.bias")]) // math.prod(patch),
         image_dim=0 if image is None else len(image),
+        time_width=state[name("time_embedding.0.weight")].shape[1],
         image_tokens=0 if place is None else place.shape[1])
 
 
