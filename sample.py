@@ -357,6 +357,7 @@ class Packed:
             row.image = torch.cat(move(each("image")) * twice)
             row.cu_image = torch.tensor(np.cumsum([0] + [len(i) for i in each("image")] * twice),
                                         dtype=torch.int32, device=device)
+        row.kept = {}                    # texts are read once, not at every step
         self.row, self.twice, self.own = row, twice, own
         self.n_rows = int(row.rows.max()) + 1
         lengths = torch.bincount(self.clip)
@@ -823,8 +824,8 @@ def wish_of(args, row=None):
                f"known are {', '.join(WISHES)}, size, seconds, frames")
     wish = {name: row.get(name, getattr(args, name, None)) for name in WISHES}
     wish["height"], wish["width"] = size_of(row["size"]) if "size" in row else args.size
-    seconds = row.get("seconds", None if "frames" in row else args.seconds)
-    wish["frames"] = row.get("frames", args.frames) if seconds is None else max(
+    seconds = row.get("seconds", args.seconds)
+    wish["frames"] = row.get("frames") or (None if "seconds" in row else args.frames) or max(
         1, round(seconds * wish["fps"]))
     wish = {name: value for name, value in wish.items() if value not in (None, False, 0, []) or
             name in ("prompt", "seed", "negative")}
@@ -1254,7 +1255,7 @@ def evaluate_frechet(args, folder):
         refuse(f"--eval {kind} needs --detector FILE (TorchScript) and --data NAME (real videos)")
     features, digest = open_detector(args.detector, device)
     sampler = open_sampler(args, device)
-    args.frames = 1 if kind == "fid" else args.frames
+    args.frames = 1 if kind == "fid" else args.frames or max(1, round(args.seconds * args.fps))
     source, rows = real_clips(args)
     real = {"data": hashlib.sha256(b"".join(p.read_bytes() for p in sorted(source.glob(
         "shard-*[0-9].jsonl")))).hexdigest()[:16], "detector": digest[:16], "n": len(rows),
@@ -1342,7 +1343,8 @@ def open_source(args, device):
         return open_foreign(args, device)
     folder = run_dir(args.name)
     config = read_config(folder, "denoiser")
-    wanted, name = config["vae"], args.vae or config["vae"]["run"]
+    wanted, beside = config["vae"], folder.parent / config["vae"]["run"]
+    name = args.vae or (str(beside) if beside.is_dir() else wanted["run"])
 
     def open_vae():
         vae, found = load_autoencoder(name, device)
@@ -1436,12 +1438,11 @@ def resolve(args, about, how, stride):
              "negative": about.get("negative", "")} | KINDS[about["kind"]]
     if about["kind"] == "own" and how.path in STEPPED:
         known["sampler"] = "ddim"
-    args.frames = args.frames or (max(1, round(args.seconds * (args.fps or known["fps"])))
-                                  if args.seconds else known.pop("frames", None))
+    if args.frames or args.seconds:
+        known = {name: value for name, value in known.items() if name not in ("frames", "seconds")}
     for name, value in known.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.frames = args.frames or max(1, round(args.seconds * args.fps))
     args.size = args.size or (about["cells"] * stride,) * 2
     may = STEPPED_SAMPLERS if how.path in STEPPED else FLOW_SAMPLERS
     if args.sampler not in may or (args.sampler == "dpm-fast" and how.path != "sd"):

@@ -411,6 +411,15 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
+def once(row, key, make):
+    """make(), which a row that is used again and again (`kept` is a dict) computes but once."""
+    if row.kept is None:
+        return make()
+    if key not in row.kept:
+        row.kept[key] = make()
+    return row.kept[key]
+
+
 class CrossAttention(nn.Module):
     """Every token of a clip reads its text; with `image`, another softmax reads its image tokens,
     and both answers are added (Wan's I2V)."""
@@ -424,16 +433,17 @@ class CrossAttention(nn.Module):
         self.kv_image = nn.Linear(dim, 2 * dim) if image else None
         self.k_norm_image = RMSNorm(dim, 1e-6) if image else None
 
-    def read(self, q, kv, norm, context, cu, cu_context):
-        k, v = kv(context).chunk(2, -1)                                              # [L, D]
-        k, v = (x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v))
-        return attention(q, k, v, cu, cu_context).flatten(1)                         # [N, D]
+    def read(self, q, kv, norm, context, row, cu_context):
+        def make():
+            k, v = kv(context).chunk(2, -1)                                          # [L, D]
+            return [x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v)]
+        return attention(q, *once(row, kv, make), row.cu, cu_context).flatten(1)     # [N, D]
 
     def forward(self, h, text, image, row):
         q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))                   # [N, A, E]
-        o = self.read(q, self.kv, self.k_norm, text, row.cu, row.cu_text)
+        o = self.read(q, self.kv, self.k_norm, text, row, row.cu_text)
         if image is not None:
-            o = o + self.read(q, self.kv_image, self.k_norm_image, image, row.cu, row.cu_image)
+            o = o + self.read(q, self.kv_image, self.k_norm_image, image, row, row.cu_image)
         return self.out(o)
 
 
@@ -580,7 +590,7 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):   # times and tables in float32, as Wan's
             tables, last = self.tables(t, row)
         if self.text is not None:
-            text = self.text(text)                                                   # [L, D]
+            text = once(row, self.text, functools.partial(self.text, text))          # [L, D]
         if self.image is not None:
             if self.image_place is not None:
                 image = image + self.image_place.repeat(len(image) // len(self.image_place), 1)
@@ -821,7 +831,8 @@ class Denoiser(nn.Module):
         if self.kind == "uvit":
             context = row.labels if row.text is None else row.text.unflatten(0, (len(t), -1))
             return self.dit(x, 1000 * t, context, row.shapes)
-        text = self.tower(row.ids, row.cu_text) if self.tower else row.text
+        text = once(row, self.tower, lambda: self.tower(row.ids, row.cu_text)) if self.tower \
+            else row.text
         run = lambda x, t: self.dit(x, t, row, text, row.image)
         out = from_sit(run, self.objective.prediction)(x, t) if self.kind == "sit" else run(
             x, 1000 * t)
@@ -848,6 +859,7 @@ class Row:
     image: torch.Tensor = None               # [I, width]: image tokens that clips read (Wan's I2V)
     labels: torch.Tensor = None              # int64 [R]: classes
     about: torch.Tensor = None               # float32 [R, 64 * conditions]
+    kept: dict = None                        # what `once` has kept, of a row that is sampled
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
     axes: torch.Tensor = None
 
