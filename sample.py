@@ -19,6 +19,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import runpy
 import shlex
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
@@ -42,7 +44,7 @@ from train_dit import (STEPPED, Denoiser, Objective, ddpm_at, ddpm_tables, guide
                        open_text_encoder, read_output, shifted, token_shift, with_givens)
 from train_vae import (barrier, decode_long, encode_long, gaussians, last_checkpoint,
                        load_autoencoder, normaliser, option_parser, read_config, setup,
-                       sheet_frames, sum_over_ranks, to_frames, to_tensor)
+                       sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after each of their steps, from noise to data
@@ -278,7 +280,7 @@ def trajectory(args, how, read, noise, start, strength, shift, draw):
     (alpha, sigma)) -> (velocity, x_0, noise, variance's share); noise, start: tokens [N, C*P],
     start None but for video to video, where only this share of the steps, `strength`, is made;
     shift: a float, or [N, 1]; draw(i): fresh noise."""
-    skip = round(args.steps * (1 - strength))
+    skip = min(args.steps - 1, round(args.steps * (1 - strength)))
     if how.path in STEPPED:
         return stepped_trajectory(args, how, read, noise, start, skip, draw)
     low, high = interval(how, True)
@@ -348,10 +350,18 @@ class Packed:
         self.tokens = patchify(with_givens(move(each("noise")), givens), patch)
         own = row.own[:len(row.own) // twice]
         self.clip = row.rows[own].long()
-        self.first, self.known = self.mark_first(each("first"), move)
-        if model.kind == "wan" and self.known is not None:       # known frames are clean tokens
+        lengths = torch.bincount(self.clip)
+        self.places, self.lengths = lengths.cumsum(0) - lengths, lengths
+        self.first = torch.zeros_like(self.tokens[own])      # tokens of first latents that are known
+        self.known = torch.zeros_like(self.first[:, :1], dtype=torch.bool)
+        for place, first in zip(self.places.tolist(), each("first")):
+            if first is not None:
+                part = patchify([first.to(device)], patch)
+                self.first[place:place + len(part)] = part
+                self.known[place:place + len(part)] = True
+        if model.kind == "wan":          # known frames are clean tokens
             for twin in range(twice):
-                row.rows[own[self.known] + twin * len(self.tokens)] = len(jobs) * twice
+                row.rows[own[self.known[:, 0]] + twin * len(self.tokens)] = len(jobs) * twice
         self.extra = None if jobs[0].extra is None else patchify(move(each("extra")), patch)
         if jobs[0].image is not None:
             row.image = torch.cat(move(each("image")) * twice)
@@ -360,24 +370,7 @@ class Packed:
         row.kept = {}                    # texts are read once, not at every step
         self.row, self.twice, self.own = row, twice, own
         self.n_rows = int(row.rows.max()) + 1
-        lengths = torch.bincount(self.clip)
-        self.places, self.lengths = lengths.cumsum(0) - lengths, lengths
         self.memory, self.alone = None, None
-
-    def mark_first(self, firsts, move):
-        """(tokens of the known first latents among others [N, C*P], which those are [N] bool)."""
-        if all(first is None for first in firsts):
-            return None, None
-        whole, known = [], []
-        for first, shape in zip(firsts, self.shapes):
-            z, mask = torch.zeros(shape), torch.zeros(1, *shape[1:])
-            if first is not None:
-                z[:, :1], mask[:, :1] = first, 1
-            whole.append(z)
-            known.append(mask)
-        patch = self.model.dit.patch
-        return (patchify(move(whole), patch),
-                patchify([m.to(self.device) for m in known], patch).amax(1) > 0)
 
     def noise(self, draws=None):
         """Own tokens of the clips' noise, or of other draws of their shapes."""
@@ -389,8 +382,8 @@ class Packed:
         """Outputs [twice * N, C_out*P] of own tokens x at the network's times told [N, 1]."""
         times = told[self.places, 0].repeat(self.twice)
         times = F.pad(times, (0, self.n_rows - len(times)))
-        if self.known is not None and self.model.kind == "wan":
-            x = torch.where(self.known[:, None], self.first, x)
+        if self.model.kind == "wan":
+            x = torch.where(self.known, self.first, x)
         tokens = self.tokens.index_copy(0, self.own, x)
         tokens = tokens if self.extra is None else torch.cat([tokens, self.extra], 1)
         with torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bf16"):
@@ -413,11 +406,11 @@ class Packed:
         if self.twice == 2:
             output = self.guide(how, *output.chunk(2), torch.where(inside, self.scale, 1.0), x, at)
         velocity, x0, noise = convert(how, output, x, at)
-        if how.path not in STEPPED and self.known is not None and self.model.kind != "wan":
-            known, d = self.known[:, None], interpolant(how.path, at)[2:]    # on its own way
-            x0 = torch.where(known, self.first, x0)
-            noise = torch.where(known, self.tokens[self.own], noise)
-            velocity = torch.where(known, d[0] * x0 + d[1] * noise, velocity)
+        if how.path not in STEPPED and self.model.kind != "wan":     # what is known goes its way
+            d_alpha, d_sigma = interpolant(how.path, at)[2:]
+            x0 = torch.where(self.known, self.first, x0)
+            noise = torch.where(self.known, self.tokens[self.own], noise)
+            velocity = torch.where(self.known, d_alpha * x0 + d_sigma * noise, velocity)
         share = (output[:, x.shape[1]:] + 1) / 2 if how.prediction == "ddpm" else None
         return velocity, x0, noise, share
 
@@ -456,7 +449,7 @@ class Packed:
 
     def latents(self, x):
         """[C, T', H', W'] of each clip from its own tokens, what is known put in."""
-        x = x if self.known is None else torch.where(self.known[:, None], self.first, x)
+        x = torch.where(self.known, self.first, x)
         return unpatchify(x, self.shapes, self.model.dit.patch)
 
 
@@ -1166,33 +1159,28 @@ def evaluate_demo(args, folder):
 # ------------------------------------------------------------------------------------------------
 
 
-class Moments:
-    """Count, sum and sum of products of features [N, D], float64; ranks' add up."""
+def features_of(n, width, make):
+    """[n, width] of make(i), each [width], shared out over the ranks."""
+    found = torch.zeros(n, width)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for i in tqdm(range(rank, n, world), desc="features", unit="clip", disable=rank > 0):
+        found[i] = make(i)
+    return sum_rows(found)
 
-    def __init__(self):
-        self.n, self.sum, self.products = 0, 0.0, 0.0
 
-    def add(self, features):
-        x = features.double().cpu()
-        self.n, self.sum, self.products = self.n + len(x), self.sum + x.sum(0), \
-            self.products + x.T @ x
+def sum_rows(found):
+    """A tensor summed over the ranks, each of which has its own rows of it."""
+    if torch.distributed.is_initialized():
+        on = found.cuda() if torch.distributed.get_backend() == "nccl" else found
+        torch.distributed.all_reduce(on)
+        found = on.cpu()
+    return found
 
-    def reduce(self, width):
-        """Of all ranks; `width`: D, for ranks that had nothing to add."""
-        self.sum = self.sum + torch.zeros(width).double()
-        self.products = self.products + torch.zeros(width, width).double()
-        self.n = int(sum_over_ranks(float(self.n))[0])
-        for total in (self.sum, self.products):
-            if torch.distributed.is_initialized():
-                on = total.cuda() if torch.distributed.get_backend() == "nccl" else total
-                torch.distributed.all_reduce(on)
-                total.copy_(on)
-        return self
 
-    def gaussian(self):
-        """(mean [D], covariance [D, D])"""
-        mean = self.sum / self.n
-        return mean, (self.products - self.n * torch.outer(mean, mean)) / max(1, self.n - 1)
+def gaussian(features):
+    """(mean [D], covariance [D, D]) of features [N, D], float64."""
+    x = features.double()
+    return x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / max(1, len(x) - 1)
 
 
 def frechet(one, other):
@@ -1248,7 +1236,7 @@ def clip_at(folder, row, args):
 
 def evaluate_frechet(args, folder):
     """Writes eval-fvd.json or eval-fid.json: the distance, that of two halves of the real clips,
-    the protocol and its hash. The real clips' moments are kept in eval-real-HASH.npz."""
+    the protocol and its hash. The real clips' features are kept in eval-real-HASH.safetensors."""
     rank, world, device = setup(args)
     args.quiet, kind = rank > 0, args.eval
     if not args.detector or not args.data:
@@ -1261,46 +1249,39 @@ def evaluate_frechet(args, folder):
         "shard-*[0-9].jsonl")))).hexdigest()[:16], "detector": digest[:16], "n": len(rows),
         "size": list(args.size), "frames": args.frames, "fps": args.fps,
         "clips": "drawn by hash, from their start", "resize": "Lanczos to cover, centre crop"}
-    name = hashlib.sha256(json.dumps(real, sort_keys=True).encode()).hexdigest()[:8]
-    halves = [Moments(), Moments()]
-    kept = folder / f"eval-real-{name}.npz"
-    if kept.exists():
-        found = np.load(kept)
-        for i, half in enumerate(halves):
-            half.n, half.sum, half.products = int(found["n"][i]), *(
-                torch.from_numpy(found[key][i]) for key in ("sum", "products"))
-    else:
-        for i in tqdm(range(rank, len(rows), world), desc="real", unit="clip", disable=args.quiet):
-            halves[i % 2].add(features(clip_at(source, rows[i], args)[None], kind == "fid"))
-        blank = np.zeros((1, args.frames, *args.size, 3), np.uint8)
-        width = features(blank, kind == "fid").shape[1]      # a rank may have had no clip
-        halves = [half.reduce(width) for half in halves]
-        barrier()
+    name, is_image = hash_of(real), kind == "fid"
+    width = features(np.zeros((1, args.frames, *args.size, 3), np.uint8), is_image).shape[1]
+    kept = folder / f"eval-real-{name}.safetensors"
+    if not kept.exists():
+        true = features_of(len(rows), width, lambda i: features(
+            clip_at(source, rows[i], args)[None], is_image)[0])
         if rank == 0:
             with atomic(kept) as part:
-                np.savez(part, n=[half.n for half in halves], **{key: np.stack([
-                    getattr(half, key).numpy() for half in halves]) for key in ("sum", "products")})
-    whole, made = Moments(), Moments()
-    for key in ("n", "sum", "products"):
-        setattr(whole, key, sum(getattr(half, key) for half in halves))
-    wishes = [{**wish_of(args, {"prompt": row["label"] if sampler.about.get("labels") else (
-        row["captions"] or [{"text": ""}])[0]["text"]}), "seed": args.seed + i}
-        for i, row in enumerate(rows)]
-    batches = [wishes[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
-    for batch in batches[rank::world]:
-        for story in sampler(batch):
-            made.add(features(np.stack(list(sampler.frames(story)))[None], kind == "fid"))
-    made.reduce(len(whole.sum))
+                save_file({"features": true}, part)
+        barrier()
+    true, made = load_file(kept)["features"], torch.zeros(len(rows), width)
+    say = lambda row: row["label"] if sampler.about.get("labels") else (
+        row["captions"] or [{"text": ""}])[0]["text"]
+    wishes = [{**wish_of(args, {"prompt": say(row)}), "seed": args.seed + i}
+              for i, row in enumerate(rows)]
+    starts = range(0, len(wishes), args.batch)
+    for start in starts[rank::world]:
+        for i, story in enumerate(sampler(wishes[start:start + args.batch]), start):
+            made[i] = features(np.stack(list(sampler.frames(story)))[None], is_image)[0].cpu()
+    made = gaussian(sum_rows(made))
     protocol = {"real": real, "made": {name: getattr(args, name) for name in (
         "sampler", "steps", "cfg", "shift", "seed")}, "weights": sampler.about["weights"]}
-    result = {kind: frechet(made.gaussian(), whole.gaussian()),
-              "real_real": frechet(*(half.gaussian() for half in halves)),
-              "real_itself": frechet(whole.gaussian(), whole.gaussian()), "protocol": protocol,
-              "hash": hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]}
+    result = {kind: frechet(made, gaussian(true)), "protocol": protocol, "hash": hash_of(protocol),
+              "real_real": frechet(gaussian(true[::2]), gaussian(true[1::2])),
+              "real_itself": frechet(gaussian(true), gaussian(true))}
     if rank == 0:
         write_text(folder / f"eval-{kind}.json", json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
     barrier()
+
+
+def hash_of(facts):
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 # ================================================================================================
