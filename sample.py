@@ -1,18 +1,27 @@
-"""Stage 5: a prompt -> a video; and how well a run keeps to its prompts.
+"""Stage 5: a prompt, an image or a video -> a video; how well a run keeps to its prompts.
 
-In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with.
-Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264) and .png (a sheet of its frames);
-      runs/NAME/eval.json and eval-*.png (--eval demo).
+In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with; or published weights:
+      DiT, SiT and U-ViT files, VideoGPT's, Wan folders in either layout.
+Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still: .png), .png (a
+      sheet of its frames), .json (all that it takes to make it again); index.html plays them all;
+      runs/NAME/eval*.json and eval-*.png (--eval).
 
-The idea: start from noise and follow the learned velocity from t = 1 to t = 0 (Euler's method),
-each step guided: away from what the model does without a caption, towards what it does with it.
-Prompts, sizes and lengths that differ share one packed row.
+The idea: start from noise and follow the learned velocity from t = 1 to t = 0, each step guided:
+away from what the model does without a caption, towards what it does with it. Prompts, sizes and
+lengths that differ share one packed row. A task is a chain of pieces: each is a clip that is
+denoised with what it is given as clean tokens, the frames at its ends or the clip beside it, and a
+long video goes on from the latents of the piece before, never through pixels.
 
     python sample.py demo --prompt "a red circle moves left"
     python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --seed 7
+    python sample.py demo --prompt "a red circle moves left" --image FILE --extend 3
     python sample.py demo --eval demo                        # a minute on two cores
+    torchrun --nproc_per_node 8 -- sample.py mine --prompts prompts.jsonl --sampler unipc --steps 12
 
-Axes: T frames, H W pixels; T' H' W' the latent grid. Guidance: Ho & Salimans 2022 (2207.12598).
+Axes: B clips, T frames, H W pixels, C channels, P patch volume, N tokens of a row; T' H' W' the
+latent grid; K codebook size. Time runs from t = 0, clean, to t = 1, noise.
+Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interval, 2404.07724);
+Lin 2023 (rescaled, 2305.08891); Ma 2024 (SiT, 2401.08740); beside each sampler its own.
 """
 import argparse
 import hashlib
@@ -52,7 +61,7 @@ from train_vae import (barrier, decode_long, encode_long, gaussians, last_checkp
 
 # alpha and sigma are float64 [n + 1], or [n + 1, N, 1] where every clip has times of its own: x is
 # alpha x_0 + sigma noise at the n points at which the network is asked, and at the last one.
-# predict(x, i) -> (x_0, noise, variance's share or None) at point i; draw(i): standard normal, as x.
+# predict(x, i) -> (x_0, noise, variance's share or None) at point i; draw(i): normal, shaped as x.
 
 
 RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, and of all in the end
@@ -197,7 +206,11 @@ def unipc(predict, x, alpha, sigma):
 def flow_grid(n, shift=1.0, first=1.0, last=0.0):
     """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
     `last`, which is not reached, then 0."""
-    return F.pad(shifted(torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1], shift), (0, 1))
+    times = torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]
+    if torch.is_tensor(shift):
+        times = times.view(-1, 1, 1)
+    times = shifted(times, shift)
+    return torch.cat([times, torch.zeros_like(times[:1])])
 
 
 def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1):
@@ -285,8 +298,8 @@ def trajectory(args, how, read, noise, start, strength, shift, draw):
         return stepped_trajectory(args, how, read, noise, start, skip, draw)
     low, high = interval(how, True)
     if args.sampler == "sde":            # SiT's: the last step is one of its own
-        times = shifted(torch.linspace(1 - 1e-3 * (args.form == "SBDM"), 0.04, args.steps), shift)
-        times = F.pad(times, (0, 1))
+        first = 1 - 1e-3 * (args.form == "SBDM")
+        times = flow_grid(args.steps, shift, first, 0.04 - (first - 0.04) / max(1, args.steps - 1))
     else:
         times = flow_grid(args.steps, shift, *args.ends)
     times = (low + (high - low) * times)[skip:]
@@ -328,7 +341,6 @@ class Job(NamedTuple):
     start: torch.Tensor = None      # [C, T', H', W']: the video to begin with, and to change
     strength: float = 1.0           # the share of the way from it to noise
     extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
-    image: torch.Tensor = None      # [I, width]: an image as CLIP sees it
     key: tuple = ()                 # names its draws: seed, segment, prompt
 
 
@@ -352,7 +364,7 @@ class Packed:
         self.clip = row.rows[own].long()
         lengths = torch.bincount(self.clip)
         self.places, self.lengths = lengths.cumsum(0) - lengths, lengths
-        self.first = torch.zeros_like(self.tokens[own])      # tokens of first latents that are known
+        self.first = torch.zeros_like(self.tokens[own])      # tokens of known first latents
         self.known = torch.zeros_like(self.first[:, :1], dtype=torch.bool)
         for place, first in zip(self.places.tolist(), each("first")):
             if first is not None:
@@ -363,10 +375,6 @@ class Packed:
             for twin in range(twice):
                 row.rows[own[self.known[:, 0]] + twin * len(self.tokens)] = len(jobs) * twice
         self.extra = None if jobs[0].extra is None else patchify(move(each("extra")), patch)
-        if jobs[0].image is not None:
-            row.image = torch.cat(move(each("image")) * twice)
-            row.cu_image = torch.tensor(np.cumsum([0] + [len(i) for i in each("image")] * twice),
-                                        dtype=torch.int32, device=device)
         row.kept = {}                    # texts are read once, not at every step
         self.row, self.twice, self.own = row, twice, own
         self.n_rows = int(row.rows.max()) + 1
@@ -521,7 +529,8 @@ class Sampler:
 
     def __init__(self, args, device):
         openers, about = open_source(args, device)
-        self.args, self.device, self.part, self.about = args, device, Parts(openers, args.offload), about
+        self.args, self.device, self.about = args, device, about
+        self.part = Parts(openers, args.offload)
         vae, self.vae_config = self.part("vae")
         self.stride, self.time_stride, self.z_dim = vae.stride, vae.time_stride, vae.z_dim
         model = self.part("denoiser")
@@ -596,7 +605,7 @@ class Sampler:
         return story
 
     def context(self, piece, at_end):
-        """(latents, frames) of a piece on its own, or of as much of its frames as a clip may see."""
+        """(latents, frames) of a piece on its own, or of as much of a file as a clip may see."""
         if piece.latents is not None:
             return piece.latents, piece.n
         most = min(len(piece.frames), self.args.context)
@@ -633,8 +642,8 @@ class Sampler:
         (role, prompt), wish = story.todo[k], story.wish
         givens, first = self.given(story, role)
         draws = gaussians("sample", wish["seed"], k, [wish["prompt"]], [story.shape])
-        job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0], givens,
-                  self.told(wish), None if first is None else givens[0][0],
+        job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
+                  givens, self.told(wish), None if first is None else givens[0][0],
                   *((story.source, wish["strength"]) if role == "change" else ()),
                   key=(wish["seed"], k, wish["prompt"]))
         return self.about["adapt"](self, job, first) if "adapt" in self.about else job
@@ -767,8 +776,8 @@ class CodeSampler(Sampler):
         args.frames, args.size = args.frames or self.size[0], args.size or tuple(self.size[1:])
         args.fps, args.negative, args.batch = args.fps or 8.0, "", args.batch or 8
         if args.frames > self.size[0] or any(a > b for a, b in zip(args.size, self.size[1:])):
-            refuse(f"{args.name} makes {self.size[0]} frames of {self.size[1]}x{self.size[2]} px at "
-                   "most")
+            refuse(f"{args.name} makes at most {self.size[0]} frames of "
+                   f"{self.size[1]}x{self.size[2]} px")
 
     @torch.no_grad()
     def __call__(self, wishes):
@@ -933,7 +942,8 @@ def plot_drift(path, story, means, width=640, height=240):
     for end in np.cumsum([piece.stop - piece.start for piece in story.pieces])[:-1]:
         draw.line([place(end - 0.5, low), place(end - 0.5, high)], fill=(220, 220, 220))
     for channel, colour in enumerate(((220, 60, 50), (40, 160, 60), (50, 90, 230))):
-        draw.line([place(t, level) for t, level in enumerate(means[:, channel])], fill=colour, width=2)
+        points = [place(t, level) for t, level in enumerate(means[:, channel])]
+        draw.line(points, fill=colour, width=2)
     for level in (low + 2, high - 2):
         draw.text((6, place(0, level)[1] - 6), f"{level:.0f}", fill="black")
     draw.text((44, 4), f"mean level of red, green and blue, {len(means)} frames", fill="black")
@@ -948,7 +958,8 @@ h1 {{ font-size: 18px; font-weight: 600 }} button {{ font: inherit; padding: 2px
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px }}
 figure {{ margin: 0; background: #22252b; border-radius: 6px; overflow: hidden }}
 video, img {{ display: block; width: 100%; image-rendering: {rendering}; background: #000 }}
-figcaption {{ padding: 8px 10px }} small {{ color: #8d939e; display: block; overflow-wrap: anywhere }}
+figcaption {{ padding: 8px 10px }}
+small {{ color: #8d939e; display: block; overflow-wrap: anywhere }}
 a {{ color: #8ab4f8 }}</style></head><body>
 <h1>{title}: {count} <button onclick="for (const v of document.querySelectorAll('video'))
  {{ v.currentTime = 0; v.play() }}">play all from the start</button></h1>
@@ -972,8 +983,9 @@ def write_page(folder):
                  for key, value in wish.items() if key in (*GIVEN_FILES, "extend", "then", "loop",
                                                            "strength")]
         settings = [f"seed {wish['seed']}", f"{facts['n_frames']} frames of {wish['height']}x"
-                    f"{wish['width']} at {wish['fps']:g}/s", f"{how['sampler']} {how['steps']} steps",
-                    f"guidance {how['cfg']}", *tasks]
+                    f"{wish['width']} at {wish['fps']:g}/s", *tasks]
+        if how["steps"]:
+            settings += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
         figures.append(f"<figure>{shows}<figcaption>{html.escape(wish['prompt'] or '(no prompt)')}"
                        f"<small>{html.escape(', '.join(settings))}</small><small><a href="
                        f'"{html.escape(path.name)}">settings</a></small></figcaption></figure>')
@@ -992,7 +1004,7 @@ def sample(args, folder):
         {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
         for prompt in args.prompt for i in range(args.n)]
     stems = [stem_of(wish, i if args.prompts else None) for i, wish in enumerate(wishes)]
-    batches = [range(i, min(i + args.batch, len(wishes))) for i in range(0, len(wishes), args.batch)]
+    batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
     rows, out = [], Path(args.out) if args.out else folder / "samples"
     for batch in batches[rank::world]:
         # whole batches: what a video shares a row with must not depend on where a run was stopped
@@ -1155,7 +1167,7 @@ def evaluate_demo(args, folder):
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation against real videos: Fréchet distances (FID, FVD), CLIP similarity
+# Evaluation against real videos: Fréchet distances (FID, FVD)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1353,7 +1365,8 @@ def open_foreign(args, device):
     network, layout, options = load_published(path, args.heads)
     kind = {"dit": "sit" if path.name.lower().startswith("sit") else "dit", "uvit": "uvit"}.get(
         layout, "wan")
-    how = {"dit": Objective("ddpm", "ddpm"), "uvit": Objective("noise", "sd")}.get(kind, Objective())
+    how = {"dit": Objective("ddpm", "ddpm"), "uvit": Objective("noise", "sd")}
+    how = how.get(kind, Objective())
     with torch.device("meta"):
         model = Denoiser(kind=kind, **options)
     inside = path / "vae" if (path / "vae").is_dir() else next(iter(sorted(path.glob(
@@ -1382,6 +1395,9 @@ def open_foreign(args, device):
         shift = json.loads(index.read_text()).get("flow_shift", 5.0) if index.is_file() else 5.0
         about |= {"shift": shift, "negative": WAN_NEGATIVE}
         is_i2v = options["channels"] > options["out_channels"]
+        if options["image_dim"]:
+            refuse(f"{path} sees its image through CLIP's vision tower, which is not read here "
+                   "yet: take a TI2V")
         if is_i2v or options["channels"] == 48 or is_expanded(path):
             about |= {"adapt": give_image, "kind": "wan" if is_i2v else "ti2v"}
     else:
@@ -1398,12 +1414,13 @@ def is_expanded(path):
 
 
 def give_image(sampler, job, picture):
-    """A Job as Wan's published models take an image: TI2V as its first latent, clean; I2V as
-    channels beside the noise, with a mask, the frames after it grey, and as CLIP sees it."""
+    """A Job as Wan's published models take an image: TI2V as its first latent, clean; 2.2's I2V as
+    channels beside the noise, with a mask, the frames after it grey."""
     if picture is None or sampler.part("denoiser").dit.channels == sampler.z_dim:
         return job._replace(givens=[])
     _, T, H, W = job.shape
-    video = torch.zeros(3, 1 + (T - 1) * sampler.time_stride, H * sampler.stride, W * sampler.stride)
+    video = torch.zeros(3, 1 + (T - 1) * sampler.time_stride, H * sampler.stride,
+                        W * sampler.stride)
     video[:, :1] = to_tensor(picture)
     with torch.no_grad():
         z = encode_long(sampler.part("vae")[0], video[None].to(sampler.device))[0][0].cpu()
@@ -1445,6 +1462,17 @@ def size_of(text):
 
 def parse_options(argv=None):
     parser = option_parser(__doc__)
+    add_wishes(parser)
+    add_settings(parser)
+    args = parser.parse_args(argv)
+    if not (args.prompt or args.prompts or args.eval):
+        refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
+    told = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.told, args.quiet = told, False
+    return args
+
+
+def add_wishes(parser):
     parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
                         "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
     add = parser.add_argument_group("what to sample (README: a call for each task)").add_argument
@@ -1462,7 +1490,8 @@ def parse_options(argv=None):
     add("--n", type=number(int, 1), default=1,
         help="videos a prompt, seeds counting up (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
-    add = parser.add_argument_group("from images and videos (a run trained with --given)").add_argument
+    add = parser.add_argument_group("from images and videos (of a run trained with "
+                                    "--given)").add_argument
     add("--image", metavar="FILE", help="the first frame")
     add("--last", metavar="FILE", help="the last frame")
     add("--video", metavar="FILE", help="the video to go on from, or to change")
@@ -1475,6 +1504,9 @@ def parse_options(argv=None):
         help="make anew this share of the way from --video to noise, 0 to 1")
     add("--context", type=number(int, 1), default=17,
         help="frames of a file that an extension sees (%(default)s)")
+
+
+def add_settings(parser):
     add = parser.add_argument_group("how").add_argument
     add("--sampler", choices=list(dict.fromkeys(FLOW_SAMPLERS + STEPPED_SAMPLERS)),
         help="(euler; ddim for paths in steps; of published weights their own)")
@@ -1510,21 +1542,15 @@ def parse_options(argv=None):
         help="latent frames that are decoded at a time (%(default)s)")
     add("--offload", action="store_true",
         help="text encoder, denoiser and autoencoder take turns in memory")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of matrix products (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32",
+        help="of matrix products (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", choices=["demo", "fid", "fvd", "clip"], help="measure, and write eval-*.json")
+    add("--eval", choices=["demo", "fid", "fvd"], help="measure, and write eval-*.json")
     add("--n_eval", type=number(int, 1), default=48,
         help="prompts of each kind, or real clips (%(default)s)")
     add("--data", help="data set of the real clips and their captions")
     add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
-    add("--clip", metavar="DIR", help="folder of a published CLIP")
-    args = parser.parse_args(argv)
-    if not (args.prompt or args.prompts or args.eval):
-        refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
-    told = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    args.told, args.quiet = told, False
-    return args
 
 
 def main(argv=None):
@@ -1536,7 +1562,8 @@ def main(argv=None):
             refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
         return peers["bench_sampling"](argv[1:])
     args = parse_options(argv)
-    folder = Path("runs", Path(args.name).stem) if is_published(Path(args.name)) else run_dir(args.name)
+    path = Path(args.name)
+    folder = Path("runs", path.stem) if is_published(path) else run_dir(path)
     {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_frechet)(args, folder)
 
 
