@@ -650,8 +650,8 @@ class Sampler:
 
     @torch.no_grad()
     def denoise(self, jobs, progress=None, watch=None):
-        """Normalised latents [C, T', H', W'] of each job. watch: sees each answer of
-        the network, a tuple that it returns, and each x."""
+        """Normalised latents [C, T', H', W'] of each job. watch(packed, seen) sees each answer of
+        the network, a tuple, which it returns, and each x."""
         model, args = self.part("denoiser"), self.args
         packed, how = Packed(model, jobs, args, self.time_stride, self.device), model.objective
         shift = args.shift
@@ -676,8 +676,7 @@ class Sampler:
         stories = [self.begin(wish) for wish in wishes]
         prompts = {wish["negative"]: 0 for wish in wishes}
         prompts |= {prompt: 0 for story in stories for _, prompt in story.todo}
-        read = self.part("text")
-        texts = {prompt: read(prompt) for prompt in prompts}
+        texts = {prompt: self.part("text")(prompt) for prompt in prompts}
         n = max(len(story.todo) for story in stories)
         with tqdm(desc="sample", unit="step", disable=self.args.quiet) as progress:
             for k in range(n):
@@ -1416,8 +1415,10 @@ def is_expanded(path):
 def give_image(sampler, job, picture):
     """A Job as Wan's published models take an image: TI2V as its first latent, clean; 2.2's I2V as
     channels beside the noise, with a mask, the frames after it grey."""
-    if picture is None or sampler.part("denoiser").dit.channels == sampler.z_dim:
+    if sampler.part("denoiser").dit.channels == sampler.z_dim:
         return job._replace(givens=[])
+    if picture is None:
+        refuse(f"{sampler.args.name} makes videos of images: give --image")
     _, T, H, W = job.shape
     video = torch.zeros(3, 1 + (T - 1) * sampler.time_stride, H * sampler.stride,
                         W * sampler.stride)
