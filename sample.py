@@ -1,82 +1,248 @@
-"""Stage 5: a prompt -> a video; and how well a run keeps to its prompts.
+"""Stage 5: a prompt, an image or a video -> a video; how well a run keeps to its prompts.
 
-In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with.
-Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264) and .png (a sheet of its frames);
-      runs/NAME/eval.json and eval-*.png (--eval demo).
+In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with; or published weights:
+      DiT, SiT and U-ViT files, VideoGPT's, Wan folders in either layout.
+Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still: .png), .png (a
+      sheet of its frames), .json (all that it takes to make it again); index.html plays them all;
+      runs/NAME/eval*.json and eval-*.png (--eval).
 
-The idea: start from noise and follow the learned velocity from t = 1 to t = 0 (Euler's method),
-each step guided: away from what the model does without a caption, towards what it does with it.
-Prompts, sizes and lengths that differ share one packed row.
+The idea: start from noise and follow the learned velocity from t = 1 to t = 0, each step guided:
+away from what the model does without a caption, towards what it does with it. Prompts, sizes and
+lengths that differ share one packed row. A task is a chain of pieces: each is a clip that is
+denoised with what it is given as clean tokens, the frames at its ends or the clip beside it, and a
+long video goes on from the latents of the piece before, never through pixels.
 
     python sample.py demo --prompt "a red circle moves left"
     python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --seed 7
+    python sample.py demo --prompt "a red circle moves left" --image FILE --extend 3
     python sample.py demo --eval demo                        # a minute on two cores
+    torchrun --nproc_per_node 8 -- sample.py mine --prompts prompts.jsonl --sampler unipc --steps 12
 
-Axes: T frames, H W pixels; T' H' W' the latent grid. Guidance: Ho & Salimans 2022 (2207.12598).
+Axes: B clips, T frames, H W pixels, C channels, P patch volume, N tokens of a row; T' H' W' the
+latent grid; K codebook size. Time runs from t = 0, clean, to t = 1, noise.
+Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interval, 2404.07724);
+Lin 2023 (rescaled, 2305.08891); Ma 2024 (SiT, 2401.08740); beside each sampler its own.
 """
 import argparse
+import hashlib
+import html
 import json
 import math
+import os
 import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, atomic, contact_sheet,
-                          is_left_out, number, refuse, render_shot, run_dir, write_video)
-from train_dit import generate, interpolant, load_denoiser, read_output
-from train_vae import gaussians, load_autoencoder, option_parser, setup, sheet_frames
+from kernels.patchify import patchify, unpatchify
+from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
+                          Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
+                          is_left_out, number, open_dataset, read_clip, read_still, refuse,
+                          render_shot, rng, run_dir, write_text, write_video)
+from train_dit import (STEPPED, Denoiser, Objective, ddpm_at, ddpm_tables,
+                       generate_codes, guide, interpolant, interval, lay_out, load_denoiser,
+                       load_gpt, load_published, open_reader, open_text_encoder, read_output,
+                       sample_codes, shifted, token_shift, with_givens)
+from train_vae import (barrier, decode_long, encode_long, gaussians, last_checkpoint,
+                       load_autoencoder, normaliser, option_parser, read_config, setup,
+                       sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
-# Sampling
+# Samplers: generators that yield x after each of their steps, from noise to data
 # ------------------------------------------------------------------------------------------------
 
+# alpha and sigma are float64 [n + 1], or [n + 1, N, 1] where every clip has times of its own: x is
+# alpha x_0 + sigma noise at the n points at which the network is asked, and at the last one.
+# predict(x, i) -> (x_0, noise, variance's share or None) at point i; draw(i): normal, shaped as x.
 
-class Sampler:
-    """A run and its autoencoder, ready to turn prompts into videos."""
 
-    def __init__(self, name, vae=None, device="cpu"):
-        self.device = device
-        self.model, self.read, self.config = load_denoiser(name, device)
-        wanted = self.config["vae"]
-        self.vae, self.vae_config = load_autoencoder(vae or wanted["run"], device)
-        if self.vae_config["hash"] != wanted["hash"]:
-            refuse(f"run {name} was trained on latents of autoencoder {wanted['hash']}, "
-                   f"{vae or wanted['run']} is {self.vae_config['hash']}: name the right one "
-                   "by --vae")
+RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, and of all in the end
+    "euler": ((), (1.0,)), "heun": (((1.0,),), (0.5, 0.5)), "midpoint": (((0.5,),), (0.0, 1.0)),
+    "rk4": (((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))}
 
-    def latent_shape(self, frames, height, width):
-        """The smallest grid that covers the video: what is too much is cut off after decoding."""
-        pt, ph, pw = self.model.dit.patch
-        up = lambda n, stride, patch: -(-n // (stride * patch)) * patch
-        return (self.vae.z_dim, up(frames - 1 + self.vae.time_stride, self.vae.time_stride, pt),
-                up(height, self.vae.stride, ph), up(width, self.vae.stride, pw))
 
-    def told(self, wish):
-        """What a run that was trained with conditions is told of a wish."""
-        known = {**wish, "seconds": wish["frames"] / wish["fps"]}
-        return [known.get(name) for name in self.config["args"].get("conditions", ())]
+def runge_kutta(velocity, x, times, method="euler"):
+    """Follows dx/dt = velocity(x, t) along `times`, from the first to the last."""
+    stages, last = RUNGE_KUTTA[method]
+    for now, after in zip(times, times[1:]):
+        step, slopes = after - now, [velocity(x, now)]
+        for row in stages:
+            ahead = sum(weight * slope for weight, slope in zip(row, slopes))
+            slopes.append(velocity(x + step * ahead, now + sum(row) * step))
+        x = x + step * sum(weight * slope for weight, slope in zip(last, slopes))
+        yield x
 
-    def __call__(self, wishes, n_steps, guidance, batch=16):
-        """`wishes`: dicts of prompt, frames, height, width, fps, seed. Returns uint8 [T, H, W, 3]
-        of each, exactly as asked for. The noise of a wish depends on itself and its seed alone."""
-        videos = []
-        shift = self.config["args"]["shift"]
-        batches = [wishes[i:i + batch] for i in range(0, len(wishes), batch)]
-        with tqdm(total=n_steps * len(batches), desc="sample", unit="step") as progress:
-            for part in batches:
-                shapes = [self.latent_shape(w["frames"], w["height"], w["width"]) for w in part]
-                noises = [gaussians("sample", w["seed"], 0, [w["prompt"]], [shape])[0]
-                          for w, shape in zip(part, shapes)]
-                noises = [noise.to(self.device) for noise in noises]
-                texts = [self.read(w["prompt"]) for w in part]
-                decoded = generate(self.model, self.vae, self.vae_config, shapes,
-                                   [w["fps"] for w in part], texts, noises, n_steps, guidance,
-                                   shift, self.vae.time_stride, progress, self.read(""),
-                                   about=[self.told(w) for w in part])
-                videos += [cut(video, w) for video, w in zip(decoded, part)]
-        return videos
+
+def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path="linear"):
+    """SiT's stochastic samplers: the flow, and noise of strength(t) that the score takes away
+    again. drift_score(x, t) -> (velocity, score). The last of `times` ends it: by one step without
+    noise ("mean"), along the flow ("euler"), by jumping to x_0 ("tweedie") or not at all (None)."""
+    def slope(x, t):
+        velocity, score = drift_score(x, t)
+        return velocity - strength(t) * score
+
+    *times, before_last, stop = times
+    for i, (now, after) in enumerate(zip(times, [*times[1:], before_last])):
+        step, kick = after - now, (2 * strength(now) * (now - after)).sqrt() * draw(i)
+        if method == "heun":
+            x = x + kick
+            first = slope(x, now)
+            x = x + step * (first + slope(x + step * first, after)) / 2
+        else:
+            x = x + step * slope(x, now) + kick
+        yield x
+    if last == "tweedie":
+        alpha, sigma, _, _ = interpolant(path, before_last)
+        x = x / alpha + sigma.square() / alpha * drift_score(x, before_last)[1]
+    elif last:
+        move = slope if last == "mean" else lambda x, t: drift_score(x, t)[0]
+        x = x + (stop - before_last) * move(x, before_last)
+    yield x
+
+
+def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
+    """x_0 and noise are read off and mixed again for the next point, a share `eta` of the noise
+    anew (Song et al. 2021, 2010.02502)."""
+    for i in range(len(alpha) - 1):
+        x0, noise, _ = predict(x, i)
+        fresh = eta * sigma[i + 1] / sigma[i] * (1 - (alpha[i] / alpha[i + 1]).square()).sqrt()
+        kept = (sigma[i + 1].square() - fresh.square()).sqrt()
+        x = alpha[i + 1].to(x) * x0 + kept.to(x) * noise
+        x = x + fresh.to(x) * draw(i) if eta else x
+        yield x
+
+
+def ddpm(predict, x, tables, draw):
+    """Ancestral sampling over the kept steps of `tables` (ddpm_tables), the noisiest first; the
+    variance is the posterior's, or between that and beta by the share that the network tells."""
+    n = len(tables["betas"])
+    for i in range(n):
+        x0, _, share = predict(x, i)
+        c = ddpm_at(tables, torch.tensor(n - 1 - i))
+        least = c["posterior_log_variance_clipped"]
+        logvar = least if share is None else share * c["log_betas"] + (1 - share) * least
+        x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
+        x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
+        yield x
+
+
+def dpm_pp(predict, x, alpha, sigma):
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the x_0 of the step before gives its slope."""
+    half_snr, n, before = (alpha / sigma).log(), len(alpha) - 1, None
+    for i in range(n):
+        x0, h = predict(x, i)[0], half_snr[i + 1] - half_snr[i]
+        ahead = x0
+        if before is not None and (i < n - 1 or (n >= 15 and sigma[n].all())):
+            ahead = x0 + (h / (half_snr[i] - half_snr[i - 1]) / 2).to(x) * (x0 - before)
+        x = (sigma[i + 1] / sigma[i]).to(x) * x - (alpha[i + 1] * torch.expm1(-h)).to(x) * ahead
+        before = x0
+        yield x
+
+
+def dpm_fast(predict, x, alpha, sigma):
+    """DPM-Solver++ in single steps of order 3, the rest in steps of order 2 and 1: U-ViT's. Each
+    takes as many points of the grid as its order; r is where on the way a point lies."""
+    half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
+    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    for order in orders:
+        h = half_snr[i + order] - half_snr[i]
+        # from point i to point j, with a correction by the difference of x_0 at two points
+        reach = lambda j, first, slope=0.0: (
+            (sigma[j] / sigma[i]).to(x) * x + (alpha[j] * bend(j)).to(x) * first
+            + alpha[j].to(x) * slope)
+        bend = lambda j: -torch.expm1(half_snr[i] - half_snr[j])
+        r = [((half_snr[i + k] - half_snr[i]) / h).to(x) for k in range(order)]
+        second = lambda way: (1 - bend(way) / (half_snr[way] - half_snr[i])).to(x)
+        x0 = predict(x, i)[0]
+        if order == 1:
+            x = reach(i + 1, x0)
+        elif order == 2:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            x = reach(i + 2, x0, bend(i + 2).to(x) / (2 * r[1]) * (middle - x0))
+        else:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            later = reach(i + 2, x0, r[2] / r[1] * second(i + 2) * (middle - x0))
+            x = reach(i + 3, x0, second(i + 3) / r[2] * (predict(later, i + 2)[0] - x0))
+        i += order
+        yield x
+
+
+def unipc(predict, x, alpha, sigma):
+    """UniPC of order 2 with B2(h) (Zhao et al. 2023, 2302.04867): each new x_0, before it takes
+    part in the next step, corrects the step that led to it."""
+    half_snr, n = (alpha / sigma).log(), len(alpha) - 1
+    start, found, order = None, [], 0                # the sample each step began at, every x_0
+    for i in range(n):
+        x0 = predict(x, i)[0]
+        if i:
+            h = half_snr[i] - half_snr[i - 1]
+            b = torch.expm1(-h)
+            p, q = 0.0, torch.full_like(b, 0.5)
+            if order == 2:                           # of [[1, 1], [r, 1]] (p, q) = (b1, b2)
+                r = (half_snr[i - 2] - half_snr[i - 1]) / h
+                b1, b2 = (-b / h - 1) / b, 2 * ((-b / h - 1) / -h - 0.5) / b
+                p = (b1 - b2) / (1 - r)
+                q = b1 - p
+                p = (p / r).to(x) * (found[-2] - found[-1])
+            move = found[-1] + p + q.to(x) * (x0 - found[-1])
+            x = (sigma[i] / sigma[i - 1]).to(x) * start - (alpha[i] * b).to(x) * move
+        found, start, order = [*found[-1:], x0], x, min(2, n - i, i + 1)
+        h, ahead = half_snr[i + 1] - half_snr[i], x0
+        if order == 2:
+            r = (half_snr[i - 1] - half_snr[i]) / h
+            ahead = x0 + (found[0] - x0) / (2 * r).to(x)
+        x = (sigma[i + 1] / sigma[i]).to(x) * x - (alpha[i + 1] * torch.expm1(-h)).to(x) * ahead
+        yield x
+
+
+def flow_grid(n, shift=1.0, first=1.0, last=0.0):
+    """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
+    `last`, which is not reached, then 0."""
+    times = torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]
+    if torch.is_tensor(shift):
+        times = times.view(-1, 1, 1)
+    times = shifted(times, shift)
+    return torch.cat([times, torch.zeros_like(times[:1])])
+
+
+def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1):
+    """(int64 [n] steps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of betas:
+    "linspace", "leading" (from `offset` on) or "trailing" as diffusers names them, or "karras".
+    `final`: alpha and sigma of the last point, None: those of step 0."""
+    tables = ddpm_tables(schedule, "", 1000, ends)
+    alpha, sigma = tables["alpha"], tables["sigma"]
+    if spacing == "karras":              # evenly in the 7th root of sigma / alpha
+        ratio = sigma / alpha
+        high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
+        ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
+        place = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
+        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(place).round().long()
+        sigma = alpha * ratio
+    else:
+        steps = {"linspace": torch.linspace(0, 999, n + 1, dtype=torch.float64)[1:].flip(0),
+                 "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
+                 "trailing": 999 - torch.arange(n) * (1000 / n)}[spacing].round().long()
+        alpha, sigma = alpha[steps], sigma[steps]
+    ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
+    return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
+
+
+def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
+    """(times, alpha, sigma), each float64 [n + 1], evenly from 1 to `last`, where a schedule's 1000
+    steps stand at 0.001, 0.002, … and the logarithm of alpha is straight between them (U-ViT's)."""
+    times = np.linspace(1, last, n + 1)
+    known = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
+    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, known))
+    return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
 def drift_score(how, output, x, t):
@@ -94,32 +260,771 @@ def diffusion(path, form, t, norm=1.0):
             "increasing-decreasing": norm * torch.sin(math.pi * t) ** 2}[form]
 
 
+FORMS_OF_NOISE = ("constant", "sigma", "linear", "SBDM", "decreasing", "increasing-decreasing")
+FLOW_SAMPLERS = (*RUNGE_KUTTA, "sde", "ddim", "dpm++", "unipc")
+STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
+
+
+def stepped_trajectory(args, how, read, noise, start, skip, draw):
+    """`trajectory` on a path in 1000 steps."""
+    schedule, n, tables = STEPPED[how.path], args.steps, None
+    if args.sampler == "ddpm":
+        tables = ddpm_tables(schedule, str(n))
+        told, alpha, sigma = (tables[name].flip(0) for name in ("timestep_map", "alpha", "sigma"))
+        alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
+        tables = {name: table[:n - skip] for name, table in tables.items()}
+    elif args.sampler == "dpm-fast":
+        told, alpha, sigma = level_grid(n, schedule)
+        told = 1000 * told - int(how.path == "sd")
+    else:
+        told, alpha, sigma = stepped_grid(schedule, n, args.spacing)
+    told, alpha, sigma = ((told + int(how.path == "sd")) / 1000)[skip:], alpha[skip:], sigma[skip:]
+    predict = lambda x, i: read(x, told[i], (alpha[i].to(x), sigma[i].to(x)))[1:]
+    x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
+    if args.sampler == "ddpm":
+        return ddpm(predict, x, tables, draw)
+    if args.sampler == "ddim":
+        return ddim(predict, x, alpha, sigma, args.eta, draw)
+    return {"dpm++": dpm_pp, "unipc": unipc, "dpm-fast": dpm_fast}[args.sampler](
+        predict, x, alpha, sigma)
+
+
+def trajectory(args, how, read, noise, start, strength, shift, draw):
+    """The generator of x that the options ask for. read(x, network's time, time on the path or
+    (alpha, sigma)) -> (velocity, x_0, noise, variance's share); noise, start: tokens [N, C*P],
+    start None but for video to video, where only this share of the steps, `strength`, is made;
+    shift: a float, or [N, 1]; draw(i): fresh noise."""
+    skip = min(args.steps - 1, round(args.steps * (1 - strength)))
+    if how.path in STEPPED:
+        return stepped_trajectory(args, how, read, noise, start, skip, draw)
+    low, high = interval(how, True)
+    if args.sampler == "sde":            # SiT's: the last step is one of its own
+        first = 1 - 1e-3 * (args.form == "SBDM")
+        times = flow_grid(args.steps, shift, first, 0.04 - (first - 0.04) / max(1, args.steps - 1))
+    else:
+        times = flow_grid(args.steps, shift, *args.ends)
+    times = (low + (high - low) * times)[skip:]
+    if args.sampler == "unipc":          # which divides by log alpha
+        times = times.clamp(max=1 - 1e-6)
+    told = torch.floor(1000 * times) / 1000 if args.whole_times else times
+    alpha, sigma, _, _ = interpolant(how.path, times)
+    x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
+    if args.sampler in RUNGE_KUTTA:
+        times = times.to(noise).unbind()
+        return runge_kutta(lambda x, t: read(x, t, t)[0], x, times, args.sampler)
+    if args.sampler == "sde":
+        def field(x, t):
+            velocity, _, noise, _ = read(x, t, t)
+            return velocity, -noise / interpolant(how.path, t)[1]
+        strength = lambda t: diffusion(how.path, args.form, t, args.norm)
+        return sde(field, x, times.to(noise).unbind(), strength, draw, path=how.path)
+    predict = lambda x, i: read(x, told[i].to(x), times[i].to(x))[1:]
+    if args.sampler == "ddim":
+        return ddim(predict, x, alpha, sigma, args.eta, draw)
+    return {"dpm++": dpm_pp, "unipc": unipc}[args.sampler](predict, x, alpha, sigma)
+
+
+# ------------------------------------------------------------------------------------------------
+# Clips that are denoised together, each with its unguided twin, in one packed row
+# ------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A clip to denoise."""
+    shape: tuple                    # (C, T', H', W')
+    fps: float
+    text: object                    # as lay_out takes it
+    none: object                    # what it is guided away from: the empty or the negative prompt
+    noise: torch.Tensor             # [C, T', H', W']
+    givens: list = []               # [(normalised latent, seconds from its first frame)]
+    about: list = []                # values of the run's conditions
+    first: torch.Tensor = None      # [C, 1, H', W']: its first latent, known
+    start: torch.Tensor = None      # [C, T', H', W']: the video to begin with, and to change
+    strength: float = 1.0           # the share of the way from it to noise
+    extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
+    key: tuple = ()                 # names its draws: seed, segment, prompt
+
+
+class Packed:
+    """read(x, told, at): the network's guided answer about the clips' own tokens x [N, C*P]."""
+
+    def __init__(self, model, jobs, args, time_stride, device, guidance=None):
+        self.model, self.jobs, self.args = model, jobs, args
+        self.time_stride, self.device = time_stride, device
+        self.scale = args.cfg if guidance is None else guidance
+        twice = 2 if self.scale != 1 else 1
+        each = lambda name: [getattr(job, name) for job in jobs]
+        move = lambda tensors: [x.to(device) for x in tensors]
+        givens = [[(z.to(device), at) for z, at in given] for given in each("givens")]
+        self.shapes, patch = each("shape"), model.dit.patch
+        row = lay_out(self.shapes * twice, each("fps") * twice,
+                      each("text") + each("none") * (twice - 1), time_stride, patch, None,
+                      model.kind, givens * twice, each("about") * twice).to(device)
+        self.tokens = patchify(with_givens(move(each("noise")), givens), patch)
+        own = row.own[:len(row.own) // twice]
+        self.clip = row.rows[own].long()
+        lengths = torch.bincount(self.clip)
+        self.places, self.lengths = lengths.cumsum(0) - lengths, lengths
+        self.first = torch.zeros_like(self.tokens[own])      # tokens of known first latents
+        self.known = torch.zeros_like(self.first[:, :1], dtype=torch.bool)
+        for place, first in zip(self.places.tolist(), each("first")):
+            if first is not None:
+                part = patchify([first.to(device)], patch)
+                self.first[place:place + len(part)] = part
+                self.known[place:place + len(part)] = True
+        if model.kind == "wan":          # known frames are clean tokens
+            for twin in range(twice):
+                row.rows[own[self.known[:, 0]] + twin * len(self.tokens)] = len(jobs) * twice
+        self.extra = None if jobs[0].extra is None else patchify(move(each("extra")), patch)
+        row.kept = {}                    # texts are read once, not at every step
+        self.row, self.twice, self.own = row, twice, own
+        self.n_rows = int(row.rows.max()) + 1
+        self.memory, self.alone = None, None
+
+    def noise(self, draws=None):
+        """Own tokens of the clips' noise, or of other draws of their shapes."""
+        if draws is None:
+            return self.tokens[self.own]
+        return patchify([z.to(self.device) for z in draws], self.model.dit.patch)
+
+    def network(self, x, told):
+        """Outputs [twice * N, C_out*P] of own tokens x at the network's times told [N, 1]."""
+        times = told[self.places, 0].repeat(self.twice)
+        times = F.pad(times, (0, self.n_rows - len(times)))
+        if self.model.kind == "wan":
+            x = torch.where(self.known, self.first, x)
+        tokens = self.tokens.index_copy(0, self.own, x)
+        tokens = tokens if self.extra is None else torch.cat([tokens, self.extra], 1)
+        with torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bf16"):
+            output = self.model(tokens.repeat(self.twice, 1), times, self.row)
+        return output[self.row.own].float()
+
+    def __call__(self, x, told, at):
+        """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times
+        on the path, or (alpha, sigma) of a stepped one."""
+        how, args = self.model.objective, self.args
+        told = torch.as_tensor(told, dtype=torch.float32, device=self.device).expand(len(x), 1)
+        if how.path not in STEPPED:
+            at = torch.as_tensor(at, dtype=torch.float32, device=self.device).expand(len(x), 1)
+        inside = (args.cfg_interval[0] <= told) & (told <= args.cfg_interval[1])
+        if self.twice == 2 and not inside.any():             # one pass is enough here
+            self.alone = self.alone or Packed(self.model, self.jobs, args, self.time_stride,
+                                              self.device, guidance=1)
+            return self.alone(x, told, at)
+        output = self.network(x, told)
+        if self.twice == 2:
+            output = self.guide(how, *output.chunk(2), torch.where(inside, self.scale, 1.0), x, at)
+        velocity, x0, noise = convert(how, output, x, at)
+        if how.path not in STEPPED and self.model.kind != "wan":     # what is known goes its way
+            d_alpha, d_sigma = interpolant(how.path, at)[2:]
+            x0 = torch.where(self.known, self.first, x0)
+            noise = torch.where(self.known, self.tokens[self.own], noise)
+            velocity = torch.where(self.known, d_alpha * x0 + d_sigma * noise, velocity)
+        share = (output[:, x.shape[1]:] + 1) / 2 if how.prediction == "ddpm" else None
+        return velocity, x0, noise, share
+
+    def guide(self, how, near, far, scale, x, at):
+        """Outputs under the prompt, near, and without it, far, made one; scale [N, 1]."""
+        args, width = self.args, x.shape[1]
+        if args.apg:
+            x0, other = (convert(how, output, x, at)[1] for output in (near, far))
+            x0 = x0 + (scale - 1) * self.project(x0 - other, x0)
+            return back(how, x0, x, at, near)
+        channels = (args.cfg_channels or self.shapes[0][0]) * width // self.shapes[0][0]
+        out = guide(near, far, scale, channels)
+        if args.rescale:                                     # of the deviation, clip by clip
+            ratio = self.deviation(near[:, :width]) / self.deviation(out[:, :width])
+            scaled = out[:, :width] * (1 + args.rescale * (ratio[self.clip] - 1))
+            out = torch.cat([scaled, out[:, width:]], 1)
+        return out
+
+    def sums(self, values):
+        """[B, 1]: of each clip's values [N, K]."""
+        return values.new_zeros(len(self.jobs)).index_add(0, self.clip, values.sum(1))[:, None]
+
+    def deviation(self, values):
+        n = self.lengths[:, None] * values.shape[1]
+        mean = self.sums(values) / n
+        return (self.sums((values - mean[self.clip]).square()) / n).sqrt()
+
+    def project(self, step, x0):
+        """Adaptive projected guidance (Sadat et al. 2024, 2410.02416): what guidance adds to x_0,
+        against the last addition by half, no longer than --apg, and across x_0 alone."""
+        step = self.memory = step if self.memory is None else step - 0.5 * self.memory
+        size = self.sums(step.square()).sqrt()
+        step = step * (self.args.apg / size).clamp(max=1.0)[self.clip]
+        along = self.sums(step * x0) / self.sums(x0.square())
+        return step - along[self.clip] * x0
+
+    def latents(self, x):
+        """[C, T', H', W'] of each clip from its own tokens, what is known put in."""
+        x = torch.where(self.known, self.first, x)
+        return unpatchify(x, self.shapes, self.model.dit.patch)
+
+
+def convert(how, output, x, at):
+    """(velocity or None, x_0, noise) of an output at x: read_output, but that a stepped path is
+    asked at any (alpha, sigma)."""
+    if how.path not in STEPPED:
+        return read_output(how, output, x, at)
+    noise = output[:, :x.shape[1]]
+    return None, (x - at[1] * noise) / at[0], noise
+
+
+def back(how, x0, x, at, output):
+    """The output that says x_0; whatever else `output` has beside it stays."""
+    alpha, sigma = at if how.path in STEPPED else interpolant(how.path, at)[:2]
+    noise = (x - alpha * x0) / sigma
+    if how.prediction == "velocity":
+        _, _, d_alpha, d_sigma = interpolant(how.path, at)
+        return d_alpha * x0 + d_sigma * noise
+    if how.prediction == "score":
+        return -noise / sigma
+    return x0 if how.prediction == "x" else torch.cat([noise, output[:, x.shape[1]:]], 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# From wishes to videos: every task is a chain of pieces, each denoised with what it is given
+# ------------------------------------------------------------------------------------------------
+
+
+class Parts:
+    """What reads text, the denoiser and the autoencoder, opened when they are first needed; with
+    `offload` only one of them is in memory at a time."""
+
+    def __init__(self, openers, offload):
+        self.openers, self.offload, self.held = openers, offload, {}
+
+    def __call__(self, name):
+        if name not in self.held:
+            if self.offload:
+                self.held.clear()
+            self.held[name] = self.openers[name]()
+        return self.held[name]
+
+
+class Piece:
+    """A part of a video: normalised latents [C, T', H', W'] of a clip on its own, or frames uint8
+    [T, H, W, 3]; of its n frames, those from `start` to `stop` are shown."""
+
+    def __init__(self, n, latents=None, frames=None, start=0, stop=None):
+        self.n, self.latents, self.frames, self.start = n, latents, frames, start
+        self.stop = n if stop is None else stop
+
+
+class Story:
+    """A wish on its way: its pieces in order, and the steps that are still to be made."""
+
+    def __init__(self, wish, shape, n_frames, todo, pieces=()):
+        self.wish, self.shape, self.n, self.todo = wish, shape, n_frames, todo
+        self.pieces, self.target = list(pieces), None
+
+    def count(self):
+        """Frames in the end."""
+        total = sum(piece.stop - piece.start for piece in self.pieces)
+        return min(total, self.wish["frames"]) if len(self.pieces) == 1 else total
+
+
+class Sampler:
+    """A model, ready to make videos of wishes; see `wish_of` for what these hold."""
+
+    def __init__(self, args, device):
+        openers, about = open_source(args, device)
+        self.args, self.device, self.about = args, device, about
+        self.part = Parts(openers, args.offload)
+        vae, self.vae_config = self.part("vae")
+        self.stride, self.time_stride, self.z_dim = vae.stride, vae.time_stride, vae.z_dim
+        model = self.part("denoiser")
+        self.patch, self.kind = model.dit.patch, model.kind
+        self.mean, self.std = normaliser(self.vae_config)
+        resolve(args, about, model.objective, self.stride)
+
+    def latent_shape(self, frames, height, width):
+        """The smallest grid that covers the video: what is too much is cut off after decoding."""
+        pt, ph, pw = self.patch
+        up = lambda n, stride, patch: -(-n // (stride * patch)) * patch
+        return (self.z_dim, up(frames - 1 + self.time_stride, self.time_stride, pt),
+                up(height, self.stride, ph), up(width, self.stride, pw))
+
+    def told(self, wish):
+        """What a run that was trained with conditions is told of a wish."""
+        known = {**wish, "seconds": wish["frames"] / wish["fps"]}
+        return [known.get(name) for name in self.about.get("conditions", ())]
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """Normalised latents [C, T', H', W'] of uint8 [T, H, W, 3], the posterior's mean."""
+        video = to_tensor(frames)[None].to(self.device)
+        return (encode_long(self.part("vae")[0], video)[0][0].cpu() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Yields uint8 [t, H, W, 3] after another: memory does not grow with the length."""
+        z = (latents * self.std + self.mean)[None].to(self.device)
+        for part in decode_long(self.part("vae")[0], z, self.args.chunk):
+            yield to_frames(part[0])
+
+    def begin(self, wish):
+        """The Story of a wish, what it is given read from its files."""
+        asked = {name for name in ("image", "last", "extend", "then", "to", "loop") if name in wish}
+        if "adapt" in self.about:
+            asked -= {"image", "extend", "then"}
+        elif self.about.get("takes"):
+            asked = ()
+        if asked:
+            refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
+                   "(train_dit.py --given)")
+        C, T, H, W = shape = self.latent_shape(wish["frames"], wish["height"], wish["width"])
+        n, size = 1 + (T - 1) * self.time_stride, (H * self.stride, W * self.stride)
+        read = lambda path: read_media(path, wish["fps"], *size)
+        extend, prompts = wish.get("extend", 0), wish.get("then", [])
+        todo = [("before" if extend < 0 else "after", "")] * abs(extend)
+        todo = [(role, wish["prompt"]) for role, _ in todo] + [("after", p) for p in prompts]
+        if wish.get("strength") is not None:
+            frames = read(wish["video"])[:n]
+            n = 1 + (len(frames) - 1) // self.time_stride * self.time_stride
+            shape = (C, self.latent_shape(n, 1, 1)[1], H, W)
+            frames = np.concatenate([frames, frames[-1:].repeat(n, 0)])      # whole patches in time
+            n = 1 + (shape[1] - 1) * self.time_stride
+            story = Story({**wish, "frames": min(n, wish["frames"])}, shape, n,
+                          [("change", wish["prompt"]), *todo])
+            story.source = self.encode(frames[:n])
+        elif wish.get("video"):
+            frames = read(wish["video"])
+            if wish.get("loop") or wish.get("to"):
+                todo.append(("between", wish["prompt"]))
+            story = Story(wish, shape, n, todo, [Piece(len(frames), frames=frames)])
+        else:
+            todo = [("new", wish["prompt"]), *todo]
+            todo += [("between", wish["prompt"])] if wish.get("loop") or wish.get("to") else []
+            story = Story(wish, shape, n, todo)
+            story.ends = [read(wish[name])[:1] if wish.get(name) else None
+                          for name in ("image", "last")]
+        if wish.get("to"):
+            frames = read(wish["to"])
+            story.target = Piece(len(frames), frames=frames)
+        return story
+
+    def context(self, piece, at_end):
+        """(latents, frames) of a piece on its own, or of as much of a file as a clip may see."""
+        if piece.latents is not None:
+            return piece.latents, piece.n
+        most = min(len(piece.frames), self.args.context)
+        n = 1 + (most - 1) // self.time_stride * self.time_stride
+        return self.encode(piece.frames[-n:] if at_end else piece.frames[:n]), n
+
+    def edge(self, piece, at_end):
+        """A piece's last or first frame, uint8 [1, H, W, 3]."""
+        frames = piece.frames
+        if frames is None:
+            frames = np.concatenate(list(self.decode(piece.latents)))[piece.start:piece.stop]
+        return frames[-1:] if at_end else frames[:1]
+
+    def given(self, story, role):
+        """(givens, first frame or None) of the next clip of a story, by its role."""
+        first, end, fps, pieces = None, None, story.wish["fps"], story.pieces
+        if role == "new":
+            first, end = story.ends
+        elif role == "between":
+            first = self.edge(pieces[-1], True)
+            end = self.edge(story.target or pieces[0], False)
+        elif role == "before":
+            return [(self.context(pieces[0], False)[0], story.n / fps)], None
+        elif role == "after" and "adapt" in self.about:      # Wan's: the last frame is an image
+            first = self.edge(pieces[-1], True)
+        elif role == "after":
+            z, n = self.context(pieces[-1], True)
+            return [(z, -n / fps)], None
+        ends = ((first, 0.0), (end, (story.n - 1) / fps))
+        return [(self.encode(frame), at) for frame, at in ends if frame is not None], first
+
+    def job(self, story, k, texts):
+        """The Job of step k of a story."""
+        (role, prompt), wish = story.todo[k], story.wish
+        givens, first = self.given(story, role)
+        draws = gaussians("sample", wish["seed"], k, [wish["prompt"]], [story.shape])
+        job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
+                  givens, self.told(wish), None if first is None else givens[0][0],
+                  *((story.source, wish["strength"]) if role == "change" else ()),
+                  key=(wish["seed"], k, wish["prompt"]))
+        return self.about["adapt"](self, job, first) if "adapt" in self.about else job
+
+    @torch.no_grad()
+    def denoise(self, jobs, progress=None, watch=None):
+        """Normalised latents [C, T', H', W'] of each job. watch(packed, seen) sees each answer of
+        the network, a tuple, which it returns, and each x."""
+        model, args = self.part("denoiser"), self.args
+        packed, how = Packed(model, jobs, args, self.time_stride, self.device), model.objective
+        shift = args.shift
+        if how.shift_tokens:                                 # each clip by its length
+            shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None].double()
+
+        def draw(i):
+            return packed.noise([gaussians("fresh", seed, i, [f"{k} {prompt}"], [job.shape])[0]
+                                 for job in jobs for seed, k, prompt in (job.key,)])
+        start = packed.noise([job.start for job in jobs]) if jobs[0].start is not None else None
+        read = packed if watch is None else lambda *at: watch(packed, packed(*at))
+        for x in trajectory(args, how, read, packed.noise(), start, jobs[0].strength, shift,
+                            draw):
+            if progress is not None:
+                progress.update()
+            if watch is not None:
+                watch(packed, x)
+        return [z.cpu() for z in packed.latents(x)]
+
+    def __call__(self, wishes):
+        """The stories of the wishes, told to their ends. A wish's noise depends on it alone."""
+        stories = [self.begin(wish) for wish in wishes]
+        prompts = {wish["negative"]: 0 for wish in wishes}
+        prompts |= {prompt: 0 for story in stories for _, prompt in story.todo}
+        texts = {prompt: self.part("text")(prompt) for prompt in prompts}
+        n = max(len(story.todo) for story in stories)
+        with tqdm(desc="sample", unit="step", disable=self.args.quiet) as progress:
+            for k in range(n):
+                now = [story for story in stories if k < len(story.todo)]
+                groups = {}                                  # what changes has steps of its own
+                for story in now:
+                    is_changed = story.todo[k][0] == "change"
+                    groups.setdefault(is_changed and story.wish["strength"], []).append(story)
+                for group in groups.values():
+                    jobs = [self.job(story, k, texts) for story in group]
+                    for story, z in zip(group, self.denoise(jobs, progress)):
+                        self.add(story, story.todo[k][0], z)
+        return stories
+
+    def add(self, story, role, z):
+        piece = Piece(story.n, z)
+        if role == "before":
+            story.pieces.insert(0, piece)
+        elif role == "after" and "adapt" in self.about:
+            piece.start = 1              # its first frame is the last one before it
+            story.pieces.append(piece)
+        elif role == "between":          # its ends are the neighbours' own frames
+            piece.start, piece.stop = 1, max(2, story.n - 1)
+            story.pieces += [piece, *([story.target] if story.target else [])]
+        else:
+            story.pieces.append(piece)
+
+    def frames(self, story):
+        """Yields a story's frames, uint8 [H, W, 3], cut to what was asked for."""
+        left = story.count()
+        for piece in story.pieces:
+            at = 0
+            for part in [piece.frames] if piece.latents is None else self.decode(piece.latents):
+                for frame in cut(part, story.wish):
+                    if piece.start <= at < piece.stop and left:
+                        left -= 1
+                        yield frame
+                    at += 1
+
+
 def cut(video, wish):
-    """The frames and, about the centre, the pixels that were asked for."""
+    """Of the frames [T, H, W, 3], about the centre, the pixels that were asked for."""
     top, left = ((side - want) // 2 for side, want in
                  zip(video.shape[1:3], (wish["height"], wish["width"])))
-    return video[:wish["frames"], top:top + wish["height"], left:left + wish["width"]]
+    return video[:, top:top + wish["height"], left:left + wish["width"]]
+
+
+def fit(frame, height, width):
+    """uint8 [1, height, width, 3]: a frame scaled to cover, and cut about the centre."""
+    scale = max(height / frame.shape[0], width / frame.shape[1])
+    size = [max(want, round(side * scale)) for side, want in
+            zip(frame.shape[1::-1], (width, height))]
+    if size != list(frame.shape[1::-1]):
+        frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    return cut(frame[None], {"height": height, "width": width})
+
+
+def read_media(path, fps, height, width):
+    """uint8 [T, height, width, 3] of a video at `fps`, or of a still: scaled to cover, and cut
+    about the centre."""
+    if not Path(path).is_file():
+        refuse(f"{path}: no such file")
+    try:
+        if Path(path).suffix.lower() in STILLS and not is_animated(path):
+            return fit(read_still(path), height, width)
+        video, frames, stamps = Video(path), [], []
+        for frame in video:
+            frames.append(fit(video.rgb(frame), height, width))
+            stamps.append((frame.pts or 0) * video.tick)
+    except (Unreadable, *PICTURE_ERRORS) as error:
+        refuse(f"{path} cannot be read: {error}")
+    if not frames:
+        refuse(f"{path} holds no frame that can be read")
+    stamps = np.array(stamps) - stamps[0]
+    length = stamps[-1] + (stamps[-1] / (len(stamps) - 1) if len(stamps) > 1 else 1 / fps)
+    wanted = np.arange(max(1, round(length * fps))) / fps
+    near = np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted + 1e-6)
+    return np.concatenate([frames[i] for i in near])
+
+
+class CodeSampler(Sampler):
+    """VideoGPT, or a run of ours of its kind: a prior over the codes of an autoencoder, sampled code
+    by code."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.model, vae = args, device, None, args.vae
+        if not is_published(Path(args.name)):
+            self.model, self.read, config = load_denoiser(args.name, device)
+            vae = own_vae(args, run_dir(args.name), config)
+        elif not vae:
+            refuse(f"{args.name} predicts codes: name the VQ-VAE that they are of by --vae FILE")
+        self.prior = self.model.dit if self.model else load_gpt(args.name)[0].to(device)
+        self.vae, _ = load_autoencoder(vae, device)
+        shape, codes = self.prior.shape, self.prior.codebook
+        if self.vae.n_codes != len(codes):
+            refuse(f"--vae {vae} has {self.vae.n_codes} codes, {args.name} knows {len(codes)}")
+        self.size = [self.vae.first + (shape[0] - 1) * self.vae.time_stride,
+                     *(n * self.vae.stride for n in shape[1:])]
+        self.about = {"weights": str(args.name), "autoencoder": str(vae)}
+        args.frames, args.size = args.frames or self.size[0], args.size or tuple(self.size[1:])
+        args.fps, args.negative, args.batch = args.fps or 8.0, "", args.batch or 8
+        if args.frames > self.size[0] or any(a > b for a, b in zip(args.size, self.size[1:])):
+            refuse(f"{args.name} makes at most {self.size[0]} frames of "
+                   f"{self.size[1]}x{self.size[2]} px")
+
+    @torch.no_grad()
+    def __call__(self, wishes):
+        draws = [rng(wish["seed"], "codes", 0, wish["prompt"]).random(math.prod(self.prior.shape))
+                 for wish in wishes]
+        draws = torch.from_numpy(np.stack(draws)).float().to(self.device)
+        label = None
+        if "w" in dict(self.prior.norm.named_children()):
+            n = self.prior.norm.w.in_features
+            label = torch.tensor([class_number(wish["prompt"], n) for wish in wishes])
+        bar = lambda steps: tqdm(steps, desc="sample", unit="code", disable=self.args.quiet)
+        if self.model:
+            texts = [self.read(wish["prompt"]) for wish in wishes]
+            videos = sample_codes(self.model, self.vae, texts, draws, self.args.temperature, bar)
+        else:
+            codes = generate_codes(self.prior, draws, label, self.args.temperature, bar)
+            videos = map(to_frames, self.vae.decode_codes(codes))
+        return [Story(wish, None, len(frames), [], [Piece(len(frames), frames=frames)])
+                for wish, frames in zip(wishes, videos)]
+
+
+# ------------------------------------------------------------------------------------------------
+# What is written: a video or a picture, a sheet, a JSON file that says how; a page of them all
+# ------------------------------------------------------------------------------------------------
+
+GIVEN_FILES = ("image", "last", "video", "to")
+WISHES = ("prompt", "negative", "seed", "fps", "motion", *GIVEN_FILES, "extend", "then", "loop",
+          "strength")
+
+
+def wish_of(args, row=None):
+    """What a video is to be: the options', but for what a row of --prompts has of its own: a dict
+    of prompt, negative, frames, height, width, fps, seed, and of what else was given."""
+    row = dict(row or {})
+    unknown = set(row) - {*WISHES, "size", "seconds", "frames"}
+    if unknown or not isinstance(row.get("prompt", ""), str):
+        refuse(f"--prompts {args.prompts}: a row has {', '.join(sorted(unknown)) or 'no prompt'}; "
+               f"known are {', '.join(WISHES)}, size, seconds, frames")
+    wish = {name: row.get(name, getattr(args, name, None)) for name in WISHES}
+    wish["height"], wish["width"] = size_of(row["size"]) if "size" in row else args.size
+    seconds = row.get("seconds", args.seconds)
+    wish["frames"] = row.get("frames") or (None if "seconds" in row else args.frames) or max(
+        1, round(seconds * wish["fps"]))
+    wish = {name: value for name, value in wish.items() if value not in (None, False, 0, []) or
+            name in ("prompt", "seed", "negative")}
+    has = lambda *names: [f"--{name}" for name in names if wish.get(name)]
+    for both in (("video", "image"), ("video", "last"), ("to", "loop"), ("strength", "to"),
+                 ("strength", "loop")):
+        if len(has(*both)) == 2:
+            refuse(f"{' and '.join(has(*both))} do not go together")
+    if wish.get("strength") and not wish.get("video"):
+        refuse("--strength changes a video: name it by --video")
+    if wish.get("video") and not has("extend", "then", "to", "loop", "strength"):
+        refuse("--video FILE: say what is to come of it: --extend, --then, --to, --loop or "
+               "--strength")
+    return wish
+
+
+def read_prompts(args):
+    """The wishes of --prompts FILE: .jsonl, a dict a line, or a prompt a line."""
+    path = Path(args.prompts)
+    if not path.is_file():
+        refuse(f"--prompts {path}: no such file")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else [
+            {"prompt": line.strip()} for line in lines]
+        return [wish_of(args, row) for row in rows]
+    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
+        refuse(f"--prompts {path}: {error}")
+
+
+def stem_of(wish, number=None):
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"
+    return f"{'' if number is None else f'{number:05d}-'}{slug}-s{wish['seed']}"
+
+
+def facts_of(sampler, wish, args):
+    """All that it takes to make a video again."""
+    how = {name: getattr(args, name) for name in (
+        "sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift", "eta",
+        "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")}
+    known = {name: sampler.about.get(name) for name in ("weights", "autoencoder")}
+    options = [str(args.name), "--prompt", wish["prompt"], "--size",
+               f"{wish['height']}x{wish['width']}", "--frames", str(wish["frames"])]
+    own = {name: value for name, value in args.told.items() if name in how or name in (
+        "vae", "text_encoder", "heads", "chunk", "device", "offload")}
+    for name, value in {**{name: wish[name] for name in WISHES[1:] if name in wish}, **own}.items():
+        many = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+        options += [f"--{name}", *map(str, many)]
+    command = " ".join(["python sample.py", *map(shlex.quote, options)])
+    return {"wish": wish, "how": how, **known, "model": str(args.name), "command": command,
+            "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+
+
+def save_frames(path, frames, fps, args):
+    """Writes frames, uint8 [H, W, 3], as they come; returns the path: path.mp4, path.gif, path.webp
+    or, of --format png, the folder path/."""
+    pictures = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
+    if args.format == "mp4":
+        write_video(path.with_suffix(".mp4"), frames, fps, args.crf)
+    elif args.format == "png":
+        for i, picture in enumerate(pictures):
+            with atomic(path / f"{i:05d}.png") as part:
+                picture.save(part, "PNG")
+        return path
+    else:
+        with atomic(path.with_suffix(f".{args.format}")) as part:
+            next(pictures).save(part, args.format, save_all=True, append_images=pictures, loop=0,
+                                duration=round(1000 / fps), quality=90)
+    return path.with_suffix(f".{args.format}")
+
+
+def write_story(sampler, story, path, args):
+    """Writes a story's video while it is decoded, its sheet and, last, its JSON file; returns (the
+    video's path, frames for a sheet)."""
+    n, shown, means = story.count(), [], []
+    wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
+
+    def look():
+        for i, frame in enumerate(sampler.frames(story)):
+            if i in wanted:
+                shown.append(frame)
+            means.append(frame.mean((0, 1)))
+            yield frame
+    if n == 1:
+        video = path.with_suffix(".png")
+        with atomic(video) as part:
+            Image.fromarray(next(look())).save(part, "PNG")
+    else:
+        video = save_frames(path, look(), story.wish["fps"], args)
+        label = f"{story.wish['prompt']} (seed {story.wish['seed']})"
+        contact_sheet(path.with_suffix(".png"), [(shown, label)])
+    facts = facts_of(sampler, story.wish, args) | {"file": video.name, "n_frames": n}
+    if len(story.pieces) > 2:
+        plot_drift(path.with_name(f"{path.name}-drift.png"), story, np.array(means))
+        facts["drift"] = drift(story, np.array(means))
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    return video, shown
+
+
+def drift(story, means):
+    """[pieces, 3]: mean red, green and blue of each piece's frames, levels of 255."""
+    ends = np.cumsum([piece.stop - piece.start for piece in story.pieces])
+    return [part.mean(0).round(3).tolist() for part in np.split(means, ends[:-1]) if len(part)]
+
+
+def plot_drift(path, story, means, width=640, height=240):
+    """The frames' mean red, green and blue over time, [T, 3]; a line where a piece begins."""
+    image = Image.new("RGB", (width, height), "white")
+    draw, low, high = ImageDraw.Draw(image), means.min() - 2, means.max() + 2
+    place = lambda t, level: (40 + (width - 60) * t / max(1, len(means) - 1),
+                              height - 20 - (height - 40) * (level - low) / (high - low))
+    for end in np.cumsum([piece.stop - piece.start for piece in story.pieces])[:-1]:
+        draw.line([place(end - 0.5, low), place(end - 0.5, high)], fill=(220, 220, 220))
+    for channel, colour in enumerate(((220, 60, 50), (40, 160, 60), (50, 90, 230))):
+        points = [place(t, level) for t, level in enumerate(means[:, channel])]
+        draw.line(points, fill=colour, width=2)
+    for level in (low + 2, high - 2):
+        draw.text((6, place(0, level)[1] - 6), f"{level:.0f}", fill="black")
+    draw.text((44, 4), f"mean level of red, green and blue, {len(means)} frames", fill="black")
+    with atomic(path) as part:
+        image.save(part, "PNG")
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ margin: 24px; background: #16181c; color: #d6d8dc; font: 14px/1.45 system-ui, sans-serif }}
+h1 {{ font-size: 18px; font-weight: 600 }} button {{ font: inherit; padding: 2px 12px }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px }}
+figure {{ margin: 0; background: #22252b; border-radius: 6px; overflow: hidden }}
+video, img {{ display: block; width: 100%; image-rendering: {rendering}; background: #000 }}
+figcaption {{ padding: 8px 10px }}
+small {{ color: #8d939e; display: block; overflow-wrap: anywhere }}
+a {{ color: #8ab4f8 }}</style></head><body>
+<h1>{title}: {count} <button onclick="for (const v of document.querySelectorAll('video'))
+ {{ v.currentTime = 0; v.play() }}">play all from the start</button></h1>
+<main>
+{figures}
+</main></body></html>
+"""
+
+
+def write_page(folder):
+    """folder/index.html: every sample there that has its JSON file, with prompt and settings."""
+    figures, sides = [], [64]
+    for path in sorted(folder.glob("*.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        wish, how, name = facts["wish"], facts["how"], html.escape(facts["file"])
+        sides.append(wish["width"])
+        kind = Path(facts["file"]).suffix
+        shows = f'<video src="{name}" autoplay muted loop playsinline controls></video>' \
+            if kind == ".mp4" else f'<img src="{name if kind else f"{name}/00000.png"}" alt="">'
+        tasks = [f"{key} {' | '.join(value) if isinstance(value, list) else value}"
+                 for key, value in wish.items() if key in (*GIVEN_FILES, "extend", "then", "loop",
+                                                           "strength")]
+        settings = [f"seed {wish['seed']}", f"{facts['n_frames']} frames of {wish['height']}x"
+                    f"{wish['width']} at {wish['fps']:g}/s", *tasks]
+        if how["steps"]:
+            settings += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
+        figures.append(f"<figure>{shows}<figcaption>{html.escape(wish['prompt'] or '(no prompt)')}"
+                       f"<small>{html.escape(', '.join(settings))}</small><small><a href="
+                       f'"{html.escape(path.name)}">settings</a></small></figcaption></figure>')
+    title = html.escape(str(folder.parent if folder.name == "samples" else folder))
+    count = f"{len(figures)} sample{'s' * (len(figures) != 1)}"
+    write_text(folder / "index.html", PAGE.format(
+        title=title, count=count, figures="\n".join(figures),
+        rendering="pixelated" if max(sides) < 200 else "auto"))
 
 
 def sample(args, folder):
-    _, _, device = setup(args)
-    sampler = Sampler(args.name, args.vae, device)
-    height, width = args.size
-    frames = args.frames or max(1, round(args.seconds * args.fps))
-    wishes = [dict(prompt=prompt, frames=frames, height=height, width=width, fps=args.fps,
-                   seed=args.seed + i, motion=args.motion)
-              for prompt in args.prompt for i in range(args.n)]
-    videos, rows = sampler(wishes, args.steps, args.cfg), []
-    for wish, video in zip(wishes, videos):
-        slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"
-        path = folder / "samples" / f"{slug}-s{wish['seed']}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_video(path, video, wish["fps"], crf=12)
-        rows.append((sheet_frames(video, 8), f"{wish['prompt']} (seed {wish['seed']})"))
-        contact_sheet(path.with_suffix(".png"), rows[-1:])
-        print(path)
-    if len(rows) > 1:
-        contact_sheet(folder / "samples" / "sheet.png", rows)
+    rank, world, device = setup(args)
+    args.quiet = rank > 0
+    sampler = open_sampler(args, device)
+    wishes = read_prompts(args) if args.prompts else [
+        {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
+        for prompt in args.prompt for i in range(args.n)]
+    stems = [stem_of(wish, i if args.prompts else None) for i, wish in enumerate(wishes)]
+    batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
+    rows, out = [], Path(args.out) if args.out else folder / "samples"
+    for batch in batches[rank::world]:
+        # whole batches: what a video shares a row with must not depend on where a run was stopped
+        if args.prompts and all(is_made(sampler, wishes[i], out / stems[i], args) for i in batch):
+            continue
+        for i, story in zip(batch, sampler([wishes[i] for i in batch])):
+            path, shown = write_story(sampler, story, out / stems[i], args)
+            rows.append((shown, f"{wishes[i]['prompt']} (seed {wishes[i]['seed']})"))
+            print(path, flush=True)
+    barrier()
+    if rank == 0:
+        if 1 < len(rows) <= 64:
+            contact_sheet(out / "sheet.png", rows)
+        write_page(out)
+        print(f"{out / 'index.html'}: all of them", file=sys.stderr)
+    barrier()
+
+
+def is_made(sampler, wish, path, args):
+    """Whether a sample's JSON file, which is written last, says just what would be made now."""
+    path = path.with_suffix(".json")
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    now = json.loads(json.dumps(facts_of(sampler, wish, args)))
+    return all(facts.get(name) == value for name, value in now.items())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,14 +1136,17 @@ def demo_prompts(n=48):
 def evaluate_demo(args, folder):
     """Samples the fixed prompts, reads the pixels, writes eval.json: shares from 0 to 1."""
     _, _, device = setup(args)
-    sampler, result = Sampler(args.name, args.vae, device), {}
+    sampler, result = open_sampler(args, device), {}
     for name, combinations in demo_prompts(args.n_eval).items():
-        wishes = []
+        wishes, videos = [], []
         for i, (colour, form, direction) in enumerate(combinations):
             width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
             wishes.append(dict(prompt=f"a {colour} {form} moves {direction}", frames=13, fps=10.0,
-                               width=width, height=height, seed=args.seed + i))
-        videos, rows, right = sampler(wishes, args.steps, args.cfg), [], []
+                               width=width, height=height, seed=args.seed + i, negative=""))
+        for i in range(0, len(wishes), args.batch):
+            stories = sampler(wishes[i:i + args.batch])
+            videos += [np.stack(list(sampler.frames(story))) for story in stories]
+        rows, right = [], []
         for wish, video, wanted in zip(wishes, videos, combinations):
             shapes = describe(video)
             found = shapes[0] if shapes else {}
@@ -251,8 +1159,304 @@ def evaluate_demo(args, folder):
                         "direction": shares[2], "all": float(np.all(right, 1).mean())}
         contact_sheet(folder / f"eval-{name}.png", rows)
         print(name, " ".join(f"{key} {value:.3g}" for key, value in result[name].items()))
-    with atomic(folder / "eval.json") as path:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation against real videos: Fréchet distances (FID, FVD)
+# ------------------------------------------------------------------------------------------------
+
+
+def features_of(n, width, make):
+    """[n, width] of make(i), each [width], shared out over the ranks."""
+    found = torch.zeros(n, width)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for i in tqdm(range(rank, n, world), desc="features", unit="clip", disable=rank > 0):
+        found[i] = make(i)
+    return sum_rows(found)
+
+
+def sum_rows(found):
+    """A tensor summed over the ranks, each of which has its own rows of it."""
+    if torch.distributed.is_initialized():
+        on = found.cuda() if torch.distributed.get_backend() == "nccl" else found
+        torch.distributed.all_reduce(on)
+        found = on.cpu()
+    return found
+
+
+def gaussian(features):
+    """(mean [D], covariance [D, D]) of features [N, D], float64."""
+    x = features.double()
+    return x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / max(1, len(x) - 1)
+
+
+def frechet(one, other):
+    """The Fréchet distance of two Gaussians (mean, covariance), squared, as FID and FVD are:
+    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al. 2017, 1706.08500)."""
+    (mean, cov), (mean2, cov2) = one, other
+    values, vectors = torch.linalg.eigh(cov)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
+
+
+def open_detector(path, device):
+    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the usual
+    Inception, which takes images, or I3D, which takes videos. The published ones scale by
+    themselves when told to."""
+    if not Path(path).is_file():
+        refuse(f"--detector {path}: no such file")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        refuse(f"--detector {path} is no TorchScript file: {str(error).splitlines()[0]}")
+    named = {argument.name for argument in network.forward.schema.arguments}
+    told = {name: True for name in ("return_features", "rescale", "resize") if name in named}
+
+    @torch.no_grad()
+    def features(clips, is_image):
+        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
+        x = x[:, :, 0] if is_image else x.float()
+        return network(x, **told).flatten(1).float()
+    return features, digest
+
+
+def real_clips(args):
+    """[(row, frames)] of the clips that a Fréchet distance is taken against."""
+    folder = dataset_dir(args.data)
+    rows = [row for row in open_dataset(folder) if row["frames"] / (row["fps"] or 1) * args.fps
+            >= args.frames - 0.5 or args.frames == 1]
+    if not rows:
+        refuse(f"{folder} has no clip of {args.frames} frames at {args.fps:g} a second: give fewer "
+               "--frames")
+    order = rng(0, "eval").permutation(len(rows))[:args.n_eval]
+    return folder, [rows[i] for i in order]
+
+
+def clip_at(folder, row, args):
+    """uint8 [T, H, W, 3] of a row's clip from its start, as the samples are."""
+    frames, fps = read_clip(folder, row), row["fps"] or 1.0
+    near = np.minimum(np.rint(np.arange(args.frames) * fps / args.fps), len(frames) - 1).astype(int)
+    return np.concatenate([fit(frames[i], *args.size) for i in near])
+
+
+def evaluate_frechet(args, folder):
+    """Writes eval-fvd.json or eval-fid.json: the distance, that of two halves of the real clips,
+    the protocol and its hash. The real clips' features are kept in eval-real-HASH.safetensors."""
+    rank, world, device = setup(args)
+    args.quiet, kind = rank > 0, args.eval
+    if not args.detector or not args.data:
+        refuse(f"--eval {kind} needs --detector FILE (TorchScript) and --data NAME (real videos)")
+    features, digest = open_detector(args.detector, device)
+    sampler = open_sampler(args, device)
+    args.frames = 1 if kind == "fid" else args.frames or max(1, round(args.seconds * args.fps))
+    source, rows = real_clips(args)
+    real = {"data": hashlib.sha256(b"".join(p.read_bytes() for p in sorted(source.glob(
+        "shard-*[0-9].jsonl")))).hexdigest()[:16], "detector": digest[:16], "n": len(rows),
+        "size": list(args.size), "frames": args.frames, "fps": args.fps,
+        "clips": "drawn by hash, from their start", "resize": "Lanczos to cover, centre crop"}
+    name, is_image = hash_of(real), kind == "fid"
+    width = features(np.zeros((1, args.frames, *args.size, 3), np.uint8), is_image).shape[1]
+    kept = folder / f"eval-real-{name}.safetensors"
+    if not kept.exists():
+        true = features_of(len(rows), width, lambda i: features(
+            clip_at(source, rows[i], args)[None], is_image)[0])
+        if rank == 0:
+            with atomic(kept) as part:
+                save_file({"features": true}, part)
+        barrier()
+    true, made = load_file(kept)["features"], torch.zeros(len(rows), width)
+    say = lambda row: row["label"] if sampler.about.get("labels") else (
+        row["captions"] or [{"text": ""}])[0]["text"]
+    wishes = [{**wish_of(args, {"prompt": say(row)}), "seed": args.seed + i}
+              for i, row in enumerate(rows)]
+    starts = range(0, len(wishes), args.batch)
+    for start in starts[rank::world]:
+        for i, story in enumerate(sampler(wishes[start:start + args.batch]), start):
+            made[i] = features(np.stack(list(sampler.frames(story)))[None], is_image)[0].cpu()
+    made = gaussian(sum_rows(made))
+    protocol = {"real": real, "made": {name: getattr(args, name) for name in (
+        "sampler", "steps", "cfg", "shift", "seed")}, "weights": sampler.about["weights"]}
+    result = {kind: frechet(made, gaussian(true)), "protocol": protocol, "hash": hash_of(protocol),
+              "real_real": frechet(gaussian(true[::2]), gaussian(true[1::2])),
+              "real_itself": frechet(gaussian(true), gaussian(true))}
+    if rank == 0:
+        write_text(folder / f"eval-{kind}.json", json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result, indent=1))
+    barrier()
+
+
+def hash_of(facts):
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+# ================================================================================================
+# Where samples come from: a run of ours, or published weights
+# ================================================================================================
+
+# What a model is asked for unless the options say otherwise; size None: that of its positions.
+KINDS = {
+    "own": dict(sampler="euler", steps=20, cfg=3.0, size=(32, 48), fps=10.0, seconds=1.3, batch=16),
+    "dit": dict(sampler="ddpm", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
+    "sit": dict(sampler="sde", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
+    "uvit": dict(sampler="dpm-fast", steps=50, cfg=1.4, frames=1, batch=16),
+    "wan": dict(sampler="unipc", steps=50, cfg=5.0, size=(480, 832), fps=16.0, frames=81, batch=1),
+    "ti2v": dict(sampler="unipc", steps=50, cfg=5.0, size=(704, 1280), fps=24.0, frames=121,
+                 batch=1),
+}
+WAN_NEGATIVE = (        # what the published pipeline guides away from
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+WAN_ENDS = {            # of flow_grid, by layout and sampler
+    ("diffusers", "unipc"): (1.0, 0.001), ("diffusers", "dpm++"): (0.999, 0.0),
+    ("wan", "unipc"): (0.999, 0.0), ("wan", "dpm++"): (1.0, 0.0)}
+
+
+def is_published(path):
+    """Whether this is a file, or a folder that is no run of ours."""
+    about = path / "config.json"
+    return path.is_file() or (path / "transformer").is_dir() or (path / "nnet_ema.pth").is_file() \
+        or (about.is_file() and "_class_name" in about.read_text())
+
+
+def open_sampler(args, device):
+    is_codes = str(args.name).endswith(".ckpt")
+    if not is_published(Path(args.name)):
+        is_codes = read_config(run_dir(args.name), "denoiser")["model"].get("kind") == "gpt"
+    return (CodeSampler if is_codes else Sampler)(args, device)
+
+
+def own_vae(args, folder, config):
+    """The name of the autoencoder of a run: as told, or beside it, or among the runs."""
+    beside = folder.parent / config["vae"]["run"]
+    return args.vae or (str(beside) if beside.is_dir() else config["vae"]["run"])
+
+
+def open_source(args, device):
+    """({"text", "denoiser", "vae": what opens it}, facts) of a run or of published weights."""
+    if is_published(Path(args.name)):
+        return open_foreign(args, device)
+    folder = run_dir(args.name)
+    config = read_config(folder, "denoiser")
+    wanted, name = config["vae"], own_vae(args, folder, config)
+
+    def open_vae():
+        vae, found = load_autoencoder(name, device)
+        if found["hash"] != wanted["hash"]:
+            refuse(f"run {folder} was trained on latents of autoencoder {wanted['hash']}, {name} "
+                   f"is {found['hash']}: name the right one by --vae")
+        return vae, found
+    return {"denoiser": lambda: load_denoiser(folder, device)[0], "vae": open_vae,
+            "text": lambda: open_reader(folder, config, device)}, {
+        "kind": "own", "weights": str(last_checkpoint(folder)), "autoencoder": wanted["hash"],
+        "conditions": config["args"].get("conditions", ()), "shift": config["args"]["shift"],
+        "labels": config.get("labels"), "takes": bool(config["args"].get("given"))}
+
+
+def class_number(prompt, n):
+    """The class that a prompt names by its number, of n; n where it is empty: no class."""
+    if prompt and not (prompt.isdigit() and int(prompt) < n):
+        refuse(f"'{prompt}' is no class: give a number from 0 to {n - 1}")
+    return int(prompt) if prompt else n
+
+
+def open_foreign(args, device):
+    """`open_source` of published weights."""
+    path, index = Path(args.name), Path(args.name) / "scheduler" / "scheduler_config.json"
+    network, layout, options = load_published(path, args.heads)
+    kind = {"dit": "sit" if path.name.lower().startswith("sit") else "dit", "uvit": "uvit"}.get(
+        layout, "wan")
+    how = {"dit": Objective("ddpm", "ddpm"), "uvit": Objective("noise", "sd")}
+    how = how.get(kind, Objective())
+    with torch.device("meta"):
+        model = Denoiser(kind=kind, **options)
+    inside = path / "vae" if (path / "vae").is_dir() else next(iter(sorted(path.glob(
+        "Wan2.*_VAE.pth"))), None)
+    vae = args.vae or inside or refuse(f"{path} has no autoencoder of its own: name it by --vae")
+    model.dit, model.objective = network.requires_grad_(False), how
+    del network
+    held = {"model": model}
+
+    def open_denoiser():
+        if not held:
+            network = load_published(path, args.heads)[0]
+            with torch.device("meta"):
+                held["model"] = Denoiser(kind=kind, **options)
+            held["model"].dit, held["model"].objective = network.requires_grad_(False), how
+        return held.pop("model").eval().to(device)
+
+    def open_text():
+        if kind == "wan" or options.get("clip"):
+            encoder = open_text_encoder(args.text_encoder or (path if kind == "wan" else refuse(
+                f"{path} reads CLIP's tokens: name its folder by --text_encoder")), device)
+            return lambda prompt: encoder.encode([prompt])[0]
+        return lambda prompt: class_number(prompt, options["classes"] - 1)
+    about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout}
+    if kind == "wan":
+        shift = json.loads(index.read_text()).get("flow_shift", 5.0) if index.is_file() else 5.0
+        about |= {"shift": shift, "negative": WAN_NEGATIVE}
+        is_i2v = options["channels"] > options["out_channels"]
+        if options["image_dim"]:
+            refuse(f"{path} sees its image through CLIP's vision tower, which is not read here "
+                   "yet: take a TI2V")
+        if is_i2v or options["channels"] == 48 or is_expanded(path):
+            about |= {"adapt": give_image, "kind": "wan" if is_i2v else "ti2v"}
+    else:
+        side = options["size"][1] if kind == "uvit" else options["grid"][0] * options["patch"][1]
+        about["cells"] = side
+    return {"denoiser": open_denoiser, "text": open_text,
+            "vae": lambda: load_autoencoder(vae, device)}, about
+
+
+def is_expanded(path):
+    """Whether a diffusers folder says that a given first frame has a time of its own (TI2V)."""
+    index = path / "model_index.json"
+    return index.is_file() and bool(json.loads(index.read_text()).get("expand_timesteps"))
+
+
+def give_image(sampler, job, picture):
+    """A Job as Wan's published models take an image: TI2V as its first latent, clean; 2.2's I2V as
+    channels beside the noise, with a mask, the frames after it grey."""
+    if sampler.part("denoiser").dit.channels == sampler.z_dim:
+        return job._replace(givens=[])
+    if picture is None:
+        refuse(f"{sampler.args.name} makes videos of images: give --image")
+    _, T, H, W = job.shape
+    video = torch.zeros(3, 1 + (T - 1) * sampler.time_stride, H * sampler.stride,
+                        W * sampler.stride)
+    video[:, :1] = to_tensor(picture)
+    with torch.no_grad():
+        z = encode_long(sampler.part("vae")[0], video[None].to(sampler.device))[0][0].cpu()
+    mask = torch.zeros(4, T, H, W)
+    mask[:, 0] = 1
+    extra = torch.cat([mask, (z - sampler.mean) / sampler.std])
+    return job._replace(givens=[], first=None, extra=extra)
+
+
+def resolve(args, about, how, stride):
+    """Fills in what the model decides, and refuses what it cannot do."""
+    known = {**KINDS[about["kind"]], "shift": about.get("shift", 1.0), "fps": 10.0,
+             "negative": about.get("negative", "")} | KINDS[about["kind"]]
+    if about["kind"] == "own" and how.path in STEPPED:
+        known["sampler"] = "ddim"
+    if args.frames or args.seconds:
+        known = {name: value for name, value in known.items() if name not in ("frames", "seconds")}
+    for name, value in known.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.size = args.size or (about["cells"] * stride,) * 2
+    may = STEPPED_SAMPLERS if how.path in STEPPED else FLOW_SAMPLERS
+    if args.sampler not in may or (args.sampler == "dpm-fast" and how.path != "sd"):
+        refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {how.path}: "
+               f"take {', '.join(may)}")
+    if args.apg and args.cfg_channels:
+        args.cfg_channels = None                             # APG is over whole clips
+    layout = about.get("layout")
+    args.ends = WAN_ENDS.get((layout, args.sampler), (1.0, 0.0))
+    args.whole_times = (layout, args.sampler) in WAN_ENDS
 
 
 def size_of(text):
@@ -264,36 +1468,109 @@ def size_of(text):
 
 def parse_options(argv=None):
     parser = option_parser(__doc__)
-    parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash")
-    add = parser.add_argument_group("what to sample").add_argument
-    add("--prompt", nargs="+", help="one or more prompts, each in quotes")
-    add("--eval", choices=["demo"], help="measure how a fixed list of prompts is kept to")
-    add("--size", type=size_of, default=(32, 48), help="HxW, px (32x48)")
-    add("--seconds", type=number(float, 0.001), default=1.3, help="length, s (%(default)s)")
+    add_wishes(parser)
+    add_settings(parser)
+    args = parser.parse_args(argv)
+    if not (args.prompt or args.prompts or args.eval):
+        refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
+    told = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    args.told, args.quiet = told, False
+    return args
+
+
+def add_wishes(parser):
+    parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
+                        "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
+    add = parser.add_argument_group("what to sample (README: a call for each task)").add_argument
+    add("--prompt", nargs="+", help="one or more prompts, each in quotes; a class by its number or "
+        "label")
+    add("--prompts", metavar="FILE", help="a video a line: .jsonl with prompt, seed, size and so "
+        "on, or text; shared out over the ranks, and what is there already is left alone")
+    add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
+    add("--size", type=size_of, help="HxW, px (32x48; of a published model its own)")
+    add("--seconds", type=number(float, 0.001), help="length, s, of each part (1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
-    add("--fps", type=number(float, 0.1), default=10.0, help="frames a second (%(default)s)")
+    add("--fps", type=number(float, 0.1), help="frames a second (10; Wan 16, TI2V 24)")
     add("--motion", type=number(float, 0),
         help="motion score to ask for, of a run trained with --conditions motion (none)")
     add("--n", type=number(int, 1), default=1,
         help="videos a prompt, seeds counting up (%(default)s)")
-    add("--n_eval", type=number(int, 1), default=48,
-        help="with --eval: prompts of each kind (%(default)s)")
-    add = parser.add_argument_group("how").add_argument
-    add("--steps", type=number(int, 1), default=20, help="steps of the sampler (%(default)s)")
-    add("--cfg", type=number(float, 0), default=3.0, help="guidance, 1: none (%(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
-    add("--vae", help="autoencoder's run, where it is not the one named in the config")
+    add = parser.add_argument_group("from images and videos (of a run trained with "
+                                    "--given)").add_argument
+    add("--image", metavar="FILE", help="the first frame")
+    add("--last", metavar="FILE", help="the last frame")
+    add("--video", metavar="FILE", help="the video to go on from, or to change")
+    add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
+        help="go on N times by --seconds, below 0: backwards (%(default)s)")
+    add("--then", nargs="+", default=[], metavar="PROMPT", help="go on under these, one by one")
+    add("--to", metavar="FILE", help="end in this video")
+    add("--loop", action="store_true", help="end in its own beginning")
+    add("--strength", type=number(float, 0, 1),
+        help="make anew this share of the way from --video to noise, 0 to 1")
+    add("--context", type=number(int, 1), default=17,
+        help="frames of a file that an extension sees (%(default)s)")
+
+
+def add_settings(parser):
+    add = parser.add_argument_group("how").add_argument
+    add("--sampler", choices=list(dict.fromkeys(FLOW_SAMPLERS + STEPPED_SAMPLERS)),
+        help="(euler; ddim for paths in steps; of published weights their own)")
+    add("--steps", type=number(int, 1), help="steps of the sampler (20; published: 50 or 250)")
+    add("--shift", type=number(float, 0.01, 100), help="push of the times to noise (the run's)")
+    add("--eta", type=number(float, 0, 1), default=0.0,
+        help="share of fresh noise in DDIM, 0 to 1 (%(default)s)")
+    add("--form", choices=FORMS_OF_NOISE, default="sigma", help="of sde's noise (%(default)s)")
+    add("--norm", type=number(float, 0), default=1.0, help="its strength (%(default)s)")
+    add("--spacing", choices=["linspace", "leading", "trailing", "karras"], default="linspace",
+        help="of ddim, dpm++ and unipc on paths in steps (%(default)s)")
+    add("--cfg", type=number(float, 0), help="guidance, 1: none (3; published: 1.4 to 5)")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
+        metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
+    add("--cfg_channels", type=number(int, 1),
+        help="guide the first so many channels (all; DiT and SiT as published: 3)")
+    add("--rescale", type=number(float, 0, 1), default=0.0,
+        help="bring the guided deviation back, by this share (%(default)s)")
+    add("--apg", type=number(float, 0), default=0.0, metavar="RADIUS",
+        help="adaptive projected guidance, its longest step a clip, 0: plain (%(default)s)")
+    add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")
+    add = parser.add_argument_group("where and in what").add_argument
+    add("--vae", help="autoencoder: a run, or published (the one that the model was trained with)")
+    add("--text_encoder", help="folder of published weights' text encoder (their own folder)")
+    add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
+    add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples)")
+    add("--format", choices=["mp4", "gif", "webp", "png"], default="mp4",
+        help="of videos; png: a folder of frames (%(default)s)")
+    add("--crf", type=number(int, 0, 51), default=12,
+        help="quality of H.264, 0 lossless to 51 (%(default)s)")
+    add("--batch", type=number(int, 1), help="videos a packed row (16; Wan: 1)")
+    add("--chunk", type=number(int, 1), default=8,
+        help="latent frames that are decoded at a time (%(default)s)")
+    add("--offload", action="store_true",
+        help="text encoder, denoiser and autoencoder take turns in memory")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32",
+        help="of matrix products (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
-    args = parser.parse_args(argv)
-    if not args.prompt and not args.eval:
-        refuse('nothing to do: give --prompt "…" or --eval demo')
-    return args
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", choices=["demo", "fid", "fvd"], help="measure, and write eval-*.json")
+    add("--n_eval", type=number(int, 1), default=48,
+        help="prompts of each kind, or real clips (%(default)s)")
+    add("--data", help="data set of the real clips and their captions")
+    add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:            # what only measures is no part of this script
+        try:
+            peers = runpy.run_path(str(Path(__file__).with_name("tests") / "peers.py"))
+        except ImportError as error:
+            refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
+        return peers["bench_sampling"](argv[1:])
     args = parse_options(argv)
-    folder = run_dir(args.name)
-    (evaluate_demo if args.eval else sample)(args, folder)
+    path = Path(args.name)
+    folder = Path("runs", path.stem) if is_published(path) else run_dir(path)
+    {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_frechet)(args, folder)
 
 
 if __name__ == "__main__":

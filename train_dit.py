@@ -413,6 +413,15 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
+def once(row, key, make):
+    """make(), which a row that is used again and again (`kept` is a dict) computes but once."""
+    if row.kept is None:
+        return make()
+    if key not in row.kept:
+        row.kept[key] = make()
+    return row.kept[key]
+
+
 class CrossAttention(nn.Module):
     """Every token of a clip reads its text; with `image`, another softmax reads its image tokens,
     and both answers are added (Wan's I2V)."""
@@ -426,16 +435,17 @@ class CrossAttention(nn.Module):
         self.kv_image = nn.Linear(dim, 2 * dim) if image else None
         self.k_norm_image = RMSNorm(dim, 1e-6) if image else None
 
-    def read(self, q, kv, norm, context, cu, cu_context):
-        k, v = kv(context).chunk(2, -1)                                              # [L, D]
-        k, v = (x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v))
-        return attention(q, k, v, cu, cu_context).flatten(1)                         # [N, D]
+    def read(self, q, kv, norm, context, row, cu_context):
+        def make():
+            k, v = kv(context).chunk(2, -1)                                          # [L, D]
+            return [x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v)]
+        return attention(q, *once(row, kv, make), row.cu, cu_context).flatten(1)     # [N, D]
 
     def forward(self, h, text, image, row):
         q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))                   # [N, A, E]
-        o = self.read(q, self.kv, self.k_norm, text, row.cu, row.cu_text)
+        o = self.read(q, self.kv, self.k_norm, text, row, row.cu_text)
         if image is not None:
-            o = o + self.read(q, self.kv_image, self.k_norm_image, image, row.cu, row.cu_image)
+            o = o + self.read(q, self.kv_image, self.k_norm_image, image, row, row.cu_image)
         return self.out(o)
 
 
@@ -490,12 +500,12 @@ class DiT(nn.Module):
 
     def __init__(self, channels, dim, depth, heads, patch, out_channels=None, ffn=None, text_dim=0,
                  image_dim=0, image_tokens=0, classes=0, own_table=False, positions="seconds",
-                 rope_base=10000.0, grid=None, conditions=0):
+                 rope_base=10000.0, grid=None, conditions=0, time_width=256):
         super().__init__()
         self.patch, self.positions, self.grid = tuple(patch), positions, grid
         self.channels, self.out_channels = channels, out_channels or channels
         self.embed = Linear(channels * math.prod(patch), dim)
-        self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(nn.Linear(time_width, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.classes = nn.Embedding(classes, dim) if classes else None     # the last one: no class
         self.about = nn.Linear(64 * conditions, dim) if conditions else None
         if own_table:
@@ -548,7 +558,8 @@ class DiT(nn.Module):
 
     def tables(self, t, row):
         """[(six tables [R, D]) a block], and the head's (shift, scale), all float32: t [R]."""
-        e = self.time(sinusoid(t).to(self.embed.weight.dtype))                       # [R, D]
+        wave = sinusoid(t, self.time[0].in_features).to(self.embed.weight.dtype)
+        e = self.time(wave)                                                          # [R, D]
         if self.classes is not None:
             none = self.classes.num_embeddings - 1           # of what is given
             e = e + self.classes(F.pad(row.labels, (0, len(t) - len(row.labels)), value=none))
@@ -580,7 +591,7 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):   # times and tables in float32, as Wan's
             tables, last = self.tables(t, row)
         if self.text is not None:
-            text = self.text(text)                                                   # [L, D]
+            text = once(row, self.text, functools.partial(self.text, text))          # [L, D]
         if self.image is not None:
             if self.image_place is not None:
                 image = image + self.image_place.repeat(len(image) // len(self.image_place), 1)
@@ -845,7 +856,9 @@ class Denoiser(nn.Module):
         """What the network is told, as its kind takes it: texts end to end [L, width]; of U-ViT a
         clip's text [B, L, width] or labels [B]; of GPT the mean of its text [B, width] or labels;
         None if nothing."""
-        text = self.tower(row.ids, row.cu_text) if self.tower else row.text
+        text = row.text
+        if self.tower:
+            text = once(row, self.tower, lambda: self.tower(row.ids, row.cu_text))
         if self.kind not in ("uvit", "gpt"):
             return text
         if text is None:
@@ -887,6 +900,7 @@ class Row:
     image: torch.Tensor = None               # [I, width]: image tokens that clips read (Wan's I2V)
     labels: torch.Tensor = None              # int64 [R]: classes
     about: torch.Tensor = None               # float32 [R, 64 * conditions]
+    kept: dict = None                        # what `once` has kept, of a row that is sampled
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
     axes: torch.Tensor = None
 
@@ -1793,16 +1807,20 @@ def load_denoiser(name, device="cpu", weights="ema"):
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
     model.load_state_dict(load_file(last_checkpoint(folder) / f"{weights}.safetensors"))
-    if config.get("labels"):
-        read = lambda prompt: class_of(prompt, config["labels"])
-    elif config["args"].get("text_encoder"):
-        encoder = open_text_encoder(config["args"]["text_encoder"], device)
-        read = lambda prompt: encoder.encode([prompt])[0]
-    elif model.tower is None:                                # told nothing
-        read = lambda prompt: [EOS]
-    else:
-        read = functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
+    read = open_reader(folder, config, device)
     return model.to(device).eval().requires_grad_(False), read, config
+
+
+def open_reader(folder, config, device="cpu"):
+    """prompt -> what lay_out takes, of a run."""
+    if config.get("labels"):
+        return lambda prompt: class_of(prompt, config["labels"])
+    if config["args"].get("text_encoder"):
+        encoder = open_text_encoder(config["args"]["text_encoder"], device)
+        return lambda prompt: encoder.encode([prompt])[0]
+    if not config["model"].get("text"):                      # told nothing
+        return lambda prompt: [EOS]
+    return functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
 
 
 def class_of(prompt, labels):
@@ -1925,8 +1943,10 @@ def dit_options(state, heads=None):
 
 def wan_options(state, config, layout):
     """The options of a Wan denoiser from its config.json, and from its tensors what that lacks."""
-    embed, text, head, image, place = (state.get(their_names(ours, layout)[0][0]) for ours in (
-        "embed.weight", "text.0.weight", "head.bias", "image.0.weight", "image_place"))
+    embed, time_in, text, head, image, place = (
+        state.get(their_names(ours, layout)[0][0]) for ours in (
+            "embed.weight", "time.0.weight", "text.0.weight", "head.bias", "image.0.weight",
+            "image_place"))
     patch = tuple(embed.shape[2:])
     return dict(
         channels=embed.shape[1], dim=embed.shape[0], patch=patch, positions="index",
@@ -1934,6 +1954,7 @@ def wan_options(state, config, layout):
         heads=config.get("num_attention_heads") or config["num_heads"],
         out_channels=len(head) // math.prod(patch),
         image_dim=0 if image is None else len(image),
+        time_width=time_in.shape[1],
         image_tokens=0 if place is None else place.shape[1])
 
 

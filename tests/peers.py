@@ -1,13 +1,20 @@
-"""`python train_dit.py bench` and `train_vae.py bench`: ours beside diffusers', equal weights, in one
-run."""
+"""`python train_dit.py bench`, `train_vae.py bench` and `sample.py bench`: ours beside diffusers',
+equal weights, in one run."""
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiTTransformer2DModel, WanTransformer3DModel
 
+import sample as S
 import train_dit as D
 import train_vae as V
 
@@ -245,3 +252,107 @@ def bench_autoencoder(argv):
                 title = f"dim {dim}, {' x '.join(map(str, shape))}, {name}"
                 print(f"{title:34} {a:9.3f} {b:8.3f} {b / a:6.2f} {before:11.0f} {after:9.0f} "
                       f"{after / before:6.2f} {away:11.1e}", flush=True)
+
+
+# ---- `python sample.py bench`: from noise to frames beside diffusers' WanPipeline, equal weights
+
+VIDEOS = [(17, 128, 128), (81, 64, 64)]          # frames, height, width
+TEXTS = [torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (30, 120)]
+
+
+def save_pipeline(folder):
+    """A Wan folder as diffusers writes it: 6 layers of width 384, an autoencoder of width 32."""
+    wan(6, 384)[0].save_pretrained(folder / "transformer")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLWan(base_dim=32, z_dim=16).save_pretrained(folder / "vae")
+    diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
+            folder / "scheduler")
+
+
+def our_pipeline(folder, video, device, dtype):
+    frames, height, width = video
+    args = S.parse_options([str(folder), "--prompt", "x", "--frames", str(frames), "--size",
+                            f"{height}x{width}", "--steps", "8", "--negative", "", "--device", device,
+                            "--dtype", dtype])
+    args.quiet = True
+    _, _, device = V.setup(args)
+    sampler = S.Sampler(args, device)
+    sampler.part.openers["text"] = lambda: lambda prompt: TEXTS[not prompt].to(device)
+    wish = S.wish_of(args, {"prompt": "x"})
+    return lambda: np.stack(list(sampler.frames(sampler([wish])[0])))
+
+
+def their_pipeline(folder, video, device, dtype):
+    frames, height, width = video
+    part = {"transformer": WanTransformer3DModel, "vae": diffusers.AutoencoderKLWan,
+            "scheduler": diffusers.UniPCMultistepScheduler}
+    parts = {name: kind.from_pretrained(folder / name) for name, kind in part.items()}
+    if dtype == "bf16":                          # as the model cards have it: the autoencoder float32
+        parts["transformer"] = parts["transformer"].to(torch.bfloat16)
+    pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, **parts).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    shape = 16, 1 + (frames - 1) // 4, height // 8, width // 8
+    noise = V.gaussians("sample", 0, 0, ["x"], [shape])[0][None].to(device)
+    texts = [D.fill_texts([text])[0][None].to(device) for text in TEXTS]
+
+    def run():
+        out = pipe(prompt_embeds=texts[0], negative_prompt_embeds=texts[1], latents=noise, height=height,
+                   width=width, num_frames=frames, num_inference_steps=8, output_type="np").frames[0]
+        return (255 * out).round().astype(np.uint8)
+    return run
+
+
+def sampling_side(side, folder, video, device, dtype, repeats):
+    """{seconds: of each run but the first, mib: the first run's memory beyond the loaded models}."""
+    run = {"ours": our_pipeline, "theirs": their_pipeline}[side](folder, video, device, dtype)
+    is_cuda, before, times = device == "cuda", memory("VmRSS"), []
+    if is_cuda:
+        before = torch.cuda.memory_allocated() / 2**20
+    np.save(folder / f"{side}.npy", run())
+    most = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else memory("VmHWM")
+    for _ in range(repeats):
+        sync()
+        began = time.perf_counter()
+        run()
+        sync()
+        times.append(time.perf_counter() - began)
+    return {"seconds": times, "mib": most - before}
+
+
+def bench_sampling(argv):
+    """Prints a table: seconds and memory of a video, ours and diffusers', each in its own process."""
+    parser = V.option_parser("Sampling beside diffusers' WanPipeline (which must be installed)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the denoisers")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=V.number(int, 1), default=3, help="(%(default)s)")
+    parser.add_argument("--rounds", type=V.number(int, 1), default=2,
+                        help="processes of each, by turns (%(default)s)")
+    args = parser.parse_args(argv)
+    root = Path(__file__).resolve().parents[1]
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, {args.dtype}, "
+          f"{torch.get_num_threads()} threads; 8 steps of UniPC, guidance 5")
+    print(f"{'video':24} {'theirs s':>9} {'ours s':>8} {'ratio':>6} {'theirs MiB':>11} {'ours MiB':>9} "
+          f"{'ratio':>6} {'levels':>7}")
+    with tempfile.TemporaryDirectory() as home:
+        save_pipeline(Path(home))
+        for i, video in enumerate(VIDEOS):
+            found = {"theirs": [], "ours": []}
+            for _ in range(args.rounds):
+                for side, rows in found.items():
+                    done = subprocess.run(
+                        [sys.executable, __file__, side, home, str(i), args.device, args.dtype,
+                         str(args.repeats)], env={**os.environ, "PYTHONPATH": str(root)}, check=True,
+                        stdout=subprocess.PIPE, text=True)
+                    rows.append(json.loads(done.stdout.splitlines()[-1]))
+            a, b = (float(np.median([s for row in found[side] for s in row["seconds"]]))
+                    for side in ("theirs", "ours"))
+            m, n = (max(row["mib"] for row in found[side]) for side in ("theirs", "ours"))
+            away = np.abs(np.load(f"{home}/ours.npy").astype(int) - np.load(f"{home}/theirs.npy")).max()
+            print(f"{'{} frames of {} x {}'.format(*video):24} {a:9.2f} {b:8.2f} {b / a:6.2f} "
+                  f"{m:11.0f} {n:9.0f} {n / m:6.2f} {away:7d}", flush=True)
+
+
+if __name__ == "__main__":
+    side, folder, i, device, dtype, repeats = sys.argv[1:]
+    print(json.dumps(sampling_side(side, Path(folder), VIDEOS[int(i)], device, dtype, int(repeats))))

@@ -5,6 +5,7 @@ fixture.json and io.safetensors: `system` there and a check's `call` name the fu
 computes what was recorded. What is not built yet stands in TO_COME and is reported as skipped;
 anything else that is unknown fails."""
 import json
+import math
 import os
 from pathlib import Path
 
@@ -21,11 +22,6 @@ ROOT = Path(os.environ.get("PARITY_DIR") or Path(__file__).with_name("fixtures")
 
 # (system, call or "*"): why it is not checked yet
 TO_COME = {
-    ("dit", "p_sample_loop"): "samplers", ("dit", "ddim_sample_loop"): "samplers",
-    ("sit", "sample_ode"): "samplers", ("sit", "sample_sde"): "samplers",
-    ("sit_transport", "sample_ode"): "samplers", ("sit_transport", "sample_sde"): "samplers",
-    ("uvit", "dpm_solver_pp_sample"): "samplers", ("schedulers", "*"): "samplers",
-    ("wan-pipeline", "*"): "samplers",
     ("caption-metrics", "*"): "caption metrics",
     **{(family, "*"): "published captioners and language models" for family in (
         "cogvlm", "cogvlm2", "internlm2", "internvl", "internvl-orig", "llama", "llama3rope",
@@ -514,6 +510,223 @@ def sit_diffusion(case):
     t = 1 - case["in.t"]
     return {"out.diffusion": sample.diffusion(case.kwargs["path"].lower(), case.kwargs["form"], t,
                                          case.kwargs["norm"])}
+
+
+# ---- samplers: the recorded trajectories
+
+def steps_of(sampler):
+    """[n, ...]: what a sampler yields."""
+    return torch.stack(list(sampler))
+
+
+def drawn(case):
+    noise = case["in.noise"]
+    return None if noise is None else lambda i: noise[i]
+
+
+def guided(case, run):
+    """run(x, t) with guidance over the batch's two halves, of which the recorded kinds differ: DiT
+    and SiT denoise the first half's x and hand each half its own unguided channels."""
+    scale, n = case.kwargs.get("cfg_scale"), case.kwargs.get("cfg_channels")
+    if scale is None:
+        return run
+
+    def both(x, t):
+        half = x.chunk(2)[0]
+        near, far = run(torch.cat([half, half]), t).chunk(2)
+        return torch.cat([D.guide(near, far, scale, n), D.guide(far, near, 1 - scale, n)])
+    return both
+
+
+def images_of(case, channels=None):
+    """A DiT's or SiT's network of images x [B, C, H, W] at network times t [B]."""
+    model, _, _ = D.load_published(case.weights, case.args.get("num_heads"))
+    model.requires_grad_(False)
+
+    def run(x, t):
+        t = torch.as_tensor(t, dtype=torch.float32).expand(len(x))
+        return torch.stack(denoise(model, list(x[:, :, None]), t, labels=case["in.y"]))[:, :channels, 0]
+    return run
+
+
+@handles("dit", "p_sample_loop")
+@handles("dit", "ddim_sample_loop")
+def dit_sampling(case):
+    run, tables = guided(case, images_of(case)), D.ddpm_tables("linear", case.kwargs["respacing"])
+    told = tables["timestep_map"].flip(0)
+    if "timestep_map" in case.kwargs:
+        assert tables["timestep_map"].tolist() == case.kwargs["timestep_map"]
+    level = lambda name, last: torch.cat([tables[name].flip(0), torch.tensor([last]).double()])
+    alpha, sigma = level("alpha", 1.0), level("sigma", 0.0)
+
+    def predict(x, i):
+        noise, *share = run(x, told[i]).split(x.shape[1], 1)
+        x0 = (x - sigma[i].to(x) * noise) / alpha[i].to(x)
+        if case.kwargs["clip_denoised"]:
+            x0 = x0.clamp(-1, 1)
+            noise = (x - alpha[i].to(x) * x0) / sigma[i].to(x)
+        return x0, noise, (share[0] + 1) / 2 if share else None
+    if case.call == "ddim_sample_loop":
+        steps = sample.ddim(predict, case["in.z"], alpha, sigma, case.kwargs["eta"], drawn(case))
+    else:
+        steps = sample.ddpm(predict, case["in.z"], tables, drawn(case))
+    return {"out.samples": steps_of(steps)}
+
+
+def sit_sampling(case, model, how):
+    """What SiT's two samplers yield from a network of ours."""
+    a, kwargs = case["in.z"], case.kwargs
+    times = (1 - torch.linspace(kwargs["t0"], kwargs["t1"], kwargs["num_steps"]).double())
+    times = times.to(a.dtype).unbind()
+    field = lambda x, t: sample.drift_score(how, model(x, t), x, t)
+    if case.call == "sample_ode":
+        velocity = lambda x, t: field(x, t)[0]
+        if kwargs["method"] == "dopri5":             # to its tolerance: the end of any fine grid
+            times = torch.linspace(1 - kwargs["t0"], 1 - kwargs["t1"], 33).unbind()
+            return steps_of(sample.runge_kutta(velocity, a, times, "rk4"))[-1:]
+        method = {"heun2": "heun"}.get(kwargs["method"], kwargs["method"])
+        return steps_of(sample.runge_kutta(velocity, a, times, method))
+    strength = lambda t: sample.diffusion(how.path, kwargs["diffusion_form"], t,
+                                          kwargs["diffusion_norm"])
+    last = kwargs["last_step"] and kwargs["last_step"].lower()
+    times = [*times, times[-1] - (kwargs["last_step_size"] if last else 0)]
+    return steps_of(sample.sde(field, a, times, strength, drawn(case),
+                               kwargs["sampling_method"].lower(), last, how.path))
+
+
+@handles("sit", "sample_ode")
+@handles("sit", "sample_sde")
+def sit_network_sampling(case):
+    how = D.Objective(case.kwargs["prediction"], case.kwargs["path"].lower())
+    run = guided(case, images_of(case, case["in.z"].shape[1]))
+    return {"out.samples": sit_sampling(case, D.from_sit(run, how.prediction), how)}
+
+
+@handles("sit_transport", "sample_ode")
+@handles("sit_transport", "sample_sde")
+def sit_transport_sampling(case):
+    how = D.Objective(case.kwargs["prediction"], case.kwargs["path"].lower())
+    a, b = case["in.a"], case["in.b"]
+    model = D.from_sit(lambda x, t: a * x + b * torch.cos(3 * t), how.prediction)
+    return {"out.samples": sit_sampling(case, model, how)}
+
+
+@handles("uvit", "dpm_solver_pp_sample")
+def uvit_sampling(case):
+    model, condition, _ = open_uvit(case)
+    x, shapes = packed(case, "in.z", model.patch)
+    wanted = dict(predict_x0=True, solver_type="dpm_solver", method="fast", order=3,
+                  skip_type="time_uniform", T=1.0)
+    assert {name: case.kwargs[name] for name in wanted} == wanted
+    times, alpha, sigma = sample.level_grid(case.kwargs["steps"], last=case.kwargs["eps"])
+
+    def predict(x, i):
+        noise = model(x, (1000 * times[i]).float().expand(len(shapes)), condition, shapes)
+        return (x - sigma[i].to(x) * noise) / alpha[i].to(x), noise, None
+    with torch.no_grad():
+        out = steps_of(sample.dpm_fast(predict, x, alpha, sigma))[-1]
+    return {"out.out": unpacked(out, shapes, model.patch)}
+
+
+@handles("wan-pipeline")
+def wan_pipeline(case):
+    """A published folder from prompt to pixels, through sample.py's own Sampler."""
+    about, found, noise = case.about, {}, case["noise"]
+    batched = noise.dim() == 5
+    noise = noise[0] if batched else noise
+    whole = lambda z: z[None] if batched else z
+    for name, run in about["runs"].items():
+        solver = {"dpmpp": "dpm++"}.get(name.split("_")[-1], name.split("_")[-1])
+        args = sample.parse_options([
+            str(case.folder), "--prompt", about["prompt"], "--steps", str(run["steps"]), "--shift",
+            str(run["shift"]), "--cfg", str(run["guidance_scale"]), "--sampler", solver, "--frames",
+            str(about["num_frames"]), "--size", f"{about['height']}x{about['width']}"])
+        sampler = sample.Sampler(args, torch.device("cpu"))
+        if solver == "euler":                # diffusers' own grid shifts its small end twice
+            least = float(D.shifted(0.001, run["shift"]))
+            args.ends = 1.0, least - (1 - least) / (run["steps"] - 1)
+        read, first = sampler.part("text"), None
+        near, far = read(about["prompt"]), read(about["negative_prompt"])
+        if "i2v" in name:
+            mean, _ = sampler.part("vae")[0].encode(case["image"][:, :, None])
+            found["image_latents"] = (mean - sampler.mean) / sampler.std
+            first = found["image_latents"][0]
+        assert tuple(noise.shape) == sampler.latent_shape(*(about[key] for key in (
+            "num_frames", "height", "width")))
+        job = sample.Job(tuple(noise.shape), 16.0, near, far, noise, first=first)
+        velocities, steps = [], []
+
+        def watch(packed, seen):
+            x = seen[0] if isinstance(seen, tuple) else seen
+            x = D.unpatchify(x, packed.shapes, packed.model.dit.patch)[0]
+            (velocities if isinstance(seen, tuple) else steps).append(whole(x))
+            return seen
+        latents, = sampler.denoise([job], watch=watch)
+        times = sample.flow_grid(run["steps"], run["shift"], *args.ends)
+        times = times.clamp(max=1 - 1e-6) if solver == "unipc" else times
+        told = 1000 * times[:-1]
+        video = torch.cat(list(D.decode_long(sampler.part("vae")[0], (
+            latents * sampler.std + sampler.mean)[None])), 2).clamp(-1, 1)
+        found |= {f"{name}.latents": whole(latents), f"{name}.sigmas": times, f"{name}.timesteps":
+                  told.floor() if args.whole_times else told,
+                  f"{name}.video": video if batched else video[0]}
+        found |= {f"{name}.{what}_step{i}": x for what, each in (("v", velocities), ("latents", steps))
+                  for i, x in enumerate(each)}
+    return {**found, "prompt_embeds": whole(near), "negative_embeds": whole(far)}
+
+
+@handles("schedulers", "scheduler")
+def scheduler(case):
+    """diffusers' schedulers with the analytic model a x + b cos(0.003 t)."""
+    kwargs, config, n = case.kwargs, case.kwargs["config"], case.kwargs["steps"]
+    a, b, shift = case["in.a"], case["in.b"], config.get("flow_shift", config.get("shift", 1.0))
+    kind = config.get("prediction_type", "flow_prediction")
+    if kwargs["scheduler"] == "FlowEuler" or config.get("use_flow_sigmas"):
+        least = 1 / config["num_train_timesteps"]
+        if kwargs["scheduler"] == "FlowEuler":       # down to the least, itself among the points
+            shift = math.exp(kwargs["mu"]) if "mu" in kwargs else shift
+            least = least if "mu" in kwargs else float(D.shifted(least, shift))
+            ends = 1.0, least - (1 - least) / (n - 1)
+        else:
+            ends = (1.0, least) if kwargs["scheduler"] == "UniPC" else (1 - least, 0.0)
+        sigma = sample.flow_grid(n, shift, *ends)
+        sigma[0] = min(sigma[0], 1.0 if kwargs["scheduler"] == "FlowEuler" else 1 - 1e-6)
+        alpha, told = 1 - sigma, 1000 * sigma[:-1]
+        told = told if kwargs["scheduler"] == "FlowEuler" else told.floor()
+        found = {"out.sigmas": sigma}
+    else:
+        spacing = "karras" if config.get("use_karras_sigmas") else config["timestep_spacing"]
+        final = (1.0, 0.0) if config.get("set_alpha_to_one", True) else None
+        ends = config["beta_start"], config["beta_end"]
+        told, alpha, sigma = sample.stepped_grid(config["beta_schedule"], n, spacing, final, ends,
+                                                 config.get("steps_offset", 0))
+        found = {"out.sigmas": sigma / alpha}
+
+    def predict(x, i):
+        out, (s, c) = a * x + b * torch.cos(0.003 * told[i].float()), (sigma[i].to(x), alpha[i].to(x))
+        if kind == "epsilon":
+            return (x - s * out) / c, out, None
+        if kind == "v_prediction":
+            return c * x - s * out, c * out + s * x, None
+        return x - s * out, x + c * out, None
+    z = case["in.z"]
+    if kwargs["scheduler"] == "DDIM":
+        steps, tables = [z], D.ddpm_tables(config["beta_schedule"], "", 1000, ends)
+        for i in range(n):                   # diffusers goes to a whole stride before each step
+            before = int(told[i]) - 1000 // n
+            arrive = [torch.stack([tables[name][told[i].int()], tables[name][before] if before >= 0
+                                   else last[-1]]) for name, last in (("alpha", alpha), ("sigma", sigma))]
+            steps += sample.ddim(lambda x, _: predict(x, i), steps[-1], *arrive, kwargs.get("eta", 0.0),
+                                 lambda _: case["in.noise"][i])
+        steps = steps[1:]
+    elif kwargs["scheduler"] == "FlowEuler":
+        numbers = dict(zip(sigma.tolist(), range(n)))
+        velocity = lambda x, t: a * x + b * torch.cos(0.003 * told[numbers[float(t)]].float())
+        steps = sample.runge_kutta(velocity, z, sigma.unbind())
+    else:
+        steps = {"DPM": sample.dpm_pp, "UniPC": sample.unipc}[kwargs["scheduler"]](
+            predict, z, alpha, sigma)
+    return {**found, "out.timesteps": told.float(), "out.samples": steps_of(steps)}
 
 
 @pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.id)

@@ -1,9 +1,22 @@
-"""Sampling of any size, and the image analysis that reads the demo's videos."""
+"""Samplers and guidance, what is written, evaluation, and the image analysis of the demo's videos."""
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import caption
+import prepare_data as P
 import sample as S
+import train_dit as D
+import train_vae as V
 from prepare_data import (COLOURS, DIRECTIONS, FORMS, demo_files, demo_shot, is_left_out, render_shot,
                           rng)
 
@@ -55,8 +68,8 @@ def test_prompts_are_fixed_and_the_kinds_apart():
 
 def test_what_is_too_much_is_cut_about_the_centre():
     video = np.arange(9 * 40 * 48 * 3, dtype=np.uint32).reshape(9, 40, 48, 3)
-    cut = S.cut(video, dict(frames=7, height=36, width=44))
-    assert np.array_equal(cut, video[:7, 2:38, 2:46])
+    cut = S.cut(video, dict(height=36, width=44))
+    assert np.array_equal(cut, video[:, 2:38, 2:46])
 
 
 @pytest.mark.parametrize("text", ["32", "32x", "axb", "0x9", "32x48x3"])
@@ -64,3 +77,280 @@ def test_a_wrong_size_is_refused(text, capsys):
     with pytest.raises(SystemExit) as error:
         S.parse_options(["demo", "--prompt", "x", "--size", text])
     assert error.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---- samplers and guidance
+
+
+def normal_data(x, alpha, sigma, mean):
+    """(x_0, noise), their means given x, where data are normal with deviation 0.5."""
+    off = (x - mean * alpha) / (0.25 * alpha**2 + sigma**2)
+    return mean + 0.25 * alpha * off, sigma * off
+
+
+@pytest.mark.parametrize("sampler, most", [("euler", 0.2), ("heun", 0.02), ("midpoint", 0.02), (
+    "rk4", 0.01), ("sde", 0.2), ("ddim", 0.2), ("dpm++", 0.04), ("unipc", 0.02)])
+def test_samplers_turn_noise_into_a_known_distribution(sampler, most):
+    """Mean 3, deviation 0.5; and of twice the steps a smaller error."""
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((4000, 1))).float()
+    noise = (noise - noise.mean()) / noise.std()
+
+    def read(x, told, t):
+        x0, eps = normal_data(x, 1 - t, t, 3)
+        return eps - x0, x0, eps, None
+
+    def error(steps):
+        args = S.parse_options(["x", "--prompt", "", "--sampler", sampler, "--steps", str(steps)])
+        args.ends, args.whole_times = (1.0, 0.0), False
+        draw = lambda i: torch.from_numpy(np.random.default_rng(9 + i).standard_normal((4000, 1))).float()
+        *_, x = S.trajectory(args, D.Objective(), read, noise, None, 1.0, 1.0, draw)
+        return max(abs(x.mean().item() - 3), abs(x.std().item() - 0.5))
+    assert error(24) < most and error(48) < max(error(12), 0.03)
+
+
+def test_stepped_samplers_turn_noise_into_a_known_distribution():
+    def read(x, told, at):
+        return None, *normal_data(x, *at, 1), None
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((4000, 1))).float()
+    for path, sampler in (("ddpm", "ddpm"), ("ddpm", "ddim"), ("sd", "dpm++"), ("sd", "unipc"),
+                          ("sd", "dpm-fast"), ("sd", "ddpm")):
+        args = S.parse_options(["x", "--prompt", "", "--sampler", sampler, "--steps", "80"])
+        draw = lambda i: torch.from_numpy(np.random.default_rng(i).standard_normal((4000, 1))).float()
+        *_, x = S.trajectory(args, D.Objective("noise", path), read, noise, None, 1.0, 1.0, draw)
+        assert abs(x.mean() - 1) < 0.06 and abs(x.std() - 0.5) < 0.07, (sampler, x.mean(), x.std())
+
+
+def test_fresh_noise_of_ddim_keeps_the_distribution():
+    alpha, sigma = torch.tensor([0.6, 0.8]).double(), torch.tensor([0.8, 0.6]).double()
+    n, random = 200000, torch.Generator().manual_seed(0)
+    eps, fresh = (torch.randn(n, 1, generator=random) for _ in range(2))
+    for eta in (0.0, 0.5, 1.0):
+        x, = S.ddim(lambda x, i: (torch.zeros_like(x), eps, None), eps, alpha, sigma, eta, lambda i: fresh)
+        assert abs(x.std().item() - 0.6) < 0.01
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run and its autoencoder with random weights, made without training."""
+    home = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(0)
+    options = dict(dim=8, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=6)
+    vae, stats = V.Autoencoder(**options), {"latents_mean": [0.1] * 6, "latents_std": [1.2] * 6}
+    sizes = dict(channels=6, dim=32, depth=2, heads=2, patch=(1, 1, 1), text=(16, 1, 2), vocab=300)
+    model = D.Denoiser(**sizes)
+    for p in [*vae.parameters(), *model.parameters()]:
+        p.data.add_(0.05 * torch.randn_like(p))
+    args = {"shift": 1.0, "given": 0.5, "conditions": []}
+    for name, network, config in (
+            ("tiny-vae", vae, {"kind": "vae", "args": {}, "model": options, "hash": "abc", **stats}),
+            ("tiny", model, {"kind": "denoiser", "args": args, "model": sizes,
+                             "vae": {"run": "tiny-vae", "hash": "abc"}})):
+        V.save_step(home / "runs" / name, 1, {"model": network.state_dict(), "ema": network.state_dict()})
+        V.write_config(home / "runs" / name, {"format": 1, **config})
+    caption.train_tokenizer(["a square moves"], 300).save(str(home / "runs/tiny/tokenizer.json"))
+    return home
+
+
+@pytest.fixture
+def inside(run, monkeypatch):
+    monkeypatch.chdir(run)
+    return run
+
+
+def make(*options, prompts=("a",)):
+    """(frames of each video, the sampler) of options."""
+    args = S.parse_options(["tiny", "--prompt", *prompts, "--steps", "3", "--frames", "5", "--device",
+                            "cpu", *map(str, options)])
+    args.quiet = True
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    wishes = [S.wish_of(args, {"prompt": prompt}) for prompt in args.prompt]
+    return [np.stack(list(sampler.frames(story))) for story in sampler(wishes)], sampler
+
+
+def away(one, other):
+    return np.abs(one.astype(float) - other.astype(float)).max()
+
+
+def test_noise_belongs_to_its_wish_whatever_the_batch(inside):
+    """Among others, at other sizes, or alone: the same video but for rounding."""
+    together, _ = make(prompts=("a", "a square", "b"))
+    for prompt, video in zip(("a", "a square", "b"), together):
+        assert away(make(prompts=(prompt,))[0][0], video) <= 1
+    assert away(together[0], together[2]) > 5
+    assert away(make("--seed", 1)[0][0], together[0]) > 5
+    assert away(make("--sampler", "sde")[0][0], make("--sampler", "sde", prompts=("a", "b"))[0][0]) <= 1
+
+
+def test_parts_take_turns_and_change_nothing(inside):
+    whole, sampler = make()
+    assert set(sampler.part.held) == {"vae", "denoiser", "text"}
+    turns, sampler = make("--offload")
+    assert set(sampler.part.held) == {"vae"} and away(whole[0], turns[0]) == 0
+    assert away(make("--chunk", 1)[0][0], whole[0]) <= 1
+
+
+def test_guidance_by_hand(inside):
+    """Each kind against its formula, on outputs of two clips of different lengths."""
+    args = S.parse_options(["tiny", "--prompt", "a", "--device", "cpu", "--cfg", "3"])
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    model, read = sampler.part("denoiser"), sampler.part("text")
+    shapes, random = [(6, 2, 4, 4), (6, 1, 4, 5)], torch.Generator().manual_seed(0)
+    jobs = [S.Job(shape, 10.0, read("a square"), read(""), torch.randn(shape, generator=random))
+            for shape in shapes]
+    lengths = [math.prod(shape[1:]) for shape in shapes]
+
+    def outputs(**options):
+        vars(args).update(options)
+        packed = S.Packed(model, jobs, args, 4, torch.device("cpu"))
+        x = packed.noise()
+        with torch.no_grad():
+            return x, packed.network(x, torch.full((len(x), 1), 0.7)).chunk(2), packed(x, 0.7, 0.7)
+    x, (near, far), found = outputs()
+    assert torch.allclose(found[0], far + 3 * (near - far), atol=1e-5)
+    assert torch.allclose(x - 0.7 * found[0], found[1], atol=1e-5)
+    _, _, found = outputs(cfg_interval=(0.0, 0.5))           # outside: as if there were no guidance
+    assert torch.allclose(found[0], near, atol=1e-5)
+    _, _, found = outputs(cfg_interval=(0.0, 1.0), cfg_channels=2)
+    assert torch.allclose(found[0][:, :2], (far + 3 * (near - far))[:, :2], atol=1e-5)
+    assert torch.allclose(found[0][:, 2:], near[:, 2:], atol=1e-5)
+    _, _, found = outputs(cfg_channels=None, rescale=0.6)
+    for part, a, b in zip(found[0].split(lengths), near.split(lengths), far.split(lengths)):
+        plain = b + 3 * (a - b)
+        scaled = plain * a.std(correction=0) / plain.std(correction=0)
+        assert torch.allclose(part, 0.6 * scaled + 0.4 * plain, atol=1e-5)
+    _, _, found = outputs(rescale=0.0, apg=0.5)
+    pairs = [(x - 0.7 * out).split(lengths) for out in (near, far)]
+    for part, a, b in zip(found[1].split(lengths), *pairs):
+        step = (a - b) * min(1, 0.5 / (a - b).norm())
+        step = step - (step * a).sum() / a.square().sum() * a
+        assert torch.allclose(part, a + 2 * step, atol=1e-4)
+        assert abs((step * a).sum()) < 1e-4
+
+
+def test_a_prompt_to_turn_away_from_takes_the_place_of_the_empty_one(inside):
+    assert away(make("--negative", "a square")[0][0], make()[0][0]) > 1
+    assert away(make("--negative", "a square", "--cfg", 1)[0][0], make("--cfg", 1)[0][0]) == 0
+
+
+# ---- what is written
+
+
+def test_every_sample_has_its_recipe_and_the_recipe_makes_it_again(inside, tmp_path, monkeypatch):
+    S.main(["tiny", "--prompt", "it's a", "--seed", "4", "--frames", "6", "--fps", "7", "--size", "33x38",
+            "--steps", "3", "--sampler", "heun", "--out", str(tmp_path), "--device", "cpu"])
+    facts = json.loads((tmp_path / "it-s-a-s4.json").read_text())
+    assert facts["n_frames"] == 6 and facts["how"]["sampler"] == "heun" and facts["autoencoder"] == "abc"
+    program, script, *options = shlex.split(facts["command"])
+    S.main([*options, "--out", str(tmp_path / "again")])
+    first, again = (folder / facts["file"] for folder in (tmp_path, tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+    frames = list(P.Video(first))
+    assert len(frames) == 6 and (frames[0].width, frames[0].height) == (38, 32)      # H.264: even
+    page = (tmp_path / "index.html").read_text()
+    assert 'src="it-s-a-s4.mp4"' in page and "it&#x27;s a" in page and "http" not in page
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+def test_other_formats(form, inside, tmp_path):
+    S.main(["tiny", "--prompt", "a", "--frames", "3", "--steps", "2", "--format", form, "--out",
+            str(tmp_path), "--device", "cpu"])
+    if form == "png":
+        assert sorted(p.name for p in (tmp_path / "a-s0").iterdir()) == [f"{i:05d}.png" for i in range(3)]
+    else:
+        with Image.open(tmp_path / f"a-s0.{form}") as picture:
+            assert picture.n_frames == 3 and picture.size == (48, 32)
+            picture.seek(2)
+            picture.load()
+            assert picture.info["duration"] == 100
+    S.main(["tiny", "--prompt", "b", "--frames", "1", "--steps", "2", "--out", str(tmp_path), "--device",
+            "cpu"])
+    with Image.open(tmp_path / "b-s0.png") as picture:
+        assert picture.size == (48, 32)
+
+
+def test_prompts_of_a_file_are_shared_out_and_never_made_twice(inside, tmp_path):
+    """Two ranks, one of them stopped early, then one rank: the same bytes as from one unbroken run."""
+    rows = [{"prompt": "a", "seed": 3}, {"prompt": "a square", "size": "40x32", "frames": 9},
+            {"prompt": "b"}, {"prompt": "c", "seconds": 0.9}, {"prompt": "d"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["tiny", "--prompts", str(tmp_path / "list.jsonl"), "--frames", "5", "--steps", "2",
+              "--batch", "2", "--device", "cpu"]
+    S.main([*common, "--out", str(tmp_path / "whole")])
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(S.__file__).parent))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                           "--master_port", "29713", "--", S.__file__, *common, "--out",
+                           str(tmp_path / "two")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = sorted(p.name for p in (tmp_path / "whole").glob("0*"))
+    assert len([name for name in names if name.endswith(".mp4")]) == 5
+    same = lambda folder: all((tmp_path / "whole" / n).read_bytes() == (tmp_path / folder / n).read_bytes()
+                              for n in names)
+    assert same("two")
+    for name in ("00001-a-square-s0.json", "00003-c-s0.json", "00003-c-s0.mp4"):
+        (tmp_path / "two" / name).unlink()                   # as if killed before these were whole
+    kept = (tmp_path / "two" / "00004-d-s0.mp4").stat().st_mtime_ns
+    S.main([*common, "--out", str(tmp_path / "two")])
+    assert same("two") and (tmp_path / "two" / "00004-d-s0.mp4").stat().st_mtime_ns == kept
+    assert json.loads((tmp_path / "two/00003-c-s0.json").read_text())["n_frames"] == 9
+    (tmp_path / "list.txt").write_text("a\n\nb\n")
+    args = S.parse_options(["tiny", "--prompts", str(tmp_path / "list.txt")])
+    args.size, args.fps, args.frames = (32, 32), 10.0, 5
+    assert [wish["prompt"] for wish in S.read_prompts(args)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("options, says", [
+    (["--video", "x.mp4"], "what is to come"), (["--strength", "0.5"], "name it by --video"),
+    (["--image", "nowhere.png"], "no such file"), (["--sampler", "ddpm"], "--sampler ddpm"),
+    (["--video", "a", "--image", "b", "--extend", "1"], "do not go together"),
+    (["--prompts", "nowhere.jsonl"], "no such file"), (["--eval", "fid"], "--detector"),
+    (["--vae", "tiny"], "denoiser")])
+def test_wrong_wishes_are_refused_in_one_line(options, says, inside, capsys):
+    with pytest.raises(SystemExit) as error:
+        S.main(["tiny", "--prompt", "a", "--steps", "2", "--device", "cpu", *options])
+    lines = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and says in lines[0]
+
+
+# ---- evaluation
+
+
+def test_the_frechet_distance_is_the_closed_form():
+    """Of Gaussians that commute; and of a distribution with itself, singular covariance too."""
+    a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 0.0]).double()
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    mean = torch.tensor([1.0, 2.0, 2.0]).double()
+    cov = lambda d: turn @ torch.diag(d) @ turn.T
+    wanted = 9 + (a.sqrt() - b.sqrt()).square().sum().item()
+    found = S.frechet((mean, cov(a)), (torch.zeros(3).double(), cov(b)))
+    assert abs(found - wanted) < 1e-9 and abs(S.frechet((mean, cov(b)), (mean, cov(b)))) < 1e-5
+
+
+class Tiny(torch.nn.Module):
+    """A stand-in for I3D: moments of pixels, over all axes but the channels."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = False, return_features: bool = False):
+        y = x.float().flatten(2) / (255.0 if rescale else 1.0)
+        return torch.cat([y.mean(2), y.std(2)], 1)
+
+
+def test_fvd_from_prompts_to_figure(inside, tmp_path):
+    torch.jit.script(Tiny()).save(str(tmp_path / "tiny.pt"))
+    (tmp_path / "videos").mkdir()
+    for i in range(6):
+        frames = np.random.default_rng(i).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
+        P.write_video(tmp_path / f"videos/{i}.mp4", frames, 10)
+        (tmp_path / f"videos/{i}.txt").write_text("a")
+    P.main([str(tmp_path / "real"), "--videos", str(tmp_path / "videos"), "--workers", "1"])
+    options = ["tiny", "--eval", "fvd", "--detector", str(tmp_path / "tiny.pt"), "--data",
+               str(tmp_path / "real"), "--size", "32x32", "--frames", "5", "--steps", "2", "--device",
+               "cpu", "--n_eval", "5"]
+    S.main(options)
+    path = inside / "runs/tiny/eval-fvd.json"
+    first = json.loads(path.read_text())
+    assert first["fvd"] > 0 and abs(first["real_itself"]) < 1e-4 and first["real_real"] >= 0
+    assert first["protocol"]["real"]["n"] == 5 and len(first["hash"]) == 8
+    kept, = (inside / "runs/tiny").glob("eval-real-*.safetensors")
+    S.main(options)                                          # from the kept moments: the same
+    assert json.loads(path.read_text()) == first
+    S.main([*options[:2], "fid", *options[3:]])
+    assert json.loads((inside / "runs/tiny/eval-fid.json").read_text())["fid"] > 0
