@@ -36,10 +36,12 @@ stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 
 1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
 Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020).
 """
+import argparse
 import base64
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -64,7 +66,7 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
-                          open_dataset, refuse, rng, run_dir)
+                          open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
                        load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
                        read_header, read_tensors, restore_optimizer, setup, skip_clips, start_run,
@@ -880,7 +882,7 @@ def load_captioner(name, device="cpu"):
     """(model in eval mode, tokenizer, config) of a trained run's newest checkpoint."""
     run = run_dir(name)
     config, step = read_config(run, "captioner"), last_step(run)
-    if step is None or int(step.name[len("step-"):]) < config["args"]["steps"]:
+    if not is_finished(step, argparse.Namespace(**config["args"])):
         refuse(f"{run} has not finished training: run its caption.py --train command again")
     tokenizer = open_tokenizer(run / "tokenizer.json")
     model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
@@ -892,8 +894,8 @@ def holds(path, keys):
     """Whether a finished file of captions holds all of `keys`."""
     if not path.exists():
         return not keys
-    with open(path, encoding="utf-8") as file:
-        return set(keys) <= {json.loads(line)["key"] for line in file}
+    files = [each for each in (path, rejected_path(path)) if each.exists()]
+    return set(keys) <= {row["key"] for each in files for row in read_rows(each)}
 
 
 def resume(part, keys, block):
@@ -914,34 +916,77 @@ def resume(part, keys, block):
     return n
 
 
-def caption_shard(model, tokenizer, config, folder, rows, path, args, bar):
-    """Writes the captions of one shard's `rows` to `path`, by way of path.part."""
+def own_writer(name, folder, rows, args, device):
+    """(load, write) of a captioner that we trained: load(row) in a thread; write(pairs of a row and
+    what was loaded) yields (key, caption, prompt, scores) in any order."""
+    model, tokenizer, config = load_captioner(name, device)
+    frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
+
+    def write(pairs):
+        for group in in_groups(pairs, args.batch):
+            views = torch.from_numpy(np.stack([view for _, view in group]))
+            said = describe(model, tokenizer, views, config["args"]["max_tokens"])
+            yield from ((row["key"], text, "", {"logprob": score})
+                        for (row, _), (text, score) in zip(group, said))
+
+    return lambda row: frames(row["key"]), write
+
+
+def in_groups(items, n):
+    """Lists of n items, the last one perhaps shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, n)):
+        yield group
+
+
+def caption_shard(load, write, scorer, rows, path, args, bar):
+    """Writes the captions of one shard's `rows` to `path`, by way of path.part, and those that
+    will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
     part, keys = Path(f"{path}.part"), [row["key"] for row in rows]
-    shape, most = config["model"], config["args"]["max_tokens"]
-    frames = Frames(folder, rows, shape["size"], shape["frames"], mib=0)
     first = resume(part, keys, args.batch)
     bar.update(first)
-    blocks = [keys[i:i + args.batch] for i in range(first, len(keys), args.batch)]
-
-    def load(i):
-        return torch.from_numpy(np.stack([frames(key) for key in blocks[i]]))
-
+    todo, waiting, done = rows[first:], iter(keys[first:]), {}
+    pairs = ((todo[i], loaded) for i, loaded in
+             prefetch(lambda i: load(todo[i]), 0, len(todo), ahead=args.batch))
     with open(part, "a", encoding="utf-8") as file:
-        for i, x in prefetch(load, 0, len(blocks)):
-            for key, (text, score) in zip(blocks[i], describe(model, tokenizer, x, most)):
-                file.write(json_line({"key": key, "caption": text, "prompt": "",
-                                      "scores": {"logprob": round(score, 4)}}))
-            file.flush()
-            bar.update(len(blocks[i]))
+        key = next(waiting, None)
+        for name, text, prompt, scores in write(pairs):
+            scores = {**scores, **(scorer(name, text) if scorer else {})}
+            reason = fault(text, args.style) if prompt else None
+            done[name] = json_line({
+                "key": name, "caption": text, "prompt": prompt, "scores": {
+                    score: round(value, 4) for score, value in scores.items()},
+                **({"rejected": reason} if reason else {})})
+            while key in done:
+                file.write(done.pop(key))
+                file.flush()
+                bar.update()
+                key = next(waiting, None)
         os.fsync(file.fileno())
-    os.replace(part, path)
+    written = read_rows(part)
+    if any("rejected" in row for row in written):
+        write_rows(rejected_path(path), [row for row in written if "rejected" in row])
+        write_rows(path, [row for row in written if "rejected" not in row])
+        part.unlink()
+    else:
+        os.replace(part, path)
+
+
+def rejected_path(path):
+    shard, _, run = path.name.partition(".captions-")
+    return path.with_name(f"{shard}.rejected-captions-{run}")
 
 
 def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
-    model, tokenizer, config = load_captioner(vlm, device)
+    config = run_dir(vlm) / "config.json"
+    config = read_published(config) if config.exists() else {"kind": "captioner", "model": {}}
+    is_own = "kind" in config and "init" not in config["model"]
+    run = args.source or (run if is_own else f"{run}-{args.style}")
+    load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
+    scorer = Scorer(args, folder, rows, device) if args.clip else None
     shards = {}
     for row in rows:
         if args.all or not row["captions"]:
@@ -955,17 +1000,19 @@ def caption(args):
     with tqdm(total=sum(len(mine) for _, mine in todo), desc="caption", unit="clip",
               disable=rank > 0) as bar:
         for path, mine in todo:
-            caption_shard(model, tokenizer, config, folder, mine, path, args, bar)
+            caption_shard(load, write, scorer, mine, path, args, bar)
     barrier()
-    if rank == 0 and wanted and (todo or not sheet.exists()):
-        texts = {}
-        for shard in shards:
-            with open(folder / f"{shard}.captions-{run}.jsonl", encoding="utf-8") as file:
-                texts.update((row["key"], row["caption"]) for row in map(json.loads, file))
+    if rank:
+        return
+    files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
+    texts = {row["key"]: row["caption"] for path in files for row in read_rows(path)}
+    if wanted and (todo or not sheet.exists()):
         shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
-        write_sheet(sheet, folder, shown, [texts[row["key"]] for row in shown])
-    if rank == 0:
-        print(f"{folder}: {len(wanted)} clips captioned by {run}; look at {sheet}", file=sys.stderr)
+        write_sheet(sheet, folder, shown, [texts.get(row["key"], "(rejected)") for row in shown])
+    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}; look at {sheet}",
+          file=sys.stderr)
+    if args.eval:
+        evaluate(folder / f"captions-{run}.eval.json", rows, texts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1043,6 +1090,20 @@ def score_captions(candidates, references, words=words_of):
             "cider_each": {key: cider(key) for key in mine}}
     return {"bleu": bleu(*sums), **each, **{
         name: float(np.mean(list(each[f"{name}_each"].values()))) for name in ("rouge_l", "cider")}}
+
+
+def evaluate(path, rows, texts):
+    """Scores captions {key: text} of clips that have captions of their own, writes and prints."""
+    references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
+                  if row["key"] in texts and row["captions"]}
+    if not references:
+        refuse("--eval: no clip has both kinds of captions: caption the captioned ones, too (--all)")
+    scores = score_captions({key: texts[key] for key in references}, references)
+    figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
+               **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),
+               "references": sum(map(len, references.values()))}
+    write_text(path, json.dumps(figures, indent=1) + "\n")
+    print(" ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 # ================================================================================================
@@ -2161,8 +2222,333 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
 
 
 # ------------------------------------------------------------------------------------------------
+# Captioning with published models
+# ------------------------------------------------------------------------------------------------
+
+STYLES = {  # what is asked, fewest and most words of an answer that will do
+    "short": ("Describe this {what} in one sentence: who or what is there, and what happens.", 3, 60),
+    "long": ("Describe this {what} in at most six sentences, so that somebody could draw it: all "
+             "objects and people, what they do, the place, the light, the camera, the style.",
+             8, 400),
+    "tags": ("List what this {what} shows as a line of short tags, separated by commas.", 1, 80)}
+SUMMARY = ("These are descriptions of moments of one video, in their order, each with its time:\n"
+           "{notes}\n{meta}They show the same scene. Tell what the whole video shows, in order. Do "
+           "not mention descriptions, frames or times. {ask}")
+REWRITE = ("Rewrite a short prompt for a video generator as a caption like these:\n{examples}\n"
+           "Keep everything that it asks for and add plausible detail. Answer with the caption "
+           "alone.\nPrompt: {prompt}")
+REFUSAL = (r"\b(i am|i'm) (sorry|unable|not able)|\bi (can ?not|can't) (see|describe|help|assist|view)|"
+           r"\bas an ai\b")
+OPENING = (r"^(the|this|in the|in this) (image|video|picture|photo|frame|clip)(?: also)?,? "
+           r"(shows|depicts|features|captures|presents|displays|there is|there are|we see) ")
+
+
+def tidy(text):
+    """A caption in one line, without 'The image shows …'."""
+    text = " ".join(text.split())
+    rest = re.sub(OPENING, "", text, flags=re.I)
+    return rest if rest == text else rest[:1].upper() + rest[1:]
+
+
+def fault(text, style):
+    """Why a caption will not do, or None."""
+    words, (_, fewest, most) = words_of(text), STYLES[style]
+    runs = Counter(zip(*(words[i:] for i in range(4))))
+    if not words:
+        return "empty"
+    if re.search(REFUSAL, text.lower()):
+        return "refusal"
+    if sum(n - 1 for n in runs.values()) > len(words) / 4 or re.search(r"(.)\1{9}", text):
+        return "repeated"
+    if not fewest <= len(words) <= most:
+        return "length"
+    latin = sum(letter.isascii() for letter in text if letter.isalpha())
+    return None if latin > 0.8 * sum(map(str.isalpha, text)) else "language"
+
+
+def pick_frames(rule, folder, row):
+    """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N, evenly from the first to the
+    last, the middle if N is 1; fps:X, X a second; key:N, N of them between which about equally
+    much changes."""
+    kind, value = rule
+    n, fps = row["frames"], row["fps"] or 1
+    at = np.array([n // 2])
+    if kind == "fps":
+        at = (np.arange(0.5 / value, max(n / fps, 0.6 / value), 1 / value) * fps).astype(int)
+    elif kind == "uniform" and value > 1:
+        at = np.linspace(0, n - 1, int(value)).astype(int)
+    elif kind == "key" and n > 1:
+        small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"), np.float32)
+                          for frame in clip_frames(folder, row)])
+        change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
+        at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
+                             + change[-1] / value / 2).clip(max=n - 1)
+    at = at.clip(max=n - 1)
+    found = dict(zip(sorted(set(at.tolist())), clip_frames(folder, row, set(at.tolist()))))
+    return [found[i] for i in at.tolist()], [i / fps for i in at.tolist()]
+
+
+def text_option(value):
+    """A prompt that is given as text, or as a text file's path."""
+    return Path(value).read_text(encoding="utf-8").strip() if Path(value).is_file() else value
+
+
+def vlm_writer(name, folder, rows, args, device):
+    """(load, write), as `own_writer`'s, of a published captioner: a video at once where the model
+    takes videos, or else frame by frame; a language model then makes one caption of several."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
+        args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
+    if vlm.tower is None:
+        refuse(f"{name} is a language model alone: it sees nothing; give it as --lm")
+    lm = open_vlm(args.lm, device, dtype) if args.lm else None
+    is_video = bool(vlm.plan.frames) and not lm
+    rule = args.frames or ("uniform", vlm.plan.frames if is_video else 4 if lm else 1)
+    if rule != ("uniform", 1) and not is_video and not lm:
+        refuse(f"{name} sees one frame at a time: give --lm DIR, which makes one caption of "
+               "several, or --frames uniform:1")
+    ask = text_option(args.prompt or STYLES[args.style][0])
+    question = ask.replace("{what}", "video" if is_video else "image")
+    meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
+    how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
+               top_p=args.top_p, seed=args.seed)
+
+    def load(row):
+        frames, times = pick_frames(rule, folder, row)
+        prompt = vlm.prompt(question)
+        if is_video and row["fps"]:
+            return [vlm.read(prompt, frames, True, 2 * (times[1] - times[0] if times[1:] else 1))], times
+        return [vlm.read(prompt, [frame]) for frame in frames], times
+
+    def notes(pairs):
+        """(key, times, texts, mean log-probability) of a clip when all its frames have theirs."""
+        open_, said = {}, {}
+
+        def requests():
+            for group in in_groups(pairs, args.batch):
+                open_.update({row["key"]: loaded for row, loaded in group})
+                asked = [(f"{row['key']}#{i}", read) for row, (reads, _) in group
+                         for i, read in enumerate(reads)]
+                with torch.no_grad():
+                    yield from vlm.requests(*zip(*asked))
+        for name, text, score in vlm.write(requests(), **how):
+            key, _, i = name.rpartition("#")
+            said.setdefault(key, {})[int(i)] = tidy(text), score
+            if len(said[key]) == len(open_[key][0]):
+                texts, scores = zip(*(said[key][i] for i in range(len(said[key]))))
+                del said[key]
+                yield key, open_.pop(key)[1], texts, float(np.mean(scores))
+
+    def write(pairs):
+        if not lm:
+            yield from ((key, texts[0], question, {"logprob": score})
+                        for key, _, texts, score in notes(pairs))
+            return
+        scores = {}
+
+        def requests():
+            for key, times, texts, score in notes(pairs):
+                scores[key] = score
+                lines = "\n".join(f"{at:.1f} s: {text}" for at, text in zip(times, texts))
+                words = text_option(args.summary or SUMMARY).replace("{notes}", lines).replace(
+                    "{meta}", f"Its publisher says: {meta[key]}\n" if meta[key] else "")
+                words = words.replace("{ask}", ask.replace("{what}", "video"))
+                yield lm.request(key, *lm.read(lm.prompt(words)), [])
+        for key, text, score in lm.write(requests(), **how):
+            yield key, tidy(text), question, {"logprob": score, "logprob_frames": scores.pop(key)}
+
+    return load, write
+
+
+def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
+    """A short prompt as the VLM `lm`, a language model, writes it out, like the example captions."""
+    words = REWRITE.replace("{examples}", "\n".join(f"- {text}" for text in examples))
+    request = lm.request(prompt, *lm.read(lm.prompt(words.replace("{prompt}", prompt))), [])
+    (_, text, _), = lm.write([request], most=most, temperature=temperature, top_p=0.9, seed=seed)
+    return tidy(text) or prompt
+
+
+class Scorer:
+    """Of a clip and its caption, by a CLIP folder: the mean cosine of four frames and the text; and
+    with LAION's linear head (a file of weight [1, D] and bias [1]) the frames' mean aesthetics."""
+
+    def __init__(self, args, folder, rows, device):
+        config, weights = read_published(Path(args.clip, "config.json")), read_tensors(args.clip)
+        self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
+        self.text, sight = open_text_encoder(args.clip, device), config["vision_config"]
+        self.size, width = sight.get("image_size", 224), config["projection_dim"]
+        with torch.device("meta"):
+            model = nn.Module()
+            model.tower = clip_sight(sight, -1, keep_cls=True, post=True)()
+            model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
+            model.textual = nn.Linear(self.text.embed.embedding_dim, width, bias=False)
+        names = ((r"^visual_projection\.", "visual."), (r"^text_projection\.", "textual."), CLIP_TOWER)
+        sights = {name: t for name, t in weights.items() if not name.startswith("text_model.")}
+        self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")],
+                                   r"logit_scale\.weight", torch.float32, device, args.clip)
+        self.head = read_tensors(args.aesthetics) if args.aesthetics else None
+
+    @torch.no_grad()
+    def __call__(self, key, text):
+        frames, _ = pick_frames(("uniform", 4), self.folder, self.rows[key])
+        x = torch.stack([crop(frame, self.size)[0][0] for frame in frames]).to(self.device)
+        seen = F.normalize(self.model.visual(self.model.tower(x)[:, 0]), dim=-1)
+        ids = self.text.ids([text])[0].to(self.device)
+        said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
+        found = {"clip": (seen @ said[0]).mean().item()}
+        if self.head:
+            weight, bias = self.head["weight"].to(seen), self.head["bias"].to(seen)
+            found["aesthetic"] = F.linear(seen, weight, bias).mean().item()
+        return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Training a published captioner further
+# ------------------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and what is learnt beside it, of rank n; nothing at first."""
+
+    def __init__(self, base, n):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, n, bias=False)
+        self.up = nn.Linear(n, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
+    """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank to
+    the decoder's layers, or all but the towers."""
+    model = open_vlm(init, device, dtype, tokenizer)
+    if tune == "lora":
+        torch.manual_seed(0)
+        for layer in model.decoder.layers:
+            for name, f in list(layer.named_children()):
+                if isinstance(f, nn.Linear):
+                    setattr(layer, name, LoRA(f, rank).to(device, dtype))
+    wanted = {"connector": r"connector\..*|tower\.merge\..*", "all": r"(?!tower|video_tower).*",
+              "lora": r".*\.(up|down)\.(up|down)\.weight|.*\.[a-z]+\.(up|down)\.weight"}[tune]
+    for name, p in model.named_parameters():
+        p.requires_grad_(bool(re.fullmatch(wanted, name)) and ".base." not in name)
+    return model
+
+
+def open_captioner(path, device, dtype, tokenizer=None):
+    """The VLM of a published folder, or of a run that taught one further."""
+    config = read_published(path / "config.json")
+    if "kind" not in config:
+        return open_vlm(path, device, dtype, tokenizer)
+    args, step = read_config(path, "captioner")["args"], last_step(path)
+    if not is_finished(step, argparse.Namespace(**args)):
+        refuse(f"{path} has not finished training: run its caption.py --train command again")
+    model = open_tuned(args["init"], args["tune"], args["rank"], device, dtype, args["tokenizer"])
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in
+                           load_file(step / "model.safetensors").items()}, strict=False)
+    return model
+
+
+def learnt(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def answer_loss(model, requests, answers):
+    """Nats, summed over the answers' tokens (lists of ids, the stop among them)."""
+    decoder, device = model.decoder, model.decoder.embed.weight.device
+    xs, places, images = [], [], []
+    for request, ids in zip(requests, answers):
+        told = decoder.embed(torch.tensor(ids[:-1], device=device)) * model.plan.scales[0]
+        after = torch.arange(len(ids) - 1, device=device) + request.positions.max() + 1
+        xs.append(torch.cat([request.x, told]))
+        places.append(torch.cat([request.positions, after.expand(*request.positions.shape[:-1], -1)],
+                                -1).movedim(-1, 0))
+        images.append(F.pad(request.image, (0, len(ids) - 1)))
+    padded = [nn.utils.rnn.pad_sequence(each, True) for each in (xs, places, images)]
+    places = padded[1].movedim(-1, 0) if padded[1].dim() > 2 else padded[1]
+    lengths = torch.tensor([len(request.ids) for request in requests], device=device)
+    h = decoder(padded[0], places, image=padded[2] if model.plan.stack.expert else None,
+                prompts=lengths)
+    h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
+                   for row, request, ids in zip(h, requests, answers)])
+    wanted = torch.tensor([i for ids in answers for i in ids], device=device)
+    return F.cross_entropy(decoder.logits(h).float(), wanted, reduction="sum")
+
+
+def tune(args, run):
+    """Teaches a published captioner the captions, or the answers to the questions beside them."""
+    rank, world, device = setup(args, args.batch, "--batch")
+    folder = dataset_dir(args.name)
+    rows = skip_clips(own_captions(folder, open_dataset(folder)), args.skip_clips)
+    rows = [row for row in rows if row["captions"]]
+    train_rows = [row for row in rows if row["split"] == "train"]
+    if not train_rows:
+        refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
+    held_out = [row for row in rows if row["split"] != "train"] or train_rows[:16]
+    checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
+        "init": str(args.init), "tune": args.tune, "rank": args.rank}})
+    if is_finished(checkpoint, args):
+        return
+    model, step = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer), 0
+    optimizer = torch.optim.AdamW(learnt(model).values(), lr=args.lr, weight_decay=0.0)
+    if checkpoint:
+        step, saved = load_step(checkpoint)
+        model.load_state_dict(saved["model"], strict=False)
+        restore_optimizer(optimizer, model, saved["optimizer"])
+    stream, is_video = Stream(train_rows, args.seed), bool(model.plan.frames)
+    rule = args.frames or ("uniform", model.plan.frames or 1)
+    ask = STYLES[args.style][0].replace("{what}", "video" if is_video else "image")
+
+    def read(row, caption):
+        frames, times = pick_frames(rule, folder, row)
+        ids = model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
+        prompt = model.prompt(caption.get("prompt") or ask)
+        gap = 2 * (times[1] - times[0]) if times[1:] else 2.0
+        return row["key"], model.read(prompt, frames if is_video else frames[:1], is_video, gap), ids
+
+    def batch(step):
+        found = []
+        for row in stream.take(step * args.batch, args.batch)[rank::world]:
+            weights = np.array([caption["weight"] for caption in row["captions"]])
+            picked = rng(args.seed, "caption", step, row["key"]).choice(
+                len(weights), p=weights / weights.sum())
+            found.append(read(row, row["captions"][picked]))
+        return list(zip(*found))
+
+    def learn(step, drawn):
+        keys, reads, answers = drawn
+        loss = answer_loss(model, model.requests(keys, reads), answers)
+        (loss / sum(map(len, answers)) * len(keys) / args.batch).backward()
+        count = torch.tensor(float(sum(map(len, answers))))
+        return ({"loss": torch.stack([loss.detach().cpu(), count])},
+                take_step(model, optimizer, lr_at(step, args)), keys)
+
+    @torch.no_grad()
+    def held_out_nats(done):
+        total, count = 0.0, 0
+        for row in held_out[:64]:
+            key, asked, ids = read(row, row["captions"][0])
+            total += answer_loss(model, model.requests([key], [asked]), [ids]).item()
+            count += len(ids)
+        return {"held_out": total / count}
+
+    fit(args, run, step, batch, learn, held_out_nats,
+        lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
+
+
+def frame_rule(text):
+    """argparse type: (kind, number) of uniform:N, fps:X, key:N."""
+    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
+    if not match or not float(match[2] or match[4]):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
+    return match[1] or match[3], float(match[4]) if match[4] else int(match[2])
 
 
 def parse(argv=None):
@@ -2171,8 +2557,10 @@ def parse(argv=None):
     add = parser.add_argument_group("what to do").add_argument
     add("--train", action="store_true", help="train a captioner; else one captions the clips")
     add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
-    add("--vlm", help="the trained run that captions (NAME-captioner)")
+    add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
     add("--all", action="store_true", help="caption every clip, also those that have a caption")
+    add("--eval", action="store_true",
+        help="score the captions against the clips' own: BLEU, ROUGE-L, CIDEr")
     add("--batch", type=number(int, 1), default=32,
         help="clips a step, over all ranks, or at a time (%(default)s)")
     add = parser.add_argument_group("model").add_argument
@@ -2188,6 +2576,26 @@ def parse(argv=None):
         help="share of tokens hidden while it learns, 0 to 1 (%(default)s)")
     add("--vary", type=number(float, 0, 3), default=1.0,
         help="strength of the clips' variation, 0 (none) to 3 (%(default)s)")
+    add = parser.add_argument_group("published captioners").add_argument
+    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
+    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
+    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
+        "for image or video")
+    add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
+    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
+        "uniform:8, for --lm uniform:4, else uniform:1)")
+    add("--source", help="what the data set calls these captions (the folder's name and the style)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy (%(default)s)")
+    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
+        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
+    add("--clip", metavar="DIR", help="CLIP folder that scores text against frames (none)")
+    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
+    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
+    add("--tune", default="connector", choices=["connector", "lora", "all"],
+        help="what of --init learns (%(default)s)")
+    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
     args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
@@ -2199,7 +2607,7 @@ def main(argv=None):
     if not args.train:
         return caption(args)
     run = run_dir(args.run or f"{Path(args.name).name}-captioner")
-    train(args, run)
+    (tune if args.init else train)(args, run)
     print(f"{run}: trained; look at {run / 'samples'}", file=sys.stderr)
 
 
