@@ -539,7 +539,8 @@ def choose(logits, draws, temperature, top_p, vocab):
     if not temperature:
         best, token = logits.log_softmax(-1).max(-1)
         return token, best
-    order = (logits[:, :vocab] / temperature).softmax(-1).double().sort(-1, descending=True, stable=True)
+    order = (logits[:, :vocab] / temperature).softmax(-1).double().sort(
+        dim=-1, descending=True, stable=True)
     reach = order.values.cumsum(-1)
     reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
     most = reach.masked_fill(reach.isinf(), 0).amax(-1)
@@ -2176,12 +2177,12 @@ class VLM(nn.Module):
 
 def stop_ids(folder, config, tokens, names):
     """Ids that end an answer: the folder's, and the family's marks that are tokens."""
-    found = [config.get("eos_token_id"), config.get("text_config", {}).get("eos_token_id"),
-             *(tokens.id(name) for name in names)]
-    if (folder / "generation_config.json").exists():
-        found.append(read_published(folder / "generation_config.json").get("eos_token_id"))
+    told = folder / "generation_config.json"
+    told = read_published(told) if told.exists() else {}
+    found = [each.get("eos_token_id") for each in (config, config.get("text_config", {}), told)]
+    found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
     flat = [i for each in found for i in (each if isinstance(each, list) else [each])]
-    return {i for i in flat if i is not None} or {tokens.id("</s>"), tokens.id("<|endoftext|>")}
+    return {i for i in flat if i is not None}
 
 
 def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
