@@ -1,10 +1,12 @@
-"""Stage 3, captions: a captioner, learnt from the captioned clips, that captions the others.
+"""Stage 3, captions: by a captioner learnt from the captioned clips, or by published models.
 
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BPE of the captions),
                             log.jsonl, samples/ (held-out frames and what it says), step-000100/
       data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
-                            "scores": {"logprob": mean over the tokens}}; data/NAME/captions-RUN.png
+                            "scores": {"logprob": mean over the tokens, …}}; beside it
+                            shard-00000.rejected-captions-RUN.jsonl, those that will not do, and why;
+                            data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
       data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
                             text encoder reads them; HASH8 names the encoder
 
@@ -24,6 +26,12 @@ frames of a clip alike; never mirrored, since a caption may say left or right.
     python caption.py demo                       # captions the clips that have none: seconds
     python caption.py demo --train --run quick --steps 20                # a look, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
+    torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5-7b --frames fps:1
+    python caption.py mine --train --init ~/llava-1.5-7b --tune lora --run mine-llava
+
+Published folders (--vlm DIR: FAMILIES below) see a video at once where they take videos, or else
+single frames, of which --lm makes one caption. Rows are written in batches in which a finished one
+makes room for the next clip; clips are decoded ahead, in threads; ranks share the shards.
 
 A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
 from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
@@ -34,7 +42,9 @@ A heads, E head dim. Layers are pre-norm; rotary positions count all visual toke
 Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021 (convolutional
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
 1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
-Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020).
+Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020);
+Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA, 2106.09685);
+Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (rows that make room, Orca).
 """
 import argparse
 import base64
@@ -179,7 +189,7 @@ class Stack:
 
 def rotary(positions, stack, prompts=None):
     """(cos, sin), each [..., E/2], of the angles at positions [...]: base^(-2i/E) a step. With
-    sections positions are [3, ...]; prompts: lengths [B] of whole prompts, where base heeds them."""
+    sections positions are [3, ...]; prompts: lengths [B] of whole prompts, if base heeds them."""
     E, base = stack.head_dim, stack.rope
     i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
     if stack.trained and prompts is not None:        # NTK: the base grows by powers of the excess
@@ -545,8 +555,8 @@ def choose(logits, draws, temperature, top_p, vocab):
     reach = order.values.cumsum(-1)
     reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
     most = reach.masked_fill(reach.isinf(), 0).amax(-1)
-    place = torch.searchsorted(reach, (draws.to(reach) * most)[:, None]).clamp(max=reach.shape[1] - 1)
-    token = order.indices.gather(1, place)
+    place = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
+    token = order.indices.gather(1, place.clamp(max=reach.shape[1] - 1))
     return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
 
 
@@ -735,9 +745,7 @@ def draw_batch(rows, frames, texts, args, step):
         views.append(frames(row["key"], start, start + part))
         jitters.append(draw_jitter(random("jitter"), args.vary))
         noises.append(random("noise").standard_normal(views[-1].shape, np.float32))
-        weights = np.array([caption["weight"] for caption in row["captions"]])
-        picked = random("caption").choice(len(weights), p=weights / weights.sum())
-        ids.append(texts(row["captions"][picked]["text"]))
+        ids.append(texts(pick_caption(row, args, step)["text"]))
         blanks.append(torch.from_numpy(random("blank").random(len(ids[-1]) - 1) < args.blank))
     noise = torch.from_numpy(np.stack(noises)).movedim(-1, -3)
     return Batch([row["key"] for row in rows], torch.from_numpy(np.stack(views)),
@@ -815,8 +823,8 @@ def write_sheet(path, folder, rows, captions):
         for row, caption in zip(rows, captions)])
 
 
-def train(args, run):
-    rank, world, device = setup(args, args.batch, "--batch")
+def captioned(args):
+    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata."""
     folder = dataset_dir(args.name)
     rows = skip_clips(own_captions(folder, open_dataset(folder)), args.skip_clips)
     rows = [row for row in rows if row["captions"]]
@@ -824,7 +832,19 @@ def train(args, run):
     if not learnt:
         refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
     held_out = [row for row in rows if row["split"] != "train"] or learnt[:16]
-    held_out = Stream(held_out, args.seed).take(0, min(len(held_out), 256))
+    return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
+
+
+def pick_caption(row, args, step):
+    """One of a row's captions, drawn by their weights."""
+    weights = np.array([caption["weight"] for caption in row["captions"]])
+    random = rng(args.seed, "caption", step, row["key"])
+    return row["captions"][random.choice(len(weights), p=weights / weights.sum())]
+
+
+def train(args, run):
+    rank, world, device = setup(args, args.batch, "--batch")
+    folder, learnt, held_out = captioned(args)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
                                  "model": MODELS[args.model]})
     sheet = run / "samples" / f"step-{args.steps:06d}.png"
@@ -1062,8 +1082,9 @@ def rouge_l(mine, texts):
 
 
 def score_captions(candidates, references, words=words_of):
-    """BLEU-1..4, ROUGE-L and CIDEr(-D) as pycocoevalcap has them: {"bleu": [4], "rouge_l", "cider"},
-    and by clip under "bleu_each" and so on. candidates {key: text}, references {key: texts}."""
+    """BLEU-1..4, ROUGE-L and CIDEr(-D) as pycocoevalcap has them: {"bleu": [4], "rouge_l",
+    "cider"}, and by clip under "bleu_each" and so on, of candidates {key: text} and references
+    {key: texts}. (METEOR and SPICE need Java and WordNet.)"""
     texts = {key: [words(text) for text in references[key]] for key in candidates}
     mine = {key: words(text) for key, text in candidates.items()}
     counted = {key: bleu_counts(mine[key], texts[key]) for key in mine}
@@ -1099,7 +1120,7 @@ def evaluate(path, rows, texts):
     references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
                   if row["key"] in texts and row["captions"]}
     if not references:
-        refuse("--eval: no clip has both kinds of captions: caption the captioned ones, too (--all)")
+        refuse("--eval: no clip has both kinds of captions: give --all, too")
     scores = score_captions({key: texts[key] for key in references}, references)
     figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
                **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),
@@ -1457,7 +1478,7 @@ IGNORED = r".*\.(rotary_emb\.inv_freq|position_ids|masked_bias)"
 
 
 def split_qkv(tensor, heads, kv, groups):
-    """q, k and v of one tensor [(heads + 2 kv) E, …] that holds `groups` times a share of each."""
+    """q, k and v of one tensor [(heads + 2 kv) E, …] that holds a share of each `groups` times."""
     parts = tensor.unflatten(0, (groups, (heads + 2 * kv) // groups, -1))
     shares = [heads // groups, kv // groups, kv // groups]
     return [part.flatten(0, 2) for part in parts.split(shares, 1)]
@@ -1472,7 +1493,7 @@ def to_ours(weights, model, names):
         for pattern, ours in (*names, *NAMES):
             name = re.sub(pattern, ours, name, count=1)
         if name.rpartition(".")[2] not in ("weight", "bias"):
-            name, tensor = f"{name}.weight", tensor.reshape(-1, tensor.shape[-1])
+            name, tensor = f"{name}.weight", tensor.reshape(-1, *tensor.shape[-1:])
         tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor       # convolutions of patches
         tensor = tensor.T if name == "connector.proj.weight" else tensor
         layer, cut, rest = re.fullmatch(r"(.*?)(?:(qkv\w*)\.(.*))?", name).groups()
@@ -1491,8 +1512,8 @@ def to_ours(weights, model, names):
 
 
 class Tokens:
-    """A published tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken. `first`: the ids that
-    every text begins with."""
+    """A published tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken. Every text begins
+    with the ids in `first`."""
 
     def __init__(self, folder):
         told = folder / "tokenizer_config.json"
@@ -1547,9 +1568,9 @@ def qwen_tokenizer(path):
     of lower rank leave of it."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in
              (line.split() for line in path.read_text().splitlines() if line)}
-    whole = sorted(set(range(33, 127)) | set(range(161, 173)) | set(range(174, 256)))
-    letters = {byte: chr(byte) for byte in whole}
-    letters.update({byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(whole)))})
+    whole = {*range(33, 127), *range(161, 173), *range(174, 256)}        # bytes that are letters
+    letters = dict(zip([*sorted(whole), *sorted(set(range(256)) - whole)],
+                       map(chr, [*sorted(whole), *range(256, 512)])))
 
     def spell(token):
         return "".join(letters[byte] for byte in token)
@@ -1643,7 +1664,7 @@ def stretch(places, rows, cols, antialias=False):
 
 class Resampler(nn.Module):
     """n learned queries read a picture's tokens: [B, N, wide] to [B, n, D]. `grid` makes the keys'
-    positions: from the queries' own table, stretched, or (adaptive) from sines of column and row."""
+    positions: the queries' own table, stretched, or (adaptive) sines of column and row."""
 
     def __init__(self, n, wide, width, adaptive=False):
         super().__init__()
@@ -1721,7 +1742,8 @@ class QwenSight(nn.Module):
         order, windows = torch.arange(t * h * w // 4), bounds
         if self.window:                                  # groups of a window come one after another
             pair = order // (h * w // 4)
-            key = (pair * h + place[::4, 0] // 2 // self.window) * w + place[::4, 1] // 2 // self.window
+            down, across = (place[::4] // 2 // self.window).unbind(1)
+            key = (pair * h + down) * w + across
             order = key.argsort(stable=True)
             counts = key[order].unique_consecutive(return_counts=True)[1]
             windows = F.pad(4 * counts.cumsum(0), (1, 0))
@@ -1761,8 +1783,9 @@ VICUNA = ("A chat between a curious human and an artificial intelligence assista
           "gives helpful, detailed, and polite answers to the human's questions. ")
 YI = ("This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI "
       "assistant. Read all the images carefully, and respond to the human's questions with "
-      "informative, helpful, detailed and polite answers. 这是一个好奇的人类和一个人工智能助手之间的对话。"
-      "假设你扮演这个AI助手的角色。仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
+      "informative, helpful, detailed and polite answers. "
+      "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+      "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
       "\n\n### Human: \0\n{q}\n### Assistant:")
 CHATML = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n"
 CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
@@ -1890,7 +1913,8 @@ def llava(c, weights, folder):
         layers = [(wide, width), width, "gelu", (width, width), width]
     make = functools.partial(clip_sight, tower, last)
     return Plan(
-        stack, text["vocab_size"], tower=make(), connector=functools.partial(mlp_connector, *layers),
+        stack, text["vocab_size"], tower=make(),
+        connector=functools.partial(mlp_connector, *layers),
         towers=("tower", functools.partial(make, keep_cls=True)) if is_video else ("tower",),
         picture=functools.partial(pad_square if c.get("image_aspect_ratio") == "pad" else crop,
                                   size=size),
@@ -1942,7 +1966,7 @@ def qwen_vl(c, weights, folder):
     stack = Stack(c["hidden_size"], c["num_hidden_layers"], heads, ffn=c["intermediate_size"] // 2,
                   norm="rms", glu=True, causal=True, rope=float(c["rotary_emb_base"]), act="silu",
                   eps=c["layer_norm_epsilon"], head=c.get("kv_channels", 0), bias=False,
-                  qkv_bias=True, linear=Linear, trained=c["seq_length"] if c["use_logn_attn"] else 0)
+                  qkv_bias=True, linear=Linear, trained=c["seq_length"])
     if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c.get("rotary_pct", 1) != 1:
         raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
     tower = Stack(v["width"], v["layers"], v["heads"], ffn=int(v["width"] * v["mlp_ratio"]),
@@ -2011,7 +2035,8 @@ def minicpm_v(c, weights, folder):
     tower, wide, patch = timm_sight(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
     stack = language_stack(c, branch=c["scale_depth"] / math.sqrt(c["num_hidden_layers"]))
     return Plan(
-        stack, c["vocab_size"], tower=tower, scales=(c["scale_emb"], c["dim_model_base"] / stack.width),
+        stack, c["vocab_size"], tower=tower,
+        scales=(c["scale_emb"], c["dim_model_base"] / stack.width),
         connector=functools.partial(Resampler, c["query_num"], wide, stack.width, adaptive=True),
         picture=functools.partial(slices, size=c["scale_resolution"], patch=patch,
                                   most=c["max_slice_nums"]),
@@ -2024,7 +2049,8 @@ def omnilmm(c, weights, folder):
                                 "model.vision_tower.", cls=True)
     stack = language_stack(c)
     return Plan(
-        stack, c["vocab_size"], tower=tower, zero=r"tower\..*\.k\.bias", seen="<im_start>\0<im_end>",
+        stack, c["vocab_size"], tower=tower, zero=r"tower\..*\.k\.bias",
+        seen="<im_start>\0<im_end>",
         connector=functools.partial(Resampler, c["num_query"], wide, stack.width),
         picture=functools.partial(squash, size=c["image_size"]), slot="<im_patch>",
         prompt="<|system|>\nYou are an artificial intelligence assistant, which gives helpful, "
@@ -2105,7 +2131,7 @@ class VLM(nn.Module):
         if isinstance(self.tower, QwenSight):
             return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
         tower, found = self.video_tower if is_video and self.video_tower else self.tower, {}
-        for shape in {picture.shape for picture in pixels}:              # those of one shape at once
+        for shape in {picture.shape for picture in pixels}:              # of one shape, at once
             some = [i for i, picture in enumerate(pixels) if picture.shape == shape]
             x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
             grid = [side // self.tower.size for side in shape[1:]]
@@ -2114,7 +2140,7 @@ class VLM(nn.Module):
         return [found[i] for i in range(len(pixels))]
 
     def requests(self, keys, reads):
-        """Requests of what `read` returned, a key each; pictures pass through the tower together."""
+        """Requests of what `read` returned, a key each; their pictures pass the tower together."""
         blocks = [None] * len(reads)
         for is_video in (False, True):
             some = [i for i, read in enumerate(reads) if (read[2] is not None) == is_video]
@@ -2163,13 +2189,14 @@ class VLM(nn.Module):
     @torch.no_grad()
     def write(self, requests, batch=1, most=512, temperature=0.0, top_p=1.0, seed=0):
         """Yields (key, text, mean log-probability) as answers end."""
-        stop, names = set(self.stop), [name for name in self.plan.stop if self.tokens.id(name) is None]
+        own = {name: self.tokens.id(name) for name in self.plan.stop}
+        names = [name for name, i in own.items() if i is None or self.tokens.decode([i])]
 
         def is_over(ids):
             return any(name in self.tokens.decode(ids[-16:]) for name in names)
-        for request, ids, score in generate(self.decoder, requests, batch, most, stop,
-                                            is_over if names else None, temperature, top_p, seed,
-                                            len(self.tokens), self.plan.scales[0]):
+        for request, ids, score in generate(
+                self.decoder, requests, batch, most, self.stop, is_over if names else None,
+                temperature, top_p, seed, len(self.tokens), self.plan.scales[0]):
             text = self.tokens.decode(ids)
             for name in names:
                 text = text.split(name)[0]
@@ -2228,7 +2255,7 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
 # ------------------------------------------------------------------------------------------------
 
 STYLES = {  # what is asked, fewest and most words of an answer that will do
-    "short": ("Describe this {what} in one sentence: who or what is there, and what happens.", 3, 60),
+    "short": ("Describe this {what} in one sentence: who or what is there, what happens.", 3, 60),
     "long": ("Describe this {what} in at most six sentences, so that somebody could draw it: all "
              "objects and people, what they do, the place, the light, the camera, the style.",
              8, 400),
@@ -2239,8 +2266,8 @@ SUMMARY = ("These are descriptions of moments of one video, in their order, each
 REWRITE = ("Rewrite a short prompt for a video generator as a caption like these:\n{examples}\n"
            "Keep everything that it asks for and add plausible detail. Answer with the caption "
            "alone.\nPrompt: {prompt}")
-REFUSAL = (r"\b(i am|i'm) (sorry|unable|not able)|\bi (can ?not|can't) (see|describe|help|assist|view)|"
-           r"\bas an ai\b")
+REFUSAL = (r"\b(i am|i'm) (sorry|unable|not able)|\bas an ai\b|"
+           r"\bi (can ?not|can't) (see|describe|help|assist|view)")
 OPENING = (r"^(the|this|in the|in this) (image|video|picture|photo|frame|clip)(?: also)?,? "
            r"(shows|depicts|features|captures|presents|displays|there is|there are|we see) ")
 
@@ -2280,8 +2307,8 @@ def pick_frames(rule, folder, row):
     elif kind == "uniform" and value > 1:
         at = np.linspace(0, n - 1, int(value)).astype(int)
     elif kind == "key" and n > 1:
-        small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"), np.float32)
-                          for frame in clip_frames(folder, row)])
+        small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"))
+                          for frame in clip_frames(folder, row)]).astype(np.float32)
         change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
         at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
                              + change[-1] / value / 2).clip(max=n - 1)
@@ -2319,7 +2346,8 @@ def vlm_writer(name, folder, rows, args, device):
         frames, times = pick_frames(rule, folder, row)
         prompt = vlm.prompt(question)
         if is_video and row["fps"]:
-            return [vlm.read(prompt, frames, True, 2 * (times[1] - times[0] if times[1:] else 1))], times
+            gap = times[1] - times[0] if times[1:] else 1.0
+            return [vlm.read(prompt, frames, True, 2 * gap)], times
         return [vlm.read(prompt, [frame]) for frame in frames], times
 
     def notes(pairs):
@@ -2363,7 +2391,7 @@ def vlm_writer(name, folder, rows, args, device):
 
 
 def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
-    """A short prompt as the VLM `lm`, a language model, writes it out, like the example captions."""
+    """A short prompt as `lm` (open_vlm's), a language model, writes it out, like the examples."""
     words = REWRITE.replace("{examples}", "\n".join(f"- {text}" for text in examples))
     request = lm.request(prompt, *lm.read(lm.prompt(words.replace("{prompt}", prompt))), [])
     (_, text, _), = lm.write([request], most=most, temperature=temperature, top_p=0.9, seed=seed)
@@ -2384,7 +2412,8 @@ class Scorer:
             model.tower = clip_sight(sight, -1, keep_cls=True, post=True)()
             model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
             model.textual = nn.Linear(self.text.embed.embedding_dim, width, bias=False)
-        names = ((r"^visual_projection\.", "visual."), (r"^text_projection\.", "textual."), CLIP_TOWER)
+        names = ((r"^visual_projection\.", "visual."), (r"^text_projection\.", "textual."),
+                 CLIP_TOWER)
         sights = {name: t for name, t in weights.items() if not name.startswith("text_model.")}
         self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")],
                                    r"logit_scale\.weight", torch.float32, device, args.clip)
@@ -2423,8 +2452,8 @@ class LoRA(nn.Module):
 
 
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
-    """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank to
-    the decoder's layers, or all but the towers."""
+    """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
+    to the decoder's layers, or all but the towers."""
     model = open_vlm(init, device, dtype, tokenizer)
     if tune == "lora":
         torch.manual_seed(0)
@@ -2465,8 +2494,8 @@ def answer_loss(model, requests, answers):
         told = decoder.embed(torch.tensor(ids[:-1], device=device)) * model.plan.scales[0]
         after = torch.arange(len(ids) - 1, device=device) + request.positions.max() + 1
         xs.append(torch.cat([request.x, told]))
-        places.append(torch.cat([request.positions, after.expand(*request.positions.shape[:-1], -1)],
-                                -1).movedim(-1, 0))
+        after = after.expand(*request.positions.shape[:-1], -1)
+        places.append(torch.cat([request.positions, after], -1).movedim(-1, 0))
         images.append(F.pad(request.image, (0, len(ids) - 1)))
     padded = [nn.utils.rnn.pad_sequence(each, True) for each in (xs, places, images)]
     places = padded[1].movedim(-1, 0) if padded[1].dim() > 2 else padded[1]
@@ -2482,13 +2511,7 @@ def answer_loss(model, requests, answers):
 def tune(args, run):
     """Teaches a published captioner the captions, or the answers to the questions beside them."""
     rank, world, device = setup(args, args.batch, "--batch")
-    folder = dataset_dir(args.name)
-    rows = skip_clips(own_captions(folder, open_dataset(folder)), args.skip_clips)
-    rows = [row for row in rows if row["captions"]]
-    train_rows = [row for row in rows if row["split"] == "train"]
-    if not train_rows:
-        refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
-    held_out = [row for row in rows if row["split"] != "train"] or train_rows[:16]
+    folder, rows, held_out = captioned(args)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
         "init": str(args.init), "tune": args.tune, "rank": args.rank}})
     if is_finished(checkpoint, args):
@@ -2499,7 +2522,7 @@ def tune(args, run):
         step, saved = load_step(checkpoint)
         model.load_state_dict(saved["model"], strict=False)
         restore_optimizer(optimizer, model, saved["optimizer"])
-    stream, is_video = Stream(train_rows, args.seed), bool(model.plan.frames)
+    stream, is_video = Stream(rows, args.seed), bool(model.plan.frames)
     rule = args.frames or ("uniform", model.plan.frames or 1)
     ask = STYLES[args.style][0].replace("{what}", "video" if is_video else "image")
 
@@ -2508,16 +2531,12 @@ def tune(args, run):
         ids = model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
         prompt = model.prompt(caption.get("prompt") or ask)
         gap = 2 * (times[1] - times[0]) if times[1:] else 2.0
-        return row["key"], model.read(prompt, frames if is_video else frames[:1], is_video, gap), ids
+        frames = frames if is_video else frames[:1]
+        return row["key"], model.read(prompt, frames, is_video, gap), ids
 
     def batch(step):
-        found = []
-        for row in stream.take(step * args.batch, args.batch)[rank::world]:
-            weights = np.array([caption["weight"] for caption in row["captions"]])
-            picked = rng(args.seed, "caption", step, row["key"]).choice(
-                len(weights), p=weights / weights.sum())
-            found.append(read(row, row["captions"][picked]))
-        return list(zip(*found))
+        drawn = stream.take(step * args.batch, args.batch)[rank::world]
+        return list(zip(*(read(row, pick_caption(row, args, step)) for row in drawn)))
 
     def learn(step, drawn):
         keys, reads, answers = drawn
