@@ -254,7 +254,7 @@ class Layer(nn.Module):
         theirs = self.expert[name](x[image])
         if self.stack.expert > 0:
             return f(x).index_put((image,), theirs, accumulate=True)
-        y = theirs.new_empty(*x.shape[:-1], f.out_features)
+        y = theirs.new_empty(*x.shape[:-1], theirs.shape[-1])
         y[image], y[~image] = theirs, f(x[~image])
         return y
 
@@ -311,6 +311,7 @@ class Cache:
 
     def __init__(self):
         self.kept, self.lengths, self.room, self.rows, self.start = {}, [], 0, None, 0
+        self.prefix, self.first = None, {}       # ids that all prompts begin with, and their part
 
     def aim(self, rows=None, start=0, n=1):
         """What comes next: n tokens from `start` on for some rows, or a token more for each."""
@@ -514,7 +515,7 @@ def begin(decoder, cache, slots, rows):
     prompts begin with is read once."""
     x, device = [row.request.x for row in rows], decoder.embed.weight.device
     lengths, width = [len(each) for each in x], rows[0].request.positions.dim()
-    if not hasattr(cache, "prefix"):
+    if cache.prefix is None:
         texts = [[str(i) for i in row.request.ids] for row in rows]
         shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
         n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
@@ -1016,7 +1017,9 @@ def caption(args):
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
-        if not holds(path, [row["key"] for row in shards[shard]]):
+        if holds(path, [row["key"] for row in shards[shard]]):
+            Path(f"{path}.part").unlink(missing_ok=True)
+        else:
             todo.append((path, shards[shard]))
     wanted = [row for shard in sorted(shards) for row in shards[shard]]
     with tqdm(total=sum(len(mine) for _, mine in todo), desc="caption", unit="clip",
@@ -1764,7 +1767,7 @@ class Plan:
     names: tuple = ()           # its own, before NAMES
     tower: object = None        # makes the tower; None: a language model
     connector: object = nn.Identity     # makes what its tokens pass through
-    towers: tuple = ("tower",)
+    video_tower: object = None
     picture: object = None      # uint8 [H, W, 3] -> float [3, h, w] each, and the text around them
     prompt: str = "{q}"         # \0 stands for what is seen, {q} for the question
     seen: str = "\0"            # what \0 becomes; there each \0 is one block of features
@@ -1775,6 +1778,7 @@ class Plan:
     scales: tuple = (1.0, 1.0)  # of embedded tokens, of the last hidden states
     frames: int = 0             # of a video, where the model takes videos; 0: frame by frame
     video_slot: str = ""
+    rate: float = 1.0           # of a video's places in time, a second
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1915,7 +1919,7 @@ def llava(c, weights, folder):
     return Plan(
         stack, text["vocab_size"], tower=make(),
         connector=functools.partial(mlp_connector, *layers),
-        towers=("tower", functools.partial(make, keep_cls=True)) if is_video else ("tower",),
+        video_tower=make(keep_cls=True) if is_video else None,
         picture=functools.partial(pad_square if c.get("image_aspect_ratio") == "pad" else crop,
                                   size=size),
         prompt=YI if is_yi else ("" if port else VICUNA) + "USER: \0\n{q} ASSISTANT:",
@@ -2079,6 +2083,7 @@ def qwen2_vl(c, weights, folder):
                                   most=told["max_pixels"]),
         prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
         slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
+        rate=v.get("tokens_per_second", 1),
         names=((r"^(?:model\.)?visual\.merger\.mlp\.", "tower.merge."),
                (r"^(?:model\.)?visual\.merger\.ln_q\.", "tower.post."),
                (r"^(?:model\.)?visual\.", "tower.")))
@@ -2097,7 +2102,7 @@ class VLM(nn.Module):
         super().__init__()
         self.plan, is_lm = plan, plan.tower is None
         self.tower = None if is_lm else plan.tower()
-        self.video_tower = plan.towers[1]()() if plan.towers[1:] else None
+        self.video_tower = plan.video_tower() if plan.video_tower else None
         self.connector = None if is_lm else plan.connector()
         self.decoder = Decoder(plan.stack, plan.vocab, plan.scales[1])
 
@@ -2234,7 +2239,6 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
         refuse(f"{path}: {error} is missing, of the config or of the weights")
     except ValueError as error:
         refuse(f"{path}: {error}")
-    plan.rate = config.get("vision_config", {}).get("tokens_per_second", 1)
     found = to_ours(weights, model, plan.names)
     found.setdefault("decoder.head.weight", found.get("decoder.embed.weight"))
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
@@ -2302,11 +2306,13 @@ def pick_frames(rule, folder, row):
     kind, value = rule
     n, fps = row["frames"], row["fps"] or 1
     at = np.array([n // 2])
-    if kind == "fps":
+    if n == 1:
+        at = np.zeros(1, int)
+    elif kind == "fps":
         at = (np.arange(0.5 / value, max(n / fps, 0.6 / value), 1 / value) * fps).astype(int)
     elif kind == "uniform" and value > 1:
         at = np.linspace(0, n - 1, int(value)).astype(int)
-    elif kind == "key" and n > 1:
+    elif kind == "key":
         small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"))
                           for frame in clip_frames(folder, row)]).astype(np.float32)
         change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
@@ -2319,7 +2325,8 @@ def pick_frames(rule, folder, row):
 
 def text_option(value):
     """A prompt that is given as text, or as a text file's path."""
-    return Path(value).read_text(encoding="utf-8").strip() if Path(value).is_file() else value
+    is_path = len(value) < 256 and Path(value).is_file()
+    return Path(value).read_text(encoding="utf-8").strip() if is_path else value
 
 
 def vlm_writer(name, folder, rows, args, device):
@@ -2462,7 +2469,7 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
                 if isinstance(f, nn.Linear):
                     setattr(layer, name, LoRA(f, rank).to(device, dtype))
     wanted = {"connector": r"connector\..*|tower\.merge\..*", "all": r"(?!tower|video_tower).*",
-              "lora": r".*\.(up|down)\.(up|down)\.weight|.*\.[a-z]+\.(up|down)\.weight"}[tune]
+              "lora": r".*\.[a-z]+\.(up|down)\.weight"}[tune]
     for name, p in model.named_parameters():
         p.requires_grad_(bool(re.fullmatch(wanted, name)) and ".base." not in name)
     return model
@@ -2524,7 +2531,8 @@ def tune(args, run):
         restore_optimizer(optimizer, model, saved["optimizer"])
     stream, is_video = Stream(rows, args.seed), bool(model.plan.frames)
     rule = args.frames or ("uniform", model.plan.frames or 1)
-    ask = STYLES[args.style][0].replace("{what}", "video" if is_video else "image")
+    ask = text_option(args.prompt or STYLES[args.style][0])
+    ask = ask.replace("{what}", "video" if is_video else "image")
 
     def read(row, caption):
         frames, times = pick_frames(rule, folder, row)
