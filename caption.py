@@ -1875,9 +1875,10 @@ def slices(frame, size, patch, most, slots=False):
 
 def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN):
     """Qwen2-VL's rows of patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides
-    are multiples of two patches, areas within least..most px; an odd frame is repeated."""
-    H, W = frames[0].shape[:2]
-    step = 2 * patch
+    are multiples of two patches, areas within least..most px, of a video's frames at most 768
+    blocks; an odd frame is repeated."""
+    (H, W), step = frames[0].shape[:2], 2 * patch
+    most = min(most, 768 * step**2) if len(frames) > 1 else most
     h, w = (round(side / step) * step for side in (H, W))
     if h * w > most or h * w < least:
         to, scale = (math.floor, H * W / most) if h * w > most else (math.ceil, H * W / least)
@@ -2075,12 +2076,16 @@ def qwen2_vl(c, weights, folder):
                   ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]),
                   act=v.get("hidden_act", "quick_gelu"))
     told = read_published(folder / "preprocessor_config.json")
+    size = told.get("size", {})
+    if (v.get("spatial_merge_size", 2), v.get("temporal_patch_size", 2)) != (2, 2):
+        raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
     return Plan(
         stack, text["vocab_size"], tower=functools.partial(
             QwenSight, tower, patch, stack.width, v.get("window_size", 0) if is_new else 0,
             v.get("fullatt_block_indexes", ())),
-        picture=functools.partial(qwen_rows, patch=patch, least=told["min_pixels"],
-                                  most=told["max_pixels"]),
+        picture=functools.partial(
+            qwen_rows, patch=patch, least=told.get("min_pixels") or size.get("shortest_edge", 3136),
+            most=told.get("max_pixels") or size.get("longest_edge", 12845056)),
         prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
         slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
         rate=v.get("tokens_per_second", 1),
@@ -2223,7 +2228,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
     from the files. An unknown family is refused with what was missing."""
     path = Path(path)
     config = read_published(path / "config.json")
-    kind = config.get("model_type") or (config.get("architectures") or ["?"])[0]
+    made_by = (config.get("architectures") or ["?"])[0]
+    kind = config.get("model_type") or made_by
+    kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
     if kind not in FAMILIES:
         refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
     weights = read_tensors(path)
@@ -2232,7 +2239,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and not any(
                 "vision_tower" in name for name in weights):
-            weights = {**weights, **read_tensors(sub_config(path, tower)["folder"])}
+            beside = read_tensors(sub_config(path, tower)["folder"])     # perhaps all of a CLIP
+            weights |= {name: beside[name] for name in beside if "vision_model." in name}
         with torch.device("meta"):
             model = VLM(plan)
     except KeyError as error:
