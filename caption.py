@@ -5,7 +5,7 @@ Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BP
                             log.jsonl, samples/ (held-out frames and what it says), step-000100/
       data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
                             "scores": {"logprob": mean over the tokens, …}}; beside it
-                            shard-00000.rejected-captions-RUN.jsonl, those that will not do, and why;
+                            shard-00000.rejected-captions-RUN.jsonl, those that will not do;
                             data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
       data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
                             text encoder reads them; HASH8 names the encoder
@@ -26,7 +26,7 @@ frames of a clip alike; never mirrored, since a caption may say left or right.
     python caption.py demo                       # captions the clips that have none: seconds
     python caption.py demo --train --run quick --steps 20                # a look, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
-    torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5-7b --frames fps:1
+    torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5 --frames fps:1
     python caption.py mine --train --init ~/llava-1.5-7b --tune lora --run mine-llava
 
 Published folders (--vlm DIR: FAMILIES below) see a video at once where they take videos, or else
@@ -43,8 +43,8 @@ Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
 1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
 Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020);
-Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA, 2106.09685);
-Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (rows that make room, Orca).
+Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA,
+2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
 """
 import argparse
 import base64
