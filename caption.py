@@ -2112,12 +2112,12 @@ class VLM(nn.Module):
         self.decoder = Decoder(plan.stack, plan.vocab, plan.scales[1])
 
     def prompt(self, question):
-        """The text that the model is asked with: \0 stands for what it sees."""
+        """The text that the model is asked with: a NUL stands for what it sees."""
         return self.plan.prompt.replace("{q}", question)
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
         """(ids with -1 for what is seen, pixels, seconds of two frames if it is a video) of a
-        prompt that holds \0 where uint8 frames [H, W, 3] go: one picture, or a video."""
+        prompt that holds a NUL where uint8 frames [H, W, 3] go: one picture, or a video."""
         plan, seen, pixels = self.plan, self.plan.seen, []
         is_rows = isinstance(self.tower, QwenSight)
         if is_rows and len(frames):
@@ -2127,6 +2127,7 @@ class VLM(nn.Module):
                 pictures, text = plan.picture(frame)
                 pixels, seen = pixels + pictures, text or seen
         slot = plan.video_slot if is_video else plan.slot
+        prompt = prompt.replace(slot, "") if slot else prompt            # asked for by a user's text
         parts = prompt.replace("\0", seen).split("\0")
         if slot and len(parts) > 1:
             ids, mark = self.tokens.encode(slot.join(parts)), self.tokens.id(slot)
@@ -2141,12 +2142,13 @@ class VLM(nn.Module):
         if isinstance(self.tower, QwenSight):
             return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
         tower, found = self.video_tower if is_video and self.video_tower else self.tower, {}
-        for shape in {picture.shape for picture in pixels}:              # of one shape, at once
-            some = [i for i, picture in enumerate(pixels) if picture.shape == shape]
-            x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
+        order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
+        for shape, same in itertools.groupby(order, key=lambda i: pixels[i].shape):
             grid = [side // self.tower.size for side in shape[1:]]
-            x = self.connector(x, *grid if isinstance(self.connector, Resampler) else ())
-            found.update(zip(some, x))
+            for some in in_groups(same, 32):                             # of one shape, at once
+                x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
+                x = self.connector(x, *grid if isinstance(self.connector, Resampler) else ())
+                found.update(zip(some, x))
         return [found[i] for i in range(len(pixels))]
 
     def requests(self, keys, reads):
