@@ -1,10 +1,12 @@
-"""Stage 3, captions: a captioner, learnt from the captioned clips, that captions the others.
+"""Stage 3, captions: by a captioner learnt from the captioned clips, or by published models.
 
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BPE of the captions),
                             log.jsonl, samples/ (held-out frames and what it says), step-000100/
       data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
-                            "scores": {"logprob": mean over the tokens}}; data/NAME/captions-RUN.png
+                            "scores": {"logprob": mean over the tokens, …}}; beside it
+                            shard-00000.rejected-captions-RUN.jsonl, those that will not do;
+                            data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
       data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
                             text encoder reads them; HASH8 names the encoder
 
@@ -24,6 +26,12 @@ frames of a clip alike; never mirrored, since a caption may say left or right.
     python caption.py demo                       # captions the clips that have none: seconds
     python caption.py demo --train --run quick --steps 20                # a look, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
+    torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5 --frames fps:1
+    python caption.py mine --train --init ~/llava-1.5-7b --tune lora --run mine-llava
+
+Published folders (--vlm DIR: FAMILIES below) see a video at once where they take videos, or else
+single frames, of which --lm makes one caption. Rows are written in batches in which a finished one
+makes room for the next clip; clips are decoded ahead, in threads; ranks share the shards.
 
 A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
 from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
@@ -34,17 +42,24 @@ A heads, E head dim. Layers are pre-norm; rotary positions count all visual toke
 Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021 (convolutional
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
 1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
-Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020).
+Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020);
+Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA,
+2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
 """
+import argparse
+import base64
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
 import re
+import runpy
 import sys
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +77,7 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
-                          open_dataset, refuse, rng, run_dir)
+                          open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
                        load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
                        read_header, read_tensors, restore_optimizer, setup, skip_clips, start_run,
@@ -140,6 +155,18 @@ class Stack:
     head: int = 0               # head dim; 0: width / heads
     bias: bool = True           # of the linear layers
     scale: float | None = None  # of the attention's scores; None: head dim^-0.5
+    qkv_bias: bool | None = None    # of q, k and v; None: as bias
+    qk_norm: str = ""           # RMSNorm of q and k before they turn: of each "head", or "full"
+    post_norm: bool = False     # the norms come after attention and MLP, within the branches
+    layer_scale: bool = False   # each branch is times a learned vector
+    branch: float = 1.0         # and times this
+    window: int = 0             # how many tokens each one sees, itself included; 0: all
+    scaling: tuple = ()         # of rotary positions, Llama 3.1's: factor, low, high, old length
+    sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
+    interleaved: bool = False   # of the sections: t y x t y x …, not one after another
+    trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
+    expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
+    linear: type = nn.Linear    # train_vae's Linear is faster where layers are wide
 
     def __post_init__(self):
         heads, shared = self.heads, self.kv_heads or self.heads
@@ -160,10 +187,26 @@ class Stack:
         return (nn.RMSNorm if self.norm == "rms" else nn.LayerNorm)(self.width, eps=self.eps)
 
 
-def rotary(positions, stack):
-    """(cos, sin), each [..., E/2], of the angles at positions [...]: base^(-2i/E) a step."""
-    i = torch.arange(0, stack.head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None].float() * stack.rope ** (-i / stack.head_dim)
+def rotary(positions, stack, prompts=None):
+    """(cos, sin), each [..., E/2], of the angles at positions [...]: base^(-2i/E) a step. With
+    sections positions are [3, ...]; prompts: lengths [B] of whole prompts, if base heeds them."""
+    E, base = stack.head_dim, stack.rope
+    i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
+    if stack.trained and prompts is not None:        # NTK: the base grows by powers of the excess
+        alpha = 2 ** ((prompts / stack.trained).log2() + 1).ceil() - 1
+        base = (base * alpha.clamp(min=1) ** (E / (E - 2)))[:, None, None]
+    turns = base ** (-i / E)
+    if stack.scaling:                                # long waves are stretched, short ones are not
+        factor, low, high, length = stack.scaling
+        share = ((length * turns / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        turns = turns * (share + (1 - share) / factor)
+    angles = positions[..., None].float() * turns
+    if stack.sections:
+        axis = torch.arange(3, device=i.device).repeat_interleave(torch.tensor(stack.sections))
+        if stack.interleaved:
+            j, n = torch.arange(len(i)), 3 * torch.tensor(stack.sections)
+            axis = torch.where(j < n[j % 3], j % 3, 0)
+        angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
     return angles.cos(), angles.sin()
 
 
@@ -175,61 +218,147 @@ def rotate(x, cos, sin):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer: attention, then an MLP."""
+    """A transformer layer: attention, then an MLP."""
 
     def __init__(self, stack):
         super().__init__()
         self.stack, width, ffn = stack, stack.width, stack.ffn or 4 * stack.width
         inner = stack.heads * stack.head_dim
         shared = (stack.kv_heads or stack.heads) * stack.head_dim
-        linear = functools.partial(nn.Linear, bias=stack.bias)
+        linear = functools.partial(stack.linear, bias=stack.bias)
+        qkv = functools.partial(linear, bias=stack.bias if stack.qkv_bias is None
+                                else stack.qkv_bias)
         self.norm1, self.norm2 = stack.make_norm(), stack.make_norm()
-        self.q, self.k, self.v = linear(width, inner), *(linear(width, shared) for _ in "kv")
+        self.q, self.k, self.v = qkv(width, inner), *(qkv(width, shared) for _ in "kv")
         self.out = linear(inner, width)
         self.gate = linear(width, ffn) if stack.glu else None
         self.up, self.down = linear(width, ffn), linear(ffn, width)
+        if stack.qk_norm:
+            sizes = (inner, shared) if stack.qk_norm == "full" else 2 * [stack.head_dim]
+            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=stack.eps) for size in sizes)
+        if stack.layer_scale:
+            self.scale1, self.scale2 = nn.Embedding(1, width), nn.Embedding(1, width)
+        if stack.expert:
+            self.expert = nn.ModuleDict({
+                name: type(f)(f.in_features, f.out_features, f.bias is not None)
+                if stack.expert < 0 else nn.Sequential(
+                    nn.Linear(f.in_features, stack.expert, False),
+                    nn.Linear(stack.expert, f.out_features, False))
+                for name, f in self.named_children() if isinstance(f, nn.Linear)})
 
-    def attend(self, x, turn, cu, cache, bias):
-        q, k, v = (f(x).unflatten(-1, (-1, self.stack.head_dim)) for f in (self.q, self.k, self.v))
+    def linear(self, name, x, image):
+        """One of the linear layers, of which rows of images (bool [B, N]) may have their own."""
+        f = getattr(self, name)
+        if image is None or not self.stack.expert:
+            return f(x)
+        theirs = self.expert[name](x[image])
+        if self.stack.expert > 0:
+            return f(x).index_put((image,), theirs, accumulate=True)
+        y = theirs.new_empty(*x.shape[:-1], theirs.shape[-1])
+        y[image], y[~image] = theirs, f(x[~image])
+        return y
+
+    def attend(self, x, turn, cu, cache, bias, image):
+        stack = self.stack
+        q, k, v = (self.linear(name, x, image) for name in "qkv")
+        if stack.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.unflatten(-1, (-1, stack.head_dim)) for y in (q, k, v))
+        if stack.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
-            q, k = rotate(q, *turn), rotate(k, *turn)                    # [B, N, A or KV, E]
+            q, k = rotate(q, *turn[:2]), rotate(k, *turn[:2])            # [B, N, A or KV, E]
+            q = q * turn[2][..., None, None].to(q.dtype) if turn[2:] else q
         if cu is not None:                                               # packed: [L, A or KV, E]
             k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
-            return self.out(attention(q, k, v, cu, cu, self.stack.scale).flatten(1))
+            o = attention(q, k, v, cu, cu, stack.scale).flatten(1)
+            return self.linear("out", o, image)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.add(self, k, v)
-        if bias is not None:                                             # scores in float32, too
+        if bias is not None and bias.is_floating_point():                # scores in float32, too
             q, k, v = q.float(), k.float(), v.float()
         # One new query sees all that the cache holds; several are a text's beginning: a square.
-        o = F.scaled_dot_product_attention(q, k, v, bias, scale=self.stack.scale,
-                                           is_causal=self.stack.causal and q.shape[2] > 1,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        return self.out(o.transpose(1, 2).flatten(2).to(x.dtype))
+        o = F.scaled_dot_product_attention(
+            q, k, v, bias, scale=stack.scale, enable_gqa=q.shape[1] != k.shape[1],
+            is_causal=stack.causal and q.shape[2] > 1 and bias is None)
+        return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
 
-    def forward(self, x, turn=None, cu=None, cache=None, bias=None):
-        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' (cos, sin);
-        bias: float32 [B or 1, A, N, N], added to the attention's scores."""
-        x = x + self.attend(self.norm1(x), turn, cu, cache, bias)
-        h, act = self.norm2(x), ACTS[self.stack.act]
-        h = act(self.up(h)) if self.gate is None else act(self.gate(h)) * self.up(h)
-        return x + self.down(h)
+    def mlp(self, x, image):
+        act, up = ACTS[self.stack.act], self.linear("up", x, image)
+        h = act(up) if self.gate is None else act(self.linear("gate", x, image)) * up
+        return self.linear("down", h, image)
+
+    def scaled(self, n, h):
+        if self.stack.layer_scale:
+            return h * getattr(self, f"scale{n}").weight[0]
+        return h if self.stack.branch == 1 else h * self.stack.branch
+
+    def forward(self, x, turn=None, cu=None, cache=None, bias=None, image=None):
+        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' (cos, sin), and
+        perhaps a factor of the queries; bias: [B or 1, A or 1, N, N], float32, added to the
+        attention's scores, or bool, what is seen; image: bool [B, N], the rows of images."""
+        stack = self.stack
+        if stack.post_norm:
+            x = x + self.norm1(self.attend(x, turn, cu, cache, bias, image))
+            return x + self.norm2(self.mlp(x, image))
+        x = x + self.scaled(1, self.attend(self.norm1(x), turn, cu, cache, bias, image))
+        return x + self.scaled(2, self.mlp(self.norm2(x), image))
 
 
 class Cache:
-    """Keys and values of a stack of layers, [B, KV, room, E] each, laid out once for all tokens."""
+    """Keys and values of a stack of layers, [2, B, KV, room, E] each; rows differ in length."""
 
-    def __init__(self, stack, batch, room, like):
-        shape = 2, batch, stack.kv_heads or stack.heads, room, stack.head_dim
-        self.shape, self.like, self.kept, self.filled = shape, like, {}, 0
+    def __init__(self):
+        self.kept, self.lengths, self.room, self.rows, self.start = {}, [], 0, None, 0
+        self.prefix, self.first = None, {}       # ids that all prompts begin with, and their part
+
+    def aim(self, rows=None, start=0, n=1):
+        """What comes next: n tokens from `start` on for some rows, or a token more for each."""
+        self.rows, self.start = rows, start
+        for row in rows or ():
+            self.lengths += [0] * (row + 1 - len(self.lengths))
+        self.room = max(self.room, start + n, *(length + 1 for length in self.lengths))
+        self.where = None if rows else torch.tensor(self.lengths)
+
+    def mask(self, n, window, device):
+        """bool: which keys the queries to come see; None where it goes without saying."""
+        if self.rows is None:
+            if len(set(self.lengths)) == 1 and not window:
+                return None
+            at = self.where.to(device)[:, None, None, None]
+            keys = torch.arange(max(self.lengths) + 1, device=device)
+        elif not self.start and not 0 < window < n:
+            return None
+        else:
+            keys = torch.arange(self.start + n, device=device)
+            at = keys[self.start:, None]
+        return (keys <= at) & (keys > at - (window or len(keys) + 1))
+
+    def fit(self, layer, like):
+        """The layer's tensor, with room for all rows and for what comes next."""
+        both, B, KV, E = self.kept.get(layer), len(self.lengths), like.shape[2], like.shape[4]
+        if both is None or both.shape[1] < B or both.shape[3] < self.room:
+            self.kept[layer] = like.new_zeros(2, B, KV, -(-self.room // 128) * 128, E)
+            if both is not None:
+                self.kept[layer][:, :both.shape[1], :, :both.shape[3]] = both
+        return self.kept[layer]
 
     def add(self, layer, k, v):
         """Puts k, v [B, KV, new, E] after what is there; returns views of all, [B, KV, all, E]."""
-        if layer not in self.kept:
-            self.kept[layer] = self.like.new_zeros(self.shape)
-        both, end = self.kept[layer], self.filled + k.shape[2]
-        both[0, :, :, self.filled:end], both[1, :, :, self.filled:end] = k, v
-        return both[0, :, :, :end], both[1, :, :, :end]
+        both, rows = self.fit(layer, k[None]), self.rows
+        if rows is None:
+            n, place = max(self.lengths) + 1, torch.arange(k.shape[0])
+            both[0, place, :, self.where], both[1, place, :, self.where] = k[:, :, 0], v[:, :, 0]
+            return both[0, :, :, :n], both[1, :, :, :n]
+        end = self.start + k.shape[2]
+        both[0, rows, :, self.start:end], both[1, rows, :, self.start:end] = k, v
+        return (k, v) if not self.start else (both[0, rows, :, :end], both[1, rows, :, :end])
+
+    def keep(self, rows):
+        """Forgets all rows but these."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.kept = {layer: both[:, rows] for layer, both in self.kept.items()}
 
 
 def initialise(model, depth):
@@ -338,20 +467,141 @@ class Tower(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over vectors: embedded tokens, or whatever is to be read first."""
 
-    def __init__(self, stack, vocab):
+    def __init__(self, stack, vocab, scale=1.0):
         super().__init__()
         self.stack, self.embed = stack, nn.Embedding(vocab, stack.width)
         self.layers, self.norm = stack.layers(), stack.make_norm()
-        self.head = nn.Linear(stack.width, vocab, bias=False)
+        self.head, self.scale = stack.linear(stack.width, vocab, bias=False), scale
 
-    def forward(self, x, positions, cache=None):
-        """x [B, L, D] at positions [L] -> hidden states [B, L, D], ready for `head`."""
-        turn = rotary(positions, self.stack)
+    def forward(self, x, positions, cache=None, image=None, prompts=None):
+        """x [B, L, D] at positions [L] or [B, L] (with sections [3, B, L]) -> hidden states
+        [B, L, D], ready for `logits`. image: bool [B, L]; prompts: their lengths [B]."""
+        turn = rotary(positions, self.stack, prompts)
+        if self.stack.trained:           # of the scores, too: log of a token's number, base trained
+            turn += ((positions + 1.0).log().clamp(min=math.log(self.stack.trained))
+                     / math.log(self.stack.trained),)
+        masks = cache or Cache()
+        if cache is None:
+            masks.aim([0], 0, x.shape[1])
+        bias = masks.mask(x.shape[1], self.stack.window, x.device)
         for layer in self.layers:
-            x = layer(x, turn, cache=cache)                              # [B, L, D]
-        if cache is not None:
-            cache.filled += x.shape[1]
+            x = layer(x, turn, cache=cache, bias=bias, image=image)      # [B, L, D]
         return self.norm(x)
+
+    def logits(self, h):
+        return self.head(h * self.scale)
+
+
+class Request(NamedTuple):
+    key: str
+    ids: list                   # of the prompt's n tokens, -1 where something is seen
+    x: torch.Tensor             # float [n, D]
+    positions: torch.Tensor     # int64 [n], or [3, n]
+    image: torch.Tensor | None = None       # bool [n]: rows of images
+
+
+class Row:
+    """A text that is being written."""
+
+    def __init__(self, request, most, seed):
+        self.request, self.ids, self.total = request, [], 0.0
+        self.after = int(request.positions.max()) + 1
+        self.draws = rng(seed, "token", 0, request.key).random(most)
+
+
+def begin(decoder, cache, slots, rows):
+    """Reads the prompts of `rows` into their slots of the cache; their last hidden states [B, D].
+    Texts of different length are padded at the end, where a causal model does not see it. What all
+    prompts begin with is read once."""
+    x, device = [row.request.x for row in rows], decoder.embed.weight.device
+    lengths, width = [len(each) for each in x], rows[0].request.positions.dim()
+    if cache.prefix is None:
+        texts = [[str(i) for i in row.request.ids] for row in rows]
+        shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
+        n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
+        cache.prefix, first = rows[0].request.ids[:n] if n >= 16 else [], rows[0].request
+        if cache.prefix:
+            cache.aim([slots[0]], 0, n)
+            decoder(first.x[None, :n], first.positions[..., None, :n], cache)
+            cache.first = {layer: both[:, slots[:1], :, :n] for layer, both in cache.kept.items()}
+    start = len(cache.prefix)
+    if start and all(row.request.ids[:start] == cache.prefix for row in rows):
+        cache.aim(slots, start)
+        for layer, both in cache.first.items():
+            cache.fit(layer, both)[:, slots, :, :start] = both
+    else:
+        start = 0
+    places = nn.utils.rnn.pad_sequence([row.request.positions.movedim(-1, 0) for row in rows], True)
+    image = None
+    if decoder.stack.expert:
+        image = nn.utils.rnn.pad_sequence([row.request.image for row in rows], True)[:, start:]
+    x = nn.utils.rnn.pad_sequence(x, True)[:, start:]
+    cache.aim(slots, start, x.shape[1])
+    h = decoder(x, (places if width == 1 else places.movedim(-1, 0))[..., start:], cache, image,
+                torch.tensor(lengths, device=device))
+    for slot, length in zip(slots, lengths):
+        cache.lengths[slot] = length
+    return h[range(len(rows)), [length - start - 1 for length in lengths]]
+
+
+def choose(logits, draws, temperature, top_p, vocab):
+    """(token, log-probability) of each row of logits [B, V]: the likeliest, or by draws [B] in 0..1
+    among the likeliest tokens that together have top_p, of the `vocab` that have a text."""
+    logits = logits.float()
+    if not temperature:
+        best, token = logits.log_softmax(-1).max(-1)
+        return token, best
+    order = (logits[:, :vocab] / temperature).softmax(-1).double().sort(
+        dim=-1, descending=True, stable=True)
+    reach = order.values.cumsum(-1)
+    reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
+    most = reach.masked_fill(reach.isinf(), 0).amax(-1)
+    place = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
+    token = order.indices.gather(1, place.clamp(max=reach.shape[1] - 1))
+    return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
+
+
+@torch.no_grad()
+def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=0.0, top_p=1.0,
+             seed=0, vocab=None, scale=1.0):
+    """Yields (request, ids, mean log-probability) of each request as its text ends: at a token of
+    `stop`, which ids leave out, where is_over(ids) says so, or after `most` tokens. `batch` rows at
+    a time are written together; one that ends makes room for the next request, whose prompt is read
+    while the others wait. Draws are keyed by the seed and the request, whatever its neighbours."""
+    source, rows, cache = iter(requests), [], Cache()
+    while True:
+        free = [i for i, row in enumerate(rows) if row is None]
+        fresh = dict(zip([*free, *range(len(rows), batch)], source))
+        if fresh:
+            rows += [None] * (max(fresh) + 1 - len(rows))
+            for slot, request in fresh.items():
+                rows[slot] = Row(request, most, seed)
+            slots = list(fresh)
+            h = begin(decoder, cache, slots, [rows[slot] for slot in slots])
+        else:
+            if free:
+                rows = [row for row in rows if row is not None]
+                cache.keep([i for i in range(len(free) + len(rows)) if i not in free])
+            if not rows:
+                return
+            cache.aim()
+            slots, device = list(range(len(rows))), decoder.embed.weight.device
+            x = decoder.embed(torch.tensor([[row.ids[-1]] for row in rows], device=device)) * scale
+            at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=device)
+            prompts = torch.tensor([len(row.request.ids) for row in rows], device=device)
+            h = decoder(x, at.expand(3, -1, 1) if decoder.stack.sections else at, cache, None,
+                        prompts)[:, -1]
+            cache.lengths = [length + 1 for length in cache.lengths]
+        draws = torch.tensor([rows[slot].draws[len(rows[slot].ids)] for slot in slots])
+        found = choose(decoder.logits(h), draws, temperature, top_p, vocab)
+        for slot, token, logprob in zip(slots, *(each.tolist() for each in found)):
+            row = rows[slot]
+            row.ids.append(token)
+            row.total += logprob
+            if token in stop or len(row.ids) == most or (is_over and is_over(row.ids)):
+                rows[slot] = None
+                yield (row.request, row.ids[:-1] if token in stop else row.ids,
+                       row.total / len(row.ids))
 
 
 class Captioner(nn.Module):
@@ -379,30 +629,19 @@ class Captioner(nn.Module):
         seen = self.tower(frames)                                        # [B, N, D]
         x = torch.cat([self.connector(seen), self.decoder.embed(ids)], 1)
         x = self.decoder(x, self.positions(seen.shape[1], ids.shape[1]))[:, seen.shape[1]:]
-        return self.decoder.head(x), self.words(seen).amax(1)
+        return self.decoder.logits(x), self.words(seen).amax(1)
 
     @torch.no_grad()
     def generate(self, frames, most):
         """The likeliest next token, up to `most` times: [(ids, mean log-probability)] a clip."""
         x = self.connector(self.tower(frames))
-        B, N = x.shape[:2]
-        ids = torch.full((B, 1), BOS, device=x.device)
-        cache, positions = Cache(self.decoder.stack, B, N + most, x), self.positions(N, most)
-        x, start = torch.cat([x, self.decoder.embed(ids)], 1), 0
-        is_done = torch.zeros(B, dtype=torch.bool, device=x.device)
-        total, count = x.new_zeros(B), x.new_zeros(B)
-        for _ in range(most):
-            h = self.decoder(x, positions[start:start + x.shape[1]], cache)[:, -1]
-            start += x.shape[1]
-            best, token = self.decoder.head(h).log_softmax(-1).max(-1)
-            total, count = total + best * ~is_done, count + ~is_done
-            token = token.masked_fill(is_done, EOS)
-            is_done |= token == EOS
-            ids, x = torch.cat([ids, token[:, None]], 1), self.decoder.embed(token)[:, None]
-            if is_done.all():
-                break
-        rows = ([i for i in row[1:] if i != EOS] for row in ids.tolist())
-        return list(zip(rows, (total / count).tolist()))
+        start = self.decoder.embed(torch.full((len(x), 1), BOS, device=x.device))
+        positions, ids = self.positions(x.shape[1], 1), [-1] * x.shape[1] + [BOS]
+        requests = [Request(str(i), ids, each, positions)
+                    for i, each in enumerate(torch.cat([x, start], 1))]
+        found = {int(request.key): (ids, score) for request, ids, score
+                 in generate(self.decoder, requests, len(x), most, {EOS})}
+        return [found[i] for i in range(len(x))]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -507,9 +746,7 @@ def draw_batch(rows, frames, texts, args, step):
         views.append(frames(row["key"], start, start + part))
         jitters.append(draw_jitter(random("jitter"), args.vary))
         noises.append(random("noise").standard_normal(views[-1].shape, np.float32))
-        weights = np.array([caption["weight"] for caption in row["captions"]])
-        picked = random("caption").choice(len(weights), p=weights / weights.sum())
-        ids.append(texts(row["captions"][picked]["text"]))
+        ids.append(texts(pick_caption(row, args, step)["text"]))
         blanks.append(torch.from_numpy(random("blank").random(len(ids[-1]) - 1) < args.blank))
     noise = torch.from_numpy(np.stack(noises)).movedim(-1, -3)
     return Batch([row["key"] for row in rows], torch.from_numpy(np.stack(views)),
@@ -587,8 +824,8 @@ def write_sheet(path, folder, rows, captions):
         for row, caption in zip(rows, captions)])
 
 
-def train(args, run):
-    rank, world, device = setup(args, args.batch, "--batch")
+def captioned(args):
+    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata."""
     folder = dataset_dir(args.name)
     rows = skip_clips(own_captions(folder, open_dataset(folder)), args.skip_clips)
     rows = [row for row in rows if row["captions"]]
@@ -596,7 +833,19 @@ def train(args, run):
     if not learnt:
         refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
     held_out = [row for row in rows if row["split"] != "train"] or learnt[:16]
-    held_out = Stream(held_out, args.seed).take(0, min(len(held_out), 256))
+    return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
+
+
+def pick_caption(row, args, step):
+    """One of a row's captions, drawn by their weights."""
+    weights = np.array([caption["weight"] for caption in row["captions"]])
+    random = rng(args.seed, "caption", step, row["key"])
+    return row["captions"][random.choice(len(weights), p=weights / weights.sum())]
+
+
+def train(args, run):
+    rank, world, device = setup(args, args.batch, "--batch")
+    folder, learnt, held_out = captioned(args)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
                                  "model": MODELS[args.model]})
     sheet = run / "samples" / f"step-{args.steps:06d}.png"
@@ -656,7 +905,7 @@ def load_captioner(name, device="cpu"):
     """(model in eval mode, tokenizer, config) of a trained run's newest checkpoint."""
     run = run_dir(name)
     config, step = read_config(run, "captioner"), last_step(run)
-    if step is None or int(step.name[len("step-"):]) < config["args"]["steps"]:
+    if not is_finished(step, argparse.Namespace(**config["args"])):
         refuse(f"{run} has not finished training: run its caption.py --train command again")
     tokenizer = open_tokenizer(run / "tokenizer.json")
     model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
@@ -668,8 +917,8 @@ def holds(path, keys):
     """Whether a finished file of captions holds all of `keys`."""
     if not path.exists():
         return not keys
-    with open(path, encoding="utf-8") as file:
-        return set(keys) <= {json.loads(line)["key"] for line in file}
+    files = [each for each in (path, rejected_path(path)) if each.exists()]
+    return set(keys) <= {row["key"] for each in files for row in read_rows(each)}
 
 
 def resume(part, keys, block):
@@ -690,34 +939,77 @@ def resume(part, keys, block):
     return n
 
 
-def caption_shard(model, tokenizer, config, folder, rows, path, args, bar):
-    """Writes the captions of one shard's `rows` to `path`, by way of path.part."""
+def own_writer(name, folder, rows, args, device):
+    """(load, write) of a captioner that we trained: load(row) in a thread; write(pairs of a row and
+    what was loaded) yields (key, caption, prompt, scores) in any order."""
+    model, tokenizer, config = load_captioner(name, device)
+    frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
+
+    def write(pairs):
+        for group in in_groups(pairs, args.batch):
+            views = torch.from_numpy(np.stack([view for _, view in group]))
+            said = describe(model, tokenizer, views, config["args"]["max_tokens"])
+            yield from ((row["key"], text, "", {"logprob": score})
+                        for (row, _), (text, score) in zip(group, said))
+
+    return lambda row: frames(row["key"]), write
+
+
+def in_groups(items, n):
+    """Lists of n items, the last one perhaps shorter."""
+    items = iter(items)
+    while group := list(itertools.islice(items, n)):
+        yield group
+
+
+def caption_shard(load, write, scorer, rows, path, args, bar):
+    """Writes the captions of one shard's `rows` to `path`, by way of path.part, and those that
+    will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
     part, keys = Path(f"{path}.part"), [row["key"] for row in rows]
-    shape, most = config["model"], config["args"]["max_tokens"]
-    frames = Frames(folder, rows, shape["size"], shape["frames"], mib=0)
     first = resume(part, keys, args.batch)
     bar.update(first)
-    blocks = [keys[i:i + args.batch] for i in range(first, len(keys), args.batch)]
-
-    def load(i):
-        return torch.from_numpy(np.stack([frames(key) for key in blocks[i]]))
-
+    todo, waiting, done = rows[first:], iter(keys[first:]), {}
+    pairs = ((todo[i], loaded) for i, loaded in
+             prefetch(lambda i: load(todo[i]), 0, len(todo), ahead=args.batch))
     with open(part, "a", encoding="utf-8") as file:
-        for i, x in prefetch(load, 0, len(blocks)):
-            for key, (text, score) in zip(blocks[i], describe(model, tokenizer, x, most)):
-                file.write(json_line({"key": key, "caption": text, "prompt": "",
-                                      "scores": {"logprob": round(score, 4)}}))
-            file.flush()
-            bar.update(len(blocks[i]))
+        key = next(waiting, None)
+        for name, text, prompt, scores in write(pairs):
+            scores = {**scores, **(scorer(name, text) if scorer else {})}
+            reason = fault(text, args.style) if prompt else None
+            done[name] = json_line({
+                "key": name, "caption": text, "prompt": prompt, "scores": {
+                    score: round(value, 4) for score, value in scores.items()},
+                **({"rejected": reason} if reason else {})})
+            while key in done:
+                file.write(done.pop(key))
+                file.flush()
+                bar.update()
+                key = next(waiting, None)
         os.fsync(file.fileno())
-    os.replace(part, path)
+    written = read_rows(part)
+    if any("rejected" in row for row in written):
+        write_rows(rejected_path(path), [row for row in written if "rejected" in row])
+        write_rows(path, [row for row in written if "rejected" not in row])
+        part.unlink()
+    else:
+        os.replace(part, path)
+
+
+def rejected_path(path):
+    shard, _, run = path.name.partition(".captions-")
+    return path.with_name(f"{shard}.rejected-captions-{run}")
 
 
 def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
-    model, tokenizer, config = load_captioner(vlm, device)
+    config = run_dir(vlm) / "config.json"
+    config = read_published(config) if config.exists() else {"kind": "captioner", "model": {}}
+    is_own = "kind" in config and "init" not in config["model"]
+    run = args.source or (run if is_own else f"{run}-{args.style}")
+    load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
+    scorer = Scorer(args, folder, rows, device) if args.clip else None
     shards = {}
     for row in rows:
         if args.all or not row["captions"]:
@@ -725,23 +1017,119 @@ def caption(args):
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
-        if not holds(path, [row["key"] for row in shards[shard]]):
+        if holds(path, [row["key"] for row in shards[shard]]):
+            Path(f"{path}.part").unlink(missing_ok=True)
+        else:
             todo.append((path, shards[shard]))
     wanted = [row for shard in sorted(shards) for row in shards[shard]]
     with tqdm(total=sum(len(mine) for _, mine in todo), desc="caption", unit="clip",
               disable=rank > 0) as bar:
         for path, mine in todo:
-            caption_shard(model, tokenizer, config, folder, mine, path, args, bar)
+            caption_shard(load, write, scorer, mine, path, args, bar)
     barrier()
-    if rank == 0 and wanted and (todo or not sheet.exists()):
-        texts = {}
-        for shard in shards:
-            with open(folder / f"{shard}.captions-{run}.jsonl", encoding="utf-8") as file:
-                texts.update((row["key"], row["caption"]) for row in map(json.loads, file))
+    if rank:
+        return
+    files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
+    texts = {row["key"]: row["caption"] for path in files for row in read_rows(path)}
+    if wanted and (todo or not sheet.exists()):
         shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
-        write_sheet(sheet, folder, shown, [texts[row["key"]] for row in shown])
-    if rank == 0:
-        print(f"{folder}: {len(wanted)} clips captioned by {run}; look at {sheet}", file=sys.stderr)
+        write_sheet(sheet, folder, shown, [texts.get(row["key"], "(rejected)") for row in shown])
+    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}; look at {sheet}",
+          file=sys.stderr)
+    if args.eval:
+        evaluate(folder / f"captions-{run}.eval.json", rows, texts)
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores against references
+# ------------------------------------------------------------------------------------------------
+
+
+def words_of(text):
+    """Lower-case words, about as the Penn Treebank cuts them, without punctuation."""
+    return re.findall(r"n't|'(?:s|re|ve|ll|d|m)\b|(?:(?!n't)[^\W_])+", text.lower())
+
+
+def grams(words):
+    """How often each run of 1 to 4 words occurs."""
+    return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def bleu(guesses, correct, length, nearest):
+    """BLEU-1 to BLEU-4 of counts of runs by length (1 to 4), and the lengths of texts."""
+    products = np.cumprod((np.array(correct) + 1e-15) / (np.array(guesses) + 1e-9))
+    ratio = (length + 1e-15) / (nearest + 1e-9)
+    return (products ** (1 / np.arange(1, 5)) * math.exp(min(0, 1 - 1 / ratio))).tolist()
+
+
+def bleu_counts(mine, texts):
+    """Arguments of `bleu` for one caption."""
+    counts, best = grams(mine), functools.reduce(lambda a, b: a | b, map(grams, texts))
+    correct = [sum(min(n, best[g]) for g, n in counts.items() if len(g) == k) for k in range(1, 5)]
+    return ([max(0, len(mine) - k) for k in range(4)], correct, len(mine),
+            min((abs(len(text) - len(mine)), len(text)) for text in texts)[1])
+
+
+def rouge_l(mine, texts):
+    """The longest common subsequence: F of the best precision and the best recall, beta 1.2."""
+    best = [0.0, 0.0]
+    for text in texts:
+        row = [0] * (len(text) + 1)
+        for word in mine:
+            before, row = row, [0]
+            for j, other in enumerate(text):
+                row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+        best = [max(b, row[-1] / max(1, len(of))) for b, of in zip(best, (mine, text))]
+    precision, recall = best
+    return 2.44 * precision * recall / (recall + 1.44 * precision) if precision * recall else 0.0
+
+
+def score_captions(candidates, references, words=words_of):
+    """BLEU-1..4, ROUGE-L and CIDEr(-D) as pycocoevalcap has them: {"bleu": [4], "rouge_l",
+    "cider"}, and by clip under "bleu_each" and so on, of candidates {key: text} and references
+    {key: texts}. (METEOR and SPICE need Java and WordNet.)"""
+    texts = {key: [words(text) for text in references[key]] for key in candidates}
+    mine = {key: words(text) for key, text in candidates.items()}
+    counted = {key: bleu_counts(mine[key], texts[key]) for key in mine}
+    sums = [np.sum(each, 0) for each in zip(*counted.values())]
+    counts = {key: [grams(text) for text in texts[key]] for key in texts}
+    seen = Counter(g for each in counts.values() for g in set().union(*each))
+
+    def weigh(counts):
+        """By length of run {run: weight}; the number of pairs, which stands for the length."""
+        found = [{}, {}, {}, {}]
+        for g, n in counts.items():
+            found[len(g) - 1][g] = n * (math.log(len(mine)) - math.log(max(1, seen[g])))
+        return found, sum(n for g, n in counts.items() if len(g) == 2)
+
+    def cider(key):
+        (a, length), total = weigh(grams(mine[key])), 0.0
+        for b, other in map(weigh, counts[key]):
+            for x, y in zip(a, b):
+                norm = math.sqrt(sum(v * v for v in x.values()) * sum(v * v for v in y.values()))
+                dot = sum(min(v, y.get(g, 0)) * y.get(g, 0) for g, v in x.items())
+                total += dot / (norm or 1) * math.exp(-(length - other)**2 / 72)
+        return 10 * total / 4 / len(counts[key])
+
+    each = {"bleu_each": {key: bleu(*counted[key]) for key in mine},
+            "rouge_l_each": {key: rouge_l(mine[key], texts[key]) for key in mine},
+            "cider_each": {key: cider(key) for key in mine}}
+    return {"bleu": bleu(*sums), **each, **{
+        name: float(np.mean(list(each[f"{name}_each"].values()))) for name in ("rouge_l", "cider")}}
+
+
+def evaluate(path, rows, texts):
+    """Scores captions {key: text} of clips that have captions of their own, writes and prints."""
+    references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
+                  if row["key"] in texts and row["captions"]}
+    if not references:
+        refuse("--eval: no clip has both kinds of captions: give --all, too")
+    scores = score_captions({key: texts[key] for key in references}, references)
+    figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
+               **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),
+               "references": sum(map(len, references.values()))}
+    write_text(path, json.dumps(figures, indent=1) + "\n")
+    print(" ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 # ================================================================================================
@@ -1057,8 +1445,1149 @@ class TextEmbeddings:
 
 
 # ------------------------------------------------------------------------------------------------
+# Published language models and captioners: a folder's parts under our names
+# ------------------------------------------------------------------------------------------------
+
+NAMES = [   # of layers, whatever the model: (published, ours), each tried once, in this order
+    (r"\.(?:transformer\.)?(?:encoder\.)?(?:layers?|h|blocks|resblocks)\.(\d+)\.", r".layers.\1."),
+    (r"(input_layernorm|attention_norm|ln_1|layer_norm1|layernorm_before)\.", "norm1."),
+    (r"(post_attention_layernorm|ffn_norm|ln_2|layer_norm2|layernorm_after)\.", "norm2."),
+    (r"(self_attn|attention|attn)\.([qk]_norm)\.", r"\2."),
+    (r"(self_attn|attention|attn)\.([qkv])_(?:proj\.)?", r"\2."),
+    (r"(self_attn\.(o_proj|out_proj)|attention\.(wo|dense|projection_layer)|"
+     r"attn\.(c_proj|out_proj|proj))\.", "out."),
+    (r"(attention\.query_key_value|attn\.(c_attn|in_proj|qkv))[._]", "qkv."),
+    (r"attention\.wqkv\.", "qkv_kv."), (r"mlp\.(w2|gate_proj)\.", "gate."),
+    (r"mlp\.(w1|up_proj|fc1|c_fc|linear_fc1)\.", "up."),
+    (r"mlp\.(down_proj|c_proj|fc2|linear_fc2)\.", "down."),
+    (r"feed_forward\.w(\d)\.", lambda found: ("gate.", "down.", "up.")[int(found[1]) - 1]),
+    (r"\.(?:ls|lambda_)([12])$", r".scale\1"),
+    (r"^(?:language_model\.model|model\.language_model|llm\.model|transformer|model)\."
+     r"(layers|norm|ln_f|embed_tokens|tok_embeddings|wte)\.", r"decoder.\1."),
+    (r"^decoder\.(embed_tokens|tok_embeddings|wte)\.", "decoder.embed."),
+    (r"^decoder\.ln_f\.", "decoder.norm."),
+    (r"^(language_model\.|llm\.)?(lm_head|output)\.", "decoder.head."),
+    (r"tower\.(embeddings\.(class_embedding|cls_token)|cls_token|patch_embedding\.cls_embedding)$",
+     "tower.cls"),
+    (r"tower\.(embeddings\.(patch_embeddings?(\.projection)?)|patch_embed(ding)?\.proj|conv1)\.",
+     "tower.patch."),
+    (r"tower\.(embeddings\.position_embeddings?|patch_embedding\.position_embedding|"
+     r"positional_embedding|pos_embed)(?=\.|$)", "tower.position"),
+    (r"tower\.(pre_layrnorm|ln_pre)\.", "tower.pre."),
+    (r"tower\.(post_layernorm|norm)\.", "tower.post.")]
+CLIP_TOWER = (r"^(?:model\.|vit\.)*(?:vision_tower\.)*(?:vision_model\.)?"
+              r"(?=embeddings|encoder|pre_layrnorm|post_layernorm)", "tower.")
+IGNORED = r".*\.(rotary_emb\.inv_freq|position_ids|masked_bias)"
+
+
+def split_qkv(tensor, heads, kv, groups):
+    """q, k and v of one tensor [(heads + 2 kv) E, …] that holds a share of each `groups` times."""
+    parts = tensor.unflatten(0, (groups, (heads + 2 * kv) // groups, -1))
+    shares = [heads // groups, kv // groups, kv // groups]
+    return [part.flatten(0, 2) for part in parts.split(shares, 1)]
+
+
+def to_ours(weights, model, names):
+    """Published tensors under our names: `names`, a family's own, come before NAMES."""
+    found = {}
+    for name, tensor in weights.items():
+        if re.fullmatch(IGNORED, name):
+            continue
+        for pattern, ours in (*names, *NAMES):
+            name = re.sub(pattern, ours, name, count=1)
+        if name.rpartition(".")[2] not in ("weight", "bias"):
+            name, tensor = f"{name}.weight", tensor.reshape(-1, *tensor.shape[-1:])
+        tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor       # convolutions of patches
+        tensor = tensor.T if name == "connector.proj.weight" else tensor
+        layer, cut, rest = re.fullmatch(r"(.*?)(?:(qkv\w*)\.(.*))?", name).groups()
+        if cut is None:
+            found[name] = tensor
+        elif rest.startswith("Plora_A"):
+            found.update({f"{layer}{part}.{rest}": tensor for part in "qkv"})
+        else:
+            stack = model.get_submodule(layer.rstrip(".").removesuffix(".expert")).stack
+            heads, kv = stack.heads, stack.kv_heads or stack.heads
+            parts = split_qkv(tensor, heads, kv, {"qkv_kv": kv, "qkv_heads": heads}.get(cut, 1))
+            found.update({f"{layer}{part}.{rest}": each for part, each in zip("qkv", parts)})
+    return {re.sub(r"\.(\w+)\.Plora_([AB])\.", lambda plora:
+                   f".expert.{plora[1]}.{'AB'.index(plora[2])}.", name): tensor
+            for name, tensor in found.items()}
+
+
+class Tokens:
+    """A published tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken. Every text begins
+    with the ids in `first`."""
+
+    def __init__(self, folder):
+        told = folder / "tokenizer_config.json"
+        told = read_published(told) if told.exists() else {}
+        self.template, self.pieces, self.added = str(told.get("chat_template", "")), None, {}
+        if (folder / "tokenizer.json").exists():
+            self.table = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.table.no_truncation()
+            self.table.no_padding()
+            self.first = self.table.encode("").ids
+        elif (folder / "tokenizer.model").exists():
+            self.pieces = sentencepiece.SentencePieceProcessor(
+                model_file=str(folder / "tokenizer.model"))
+            added = told.get("added_tokens_decoder", {})
+            self.added = {token["content"]: int(i) for i, token in added.items()}
+            self.first = [self.pieces.bos_id()] if told.get("add_bos_token", True) else []
+        elif (folder / "qwen.tiktoken").exists():
+            self.table, self.first = qwen_tokenizer(folder / "qwen.tiktoken"), []
+        else:
+            refuse(f"{folder} has no tokenizer: neither tokenizer.json, tokenizer.model nor "
+                   "qwen.tiktoken; --tokenizer names a folder that has one")
+
+    def __len__(self):
+        if self.pieces:
+            return max(self.pieces.get_piece_size(), *(i + 1 for i in self.added.values()))
+        return self.table.get_vocab_size()
+
+    def id(self, token):
+        """Of a token by its name, or None."""
+        if self.pieces is None:
+            return self.table.token_to_id(token)
+        i = self.pieces.piece_to_id(token)
+        return self.added.get(token, None if i == self.pieces.unk_id() else i)
+
+    def encode(self, text):
+        """Ids of a text without those in `first`; added tokens that it spells are these tokens."""
+        if self.pieces is None:
+            return self.table.encode(text, add_special_tokens=False).ids if text else []
+        names = sorted(self.added, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [i for part in parts if part for i in
+                ([self.added[part]] if part in self.added else self.pieces.encode(part))]
+
+    def decode(self, ids):
+        if self.pieces is None:
+            return self.table.decode(ids)
+        return self.pieces.decode([i for i in ids if i < self.pieces.get_piece_size()])
+
+
+def qwen_tokenizer(path):
+    """Qwen 1's byte-level BPE from its list of tokens by rank: a token's merge is what the merges
+    of lower rank leave of it."""
+    ranks = {base64.b64decode(token): int(rank) for token, rank in
+             (line.split() for line in path.read_text().splitlines() if line)}
+    whole = {*range(33, 127), *range(161, 173), *range(174, 256)}        # bytes that are letters
+    letters = dict(zip([*sorted(whole), *sorted(set(range(256)) - whole)],
+                       map(chr, [*sorted(whole), *range(256, 512)])))
+
+    def spell(token):
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token, rank in ranks.items():
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            if pairs[i] >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges += [tuple(map(spell, parts))] if len(parts) == 2 else []
+    table = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {spell(token): rank for token, rank in ranks.items()}, merges))
+    part = tokenizers.pre_tokenizers
+    table.normalizer, table.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
+    table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"), part.ByteLevel(False, use_regex=False)])
+    table.add_special_tokens([
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+        *(f"<{end}{name}>" for name in ("ref", "box", "quad", "img") for end in ("", "/")),
+        "<imgpad>"])
+    return table
+
+
+def language_stack(config, **more):
+    """The Stack of a published language model's config."""
+    kind = config.get("model_type")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    law = rope.get("rope_type", rope.get("type", "default"))
+    if law not in ("default", "llama3", "mrope") or config.get("use_sliding_window") \
+            or config.get("attention_bias"):
+        raise ValueError(f"rope_scaling {law}, attention_bias and use_sliding_window: known are "
+                         "plain and llama3 positions, none of the others")
+    scaling = [rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings")] if law == "llama3" else ()
+    window = config.get("sliding_window") if kind in ("mistral", "omnilmm") else 0
+    return Stack(**{**dict(
+        width=config["hidden_size"], depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"], kv_heads=config.get("num_key_value_heads") or 0,
+        ffn=config["intermediate_size"], norm="rms", glu=True, causal=True,
+        rope=float(config.get("rope_theta") or rope.get("rope_theta", 1e4)),
+        eps=config.get("rms_norm_eps", 1e-6), act=config.get("hidden_act", "silu"),
+        head=config.get("head_dim") or 0, bias=False,
+        qkv_bias=str(kind).startswith("qwen2"), qk_norm="head" if "qwen3" in str(kind) else "",
+        window=window or 0, scaling=tuple(scaling), sections=tuple(rope.get("mrope_section", ())),
+        interleaved=bool(rope.get("mrope_interleaved")), linear=Linear), **more})
+
+
+class Sight(nn.Module):
+    """A published vision tower of square pictures: float [B, 3, H, W] to tokens [B, N, D]. Learned
+    positions are stretched to the picture's grid, bicubic, with or without antialiasing."""
+
+    def __init__(self, stack, patch, places, cls=False, keep_cls=False, pre=False, post=False,
+                 bias=False, antialias=False):
+        super().__init__()
+        self.size, self.keep_cls, self.antialias = patch, keep_cls, antialias
+        self.patch = Linear(3 * patch**2, stack.width, bias)
+        self.cls = nn.Embedding(1, stack.width) if cls else None
+        self.position = nn.Embedding(places + cls, stack.width)
+        self.pre = stack.make_norm() if pre else nn.Identity()
+        self.layers, self.post = stack.layers(), stack.make_norm() if post else nn.Identity()
+
+    def forward(self, pictures):
+        (rows, cols), p = (side // self.size for side in pictures.shape[2:]), self.size
+        x = pictures.unflatten(3, (cols, p)).unflatten(2, (rows, p))     # [B, 3, h, p, w, p]
+        x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        marks, places = self.position.weight.tensor_split([1 if self.cls else 0])
+        x = x + stretch(places, rows, cols, self.antialias)              # [B, N, D]
+        if self.cls is not None:
+            x = torch.cat([(self.cls.weight + marks).expand(len(x), 1, -1), x], 1)
+        x = self.pre(x)
+        for layer in self.layers:
+            x = layer(x)
+        x = self.post(x)
+        return x[:, 1:] if self.cls is not None and not self.keep_cls else x
+
+
+def stretch(places, rows, cols, antialias=False):
+    """A table of positions [side^2, D] for another grid, [rows * cols, D]."""
+    side = math.isqrt(len(places))
+    if (side, side) == (rows, cols):
+        return places
+    square = places.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, (rows, cols), mode="bicubic", antialias=antialias)
+    return square.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(places.dtype)
+
+
+class Resampler(nn.Module):
+    """n learned queries read a picture's tokens: [B, N, wide] to [B, n, D]. `grid` makes the keys'
+    positions: the queries' own table, stretched, or (adaptive) sines of column and row."""
+
+    def __init__(self, n, wide, width, adaptive=False):
+        super().__init__()
+        norm = functools.partial(nn.LayerNorm, eps=1e-6)
+        self.stack, self.adaptive = Stack(width, 0, width // 128), adaptive
+        self.query, self.position = nn.Embedding(n, width), nn.Embedding(n, width)
+        self.kv = nn.Identity() if wide == width else Linear(wide, width, bias=False)
+        self.norm_q, self.norm_kv, self.post = norm(width), norm(width), norm(width)
+        self.q, self.k, self.v, self.out = (Linear(width, width) for _ in "qkvo")
+        self.proj = Linear(width, width, bias=False)
+
+    def grid(self, rows, cols, like):
+        if not self.adaptive:
+            return stretch(self.position.weight, rows, cols)
+        D = self.position.embedding_dim
+        turns = 1e4 ** (-torch.arange(D // 4, device=like.device, dtype=torch.float64) / (D // 4))
+        places = torch.cartesian_prod(*(torch.arange(n, device=like.device) for n in (rows, cols)))
+        angles = places.flip(1)[..., None] * turns                       # [N, 2, D / 4]
+        return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).to(like)
+
+    def forward(self, x, rows, cols):
+        x = self.norm_kv(self.kv(x))
+        q = self.norm_q(self.query.weight) + self.position.weight
+        q, k, v = self.q(q).expand(len(x), -1, -1), self.k(x + self.grid(rows, cols, x)), self.v(x)
+        q, k, v = (y.unflatten(-1, (self.stack.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.post(self.out(o)))
+
+
+class GluHead(nn.Module):
+    """CogVLM's connector: a gated MLP, between two learned marks."""
+
+    def __init__(self, wide, width, ffn):
+        super().__init__()
+        self.enter, self.norm = Linear(wide, width, bias=False), nn.LayerNorm(width)
+        self.gate, self.up = (Linear(width, ffn, bias=False) for _ in "gu")
+        self.down = Linear(ffn, width, bias=False)
+        self.boi, self.eoi = nn.Embedding(1, width), nn.Embedding(1, width)
+
+    def forward(self, x):
+        x = F.gelu(self.norm(self.enter(x)))
+        x = self.down(F.silu(self.gate(x)) * self.up(x))
+        marks = (mark.weight.expand(len(x), 1, -1) for mark in (self.boi, self.eoi))
+        return torch.cat([next(marks), x, next(marks)], 1)
+
+
+def mlp_connector(*layers):
+    """Of widths (a linear layer each), norms and activations, numbered as published."""
+    return nn.Sequential(*[nn.GELU() if each == "gelu" else nn.LayerNorm(each)
+                           if isinstance(each, int) else Linear(*each) for each in layers])
+
+
+class QwenSight(nn.Module):
+    """Qwen2-VL's tower with its merger: pictures of any size, as rows of 2 x 2 blocks of patches,
+    [L, 3 * 2 * p * p], each row turned by its place; a pair of frames sees itself alone, and in 2.5
+    most layers see windows of it. [L, C] to [L / 4, width]."""
+
+    def __init__(self, stack, patch, width, window=0, full=()):
+        super().__init__()
+        self.stack, self.window, self.full = stack, window // patch // 2, set(full)
+        self.patch = Linear(6 * patch**2, stack.width, bias=False)
+        self.layers, self.post = stack.layers(), stack.make_norm()
+        wide = 4 * stack.width
+        self.merge = mlp_connector((wide, wide), "gelu", (wide, width))
+
+    def forward(self, rows, grid):
+        """grid: (pairs of frames, patches down, patches across)."""
+        t, h, w = grid
+        place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
+        place = place.view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).flatten(0, 3).repeat(t, 1)
+        E = self.stack.head_dim
+        turns = self.stack.rope ** (-torch.arange(0, E // 2, 2) / (E // 2))
+        angles = (place[..., None] * turns).flatten(1).to(rows.device)   # [L, E / 2]
+        x, bounds = self.patch(rows), torch.arange(t + 1) * h * w
+        order, windows = torch.arange(t * h * w // 4), bounds
+        if self.window:                                  # groups of a window come one after another
+            pair = order // (h * w // 4)
+            down, across = (place[::4] // 2 // self.window).unbind(1)
+            key = (pair * h + down) * w + across
+            order = key.argsort(stable=True)
+            counts = key[order].unique_consecutive(return_counts=True)[1]
+            windows = F.pad(4 * counts.cumsum(0), (1, 0))
+        groups = (4 * order[:, None] + torch.arange(4)).flatten().to(x.device)
+        x, turn = x[groups], (angles[groups].cos(), angles[groups].sin())
+        bounds, windows = (cu.int().to(x.device) for cu in (bounds, windows))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, turn, bounds if i in self.full or not self.window else windows)
+        x = self.merge(self.post(x).view(len(order), -1))
+        return x[order.argsort().to(x.device)]
+
+
+@dataclass
+class Plan:
+    """What a published folder asks for: one a family, made by a function below."""
+    stack: Stack
+    vocab: int
+    names: tuple = ()           # its own, before NAMES
+    tower: object = None        # makes the tower; None: a language model
+    connector: object = nn.Identity     # makes what its tokens pass through
+    video_tower: object = None
+    picture: object = None      # uint8 [H, W, 3] -> float [3, h, w] each, and the text around them
+    prompt: str = "{q}"         # \0 stands for what is seen, {q} for the question
+    seen: str = "\0"            # what \0 becomes; there each \0 is one block of features
+    slot: str = ""              # the token that stands for it, where a prompt is encoded whole
+    stop: tuple = ()            # texts that end an answer
+    zero: str = "-"             # our names that a folder may lack: zeros
+    ignored: str = "-"          # names of tensors that are never used, after ours are given
+    scales: tuple = (1.0, 1.0)  # of embedded tokens, of the last hidden states
+    frames: int = 0             # of a video, where the model takes videos; 0: frame by frame
+    video_slot: str = ""
+    rate: float = 1.0           # of a video's places in time, a second
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+VICUNA = ("A chat between a curious human and an artificial intelligence assistant. The assistant "
+          "gives helpful, detailed, and polite answers to the human's questions. ")
+YI = ("This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI "
+      "assistant. Read all the images carefully, and respond to the human's questions with "
+      "informative, helpful, detailed and polite answers. "
+      "这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+      "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
+      "\n\n### Human: \0\n{q}\n### Assistant:")
+CHATML = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n"
+CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
+ZEPHYR = "<|user|>\n{q}</s>\n<|assistant|>\n"
+INTERNLM = "[UNUSED_TOKEN_146]user\n{q}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
+CHATS = {   # a mark in a tokenizer's chat template or vocabulary: prompt, the end of a turn
+    "<|im_start|>": (CHATML, "<|im_end|>"),
+    "<|start_header_id|>": ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
+                            "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "[UNUSED_TOKEN_146]": (INTERNLM, "[UNUSED_TOKEN_145]"), "<|user|>": (ZEPHYR, "</s>"),
+    "[INST]": ("[INST] {q} [/INST]", "</s>"), "USER:": (VICUNA + "USER: {q} ASSISTANT:", "</s>")}
+
+
+def clip_sight(config, last, keep_cls=False, post=False):
+    """A CLIP tower that ends with hidden state `last` (-1, -2, …)."""
+    c = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+             image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5) | config
+    depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
+    stack = Stack(c["hidden_size"], depth, c["num_attention_heads"], ffn=c["intermediate_size"],
+                  act=c["hidden_act"], eps=c["layer_norm_eps"], linear=Linear)
+    return functools.partial(Sight, stack, c["patch_size"], (c["image_size"] // c["patch_size"])**2,
+                             cls=True, keep_cls=keep_cls, pre=True, post=post)
+
+
+def normal(picture, mean_std):
+    """uint8 [H, W, 3] -> float [3, H, W]."""
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in mean_std)
+    return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - mean) / std
+
+
+def resize(frame, width, height):
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def squash(frame, size, mean_std=CLIP_MEAN):
+    """The picture in a square of `size` px, whatever its shape."""
+    return [normal(resize(frame, size, size), mean_std)], None
+
+
+def crop(frame, size, mean_std=CLIP_MEAN):
+    """The middle square of the picture."""
+    H, W = frame.shape[:2]
+    h, w = (int(size * side / min(H, W)) for side in (H, W))
+    top, left = (h - size) // 2, (w - size) // 2
+    return [normal(resize(frame, w, h)[top:top + size, left:left + size], mean_std)], None
+
+
+def pad_square(frame, size, mean_std=CLIP_MEAN):
+    """The whole picture, padded to a square with the mean colour."""
+    H, W = frame.shape[:2]
+    square = np.empty((max(H, W), max(H, W), 3), np.uint8)
+    square[:] = [int(255 * level) for level in mean_std[0]]
+    top, left = (max(H, W) - H) // 2, (max(H, W) - W) // 2
+    square[top:top + H, left:left + W] = frame
+    return squash(square, size, mean_std)
+
+
+def slices(frame, size, patch, most, slots=False):
+    """MiniCPM-V's: the picture at about size^2 px, and if it is larger its tiles, finer, in the
+    grid, of one tile more or fewer, that is nearest in shape."""
+    H, W = frame.shape[:2]
+
+    def near(w, h, grow):
+        if w * h > size * size or grow:
+            h_new = int(size / math.sqrt(w / h))
+            w, h = int(h_new * (w / h)), h_new
+        return [max(patch, round(side / patch) * patch) for side in (w, h)]
+
+    n = min(math.ceil(W * H / size**2), most)
+    if n <= 1:
+        return [normal(resize(frame, *near(W, H, True)), HALF)], "<image>\0</image>"
+    grids = [(across, i // across) for i in (n - 1, n, n + 1) if 1 < i <= most
+             for across in range(1, i + 1) if i % across == 0]
+    across, down = min(grids, key=lambda grid: abs(math.log(W / H) - math.log(grid[0] / grid[1])))
+    w, h = near(max(across, round(W / across) * across) / across,
+                max(down, round(H / down) * down) / down, True)
+    fine = resize(frame, w * across, h * down)
+    tiles = [fine[y * h:(y + 1) * h, x * w:(x + 1) * w] for y in range(down) for x in range(across)]
+    rows = "\n".join(["<image>\0</image>" * across] * down)
+    return ([normal(picture, HALF) for picture in (resize(frame, *near(W, H, False)), *tiles)],
+            f"<image>\0</image><slice>{rows}</slice>")
+
+
+def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN):
+    """Qwen2-VL's rows of patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides
+    are multiples of two patches, areas within least..most px, of a video's frames at most 768
+    blocks; an odd frame is repeated."""
+    (H, W), step = frames[0].shape[:2], 2 * patch
+    most = min(most, 768 * step**2) if len(frames) > 1 else most
+    h, w = (round(side / step) * step for side in (H, W))
+    if h * w > most or h * w < least:
+        to, scale = (math.floor, H * W / most) if h * w > most else (math.ceil, H * W / least)
+        h, w = (max(step, to(side / math.sqrt(scale) / step) * step) for side in (H, W))
+    x = torch.stack([normal(resize(frame, w, h), mean_std) for frame in frames])
+    x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
+    x = x.unflatten(3, (-1, 2, patch)).unflatten(2, (-1, 2, patch)).unflatten(0, (-1, 2))
+    rows = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(5).flatten(0, 4)
+    return rows, (len(x), h // patch, w // patch)
+
+
+def plain_lm(c, weights, folder):
+    return Plan(language_stack(c), c["vocab_size"])
+
+
+def llava(c, weights, folder):
+    """LLaVA-1.5 and Video-LLaVA, as their ports write them, and LLaVA's and Yi-VL's own layout."""
+    port, is_video = c.get("text_config"), c["model_type"] == "video_llava"
+    text = {"model_type": "llama", "rms_norm_eps": 1e-6, "hidden_size": 4096,
+            "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "vocab_size": 32000, **(port or c)}
+    stack = language_stack({**text, "model_type": text["model_type"].replace("llava", "llama")})
+    last = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
+    take = c.get("vision_feature_select_strategy", "default")
+    tower = c.get("vision_config") or sub_config(folder, c["mm_vision_tower"])
+    size, wide, width = tower["image_size"], tower["hidden_size"], stack.width
+    layers = [(wide, width), "gelu", (width, width)]
+    if is_video and tower.get("add_time_attn"):
+        raise ValueError("add_time_attn: frames that see each other are not known")
+    if (take != "default" or not isinstance(last, int)
+            or c.get("mm_projector_type", "mlp2x_gelu") not in ("mlp2x_gelu", "mlp2x_gelu_Norm")):
+        raise ValueError(f"vision_feature_layer {last}, select strategy {take}, mm_projector_type "
+                         f"{c.get('mm_projector_type')}: known are one layer, default, mlp2x_gelu "
+                         "and mlp2x_gelu_Norm")
+    is_yi = "Norm" in c.get("mm_projector_type", "")
+    if is_yi:
+        layers = [(wide, width), width, "gelu", (width, width), width]
+    make = functools.partial(clip_sight, tower, last)
+    return Plan(
+        stack, text["vocab_size"], tower=make(),
+        connector=functools.partial(mlp_connector, *layers),
+        video_tower=make(keep_cls=True) if is_video else None,
+        picture=functools.partial(pad_square if c.get("image_aspect_ratio") == "pad" else crop,
+                                  size=size),
+        prompt=YI if is_yi else ("" if port else VICUNA) + "USER: \0\n{q} ASSISTANT:",
+        slot="<image>" if port else "", video_slot="<video>", frames=8 if is_video else 0,
+        stop=("###",) if is_yi else (), ignored=r"(video_)?tower\.(post|layers\.\d+)\..*",
+        names=((r"^(?:model\.)?image_tower\.(image_tower\.)?(vision_model\.)?", "tower."),
+               (r"^(?:model\.)?video_tower\.(video_tower\.)?(vision_model\.)?", "video_tower."),
+               (r"^(?:model\.)?multi_modal_projector\.linear_1\.", "connector.0."),
+               (r"^(?:model\.)?multi_modal_projector\.linear_2\.", "connector.2."),
+               (r"^model\.mm_projector\.", "connector."), CLIP_TOWER))
+
+
+def sub_config(folder, name):
+    """config.json of a vision tower that a config names by a path within, or beside, its folder."""
+    path = next((path for path in (folder / name, folder.parent / name, Path(name))
+                 if (path / "config.json").exists()), None)
+    if path is None:
+        raise ValueError(f"mm_vision_tower {name}: no such folder within or beside it")
+    config = read_published(path / "config.json")
+    return {**config.get("vision_config", config), "folder": str(path)}
+
+
+def xcomposer(c, weights, folder):
+    tower = c.get("nanosora_vit") or dict(hidden_size=1024, intermediate_size=4096, patch_size=14,
+                                          num_hidden_layers=24, num_attention_heads=16,
+                                          image_size=490)
+    if any("plora_glb" in name for name in weights):
+        raise ValueError("plora_glb_GN: the 4KHD and 2.5 forms of XComposer are not known")
+    rank = next(len(t) for name, t in weights.items() if name.endswith("wo.Plora_A.weight"))
+    stack, wide = language_stack(c, expert=rank), tower["hidden_size"]
+    return Plan(
+        stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
+        connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
+        picture=functools.partial(squash, size=tower["image_size"]),
+        names=((r"^vision_proj\.", "connector."), CLIP_TOWER),
+        prompt="[UNUSED_TOKEN_146]system\nYou are an AI assistant.[UNUSED_TOKEN_145]\n"
+               + INTERNLM.replace("{q}", "\0{q}"), stop=("[UNUSED_TOKEN_145]",))
+
+
+RESAMPLER = ((r"connector\.ln_(q|kv)\.", r"connector.norm_\1."),
+             (r"connector\.ln_post\.", "connector.post."),
+             (r"connector\.kv_proj\.", "connector.kv."),
+             (r"connector\.pos_embed$", "connector.position"))
+
+
+def qwen_vl(c, weights, folder):
+    v, heads = c["visual"], c["num_attention_heads"]
+    stack = Stack(c["hidden_size"], c["num_hidden_layers"], heads, ffn=c["intermediate_size"] // 2,
+                  norm="rms", glu=True, causal=True, rope=float(c["rotary_emb_base"]), act="silu",
+                  eps=c["layer_norm_epsilon"], head=c.get("kv_channels", 0), bias=False,
+                  qkv_bias=True, linear=Linear, trained=c["seq_length"])
+    if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c.get("rotary_pct", 1) != 1:
+        raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
+    tower = Stack(v["width"], v["layers"], v["heads"], ffn=int(v["width"] * v["mlp_ratio"]),
+                  eps=1e-6, linear=Linear)
+    places = len(weights["transformer.visual.positional_embedding"])
+    queries = len(weights["transformer.visual.attn_pool.query"])
+    return Plan(
+        stack, c["vocab_size"], tower=functools.partial(Sight, tower, v["patch_size"], places,
+                                                        pre=True),
+        connector=functools.partial(Resampler, queries, v["width"], v["output_dim"]),
+        picture=functools.partial(squash, size=v["image_size"]), seen="<img>\0</img>",
+        prompt=CHATML_SYSTEM.replace("{q}", "Picture 1: \0\n{q}"), slot="<imgpad>",
+        stop=("<|im_end|>", "<|endoftext|>"),
+        names=((r"^transformer\.visual\.(attn_pool\.|(?=proj$|ln_post))", "connector."),
+               (r"^transformer\.visual\.", "tower."), (r"^(tower.*)attn\.in_proj[._]",
+                                                       r"\1qkv_heads."), *RESAMPLER))
+
+
+def cogvlm(c, weights, folder):
+    v = c["vision_config"]
+    if "num_multi_query_heads" in c:
+        raise ValueError("num_multi_query_heads: CogVLM2 is not known yet")
+    stack = language_stack(c, expert=-1)
+    tower = Stack(v["hidden_size"], v["num_hidden_layers"], v["num_heads"],
+                  ffn=v["intermediate_size"], act=v["hidden_act"], eps=v["layer_norm_eps"],
+                  post_norm=True, linear=Linear)
+    return Plan(
+        stack, c["vocab_size"], tower=functools.partial(
+            Sight, tower, v["patch_size"], v["num_positions"] - 1, cls=True, bias=True),
+        connector=functools.partial(GluHead, v["hidden_size"], stack.width, c["intermediate_size"]),
+        picture=functools.partial(squash, size=v["image_size"]),
+        prompt="\0Question: {q} Answer:",
+        names=((r"^model\.vision\.linear_proj\.linear_proj\.", "connector.enter."),
+               (r"^model\.vision\.linear_proj\.norm1\.", "connector.norm."),
+               (r"^model\.vision\.linear_proj\.gate_proj\.", "connector.gate."),
+               (r"^model\.vision\.linear_proj\.dense_h_to_4h\.", "connector.up."),
+               (r"^model\.vision\.linear_proj\.dense_4h_to_h\.", "connector.down."),
+               (r"^model\.vision\.(boi|eoi)$", r"connector.\1"),
+               (r"^model\.vision\.", "tower."),
+               (r"(self_attn|mlp)\.language_(expert_|mlp\.)", r"\1."),
+               (r"(self_attn|mlp)\.vision_(expert_|mlp\.)", r"expert.\1."),
+               (r"(self_attn\.query_key_value)\.", "qkv."), (r"self_attn\.dense\.", "out.")))
+
+
+TIMM_HEADS = {"eva02_enormous_patch14_clip_224": 16, "vit_so400m_patch14_siglip_384": 16}
+
+
+def timm_sight(name, told, weights, prefix, **more):
+    """(a timm tower's sizes from its weights, and its heads from its name; its width)."""
+    heads = told.get("num_heads") or TIMM_HEADS.get(name.split(".")[0])
+    if not heads:
+        raise ValueError(f"vision tower {name}: known are {', '.join(TIMM_HEADS)}")
+    depth = 1 + max(int(key.split(".")[-4 if "mlp" in key else -3]) for key in weights
+                    if re.match(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", key))
+    ffn, width = weights[f"{prefix}blocks.0.mlp.fc1.weight"].shape
+    stack = Stack(width, depth, heads, ffn=ffn, eps=1e-6, linear=Linear, post_norm="cls" in more)
+    places = weights[f"{prefix}pos_embed"].shape[1] - ("cls" in more)
+    patch = weights[f"{prefix}patch_embed.proj.weight"].shape[-1]
+    return functools.partial(Sight, stack, patch, places, post=True, bias=True, antialias=True,
+                             **more), width, patch
+
+
+def minicpm_v(c, weights, folder):
+    if "vision_config" in c:
+        raise ValueError("vision_config: MiniCPM-V 2.5 and later are not known, 2.0 is")
+    tower, wide, patch = timm_sight(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
+    stack = language_stack(c, branch=c["scale_depth"] / math.sqrt(c["num_hidden_layers"]))
+    return Plan(
+        stack, c["vocab_size"], tower=tower,
+        scales=(c["scale_emb"], c["dim_model_base"] / stack.width),
+        connector=functools.partial(Resampler, c["query_num"], wide, stack.width, adaptive=True),
+        picture=functools.partial(slices, size=c["scale_resolution"], patch=patch,
+                                  most=c["max_slice_nums"]),
+        prompt="<用户>\0\n{q}<AI>", slot="<unk>",
+        names=((r"^vpm\.", "tower."), (r"^resampler\.", "connector."), *RESAMPLER))
+
+
+def omnilmm(c, weights, folder):
+    tower, wide, _ = timm_sight(c["mm_vision_tower"], c.get("nanosora_vit", {}), weights,
+                                "model.vision_tower.", cls=True)
+    stack = language_stack(c)
+    return Plan(
+        stack, c["vocab_size"], tower=tower, zero=r"tower\..*\.k\.bias",
+        seen="<im_start>\0<im_end>",
+        connector=functools.partial(Resampler, c["num_query"], wide, stack.width),
+        picture=functools.partial(squash, size=c["image_size"]), slot="<im_patch>",
+        prompt="<|system|>\nYou are an artificial intelligence assistant, which gives helpful, "
+               "detailed, and polite answers to the human's questions.</s>\n"
+               + ZEPHYR.replace("{q}", "\0\n{q}"),
+        names=((r"^model\.vision_tower\.", "tower."), (r"^model\.resampler\.", "connector."),
+               *RESAMPLER))
+
+
+def qwen2_vl(c, weights, folder):
+    """Qwen2-VL and Qwen2.5-VL."""
+    v, text = c["vision_config"], {**c, **c.get("text_config", {})}
+    is_new = c["model_type"] == "qwen2_5_vl"
+    stack = language_stack({**text, "model_type": "qwen2"})
+    width, patch = v["hidden_size" if is_new else "embed_dim"], v["patch_size"]
+    tower = Stack(width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6,
+                  norm="rms" if is_new else "ln", glu=is_new,
+                  ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]),
+                  act=v.get("hidden_act", "quick_gelu"))
+    told = read_published(folder / "preprocessor_config.json")
+    size = told.get("size", {})
+    if (v.get("spatial_merge_size", 2), v.get("temporal_patch_size", 2)) != (2, 2):
+        raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
+    return Plan(
+        stack, text["vocab_size"], tower=functools.partial(
+            QwenSight, tower, patch, stack.width, v.get("window_size", 0) if is_new else 0,
+            v.get("fullatt_block_indexes", ())),
+        picture=functools.partial(
+            qwen_rows, patch=patch, least=told.get("min_pixels") or size.get("shortest_edge", 3136),
+            most=told.get("max_pixels") or size.get("longest_edge", 12845056)),
+        prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
+        slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
+        rate=v.get("tokens_per_second", 1),
+        names=((r"^(?:model\.)?visual\.merger\.mlp\.", "tower.merge."),
+               (r"^(?:model\.)?visual\.merger\.ln_q\.", "tower.post."),
+               (r"^(?:model\.)?visual\.", "tower.")))
+
+
+FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3", "internlm2")},
+            "llava": llava, "video_llava": llava, "internlmxcomposer2": xcomposer, "qwen": qwen_vl,
+            "CogVLMForCausalLM": cogvlm, "minicpmv": minicpm_v, "omnilmm": omnilmm,
+            "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_vl}
+
+
+class VLM(nn.Module):
+    """A published captioner, or a language model alone: `open_vlm` makes it."""
+
+    def __init__(self, plan):
+        super().__init__()
+        self.plan, is_lm = plan, plan.tower is None
+        self.tower = None if is_lm else plan.tower()
+        self.video_tower = plan.video_tower() if plan.video_tower else None
+        self.connector = None if is_lm else plan.connector()
+        self.decoder = Decoder(plan.stack, plan.vocab, plan.scales[1])
+
+    def prompt(self, question):
+        """The text that the model is asked with: a NUL stands for what it sees."""
+        return self.plan.prompt.replace("{q}", question)
+
+    def read(self, prompt, frames=(), is_video=False, seconds=1.0):
+        """(ids with -1 for what is seen, pixels, seconds of two frames if it is a video) of a
+        prompt that holds a NUL where uint8 frames [H, W, 3] go: one picture, or a video."""
+        plan, seen, pixels = self.plan, self.plan.seen, []
+        is_rows = isinstance(self.tower, QwenSight)
+        if is_rows and len(frames):
+            pixels = [plan.picture(frames)]
+        else:
+            for frame in frames:
+                pictures, text = plan.picture(frame)
+                pixels, seen = pixels + pictures, text or seen
+        slot = plan.video_slot if is_video else plan.slot
+        prompt = prompt.replace(slot, "") if slot else prompt            # asked for by a user's text
+        parts = prompt.replace("\0", seen).split("\0")
+        if slot and len(parts) > 1:
+            ids, mark = self.tokens.encode(slot.join(parts)), self.tokens.id(slot)
+            ids = [-1 if i == mark else i for i in ids]
+        else:
+            ids = [i for n, part in enumerate(parts) for i in [-1][:n] + self.tokens.encode(part)]
+        return self.tokens.first + ids, pixels, seconds if is_video else None
+
+    def features(self, pixels, is_video=False):
+        """What the decoder sees of each picture: [n, width] a picture (rows of Qwen: of all)."""
+        device, dtype = self.decoder.embed.weight.device, self.decoder.embed.weight.dtype
+        if isinstance(self.tower, QwenSight):
+            return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
+        tower, found = self.video_tower if is_video and self.video_tower else self.tower, {}
+        order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
+        for shape, same in itertools.groupby(order, key=lambda i: pixels[i].shape):
+            grid = [side // self.tower.size for side in shape[1:]]
+            for some in in_groups(same, 32):                             # of one shape, at once
+                x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
+                x = self.connector(x, *grid if isinstance(self.connector, Resampler) else ())
+                found.update(zip(some, x))
+        return [found[i] for i in range(len(pixels))]
+
+    def requests(self, keys, reads):
+        """Requests of what `read` returned, a key each; their pictures pass the tower together."""
+        blocks = [None] * len(reads)
+        for is_video in (False, True):
+            some = [i for i, read in enumerate(reads) if (read[2] is not None) == is_video]
+            found = iter(self.features([each for i in some for each in reads[i][1]], is_video))
+            for i in some:
+                blocks[i] = [next(found) for _ in reads[i][1]]
+        return [self.request(key, *read, mine) for key, read, mine in zip(keys, reads, blocks)]
+
+    def request(self, key, ids, pixels, seconds, blocks):
+        """One prompt as the decoder reads it. A mark in `ids` becomes as many rows as its block of
+        features; a video's frames share one mark."""
+        if blocks and ids.count(-1) == 1:
+            blocks = [torch.cat(blocks)]
+        lengths = iter(len(block) for block in blocks)
+        runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
+        ids = torch.tensor([i for i, n in runs for _ in range(n)])
+        image, device = ids < 0, self.decoder.embed.weight.device
+        x = self.decoder.embed(ids.clamp(min=0).to(device)) * self.plan.scales[0]
+        if blocks:
+            x[image.to(device)] = torch.cat(blocks).to(x)
+        positions, seen = torch.arange(len(ids)), image.clone()
+        if self.plan.stack.sections:
+            positions = self.grid_positions(runs, pixels, seconds)
+        elif blocks and isinstance(self.connector, GluHead):     # all patches stand at one place
+            first, last = image.nonzero()[[0, -1], 0].tolist()
+            positions = torch.where(positions < last, positions.clamp(max=first + 1),
+                                    positions - last + first + 2)
+            seen[last] = False                           # the end mark passes as text
+        return Request(key, ids.tolist(), x, positions.to(device), seen.to(device))
+
+    def grid_positions(self, runs, pixels, seconds):
+        """int64 [3, n], Qwen2-VL's: text counts on alike in all three; what is seen has time, row
+        and column; a video's time, in 2.5, is in half seconds."""
+        parts, after, grids = [], 0, iter(pixels)
+        for i, n in runs:
+            place = torch.zeros(3, 1, dtype=torch.long)
+            if i < 0:
+                t, h, w = next(grids)[1]
+                place = torch.cartesian_prod(*(torch.arange(k) for k in (t, h // 2, w // 2))).T
+                if seconds is not None and self.tower.window:
+                    place = torch.stack([(place[0] * seconds * self.plan.rate).long(), *place[1:]])
+            parts.append(place + after)
+            after = int(parts[-1].max()) + 1
+        return torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def write(self, requests, batch=1, most=512, temperature=0.0, top_p=1.0, seed=0):
+        """Yields (key, text, mean log-probability) as answers end."""
+        own = {name: self.tokens.id(name) for name in self.plan.stop}
+        names = [name for name, i in own.items() if i is None or self.tokens.decode([i])]
+
+        def is_over(ids):
+            return any(name in self.tokens.decode(ids[-16:]) for name in names)
+        for request, ids, score in generate(
+                self.decoder, requests, batch, most, self.stop, is_over if names else None,
+                temperature, top_p, seed, len(self.tokens), self.plan.scales[0]):
+            text = self.tokens.decode(ids)
+            for name in names:
+                text = text.split(name)[0]
+            yield request.key, re.sub(r"(?s)<think>.*?</think>", "", text).strip(), score
+
+
+def stop_ids(folder, config, tokens, names):
+    """Ids that end an answer: the folder's, and the family's marks that are tokens."""
+    told = folder / "generation_config.json"
+    told = read_published(told) if told.exists() else {}
+    found = [each.get("eos_token_id") for each in (config, config.get("text_config", {}), told)]
+    found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
+    flat = [i for each in found for i in (each if isinstance(each, list) else [each])]
+    return {i for i in flat if i is not None}
+
+
+def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
+    """The VLM of a published folder; its family and sizes are read from there. Weights are mapped
+    from the files. An unknown family is refused with what was missing."""
+    path = Path(path)
+    config = read_published(path / "config.json")
+    made_by = (config.get("architectures") or ["?"])[0]
+    kind = config.get("model_type") or made_by
+    kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
+    if kind not in FAMILIES:
+        refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
+    weights = read_tensors(path)
+    try:
+        plan = FAMILIES[kind](config, weights, path)
+        tower = config.get("mm_vision_tower", "")
+        if kind == "llava" and "vision_config" not in config and not any(
+                "vision_tower" in name for name in weights):
+            beside = read_tensors(sub_config(path, tower)["folder"])     # perhaps all of a CLIP
+            weights |= {name: beside[name] for name in beside if "vision_model." in name}
+        with torch.device("meta"):
+            model = VLM(plan)
+    except KeyError as error:
+        refuse(f"{path}: {error} is missing, of the config or of the weights")
+    except ValueError as error:
+        refuse(f"{path}: {error}")
+    found = to_ours(weights, model, plan.names)
+    found.setdefault("decoder.head.weight", found.get("decoder.embed.weight"))
+    found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
+                  if name not in found and re.fullmatch(plan.zero, name)})
+    load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
+    model.tokens = Tokens(Path(tokenizer or path))
+    if plan.tower is None:
+        mark = next((m for m in CHATS if m in model.tokens.template or model.tokens.id(m)), "USER:")
+        plan.prompt, end = CHATS[mark]
+        plan.prompt += "<think>\n\n</think>\n\n" * (model.tokens.id("<think>") is not None)
+        plan.stop = (end,)
+    model.stop = stop_ids(path, config, model.tokens, plan.stop)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Captioning with published models
+# ------------------------------------------------------------------------------------------------
+
+STYLES = {  # what is asked, fewest and most words of an answer that will do
+    "short": ("Describe this {what} in one sentence: who or what is there, what happens.", 3, 60),
+    "long": ("Describe this {what} in at most six sentences, so that somebody could draw it: all "
+             "objects and people, what they do, the place, the light, the camera, the style.",
+             8, 400),
+    "tags": ("List what this {what} shows as a line of short tags, separated by commas.", 1, 80)}
+SUMMARY = ("These are descriptions of moments of one video, in their order, each with its time:\n"
+           "{notes}\n{meta}They show the same scene. Tell what the whole video shows, in order. Do "
+           "not mention descriptions, frames or times. {ask}")
+REWRITE = ("Rewrite a short prompt for a video generator as a caption like these:\n{examples}\n"
+           "Keep everything that it asks for and add plausible detail. Answer with the caption "
+           "alone.\nPrompt: {prompt}")
+REFUSAL = (r"\b(i am|i'm) (sorry|unable|not able)|\bas an ai\b|"
+           r"\bi (can ?not|can't) (see|describe|help|assist|view)")
+OPENING = (r"^(the|this|in the|in this) (image|video|picture|photo|frame|clip)(?: also)?,? "
+           r"(shows|depicts|features|captures|presents|displays|there is|there are|we see) ")
+
+
+def tidy(text):
+    """A caption in one line, without 'The image shows …'."""
+    text = " ".join(text.split())
+    rest = re.sub(OPENING, "", text, flags=re.I)
+    return rest if rest == text else rest[:1].upper() + rest[1:]
+
+
+def fault(text, style):
+    """Why a caption will not do, or None."""
+    words, (_, fewest, most) = words_of(text), STYLES[style]
+    runs = Counter(zip(*(words[i:] for i in range(4))))
+    if not words:
+        return "empty"
+    if re.search(REFUSAL, text.lower()):
+        return "refusal"
+    if sum(n - 1 for n in runs.values()) > len(words) / 4 or re.search(r"(.)\1{9}", text):
+        return "repeated"
+    if not fewest <= len(words) <= most:
+        return "length"
+    latin = sum(letter.isascii() for letter in text if letter.isalpha())
+    return None if latin > 0.8 * sum(map(str.isalpha, text)) else "language"
+
+
+def pick_frames(rule, folder, row):
+    """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N, evenly from the first to the
+    last, the middle if N is 1; fps:X, X a second; key:N, N of them between which about equally
+    much changes."""
+    kind, value = rule
+    n, fps = row["frames"], row["fps"] or 1
+    at = np.array([n // 2])
+    if n == 1:
+        at = np.zeros(1, int)
+    elif kind == "fps":
+        at = (np.arange(0.5 / value, max(n / fps, 0.6 / value), 1 / value) * fps).astype(int)
+    elif kind == "uniform" and value > 1:
+        at = np.linspace(0, n - 1, int(value)).astype(int)
+    elif kind == "key":
+        small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"))
+                          for frame in clip_frames(folder, row)]).astype(np.float32)
+        change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
+        at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
+                             + change[-1] / value / 2).clip(max=n - 1)
+    at = at.clip(max=n - 1)
+    found = dict(zip(sorted(set(at.tolist())), clip_frames(folder, row, set(at.tolist()))))
+    return [found[i] for i in at.tolist()], [i / fps for i in at.tolist()]
+
+
+def text_option(value):
+    """A prompt that is given as text, or as a text file's path."""
+    is_path = len(value) < 256 and Path(value).is_file()
+    return Path(value).read_text(encoding="utf-8").strip() if is_path else value
+
+
+def vlm_writer(name, folder, rows, args, device):
+    """(load, write), as `own_writer`'s, of a published captioner: a video at once where the model
+    takes videos, or else frame by frame; a language model then makes one caption of several."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
+        args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
+    if vlm.tower is None:
+        refuse(f"{name} is a language model alone: it sees nothing; give it as --lm")
+    lm = open_vlm(args.lm, device, dtype) if args.lm else None
+    is_video = bool(vlm.plan.frames) and not lm
+    rule = args.frames or ("uniform", vlm.plan.frames if is_video else 4 if lm else 1)
+    if rule != ("uniform", 1) and not is_video and not lm:
+        refuse(f"{name} sees one frame at a time: give --lm DIR, which makes one caption of "
+               "several, or --frames uniform:1")
+    ask = text_option(args.prompt or STYLES[args.style][0])
+    question = ask.replace("{what}", "video" if is_video else "image")
+    meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
+    how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
+               top_p=args.top_p, seed=args.seed)
+
+    def load(row):
+        frames, times = pick_frames(rule, folder, row)
+        prompt = vlm.prompt(question)
+        if is_video and row["fps"]:
+            gap = times[1] - times[0] if times[1:] else 1.0
+            return [vlm.read(prompt, frames, True, 2 * gap)], times
+        return [vlm.read(prompt, [frame]) for frame in frames], times
+
+    def notes(pairs):
+        """(key, times, texts, mean log-probability) of a clip when all its frames have theirs."""
+        open_, said = {}, {}
+
+        def requests():
+            for group in in_groups(pairs, args.batch):
+                open_.update({row["key"]: loaded for row, loaded in group})
+                asked = [(f"{row['key']}#{i}", read) for row, (reads, _) in group
+                         for i, read in enumerate(reads)]
+                with torch.no_grad():
+                    yield from vlm.requests(*zip(*asked))
+        for name, text, score in vlm.write(requests(), **how):
+            key, _, i = name.rpartition("#")
+            said.setdefault(key, {})[int(i)] = tidy(text), score
+            if len(said[key]) == len(open_[key][0]):
+                texts, scores = zip(*(said[key][i] for i in range(len(said[key]))))
+                del said[key]
+                yield key, open_.pop(key)[1], texts, float(np.mean(scores))
+
+    def write(pairs):
+        if not lm:
+            yield from ((key, texts[0], question, {"logprob": score})
+                        for key, _, texts, score in notes(pairs))
+            return
+        scores = {}
+
+        def requests():
+            for key, times, texts, score in notes(pairs):
+                scores[key] = score
+                lines = "\n".join(f"{at:.1f} s: {text}" for at, text in zip(times, texts))
+                words = text_option(args.summary or SUMMARY).replace("{notes}", lines).replace(
+                    "{meta}", f"Its publisher says: {meta[key]}\n" if meta[key] else "")
+                words = words.replace("{ask}", ask.replace("{what}", "video"))
+                yield lm.request(key, *lm.read(lm.prompt(words)), [])
+        for key, text, score in lm.write(requests(), **how):
+            yield key, tidy(text), question, {"logprob": score, "logprob_frames": scores.pop(key)}
+
+    return load, write
+
+
+def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
+    """A short prompt as `lm` (open_vlm's), a language model, writes it out, like the examples."""
+    words = REWRITE.replace("{examples}", "\n".join(f"- {text}" for text in examples))
+    request = lm.request(prompt, *lm.read(lm.prompt(words.replace("{prompt}", prompt))), [])
+    (_, text, _), = lm.write([request], most=most, temperature=temperature, top_p=0.9, seed=seed)
+    return tidy(text) or prompt
+
+
+class Scorer:
+    """Of a clip and its caption, by a CLIP folder: the mean cosine of four frames and the text; and
+    with LAION's linear head (a file of weight [1, D] and bias [1]) the frames' mean aesthetics."""
+
+    def __init__(self, args, folder, rows, device):
+        config, weights = read_published(Path(args.clip, "config.json")), read_tensors(args.clip)
+        self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
+        self.text, sight = open_text_encoder(args.clip, device), config["vision_config"]
+        self.size, width = sight.get("image_size", 224), config["projection_dim"]
+        with torch.device("meta"):
+            model = nn.Module()
+            model.tower = clip_sight(sight, -1, keep_cls=True, post=True)()
+            model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
+            model.textual = nn.Linear(self.text.embed.embedding_dim, width, bias=False)
+        names = ((r"^visual_projection\.", "visual."), (r"^text_projection\.", "textual."),
+                 CLIP_TOWER)
+        sights = {name: t for name, t in weights.items() if not name.startswith("text_model.")}
+        self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")],
+                                   r"logit_scale\.weight", torch.float32, device, args.clip)
+        self.head = read_tensors(args.aesthetics) if args.aesthetics else None
+
+    @torch.no_grad()
+    def __call__(self, key, text):
+        frames, _ = pick_frames(("uniform", 4), self.folder, self.rows[key])
+        x = torch.stack([crop(frame, self.size)[0][0] for frame in frames]).to(self.device)
+        seen = F.normalize(self.model.visual(self.model.tower(x)[:, 0]), dim=-1)
+        ids = self.text.ids([text])[0].to(self.device)
+        said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
+        found = {"clip": (seen @ said[0]).mean().item()}
+        if self.head:
+            weight, bias = self.head["weight"].to(seen), self.head["bias"].to(seen)
+            found["aesthetic"] = F.linear(seen, weight, bias).mean().item()
+        return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Training a published captioner further
+# ------------------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and what is learnt beside it, of rank n; nothing at first."""
+
+    def __init__(self, base, n):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, n, bias=False)
+        self.up = nn.Linear(n, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
+    """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
+    to the decoder's layers, or all but the towers."""
+    model = open_vlm(init, device, dtype, tokenizer)
+    if tune == "lora":
+        torch.manual_seed(0)
+        for layer in model.decoder.layers:
+            for name, f in list(layer.named_children()):
+                if isinstance(f, nn.Linear):
+                    setattr(layer, name, LoRA(f, rank).to(device, dtype))
+    wanted = {"connector": r"connector\..*|tower\.merge\..*", "all": r"(?!tower|video_tower).*",
+              "lora": r".*\.[a-z]+\.(up|down)\.weight"}[tune]
+    for name, p in model.named_parameters():
+        p.requires_grad_(bool(re.fullmatch(wanted, name)) and ".base." not in name)
+    return model
+
+
+def open_captioner(path, device, dtype, tokenizer=None):
+    """The VLM of a published folder, or of a run that taught one further."""
+    config = read_published(path / "config.json")
+    if "kind" not in config:
+        return open_vlm(path, device, dtype, tokenizer)
+    args, step = read_config(path, "captioner")["args"], last_step(path)
+    if not is_finished(step, argparse.Namespace(**args)):
+        refuse(f"{path} has not finished training: run its caption.py --train command again")
+    model = open_tuned(args["init"], args["tune"], args["rank"], device, dtype, args["tokenizer"])
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in
+                           load_file(step / "model.safetensors").items()}, strict=False)
+    return model
+
+
+def learnt(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def answer_loss(model, requests, answers):
+    """Nats, summed over the answers' tokens (lists of ids, the stop among them)."""
+    decoder, device = model.decoder, model.decoder.embed.weight.device
+    xs, places, images = [], [], []
+    for request, ids in zip(requests, answers):
+        told = decoder.embed(torch.tensor(ids[:-1], device=device)) * model.plan.scales[0]
+        after = torch.arange(len(ids) - 1, device=device) + request.positions.max() + 1
+        xs.append(torch.cat([request.x, told]))
+        after = after.expand(*request.positions.shape[:-1], -1)
+        places.append(torch.cat([request.positions, after], -1).movedim(-1, 0))
+        images.append(F.pad(request.image, (0, len(ids) - 1)))
+    padded = [nn.utils.rnn.pad_sequence(each, True) for each in (xs, places, images)]
+    places = padded[1].movedim(-1, 0) if padded[1].dim() > 2 else padded[1]
+    lengths = torch.tensor([len(request.ids) for request in requests], device=device)
+    h = decoder(padded[0], places, image=padded[2] if model.plan.stack.expert else None,
+                prompts=lengths)
+    h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
+                   for row, request, ids in zip(h, requests, answers)])
+    wanted = torch.tensor([i for ids in answers for i in ids], device=device)
+    return F.cross_entropy(decoder.logits(h).float(), wanted, reduction="sum")
+
+
+def tune(args, run):
+    """Teaches a published captioner the captions, or the answers to the questions beside them."""
+    rank, world, device = setup(args, args.batch, "--batch")
+    folder, rows, held_out = captioned(args)
+    checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
+        "init": str(args.init), "tune": args.tune, "rank": args.rank}})
+    if is_finished(checkpoint, args):
+        return
+    model, step = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer), 0
+    optimizer = torch.optim.AdamW(learnt(model).values(), lr=args.lr, weight_decay=0.0)
+    if checkpoint:
+        step, saved = load_step(checkpoint)
+        model.load_state_dict(saved["model"], strict=False)
+        restore_optimizer(optimizer, model, saved["optimizer"])
+    stream, is_video = Stream(rows, args.seed), bool(model.plan.frames)
+    rule = args.frames or ("uniform", model.plan.frames or 1)
+    ask = text_option(args.prompt or STYLES[args.style][0])
+    ask = ask.replace("{what}", "video" if is_video else "image")
+
+    def read(row, caption):
+        frames, times = pick_frames(rule, folder, row)
+        ids = model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
+        prompt = model.prompt(caption.get("prompt") or ask)
+        gap = 2 * (times[1] - times[0]) if times[1:] else 2.0
+        frames = frames if is_video else frames[:1]
+        return row["key"], model.read(prompt, frames, is_video, gap), ids
+
+    def batch(step):
+        drawn = stream.take(step * args.batch, args.batch)[rank::world]
+        return list(zip(*(read(row, pick_caption(row, args, step)) for row in drawn)))
+
+    def learn(step, drawn):
+        keys, reads, answers = drawn
+        loss = answer_loss(model, model.requests(keys, reads), answers)
+        (loss / sum(map(len, answers)) * len(keys) / args.batch).backward()
+        count = torch.tensor(float(sum(map(len, answers))))
+        return ({"loss": torch.stack([loss.detach().cpu(), count])},
+                take_step(model, optimizer, lr_at(step, args)), keys)
+
+    @torch.no_grad()
+    def held_out_nats(done):
+        total, count = 0.0, 0
+        for row in held_out[:64]:
+            key, asked, ids = read(row, row["captions"][0])
+            total += answer_loss(model, model.requests([key], [asked]), [ids]).item()
+            count += len(ids)
+        return {"held_out": total / count}
+
+    fit(args, run, step, batch, learn, held_out_nats,
+        lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------
+
+
+def frame_rule(text):
+    """argparse type: (kind, number) of uniform:N, fps:X, key:N."""
+    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
+    if not match or not float(match[2] or match[4]):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
+    return match[1] or match[3], float(match[4]) if match[4] else int(match[2])
 
 
 def parse(argv=None):
@@ -1067,8 +2596,10 @@ def parse(argv=None):
     add = parser.add_argument_group("what to do").add_argument
     add("--train", action="store_true", help="train a captioner; else one captions the clips")
     add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
-    add("--vlm", help="the trained run that captions (NAME-captioner)")
+    add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
     add("--all", action="store_true", help="caption every clip, also those that have a caption")
+    add("--eval", action="store_true",
+        help="score the captions against the clips' own: BLEU, ROUGE-L, CIDEr")
     add("--batch", type=number(int, 1), default=32,
         help="clips a step, over all ranks, or at a time (%(default)s)")
     add = parser.add_argument_group("model").add_argument
@@ -1084,6 +2615,26 @@ def parse(argv=None):
         help="share of tokens hidden while it learns, 0 to 1 (%(default)s)")
     add("--vary", type=number(float, 0, 3), default=1.0,
         help="strength of the clips' variation, 0 (none) to 3 (%(default)s)")
+    add = parser.add_argument_group("published captioners").add_argument
+    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
+    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
+    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
+        "for image or video")
+    add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
+    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
+        "uniform:8, for --lm uniform:4, else uniform:1)")
+    add("--source", help="what the data set calls these captions (the folder's name and the style)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy (%(default)s)")
+    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
+        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
+    add("--clip", metavar="DIR", help="CLIP folder that scores text against frames (none)")
+    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
+    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
+    add("--tune", default="connector", choices=["connector", "lora", "all"],
+        help="what of --init learns (%(default)s)")
+    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
     args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
@@ -1091,11 +2642,18 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:            # what only measures is no part of this script
+        try:
+            peers = runpy.run_path(str(Path(__file__).with_name("tests") / "caption_peers.py"))
+        except ImportError as error:
+            refuse(f"bench needs transformers beside it: pip install transformers ({error})")
+        return peers["bench"](argv[1:])
     args = parse(argv)
     if not args.train:
         return caption(args)
     run = run_dir(args.run or f"{Path(args.name).name}-captioner")
-    train(args, run)
+    (tune if args.init else train)(args, run)
     print(f"{run}: trained; look at {run / 'samples'}", file=sys.stderr)
 
 

@@ -1,0 +1,377 @@
+"""caption.py's published captioners beyond test_parity's numbers: other layouts of the same weights,
+batches, draws, captions of real shards with all that stands beside them, and teaching one further."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import caption as c
+import prepare_data
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+LLAVA, QWEN = FIXTURES / "vlm-llava15", FIXTURES / "vlm-qwen2"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with data/set: 9 clips of different length in 3 shards, 4 with a caption, a still."""
+    folder, rows = tmp_path_factory.mktemp("families"), []
+    for i in range(9):
+        frames = []
+        for t in range(6 + 2 * i):
+            frame = np.full((40, 56, 3), 20 + 8 * i, np.uint8)
+            frame[10:22, 2 * t:12 + 2 * t] = (230, 50, 20 * i)
+            frames.append(frame)
+        prepare_data.write_video(folder / "videos" / f"{i}.mp4", frames, 8)
+        rows.append({"video": f"{i}.mp4", "split": "test" if i % 4 == 3 else "train"}
+                    | ({"caption": f"a red block number {i}"} if i % 2 else {}))
+    prepare_data.Image.fromarray(frames[0]).save(folder / "videos" / "still.png")
+    (folder / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), "set", "--videos", "videos",
+                    "--meta", "meta.jsonl", "--workers", "2", "--shard_sources", "4",
+                    "--min_seconds", "0.3"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def quick(home, monkeypatch):
+    monkeypatch.chdir(home)
+    return lambda *args: c.main([str(arg) for arg in args])
+
+
+def said(home, source):
+    return [json.loads(line) for path in sorted(home.glob(f"data/set/*.captions-{source}.jsonl"))
+            for line in open(path)]
+
+
+def changed(folder, source, config=None, rename=None, drop=()):
+    """A copy of a fixture with another config, other names of tensors, or without some."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("io.*"))
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    if config:
+        old = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(old | config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {rename(name) if rename else name: t for name, t in tensors.items() if name not in drop}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def refused(capsys, *args, call=None):
+    with pytest.raises(SystemExit) as left:
+        (call or c.main)(*args)
+    err = capsys.readouterr().err
+    assert left.value.code == 2 and err.count("\n") == 1, err
+    return err
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def answers(model, most=12):
+    frame = np.asarray(c.Image.open(LLAVA / "image.png").convert("RGB"))
+    text = model.prompt("Describe this image in detail.")
+    seen = [model.read(text, [frame])] if model.tower else [model.read(text)]
+    request, = model.requests(["a"], seen)
+    return next(c.generate(model.decoder, [request], 1, most))[1]
+
+
+def test_other_layouts_of_the_same_weights(tmp_path):
+    """Shards of .bin, transformers 5's names, LLaVA's own layout with its tower inside or beside."""
+    wanted = load_file(LLAVA / "io.safetensors")["generated"].tolist()
+    model = c.open_vlm(LLAVA)
+    assert answers(model) == wanted
+    frame = np.zeros((40, 60, 3), np.uint8)              # a question may spell the mark of a picture
+    assert model.read(model.prompt("is <image> a word?"), [frame])[0].count(-1) == 1
+    folder = changed(tmp_path / "bin", LLAVA)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"pytorch_model-{i + 1:05d}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        where.update(dict.fromkeys(part, file))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    assert answers(c.open_vlm(folder)) == wanted
+
+    def new_names(name):
+        if name.startswith("language_model.model"):
+            return name.replace("language_model.model", "model.language_model")
+        return name.removeprefix("language_model.") if "lm_head" in name else f"model.{name}"
+    assert answers(c.open_vlm(changed(tmp_path / "five", LLAVA, rename=new_names))) == wanted
+
+    def own_names(name):
+        for theirs, old in (("language_model.", ""), ("multi_modal_projector.linear_1", "model.mm_projector.0"),
+                            ("multi_modal_projector.linear_2", "model.mm_projector.2"),
+                            ("vision_tower.", "model.vision_tower.vision_tower.")):
+            name = name.replace(theirs, old)
+        return name
+    config = json.loads((LLAVA / "config.json").read_text())
+    own = config["text_config"] | {"model_type": "llava", "mm_vision_tower": "clip", "text_config": None,
+                                   "vision_config": None, "mm_projector_type": "mlp2x_gelu"}
+    folder = changed(tmp_path / "own", LLAVA, own, own_names)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
+    (folder / "clip").mkdir()
+    (folder / "clip" / "config.json").write_text(json.dumps({"vision_config": config["vision_config"]}))
+    model = c.open_vlm(folder)
+    assert model.plan.prompt.startswith("A chat between") and not model.plan.slot
+    model.plan.prompt = "USER: \0\n{q} ASSISTANT:"
+    assert answers(model) == wanted
+    inside = {name: t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file({name.replace("model.vision_tower.vision_tower.", ""): t for name, t in inside.items()
+               if "vision_tower" in name}, folder / "clip" / "model.safetensors")
+    save_file({name: t for name, t in inside.items() if "vision_tower" not in name},
+              folder / "model.safetensors")
+    model = c.open_vlm(folder)
+    model.plan.prompt = "USER: \0\n{q} ASSISTANT:"
+    assert answers(model) == wanted
+
+
+def test_sentencepiece_alone_gives_the_same_ids(tmp_path):
+    folder = changed(tmp_path / "pieces", LLAVA)
+    whole = c.Tokens(folder)
+    (folder / "tokenizer.json").unlink()
+    pieces = c.Tokens(folder)
+    for text in ("USER: <image>\nDescribe, 2024. ASSISTANT:", "a  b", "<pad>é🙂", ""):
+        assert whole.encode(text) == pieces.encode(text)
+        assert whole.decode(whole.encode(text)).strip() == pieces.decode(pieces.encode(text)).strip() \
+            or "<" in text
+    assert whole.first == pieces.first == [1] and len(whole) == len(pieces) == 386
+    assert pieces.id("<image>") == 384 and pieces.id("</s>") == 2 and pieces.id("nothing") is None
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(SystemExit):
+        c.Tokens(folder)
+
+
+def test_folders_that_are_refused(tmp_path, capsys):
+    def line(name, *args, **options):
+        return refused(capsys, changed(tmp_path / name, *args, **options), call=c.open_vlm)
+    assert "model_type falcon is no family" in line("kind", QWEN, {"model_type": "falcon"})
+    assert "rope_scaling yarn" in line("rope", QWEN, {"rope_scaling": {"type": "yarn", "factor": 2}})
+    assert "down.weight is missing" in line("less", QWEN, drop=("model.layers.1.mlp.down_proj.weight",))
+    assert "unexpected" in line("more", QWEN, rename=lambda name: name.replace("norm.", "nrm."))
+    assert "is [420, 64], not [421, 64]" in line("size", QWEN, {"vocab_size": 421})
+    assert "select strategy full" in line("take", LLAVA, {"vision_feature_select_strategy": "full"})
+    folder = changed(tmp_path / "sizes", QWEN)
+    (folder / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 64}')
+    assert "'num_hidden_layers' is missing" in refused(capsys, folder, call=c.open_vlm)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+def requests_of(model, texts):
+    return [model.request(text, *model.read(model.prompt(text)), []) for text in texts]
+
+
+def test_rows_do_not_depend_on_their_batch():
+    """Greedy and drawn: alone, in batches with rows that end and are replaced, with a shared
+    beginning or none; all text as recomputed without a cache."""
+    model, texts = c.open_vlm(QWEN), [f"{'tell me more ' * i}about {i}" for i in range(7)]
+    for how in ({}, {"temperature": 0.7, "top_p": 0.8, "seed": 3}):
+        alone = {}
+        for request in requests_of(model, texts):
+            (_, ids, score), = c.generate(model.decoder, [request], 1, 9, stop={7, 260}, **how)
+            alone[request.key] = ids, round(score, 4)
+        for batch in (2, 7):
+            found = {request.key: (ids, round(score, 4)) for request, ids, score in c.generate(
+                model.decoder, requests_of(model, texts), batch, 9, stop={7, 260}, **how)}
+            assert found == alone
+        assert len({tuple(ids) for ids, _ in alone.values()}) > 1
+    request = requests_of(model, texts)[3]
+    (_, ids, _), = c.generate(model.decoder, [request], 1, 9)
+    for i in range(9):
+        whole = torch.tensor([request.ids + ids[:i]])
+        h = model.decoder(model.decoder.embed(whole), torch.arange(whole.shape[1]))
+        assert model.decoder.logits(h)[0, -1].argmax() == ids[i]
+
+
+def test_choose():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0, 9.0]]).repeat(2000, 1)
+    assert c.choose(logits[:1], None, 0, 1.0, 5)[0].item() == 4
+    draws = torch.linspace(0, 0.9999, 2000)
+    token, logprob = c.choose(logits, draws, 1.0, 1.0, 4)            # 4: a padded row of the table
+    share = torch.bincount(token, minlength=5) / 2000
+    torch.testing.assert_close(share[:4], logits[0, :4].softmax(-1), atol=2e-3, rtol=0)
+    assert share[4] == 0
+    torch.testing.assert_close(logprob[0], logits[0].log_softmax(-1)[token[0]])
+    token, _ = c.choose(logits, draws, 1.0, 0.7, 4)                  # 0.64 + 0.24 reach 0.7
+    assert set(token.tolist()) == {1, 2}
+    token, _ = c.choose(logits, draws, 1.0, 1e-6, 4)
+    assert set(token.tolist()) == {1}
+
+
+def test_stop_marks_and_chat_templates(tmp_path):
+    model = c.open_vlm(QWEN)
+    assert model.plan.prompt == c.CHATML and model.stop == {406, 408}
+    model.plan.stop = ("how",)                                       # a text that is no token here
+    request, = requests_of(model, ["x"])
+    free = next(c.generate(model.decoder, [request], 1, 40))[1]
+    text = model.tokens.decode(free)
+    mark = text[4:6]
+    model.plan.stop, model.stop = (mark,), set()
+    (_, cut, _), = model.write([request], most=40)
+    assert cut == text.split(mark)[0].strip()
+    config = json.loads((QWEN / "tokenizer_config.json").read_text())
+    folder = changed(tmp_path / "inst", QWEN)
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        config | {"chat_template": "{{ '<|start_header_id|>' }}"}))
+    assert "<|im_start|>" in c.open_vlm(folder).prompt("q")          # its vocabulary decides first
+    assert c.rewrite(model, "a dog", ["A big dog runs."], most=8)
+
+
+def test_metrics_words():
+    assert c.words_of("The dog's bone isn't “here”, 3.5 m!") == [
+        "the", "dog", "'s", "bone", "is", "n't", "here", "3", "5", "m"]
+    scores = c.score_captions({"a": "x y", "b": ""}, {"a": ["x y", "z"], "b": ["q"]})
+    assert scores["rouge_l_each"] == {"a": 1.0, "b": 0.0} and scores["bleu"][0] > 0
+
+
+# -- captions of clips -----------------------------------------------------------------------------
+
+def test_frames_by_rule(home):
+    folder = home / "data" / "set"
+    rows = {row["source"]: row for row in prepare_data.open_dataset(folder)}
+    row = rows["8.mp4"]                                              # 22 frames, 8 a second
+    for rule, wanted in ((("uniform", 1), [11]), (("uniform", 4), [0, 7, 14, 21]),
+                         (("fps", 2.0), [2, 6, 10, 14, 18]), (("fps", 0.1), [21])):
+        frames, times = c.pick_frames(rule, folder, row)
+        assert [round(at * 8) for at in times] == wanted and len(frames) == len(wanted), rule
+    frames, times = c.pick_frames(("key", 3), folder, row)
+    assert len(frames) == 3 and times == sorted(times)
+    for rule in (("uniform", 1), ("uniform", 8), ("fps", 1.0), ("key", 2)):
+        frames, _ = c.pick_frames(rule, folder, rows["still.png"])
+        assert len(frames) >= 1 and frames[0].shape == (40, 56, 3)
+
+
+def test_captions_summaries_scores_and_rejects(home, quick, tmp_path, monkeypatch):
+    clip = clip_folder(tmp_path / "clip")
+    head = {"weight": torch.randn(1, 24), "bias": torch.ones(1)}
+    torch.save(head, tmp_path / "head.pth")
+    options = ["set", "--vlm", LLAVA, "--lm", QWEN, "--frames", "fps:2", "--max_tokens", 8, "--batch",
+               3, "--style", "tags", "--source", "both", "--clip", clip, "--aesthetics",
+               tmp_path / "head.pth", "--all", "--eval"]
+    monkeypatch.setattr(c, "fault", lambda text, style: "length" if "a" in text else None)
+    quick(*options)
+    folder = home / "data" / "set"
+    rows, found = prepare_data.open_dataset(folder), said(home, "both")
+    refused_rows = [json.loads(line) for path in folder.glob("*.rejected-captions-both.jsonl")
+                    for line in open(path)]
+    assert len(found) + len(refused_rows) == len(rows) == 10
+    assert all(row["rejected"] == "length" for row in refused_rows)
+    for row in found:
+        assert set(row["scores"]) == {"logprob", "logprob_frames", "clip", "aesthetic"}
+        assert -1 <= row["scores"]["clip"] <= 1 and row["prompt"].startswith("List what this image")
+    figures = json.loads((folder / "captions-both.eval.json").read_text())
+    assert 0 < figures["clips"] <= 4 and {"bleu_4", "rouge_l", "cider"} <= set(figures)
+    sources = {caption["source"] for row in rows for caption in row["captions"]}
+    assert sources == {"meta", "both"} and (folder / "captions-both.png").exists()
+    # done means done; cut anywhere, the same command ends with the same bytes
+    path = sorted(folder.glob("*.captions-both.jsonl"))[0]
+    kept, reject = path.read_bytes(), c.rejected_path(path)
+    before = path.stat().st_mtime_ns
+    quick(*options)
+    assert path.stat().st_mtime_ns == before
+    path.unlink()
+    lost = reject.read_bytes() if reject.exists() else None
+    Path(f"{path}.part").write_bytes(kept[:len(kept) // 2])
+    quick(*options)
+    assert path.read_bytes() == kept and not Path(f"{path}.part").exists()
+    assert lost is None or reject.read_bytes() == lost
+
+
+def clip_folder(folder):
+    """A small CLIP folder with both towers, random weights: the text part is the fixture's."""
+    text = FIXTURES / "clip-text"
+    source = text / "encoder" if (text / "encoder").exists() else text
+    shutil.copytree(source, folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    config, tensors = json.loads((folder / "config.json").read_text()), {}
+    for name, t in c.read_tensors(source).items():
+        tensors[name if name.startswith("text_model.") else f"text_model.{name}"] = t.clone()
+    vision = json.loads((LLAVA / "config.json").read_text())["vision_config"]
+    for name, t in load_file(LLAVA / "model.safetensors").items():
+        if name.startswith("vision_tower."):
+            tensors[name.removeprefix("vision_tower.")] = t.float()
+    tensors["visual_projection.weight"] = torch.randn(24, 48)
+    width = tensors["text_model.final_layer_norm.weight"].shape[0]
+    tensors["text_projection.weight"] = torch.randn(24, width)
+    tensors["logit_scale"] = torch.tensor(4.6)
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(
+        {"model_type": "clip", "projection_dim": 24, "text_config": config, "vision_config": vision}))
+    return folder
+
+
+def test_faults_and_tidy():
+    good = "A red block slides to the right over a grey floor, slowly, in soft light."
+    assert c.fault(good, "long") is None and c.fault(good, "short") is None
+    for text, reason in (("", "empty"), ("...!", "empty"), ("I'm sorry, I cannot see this.", "refusal"),
+                         ("a red block moves " * 9, "repeated"), ("Well done.", "length"),
+                         ("aaaaaaaaaaaaaaaaaaaa one two three four five six seven", "repeated"),
+                         ("红色的方块 在 灰色 的 地面 上 慢慢 地 向 右 滑动 着", "language")):
+        assert c.fault(text, "long") == reason, text
+    assert c.tidy("The image shows a dog.\n It runs.") == "A dog. It runs."
+    assert c.tidy("This video clip") == "This video clip"
+
+
+def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
+    def line(*args):
+        return refused(capsys, *args, call=quick)
+    assert "give --lm DIR" in line("set", "--vlm", LLAVA, "--frames", "uniform:4")
+    assert "language model alone" in line("set", "--vlm", QWEN)
+    assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "all")
+    assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "fps:0")
+    assert "config.json is missing" in line("set", "--vlm", LLAVA, "--lm", tmp_path / "no")
+    assert "--top_p" in line("set", "--vlm", LLAVA, "--top_p", 0)
+
+
+# -- teaching --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tune", ["connector", "lora", "all"])
+def test_a_published_captioner_learns(home, quick, tune):
+    """Its loss falls, only what is named changes, a run that is killed goes on bit for bit."""
+    options = ["set", "--train", "--init", LLAVA, "--tune", tune, "--steps", 6, "--batch", 2, "--lr",
+               0.003, "--warmup", 1, "--save_every", 2, "--eval_every", 3, "--log_every", 1,
+               "--style", "tags", "--run"]
+    if tune == "lora":
+        process = subprocess.Popen([sys.executable, str(ROOT / "caption.py"), *map(str, options),
+                                    "broken-lora"], cwd=home, stderr=subprocess.DEVNULL,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        until = time.time() + 120
+        while not (home / "runs/broken-lora/step-000002").exists() and time.time() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        quick(*options, "broken-lora")
+    quick(*options, f"whole-{tune}")
+    log = [json.loads(line) for line in open(home / f"runs/whole-{tune}/log.jsonl")]
+    assert log[-1]["held_out"] < log[2]["held_out"] and len(log) == 6
+    learnt = load_file(home / f"runs/whole-{tune}/step-000006/model.safetensors")
+    if tune == "lora":
+        other = load_file(home / "runs/broken-lora/step-000006/model.safetensors")
+        assert learnt.keys() == other.keys() and all(torch.equal(learnt[k], other[k]) for k in learnt)
+        assert {name.split(".")[-2] for name in learnt} == {"up", "down"}
+    if tune == "connector":
+        assert all(name.startswith("connector.") for name in learnt) and len(learnt) == 4
+    model = c.open_captioner(home / "runs" / f"whole-{tune}", "cpu", torch.float32)
+    before = c.open_vlm(LLAVA).state_dict()
+    after = {name.replace(".base.", "."): t for name, t in model.state_dict().items()}
+    different = {name for name, t in before.items() if not torch.equal(t, after[name])}
+    assert different == (set(learnt) if tune != "lora" else set())
+    if tune == "lora":
+        quick("set", "--vlm", "whole-lora", "--max_tokens", 6, "--style", "tags")
+        assert (home / "data" / "set" / "captions-whole-lora-tags.png").exists()
