@@ -1,28 +1,33 @@
 """Raw videos and stills, with a data set's own metadata -> shots -> filtered clips -> shards.
 
 What goes in    a folder of videos and stills of any size, rate, length, codec and state of health;
-                optionally a metadata file with captions, times, splits and labels
+                optionally metadata with captions, times, splits and labels, in our own columns or
+                as a data set publishes it (FORMATS is the table of readers)
 What comes out  data/NAME/, which every later stage reads:
     shard-00000.tar             the clips, KEY.mp4 (a still keeps its own bytes) and KEY.json, for
                                 any WebDataset reader
     shard-00000.jsonl           a row a clip: key, offset and length in the tar, source, times,
-                                frames, rate, size, split, label, scores, captions
+                                frames, rate, size, split, label, captions, scores (SCORES), hash
     shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
                                 file), reason, figure, threshold
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
 
 The idea        Each video is decoded twice, in order, a frame at a time. The first pass sees small
-                pictures only: it finds the cuts and scores each shot. The second encodes what the
-                filters keep, at its own size and rate unless an option caps them. A shard is a
-                fixed block of the sorted sources, made by one process; each file is written under
-                a temporary name and renamed. So a run killed at any instant and started again ends
-                with the same bytes, and so does any number of workers or parts; and a decoder that
-                crashes or hangs costs one file.
+                pictures only: it finds cuts, fades and dissolves, and scores each shot. The second
+                encodes what the filters keep, at its own size and rate unless an option caps them
+                (what is plain H.264 as a whole is copied). A shard is a fixed block of the sorted
+                sources, made by one process; each file is written under a temporary name and
+                renamed. So a run killed at any instant and started again ends with the same bytes,
+                and so does any number of workers or parts; and a decoder that crashes or hangs
+                costs one file. Memory holds neither the metadata nor a video.
 
     python prepare_data.py demo                                 half a minute; makes its own videos
-    python prepare_data.py mine --videos ~/videos --meta ~/captions.csv
+    python prepare_data.py mine --videos ~/videos --meta ~/captions.csv --min_flow 0.02
+    python prepare_data.py panda --videos ~/panda --meta panda70m_training_2m.csv --format panda70m
     python prepare_data.py mine --videos ~/videos --part 3/64   job arrays; torchrun likewise
     python prepare_data.py mine --videos ~/videos --finish      join the parts, if none of them did
+    python prepare_data.py mine --videos ~/videos --report      look at data/mine/report/
+    python prepare_data.py bench --videos ~/videos              frames a second of each step
 
 Rules           Time 0 is a file's first frame; only the frames' timestamps count, no header does.
                 A bad packet is skipped and counted (scores: bad_packets); decoding goes on.
@@ -179,7 +184,7 @@ def read_json(path):
 
 PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
           **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
-             for bits in (10, 12)}}      # pixel formats whose planes we read: sample, levels a level
+             for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
 
 
 class Unreadable(Exception):
@@ -564,9 +569,11 @@ class Scan:
     """What the first pass over a video leaves: a few numbers a frame.
     times [T] s; change [T]: mean difference to the frame before (levels; inf at the start); back
     {frame: the same to the frames 1..REACH before} and alike {frame: likeness across it}, about
-    what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny [T, 3, h, w]: thumbnails; sharp {frame: sharpness}; samples
-    {frame: Sample}; sizes {frame: (width, height)} from which the stored size is another; breaks:
-    frames that begin a new shot whatever they show, for their size or after a gap in time."""
+    what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny [T, 3, 12, 12]:
+    thumbnails; sharp {frame: sharpness}; samples {frame: Sample}; bits [T + 1]: of all packets
+    before the frame; sizes {frame: (width, height)} from which the stored size is another; breaks:
+    frames that begin a new shot whatever they show, for their size or after a gap in time. level:
+    "all", "few" (no alike, tiny, samples), or "cuts" (no tiny, samples)."""
 
     def __init__(self, video, level="all"):
         stamps, change, light, spread, self.sharp, self.sizes = [], [], [], [], {}, {}
@@ -663,7 +670,7 @@ class Scan:
 
 
 class Sample:
-    """What a closer look at frame n tells: flow, mean speed of its blocks in diagonals a second, and
+    """What a closer look at frame n tells: flow, mean speed of its blocks, diagonals a second, and
     pan, their median velocity [2] (None at the start); since: the frame that it was compared to;
     border: share of the picture that is black at each edge (top, bottom, left, right); text: share
     of its cells that look like writing; edges: where its strong edges are; thumb uint8 [24, 24]."""
@@ -796,7 +803,8 @@ def find_cuts(scan, ratio, min_shot):
     by `ratio` times what is usual, and for good: behind a flash all is as before it. Usual is the
     second largest change of the WINDOW frames on both sides (the largest may be another cut, or
     half of this one) or, if less, 1.25 times the mean of either side's largest (a still shot before
-    a fast one). A lamp switched on leaves the picture's structure as it was. Of cuts less than `min_shot` s apart, or from the start, the greatest stays."""
+    a fast one). A lamp switched on leaves the picture's structure as it was. Of cuts less than
+    `min_shot` s apart, or from the start, the greatest stays."""
     change, n = scan.change, len(scan.times)
     found = {frame: math.inf for frame in scan.breaks}
     for j in range(1, n):
@@ -870,7 +878,11 @@ def dissolves(scan, n, hard):
             rest = np.sqrt(((inner - parts[:, None] * way) ** 2).sum(1) / (way @ way))
             quiet = [float(np.abs(x - y).mean() / np.abs(way).mean())
                      for x, y in zip(outer[::2], outer[1::2])]
-            if scan.spread[[first, first + n]].max() > 8 and rest.max() < 0.35 and max(quiet) < 0.4 and np.diff(parts[::max(1, n // 8)]).min() > 0 \
+            ends, mid = scan.spread[[first, first + n]], scan.spread[first + n // 2]
+            # two pictures mixed have less contrast than their mean, one that brightens has not
+            is_mixed = mid < (np.hypot(*ends) / 2 + ends.mean()) / 2 + 0.5
+            if ends.max() > 8 and is_mixed and rest.max() < 0.35 \
+                    and max(quiet) < 0.4 and np.diff(parts[::max(1, n // 8)]).min() > 0 \
                     and likeness(outer[1][0], outer[2][0]) < 0.3:
                 found.append((float(np.abs(way).mean() * (1 - rest.max() - max(quiet))),
                               first + 1, first + n))
@@ -924,7 +936,7 @@ def panda70m(row):
 
 
 def shot2story(row):
-    """A clip's summary, then each shot's caption; shots are named CLIP_FIRST_LAST.mp4, in frames."""
+    """A clip's summary, then each shot's caption; shots are CLIP_FIRST_LAST.mp4, in frames."""
     if "clip_id" in row:                                            # NAME_meta.csv
         yield {"video": row["clip_id"], "label": ast.literal_eval(row["categories"])[0]}
         return
@@ -1079,7 +1091,9 @@ def read_metadata(paths, form, sources, database):
     with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
         store.executescript("pragma journal_mode=off; pragma synchronous=off; "
                             "create table facts(source, fact); create table rejects(reject)")
+        is_right = False
         for n, (name, fact) in enumerate(read_facts(paths, form), 1):
+            is_right = is_right or fact is not None
             if fact is None:
                 lost.append([json.dumps(rejection(None, "malformed metadata row", figure=n))])
             else:
@@ -1096,6 +1110,9 @@ def read_metadata(paths, form, sources, database):
                 store.executemany("insert into facts values(?, ?)", facts)
                 store.executemany("insert into rejects values(?)", lost)
                 facts, lost = [], []
+        if not is_right:
+            refuse(f"no row of {paths[0]} reads as --format {form}: is it another's, or does its "
+                   "first line not name the columns?")
         store.executemany("insert into facts values(?, ?)", facts)
         store.executemany("insert into rejects values(?)", lost)
         store.execute("create index by_source on facts(source)")
@@ -1126,7 +1143,7 @@ def read_facts(paths, form):
 
 
 def read_fact(row, split=None):
-    """(file name, fact) of one of our rows; raises ValueError, TypeError or KeyError on a bad one."""
+    """(file name, fact) of one of our rows; raises ValueError, TypeError, KeyError on a bad one."""
     name = str(row.get("video") or row.get("path") or row["file"])
     start, end, frames = seconds(row.get("start")), seconds(row.get("end")), row.get("frames")
     texts = row.get("caption") or row.get("text") or []
@@ -1179,7 +1196,8 @@ def seconds(value):
 def beside(source, texts):
     """Facts of the formats without --meta: `texts` {suffix: text} are the files NAME.txt (caption)
     and NAME.json (our keys) beside the source; its folder is its label, and may name its split."""
-    folders, more = [name for name in source.split("/")[:-1] if Path(name).suffix not in ARCHIVES], {}
+    folders, more = source.split("/")[:-1], {}
+    folders = [name for name in folders if Path(name).suffix not in ARCHIVES]
     with contextlib.suppress(ValueError):
         more = json.loads(texts.get(".json", "{}"))
     classes = [texts[".cls"].strip()] if ".cls" in texts else [
@@ -1194,8 +1212,8 @@ def beside(source, texts):
 
 
 def told(source, facts, start, end):
-    """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts: those
-    that hold at least half of the clip, or speak of the whole file. The split of a file of which no
+    """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
+    hold at least half of the clip, or speak of the whole file. The split of a file of which no
     fact names one is drawn by its name: one in twenty 'val', the rest 'train'."""
     mine = [f for f in facts if f["start"] is None
             or min(end, f["end"]) - max(start, f["start"]) >= (end - start) / 2 - 1e-6]
@@ -1259,7 +1277,8 @@ def failure(row, options):
 def caption_fault(text, options):
     """(reason, figure, threshold) of a caption that fails a filter, or None. A Chinese, Japanese or
     Korean character counts as a word."""
-    words = re.findall("[\u3040-\u9fff\uac00-\ud7a3]|[^\\W\u3040-\u9fff\uac00-\ud7a3]+", text.lower())
+    east = r"\u3040-\u9fff\uac00-\ud7a3"
+    words = re.findall(rf"[{east}]|[^\W{east}]+", text.lower())
     pairs, letters = list(zip(words, words[1:])), [c for c in text if c.isalpha()]
     repeated = round(1 - len(set(pairs)) / max(1, len(pairs)), 4)
     own = sum(unicodedata.name(c, "").startswith(options["alphabet"] or "") for c in letters)
@@ -1764,8 +1783,8 @@ def finish(folder, plan, database):
     sweep(folder)
     (folder / "facts.db").unlink(missing_ok=True)
     print(f"{folder}: {len(rows)} clips ({counts['seconds']:.0f} s, {counts['captioned_clips']} "
-          f"captioned) of {len(plan['sources'])} files; {reasons.total()} rejects in rejected.jsonl, "
-          f"{len(duplicates)} duplicates; look at {folder / 'contact.png'}")
+          f"captioned) of {len(plan['sources'])} files; {reasons.total()} rejects in "
+          f"rejected.jsonl, {len(duplicates)} duplicates; look at {folder / 'contact.png'}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -1895,7 +1914,7 @@ def read_clip(folder, row):
     return np.stack(list(clip_frames(folder, row)))
 
 
-# -- for people -----------------------------------------------------------------------------------
+# -- for people ------------------------------------------------------------------------------------
 
 def report(folder, root):
     """report/ of a finished data set: report.txt (how scores are spread, what other bounds would
@@ -1908,8 +1927,9 @@ def report(folder, root):
     values = {name: np.sort(found) for name, found in values.items() if found}
     marks = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
     lines = [f"{len(rows)} clips, {len(rejects)} rejects, {len(twins)} duplicates", "",
-             "How the kept clips' scores are spread, by percent of the clips; as a lower bound, the "
-             "value below 10 loses 10%", f"{'':12}" + "".join(f"{mark:>10}" for mark in marks)]
+             "How the kept clips' scores are spread, by percent of the clips (a lower bound of "
+             "what stands under 10 would lose 10% of them)",
+             f"{'':12}" + "".join(f"{mark:>10}" for mark in marks)]
     lines += [f"{name:12}" + "".join(f"{v:10.4g}" for v in np.percentile(found, marks))
               for name, found in values.items()]
     lines += ["", "Why clips and files were left out, and the bound that would have let a quarter, "
@@ -2181,8 +2201,8 @@ def parse_options(argv=None):
     add("--alphabet", type=str.upper, metavar="NAME", help="Unicode's name, such as LATIN or CJK, "
         "of which nine in ten of a caption's letters must be")
     add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
-    add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption, and "
-        "loses the others, or all must be good (%(default)s)")
+    add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
+        "and loses the others, or all must be good (%(default)s)")
     add("--near", type=number(float, 0, 0.3), default=0.11, metavar="X", help="near-duplicates "
         "differ in less of their hashes' bits, 0 (equal bytes only) to 0.3 (%(default)s)")
     add = parser.add_argument_group("caps").add_argument

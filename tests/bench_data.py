@@ -4,8 +4,9 @@ pass beside a bare decode of the same files, in one process; of three rounds the
     python prepare_data.py bench --videos DIR [--meta expected.jsonl]
 
 With a list of cuts (JSON lines: file, cuts, gradual; frame numbers) it prints precision and recall
-of hard cuts, two frames either way, beside PySceneDetect's detectors and ffmpeg's where `scenedetect`
-and `imageio_ffmpeg` can be imported; detections inside a listed fade or dissolve count neither way.
+of hard cuts, two frames either way, beside PySceneDetect's detectors and ffmpeg's where
+`scenedetect` and `imageio_ffmpeg` can be imported; what is
+detected inside a listed fade or dissolve counts neither way.
 """
 import contextlib
 import math
@@ -42,7 +43,8 @@ def stages(root, args):
         list(pd.clips_of(root, path.relative_to(root).as_posix(), [], vars(args)))
         return 0
 
-    return {"decode": decode, "decode, cuts": cuts, "decode, cuts, fades, scores, hashes": everything,
+    return {"decode": decode, "decode, cuts": cuts,
+            "decode, cuts, fades, scores, hashes": everything,
             "the same, clips encoded": encoding}
 
 
@@ -121,7 +123,7 @@ def table(root, path, args):
                          for row in rows], axis=0)
         right, wrong, missed = counts.tolist()
         print(f"{name:20} right {right:3} wrong {wrong:3} missed {missed:3}  F1 "
-              f"{2 * right / (2 * right + wrong + missed):.3f}  {time.process_time() - began:6.1f} s")
+              f"{2 * right / (2 * right + wrong + missed):.3f} {time.process_time() - began:7.1f} s")
     hits = total = extra = 0
     for row in rows:
         listed = [[a, b] for kind, a, b in row.get("gradual") or []]

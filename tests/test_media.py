@@ -18,14 +18,14 @@ import prepare_data as pd  # noqa: E402
 from test_prepare_data import SCRIPT, bytes_of, encode, row_lines, run, worker_of  # noqa: E402
 
 SHARED = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared/data"))
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data is not beside the checkout")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data is not there")
 
 
 def scenery(seed, n, speed=(0.6, 0.2), size=(192, 112), shake=0.0):
     """n frames of a cloudy coloured texture under a moving window; shake in px."""
     random, (width, height) = np.random.default_rng(seed), size
-    y, x = np.mgrid[:height * 2, :width * 2]
-    wide = np.zeros((height * 2, width * 2, 3))
+    y, x = np.mgrid[:height * 2, :width * 3]
+    wide = np.zeros((height * 2, width * 3, 3))
     for k in range(24):
         fx, fy = random.normal(0, 0.02 + 0.004 * k, 2)
         wide += 60 / (1 + k / 6) * np.sin(x * fx + y * fy + random.uniform(0, 6))[..., None] \
@@ -185,7 +185,8 @@ def test_where(capsys):
     for text, want in {
             "flow>0.1": "a", "flow > 1e-1": "a", "not flow>0.1": "bc",
             "flow < 0.1 or fps >= 25": "ab", "split == 'test'": "b", "split != \"test\"": "ac",
-            "text <= 0 and (flow > 1 or fps == 25)": "a", "flow>=-1 and not (text>0.1)": "a"}.items():
+            "text <= 0 and (flow > 1 or fps == 25)": "a",
+            "flow>=-1 and not (text>0.1)": "a"}.items():
         assert "".join(row["key"] for row in pd.where(rows, text)) == want, text
     for text in ("", "flow", "flow >", "flow > 0.1 and", "(flow > 1", "flow > 1)", "speed > 1",
                  "flow > x", "__import__('os')", "flow > 1; 2", "flow = 1", "1 < flow"):
@@ -292,8 +293,8 @@ def test_a_worker_that_stands_still_costs_one_file(tmp_path):
     (tmp_path / "in").mkdir()
     encode(tmp_path / "in/a.mp4", scenery(1, 40, size=(640, 360)) * 30, fps=25, crf="30")
     encode(tmp_path / "in/b.mp4", scenery(2, 40), fps=25)
-    going = subprocess.Popen([sys.executable, str(SCRIPT), "set", "--videos", "in", "--timeout", "4",
-                              "--workers", "1"], cwd=tmp_path, stderr=subprocess.DEVNULL,
+    command = [sys.executable, str(SCRIPT), "set", "--videos", "in", "--timeout", "4"]
+    going = subprocess.Popen(command + ["--workers", "1"], cwd=tmp_path, stderr=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL)
     stopped = None
     while stopped is None and going.poll() is None:
@@ -304,8 +305,8 @@ def test_a_worker_that_stands_still_costs_one_file(tmp_path):
             stopped = child
         time.sleep(0.02)
     assert going.wait(120) == 0 and stopped
-    assert [(r["source"], r["reason"]) for r in row_lines(tmp_path / "data/set/rejected.jsonl")] == [
-        ("a.mp4", "timed out")]
+    rejects = row_lines(tmp_path / "data/set/rejected.jsonl")
+    assert [(r["source"], r["reason"]) for r in rejects] == [("a.mp4", "timed out")]
     assert [row["source"] for row in pd.open_dataset(tmp_path / "data/set")] == ["b.mp4"]
 
 

@@ -44,9 +44,10 @@ def write(path, text):
 
 # -- rows as published -----------------------------------------------------------------------------
 
-PANDA = """videoID,url,timestamp,caption,matching_score,desirable_filtering,shot_boundary_detection\r
--a1,https://y/-a1,"[['0:00:00.000', '0:00:01.000'], ['0:00:01', '1:00:02.500']]","['A dog''s ""day"".', \
-"it's"]","[0.45, 0.5]","['desirable', '1_still_foreground_image']","[['0:00:00.000', '0:00:01.000']]"\r
+PANDA = """videoID,url,timestamp,caption,matching_score,desirable_filtering,shot_boundary_detection
+-a1,https://y/-a1,"[['0:00:00.000', '0:00:01.000'], ['0:00:01', '1:00:02.500']]",\
+"['A dog''s ""day"".', "it's"]","[0.45, 0.5]","['desirable', '1_still_foreground_image']",\
+"[['0:00:00.000', '0:00:01.000']]"\r
 gone,https://y/gone,"[['0:00:16.300', '0:00:32.566']]","['lost']","[0.4]","['desirable']","[[]]"\r
 -a1,https://y/-a1,"[['0:00:00.000', '0:00:01.0"""
 
@@ -162,7 +163,8 @@ def test_videoinstruct(tmp_path):
 
 
 def test_ucf101(tmp_path):
-    write(tmp_path / "trainlist01.txt", "HandstandPushups/v_HandStandPushups_g08_c01.avi 37\r\n\r\n")
+    write(tmp_path / "trainlist01.txt",
+          "HandstandPushups/v_HandStandPushups_g08_c01.avi 37\r\n\r\n")
     write(tmp_path / "testlist01.txt", "YoYo/v_YoYo_g01_c01.avi\r\n")
     write(tmp_path / "testlist02.txt", "YoYo/v_YoYo_g08_c01.avi\r\n")
     sources = ["HandstandPushups/v_HandStandPushups_g08_c01.avi", "YoYo/v_YoYo_g01_c01.avi"]
