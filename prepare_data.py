@@ -2203,7 +2203,7 @@ def parse_options(argv=None):
     add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
     add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
         "and loses the others, or all must be good (%(default)s)")
-    add("--near", type=number(float, 0, 0.3), default=0.11, metavar="X", help="near-duplicates "
+    add("--near", type=number(float, 0, 0.3), default=0.15, metavar="X", help="near-duplicates "
         "differ in less of their hashes' bits, 0 (equal bytes only) to 0.3 (%(default)s)")
     add = parser.add_argument_group("caps").add_argument
     add("--crop", action="store_true", help="cut black borders off")
