@@ -911,7 +911,7 @@ def find_shots(scan, fps, options):
         first, stop = (0 if begin == first == 0 else first), (n if end == n == stop else stop)
         if options["trim"]:
             inside = np.searchsorted(scan.times, (scan.times[first] + options["trim"] - 1e-6,
-                                                  scan.end(stop, fps) - options["trim"] + 1e-6))
+                                                  scan.end(stop, fps) - options["trim"] - 1e-6))
             first, stop = int(inside[0]), int(inside[1])
         first = min(first, n - 1)
         shots.append((begin, end, first, max(stop, first + 1)))
@@ -1162,11 +1162,11 @@ def read_fact(row, split=None):
         fact["frames"] = frames
     if row.get("prompt"):
         fact["prompt"] = str(row["prompt"])
-    scores = {key: number_of(row[key]) for key in row.keys() - OURS}
-    scores = {key: scores[key] for key in sorted(scores) if scores[key] is not None}
+    scores = {key: value for key in row if key not in OURS
+              and (value := number_of(row[key])) is not None}
     if scores:
         fact["scores"] = scores
-    return os.path.normpath(name).replace(os.sep, "/"), fact
+    return os.path.normpath(name).replace(os.sep, "/") if "/" in name else name, fact
 
 
 OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "prompt", "split",
@@ -1175,10 +1175,10 @@ OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "p
 
 def number_of(value):
     """A finite number, or a text that is one; else None."""
-    with contextlib.suppress(ValueError, TypeError):
-        if math.isfinite(value := float(value)):
-            return value
-    return None
+    try:
+        return value if math.isfinite(value := float(value)) else None
+    except (ValueError, TypeError):
+        return None
 
 
 def seconds(value):
@@ -1397,11 +1397,9 @@ def copied(video, scan, clips, options):
                     packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
                     packet.stream = to
                     target.mux(packet)
-        with av.open(io.BytesIO(out.getvalue())) as again:
-            again.streams.video[0].thread_type = "NONE"
-            if sum(1 for _ in again.decode(video=0)) != n:
-                return None
-    except (FFmpegError, TypeError, ValueError):       # packets without times; not to be in an MP4
+        if sum(1 for _ in Video(Member(out.getvalue(), ".mp4"), video.beat)) != n:
+            return None
+    except (FFmpegError, TypeError, ValueError, Unreadable):    # no times; not to be in an MP4
         return None
     row["width"], row["height"] = width, height
     return row, out.getvalue()
@@ -1480,8 +1478,8 @@ def video_hash(samples):
 
 
 def near_duplicates(rows, near):
-    """[(row, the row that stays, distance)]: clips of about the same length whose hashes differ in
-    less than `near` of their bits, one of them perhaps cropped. Of such clips the one with the most
+    """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
+    hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the one with the most
     pixels stays, then the one with the most bytes, then the first; each is compared with those that
     stay only, so that likeness does not creep from clip to clip."""
     known = sorted((i for i, row in enumerate(rows) if row.get("hash")),
@@ -1490,6 +1488,7 @@ def near_duplicates(rows, near):
         return []
     length = np.array([rows[i]["end"] - rows[i]["start"] for i in known])
     stills = np.array([rows[i]["fps"] is None for i in known])
+    light = np.array([rows[i]["scores"]["brightness"] for i in known])
     bits = np.frombuffer(bytes.fromhex("".join("".join(rows[i]["hash"]) for i in known)),
                          np.uint8).reshape(len(known), -1, 32).view(np.uint64)
     stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
@@ -1497,7 +1496,8 @@ def near_duplicates(rows, near):
         b = slice(a + 1, stop[a])
         apart = np.minimum(*(np.bitwise_count(one).sum(2, dtype=int).min(1) for one in (
             bits[b] ^ bits[a, :1], bits[b, :1] ^ bits[a]))) / 256
-        for k in np.flatnonzero((apart < near) & (stills[b] == stills[a])).tolist():
+        alike = (apart < near) & (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
+        for k in np.flatnonzero(alike).tolist():
             i, j = known[a], known[a + 1 + k]
             pairs.setdefault(i, []).append((float(apart[k]), j))
             pairs.setdefault(j, []).append((float(apart[k]), i))
@@ -2146,6 +2146,31 @@ def words_of(text):
     return sorted(set(Path(text).read_text(encoding="utf-8").lower().split()))
 
 
+def add_filters(parser):
+    """The options of scores, filters and near-duplicates."""
+    whole, real = number(int, 0), number(float, 0)
+    add = parser.add_argument_group(
+        "filters: clips that fail go to rejected.jsonl; no bound unless one is given").add_argument
+    add("--scores", choices=["all", "few"], default="all", help="few: cuts by change alone, no "
+        f"fades, dissolves and near-duplicates; only {', '.join(FEW[:-1])} (%(default)s)")
+    for name, (what, *reasons) in SCORES.items():
+        for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
+            start = DEFAULTS.get(f"{bound}_{name}")
+            add(f"--{bound}_{name}", type=real, default=start, metavar="X",
+                help=f"{word} {what}" + (f" ({start:g})" if start else ""))
+    add("--min_words", type=whole, default=0, metavar="N", help="of a caption (%(default)s)")
+    add("--max_words", type=whole, metavar="N", help="of a caption")
+    add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
+        help="greatest share of a caption's pairs of words that came before, 0 to 1 (%(default)s)")
+    add("--alphabet", type=str.upper, metavar="NAME", help="Unicode's name, such as LATIN or CJK, "
+        "of which nine in ten of a caption's letters must be")
+    add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
+    add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
+        "and loses the others, or all must be good (%(default)s)")
+    add("--near", type=number(float, 0, 0.3), default=0.15, metavar="X", help="near-duplicates "
+        "differ in less of their hashes' bits, 0 (equal bytes only) to 0.3 (%(default)s)")
+
+
 def parse_options(argv=None):
     """The options; `shaping` lists those that change the result, which plan.json holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -2185,26 +2210,7 @@ def parse_options(argv=None):
         "colours differ less, levels of 0..255; 0: never (%(default)s)")
     add("--trim", type=real, default=0.0, metavar="S",
         help="cut off at both ends of a shot, s, 0 or more (%(default)s)")
-    add = parser.add_argument_group(
-        "filters: clips that fail go to rejected.jsonl; no bound unless one is given").add_argument
-    add("--scores", choices=["all", "few"], default="all", help="few: cuts by change alone, no "
-        f"fades, dissolves and near-duplicates; only {', '.join(FEW[:-1])} (%(default)s)")
-    for name, (what, *reasons) in SCORES.items():
-        for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
-            start = DEFAULTS.get(f"{bound}_{name}")
-            add(f"--{bound}_{name}", type=real, default=start, metavar="X",
-                help=f"{word} {what}" + (f" ({start:g})" if start else ""))
-    add("--min_words", type=whole, default=0, metavar="N", help="of a caption (%(default)s)")
-    add("--max_words", type=whole, metavar="N", help="of a caption")
-    add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
-        help="greatest share of a caption's pairs of words that came before, 0 to 1 (%(default)s)")
-    add("--alphabet", type=str.upper, metavar="NAME", help="Unicode's name, such as LATIN or CJK, "
-        "of which nine in ten of a caption's letters must be")
-    add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
-    add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
-        "and loses the others, or all must be good (%(default)s)")
-    add("--near", type=number(float, 0, 0.3), default=0.15, metavar="X", help="near-duplicates "
-        "differ in less of their hashes' bits, 0 (equal bytes only) to 0.3 (%(default)s)")
+    add_filters(parser)
     add = parser.add_argument_group("caps").add_argument
     add("--crop", action="store_true", help="cut black borders off")
     add("--max_side", type=whole, default=0, metavar="PX",

@@ -516,13 +516,6 @@ def test_a_decoder_that_kills_its_process_costs_one_file(slow):
     assert [row["source"] for row in pd.open_dataset(slow / "data/crash")] == ["b.mp4"]
 
 
-def test_a_decoder_that_hangs_costs_one_file(slow):
-    run(slow, "hang", "--videos", "videos", "--timeout", 1)
-    assert [(r["source"], r["reason"]) for r in row_lines(slow / "data/hang/rejected.jsonl")] == [
-        ("a.mp4", "timed out")]
-    assert [row["source"] for row in pd.open_dataset(slow / "data/hang")] == ["b.mp4"]
-
-
 # -- the demo, small parts, wrong input ------------------------------------------------------------
 
 def test_demo(tmp_path):
