@@ -104,14 +104,15 @@ def test_cut_lists(tmp_path):
     for row in row_lines(SHARED / "expected.jsonl"):
         if row.get("cuts") is None:
             continue
-        cuts, spans, _ = bench_data.ours(SHARED / row["file"], options)
+        cuts, spans, times = bench_data.ours(SHARED / row["file"], options)
         listed = row.get("gradual") or []
         counts = bench_data.judge(cuts, row["cuts"], listed)
         right, wrong, missed = (x + y for x, y in zip((right, wrong, missed), counts))
         for _, a, b in listed:
             assert any(a < stop and first < b for first, stop in spans), (row["file"], spans)
-        for first, stop in spans:
-            assert any(a < stop and first < b for _, a, b in listed), (row["file"], spans)
+        for first, stop in spans:                       # what begins or ends in black is not listed
+            assert first == 0 or stop == len(times) or any(
+                a < stop and first < b for _, a, b in listed), (row["file"], spans)
     assert 2 * right / (2 * right + wrong + missed) >= 0.95
 
 
@@ -202,7 +203,7 @@ def test_near_duplicates(tmp_path):
     (tmp_path / "in").mkdir()
     frames = scenery(1, 50, (1, 1))
     encode(tmp_path / "in/a.mp4", frames, fps=25, crf="30")
-    encode(tmp_path / "in/b.mp4", frames, fps=25, crf="10")             # the most bytes: it stays
+    encode(tmp_path / "in/b.mp4", frames, fps=25, crf="1")              # the most bytes: it stays
     grey = [np.repeat(frame.mean(2, keepdims=True), 3, 2).astype(np.uint8) for frame in frames]
     encode(tmp_path / "in/grey.mp4", grey, fps=25, crf="20")
     encode(tmp_path / "in/crop.mp4", [frame[8:-8, 14:-14] for frame in frames], fps=25, crf="20")
@@ -242,14 +243,14 @@ def test_plain_h264_is_copied(tmp_path):
     (tmp_path / "in").mkdir()
     frames = scenery(3, 40)
     encode(tmp_path / "in/plain.mp4", frames, fps=25, crf="20")
-    encode(tmp_path / "in/box.mkv", frames[:30], fps=25, crf="20")
+    encode(tmp_path / "in/box.mov", frames[:30], fps=25, crf="20")
     encode(tmp_path / "in/sar.mp4", scenery(4, 30), fps=25, sar=2)
     encode(tmp_path / "in/cut.mp4", scenery(5, 20) + scenery(6, 20), fps=25)
     run(tmp_path, "set", "--videos", "in", "--workers", 1)
     rows = {}
     for row in pd.open_dataset(tmp_path / "data/set"):
         rows.setdefault(row["source"], []).append(row)
-    for name, is_copy in (("plain.mp4", 1), ("box.mkv", 1), ("sar.mp4", 0), ("cut.mp4", 0)):
+    for name, is_copy in (("plain.mp4", 1), ("box.mov", 1), ("sar.mp4", 0), ("cut.mp4", 0)):
         data = pd.read_member(tmp_path / "data/set", rows[name][0])
         assert (b"mbtree=0" not in data) == is_copy, name               # our encoder's mark
     assert len(rows["cut.mp4"]) == 2 and rows["plain.mp4"][0]["frames"] == 40
@@ -275,7 +276,7 @@ def test_every_shared_file(tmp_path):
             video = pd.Video(path)
             scan = pd.Scan(video)
         except (pd.Unreadable, *pd.PICTURE_ERRORS) as error:
-            hdr = row["transfer"] in ("smpte2084", "arib-std-b67")
+            hdr = row.get("transfer") in ("smpte2084", "arib-std-b67")
             assert not row["decodable"] or hdr or "broken" in row["file"], (row["file"], error)
             continue
         assert abs(len(scan.times) - row["frames"]) <= (2 if row["reason"] != "ok" else 0), row
@@ -301,9 +302,11 @@ def test_a_worker_that_stands_still_costs_one_file(tmp_path):
         child = worker_of(going.pid)
         if child and list((tmp_path / "data/set").glob(f".shard-*.{child}-*.tar")):
             time.sleep(0.5)
-            os.kill(child, signal.SIGSTOP)
             stopped = child
         time.sleep(0.02)
+    while Path(f"/proc/{stopped}").exists() and going.poll() is None:
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(0.1)
     assert going.wait(120) == 0 and stopped
     rejects = row_lines(tmp_path / "data/set/rejected.jsonl")
     assert [(r["source"], r["reason"]) for r in rejects] == [("a.mp4", "timed out")]
