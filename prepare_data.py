@@ -1,28 +1,33 @@
 """Raw videos and stills, with a data set's own metadata -> shots -> filtered clips -> shards.
 
 What goes in    a folder of videos and stills of any size, rate, length, codec and state of health;
-                optionally a metadata file with captions, times, splits and labels
+                optionally metadata with captions, times, splits and labels, in our own columns or
+                as a data set publishes it (FORMATS is the table of readers)
 What comes out  data/NAME/, which every later stage reads:
     shard-00000.tar             the clips, KEY.mp4 (a still keeps its own bytes) and KEY.json, for
                                 any WebDataset reader
     shard-00000.jsonl           a row a clip: key, offset and length in the tar, source, times,
-                                frames, rate, size, split, label, scores, captions
+                                frames, rate, size, split, label, captions, scores (SCORES), hash
     shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
                                 file), reason, figure, threshold
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
 
 The idea        Each video is decoded twice, in order, a frame at a time. The first pass sees small
-                pictures only: it finds the cuts and scores each shot. The second encodes what the
-                filters keep, at its own size and rate unless an option caps them. A shard is a
-                fixed block of the sorted sources, made by one process; each file is written under
-                a temporary name and renamed. So a run killed at any instant and started again ends
-                with the same bytes, and so does any number of workers or parts; and a decoder that
-                crashes or hangs costs one file.
+                pictures only: it finds cuts, fades and dissolves, and scores each shot. The second
+                encodes what the filters keep, at its own size and rate unless an option caps them
+                (what is plain H.264 as a whole is copied). A shard is a fixed block of the sorted
+                sources, made by one process; each file is written under a temporary name and
+                renamed. So a run killed at any instant and started again ends with the same bytes,
+                and so does any number of workers or parts; and a decoder that crashes or hangs
+                costs one file. Memory holds neither the metadata nor a video.
 
     python prepare_data.py demo                                 half a minute; makes its own videos
-    python prepare_data.py mine --videos ~/videos --meta ~/captions.csv
+    python prepare_data.py mine --videos ~/videos --meta ~/captions.csv --min_flow 0.02
+    python prepare_data.py panda --videos ~/panda --meta panda70m_training_2m.csv --format panda70m
     python prepare_data.py mine --videos ~/videos --part 3/64   job arrays; torchrun likewise
     python prepare_data.py mine --videos ~/videos --finish      join the parts, if none of them did
+    python prepare_data.py mine --videos ~/videos --report      look at data/mine/report/
+    python prepare_data.py bench --videos ~/videos              frames a second of each step
 
 Rules           Time 0 is a file's first frame; only the frames' timestamps count, no header does.
                 A bad packet is skipped and counted (scores: bad_packets); decoding goes on.
@@ -33,22 +38,29 @@ Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a
                 one; seconds everywhere.
 """
 import argparse
+import ast
 import contextlib
 import csv
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import re
+import runpy
 import signal
+import sqlite3
 import struct
 import sys
 import tarfile
 import textwrap
 import threading
 import time
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -72,6 +84,7 @@ FORMAT = 1                               # version of the folder's format
 VIDEOS = {f".{name}" for name in "mp4 m4v mov mkv webm avi flv wmv mpg mpeg ts mts m2ts 3gp 3g2 "
           "ogv mxf vob".split()}
 STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic ppm".split()}
+ARCHIVES = (".tar", ".tfrecords")
 SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
@@ -146,7 +159,8 @@ def json_line(row):
 
 
 def write_rows(path, rows):
-    write_text(path, "".join(map(json_line, rows)))
+    with atomic(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.writelines(map(json_line, rows))
 
 
 def read_rows(path):
@@ -168,8 +182,106 @@ def read_json(path):
 
 # -- reading pictures and videos -------------------------------------------------------------------
 
+PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
+          **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
+             for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
+
+
 class Unreadable(Exception):
     """A file that gives no clip; its arguments, reason and figure, go into rejected.jsonl."""
+
+
+class Member(io.BytesIO):
+    """A file inside a tar (or made from a record), held in memory and used like a path."""
+
+    def __init__(self, data, suffix):
+        super().__init__(data)
+        self.suffix = suffix
+
+    def again(self):
+        self.seek(0)
+        return self
+
+    read_bytes = io.BytesIO.getvalue
+
+
+@functools.lru_cache(2)
+def members(archive):
+    """{name: (offset, bytes)} of the files in a tar, or of the records of a TFRecord file (called
+    NUMBER.mkv: `bair_video`); of a damaged one those before the damage."""
+    found, size = {}, archive.stat().st_size
+    if archive.suffix == ".tar":
+        with contextlib.suppress(tarfile.TarError), tarfile.open(archive, "r:") as tar:
+            for one in tar:
+                found.update({one.name: (one.offset_data, one.size)} if one.isfile() else {})
+        return found
+    with open(archive, "rb") as file:                  # a length, its CRC, the record, its CRC
+        while file.tell() + 12 < size:
+            length, = struct.unpack("<Q4x", file.read(12))
+            if file.tell() + length + 4 > size:
+                break
+            found[f"{len(found):05d}.mkv"] = file.tell(), length
+            file.seek(length + 4, 1)
+    return found
+
+
+def located(root, source):
+    """(path or Member, {suffix: text}) of a source and of the .txt, .json and .cls that go with it.
+    A WebDataset key ends at the first dot of the file's name."""
+    path, suffixes = Path(root, source), (".txt", ".json", ".cls")
+    archive = next((one for one in path.parents if one.suffix in ARCHIVES and one.is_file()), None)
+    if archive is None:
+        beside_it = {suffix: path.with_suffix(suffix) for suffix in suffixes}
+        return path, {suffix: one.read_text(encoding="utf-8", errors="replace")
+                      for suffix, one in beside_it.items() if one.is_file()}
+    name, index = path.relative_to(archive).as_posix(), members(archive)
+    key = re.match(r"(.*/)?[^.]*", name)[0]
+    with open(archive, "rb") as file:
+        def read(name):
+            file.seek(index[name][0])
+            return file.read(index[name][1])
+        texts = {suffix: read(key + suffix).decode("utf-8", "replace")
+                 for suffix in suffixes if key + suffix in index}
+        data = read(name)
+    return Member(bair_video(data) if archive.suffix == ".tfrecords" else data, path.suffix), texts
+
+
+def bair_video(record):
+    """A lossless video, 10 frames a second (nothing tells the rate), of the main camera's frames
+    in a record of softmotion30_44k: a tf.train.Example of raw RGB, 64 x 64 px each."""
+    def fields(data):
+        """(number, bytes) of the fields of a protobuf message that holds nothing but bytes."""
+        at = 0
+        while at < len(data):
+            numbers = []
+            while len(numbers) < 2:                    # a tag, a length: 7 bits a byte
+                value, shift = 0, 0
+                while True:
+                    value, shift, at = value | (data[at] & 127) << shift, shift + 7, at + 1
+                    if data[at - 1] < 128:
+                        break
+                numbers.append(value)
+            yield numbers[0] >> 3, data[at:at + numbers[1]]
+            at += numbers[1]
+    try:
+        entries = [dict(fields(entry)) for _, part in fields(record) for _, entry in fields(part)]
+        features, frames = {entry[1].decode(): entry[2] for entry in entries}, []
+        while (value := features.get(f"{len(frames)}/image_main/encoded")) is not None:
+            pixels = dict(fields(dict(fields(value))[1]))[1]
+            frames.append(np.frombuffer(pixels, np.uint8).reshape(64, 64, 3))
+    except (IndexError, KeyError, ValueError):
+        raise Unreadable("not a record of BAIR's") from None
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "bgr0"
+        stream.codec_context.thread_count = 1
+        for n, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="bgr0")
+            frame.pts = n
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def flat_rgb(picture):
@@ -204,18 +316,20 @@ def is_animated(path):
 
 
 class Video:
-    """A video file. Iterating yields its frames in order of display: av.VideoFrame, as stored (not
-    yet rotated), timestamps in units of `tick` (s); it can be done again. After the first frame it
-    knows `tick`, `sar` (sample aspect ratio) and `matrix` (rotation); after the last `bad_packets`.
-    Raises Unreadable."""
+    """A video file (path or Member). Iterating yields its frames in order of display:
+    av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
+    again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation)
+    and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` now and
+    then. Raises Unreadable."""
 
-    def __init__(self, path):
-        self.path, self.tick, self.sar, self.matrix, self.bad_packets = path, 0.001, 1, None, 0
+    def __init__(self, path, beat=lambda: None):
+        self.path, self.beat, self.tick, self.sar, self.matrix = path, beat, 0.001, 1, None
+        self.bad_packets, self.bits, self.codec, self.grid = 0, 0, None, {}
         self.scaler, self.small_scaler = VideoReformatter(), VideoReformatter()
 
     def __iter__(self):
-        self.bad_packets = 0
-        return self.pictures() if Path(self.path).suffix.lower() in STILLS else self.packets()
+        self.bad_packets = self.bits = 0
+        return self.pictures() if self.path.suffix.lower() in STILLS else self.packets()
 
     def pictures(self):
         """Frames of an animated picture by Pillow, with delays as browsers take them."""
@@ -234,22 +348,28 @@ class Video:
 
     def packets(self):
         """Frames by FFmpeg in one thread (its threads hang on some damaged files)."""
-        if os.path.getsize(self.path) == 0:
+        is_member = isinstance(self.path, Member)
+        if (len(self.path.getbuffer()) if is_member else os.path.getsize(self.path)) == 0:
             raise Unreadable("empty file")
         try:
-            container = av.open(str(self.path), metadata_errors="replace")
+            container = av.open(self.path.again() if is_member else str(self.path),
+                                metadata_errors="replace")
         except FFmpegError as error:
             raise Unreadable(f"cannot be opened: {error.strerror}") from None
         with container:
             stream = main_stream(container)
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             self.tick, self.sar = float(stream.time_base), stream.sample_aspect_ratio or 1
-            for frame in self.decoded(container, stream):
-                if frame.color_trc in (16, 18):        # smpte2084 (PQ), arib-std-b67 (HLG)
-                    raise Unreadable("HDR", frame.color_trc)
-                turn = [d for d in frame.side_data.keys() if d.type.name == "DISPLAYMATRIX"]
-                self.matrix = np.frombuffer(bytes(turn[0]), np.int32)[[0, 1, 3, 4]].tolist() \
-                    if turn else None
+            self.codec = stream.codec_context.name
+            for n, frame in enumerate(self.decoded(container, stream)):
+                if n % 64 == 0:
+                    self.beat()
+                if n == 0 or frame.key_frame:
+                    if frame.color_trc in (16, 18):    # smpte2084 (PQ), arib-std-b67 (HLG)
+                        raise Unreadable("HDR", frame.color_trc)
+                    turn = [d for d in frame.side_data.keys() if d.type.name == "DISPLAYMATRIX"]
+                    self.matrix = np.frombuffer(bytes(turn[0]), np.int32)[[0, 1, 3, 4]].tolist() \
+                        if turn else None
                 yield frame
 
     def decoded(self, container, stream):
@@ -261,6 +381,7 @@ class Video:
             except FFmpegError:                        # the container is broken from here on
                 self.bad_packets += 1
                 packet = None
+            self.bits += 8 * packet.size if packet else 0
             try:                                       # None: let the decoder give what it holds
                 yield from stream.codec_context.decode(packet)
             except FFmpegError as error:
@@ -269,17 +390,45 @@ class Video:
                 return
 
     def small(self, frame, side=64):
-        """int16 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`."""
+        """float32 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`.
+        Of a large one four luma samples a cell and one of chroma, taken from the decoded planes:
+        twenty times as fast as scaling, and cuts are found as well."""
         shrink = min(1.0, side / max(frame.width, frame.height))
-        small = self.small_scaler.reformat(
-            frame, max(1, round(frame.width * shrink)), max(1, round(frame.height * shrink)),
-            "yuv444p", src_colorspace=colour_matrix(frame), dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.JPEG, interpolation=Interpolation.AREA, threads=1)
-        return small.to_ndarray().astype(np.int16)
+        width, height = (max(1, round(v * shrink)) for v in (frame.width, frame.height))
+        known = PLANAR.get(frame.format.name)
+        if shrink > 0.5 or not known:
+            return self.small_scaler.reformat(
+                frame, width, height, "yuv444p", src_colorspace=colour_matrix(frame),
+                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.JPEG,
+                interpolation=Interpolation.AREA, threads=1).to_ndarray().astype(np.float32)
+        kind, unit = known
+        planes = [np.frombuffer(plane, kind) for plane in frame.planes[:3]]
+        lines = [plane.line_size // planes[0].itemsize for plane in frame.planes[:3]]
+        key = (frame.width, frame.height, *lines)
+        if key not in self.grid:
+            self.grid = {key: [cells(plane.width, plane.height, line, width, height, n)
+                               for plane, line, n in zip(frame.planes, lines, (4, 1, 1))]}
+        out = np.stack([plane.take(at, mode="clip").sum(0, dtype=np.float32)
+                        for plane, at in zip(planes, self.grid[key])]).reshape(3, height, width)
+        full = frame.color_range == 2 or frame.format.name.startswith("yuvj")
+        black, white, swing = (0, 255, 255) if full else (16, 235, 224)
+        out[0] = (out[0] * (0.25 / unit) - black) * (255 / (white - black))
+        out[1:] = (out[1:] / unit - 128) * (255 / swing) + 128
+        return out
 
-    def rgb(self, frame, max_side=0):
+    def luma(self, frame):
+        """[H, W] luma of a frame, 0..255 (a view where 8 bits are stored, headroom and all)."""
+        kind, unit = PLANAR.get(frame.format.name, (None, 1))
+        if kind is None or max(frame.width, frame.height) < 128:
+            return frame.reformat(format="gray", threads=1).to_ndarray()
+        plane = frame.planes[0]
+        luma = np.frombuffer(plane, kind).reshape(plane.height, -1)[:, :frame.width]
+        return luma if unit == 1 else (luma // unit).astype(np.uint8)
+
+    def rgb(self, frame, max_side=0, border=(0, 0, 0, 0)):
         """uint8 [H, W, 3] of a frame: turned and mirrored as the file says, square pixels, even
-        sides, the longer at most `max_side` px (0: no limit)."""
+        sides, the longer at most `max_side` px (0: no limit); without `border`, the parts to cut
+        off at the top, bottom, left and right as stored."""
         width, height = frame.width * max(1, self.sar), frame.height * max(1, 1 / self.sar)
         shrink = min(1, max_side / max(width, height)) if max_side else 1
         if shrink < 1 or self.sar != 1:
@@ -289,12 +438,28 @@ class Video:
         pixels = self.scaler.reformat(
             frame, int(width), int(height), "rgb24", src_colorspace=colour_matrix(frame),
             interpolation=kind, threads=1).to_ndarray()
-        if self.matrix:
-            a, b, c, d = self.matrix                   # x' = a x + c y, y' = b x + d y
-            if abs(b) > abs(a):
-                pixels, a, d = pixels.transpose(1, 0, 2), c, b
-            pixels = pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+        (h, w), (top, bottom, left, right) = pixels.shape[:2], border
+        pixels = pixels[math.ceil(top * h):h - math.ceil(bottom * h),
+                        math.ceil(left * w):w - math.ceil(right * w)]
+        pixels = turned(pixels, self.matrix)
         return np.ascontiguousarray(pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2])
+
+
+def turned(pixels, matrix):
+    """[H, W, …] turned and mirrored by a display matrix: x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = matrix or (1, 0, 0, 1)
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+
+
+def cells(width, height, line, across, down, n):
+    """Where to read a plane of `line` samples a row for a grid [down, across]: int [n, down *
+    across], n = 1 (the cells' centres) or 4 (a square within them)."""
+    offsets = [(0.5, 0.5)] if n == 1 else [(y, x) for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    return np.stack([(((np.arange(down) + y) * height / down).astype(int)[:, None] * line
+                      + ((np.arange(across) + x) * width / across).astype(int)).ravel()
+                     for y, x in offsets])
 
 
 def main_stream(container):
@@ -396,36 +561,60 @@ REACH = 5               # how many frames back each frame is compared: flashes u
 WINDOW = 4              # frames on either side that say what change is usual here
 FLOOR = 20.0            # levels of luma + chroma: less is no cut, however still the picture
 GAP = 10.0              # s without a frame: the shot ends, nothing is shown for longer
+SAMPLE = 0.3            # s between the frames that are looked at more closely
+FEW = ("seconds", "side", "motion", "brightness", "contrast", "sharpness", "bad_packets")
 
 
 class Scan:
     """What the first pass over a video leaves: a few numbers a frame.
-    times [T] s; change [T, REACH]: mean difference to the frame 1..REACH back (levels; inf before
-    the start); light, spread [T]: mean and deviation of luma (0..255); sharp {frame: sharpness};
-    sizes {frame: (width, height)} from which the stored size is another; breaks: frames that begin
-    a new shot whatever they show, for their size or after a gap in time."""
+    times [T] s; change [T]: mean difference to the frame before (levels; inf at the start); back
+    {frame: the same to the frames 1..REACH before} and alike {frame: likeness across it}, about
+    what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny [T, 3, 12, 12]:
+    thumbnails; sharp {frame: sharpness}; samples {frame: Sample}; bits [T + 1]: of all packets
+    before the frame; sizes {frame: (width, height)} from which the stored size is another; breaks:
+    frames that begin a new shot whatever they show, for their size or after a gap in time. level:
+    "all", "few" (no alike, tiny, samples), or "cuts" (no tiny, samples)."""
 
-    def __init__(self, video):
+    def __init__(self, video, level="all"):
         stamps, change, light, spread, self.sharp, self.sizes = [], [], [], [], {}, {}
-        recent, size = deque(maxlen=REACH), None
+        recent, size, tiny, self.back, self.samples = deque(maxlen=REACH), None, bytearray(), {}, {}
+        bits, suspect, last, self.alike = [], -REACH, None, {}
         for n, frame in enumerate(video):
             if size != (frame.width, frame.height):
                 size = self.sizes[n] = frame.width, frame.height
                 recent.clear()
+                last = None
             small = video.small(frame)
-            back = [float(np.abs(small - old).mean(axis=(1, 2)).sum()) for old in recent]
-            change.append(back + [math.inf] * (REACH - len(back)))
-            recent.appendleft(small)
+            change.append(difference(small, recent[0]) if recent else math.inf)
+            suspect = n if change[-1] > FLOOR else suspect
+            if n < suspect + REACH:
+                back = [difference(small, old) for old in recent]
+                self.back[n] = back + [math.inf] * (REACH - len(back))
+                for j in (n, n - 1) if level != "few" else ():     # frames j and j + 1 with j - 1
+                    if change[j] > FLOOR and n - j < len(recent):
+                        self.alike[j] = min(self.alike.get(j, 1.0),
+                                            likeness(small[0], recent[n - j][0]))
             stamps.append([frame.pts, frame.dts])
-            light.append(float(small[0].mean()))
-            spread.append(float(small[0].std()))
-            if not back or back[0] > FLOOR or n % 12 == 0:
-                self.sharp[n] = sharpness(frame)
+            mean, square = float(small[0].mean(dtype=np.float64)), small[0].ravel().astype(float)
+            light.append(mean)
+            spread.append(math.sqrt(max(0.0, float(square @ square) / square.size - mean * mean)))
+            bits.append(video.bits)
+            if not recent or change[-1] > FLOOR or n % 12 == 0:
+                self.sharp[n] = sharpness(video.luma(frame))
+            if level == "all":
+                tiny += fitted(small).tobytes()
+                if last is None or (frame.pts or 0) * video.tick - last.at > SAMPLE or \
+                        n - last.n >= 24:
+                    last = self.samples[n] = Sample(n, video, frame, small, recent, last)
+            recent.appendleft(small)
         if not stamps:
             raise Unreadable("no frame decodes", video.bad_packets)
-        self.tick, self.sar = video.tick, video.sar
+        self.tick, self.sar, self.is_plain = video.tick, video.sar, frame.format.name == "yuv420p" \
+            and frame.color_range != 2 and not frame.interlaced_frame
         self.times = true_times(np.array(stamps, dtype=np.float64).T * self.tick)
         self.change, self.light, self.spread = map(np.array, (change, light, spread))
+        self.tiny = np.frombuffer(tiny, np.uint8).reshape(-1, 3, 12, 12)
+        self.bits = np.r_[bits, video.bits]
         gaps = np.flatnonzero(np.diff(self.times) > GAP) + 1
         self.breaks = sorted({*self.sizes, *gaps.tolist()} - {0})
 
@@ -448,18 +637,139 @@ class Scan:
             return float(self.times[frame])
         return float(self.times[frame - 1] + 1 / fps)
 
-    def scores(self, first, stop, fps):
-        """Scores of the frames first..stop-1: seconds; side, the shorter one in square pixels;
-        motion (levels a second), brightness and contrast (0..255), sharpness (levels)."""
-        inside, seconds = self.change[first + 1:stop, 0], self.end(stop, fps) - self.times[first]
+    def looks(self, first, stop):
+        """The samples of the frames first..stop-1, or the last before them."""
+        inside = [one for n, one in self.samples.items() if first <= n < stop]
+        return inside or [one for n, one in self.samples.items() if n <= first][-1:]
+
+    def scores(self, first, stop, fps, level="all"):
+        """Scores of the frames first..stop-1; SCORES says what they are."""
+        inside, length = self.change[first + 1:stop], self.end(stop, fps) - self.times[first]
         width, height = [size for n, size in self.sizes.items() if n <= first][-1]
         sharp = [value for n, value in self.sharp.items() if first <= n < stop]
-        return {"seconds": round(seconds, 6),
-                "side": int(min(width * max(1, self.sar), height * max(1, 1 / self.sar))),
-                "motion": round(float(inside.sum() / seconds), 3),
-                "brightness": round(float(self.light[first:stop].mean()), 2),
-                "contrast": round(float(self.spread[first:stop].mean()), 2),
-                "sharpness": round(float(np.median(sharp)), 3) if sharp else None}
+        square = width * max(1, self.sar), height * max(1, 1 / self.sar)
+        found = {"seconds": round(length, 6), "side": int(min(square)),
+                 "motion": round(float(inside.sum() / length), 3),
+                 "brightness": round(float(self.light[first:stop].mean()), 2),
+                 "contrast": round(float(self.spread[first:stop].mean()), 2),
+                 "sharpness": round(float(np.median(sharp)), 3) if sharp else None}
+        if level == "few":
+            return found
+        light, mine = self.light[first:stop], self.looks(first, stop)
+        wave = np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2)
+        moved = [one for one in mine if one.flow is not None and one.since >= first]
+        turns = np.diff([one.pan for one in moved], axis=0) if len(moved) > 1 else np.zeros((1, 2))
+        found |= {"aspect": round(float(square[0] / square[1]), 4), "rate": round(fps, 3),
+                  "flow": round(float(np.mean([one.flow for one in moved])), 4) if moved else None,
+                  "shake": round(float(np.median(np.hypot(*turns.T))), 4),
+                  "flicker": round(float(wave.mean()), 3) if len(wave) else 0.0,
+                  "repeats": round(float((inside < 0.02).mean()), 4) if len(inside) else 0.0,
+                  "bpp": round(float(self.bits[stop] - self.bits[first])
+                               / ((stop - first) * width * height), 5)}
+        return found | still_scores(mine)
+
+
+class Sample:
+    """What a closer look at frame n tells: flow, mean speed of its blocks, diagonals a second, and
+    pan, their median velocity [2] (None at the start); since: the frame that it was compared to;
+    border: share of the picture that is black at each edge (top, bottom, left, right); text: share
+    of its cells that look like writing; edges: where its strong edges are; thumb uint8 [24, 24]."""
+
+    def __init__(self, n, video, frame, small, recent=(), last=None):
+        self.n, self.at, self.flow = n, (frame.pts or 0) * video.tick, None
+        self.matrix = video.matrix
+        self.colour = float(np.abs(small[1:] - 128).mean())
+        self.border, self.text, self.edges = look_closely(video.luma(frame))
+        self.thumb = fitted(small[:1], 24)[0]
+        self.picture, self.since = small[0], n
+        if last is not None:
+            diagonal, since = math.hypot(*small.shape[1:]), max(self.at - last.at, 1e-3)
+            near = block_motion(recent[0][0], small[0]) * ((n - last.n) / since / diagonal)
+            far = near if n - last.n < 2 or np.hypot(*near.T).mean() * since * diagonal > 2 else \
+                block_motion(last.picture, small[0]) / since / diagonal
+            self.flow, self.since = float(np.hypot(*far.T).mean()), last.n
+            self.pan, last.picture = np.median(near, axis=0), None
+
+
+def still_scores(samples):
+    """The scores of some samples of a shot, or of one still, that need no neighbours."""
+    border = np.min([one.border for one in samples], axis=0)
+    edges = np.unpackbits([one.edges for one in samples], axis=1).mean(0)
+    moves = [one.flow for one in samples if one.flow is not None]
+    lasting = float((edges >= 0.9).mean()) if len(samples) > 2 and np.mean(moves) > 0.01 else None
+    return {"saturation": round(float(np.mean([one.colour for one in samples])), 2),
+            "border": round(float(1 - (1 - border[:2].sum()) * (1 - border[2:].sum())), 4),
+            "text": round(float(np.median([one.text for one in samples])), 4),
+            "overlay": None if lasting is None else round(lasting, 4)}
+
+
+def difference(a, b):
+    """Mean difference of two small pictures, levels of luma + chroma; exact, so that it does not
+    hang on the order of summing."""
+    count = a[0].size
+    return sum(float(one) / count for one in np.abs(a - b).reshape(3, count).sum(1))
+
+
+def likeness(a, b):
+    """Correlation of the slopes of two luma pictures [h, w]: near 1 where one is the other under
+    another light, near 0 for different pictures."""
+    a, b = (np.stack([one[1:, 1:] - one[:-1, 1:], one[1:, 1:] - one[1:, :-1]]).ravel()
+            for one in (a, b))
+    return float(a @ b / math.sqrt(max(float(a @ a) * float(b @ b), 1e-9)))
+
+
+def fitted(small, side=12):
+    """uint8 [C, side, side] by nearest samples of a small picture [C, h, w]."""
+    y, x = ((np.arange(side) + 0.5) * n / side for n in small.shape[1:])
+    picked = small[:, y.astype(int)[:, None], x.astype(int)]
+    return picked.clip(0, 255).astype(np.uint8)
+
+
+def block_motion(old, new, reach=3, block=8):
+    """float [blocks, 2]: dx, dy of each block from `old` to `new` [h, w], px, to a fraction: the
+    least mean difference within `reach` px, refined by a parabola; flat blocks are left out, and a
+    move must explain more than noise does."""
+    (height, width), size = old.shape, 2 * reach + 1
+    belongs = [np.arange(n) * max(1, n // block) // n == np.arange(max(1, n // block))[:, None]
+               for n in (height, width)]
+    down, across = (one.astype(np.float32) for one in belongs)
+    rows, cols = down / down.sum(1, keepdims=True), (across / across.sum(1, keepdims=True)).T
+    shifted = np.lib.stride_tricks.sliding_window_view(
+        np.pad(new, reach, mode="edge"), (height, width))
+    cost = (rows @ np.abs(shifted - old) @ cols).reshape(size * size, -1)
+    texture = (rows @ np.abs(old - down.T @ (rows @ old @ cols) @ across) @ cols).ravel()
+    best, still = cost.argmin(0), cost[size * size // 2]
+    at = np.arange(cost.shape[1])
+    best = np.where(cost[best, at] < 0.8 * still - 0.3, best, size * size // 2)
+    move = np.stack([best % size, best // size], 1) - float(reach)
+    for axis, step in enumerate((1, size)):
+        inner = np.abs(move[:, axis]) < reach
+        low, mid, high = (cost[np.where(inner, best + d, best), at] for d in (-step, 0, step))
+        bend = low + high - 2 * mid
+        shift = np.where(inner & (bend > 1.0), (low - high) / (2 * bend + 1e-6), 0)
+        move[:, axis] += np.where(np.abs(shift) > 0.1, shift, 0)
+    return move[texture > 2] if (texture > 2).any() else np.zeros((1, 2))
+
+
+def look_closely(luma):
+    """(border, text, edges) of a frame's luma, as Sample has them. Writing is many strong edges to
+    and fro in cells side by side; black is below 30 of 255 along a whole line."""
+    dark = [luma[:, ::8].max(1) < 30, luma[::8].max(0) < 30]
+    border = []
+    for line in dark:
+        for one in (line, line[::-1]):
+            border.append(float(np.argmin(one)) / len(line) if not line.all() else 0.0)
+    step = max(1, round(max(luma.shape) / 192))
+    mid = luma[::step, ::step].astype(np.int16)
+    slope = mid[:, 1:] - mid[:, :-1]
+    rise, fall = slope > 40, slope < -40
+    down, across = max(1, mid.shape[0] // 6), max(1, slope.shape[1] // 8)
+    both = [one[:down * 6, :across * 8].reshape(down, -1, across, min(8, slope.shape[1]))
+            .sum((1, 3)) for one in (rise, fall)]
+    cell = (np.minimum(*both) >= 4)
+    row = cell[:, 2:] & cell[:, 1:-1] & cell[:, :-2]
+    return border, float(row.mean()) if row.size else 0.0, np.packbits(fitted(
+        (rise | fall)[None], 64).astype(bool))
 
 
 def true_times(stamps):
@@ -478,9 +788,8 @@ def true_times(stamps):
     return times - times[0]
 
 
-def sharpness(frame):
-    """Mean absolute Laplacian (levels) of the central 256 x 256 px of the luma, at native size."""
-    luma = frame.reformat(format="gray", threads=1).to_ndarray()
+def sharpness(luma):
+    """Mean absolute Laplacian (levels) of the central 256 x 256 px of a luma [H, W]."""
     top, left = (max(0, (side - 256) // 2) for side in luma.shape)
     luma = luma[top:top + 256, left:left + 256].astype(np.int16)
     if min(luma.shape) < 3:
@@ -494,8 +803,9 @@ def find_cuts(scan, ratio, min_shot):
     by `ratio` times what is usual, and for good: behind a flash all is as before it. Usual is the
     second largest change of the WINDOW frames on both sides (the largest may be another cut, or
     half of this one) or, if less, 1.25 times the mean of either side's largest (a still shot before
-    a fast one). Of cuts less than `min_shot` s apart, or from the start, the greatest stays."""
-    change, n = scan.change[:, 0], len(scan.times)
+    a fast one). A lamp switched on leaves the picture's structure as it was. Of cuts less than
+    `min_shot` s apart, or from the start, the greatest stays."""
+    change, n = scan.change, len(scan.times)
     found = {frame: math.inf for frame in scan.breaks}
     for j in range(1, n):
         if FLOOR < change[j] < math.inf:
@@ -503,8 +813,9 @@ def find_cuts(scan, ratio, min_shot):
             sides = [side[np.isfinite(side)] for side in sides]
             near = np.sort(np.r_[0, 0, *sides])[-2]
             usual = max(1.0, min(near, 1.25 * np.mean([side.max(initial=0) for side in sides])))
-            across = [scan.change[at, k] for k in range(1, REACH) for at in (j, j + k) if at < n]
-            if change[j] >= ratio * usual and min(across) > 0.4 * change[j]:
+            across = [scan.back[at][k] for k in range(1, REACH) for at in (j, j + k) if at < n]
+            if change[j] >= ratio * usual and min(across) > 0.4 * change[j] \
+                    and scan.alike.get(j, 0) < 0.3:
                 found[j] = change[j] / usual
     cuts = []
     for j in sorted(found, key=lambda j: -found[j]):
@@ -514,64 +825,360 @@ def find_cuts(scan, ratio, min_shot):
     return sorted(cuts)
 
 
+def find_gradual(scan, fps, cuts):
+    """[(first, stop)]: frames of fades and dissolves, sorted, apart, without cuts inside. A fade
+    passes a flat picture. In a dissolve every frame is a mixture of the first and the last, in
+    growing parts, and both sides of it are quieter than it."""
+    hard, found = np.array(cuts, dtype=int), []
+    reach = round(1.2 * fps)
+    for level, floor in ((scan.spread, 8), (scan.spread + scan.light, 14)):    # flat; black
+        runs = np.flatnonzero(np.diff(np.r_[0, level < floor, 0])).reshape(-1, 2)
+        for a, b in runs.tolist():
+            sides = level[max(0, a - reach):a], level[b:b + reach]
+            full = [np.median(side) if len(side) else 0.0 for side in sides]
+            if max(full) < 2 * floor or ((hard >= a - 1) & (hard <= b + 1)).any():
+                continue
+            early = next((i for i in range(a, max(0, a - reach), -1)
+                          if level[i - 1] > 0.85 * full[0]), a)
+            late = next((i for i in range(b, min(len(level), b + reach))
+                         if level[i] > 0.85 * full[1]), b)
+            if a - early + late - b < 4:               # a flash, a blank frame
+                continue
+            # a long flat run is a shot of its own, with a fade on either side
+            found += [(math.inf, early, late)] if b - a < 1.5 * fps else \
+                [(math.inf, *span) for span in ((early, a), (b, late)) if span[0] < span[1]]
+    for seconds_long in (0.3, 0.45, 0.65, 0.95, 1.4):
+        found += dissolves(scan, max(4, round(seconds_long * fps / 4) * 4), hard)
+    kept = []
+    for _, a, b in sorted(found, reverse=True):
+        if all(b <= other or a >= stop for other, stop in kept) and \
+                not ((hard > a) & (hard < b)).any():
+            kept.append((a, b))
+    return sorted(kept)
+
+
+def dissolves(scan, n, hard):
+    """[(score, first, stop)] of the dissolves that take about n frames."""
+    found, pad = [], n // 2
+    for at in range(0, len(scan.tiny) - n, 4096):      # a block at a time: it is read as floats
+        tiny = scan.tiny[at:at + 4096 + n].reshape(-1, 432)
+        some = tiny[:, ::4].astype(np.float32)
+        way, half = some[n:] - some[:-n], some[n // 2:-(n // 2)] - some[:-n]
+        length = np.einsum("ij,ij->i", way, way) + 1e-6
+        part = np.einsum("ij,ij->i", half, way) / length
+        rest = np.einsum("ij,ij->i", half, half) - part * part * length
+        likely = (length > 108 * 15 ** 2) & (np.abs(part - 0.5) < 0.25) & (rest < 0.12 * length)
+        for t in np.flatnonzero(likely).tolist():
+            first = at + t
+            outer = scan.tiny[[max(0, first - pad), first, first + n,
+                               min(len(scan.tiny) - 1, first + n + pad)]].astype(np.float32)
+            inner = tiny[t:t + n + 1].astype(np.float32) - outer[1].ravel()
+            way = inner[-1]
+            parts = inner @ way / (way @ way)
+            rest = np.sqrt(((inner - parts[:, None] * way) ** 2).sum(1) / (way @ way))
+            quiet = [float(np.abs(x - y).mean() / np.abs(way).mean())
+                     for x, y in zip(outer[::2], outer[1::2])]
+            ends, mid = scan.spread[[first, first + n]], scan.spread[first + n // 2]
+            # two pictures mixed have less contrast than their mean, one that brightens has not
+            is_mixed = mid < (np.hypot(*ends) / 2 + ends.mean()) / 2 + 0.5
+            if ends.max() > 8 and is_mixed and rest.max() < 0.35 \
+                    and max(quiet) < 0.4 and np.diff(parts[::max(1, n // 8)]).min() > 0 \
+                    and likeness(outer[1][0], outer[2][0]) < 0.3:
+                found.append((float(np.abs(way).mean() * (1 - rest.max() - max(quiet))),
+                              first + 1, first + n))
+    return found
+
+
+def find_shots(scan, fps, options):
+    """[(shot's first, shot's stop, first, stop)]: frames of each shot by the detector (a fade or
+    dissolve is halved), and those of its clip: without the transition and --trim s at both ends.
+    Neighbours across a cut whose touching frames hold the same colours, --stitch levels apart at
+    most, are one."""
+    cuts, n = scan.breaks, len(scan.times)
+    edges = [(0, 0, 0), (n, n, n)]
+    if options["split"] == "shots":
+        cuts = find_cuts(scan, options["cut_ratio"], options["min_shot"])
+        for a, b in find_gradual(scan, fps, cuts) if len(scan.tiny) else ():
+            middle = 0 if a < 2 else n if b > n - 2 else (a + b) // 2
+            edges = [edge for edge in edges if edge[0] != middle] + [(middle, a, b)]
+    for cut in cuts:
+        sides = [np.sort(scan.tiny[k].reshape(3, -1).astype(np.float32)) for k in (cut - 1, cut)] \
+            if options["stitch"] and cut not in scan.breaks else [0, math.inf]
+        if np.abs(sides[0] - sides[1]).mean() > options["stitch"]:
+            edges.append((cut, cut, cut))
+    shots, edges = [], sorted(edges)
+    for (begin, _, first), (end, stop, _) in zip(edges, edges[1:]):
+        first, stop = (0 if begin == first == 0 else first), (n if end == n == stop else stop)
+        if options["trim"]:
+            inside = np.searchsorted(scan.times, (scan.times[first] + options["trim"] - 1e-6,
+                                                  scan.end(stop, fps) - options["trim"] - 1e-6))
+            first, stop = int(inside[0]), int(inside[1])
+        first = min(first, n - 1)
+        shots.append((begin, end, first, max(stop, first + 1)))
+    return shots
+
+
 # -- metadata: what a data set says of its files ---------------------------------------------------
 
-def read_metadata(path, form, sources):
-    """({source: [fact]}, rejects) of a metadata file. A fact has start and end (s, None: the whole
-    file), captions (list of str), split and label (or None). A row names its file by relative path,
-    or by a file name or stem that only one source has. Rows that are malformed or whose video is
-    missing become rejects, with their number as figure."""
-    places, facts, rejects = {}, {}, []
-    for source in sources:
-        for name in {source, Path(source).name, Path(source).stem}:
-            places[name] = source if name == source or name not in places else None
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        for n, row in enumerate(metadata_rows(file, form, path), 1):
-            try:
-                name, fact = read_fact(row)
-            except (ValueError, TypeError, AttributeError, KeyError):
-                rejects.append(rejection(None, "malformed metadata row", figure=n))
-                continue
-            if places.get(name) is None:
-                rejects.append(rejection(name, "missing video", fact["start"], fact["end"], n))
-            else:
-                facts.setdefault(places[name], []).append(fact)
-    return facts, rejects
+def columns(**names):
+    """A reader of rows whose columns only have other names: ours=theirs."""
+    return lambda row: [{our: row[their] for our, their in names.items()}]
 
 
-def metadata_rows(file, form, path):
-    """The rows of an open metadata file, as dicts; None for a line that is no JSON."""
-    if form == "jsonl":
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                yield None
+def panda70m(row):
+    """One row a source video; its cells are Python literals, lists of one length."""
+    cells = [ast.literal_eval(row[name]) for name in ("timestamp", "caption", "matching_score")]
+    wanted = ast.literal_eval(row.get("desirable_filtering") or "None") or [None] * len(cells[0])
+    for (start, end), text, score, kind in zip(*cells, wanted, strict=True):
+        told = {} if kind is None else {"desirable": int(kind == "desirable")}
+        yield {"video": row["videoID"], "start": start, "end": end, "caption": text,
+               "matching_score": score, **told}
+
+
+def shot2story(row):
+    """A clip's summary, then each shot's caption; shots are CLIP_FIRST_LAST.mp4, in frames."""
+    if "clip_id" in row:                                            # NAME_meta.csv
+        yield {"video": row["clip_id"], "label": ast.literal_eval(row["categories"])[0]}
         return
-    csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
-    rows = csv.DictReader(file, delimiter="\t" if form == "tsv" else ",")
-    if not {"video", "path", "file"} & set(rows.fieldnames or ()):
-        refuse(f"{path} has no column 'video' (or 'path'); its first line must name the columns")
-    yield from rows
+    yield {"video": row["video"], "caption": row["whole_caption"]}
+    for name, text in zip(row["video_names"], row["captions"], strict=True):
+        frames = re.fullmatch(r".*_(\d+)_(\d+)\.\w+", name).groups()
+        yield {"video": row["video"], "caption": text, "frames": [int(n) for n in frames]}
 
 
-def read_fact(row):
-    """(file name, fact) of a metadata row; raises ValueError, TypeError, KeyError on a bad one."""
+def youku_mplug(row):
+    texts = [row[name] for name in ("golden_caption", "caption", "title") if row.get(name)]
+    yield {"video": row.get("video_id:FILE") or row["clip_name:FILE"], "caption": texts[0],
+           "label": row.get("label")}
+
+
+def videoinstruct(row):
+    """A question a row, or a conversation (question, answer, question, …) a row."""
+    turns = [turn["value"] for turn in row.get("conversations", [])] or [row["q"], row["a"]]
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        yield {"video": row.get("video_id") or row["video"].removesuffix(".pkl"),
+               "caption": answer, "prompt": question.replace("<video>", "").strip()}
+
+
+def msrvtt_rows(path):
+    """A row a sentence, with what the file says of its video."""
+    names = dict(reversed(line.split("\t")) for line in read_lines(path.with_name("category.txt")))
+    with open_text(path) as file:
+        videos = {video["video_id"]: video for video in json_items(file, "videos") if video}
+        file.seek(0)
+        for sentence in json_items(file, "sentences"):
+            video = videos.get(sentence["video_id"]) if sentence else None
+            yield video and {**video, **sentence,
+                             "label": names.get(str(video["category"]), video["category"])}
+
+
+def tgif_rows(path):
+    """url<TAB>sentence; splits/NAME.txt beside the file lists the addresses of a split."""
+    splits = {url: part.stem for part in path.parent.glob("splits/*.txt")
+              for url in read_lines(part)}
+    for url, text in (line.partition("\t")[::2] for line in read_lines(path)):
+        yield {"video": "/".join(url.split("/")[-2:]), "caption": text, "split": splits.get(url)} \
+            if text else None
+
+
+# A new data set is one line: the files that it reads of a folder, a function from a file to its
+# rows (None: as the suffix says), a function from a row to ours. Ours have `video` (a path, a file
+# name or a stem), and perhaps start and end (s or H:MM:SS.mmm) or frames (first, last), caption (a
+# text or a list), prompt, split, label; every other number is a score. Where no row tells the
+# split, the file's name does.
+FORMATS = {
+    "csv": ("*.csv", None, None), "tsv": ("*.tsv", None, None), "json": ("*.json", None, None),
+    "jsonl": ("*.jsonl", None, None), "txt": ("*.txt", None, lambda line: [{"video": line}]),
+    "panda70m": ("*.csv", None, panda70m),
+    "webvid": ("*.csv", None, columns(video="videoid", caption="name")),
+    "internvid": ("*.jsonl", None, columns(
+        video="YoutubeID", start="Start_timestamp", end="End_timestamp", caption="Caption",
+        Aesthetic_Score="Aesthetic_Score", UMT_Score="UMT_Score")),
+    "msrvtt": ("*videodatainfo.json", msrvtt_rows, columns(
+        video="video_id", caption="caption", split="split", label="label")),
+    "shot2story": ("*.json", None, shot2story),
+    "youku": ("*.csv", None, youku_mplug),
+    "videoinstruct": ("*.json", None, videoinstruct),
+    "ucf101": ("*list01.txt", None, lambda line: [
+        {"video": line.split()[0], "label": line.split("/")[0]}]),
+    "tgif": ("*.tsv", tgif_rows, lambda row: [row])}
+BESIDE = ("folder", "webdataset", "bair")     # no --meta: what is told stands beside the videos
+
+
+def open_text(path):
+    return open(path, encoding="utf-8-sig", errors="replace", newline="")
+
+
+def read_lines(path):
+    """The lines of a text file without their ends, those that are not empty; none if it is not
+    there."""
+    with open_text(path) if path.is_file() else io.StringIO() as file:
+        yield from filter(None, (line.strip() for line in file))
+
+
+def file_rows(path):
+    """The rows of a metadata file, one at a time: dicts, or texts of a .txt; None for a row that is
+    damaged."""
+    kind = path.suffix.lower()
+    with open_text(path) as file:
+        if kind == ".json":
+            yield from json_items(file)
+        elif kind in (".csv", ".tsv"):
+            csv.field_size_limit(2**31 - 1)            # Panda-70M's fields pass the default
+            for row in csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","):
+                yield None if None in row.values() else row          # cut off
+        elif kind == ".jsonl":
+            for line in filter(str.strip, file):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    yield None
+        else:
+            yield from filter(None, (line.strip() for line in file))
+
+
+def json_items(file, key=None):
+    """The items of the array in an open JSON file (of the one named `key`), without holding it;
+    None for an end that is damaged."""
+    start, text, at = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\s*\["), file.read(2**20), 0
+    while not (found := start.search(text)):
+        more = file.read(2**20)
+        text = text[-100:] + more
+        if not more:
+            yield None
+            return
+    at = found.end()
+    while True:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        try:
+            item, at = json.JSONDecoder().raw_decode(text, at)
+            yield item
+        except ValueError:
+            if text[at:at + 1] == "]":
+                return
+            more = file.read(max(2**20, len(text)))
+            text, at = text[at:] + more, 0
+            if not more:
+                yield None
+                return
+
+
+def meta_files(path, form):
+    """The files that --meta means: itself, a folder's, or both lists of a fold of UCF-101."""
+    if path.is_dir():
+        return sorted(path.glob(FORMATS[form][0]))
+    return sorted(path.parent.glob(f"*list{path.stem[-2:]}.txt")) if form == "ucf101" else [path]
+
+
+def bare(name):
+    """A file's name without folders and without the suffixes of videos and stills."""
+    name = name.rsplit("/", 1)[-1]
+    while (dot := name.rfind(".")) > 0 and name[dot:].lower() in VIDEOS | STILLS:
+        name = name[:dot]
+    return name
+
+
+def read_metadata(paths, form, sources, database):
+    """Writes an SQLite file, so that memory holds no metadata: `facts`, the source and JSON of each
+    fact, and `rejects`. A fact has start and end (s, None: the whole file), captions (list of str),
+    split and label (or None), scores. A row names its file by relative path, or by a file name or
+    stem that only one source has. Rows that are malformed or whose video is missing are rejects,
+    with their number as figure."""
+    places, facts, lost = {}, [], []
+    for source in sources:
+        for name in {source, source.rsplit("/", 1)[-1], bare(source)}:
+            places[name] = source if name == source or name not in places else None
+    with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
+        store.executescript("pragma journal_mode=off; pragma synchronous=off; "
+                            "create table facts(source, fact); create table rejects(reject)")
+        is_right = False
+        for n, (name, fact) in enumerate(read_facts(paths, form), 1):
+            is_right = is_right or fact is not None
+            if fact is None:
+                lost.append([json.dumps(rejection(None, "malformed metadata row", figure=n))])
+            else:
+                known = next((key for key in (name, name.rsplit("/", 1)[-1], bare(name))
+                              if key in places), None)
+                source = places.get(known)
+                if source is not None:
+                    facts.append((source, json.dumps(fact)))
+                else:
+                    reason = "missing video" if known is None else "several videos of this name"
+                    lost.append([json.dumps(rejection(
+                        name, reason, fact["start"], fact["end"], n))])
+            if len(facts) + len(lost) > 10_000:
+                store.executemany("insert into facts values(?, ?)", facts)
+                store.executemany("insert into rejects values(?)", lost)
+                facts, lost = [], []
+        if not is_right:
+            refuse(f"no row of {paths[0]} reads as --format {form}: is it another's, or does its "
+                   "first line not name the columns?")
+        store.executemany("insert into facts values(?, ?)", facts)
+        store.executemany("insert into rejects values(?)", lost)
+        store.execute("create index by_source on facts(source)")
+        store.commit()
+
+
+def query(database, text, *values):
+    """The first column of each row that a query of a metadata file finds, from JSON."""
+    if database is not None:
+        address = f"{Path(database).absolute().as_uri()}?immutable=1"
+        with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
+            for found, in store.execute(text, values):
+                yield json.loads(found)
+
+
+def read_facts(paths, form):
+    """Yields (file name, fact) of each of our rows, (None, None) of a row that is malformed."""
+    _, rows, reader = FORMATS[form]
+    for path in paths:
+        words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem) if word in SPLITS}
+        split = words.pop() if len(words) == 1 else None
+        for row in (rows or file_rows)(path):
+            try:
+                for ours in reader(row) if reader else [row]:
+                    yield read_fact(ours, split)
+            except (ValueError, TypeError, AttributeError, LookupError, SyntaxError):
+                yield None, None
+
+
+def read_fact(row, split=None):
+    """(file name, fact) of one of our rows; raises ValueError, TypeError, KeyError on a bad one."""
     name = str(row.get("video") or row.get("path") or row["file"])
-    start, end = seconds(row.get("start")), seconds(row.get("end"))
+    start, end, frames = seconds(row.get("start")), seconds(row.get("end")), row.get("frames")
     texts = row.get("caption") or row.get("text") or []
     if isinstance(texts, str) and texts.startswith("["):
-        with contextlib.suppress(ValueError):          # a list in a csv cell; else just a text
-            texts = json.loads(texts)
+        with contextlib.suppress(ValueError, SyntaxError):  # a list in a cell; else just a text
+            texts = json.loads(texts) if texts.startswith('["') else ast.literal_eval(texts)
     texts = [texts] if isinstance(texts, str) else texts
-    split, label = str(row.get("split") or "").lower(), row.get("label")
+    named, label = str(row.get("split") or "").lower(), row.get("label")
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
         raise ValueError("times")
-    if split and split not in SPLITS or not all(isinstance(text, str) for text in texts):
+    if named and named not in SPLITS or not all(isinstance(text, str) for text in texts):
         raise ValueError("split or caption")
-    return os.path.normpath(name).replace(os.sep, "/"), {
-        "start": start, "end": end, "captions": [t.strip() for t in texts if t.strip()],
-        "split": SPLITS.get(split), "label": None if label in (None, "") else str(label)}
+    fact = {"start": start, "end": end, "captions": [t.strip() for t in texts if t.strip()],
+            "split": SPLITS.get(named, split), "label": None if label in (None, "") else str(label)}
+    if isinstance(frames, list):
+        fact["frames"] = frames
+    if row.get("prompt"):
+        fact["prompt"] = str(row["prompt"])
+    scores = {key: value for key in row if key not in OURS
+              and (value := number_of(row[key])) is not None}
+    if scores:
+        fact["scores"] = scores
+    return os.path.normpath(name).replace(os.sep, "/") if "/" in name else name, fact
+
+
+OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "prompt", "split",
+        "label"}
+
+
+def number_of(value):
+    """A finite number, or a text that is one; else None."""
+    try:
+        return value if math.isfinite(value := float(value)) else None
+    except (ValueError, TypeError):
+        return None
 
 
 def seconds(value):
@@ -586,16 +1193,26 @@ def seconds(value):
     return total
 
 
-def beside(path, source):
-    """Facts of --format folder: NAME.txt beside the file is its caption, its folder its label."""
-    text, folders = Path(path).with_suffix(".txt"), source.split("/")[:-1]
-    caption = text.read_text(encoding="utf-8", errors="replace") if text.is_file() else ""
-    return [{"start": None, "end": None, "captions": [" ".join(caption.split())] if caption else [],
-             "split": None, "label": folders[-1] if folders else None}]
+def beside(source, texts):
+    """Facts of the formats without --meta: `texts` {suffix: text} are the files NAME.txt (caption)
+    and NAME.json (our keys) beside the source; its folder is its label, and may name its split."""
+    folders, more = source.split("/")[:-1], {}
+    folders = [name for name in folders if Path(name).suffix not in ARCHIVES]
+    with contextlib.suppress(ValueError):
+        more = json.loads(texts.get(".json", "{}"))
+    classes = [texts[".cls"].strip()] if ".cls" in texts else [
+        name for name in folders if name not in SPLITS]
+    row = {"label": classes[-1] if classes else None, "video": source,
+           "caption": " ".join(texts.get(".txt", "").split())}
+    split = next((SPLITS[name] for name in folders if name in SPLITS), None)
+    try:
+        return [read_fact({**row, **more, "video": source}, split)[1]]
+    except (ValueError, TypeError, KeyError):          # a file of somebody else's
+        return [read_fact(row, split)[1]]
 
 
 def told(source, facts, start, end):
-    """split, label and captions of the clip start..end (s) of a source, by its facts: those that
+    """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
     hold at least half of the clip, or speak of the whole file. The split of a file of which no
     fact names one is drawn by its name: one in twenty 'val', the rest 'train'."""
     mine = [f for f in facts if f["start"] is None
@@ -604,8 +1221,10 @@ def told(source, facts, start, end):
     splits = [f["split"] for f in [*mine, *facts] if f["split"]]
     labels = [f["label"] for f in mine if f["label"] is not None]
     return {"split": (splits or ["train" if draw else "val"])[0], "label": (labels or [None])[0],
-            "captions": [{"text": text, "source": "meta", "weight": 1.0}
-                         for f in mine for text in f["captions"]]}
+            "captions": [{"text": text, "source": "meta", "weight": 1.0,
+                          **{key: f[key] for key in ("prompt",) if key in f}}
+                         for f in mine for text in f["captions"]]}, \
+        {name: value for f in mine for name, value in f.get("scores", {}).items()}
 
 
 def rejection(source, reason, start=None, end=None, figure=None, threshold=None):
@@ -615,47 +1234,93 @@ def rejection(source, reason, start=None, end=None, figure=None, threshold=None)
 
 # -- clips: what to cut, what to leave out, the second pass ----------------------------------------
 
-FILTERS = (             # score, option, +1 (at least) or -1 (at most), reason of the reject
-    ("seconds", "min_seconds", 1, "too short"), ("side", "min_side", 1, "too small"),
-    ("motion", "min_motion", 1, "too still"), ("contrast", "min_contrast", 1, "too flat"),
-    ("brightness", "min_brightness", 1, "too dark"),
-    ("brightness", "max_brightness", -1, "too bright"),
-    ("sharpness", "min_sharpness", 1, "too blurred"))
+SCORES = {              # what it is; why a clip is rejected that has too little, or too much (None:
+                        # --max_seconds and --max_side cut and scale)
+    "seconds": ("length, s", "too short", None),
+    "side": ("shorter side, px", "too small", None),
+    "aspect": ("width over height", "too narrow", "too wide"),
+    "rate": ("frames a second", "too slow a rate", "too fast a rate"),
+    "motion": ("change of a small picture, levels a second", "too still", "too restless"),
+    "flow": ("mean speed of its blocks, diagonals a second", "too little flow", "too much flow"),
+    "shake": ("change of the camera's velocity, diagonals a second", "too steady", "shaking"),
+    "brightness": ("mean luma, 0..255", "too dark", "too bright"),
+    "contrast": ("deviation of luma within a frame, 0..255", "too flat", "too harsh"),
+    "saturation": ("mean distance of chroma from grey, 0..128", "too grey", "too colourful"),
+    "sharpness": ("mean Laplacian of luma, levels", "too blurred", "too sharp"),
+    "border": ("black part at the edges, 0..1", "no borders", "black borders"),
+    "text": ("part that looks like writing, 0..1", "no writing", "writing"),
+    "overlay": ("part whose edges stay while the rest moves, 0..1", "no overlay", "overlay"),
+    "flicker": ("swing of the mean luma from frame to frame, levels", "no flicker", "flicker"),
+    "repeats": ("share of frames that repeat the one before", "no repeats", "repeated frames"),
+    "bpp": ("bits a pixel of the source", "too few bits", "too many bits")}
+DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound
 
 
 def failure(row, options):
-    """The reject of a row whose scores fail a filter (the first that they fail), or None."""
-    for score, option, sign, reason in FILTERS:
+    """The reject of a row whose scores or captions fail a filter (the first that they fail), or
+    None. Captions that fail are dropped from a row that keeps another (--policy any)."""
+    times = (None, None) if row["fps"] is None else (row["start"], row["end"])
+    for score, (_, *reasons) in SCORES.items():
         value = row["scores"].get(score)
-        if value is not None and sign * value < sign * options[option]:
-            times = (None, None) if row["fps"] is None else (row["start"], row["end"])
-            return rejection(row["source"], reason, *times, value, options[option])
+        for sign, bound, reason in zip((1, -1), ("min_", "max_"), reasons):
+            limit = options[bound + score] if reason else None
+            if value is not None and limit is not None and sign * value < sign * limit:
+                return rejection(row["source"], reason, *times, value, limit)
+    faults = [caption_fault(caption["text"], options) for caption in row["captions"]]
+    bad = [fault for fault in faults if fault]
+    if bad and (options["policy"] == "all" or all(faults)):
+        return rejection(row["source"], bad[0][0], *times, *bad[0][1:])
+    row["captions"] = [one for one, fault in zip(row["captions"], faults) if not fault]
     return None
 
 
-def row_of(source, n, facts, fps, width, height, scores, times=(0.0,) * 4, n_frames=1):
+def caption_fault(text, options):
+    """(reason, figure, threshold) of a caption that fails a filter, or None. A Chinese, Japanese or
+    Korean character counts as a word."""
+    east = r"\u3040-\u9fff\uac00-\ud7a3"
+    words = re.findall(rf"[{east}]|[^\W{east}]+", text.lower())
+    pairs, letters = list(zip(words, words[1:])), [c for c in text if c.isalpha()]
+    repeated = round(1 - len(set(pairs)) / max(1, len(pairs)), 4)
+    own = sum(unicodedata.name(c, "").startswith(options["alphabet"] or "") for c in letters)
+    banned = set(words) & set(options["banned"] or ())
+    most = math.inf if options["max_words"] is None else options["max_words"]
+    if not options["min_words"] <= len(words) <= most:
+        return "caption's length", len(words), options[
+            "max_words" if len(words) > most else "min_words"]
+    if repeated > options["max_repeated"]:
+        return "caption repeats itself", repeated, options["max_repeated"]
+    if own < 0.9 * len(letters):
+        return "caption's alphabet", round(own / len(letters), 4), options["alphabet"]
+    return ("caption has a banned word", min(banned), None) if banned else None
+
+
+def row_of(source, n, facts, fps, width, height, scores, samples, times=(0.0,) * 4, n_frames=1):
     """The row of a source's n-th clip, as in the shard's jsonl; times: shot_start, shot_end, start,
     end. Keys are unique over a data set and hold no '.' or '/': WebDataset readers cut there."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).stem).strip("-")[:40] or "clip"
     times = [round(at, 6) for at in times]
+    told_of, more = told(source, facts, *times[2:])
     return {"key": f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}-{n:03d}",
             "offset": None, "length": None, "source": source, "shot_start": times[0],
             "shot_end": times[1], "start": times[2], "end": times[3], "frames": n_frames,
-            "fps": fps, "width": width, "height": height, **told(source, facts, *times[2:]),
-            "scores": scores}
+            "fps": fps, "width": width, "height": height, **told_of, "scores": {**more, **scores},
+            **({"hash": video_hash(samples)} if samples else {})}
 
 
 def plan_clips(scan, source, facts, options):
-    """[(row, frames)] of a video's clips in order, those that filters will drop too: `frames` are
-    the numbers of the source's frames that the clip shows."""
+    """[(row, frames, border)] of a video's clips in order, those that filters will drop too:
+    `frames` are the numbers of the source's frames that the clip shows, border is what to crop."""
     fps, is_constant = scan.rate()
     every = max(1, math.ceil(fps / options["max_fps"] - 1e-3)) if options["max_fps"] else 1
-    cuts = find_cuts(scan, options["cut_ratio"], options["min_shot"]) \
-        if options["split"] == "shots" else scan.breaks
-    clips = []
-    for first, stop in zip([0, *cuts], [*cuts, len(scan.times)]):
-        shot = float(scan.times[first]), scan.end(stop, fps)
-        edges = [first, *borders(scan, first, stop, *shot, options), stop]
+    for fact in facts:
+        if "frames" in fact:                           # of the file, the last one included
+            a, b = np.clip(fact["frames"], 0, len(scan.times) - 1).tolist()
+            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)}
+    clips, level = [], options["scores"]
+    for begin, end, first, stop in find_shots(scan, fps, options):
+        shot = float(scan.times[begin]), scan.end(end, fps)
+        edges = [first, *borders(scan, first, stop, float(scan.times[first]), scan.end(stop, fps),
+                                 options), stop]
         for a, b in zip(edges, edges[1:]):
             start, end = float(scan.times[a]), scan.end(b, fps)
             frames = np.arange(a, b, every)
@@ -663,9 +1328,12 @@ def plan_clips(scan, source, facts, options):
                 at = start + np.arange(max(1, round((end - start) * fps / every))) * every / fps
                 slack = min(scan.tick, 0.001) + 1e-9
                 frames = np.searchsorted(scan.times, at + slack, side="right") - 1
+            mine = scan.looks(a, b)
             row = row_of(source, len(clips), facts, round(float(frame_rate(fps / every)), 6), None,
-                         None, scan.scores(a, b, fps), (*shot, start, end), len(frames))
-            clips.append((row, frames.clip(a, b - 1)))
+                         None, scan.scores(a, b, fps, level), mine, (*shot, start, end),
+                         len(frames))
+            border = np.min([one.border for one in mine], axis=0) if options["crop"] else [0] * 4
+            clips.append((row, frames.clip(a, b - 1), tuple(border)))
     return clips
 
 
@@ -683,16 +1351,16 @@ def borders(scan, first, stop, start, end, options):
 
 
 def encode_clips(video, clips, options):
-    """Second pass: yields (row, bytes of its MP4) for the clips [(row, frames)], in order. Memory
-    holds one frame and one encoder at a time."""
+    """Second pass: yields (row, bytes of its MP4) for the clips [(row, frames, border)], in order.
+    Memory holds one frame and one encoder at a time."""
     waiting, shown = deque(clips), 0
     for n, frame in enumerate(video):
         while waiting and waiting[0][1][shown] == n:
-            row, frames = waiting[0]
+            row, frames, border = waiting[0]
             if shown == 0:
                 file = io.BytesIO()
                 encoder = Encoder(file, row["fps"], options["crf"])
-            rgb = video.rgb(frame, options["max_side"])
+            rgb = video.rgb(frame, options["max_side"], border)
             encoder.add(rgb)
             shown += 1
             if shown == len(frames):
@@ -706,24 +1374,58 @@ def encode_clips(video, clips, options):
     raise Unreadable("changes while it is read")
 
 
-def clips_of(path, source, facts, options):
-    """Yields (row, suffix, bytes) for each clip of a file, and (reject, None, None)."""
-    facts = beside(path, source) if options["format"] == "folder" else facts
+def copied(video, scan, clips, options):
+    """(row, bytes) of a clip that is all of a file in plain H.264 (8 bits, 4:2:0, TV's range,
+    square pixels, not turned, at a constant rate, nothing to scale or crop): its packets as they
+    are, without sound, in an MP4. None for any other, and where the copy does not decode alike."""
+    row, frames, border = clips[0]
+    (width, height), n = scan.sizes[0], len(scan.times)
+    if len(clips) > 1 or len(frames) != n or (np.diff(frames) != 1).any() or any(border) or \
+            video.codec != "h264" or not scan.is_plain or video.bad_packets or video.sar != 1 or \
+            video.matrix or width % 2 or height % 2 or len(scan.sizes) > 1 or \
+            0 < options["max_side"] < max(width, height) or not scan.rate()[1]:
+        return None
+    out, path = io.BytesIO(), video.path
     try:
-        if Path(path).suffix.lower() in STILLS and not is_animated(path):
+        with av.open(path.again() if isinstance(path, Member) else str(path)) as source, \
+                av.open(out, "w", format="mp4") as target:
+            stream, shift = main_stream(source), None
+            to = target.add_stream_from_template(stream)
+            for packet in source.demux(stream):
+                if packet.dts is not None:
+                    shift = packet.dts if shift is None else shift
+                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+                    packet.stream = to
+                    target.mux(packet)
+        if sum(1 for _ in Video(Member(out.getvalue(), ".mp4"), video.beat)) != n:
+            return None
+    except (FFmpegError, TypeError, ValueError, Unreadable):    # no times; not to be in an MP4
+        return None
+    row["width"], row["height"] = width, height
+    return row, out.getvalue()
+
+
+def clips_of(root, source, facts, options, beat=lambda: None):
+    """Yields (row, suffix, bytes) for each clip of a file, and (reject, None, None)."""
+    try:
+        path, texts = located(root, source)
+        facts = beside(source, texts) if options["format"] in BESIDE else facts
+        if path.suffix.lower() in STILLS and not is_animated(path):
             row = still_row(path, source, facts, options)
             lost = failure(row, options)
             yield (lost, None, None) if lost else (row, path.suffix.lower(), path.read_bytes())
             return
-        video, kept = Video(path), []
-        for row, frames in plan_clips(Scan(video), source, facts, options):
+        video, kept = Video(path, beat), []
+        scan = Scan(video, options["scores"])
+        for row, *clip in plan_clips(scan, source, facts, options):
             row["scores"]["bad_packets"] = video.bad_packets
             lost = failure(row, options)
             if lost:
                 yield lost, None, None
             else:
-                kept.append((row, frames))
-        for row, data in encode_clips(video, kept, options) if kept else ():
+                kept.append((row, *clip))
+        whole = copied(video, scan, kept, options) if kept else None
+        for row, data in [whole] if whole else encode_clips(video, kept, options) if kept else ():
             yield row, ".mp4", data
     except Unreadable as error:
         reason, figure = (*error.args, None)[:2]
@@ -740,21 +1442,83 @@ def still_row(path, source, facts, options):
     except PICTURE_ERRORS:
         raise Unreadable("broken picture") from None
     (height, width), cap = pixels.shape[:2], options["max_side"]
-    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-    luma = Video(path).small(frame)[0]
-    scores = {"side": min(height, width), "brightness": round(float(luma.mean()), 2),
-              "contrast": round(float(luma.std()), 2), "sharpness": round(sharpness(frame), 3)}
+    frame, video = av.VideoFrame.from_ndarray(pixels, format="rgb24"), Video(path)
+    small, samples = video.small(frame), []
+    scores = {"side": min(height, width), "brightness": round(float(small[0].mean()), 2),
+              "contrast": round(float(small[0].std(dtype=float)), 2),
+              "sharpness": round(sharpness(video.luma(frame)), 3)}
+    if options["scores"] == "all":
+        samples = [Sample(0, video, frame, small)]
+        scores |= {"aspect": round(width / height, 4), **still_scores(samples)}
     shrink = min(1, cap / max(height, width)) if cap else 1
     return row_of(source, 0, facts, None, max(1, round(width * shrink)),
-                  max(1, round(height * shrink)), scores)
+                  max(1, round(height * shrink)), scores, samples)
+
+
+# -- near-duplicates -------------------------------------------------------------------------------
+
+def video_hash(samples):
+    """What a clip looks like: four texts of 256 bits each, for the whole picture inside its black
+    borders and for its middle without 4, 8 and 12% on every side. Bits: of four moments, which of
+    8 x 8 cells are lighter than the median. None for pictures too plain to be told apart so."""
+    top, bottom, left, right = np.min([one.border for one in samples], axis=0)
+    some, found = [samples[i] for i in np.linspace(0, len(samples) - 1, 4).round().astype(int)], []
+    for margin in (0, 0.04, 0.08, 0.12):
+        bits = []
+        for one in some:
+            y, x = (((np.arange(16) + 0.5) / 16 * (1 - 2 * margin) + margin) * (1 - a - b) + a
+                    for a, b in ((top, bottom), (left, right)))
+            cell = one.thumb[(y * 24).astype(int)[:, None], (x * 24).astype(int)]
+            cell = turned(cell.reshape(8, 2, 8, 2).sum((1, 3), dtype=int), one.matrix)
+            bits.append(cell > np.median(cell) + 8)
+        found.append(np.packbits(bits).tobytes().hex())
+        if np.mean(bits) < 0.2:
+            return []
+    return found
+
+
+def near_duplicates(rows, near):
+    """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
+    hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the one with the most
+    pixels stays, then the one with the most bytes, then the first; each is compared with those that
+    stay only, so that likeness does not creep from clip to clip."""
+    known = sorted((i for i, row in enumerate(rows) if row.get("hash")),
+                   key=lambda i: rows[i]["end"] - rows[i]["start"])
+    if not known or not near:
+        return []
+    length = np.array([rows[i]["end"] - rows[i]["start"] for i in known])
+    stills = np.array([rows[i]["fps"] is None for i in known])
+    light = np.array([rows[i]["scores"]["brightness"] for i in known])
+    bits = np.frombuffer(bytes.fromhex("".join("".join(rows[i]["hash"]) for i in known)),
+                         np.uint8).reshape(len(known), -1, 32).view(np.uint64)
+    stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
+    for a in range(len(known)):
+        b = slice(a + 1, stop[a])
+        apart = np.minimum(*(np.bitwise_count(one).sum(2, dtype=int).min(1) for one in (
+            bits[b] ^ bits[a, :1], bits[b, :1] ^ bits[a]))) / 256
+        alike = (apart < near) & (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
+        for k in np.flatnonzero(alike).tolist():
+            i, j = known[a], known[a + 1 + k]
+            pairs.setdefault(i, []).append((float(apart[k]), j))
+            pairs.setdefault(j, []).append((float(apart[k]), i))
+    order = sorted(pairs, key=lambda i: (-rows[i]["width"] * rows[i]["height"],
+                                         -rows[i]["length"], i))
+    kept, found = set(), []
+    for i in order:
+        twins = [pair for pair in pairs[i] if pair[1] in kept]
+        if twins:
+            found.append((rows[i], rows[min(twins)[1]], min(twins)[0]))
+        else:
+            kept.add(i)
+    return found
 
 
 # -- shards: one process each, watched -------------------------------------------------------------
 
-def make_shard(folder, number, root, sources, facts, options, bad, pipe):
+def make_shard(folder, number, root, sources, database, options, bad, pipe):
     """The work of one process: a shard's tar, rejects and rows; the rows last, they say that it is
-    done. Tells `pipe` the number of each source before touching it. `bad` {source: reason} are
-    files that ended such a process before."""
+    done. Tells `pipe` the number of each source before touching it, and again as long as frames
+    come. `bad` {source: reason} are files that ended such a process before."""
     die_with_parent()
     name, rows, rejects = folder / f"shard-{number:05d}", [], []
     with atomic(f"{name}.tar") as part, \
@@ -764,8 +1528,9 @@ def make_shard(folder, number, root, sources, facts, options, bad, pipe):
             if source in bad:
                 rejects.append(rejection(source, bad[source]))
                 continue
-            mine = facts.get(source, [])
-            for row, suffix, data in clips_of(root / source, source, mine, options):
+            facts = list(query(database, "select fact from facts where source = ? order by rowid",
+                               source))
+            for row, suffix, data in clips_of(root, source, facts, options, lambda: pipe.send(n)):
                 if data is None:
                     rejects.append(row)
                     continue
@@ -804,11 +1569,11 @@ class Job:
         self.bad, self.crashes = {}, Counter()
 
     def start(self, context):
-        folder, root, facts, options = self.arguments
+        folder, root, database, options = self.arguments
         self.pipe, end = context.Pipe(duplex=False)
         self.at, self.since = None, time.monotonic()
         self.process = context.Process(target=make_shard, daemon=True, args=(
-            folder, self.number, root, self.sources, facts, options, self.bad, end))
+            folder, self.number, root, self.sources, database, options, self.bad, end))
         self.process.start()
         end.close()
 
@@ -861,15 +1626,20 @@ def run_jobs(jobs, n_workers, timeout):
 
 # -- the plan, the run, the end --------------------------------------------------------------------
 
-def find_sources(root, folder):
+def find_sources(root, folder, form):
     """([[relative path, bytes]] sorted, number of other files) under `root`. Hidden files (half
-    written ones, a Mac's '._' twins) and the data set's own folder are passed over."""
+    written ones, a Mac's '._' twins) and the data set's own folder are passed over. Of formats that
+    come in archives their members count."""
     found, n_others = [], 0
     for where, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")
                       and Path(where, name).resolve() != folder.resolve()]
         for path in (Path(where, name) for name in files):
-            if path.name.startswith(".") or path.suffix.lower() not in VIDEOS | STILLS \
+            if path.suffix in ARCHIVES and form in ("webdataset", "bair"):
+                name = path.relative_to(root).as_posix()
+                found += [[f"{name}/{inner}", size] for inner, (_, size) in members(path).items()
+                          if Path(inner).suffix.lower() in VIDEOS | STILLS]
+            elif path.name.startswith(".") or path.suffix.lower() not in VIDEOS | STILLS \
                     or not path.is_file():
                 n_others += 1
             else:
@@ -893,7 +1663,13 @@ def make_plan(args, folder, root):
     """What the data set is made of, fixed at the first start in plan.json: the sorted sources, the
     shards, the options that shape the result. Refuses to go on with anything else."""
     options = {name: getattr(args, name) for name in args.shaping}
-    options["meta"] = hashlib.sha256(args.meta.read_bytes()).hexdigest() if args.meta else None
+    options["meta"] = None
+    if args.meta:
+        digest = hashlib.sha256()
+        for one in args.meta_files:
+            with open(one, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        options["meta"] = digest.hexdigest()
     path, plan = folder / "plan.json", None
     if path.exists():
         plan = read_json(path)
@@ -904,7 +1680,7 @@ def make_plan(args, folder, root):
                 refuse(f"{folder} was begun with --{name} {before}: use that, or another NAME")
         if (folder / "manifest.json").exists():
             return plan
-    sources, n_others = find_sources(root, folder)
+    sources, n_others = find_sources(root, folder, args.format)
     if not sources:
         refuse(f"no videos or stills under {root} ({n_others} other files)")
     if plan is None:
@@ -924,20 +1700,25 @@ def prepare(args):
     folder, root = dataset_dir(args.name), Path(args.videos)
     if not root.is_dir():
         refuse(f"--videos {root} is not a folder")
-    if args.meta and not args.meta.is_file():
-        refuse(f"--meta {args.meta} is not a file")
+    if args.meta:
+        args.meta_files = meta_files(args.meta, args.format) if args.meta.exists() else []
+        if not args.meta_files:
+            refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
+                   f"{args.format}")
     sweep(folder)
     plan = make_plan(args, folder, root)
     if (folder / "manifest.json").exists():
         read_json(folder / "manifest.json")
         print(f"{folder} is finished; nothing to do")
-        return
+        return report(folder, root) if args.report else None
     sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
-    facts, rejects = read_metadata(args.meta, args.format, sources) if args.meta else ({}, [])
+    database = (folder / "facts.db").absolute() if args.meta else None
+    if args.meta and not database.exists():
+        read_metadata(args.meta_files, args.format, sources, database)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
         if n % n_parts == part - 1 and not is_done(folder, n):
-            mine = {source: facts[source] for source in sources[first:stop] if source in facts}
-            jobs.append(Job(n, sources[first:stop], folder, root.absolute(), mine, plan["options"]))
+            jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,
+                            plan["options"]))
     run_jobs(jobs, args.workers, args.timeout)
     left = [n for n in range(len(plan["shards"])) if not is_done(folder, n)]
     if left and args.finish:
@@ -946,31 +1727,42 @@ def prepare(args):
     if left:
         print(f"this part of {folder} is done; {len(left)} shards are left to others")
     else:
-        finish(folder, plan, rejects)
+        finish(folder, plan, database)
+        if args.report:
+            report(folder, root)
 
 
 def is_done(folder, number):
     return all((folder / f"shard-{number:05d}.{suffix}").is_file() for suffix in SUFFIXES)
 
 
-def finish(folder, plan, rejects):
+def finish(folder, plan, database):
     """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
     Whoever comes second writes the same bytes."""
-    seen, duplicates, rows, shards = {}, [], [], {}
+    seen, duplicates, rows, shards, reasons = {}, [], [], {}, Counter()
     for name in (f"shard-{n:05d}" for n in range(len(plan["shards"]))):
-        mine = [{**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")]
-        for row in mine:
-            of = seen.setdefault(hashlib.sha256(read_member(folder, row)).digest(), row["key"])
+        for row in read_rows(folder / f"{name}.jsonl"):
+            rows.append({**row, "shard": name})
+            of = seen.setdefault(hashlib.sha256(read_member(folder, rows[-1])).digest(), row["key"])
             if of != row["key"]:
                 duplicates.append({"key": row["key"], "of": of, "distance": 0})
         shards[name] = {}
         for suffix in SUFFIXES:
             with open(folder / f"{name}.{suffix}", "rb") as file:
                 shards[name][f"{name}.{suffix}"] = hashlib.file_digest(file, "sha256").hexdigest()
-        rejects = rejects + read_rows(folder / f"{name}.rejected.jsonl")
-        rows += mine
+
+    def rejects():
+        parts = (read_rows(folder / f"{name}.rejected.jsonl") for name in shards)
+        for one in itertools.chain(query(database, "select reject from rejects"), *parts):
+            reasons[one["reason"]] += 1
+            yield one
+
+    exact = {one["key"] for one in duplicates}
+    duplicates += [{"key": row["key"], "of": of["key"], "distance": round(apart, 4)}
+                   for row, of, apart in near_duplicates(
+                       [row for row in rows if row["key"] not in exact], plan["options"]["near"])]
     write_rows(folder / "duplicates.jsonl", duplicates)
-    write_rows(folder / "rejected.jsonl", rejects)
+    write_rows(folder / "rejected.jsonl", rejects())
     twins = {row["key"] for row in duplicates}
     shown = [row for row in rows if row["key"] not in twins]
     shown = [shown[len(shown) * i // 36] for i in range(36)] if len(shown) > 36 else shown
@@ -981,7 +1773,7 @@ def finish(folder, plan, rejects):
               "captions": sum(len(row["captions"]) for row in rows),
               "captioned_clips": sum(bool(row["captions"]) for row in rows),
               "splits": dict(sorted(Counter(row["split"] for row in rows).items())),
-              "rejected": dict(sorted(Counter(row["reason"] for row in rejects).items()))}
+              "rejected": dict(sorted(reasons.items()))}
     versions = {"python": ".".join(map(str, sys.version_info[:3])), "av": av.__version__,
                 "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
                 "numpy": np.__version__, "pillow": PIL.__version__}
@@ -989,9 +1781,10 @@ def finish(folder, plan, rejects):
         {"format": FORMAT, "counts": counts, "options": plan["options"], "versions": versions,
          "shards": shards}, indent=1) + "\n")
     sweep(folder)
+    (folder / "facts.db").unlink(missing_ok=True)
     print(f"{folder}: {len(rows)} clips ({counts['seconds']:.0f} s, {counts['captioned_clips']} "
-          f"captioned) of {len(plan['sources'])} files; {len(rejects)} rejects in rejected.jsonl, "
-          f"{len(duplicates)} duplicates; look at {folder / 'contact.png'}")
+          f"captioned) of {len(plan['sources'])} files; {reasons.total()} rejects in "
+          f"rejected.jsonl, {len(duplicates)} duplicates; look at {folder / 'contact.png'}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -1051,12 +1844,150 @@ def clip_frames(folder, row, some=None):
         container.streams.video[0].thread_type = "NONE"
         for n, frame in enumerate(container.decode(video=0)):
             if some is None or n in some:
-                yield scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                yield scaler.reformat(frame, format="rgb24", src_colorspace=colour_matrix(frame),
+                                      threads=1).to_ndarray()
+
+
+FIELDS = ("frames", "fps", "width", "height", "start", "end", "split", "label", "source")
+
+
+def where(rows, text):
+    """The rows for which `text` holds: comparisons (< <= > >= == !=) of a score, or of one of
+    FIELDS, with a number or a quoted text, joined by and, or, not and parentheses; no comparison
+    holds for a row without that value. where(rows, "flow > 0.1 and not (text > 0.05)"). Refuses
+    what it cannot read and scores that no row has."""
+    rows, token = list(rows), re.compile(
+        r"\s*([()]|[<>]=?|[=!]=|[A-Za-z_]\w*|-?\d+\.?\d*(?:[eE][-+]?\d+)?|'[^']*'|\"[^\"]*\")\s*")
+    tokens, at = [], 0
+    while at < len(text):
+        found = token.match(text, at)
+        if not found:
+            refuse(f"'{text}': cannot read '{text[at:].strip()}'")
+        tokens, at = [*tokens, found[1]], found.end()
+    known = {name for row in rows for name in row["scores"]} | set(FIELDS)
+    compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+               "==": operator.eq, "!=": operator.ne}
+
+    def take(*wanted):
+        return tokens.pop(0) if tokens and tokens[0] in wanted else None
+
+    def joined(word, part, join):
+        parts = [part()]
+        while take(word):
+            parts.append(part())
+        return lambda row: join(one(row) for one in parts)
+
+    def either():
+        return joined("or", lambda: joined("and", single, all), any)
+
+    def single():
+        if take("not"):
+            inner = single()
+            return lambda row: not inner(row)
+        if take("("):
+            inner = either()
+            if not take(")"):
+                refuse(f"'{text}': a ) is missing")
+            return inner
+        name, sign, value = (tokens.pop(0) if tokens else "its end" for _ in range(3))
+        number_there = number_of(value)
+        if sign not in compare or number_there is None and value[:1] not in ("'", '"'):
+            refuse(f"'{text}': '{name} {sign} {value}' is not NAME < NUMBER, or the like")
+        if rows and name not in known:
+            refuse(f"'{text}': no clip has '{name}'; there are {', '.join(sorted(known))}")
+        value = value[1:-1] if number_there is None else number_there
+
+        def holds(row):
+            own = row["scores"].get(name, row.get(name) if name in FIELDS else None)
+            return isinstance(own, str) == isinstance(value, str) and own is not None \
+                and compare[sign](own, value)
+        return holds
+
+    test = either()
+    if tokens:
+        refuse(f"'{text}': cannot read '{' '.join(tokens)}'")
+    return [row for row in rows if test(row)]
 
 
 def read_clip(folder, row):
     """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still."""
     return np.stack(list(clip_frames(folder, row)))
+
+
+# -- for people ------------------------------------------------------------------------------------
+
+def report(folder, root):
+    """report/ of a finished data set: report.txt (how scores are spread, what other bounds would
+    cost, why clips were rejected), spread.png, kept.png, rejected.png, duplicates.png."""
+    rejects, twins = read_rows(folder / "rejected.jsonl"), read_rows(folder / "duplicates.jsonl")
+    rows = open_dataset(folder)
+    values = {name: [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+              for name in SCORES}
+    values["words"] = [len(one["text"].split()) for row in rows for one in row["captions"]]
+    values = {name: np.sort(found) for name, found in values.items() if found}
+    marks = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+    lines = [f"{len(rows)} clips, {len(rejects)} rejects, {len(twins)} duplicates", "",
+             "How the kept clips' scores are spread, by percent of the clips (a lower bound of "
+             "what stands under 10 would lose 10% of them)",
+             f"{'':12}" + "".join(f"{mark:>10}" for mark in marks)]
+    lines += [f"{name:12}" + "".join(f"{v:10.4g}" for v in np.percentile(found, marks))
+              for name, found in values.items()]
+    lines += ["", "Why clips and files were left out, and the bound that would have let a quarter, "
+              "half and all of them pass"]
+    for reason, n in Counter(one["reason"] for one in rejects).most_common():
+        mine = [one for one in rejects if one["reason"] == reason]
+        figures = sorted(one["figure"] for one in mine if number_of(one["threshold"]) is not None
+                         and number_of(one["figure"]) is not None)
+        if figures and figures[0] < mine[0]["threshold"]:
+            figures = figures[::-1]                    # a lower bound has to go down
+        lines.append(f"{n:8} {reason:40}" + "".join(
+            f"{figures[math.ceil(len(figures) * q) - 1]:10.4g}" for q in (0.25, 0.5, 1) if figures))
+    write_text(folder / "report/report.txt", "\n".join(lines) + "\n")
+    draw_spread(folder / "report/spread.png", values)
+    every = {row["key"]: {**row, "shard": name} for name in read_json(
+        folder / "manifest.json")["shards"] for row in read_rows(folder / f"{name}.jsonl")}
+    contact_sheet(folder / "report/kept.png", [
+        sheet_row(folder, row) for row in rows[::max(1, len(rows) // 36)][:36]])
+    contact_sheet(folder / "report/duplicates.png", [
+        (sheet_row(folder, every[one["of"]], 2)[0] + sheet_row(folder, every[one["key"]], 2)[0],
+         f"{one['distance']} {one['key']} of {one['of']}") for one in twins[:36]])
+    shown = [one for reason in sorted({one["reason"] for one in rejects})
+             for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
+    contact_sheet(folder / "report/rejected.png", [
+        (glimpse(root, one), f"{one['reason']} {one['figure']} {one['source']}") for one in shown])
+    print(f"look at {folder / 'report'}")
+
+
+def draw_spread(path, values, width=300, height=110):
+    """A PNG of histograms: {name: sorted values}, from the 1st to the 99th percentile."""
+    sheet = Image.new("RGB", (3 * width, -(-len(values) // 3) * height), (24, 26, 30))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (name, found) in enumerate(values.items()):
+        x, y = i % 3 * width + 8, i // 3 * height + 4
+        low, high = np.percentile(found, (1, 99))
+        counts, _ = np.histogram(found, 48, (low, high if high > low else low + 1))
+        for k, count in enumerate(counts):
+            top = y + 88 - round(70 * count / max(1, counts.max()))
+            draw.rectangle((x + 6 * k, top, x + 6 * k + 4, y + 88), (90, 150, 230))
+        draw.text((x, y), f"{name}: {low:.4g} to {high:.4g}", (214, 216, 220), font)
+    with atomic(path) as part:
+        sheet.save(part, format="PNG")
+
+
+def glimpse(root, reject):
+    """[frame] from about the middle of what was rejected; [] where nothing decodes."""
+    try:
+        path, _ = located(root, reject["source"])
+        if path.suffix.lower() in STILLS:
+            return [read_still(path)]
+        with av.open(path if isinstance(path, Member) else str(path)) as container:
+            stream = main_stream(container)
+            stream.thread_type = "NONE"
+            middle = ((reject["shot_start"] or 0) + (reject["shot_end"] or 0)) / 2
+            container.seek(int(middle / stream.time_base) + (stream.start_time or 0), stream=stream)
+            return [Video(path).rgb(next(container.decode(stream)), 256)]
+    except (FFmpegError, Unreadable, StopIteration, *PICTURE_ERRORS):
+        return []
 
 
 # -- demo: moving shapes whose form, colour and direction are known --------------------------------
@@ -1208,55 +2139,80 @@ def part_of(text):
     return int(match[1]), int(match[2])
 
 
+def words_of(text):
+    """argparse type: the words of a file, sorted."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return sorted(set(Path(text).read_text(encoding="utf-8").lower().split()))
+
+
+def add_filters(parser):
+    """The options of scores, filters and near-duplicates."""
+    whole, real = number(int, 0), number(float, 0)
+    add = parser.add_argument_group(
+        "filters: clips that fail go to rejected.jsonl; no bound unless one is given").add_argument
+    add("--scores", choices=["all", "few"], default="all", help="few: cuts by change alone, no "
+        f"fades, dissolves and near-duplicates; only {', '.join(FEW[:-1])} (%(default)s)")
+    for name, (what, *reasons) in SCORES.items():
+        for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
+            start = DEFAULTS.get(f"{bound}_{name}")
+            add(f"--{bound}_{name}", type=real, default=start, metavar="X",
+                help=f"{word} {what}" + (f" ({start:g})" if start else ""))
+    add("--min_words", type=whole, default=0, metavar="N", help="of a caption (%(default)s)")
+    add("--max_words", type=whole, metavar="N", help="of a caption")
+    add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
+        help="greatest share of a caption's pairs of words that came before, 0 to 1 (%(default)s)")
+    add("--alphabet", type=str.upper, metavar="NAME", help="Unicode's name, such as LATIN or CJK, "
+        "of which nine in ten of a caption's letters must be")
+    add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
+    add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
+        "and loses the others, or all must be good (%(default)s)")
+    add("--near", type=number(float, 0, 0.3), default=0.15, metavar="X", help="near-duplicates "
+        "differ in less of their hashes' bits, 0 (equal bytes only) to 0.3 (%(default)s)")
+
+
 def parse_options(argv=None):
     """The options; `shaping` lists those that change the result, which plan.json holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     cores = max(1, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))   # ranks share them
-    level, whole, real = number(float, 0, 255), number(int, 0), number(float, 0)
+    whole, real = number(int, 0), number(float, 0)
     rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     add = parser.add_argument
     add("name", metavar="NAME", help="data set to make: data/NAME, or a path if it has a slash; "
-        "'demo' without --videos renders its own videos into data/demo-videos")
+        "'demo' without --videos renders its own videos into data/demo-videos; 'bench' measures")
     add("--videos", metavar="DIR", help="folder of videos and stills, searched to any depth")
-    add("--meta", type=Path, metavar="FILE", help="metadata; columns (or keys): video or path; "
-        "start, end (s or H:MM:SS.mmm); caption or text (a list: several); split; label")
+    add("--meta", type=Path, metavar="PATH", help="metadata file, or a folder of them")
     add("--finish", action="store_true", help="only join the shards that the parts have made")
+    add("--report", action="store_true", help="at the end write report/: distributions, what other "
+        "thresholds would cost, sheets of kept, rejected and duplicate clips")
     add("--workers", type=number(int, 1), default=cores, metavar="N", help="processes "
         "at a time, 1 or more; any number gives the same bytes (%(default)s: the processors)")
     add("--part", type=part_of, default=(rank + 1, ranks), metavar="I/N", help="do every N-th "
         "shard from the I-th, 1 <= I <= N: for job arrays (1/1, or torchrun's rank)")
-    add("--timeout", type=number(float, 1), default=600.0, metavar="S",
-        help="a file that takes more seconds than this, 1 or more, is left out (%(default)s)")
+    add("--timeout", type=number(float, 1), default=600.0, metavar="S", help="a file that gives no "
+        "frame for so many seconds, 1 or more, is left out (%(default)s)")
     add("--demo_files", type=number(int, 1, 999), default=160, metavar="N",
         help="videos that 'demo' renders, 1 to 999 (%(default)s)")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("shots (fixed at the first start, like all below)").add_argument
-    add("--format", choices=["jsonl", "csv", "tsv", "folder"], help="form of --meta (its suffix); "
-        "folder: NAME.txt beside a file is its caption, its folder's name its label")
+    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix); folder: "
+        "NAME.txt beside a file is its caption, its folder's name its label; webdataset, bair: the "
+        "same of files in tars, of records")
     add("--split", choices=["shots", "seconds", "none"], default="shots", help="what clips are: "
         "shots, lengths of --max_seconds, or whole files (%(default)s)")
     add("--min_shot", type=real, default=0.3, metavar="S",
         help="least time between cuts, s, 0 or more (%(default)s)")
     add("--cut_ratio", type=number(float, 1), default=2.25, metavar="X", help="how many times the "
         "usual change makes a cut, 1 or more; higher finds fewer (%(default)s)")
-    add = parser.add_argument_group("filters: clips that fail go to rejected.jsonl").add_argument
-    add("--min_seconds", type=real, default=0.5, metavar="S",
-        help="shortest clip, s, 0 or more (%(default)s)")
-    add("--min_side", type=number(int, 2), default=32, metavar="PX",
-        help="smallest shorter side, px, 2 or more (%(default)s)")
-    add("--min_motion", type=real, default=0.0, metavar="X", help="least change of a small "
-        "picture, levels of 0..255 a second, 0 or more (%(default)s)")
-    add("--min_brightness", type=level, default=0.0, metavar="X",
-        help="least mean luma, 0 to 255 (%(default)s)")
-    add("--max_brightness", type=level, default=255.0, metavar="X",
-        help="greatest mean luma, 0 to 255 (%(default)s)")
-    add("--min_contrast", type=level, default=1.0, metavar="X", help="least deviation of luma "
-        "within a frame, 0 to 255; 0 keeps blank clips (%(default)s)")
-    add("--min_sharpness", type=real, default=0.0, metavar="X",
-        help="least mean Laplacian of luma, levels, 0 or more (%(default)s)")
+    add("--stitch", type=real, default=0.0, metavar="X", help="join shots whose touching frames' "
+        "colours differ less, levels of 0..255; 0: never (%(default)s)")
+    add("--trim", type=real, default=0.0, metavar="S",
+        help="cut off at both ends of a shot, s, 0 or more (%(default)s)")
+    add_filters(parser)
     add = parser.add_argument_group("caps").add_argument
+    add("--crop", action="store_true", help="cut black borders off")
     add("--max_side", type=whole, default=0, metavar="PX",
         help="longer side, px; larger clips are scaled down; 0: no limit (%(default)s)")
     add("--max_fps", type=real, default=0.0, metavar="FPS", help="frames a second; faster clips "
@@ -1277,18 +2233,24 @@ def parse_options(argv=None):
 
 def main(argv=None):
     args = parse_options(argv)
-    if args.name == "bench" or not args.name.strip("./"):
+    if not args.name.strip("./"):
         refuse(f"'{args.name}' cannot be a data set's name")
     if args.name == "demo" and not args.videos:
-        args.videos, args.format = str(dataset_dir("demo-videos")), "jsonl"
+        args.videos, args.format, args.scores = str(dataset_dir("demo-videos")), "jsonl", "few"
         args.meta = Path(args.videos, "captions.jsonl")
         make_demo(Path(args.videos), args.demo_files, args.workers)
     if not args.videos:
         refuse("--videos DIR is needed: the folder that holds the videos")
+    if args.name == "bench":            # what only measures is no part of this script
+        return runpy.run_path(str(Path(__file__).parent / "tests/bench_data.py"))["bench"](args)
     if args.meta and not args.format:
         args.format = args.meta.suffix.lower().lstrip(".")
-    if bool(args.meta) != (args.format in ("jsonl", "csv", "tsv")):
-        refuse("--meta FILE goes with --format jsonl, csv or tsv, and only with these")
+    if bool(args.meta) != (args.format in FORMATS):
+        refuse(f"--meta goes with one of --format {' '.join(FORMATS)}, and only with these")
+    lost = [name for name in args.shaping if name[4:] in SCORES and name[4:] not in FEW
+            and getattr(args, name) is not None]
+    if lost and args.scores == "few":
+        refuse(f"--{lost[0]} needs --scores all")
     if args.split == "seconds" and not args.max_seconds:
         refuse("--split seconds needs a --max_seconds above 0")
     prepare(args)

@@ -197,7 +197,8 @@ def row_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-OPTIONS = ["--videos", "videos", "--meta", "meta.jsonl", "--shard_sources", 6, "--max_seconds", 2]
+OPTIONS = ["--videos", "videos", "--meta", "meta.jsonl", "--shard_sources", 6, "--max_seconds", 2,
+           "--near", 0]                     # pictures as plain as these look alike
 
 
 @pytest.fixture(scope="module")
@@ -366,17 +367,17 @@ def test_captions_splits_and_labels(rows):
         {"text": "odd by its stem", "source": "meta", "weight": 1.0}]
     assert rows["odd.mkv"][0]["split"] == "test"
     assert rows["sub/été 中.mp4"][0]["captions"][0]["text"] == "une forme"
-    drawn = [pd.told(f"{n}.mp4", [], 0, 1)["split"] for n in range(2000)]
+    drawn = [pd.told(f"{n}.mp4", [], 0, 1)[0]["split"] for n in range(2000)]
     assert 60 < drawn.count("val") < 140 and drawn.count("train") + drawn.count("val") == 2000
 
 
 def test_metadata_forms(tmp_path):
     (tmp_path / "a.csv").write_text('video,start,end,caption\nx.mp4,1,2,"[""p"", ""q""]"\nx,,,r\n')
     (tmp_path / "a.tsv").write_text("path\ttext\tsplit\nx.mp4\ta, b\ttest\n")
-    facts, rejects = pd.read_metadata(tmp_path / "a.csv", "csv", ["x.mp4"])
-    assert [f["captions"] for f in facts["x.mp4"]] == [["p", "q"], ["r"]] and not rejects
-    facts, _ = pd.read_metadata(tmp_path / "a.tsv", "tsv", ["x.mp4"])
-    assert facts["x.mp4"][0]["captions"] == ["a, b"] and facts["x.mp4"][0]["split"] == "test"
+    (_, one), (_, two) = pd.read_facts([tmp_path / "a.csv"], "csv")
+    assert [one["captions"], two["captions"]] == [["p", "q"], ["r"]]
+    (_, fact), = pd.read_facts([tmp_path / "a.tsv"], "tsv")
+    assert fact["captions"] == ["a, b"] and fact["split"] == "test"
     assert pd.seconds("1:02:03.25") == 3723.25 and pd.seconds("") is None
     (tmp_path / "in/cats").mkdir(parents=True)
     encode(tmp_path / "in/cats/x.mp4", shot(RED, 30))
@@ -515,13 +516,6 @@ def test_a_decoder_that_kills_its_process_costs_one_file(slow):
     assert [row["source"] for row in pd.open_dataset(slow / "data/crash")] == ["b.mp4"]
 
 
-def test_a_decoder_that_hangs_costs_one_file(slow):
-    run(slow, "hang", "--videos", "videos", "--timeout", 1)
-    assert [(r["source"], r["reason"]) for r in row_lines(slow / "data/hang/rejected.jsonl")] == [
-        ("a.mp4", "timed out")]
-    assert [row["source"] for row in pd.open_dataset(slow / "data/hang")] == ["b.mp4"]
-
-
 # -- the demo, small parts, wrong input ------------------------------------------------------------
 
 def test_demo(tmp_path):
@@ -576,7 +570,8 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
     wrong = {
         "no folder": ["x", "--videos", "nowhere"],
         "no videos": ["x", "--videos", tmp_path / "none"],
-        "no --videos": ["x"], "no name": [], "reserved": ["bench", "--videos", "videos"],
+        "no --videos": ["x"], "no name": [], "bench": ["bench", "--videos", tmp_path / "none"],
+        "few": ["x", "--videos", "videos", "--scores", "few", "--min_flow", 1],
         "crf": ["x", "--videos", "videos", "--crf", 99],
         "nan": ["x", "--videos", "videos", "--min_motion", "nan"],
         "part": ["x", "--videos", "videos", "--part", "3/2"],
