@@ -56,7 +56,6 @@ import json
 import math
 import os
 import re
-import runpy
 import sys
 import unicodedata
 from collections import Counter
@@ -78,10 +77,10 @@ from tqdm import tqdm
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
                           open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
-from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, fit, is_finished, last_step,
-                       load_step, lr_at, option_parser, optimizer_tensors, prefetch, read_config,
-                       read_header, read_tensors, restore_optimizer, setup, skip_clips, start_run,
-                       take_step, training_options)
+from train_vae import (Linear, MuonAdamW, RUN_FORMAT, Stream, barrier, bench, fit, is_finished,
+                       last_step, load_step, lr_at, optimizer_tensors, option_parser, prefetch,
+                       read_config, read_header, read_tensors, restore_optimizer, setup, skip_clips,
+                       start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -2127,7 +2126,7 @@ class VLM(nn.Module):
                 pictures, text = plan.picture(frame)
                 pixels, seen = pixels + pictures, text or seen
         slot = plan.video_slot if is_video else plan.slot
-        prompt = prompt.replace(slot, "") if slot else prompt            # asked for by a user's text
+        prompt = prompt.replace(slot, "") if slot else prompt        # asked for by a user's text
         parts = prompt.replace("\0", seen).split("\0")
         if slot and len(parts) > 1:
             ids, mark = self.tokens.encode(slot.join(parts)), self.tokens.id(slot)
@@ -2643,12 +2642,8 @@ def parse(argv=None):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:            # what only measures is no part of this script
-        try:
-            peers = runpy.run_path(str(Path(__file__).with_name("tests") / "caption_peers.py"))
-        except ImportError as error:
-            refuse(f"bench needs transformers beside it: pip install transformers ({error})")
-        return peers["bench"](argv[1:])
+    if argv[:1] == ["bench"]:
+        return bench("bench", argv[1:], "caption_peers.py", "transformers")
     args = parse(argv)
     if not args.train:
         return caption(args)

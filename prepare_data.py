@@ -1479,9 +1479,9 @@ def video_hash(samples):
 
 def near_duplicates(rows, near):
     """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
-    hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the one with the most
-    pixels stays, then the one with the most bytes, then the first; each is compared with those that
-    stay only, so that likeness does not creep from clip to clip."""
+    hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the
+    one with the most pixels stays, then the one with the most bytes, then the first; each is
+    compared with those that stay only, so that likeness does not creep from clip to clip."""
     known = sorted((i for i, row in enumerate(rows) if row.get("hash")),
                    key=lambda i: rows[i]["end"] - rows[i]["start"])
     if not known or not near:

@@ -30,7 +30,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -52,7 +51,7 @@ from train_dit import (STEPPED, Denoiser, Objective, ddpm_at, ddpm_tables,
                        generate_codes, guide, interpolant, interval, lay_out, load_denoiser,
                        load_gpt, load_published, open_reader, open_text_encoder, read_output,
                        sample_codes, shifted, token_shift, with_givens)
-from train_vae import (barrier, decode_long, encode_long, gaussians, last_checkpoint,
+from train_vae import (barrier, bench, decode_long, encode_long, gaussians, last_checkpoint,
                        load_autoencoder, normaliser, option_parser, read_config, setup,
                        sheet_frames, to_frames, to_tensor)
 
@@ -759,8 +758,8 @@ def read_media(path, fps, height, width):
 
 
 class CodeSampler(Sampler):
-    """VideoGPT, or a run of ours of its kind: a prior over the codes of an autoencoder, sampled code
-    by code."""
+    """VideoGPT, or a run of ours of its kind: a prior over an autoencoder's codes, sampled one by
+    one."""
 
     def __init__(self, args, device):
         self.args, self.device, self.model, vae = args, device, None, args.vae
@@ -1561,12 +1560,8 @@ def add_settings(parser):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:            # what only measures is no part of this script
-        try:
-            peers = runpy.run_path(str(Path(__file__).with_name("tests") / "peers.py"))
-        except ImportError as error:
-            refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
-        return peers["bench_sampling"](argv[1:])
+    if argv[:1] == ["bench"]:
+        return bench("bench_sampling", argv[1:])
     args = parse_options(argv)
     path = Path(args.name)
     folder = Path("runs", path.stem) if is_published(path) else run_dir(path)

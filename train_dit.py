@@ -31,7 +31,6 @@ import json
 import math
 import os
 import re
-import runpy
 import sys
 import threading
 import time
@@ -59,12 +58,12 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
-from train_vae import (Linear, MuonAdamW, barrier, decode_long, ema_update, epoch_order, fit,
-                       gaussians, is_finished, last_checkpoint, latents_path,
-                       load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
-                       option_parser, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, setup, sheet_frames, skip_clips, split_rows, start_run,
-                       sum_over_ranks, take_step, to_frames, training_options)
+from train_vae import (Linear, MuonAdamW, barrier, bench, decode_long, ema_update, epoch_order, fit,
+                       gaussians, is_finished, last_checkpoint, latents_path, load_autoencoder,
+                       load_step, lr_at, normaliser, optimizer_tensors, option_parser, read_config,
+                       read_header, read_log, read_tensors, restore_optimizer, setup, sheet_frames,
+                       skip_clips, split_rows, start_run, sum_over_ranks, take_step, to_frames,
+                       training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -2176,12 +2175,8 @@ def export(args, folder):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:            # what only measures is no part of this script
-        try:
-            peers = runpy.run_path(str(Path(__file__).with_name("tests") / "peers.py"))
-        except ImportError as error:
-            refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
-        return peers["bench"](argv[1:])
+    if argv[:1] == ["bench"]:
+        return bench("bench", argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     if args.export:

@@ -111,13 +111,13 @@ def option_parser(doc):
     return parser
 
 
-def bench(peer, argv):
-    """Runs tests/peers.py's function `peer`: what only measures is no part of a script."""
+def bench(function, argv, file="peers.py", beside="diffusers"):
+    """Runs a function of tests/FILE: what only measures is no part of a script."""
     try:
-        found = runpy.run_path(str(Path(__file__).with_name("tests") / "peers.py"))
+        found = runpy.run_path(str(Path(__file__).with_name("tests") / file))
     except ImportError as error:
-        refuse(f"bench needs diffusers beside it: pip install diffusers ({error})")
-    return found[peer](argv)
+        refuse(f"bench needs {beside} beside it: pip install {beside} ({error})")
+    return found[function](argv)
 
 
 def barrier():
