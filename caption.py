@@ -1005,7 +1005,7 @@ def caption(args):
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
     config = run_dir(vlm) / "config.json"
     config = read_published(config) if config.exists() else {"kind": "captioner", "model": {}}
-    is_own = "kind" in config and "init" not in config["model"]
+    is_own = "kind" in config and "init" not in config.get("model", {})
     run = args.source or (run if is_own else f"{run}-{args.style}")
     load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
     scorer = Scorer(args, folder, rows, device) if args.clip else None
@@ -2126,7 +2126,7 @@ class VLM(nn.Module):
                 pictures, text = plan.picture(frame)
                 pixels, seen = pixels + pictures, text or seen
         slot = plan.video_slot if is_video else plan.slot
-        prompt = prompt.replace(slot, "") if slot else prompt        # asked for by a user's text
+        prompt = prompt.replace(slot, "") if slot else prompt        # a text that spells it
         parts = prompt.replace("\0", seen).split("\0")
         if slot and len(parts) > 1:
             ids, mark = self.tokens.encode(slot.join(parts)), self.tokens.id(slot)
