@@ -77,9 +77,9 @@ from tqdm import tqdm
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
                           open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
-from train_vae import (Linear, MuonAdamW, RUN_FORMAT, Stream, barrier, bench, fit, is_finished,
-                       last_step, load_step, lr_at, optimizer_tensors, option_parser, prefetch,
-                       read_config, read_header, read_tensors, restore_optimizer, setup, skip_clips,
+from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
+                       is_finished, last_step, load_step, lr_at, optimizer_tensors, option_parser,
+                       prefetch, read_config, read_header, read_tensors, restore_optimizer, setup,
                        start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
@@ -826,7 +826,7 @@ def write_sheet(path, folder, rows, captions):
 def captioned(args):
     """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata."""
     folder = dataset_dir(args.name)
-    rows = skip_clips(own_captions(folder, open_dataset(folder)), args.skip_clips)
+    rows = chosen(own_captions(folder, open_dataset(folder)), args)
     rows = [row for row in rows if row["captions"]]
     learnt = [row for row in rows if row["split"] == "train"]
     if not learnt:

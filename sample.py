@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
+from caption import open_vlm, rewrite
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
@@ -51,9 +52,9 @@ from train_dit import (STEPPED, Denoiser, Objective, ddpm_at, ddpm_tables,
                        generate_codes, guide, interpolant, interval, lay_out, load_denoiser,
                        load_gpt, load_published, open_reader, open_text_encoder, read_output,
                        sample_codes, shifted, token_shift, with_givens)
-from train_vae import (barrier, bench, decode_long, encode_long, gaussians, last_checkpoint,
-                       load_autoencoder, normaliser, option_parser, read_config, setup,
-                       sheet_frames, to_frames, to_tensor)
+from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
+                       last_checkpoint, load_autoencoder, normaliser, open_detector, option_parser,
+                       read_config, setup, sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after each of their steps, from noise to data
@@ -998,6 +999,7 @@ def sample(args, folder):
     wishes = read_prompts(args) if args.prompts else [
         {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
         for prompt in args.prompt for i in range(args.n)]
+    wishes = rewritten(args, wishes, device) if args.rewrite else wishes
     stems = [stem_of(wish, i if args.prompts else None) for i, wish in enumerate(wishes)]
     batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
     rows, out = [], Path(args.out) if args.out else folder / "samples"
@@ -1016,6 +1018,21 @@ def sample(args, folder):
         write_page(out)
         print(f"{out / 'index.html'}: all of them", file=sys.stderr)
     barrier()
+
+
+def rewritten(args, wishes, device):
+    """--rewrite: the wishes with their prompts as a language model writes them out, like captions
+    that the run was trained on where its data lies here; `asked` keeps what was given."""
+    lm, examples, texts = open_vlm(args.rewrite, device), [], {}
+    if not is_published(Path(args.name)):
+        data = read_config(run_dir(args.name), "denoiser")["args"].get("name", "")
+        is_here = data and (dataset_dir(data) / "manifest.json").is_file()
+        rows = open_dataset(dataset_dir(data)) if is_here else []
+        examples = [row["captions"][0]["text"] for row in rows if row["captions"]][:4]
+    for prompt in sorted({wish["prompt"] for wish in wishes}):
+        texts[prompt] = rewrite(lm, prompt, examples, args.seed)
+        print(f"{prompt} -> {texts[prompt]}", file=sys.stderr)
+    return [{**wish, "prompt": texts[wish["prompt"]], "asked": wish["prompt"]} for wish in wishes]
 
 
 def is_made(sampler, wish, path, args):
@@ -1184,44 +1201,6 @@ def sum_rows(found):
     return found
 
 
-def gaussian(features):
-    """(mean [D], covariance [D, D]) of features [N, D], float64."""
-    x = features.double()
-    return x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / max(1, len(x) - 1)
-
-
-def frechet(one, other):
-    """The Fréchet distance of two Gaussians (mean, covariance), squared, as FID and FVD are:
-    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al. 2017, 1706.08500)."""
-    (mean, cov), (mean2, cov2) = one, other
-    values, vectors = torch.linalg.eigh(cov)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
-
-
-def open_detector(path, device):
-    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the usual
-    Inception, which takes images, or I3D, which takes videos. The published ones scale by
-    themselves when told to."""
-    if not Path(path).is_file():
-        refuse(f"--detector {path}: no such file")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        refuse(f"--detector {path} is no TorchScript file: {str(error).splitlines()[0]}")
-    named = {argument.name for argument in network.forward.schema.arguments}
-    told = {name: True for name in ("return_features", "rescale", "resize") if name in named}
-
-    @torch.no_grad()
-    def features(clips, is_image):
-        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
-        x = x[:, :, 0] if is_image else x.float()
-        return network(x, **told).flatten(1).float()
-    return features, digest
-
-
 def real_clips(args):
     """[(row, frames)] of the clips that a Fréchet distance is taken against."""
     folder = dataset_dir(args.data)
@@ -1248,7 +1227,7 @@ def evaluate_frechet(args, folder):
     args.quiet, kind = rank > 0, args.eval
     if not args.detector or not args.data:
         refuse(f"--eval {kind} needs --detector FILE (TorchScript) and --data NAME (real videos)")
-    features, digest = open_detector(args.detector, device)
+    features, digest = open_detector(args.detector, device, "--detector")
     sampler = open_sampler(args, device)
     args.frames = 1 if kind == "fid" else args.frames or max(1, round(args.seconds * args.fps))
     source, rows = real_clips(args)
@@ -1485,6 +1464,8 @@ def add_wishes(parser):
         "label")
     add("--prompts", metavar="FILE", help="a video a line: .jsonl with prompt, seed, size and so "
         "on, or text; shared out over the ranks, and what is there already is left alone")
+    add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
+        "captions of the run's data (none)")
     add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
     add("--size", type=size_of, help="HxW, px (32x48; of a published model its own)")
     add("--seconds", type=number(float, 0.001), help="length, s, of each part (1.3)")

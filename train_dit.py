@@ -58,12 +58,12 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
-from train_vae import (Linear, MuonAdamW, barrier, bench, decode_long, ema_update, epoch_order, fit,
-                       gaussians, is_finished, last_checkpoint, latents_path, load_autoencoder,
-                       load_step, lr_at, normaliser, optimizer_tensors, option_parser, read_config,
-                       read_header, read_log, read_tensors, restore_optimizer, setup, sheet_frames,
-                       skip_clips, split_rows, start_run, sum_over_ranks, take_step, to_frames,
-                       training_options)
+from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
+                       epoch_order, fit, gaussians, is_finished, last_checkpoint, latents_path,
+                       load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
+                       option_parser, read_config, read_header, read_log, read_tensors,
+                       restore_optimizer, setup, sheet_frames, split_rows, start_run,
+                       sum_over_ranks, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1608,7 +1608,7 @@ def open_stage(args, folder, begun):
     the run's config.json the network is made of, the weights to begin with or None). begun: that
     config, of a run that goes on."""
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
-    train_rows, held_out = split_rows(skip_clips(open_dataset(data), args.skip_clips), data)
+    train_rows, held_out = split_rows(chosen(open_dataset(data), args), data)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
     is_new, preset = options is None, MODELS[args.model]
     options = {"kind": "video", **(options or preset)}

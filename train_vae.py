@@ -51,7 +51,7 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, read_clip,
-                          refuse, rng, run_dir)
+                          refuse, rng, run_dir, where)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 
@@ -536,10 +536,17 @@ def training_options(parser, **defaults):
     add("--save_every", type=number(int, 1), default=200,
         help="steps between checkpoints (%(default)s)")
     add("--keep", type=number(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add("--where", metavar="TEST",
+        help="learn from the clips of which this holds, such as 'flow > 0.02 and fps >= 24' (all)")
     add("--skip_clips", metavar="FILE", help="keys of clips to leave out, one a line (none)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     parser.set_defaults(**defaults)
     return add
+
+
+def chosen(rows, args):
+    """The rows that --where holds for, without those of --skip_clips."""
+    return skip_clips(where(rows, args.where) if args.where else rows, args.skip_clips)
 
 
 def skip_clips(rows, path):
@@ -1493,44 +1500,48 @@ def flicker(video, other):
     return change.mean((1, 2, 3, 4)) if video.shape[2] > 1 else change.new_zeros(len(video))
 
 
-def frechet_distance(a, b):
-    """Of two sets of features [N, D], as Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)."""
-    a, b = a.double(), b.double()
-    A, B = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    both = torch.linalg.eigvalsh(root @ B @ root).clamp_min(0).sqrt().sum()
-    away = (a.mean(0) - b.mean(0)).square().sum()
-    return (away + A.trace() + B.trace() - 2 * both).item()
+def gaussian(features):
+    """(mean [D], covariance [D, D]) of features [N, D], float64."""
+    x = features.double()
+    return x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / max(1, len(x) - 1)
 
 
-def open_detector(path, option):
-    """A TorchScript network that turns 8-bit images or videos into features: the standard files are
-    inception-2015-12-05.pt (FID) and i3d_torchscript.pt (FVD)."""
+def frechet(one, other):
+    """The Fréchet distance of two Gaussians (mean, covariance), squared, as FID and FVD are:
+    |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al. 2017, 1706.08500)."""
+    (mean, cov), (mean2, cov2) = one, other
+    values, vectors = torch.linalg.eigh(cov)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
+
+
+def open_detector(path, device, option):
+    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the usual
+    Inception, which takes images, or I3D, which takes videos. The published ones scale by
+    themselves when told to."""
+    if not Path(path).is_file():
+        refuse(f"{option} {path}: no such file")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     try:
-        return torch.jit.load(path, map_location="cpu").eval()
-    except (RuntimeError, ValueError, OSError) as error:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
         refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
+    named = {argument.name for argument in network.forward.schema.arguments}
+    told = {name: True for name in ("return_features", "rescale", "resize") if name in named}
 
-
-@torch.no_grad()
-def image_features(detector, frames):
-    """[T, D] of uint8 frames [T, H, W, 3]"""
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    return torch.cat([detector(part, return_features=True).flatten(1) for part in x.split(16)])
-
-
-@torch.no_grad()
-def video_features(detector, frames):
-    """[1, D] of uint8 frames [T, H, W, 3]"""
-    x = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float()
-    return detector(x, rescale=True, resize=True, return_features=True).flatten(1)
+    @torch.no_grad()
+    def features(clips, is_image):
+        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
+        x = x[:, :, 0] if is_image else x.float()
+        return network(x, **told).flatten(1).float()
+    return features, digest
 
 
 @torch.no_grad()
 def evaluate(model, videos, keys, path, detectors=()):
     """{figure: mean over held-out clips}, each whole and at its own size; a sheet of a few goes to
-    `path`. `detectors`: {"rfid" or "rfvd": a TorchScript network}."""
+    `path`. `detectors`: {"rfid" or "rfvd": `open_detector`'s features}."""
     figures, rows, used = {}, [], []
     decoded, features = [None] * len(videos), {name: ([], []) for name in detectors}
     for group, x in by_shape(videos, 8):
@@ -1544,9 +1555,10 @@ def evaluate(model, videos, keys, path, detectors=()):
         for i, original, video in zip(group, x, y):
             decoded[i] = to_frames(video)
             for name, pair in features.items():
-                measure = image_features if name == "rfid" else video_features
                 for held, frames in zip(pair, (to_frames(original), decoded[i])):
-                    held.append(measure(detectors[name], frames))
+                    is_image = name == "rfid"
+                    held.append(detectors[name](frames[:, None] if is_image else frames[None],
+                                                is_image))
     for i in range(min(6, len(videos))):
         shown = dict(figures["psnr"])[i]
         rows.append((sheet_frames(to_frames(videos[i])), keys[i]))
@@ -1558,7 +1570,7 @@ def evaluate(model, videos, keys, path, detectors=()):
         result["usage"] = len(codes.unique()) / model.n_codes
         result["perplexity"] = perplexity(codes, model.n_codes).item()
     for name, pair in features.items():
-        result[name] = frechet_distance(*(torch.cat(held) for held in pair))
+        result[name] = frechet(*(gaussian(torch.cat(held)) for held in pair))
     return result
 
 
@@ -1603,20 +1615,20 @@ def evaluate_run(args):
     model, config = load_autoencoder(name, device)
     shown, bank = held_out_bank(model, ClipCache(folder), rows, args.seed, args.n_eval)
     files = {key: path for key, path in (("rfid", args.rfid), ("rfvd", args.rfvd)) if path}
-    detectors = {key: open_detector(path, f"--{key}") for key, path in files.items()}
+    opened = {key: open_detector(path, device, f"--{key}") for key, path in files.items()}
     keys = [row["key"] for row in shown]
     out = run_dir(name) if is_run(run_dir(name)) else Path("runs") / f"{folder.name}-eval"
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
-    result = evaluate(model, bank, keys, out / "eval.png", detectors)
+    result = evaluate(model, bank, keys, out / "eval.png",
+                      {key: features for key, (features, _) in opened.items()})
     mean, std = latent_statistics(model, bank)
     digest = hashlib.sha256(b"".join(row["source"].encode() + to_frames(video).tobytes()
                                      for row, video in zip(shown, bank))).hexdigest()[:16]
     sizes = sorted({tuple(video.shape[1:]) for video in bank})
     protocol = {"autoencoder": config["hash"], "data": digest, "clips": len(bank),
                 "frames_height_width": [sizes[0], sizes[-1]], "range": "RGB, 8 bit",
-                **{key: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-                   for key, path in files.items()}}
+                **{key: digest[:16] for key, (_, digest) in opened.items()}}
     with atomic(out / "eval.json") as path:
         path.write_text(json.dumps({**result, "latents_mean": mean, "latents_std": std,
                                     "protocol": protocol}, indent=1) + "\n")
@@ -1697,7 +1709,7 @@ def open_parts(args, options, device):
 
 def train(args, folder):
     rank, world, device = setup(args, args.batch, "--batch")
-    rows = skip_clips(open_dataset(dataset_dir(args.name)), args.skip_clips)
+    rows = chosen(open_dataset(dataset_dir(args.name)), args)
     train_rows, held_out = split_rows(rows, args.name)
     options, weights = begin(args)
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})

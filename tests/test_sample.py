@@ -250,6 +250,15 @@ def test_every_sample_has_its_recipe_and_the_recipe_makes_it_again(inside, tmp_p
     assert 'src="it-s-a-s4.mp4"' in page and "it&#x27;s a" in page and "http" not in page
 
 
+def test_a_rewritten_prompt_and_what_was_asked_are_both_kept(inside, tmp_path):
+    S.main(["tiny", "--prompt", "a", "--frames", "3", "--steps", "2", "--out", str(tmp_path),
+            "--device", "cpu", "--rewrite", str(Path(__file__).with_name("fixtures") / "vlm-qwen2")])
+    (path,) = tmp_path.glob("*.json")
+    facts = json.loads(path.read_text())
+    assert facts["wish"]["asked"] == "a" != facts["wish"]["prompt"]
+    assert shlex.split(facts["command"])[4] == facts["wish"]["prompt"]       # made again without it
+
+
 @pytest.mark.parametrize("form", ["gif", "webp", "png"])
 def test_other_formats(form, inside, tmp_path):
     S.main(["tiny", "--prompt", "a", "--frames", "3", "--steps", "2", "--format", form, "--out",
@@ -321,8 +330,8 @@ def test_the_frechet_distance_is_the_closed_form():
     mean = torch.tensor([1.0, 2.0, 2.0]).double()
     cov = lambda d: turn @ torch.diag(d) @ turn.T
     wanted = 9 + (a.sqrt() - b.sqrt()).square().sum().item()
-    found = S.frechet((mean, cov(a)), (torch.zeros(3).double(), cov(b)))
-    assert abs(found - wanted) < 1e-9 and abs(S.frechet((mean, cov(b)), (mean, cov(b)))) < 1e-5
+    found = V.frechet((mean, cov(a)), (torch.zeros(3).double(), cov(b)))
+    assert abs(found - wanted) < 1e-6 and abs(V.frechet((mean, cov(b)), (mean, cov(b)))) < 1e-5
 
 
 class Tiny(torch.nn.Module):
