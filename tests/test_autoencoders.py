@@ -13,7 +13,8 @@ import prepare_data
 import train_vae as V
 
 FIXTURES = Path(__file__).with_name("fixtures")
-SMALL = ["--steps", "2", "--eval_every", "2", "--log_every", "1", "--n_eval", "6", "--batch", "2"]
+SMALL = ["--steps", "2", "--eval_every", "2", "--log_every", "1", "--n_eval", "6", "--batch", "2",
+         "--size", "16", "--frames", "5"]
 
 
 @pytest.fixture(scope="module")
