@@ -285,7 +285,8 @@ def test_every_shared_file(tmp_path):
         want = sorted((row["width"] * max(1, sar), row["height"] * max(1, 1 / sar)))
         assert np.abs(np.sort([width, height]) - want).max() <= 2, (row["file"], width, height)
         step = np.median(np.diff(scan.times)) if len(scan.times) > 1 else 0
-        assert abs(scan.times[-1] + step - row["duration"]) <= max(0.02, step) + 0.01, row["file"]
+        near = max(0.02, step) * (1 if row["reason"] == "ok" else 3) + 0.01
+        assert abs(scan.times[-1] + step - row["duration"]) <= near, row["file"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker through /proc")
