@@ -1798,9 +1798,9 @@ def weights_hash(model, mean, std):
 
 
 def load_autoencoder(name, device="cpu"):
-    """(model in eval mode, config) of a trained run, or of a published folder or file (with a
-    slash); the config has model, hash, latents_mean and latents_std."""
-    folder = run_dir(name)
+    """(model in eval mode, config) of a trained run, or of a published folder or file; the config
+    has model, hash, latents_mean and latents_std."""
+    folder = Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
     if not is_run(folder):
         model, config = load_published(folder)
     else:
