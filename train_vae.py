@@ -5,7 +5,9 @@ Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel,
                       log.jsonl, samples/ (originals beside reconstructions), step-000100/
       data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
                       [2 C, T', H', W'], mean and log-variance; its last frame and its halves,
-                      encoded on their own (see `alone`); HASH8 names the autoencoder
+                      encoded on their own (see `alone`); of a codebook int32 codes [T', H', W'];
+                      HASH8 names the autoencoder
+      runs/NAME-vae/eval.json, eval.png                 (--eval): figures with their protocol
 
 The idea: a clip is a still followed by motion. Every convolution looks at the past only, so the
 first frame becomes a latent of its own, each further latent covers four frames, a still is a clip
@@ -14,6 +16,7 @@ same numbers as in one piece. No statistic runs over time or space, for the same
 
     python train_vae.py demo                     # a minute on two cores
     python train_vae.py demo --encode            # seconds
+    python train_vae.py demo --eval              # seconds
     python train_vae.py demo --run quick --steps 20                      # a look, under a minute
     torchrun --nproc_per_node 8 -- train_vae.py mine --model vae-b --size 256   # one node
 

@@ -63,8 +63,8 @@ def home(tmp_path_factory):
     prepare_data.Image.fromarray(frames[0]).save(folder / "videos" / "still.png")
     (folder / "meta.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), "set", "--videos", "videos", "--meta",
-                    "meta.jsonl", "--workers", "2", "--shard_sources", "40"], cwd=folder, check=True,
-                   capture_output=True)
+                    "meta.jsonl", "--workers", "2", "--shard_sources", "40", "--near", "0"], cwd=folder,
+                   check=True, capture_output=True)
     return folder
 
 
