@@ -566,6 +566,7 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
             path = tmp_path / name / file
             path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change
                             else path.read_text()[:40])
+    (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     prepared = [*OPTIONS]
     wrong = {
         "no folder": ["x", "--videos", "nowhere"],
@@ -578,7 +579,7 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         "unknown": ["x", "--videos", "videos", "--hurry"],
         "meta": ["x", "--videos", "videos", "--meta", "nowhere.csv"],
         "form": ["x", "--videos", "videos", "--meta", "meta.jsonl", "--format", "folder"],
-        "columns": ["x", "--videos", "videos", "--meta", "meta.jsonl", "--format", "csv"],
+        "columns": ["x", "--videos", "videos", "--meta", tmp_path / "columns.csv"],
         "changed": ["set", *prepared, "--crf", 20], "other sources": ["set2", *prepared],
         "format": [tmp_path / "other", *prepared], "plan": [tmp_path / "torn", *prepared]}
     shutil.copytree(made / "data/set", made / "data/set2")
