@@ -738,10 +738,11 @@ def fit(frame, height, width):
 def read_media(path, fps, height, width):
     """uint8 [T, height, width, 3] of a video at `fps`, or of a still: scaled to cover, and cut
     about the centre."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         refuse(f"{path}: no such file")
     try:
-        if Path(path).suffix.lower() in STILLS and not is_animated(path):
+        if path.suffix.lower() in STILLS and not is_animated(path):
             return fit(read_still(path), height, width)
         video, frames, stamps = Video(path), [], []
         for frame in video:
