@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 OFTEN = ["--log_every", "1", "--save_every", "2", "--keep", "99"]
-VAE = ["train_vae.py", "demo", "--steps", "4", "--eval_every", "4", *OFTEN]
+VAE = ["train_vae.py", "demo", "--steps", "4", "--eval_every", "4", "--size", "16", "--frames", "5",
+       *OFTEN]
 DIT = ["train_dit.py", "demo", "--steps", "8", "--eval_every", "8", "--row_tokens", "256",
        "--batch_tokens", "768", *OFTEN]              # three rows: the ranks get two and one
 

@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -202,8 +203,7 @@ def test_lists(tmp_path):
 
 def test_many_rows_are_read_as_a_stream(tmp_path):
     """Chunks of JSON arrays meet anywhere; memory does not grow with the rows."""
-    import tracemalloc
-    rows = [{"video": f"v{n % 7}", "caption": "é" * (n % 50), "n": n} for n in range(60_000)]
+    rows = [{"video": f"v{n % 7}", "caption": "é" * (n % 50), "n": n} for n in range(15_000)]
     path = write(tmp_path / "a.json", json.dumps(rows, indent=1, ensure_ascii=False))
     with pd.open_text(path) as file:
         assert list(pd.json_items(file)) == rows
@@ -212,8 +212,8 @@ def test_many_rows_are_read_as_a_stream(tmp_path):
     facts, rejects = told(tmp_path, "json", path, ["v0.mp4"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(facts["v0.mp4"]) == -(-60_000 // 7) and len(rejects) == 60_000 - -(-60_000 // 7)
-    assert peak < 120 * 2**20
+    assert len(facts["v0.mp4"]) == -(-15_000 // 7) and len(rejects) == 15_000 - -(-15_000 // 7)
+    assert peak < 40 * 2**20
 
 
 # -- rows and media, end to end --------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_every_file_of_the_excerpts(tmp_path):
     run(tmp_path, "bair", "--videos", SHARED / "BAIR", "--format", "bair", "--near", 0)
     rows = pd.open_dataset(tmp_path / "data/bair")
     assert {row["frames"] for row in rows} == {30} and {row["split"] for row in rows} == {
-        "train", "test"} and len(rows) == len({row["source"] for row in rows}) > 2
+        "train", "test"} and len(rows) == len({row["source"] for row in rows}) == 2
     run(tmp_path, "web", "--videos", SHARED / "WebDataset", "--format", "webdataset")
     with tarfile.open(SHARED / "WebDataset/00000.tar") as tar:
         texts = {name: tar.extractfile(name).read().decode().strip()
