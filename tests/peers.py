@@ -189,12 +189,12 @@ def memory(field):
     return int(line.split()[1]) / 1024
 
 
-def coder_seconds(dim, shape, is_ours, device, repeats, result):
-    """Puts ({call: (median seconds, peak MiB above what was held before)}, outputs) into `result`."""
+def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
+    """Puts (median seconds, peak MiB above what was held before, output) of a call into `result`."""
     torch.set_num_threads(2)
     if is_ours and device == "cpu":
         V.keep_memory()
-    model, found = autoencoder(dim, is_ours).to(device), {}
+    model = autoencoder(dim, is_ours).to(device)
     torch.manual_seed(1)
     T, H, W = shape
     video = (torch.rand(1, 3, T, H, W) * 2 - 1).to(device)
@@ -202,24 +202,19 @@ def coder_seconds(dim, shape, is_ours, device, repeats, result):
     calls = {"encode": lambda: model.encode(video)[0] if is_ours else
              model.encode(video).latent_dist.mean,
              "decode": lambda: model.decode(z).clamp(-1, 1) if is_ours else model.decode(z).sample}
-    before = memory("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")                    # forgets the high water
+    before, times = memory("VmRSS"), []
     with torch.no_grad():
-        for name, call in calls.items():
-            times = []
-            for _ in range(1 + repeats):
-                sync()
-                began = time.perf_counter()
-                out = call()
-                sync()
-                times.append(time.perf_counter() - began)
-            peak = memory("VmHWM") - before
-            if device != "cpu":
-                peak = torch.cuda.max_memory_allocated() / 2**20
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                open("/proc/self/clear_refs", "w").write("5")            # forgets the high water
-            found[name] = float(np.median(times[1:])), peak, out.cpu().numpy()
-    result.put(found)
+        for _ in range(1 + repeats):
+            sync()
+            began = time.perf_counter()
+            out = calls[name]()
+            sync()
+            times.append(time.perf_counter() - began)
+    peak = memory("VmHWM") - before
+    if device != "cpu":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    result.put((float(np.median(times[1:])), peak, out.cpu().numpy()))
 
 
 def bench_autoencoder(argv):
@@ -238,16 +233,16 @@ def bench_autoencoder(argv):
     context = multiprocessing.get_context("fork")
     for dim in args.dims:
         for shape in ((17, 128, 128), (33, 192, 320)):
-            sides = []
-            for is_ours in (False, True):
-                result = context.SimpleQueue()
-                child = context.Process(target=coder_seconds, args=(
-                    dim, shape, is_ours, args.device, args.repeats, result))
-                child.start()
-                sides.append(result.get())
-                child.join()
             for name in ("encode", "decode"):
-                (a, before, theirs), (b, after, ours) = (side[name] for side in sides)
+                sides = []
+                for is_ours in (False, True):
+                    result = context.SimpleQueue()
+                    child = context.Process(target=coder_seconds, args=(
+                        dim, shape, is_ours, name, args.device, args.repeats, result))
+                    child.start()
+                    sides.append(result.get())
+                    child.join()
+                (a, before, theirs), (b, after, ours) = sides
                 away = np.abs(theirs - ours).max() / np.abs(theirs).max()
                 title = f"dim {dim}, {' x '.join(map(str, shape))}, {name}"
                 print(f"{title:34} {a:9.3f} {b:8.3f} {b / a:6.2f} {before:11.0f} {after:9.0f} "
