@@ -790,7 +790,7 @@ class CodeSampler(Sampler):
                  for wish in wishes]
         draws = torch.from_numpy(np.stack(draws)).float().to(self.device)
         label = None
-        if "w" in dict(self.prior.norm.named_children()):
+        if not self.model and "w" in dict(self.prior.norm.named_children()):
             n = self.prior.norm.w.in_features
             label = torch.tensor([class_number(wish["prompt"], n) for wish in wishes])
         bar = lambda steps: tqdm(steps, desc="sample", unit="code", disable=self.args.quiet)

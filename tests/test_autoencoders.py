@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import prepare_data
+import sample as S
+import train_dit as D
 import train_vae as V
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -182,6 +184,20 @@ def test_codes_are_trained_and_encoded(place, name, options):
         assert code.shape == (1 + (told["frames"] - 1) // 4, told["crop"][2] // 8, told["crop"][3] // 8)
         video = model.decode_codes(code[None].long())
         assert video.shape[2:] == (told["frames"], *told["crop"][2:])
+
+
+def test_a_prior_of_real_codes_is_sampled(place):
+    V.main(["demo", "--run", "points", *SMALL, "--bottleneck", "fsq", "--codes", "5", "4", "3"])
+    V.main(["demo", "--encode", "--vae", "points"])
+    D.main(["demo", "--run", "prior", "--vae", "points", "--model", "gpt-xs", "--steps", "2",
+            "--eval_every", "2"])
+    assert 0 < V.read_log("runs/prior")[-1]["held_out"] < 2 * math.log(60)
+    S.main(["prior", "--prompt", "a red circle moves left", "--device", "cpu"])
+    video = list(prepare_data.Video(Path("runs/prior/samples/a-red-circle-moves-left-s0.mp4")))
+    model = S.load_denoiser("prior")[0]
+    times, rows, columns = model.dit.shape
+    assert len(video) == 1 + 4 * (times - 1)
+    assert (video[0].height, video[0].width) == (8 * rows, 8 * columns)
 
 
 def test_a_run_with_codes_and_a_discriminator_resumes_bit_for_bit(place):
