@@ -1548,13 +1548,14 @@ def evaluate(model, videos, keys, path, detectors=()):
     figures, rows, used = {}, [], []
     decoded, features = [None] * len(videos), {name: ([], []) for name in detectors}
     for group, x in by_shape(videos, 8):
-        z, _ = model.encode(x)
-        y = model.decode(z)
+        if model.n_codes:
+            codes = model.encode_codes(x)
+            used.append(codes.flatten())
+            y = model.decode_codes(codes)
+        else:
+            y = model.decode(model.encode(x)[0])
         for name, measure in (("psnr", psnr), ("ssim", ssim), ("flicker", flicker)):
             figures.setdefault(name, []).extend(zip(group, measure(y, x).tolist()))
-        if model.n_codes:
-            used.append(model.bottleneck.codes(z if isinstance(model.bottleneck, Codebook)
-                                               else model.features(x)).flatten())
         for i, original, video in zip(group, x, y):
             decoded[i] = to_frames(video)
             for name, pair in features.items():
@@ -1620,7 +1621,8 @@ def evaluate_run(args):
     files = {key: path for key, path in (("rfid", args.rfid), ("rfvd", args.rfvd)) if path}
     opened = {key: open_detector(path, device, f"--{key}") for key, path in files.items()}
     keys = [row["key"] for row in shown]
-    out = run_dir(name) if is_run(run_dir(name)) else Path("runs") / f"{folder.name}-eval"
+    out = autoencoder_path(name)
+    out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
     result = evaluate(model, bank, keys, out / "eval.png",
@@ -1714,7 +1716,8 @@ def train(args, folder):
     rank, world, device = setup(args, args.batch, "--batch")
     rows = chosen(open_dataset(dataset_dir(args.name)), args)
     train_rows, held_out = split_rows(rows, args.name)
-    options, weights = begin(args)
+    is_begun = last_step(folder) is not None                 # then --init need not be opened
+    options, weights = (read_config(folder, "vae")["model"], None) if is_begun else begin(args)
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})
     if checkpoint and "hash" in read_config(folder, "vae") and is_finished(checkpoint, args):
         return
@@ -1787,6 +1790,11 @@ def is_run(folder):
         return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
 
 
+def autoencoder_path(name):
+    """Where the autoencoder of this name lies: among the runs, or else as a path."""
+    return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
+
+
 def build(options):
     """A fresh model of a config's options."""
     return (VideoGPT if "downsample" in options else Autoencoder)(**options)
@@ -1803,7 +1811,7 @@ def weights_hash(model, mean, std):
 def load_autoencoder(name, device="cpu"):
     """(model in eval mode, config) of a trained run, or of a published folder or file; the config
     has model, hash, latents_mean and latents_std."""
-    folder = Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
+    folder = autoencoder_path(name)
     if not is_run(folder):
         model, config = load_published(folder)
     else:
@@ -2081,12 +2089,10 @@ def published_names(model, layout):
     "diffusers" (Wan's), "image" (AutoencoderKL)."""
     names, is_original = {}, layout == "original"
     is_flat = layout != "image" and model.encoder[1].straight is None            # Wan 2.1
-    for side, word, last in (("encoder", "down", -1), ("decoder", "up", None)):
-        levels = list(getattr(model, side))
-        places = [(0, "in"), (len(levels) - 1 if side == "encoder" else 1, "middle")]
-        flat = 0
+    for side, word in (("encoder", "down"), ("decoder", "up")):
+        levels, flat = list(getattr(model, side)), 0
+        middle = len(levels) - 1 if side == "encoder" else 1
         names[f"{side}.0.layers.0"] = f"{side}." + ("conv1" if is_original else "conv_in")
-        middle = places[1][0]
         for i, part in enumerate(("resnets.0", "attentions.0", "resnets.1")):
             names[f"{side}.{middle}.layers.{i}"] = f"{side}." + (
                 f"middle.{i}" if is_original else f"mid_block.{part}")

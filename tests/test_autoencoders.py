@@ -253,6 +253,13 @@ def test_eval_prints_figures_with_their_protocol(place, tmp_path, capsys):
     assert Path("runs/plain/eval.png").exists()
 
 
+def test_a_published_autoencoder_without_a_slash_is_evaluated_twice(place):
+    (place / "image-vae").symlink_to(FIXTURES / "sd-vae")
+    for _ in range(2):                           # the first must not stand in the second's way
+        V.main(["demo", "--eval", "--vae", "image-vae", "--n_eval", "2"])
+    assert Path("runs/demo-eval/eval.json").exists() and not Path("runs/image-vae").exists()
+
+
 @pytest.mark.parametrize("options, says", [
     (["--codes", "8"], "--codes belongs to"),
     (["--bottleneck", "vq", "--codes", "8", "8"], "one number"),
