@@ -50,14 +50,14 @@ from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
                           render_shot, rng, write_text, write_video)
-from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, ddim, ddpm_at,
-                       ddpm_tables, flow_grid, generate_codes, guide, interpolant, interval,
+from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, count_texts, ddim,
+                       ddpm_at, ddpm_tables, flow_grid, generate_codes, guide, interpolant, interval,
                        load_denoiser, load_gpt, load_published, open_reader, open_text_encoder,
                        read_output, runge_kutta, sample_codes, target, token_shift)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
                        is_run, last_checkpoint, load_autoencoder, model_path, normaliser,
-                       open_detector, option_parser, read_config, read_tensors, setup, sheet_frames, to_frames,
-                       to_tensor)
+                       open_detector, option_parser, read_config, read_tensors, setup,
+                       sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after each of their steps, from noise to data
@@ -330,6 +330,9 @@ class Guided(Packed):
             is_known = self.known[:, 0].repeat(self.n)
             self.row.rows[self.row.own[is_known]] = self.n_rows
             self.n_rows += 1
+        if model.kind == "wan":          # each text's rows of zeros are one that counts as often
+            texts = move(each("text") + each("none"))[:self.n * len(jobs)]
+            self.row.text, self.row.cu_text, self.row.counts = count_texts(texts)
         self.extra = None
         if jobs[0].extra is not None:                        # channels beside those of the clips
             self.extra = patchify(move(each("extra")), model.dit.patch)

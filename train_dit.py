@@ -456,15 +456,27 @@ class CrossAttention(nn.Module):
         self.kv_image = nn.Linear(dim, 2 * dim) if image else None
         self.k_norm_image = RMSNorm(dim, 1e-6) if image else None
 
-    def read(self, q, kv, norm, context, row, cu_context):
+    def read(self, q, kv, norm, context, row, cu_context, counts=None):
+        """counts [L]: how often each row of the context is there. Their logarithms are added to the
+        scores by two of 8 more channels, of which one has what the other's dtype rounds off."""
+        E = q.shape[2]
+
         def make():
             k, v = kv(context).chunk(2, -1)                                          # [L, D]
-            return [x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v)]
-        return attention(q, *once(row, kv, make), row.cu, cu_context).flatten(1)     # [N, D]
+            k, v = (x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v))
+            if counts is None:
+                return k, v
+            log = counts.log()[:, None] * E ** 0.5
+            more = torch.cat([log.to(k.dtype), (log - log.to(k.dtype)).to(k.dtype)], 1)
+            more = F.pad(more, (0, 6))[:, None].expand(-1, self.heads, -1)           # [L, A, 8]
+            return torch.cat([k, more], 2), F.pad(v, (0, 8))
+        k, v = once(row, kv, make)
+        q = q if counts is None else F.pad(F.pad(q, (0, 2), value=1.0), (0, 6))
+        return attention(q, k, v, row.cu, cu_context, E ** -0.5)[..., :E].flatten(1)  # [N, D]
 
     def forward(self, h, text, image, row):
         q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))                   # [N, A, E]
-        o = self.read(q, self.kv, self.k_norm, text, row, row.cu_text)
+        o = self.read(q, self.kv, self.k_norm, text, row, row.cu_text, row.counts)
         if image is not None:
             o = o + self.read(q, self.kv_image, self.k_norm_image, image, row, row.cu_image)
         return self.out(o)
@@ -476,6 +488,18 @@ def fill_texts(texts, most=512):
     filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
     return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
                                            device=texts[0].device) * most
+
+
+def count_texts(texts, most=512):
+    """What `fill_texts` makes, each prompt's rows of zeros as one: ([L, width], cu int32 [B + 1],
+    counts float32 [L])."""
+    left = [most - len(text) for text in texts]
+    kept = [F.pad(text, (0, 0, 0, min(1, n))) for text, n in zip(texts, left)]
+    counts = [text.new_ones(len(text), dtype=torch.float32) for text in kept]
+    for count, n in zip(counts, left):
+        count[-1] = max(1, n)
+    cu = torch.tensor(np.cumsum([0, *map(len, kept)]), dtype=torch.int32, device=texts[0].device)
+    return torch.cat(kept), cu, torch.cat(counts)
 
 
 class Block(nn.Module):
@@ -922,6 +946,7 @@ class Row:
     labels: torch.Tensor = None              # int64 [R]: classes
     about: torch.Tensor = None               # float32 [R, 64 * conditions]
     kept: dict = None                        # what `once` has kept, of a row that is sampled
+    counts: torch.Tensor = None              # float32 [L]: how often each row of `text` is there
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
     axes: torch.Tensor = None
 

@@ -233,6 +233,31 @@ def test_guidance_by_hand(inside):
         assert abs((step * a).sum()) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_of_zeros_behind_wans_texts_count_as_often_as_they_are(dtype):
+    """As one row each, or as the 512 less the text's own that the published models read."""
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=random)
+    model = D.Denoiser(kind="wan", channels=4, dim=48, depth=2, heads=2, patch=(1, 2, 2), text_dim=8,
+                       positions="index").requires_grad_(False)
+    for p in model.parameters():
+        p.data.add_(0.3 * draw(*p.shape))
+    jobs = [S.Job((4, n, 4, 4), 16.0, draw(length, 8), draw(1, 8), draw(4, n, 4, 4))
+            for n, length in ((2, 3), (1, 512))]
+    args = S.argparse.Namespace(cfg=5.0, dtype=dtype)
+    packed = S.Guided(model, jobs, args, 4, torch.device("cpu"))
+    each = lambda name: [getattr(job, name) for job in jobs]
+    plain = D.Packed(model, each("shape"), each("fps"), each("text"), each("none"), each("noise"), 4,
+                     [[]] * 2, [[]] * 2)
+    assert [len(x.row.text) for x in (packed, plain)] == [4 + 512 + 2 + 2, 4 * 512]
+    t = torch.full((len(packed.start), 1), 0.6)
+    found, wanted = packed.network(packed.start, t), plain.network(packed.start, t)
+    assert (found - wanted).abs().max() < (1e-5 if dtype == "fp32" else 0.03) * wanted.abs().max()
+    masked = S.Guided(model, jobs, args, 4, torch.device("cpu"))
+    masked.row.counts = torch.ones_like(masked.row.counts)                   # else it is another text
+    assert (masked.network(packed.start, t) - wanted).abs().max() > 0.05 * wanted.abs().max()
+
+
 def test_a_prompt_to_turn_away_from_takes_the_place_of_the_empty_one(inside):
     assert away(make("--negative", "a square")[0][0], make()[0][0]) > 1
     assert away(make("--negative", "a square", "--cfg", 1)[0][0], make("--cfg", 1)[0][0]) == 0
