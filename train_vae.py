@@ -600,7 +600,7 @@ MODELS = {
                    residual=False, groups=32),
 }
 DECODER = ("decoder", "decoder_norm", "to_pixels", "unquant", "post_vq_conv")
-ROOM = 2**22            # numbers of the largest tensor that a chunk makes in a layer, about
+ROOM = 2**21            # numbers of the largest tensor that a chunk makes in a layer, about
 
 
 class NormSiLU(torch.autograd.Function):
@@ -824,13 +824,14 @@ class Level(nn.Module):
         return y + fold(x, self.c_out, time, space) if y.shape[2] else y
 
 
-def regroup(pieces, room):
-    """Pieces [B, C, T, H, W] of a clip, joined or cut in time to about `room` numbers each."""
+def regroup(pieces, growth):
+    """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth` times
+    as many numbers of them: about ROOM, but two frames where less would leave one at a time."""
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        most = piece.shape[2] if room is None else max(1, int(room // frame))
-        for part in piece.split(max(1, most), 2):
+        most = max(1, int(max(ROOM, 2 * frame) / growth // frame))
+        for part in piece.split(most, 2):
             held, n = held + [part], n + part.shape[2]
             if n and n >= most:
                 yield torch.cat(held, 2) if len(held) > 1 else part
@@ -845,8 +846,8 @@ def stream(levels, x, state):
     whole at once."""
     pieces = iter([x])
     for level in levels:
-        room = None if torch.is_grad_enabled() else ROOM / level.growth
-        pieces = map(lambda piece, level=level: level(piece, state), regroup(pieces, room))
+        parts = pieces if torch.is_grad_enabled() else regroup(pieces, level.growth)
+        pieces = map(lambda piece, level=level: level(piece, state), parts)
     return [piece for piece in pieces if piece.shape[2]]
 
 
