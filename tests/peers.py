@@ -235,13 +235,12 @@ class Theirs(torch.nn.Module):
         return self.peer.decode(z).sample
 
 
-def train_on_footage(model, optimizer, args, seed):
+def train_on_footage(model, optimizer, clips, splits, args, seed):
     """(held-out PSNR in dB, a mean over clips; steps) after a plain loop of args.minutes: L1 + L2 +
     1e-5 KL on windows of 9 frames of 32 x 32 px, the learning rate warmed up and let down by the
     clock. Our model's linear code is fitted within that time."""
-    folder = V.dataset_dir(args.footage)
-    rows, held_out = V.split_rows(V.open_dataset(folder), args.footage)
-    clips, stream = V.ClipCache(folder), V.Stream(rows, seed)
+    rows, held_out = splits
+    stream, began = V.Stream(rows, seed), time.perf_counter()
     rate = SimpleNamespace(lr=args.lr, warmup=50, steps=1000, schedule="cosine")
 
     def window(row, *purpose):
@@ -249,15 +248,12 @@ def train_on_footage(model, optimizer, args, seed):
 
     def batch(step):
         picked = stream.take(8 * step, 8)
-        keys = [row["key"] for row in picked]
         videos = [window(row, "window", step) for row in picked]
-        shapes = [(model.z_dim, 1 + (v.shape[1] - 1) // 4, v.shape[2] // 8, v.shape[3] // 8)
-                  for v in videos]
+        shapes = [(model.z_dim, 1 + (T - 1) // 4, H // 8, W // 8)
+                  for _, T, H, W in (video.shape for video in videos)]
+        keys = [row["key"] for row in picked]
         return videos, V.gaussians("posterior", seed, step, keys, shapes)
 
-    for row in rows:                                     # decoding is not what is compared
-        clips(row)
-    began = time.perf_counter()
     if model.linear is not None:
         model.linear.fit([window(row, "fit") for row in rows])
     for step, (videos, noises) in V.prefetch(batch, 0, 10**6):
@@ -268,10 +264,21 @@ def train_on_footage(model, optimizer, args, seed):
         ((terms["l1"] + terms["mse"] + 1e-5 * terms["latent"]) / len(videos)).backward()
         V.take_step(model, optimizer, V.lr_at(1000 * share, rate))
     with torch.no_grad():
-        bank = V.held_out_bank(model, clips, held_out, 0, 24)[1]
-        found = [V.psnr(model.decode(model.encode(x[None, :, :17])[0]), x[None, :, :17]).item()
-                 for x in bank]
+        bank = [x[None, :, :17] for x in V.held_out_bank(model, clips, held_out, 0, 24)[1]]
+        found = [V.psnr(model.decode(model.encode(x)[0]), x).item() for x in bank]
     return float(np.mean(found)), step
+
+
+def muon(model):
+    return V.MuonAdamW(model, plain=("to_pixels", "linear", "conv_out"))
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+
+
+SIDES = {"ours": (lambda: V.Autoencoder(**V.MODELS["vae-xs"]), muon), "theirs": (Theirs, adamw),
+         "theirs-muon": (Theirs, muon)}
 
 
 def bench_footage(args):
@@ -279,23 +286,25 @@ def bench_footage(args):
     AdamW and with our optimizer, for equal minutes, batches, losses and learning rates."""
     V.keep_memory()
     torch.set_num_threads(2)
-    muon = lambda model: V.MuonAdamW(model, plain=("to_pixels", "linear", "conv_out"))
-    sides = {"ours": (lambda: V.Autoencoder(**V.MODELS["vae-xs"]), muon),
-             "theirs": (Theirs, lambda model: torch.optim.AdamW(
-                 model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)),
-             "theirs, Muon": (Theirs, muon)}
-    found = {side: [] for side in sides}
+    folder, found = V.dataset_dir(args.footage), {side: [] for side in args.sides}
+    rows, clips = V.open_dataset(folder), V.ClipCache(folder)
+    splits = V.split_rows(rows, args.footage)
+    for row in rows:                                     # decoding video is not what is compared
+        clips(row)
+    print(f"{folder}: {len(splits[0])} clips to learn from, {len(splits[1])} held out; "
+          f"{args.minutes:g} min each, lr {args.lr:g}, torch {torch.__version__}, 2 threads")
     for seed in args.seeds:
-        for side, (build, optimizer) in sides.items():
+        for side in args.sides:
+            build, optimizer = SIDES[side]
             torch.manual_seed(seed)
             model = build()
-            score, steps = train_on_footage(model, optimizer(model), args, seed)
+            score, steps = train_on_footage(model, optimizer(model), clips, splits, args, seed)
             found[side].append(score)
             size = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"seed {seed}, {side:13} {size:.2f}M parameters, {steps:5d} steps in "
-                  f"{args.minutes:g} min at lr {args.lr:g}: {score:.2f} dB", flush=True)
+            print(f"seed {seed}, {side:12} {size:.2f}M parameters, {steps:5d} steps: {score:.2f} dB",
+                  flush=True)
     for side, scores in found.items():
-        print(f"{side:13} {np.mean(scores):.2f} dB, spread {np.std(scores):.2f}")
+        print(f"{side:12} {np.mean(scores):.2f} dB, {min(scores):.2f} to {max(scores):.2f}")
 
 
 def bench_autoencoder(argv):
@@ -312,6 +321,7 @@ def bench_autoencoder(argv):
     parser.add_argument("--seeds", type=V.number(int, 0), nargs="+", default=[0, 1, 2],
                         help="(%(default)s)")
     parser.add_argument("--lr", type=V.number(float, 0, 1), default=4e-3, help="(%(default)s)")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=list(SIDES), help="(all)")
     args = parser.parse_args(argv)
     if args.footage:
         return bench_footage(args)
