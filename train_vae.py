@@ -41,6 +41,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -322,21 +323,27 @@ def lr_at(step, args):
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Muon for the hidden matrices (a convolution is one of [C_out, C_in * kernel]), AdamW for
     embeddings, vectors and the layers named in `plain`; one learning rate serves both, since an
     orthogonal update is scaled to the root mean square of AdamW's. torch.optim.Muon takes 2D
     parameters only. (Jordan et al. 2024, github.com/KellerJordan/Muon; the scale: Liu et al. 2025,
-    2502.16982.)"""
+    2502.16982.) No torch.optim.Optimizer: the first call of one imports torch's compiler, seconds."""
 
     def __init__(self, model, plain=(), betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
         vectors, matrices = [], []
         for name, p in model.named_parameters():
             is_plain = p.dim() < 2 or any(part in name for part in ("embed", *plain))
             (vectors if is_plain else matrices).append(p)
-        groups = [dict(params=vectors, muon=False), dict(params=matrices, muon=True)]
-        super().__init__([g for g in groups if g["params"]], dict(
-            lr=0.0, betas=betas, momentum=momentum, weight_decay=weight_decay))
+        self.state, common = defaultdict(dict), dict(lr=0.0, betas=betas, momentum=momentum,
+                                                     weight_decay=weight_decay)
+        self.param_groups = [dict(params=vectors, muon=False, **common),
+                             dict(params=matrices, muon=True, **common)]
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def step(self):
@@ -402,7 +409,7 @@ def take_step(model, optimizer, lr, clip=1.0):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
