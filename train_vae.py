@@ -847,14 +847,14 @@ def regroup(pieces, growth):
         yield torch.cat(held, 2)
 
 
-def stream(levels, x, state):
-    """Runs `levels` over x [B, C, T, H, W], in pieces of a size that suits each of them: memory
-    does not grow with T, and no convolution is called on too little at once. Gradients want the
-    whole at once."""
-    pieces = iter([x])
-    for level in levels:
-        parts = pieces if torch.is_grad_enabled() else regroup(pieces, level.growth)
-        pieces = map(lambda piece, level=level: level(piece, state), parts)
+def stream(levels, last, norm, x, state):
+    """Runs `levels` and the convolution `last` behind its `norm` over x [B, C, T, H, W], in pieces
+    of a size that suits each of them: memory does not grow with T, and no convolution is called on
+    too little at once. Gradients want the whole at once."""
+    pieces, ending = iter([x]), lambda piece, state: last(piece, state, norm)
+    for run, growth in (*((level, level.growth) for level in levels), (ending, 1)):
+        parts = pieces if torch.is_grad_enabled() else regroup(pieces, growth)
+        pieces = map(lambda piece, run=run: run(piece, state), parts)
     return [piece for piece in pieces if piece.shape[2]]
 
 
@@ -1085,9 +1085,7 @@ class Autoencoder(nn.Module):
         state, (B, _, _, H, W), x = {} if state is None else state, video.shape, video
         if self.patch > 1:                               # Wan's order: the column before the row
             x = to_blocks(video.mT, 1, self.patch).permute(0, 4, 1, 3, 2).contiguous()
-        head = lambda x, state: self.to_moments(x, state, self.encoder_norm)
-        head.growth = 1
-        parts = stream([*self.encoder, head], x, state)
+        parts = stream(self.encoder, self.to_moments, self.encoder_norm, x, state)
         code = [] if self.linear is None else self.linear.encode(video, state)
         if not parts:
             return video.new_zeros(B, self.to_moments.out_channels, 0, H // self.stride,
@@ -1117,10 +1115,8 @@ class Autoencoder(nn.Module):
     def decode(self, z, state=None):
         """Video [B, 3, T, H, W]; with a carried `state` dict, chunks of any number of latents."""
         state = {} if state is None else state
-        head = lambda x, state: self.to_pixels(x, state, self.decoder_norm)
-        head.growth = 1
         x = z if self.unquant is None else self.unquant(z, state)
-        x = torch.cat(stream([*self.decoder, head], x, state), 2)
+        x = torch.cat(stream(self.decoder, self.to_pixels, self.decoder_norm, x, state), 2)
         if self.patch > 1:
             x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT
         return x if self.linear is None else x + self.linear.decode(z, state)
