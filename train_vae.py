@@ -328,7 +328,7 @@ class MuonAdamW:
     embeddings, vectors and the layers named in `plain`; one learning rate serves both, since an
     orthogonal update is scaled to the root mean square of AdamW's. torch.optim.Muon takes 2D
     parameters only. (Jordan et al. 2024, github.com/KellerJordan/Muon; the scale: Liu et al. 2025,
-    2502.16982.) No torch.optim.Optimizer: the first call of one imports torch's compiler, seconds."""
+    2502.16982.) No torch.optim.Optimizer: the first of those imports torch's compiler, seconds."""
 
     def __init__(self, model, plain=(), betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
         vectors, matrices = [], []
@@ -570,7 +570,7 @@ class ClipCache:
         frames = self.kept.get(row["key"])
         if frames is None:
             frames = read_clip(self.folder, row)
-            if frames.nbytes <= self.room:           # two threads may count one clip twice: so be it
+            if frames.nbytes <= self.room:           # two threads may count a clip twice: so be it
                 self.kept[row["key"]] = frames
                 self.room -= frames.nbytes
         return frames
@@ -832,12 +832,14 @@ class Level(nn.Module):
 
 
 def regroup(pieces, growth):
-    """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth` times
-    as many numbers of them: about ROOM, but two frames where less would leave one at a time."""
+    """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
+    times as many numbers of them: about ROOM of these, or two frames' where that is more. Gradients
+    want the whole at once."""
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        most = max(1, int(max(ROOM, 2 * frame) / growth // frame))
+        most = max(1, piece.shape[2] if torch.is_grad_enabled() else
+                   int(max(ROOM, 2 * frame) / growth // frame))
         for part in piece.split(most, 2):
             held, n = held + [part], n + part.shape[2]
             if n and n >= most:
@@ -850,11 +852,10 @@ def regroup(pieces, growth):
 def stream(levels, last, norm, x, state):
     """Runs `levels` and the convolution `last` behind its `norm` over x [B, C, T, H, W], in pieces
     of a size that suits each of them: memory does not grow with T, and no convolution is called on
-    too little at once. Gradients want the whole at once."""
-    pieces, ending = iter([x]), lambda piece, state: last(piece, state, norm)
+    too little at once."""
+    pieces, ending = [x], lambda piece, state: last(piece, state, norm)
     for run, growth in (*((level, level.growth) for level in levels), (ending, 1)):
-        parts = pieces if torch.is_grad_enabled() else regroup(pieces, growth)
-        pieces = map(lambda piece, run=run: run(piece, state), parts)
+        pieces = map(lambda piece, run=run: run(piece, state), regroup(pieces, growth))
     return [piece for piece in pieces if piece.shape[2]]
 
 
