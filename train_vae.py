@@ -55,7 +55,7 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, read_clip,
-                          refuse, rng, run_dir, where, write_rows)
+                          refuse, rng, run_dir, where, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 
@@ -167,8 +167,7 @@ def read_config(folder, kind):
 
 
 def write_config(folder, config):
-    with atomic(Path(folder) / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    write_text(Path(folder) / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
@@ -1581,9 +1580,8 @@ def evaluate_run(args):
     protocol = {"autoencoder": config["hash"], "data": digest, "clips": len(bank),
                 "frames_height_width": [sizes[0], sizes[-1]], "range": "RGB, 8 bit",
                 **{key: digest[:16] for key, (_, digest) in opened.items()}}
-    with atomic(out / "eval.json") as path:
-        path.write_text(json.dumps({**result, "latents_mean": mean, "latents_std": std,
-                                    "protocol": protocol}, indent=1) + "\n")
+    write_text(out / "eval.json", json.dumps({**result, "latents_mean": mean, "latents_std": std,
+                                              "protocol": protocol}, indent=1) + "\n")
     print(" ".join(f"{key} {value:.4g}" for key, value in result.items()))
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
 
