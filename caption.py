@@ -2435,9 +2435,11 @@ class Scorer:
                                    r"logit_scale\.weight", torch.float32, device, args.clip)
         self.head = read_tensors(args.aesthetics) if args.aesthetics else None
 
-    @torch.no_grad()
     def __call__(self, key, text):
-        frames, _ = pick_frames(("uniform", 4), self.folder, self.rows[key])
+        return self.score(pick_frames(("uniform", 4), self.folder, self.rows[key])[0], text)
+
+    @torch.no_grad()
+    def score(self, frames, text):
         x = torch.stack([crop(frame, self.size)[0][0] for frame in frames]).to(self.device)
         seen = F.normalize(self.model.visual(self.model.tower(x)[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)

@@ -59,10 +59,10 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
-                       epoch_order, fit, gaussians, is_finished, last_checkpoint, latents_path,
-                       load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
-                       option_parser, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, setup, sheet_frames, split_rows, start_run,
+                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
+                       latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
+                       optimizer_tensors, option_parser, read_config, read_header, read_log,
+                       read_tensors, restore_optimizer, setup, sheet_frames, split_rows, start_run,
                        sum_over_ranks, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
@@ -183,8 +183,10 @@ def squared_error(how, output, x0, noise, t):
 
 
 def read_output(how, output, x, t):
-    """(velocity, x_0, noise) of an output at x_t = x; velocity is None on a stepped path."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
+    """(velocity, x_0, noise) of an output at x_t = x; velocity is None on a stepped path, of which
+    t may be any (alpha, sigma)."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t) if torch.is_tensor(t) else (
+        *t, None, None)
     if how.path in STEPPED:
         noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
         return None, (x - sigma * noise) / alpha, noise
@@ -207,29 +209,47 @@ def from_sit(network, prediction="velocity"):
     return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
 
 
-def euler(velocity, x, n_steps, shift=1.0, progress=None, span=(0.0, 1.0)):
-    """Follows dx/dt = velocity(x, t) from t = 1 to t = 0 (or within a span) in n_steps, spaced by
-    the training times' shift: a float, or a float32 tensor that broadcasts with x; so is t."""
-    times = [span[0] + (span[1] - span[0]) * shifted(t, shift)
-             for t in np.linspace(1, 0, n_steps + 1).tolist()]
+# The samplers that training too draws samples with: generators that yield x after each step, from
+# noise to data; sample.py has all the others.
+
+RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, and of all in the end
+    "euler": ((), (1.0,)), "heun": (((1.0,),), (0.5, 0.5)), "midpoint": (((0.5,),), (0.0, 1.0)),
+    "rk4": (((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))}
+
+
+def runge_kutta(velocity, x, times, method="euler"):
+    """Follows dx/dt = velocity(x, t) along `times`, from the first to the last."""
+    stages, last = RUNGE_KUTTA[method]
     for now, after in zip(times, times[1:]):
-        x = x + (after - now) * velocity(x, now)
-        if progress is not None:
-            progress.update()
-    return x
+        step, slopes = after - now, [velocity(x, now)]
+        for row in stages:
+            ahead = sum(weight * slope for weight, slope in zip(row, slopes))
+            slopes.append(velocity(x + step * ahead, now + sum(row) * step))
+        x = x + step * sum(weight * slope for weight, slope in zip(last, slopes))
+        yield x
 
 
-def ddim(read, x, n_steps, how, progress=None):
-    """Follows a stepped path from noise to data: at each step x_0 and noise are read off and mixed
-    again for the next (Song et al. 2021, 2010.02502, eta 0). read(x, t) -> (_, x_0, noise)."""
-    last = 1.0 if how.path == "sd" else 0.999
-    times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
-    for now, after in zip(times.tolist(), [*times[1:], None]):
-        _, x0, noise = read(x, now)
-        x = x0 if after is None else interpolate(how, x0, noise, after.to(x.device))
-        if progress is not None:
-            progress.update()
-    return x
+def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
+    """predict(x, i) -> (x_0, noise, …) at point i, where x is alpha x_0 + sigma noise (float64
+    [n + 1] each): they are read off and mixed again for the next point, a share `eta` of the noise
+    anew, draw(i) (Song et al. 2021, 2010.02502)."""
+    for i in range(len(alpha) - 1):
+        x0, noise, *_ = predict(x, i)
+        fresh = eta * sigma[i + 1] / sigma[i] * (1 - (alpha[i] / alpha[i + 1]).square()).sqrt()
+        kept = (sigma[i + 1].square() - fresh.square()).sqrt()
+        x = alpha[i + 1].to(x) * x0 + kept.to(x) * noise
+        x = x + fresh.to(x) * draw(i) if eta else x
+        yield x
+
+
+def flow_grid(n, shift=1.0, first=1.0, last=0.0):
+    """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
+    `last`, which is not reached, then 0."""
+    times = torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]
+    if torch.is_tensor(shift):
+        times = times.view(-1, 1, 1).to(shift.device)
+    times = shifted(times, shift)
+    return torch.cat([times, torch.zeros_like(times[:1])])
 
 
 # DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
@@ -321,6 +341,8 @@ def ddpm_bits(eps, v, x0, x, c):
 MODELS = {      # kind: what the network is told and how its output is read (Denoiser)
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
+    "video-xxs": dict(dim=128, depth=4, heads=4, patch=(1, 1, 1), rope_base=100.0,
+                      text=(96, 2, 4)),          # tests/demo
     "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), rope_base=1000.0,
                     text=(256, 4, 4)),
     "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), rope_base=1000.0,
@@ -1408,41 +1430,63 @@ def guide(with_prompt, without, scale, channels=None):
     return torch.cat([far + scale * (near - far), with_prompt[:, channels:]], 1)
 
 
+class Packed:
+    """Clips that are denoised together in one row, each with a twin under `none`, the text to guide
+    away from ([]: no twins). shapes [(C, T', H', W')] of the clips, noises alike; rates, texts,
+    none, givens and about: a list each, as lay_out takes them; the twins see the same givens."""
+
+    def __init__(self, model, shapes, rates, texts, none, noises, time_stride, givens, about):
+        self.model, self.shapes, n = model, shapes, 2 if none else 1
+        row = lay_out(shapes * n, rates * n, texts + none, time_stride, model.dit.patch, None,
+                      model.kind, givens * n, about * n).to(noises[0].device)
+        row.kept = {}                    # texts are read once, not at every step
+        self.tokens = patchify(with_givens(noises, givens), model.dit.patch)
+        self.row, self.n, self.own = row, n, row.own[:len(row.own) // n]
+        self.clip = row.rows[self.own].long()                # of each of the clips' own tokens
+        self.lengths = torch.bincount(self.clip)
+        self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first own token
+        self.n_rows = int(row.rows.max()) + 1
+
+    def network(self, x, t):
+        """Outputs [n * N, C_out*P], the twins' behind the clips', of the clips' own tokens x
+        [N, C*P] at the network's times t [N, 1]."""
+        times = t[self.first, 0].repeat(self.n)
+        times = F.pad(times, (0, self.n_rows - len(times)))
+        tokens = self.tokens.index_copy(0, self.own, x).repeat(self.n, 1)
+        return self.model(tokens, times, self.row)[self.row.own]
+
+
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
-             shift=1.0, time_stride=4, progress=None, none=(EOS,), givens=None, about=None):
+             shift=1.0, time_stride=4, none=(EOS,), givens=None, about=None):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
-    (as lay_out takes them; `none`: the empty one), all in one packed row with their unguided twins;
-    uint8 [T, H, W, 3] of each. `givens`: each clip's [(normalised latent [C, T', H', W'], seconds
-    from the clip's first frame to its own)], and `about`, as lay_out has it: the twins see them."""
-    device, n = noises[0].device, len(shapes)
-    twice = 2 if guidance != 1 else 1
-    patch = model.dit.patch
-    texts, givens = texts + [none] * n * (twice - 1), givens or [[]] * n
-    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind,
-                  givens * twice, (about or [[]] * n) * twice).to(device)
-    tokens = patchify(with_givens(noises, givens), patch)
-    how, own = model.objective, row.own[:len(row.own) // twice]
-    lengths = torch.bincount(row.rows[own])
-    first = lengths.cumsum(0) - lengths                      # each clip's first own token
+    (as lay_out takes them; `none`: the empty one); uint8 [T, H, W, 3] of each. `givens`: each
+    clip's [(normalised latent [C, T', H', W'], seconds from the clip's first frame to its own)]."""
+    device, how, empty = noises[0].device, model.objective, [[]] * len(shapes)
+    packed = Packed(model, shapes, rates, texts, [none] * len(shapes), noises, time_stride,
+                    givens or empty, about or empty)
+    x = packed.tokens[packed.own]
     if how.shift_tokens:                                     # each token by its clip's length
-        shift = token_shift(shift, lengths, how.shift_tokens).repeat_interleave(lengths)[:, None]
+        shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None]
 
     def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
-        times = row.table_times(t[first, 0].repeat(twice))
-        output = model(tokens.index_copy(0, own, x).repeat(twice, 1), times, row)[row.own]
-        output = guide(*output.chunk(2), guidance) if twice == 2 else output
-        return read_output(how, output, x, t)
+        return read_output(how, guide(*packed.network(x, t).chunk(2), guidance), x, t)
 
-    x = tokens[own]
     if how.path in STEPPED:
-        x = ddim(read, x, n_steps, how, progress)
+        last = 1.0 if how.path == "sd" else 0.999
+        times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
+        alpha, sigma = (x.double() for x in interpolant(how.path, times)[:2])
+        steps = ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
+                     F.pad(sigma, (0, 1)))
     else:
-        x = euler(lambda x, t: read(x, t)[0], x, n_steps, shift, progress, interval(how, True))
+        low, high = interval(how, True)
+        times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
+        steps = runge_kutta(lambda x, t: read(x, t)[0], x, times.unbind())
+    *_, x = steps
     mean, std = normaliser(vae_config, device)
     videos = []
-    for z in unpatchify(x, shapes, patch):
+    for z in unpatchify(x, shapes, model.dit.patch):
         parts = decode_long(vae, (z * std + mean)[None])
         videos.append(to_frames(torch.cat(list(parts), 2)[0]))
     return videos
@@ -1519,11 +1563,9 @@ def start_from(args, begun):
     weights."""
     if begun or not args.init:
         return begun and begun["model"], begun and begun["layout"], None
-    path = Path(args.init) if Path(args.init).is_file() else run_dir(args.init)
-    about = path / "config.json"
-    if not path.is_file() and not (about.is_file() and "_class_name" in about.read_text()
-                                   or (path / "transformer").is_dir()):
-        config = read_config(path, "denoiser")               # of a run of ours
+    path = model_path(args.init)
+    if is_run(path):
+        config = read_config(path, "denoiser")
         weights = load_file(last_checkpoint(path) / "ema.safetensors")
         return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
@@ -1799,13 +1841,13 @@ def train(args, folder):
 
 
 
-def load_denoiser(name, device="cpu", weights="ema"):
+def load_denoiser(name, device="cpu", config=None):
     """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
-    folder = run_dir(name)
-    config = read_config(folder, "denoiser")
+    folder = model_path(name)
+    config = config or read_config(folder, "denoiser")
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
-    model.load_state_dict(load_file(last_checkpoint(folder) / f"{weights}.safetensors"))
+    model.load_state_dict(load_file(last_checkpoint(folder) / "ema.safetensors"))
     read = open_reader(folder, config, device)
     return model.to(device).eval().requires_grad_(False), read, config
 

@@ -598,6 +598,8 @@ WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
 MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                    linear=True),
+    "vae-xxs": dict(dim=16, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
+                    linear=True),                # tests/demo-vae
     "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16),
     "vae-b": dict(dim=96, z_dim=16, **WAN),
     "wan-2.1": dict(dim=96, z_dim=16, residual=False, **WAN),
@@ -1568,7 +1570,7 @@ def evaluate_run(args):
     detectors = {"rfid": lambda frames: opened["rfid"][0](frames[:, None], True),
                  "rfvd": lambda frames: opened["rfvd"][0](frames[None], False)}
     keys = [row["key"] for row in shown]
-    out = autoencoder_path(name)
+    out = model_path(name)
     out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
@@ -1732,8 +1734,8 @@ def is_run(folder):
         return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
 
 
-def autoencoder_path(name):
-    """Where the autoencoder of this name lies: among the runs, or else as a path."""
+def model_path(name):
+    """Where the model of this name lies: among the runs, or else as a path."""
     return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
 
 
@@ -1753,7 +1755,7 @@ def weights_hash(model, mean, std):
 def load_autoencoder(name, device="cpu"):
     """(model in eval mode, config) of a trained run, or of a published folder or file; the config
     has model, hash, latents_mean and latents_std."""
-    folder = autoencoder_path(name)
+    folder = model_path(name)
     if not is_run(folder):
         model, config = load_published(folder)
     else:

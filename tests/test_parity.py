@@ -637,7 +637,8 @@ def sit_losses(case):
 @handles("sit_transport", "drift_score")
 def sit_drift_score(case):
     how, model, t = sit_case(case)
-    drift, score = sample.drift_score(how, model(case["in.x"], t), case["in.x"], t)
+    answer = D.read_output(how, model(case["in.x"], t), case["in.x"], t)
+    drift, score = sample.drift_score(how, answer, t)
     return {"out.drift": -drift, "out.score": score}
 
 
@@ -714,7 +715,7 @@ def sit_sampling(case, model, how):
     a, kwargs = case["in.z"], case.kwargs
     times = (1 - torch.linspace(kwargs["t0"], kwargs["t1"], kwargs["num_steps"]).double())
     times = times.to(a.dtype).unbind()
-    field = lambda x, t: sample.drift_score(how, model(x, t), x, t)
+    field = lambda x, t: sample.drift_score(how, D.read_output(how, model(x, t), x, t), t)
     if case.call == "sample_ode":
         velocity = lambda x, t: field(x, t)[0]
         if kwargs["method"] == "dopri5":             # to its tolerance: the end of any fine grid
