@@ -46,7 +46,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
@@ -291,20 +291,14 @@ def ddpm_at(tables, n):
     return {"n": n, **found}
 
 
-def ddpm_mean_logvar(eps, v, x, c):
-    """(mean, log variance) of the step before x_t = x; v from -1 to 1 spans the variance."""
-    x0 = (x - c["sigma"] * eps) / c["alpha"]
-    least, share = c["posterior_log_variance_clipped"], (v + 1) / 2
-    mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-    return mean, share * c["log_betas"] + (1 - share) * least
-
-
 def ddpm_bits(eps, v, x0, x, c):
     """The bound's term of a step, elementwise in bits: KL(true posterior, ours); at the first step
-    the code length of x_0 in 256 levels. DiT keeps eps out of its gradient."""
-    mean, logvar = ddpm_mean_logvar(eps, v, x, c)
-    true_mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-    true_logvar = c["posterior_log_variance_clipped"]
+    the code length of x_0 in 256 levels. v from -1 to 1 spans the variance. DiT keeps eps out of
+    its gradient."""
+    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
+                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
+    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
+    logvar = share * c["log_betas"] + (1 - share) * true_logvar
     kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
                 + (true_mean - mean).square() * (-logvar).exp())
     # the normal's distribution function by the same approximation as the reference
@@ -799,10 +793,6 @@ class GPT(nn.Module):
         logits = self(codes, told).flatten(0, -2).float()                            # [B L, K]
         return F.cross_entropy(logits, codes.flatten(), reduction="none").view(len(codes), -1)
 
-    def loss(self, codes, told=None):
-        """Their mean."""
-        return self.losses(codes, told).mean()
-
     def step(self, previous, place, caches, told=None):
         """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
         what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
@@ -1142,14 +1132,6 @@ class Clips:
                  "height": about["crop"][2], "width": about["crop"][3],
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
-
-
-def load_tokenizer(path):
-    """The run's tokenizer.json; refuses a damaged one."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:           # the library raises nothing narrower
-        refuse(f"{path} is no tokenizer: {error}")
 
 
 def encode_text(tokenizer, text, most=256):
@@ -1594,8 +1576,8 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out):
         source = args.init and run_dir(args.init)
         source = folder if (folder / "tokenizer.json").exists() else source
         texts = [c["text"] for row in train_rows for c in row["captions"]]
-        tokenizer = load_tokenizer(source / "tokenizer.json") if source else train_tokenizer(
-            texts, args.vocab)
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if source else (
+            train_tokenizer(texts, args.vocab))
         options["vocab"] = tokenizer.get_vocab_size()
         return tokenizer, None, None
     if options.get("text_dim") or options.get("clip"):
@@ -1686,14 +1668,9 @@ def add_lora(model, rank):
 
 def merged(model):
     """The state dict with what LoRA adds added: that of a model without it."""
-    state, original = {}, ".parametrizations.weight.original"
-    for name, value in model.state_dict().items():
-        if name.endswith(original):
-            layer = name.removesuffix(original)
-            state[f"{layer}.weight"] = model.get_submodule(layer).weight
-        elif ".parametrizations." not in name:
-            state[name] = value
-    return state
+    added = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_parametrized(m)}
+    return added | {name: value for name, value in model.state_dict().items()
+                    if ".parametrizations." not in name}
 
 
 def add_gradients(model, step, loaded, lengths, args, device):
@@ -1798,7 +1775,6 @@ def train(args, folder):
     barrier()
 
 
-
 def load_denoiser(name, device="cpu", weights="ema"):
     """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
     folder = run_dir(name)
@@ -1819,7 +1795,7 @@ def open_reader(folder, config, device="cpu"):
         return lambda prompt: encoder.encode([prompt])[0]
     if not config["model"].get("text"):                      # told nothing
         return lambda prompt: [EOS]
-    return functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
+    return functools.partial(encode_text, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
 def class_of(prompt, labels):
@@ -1962,7 +1938,8 @@ def load_published(path, heads=None):
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
     either layout, a U-ViT's file or folder, the checkpoint of a VideoGPT's prior."""
     path, config, layout = Path(path), {}, "dit"
-    if path.is_dir() and not (path / "nnet_ema.pth").is_file():
+    path = path / "nnet_ema.pth" if (path / "nnet_ema.pth").is_file() else path
+    if path.is_dir():
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
             refuse(f"{path} has no config.json: not a published folder, nor a run")
@@ -1972,7 +1949,7 @@ def load_published(path, heads=None):
         if layout is None:
             refuse(f"{path} holds a {config.get('_class_name')}, which is not known here: WanModel "
                    "and WanTransformer3DModel are")
-    state = read_tensors(path / "nnet_ema.pth" if layout == "dit" and path.is_dir() else path)
+    state = read_tensors(path)
     if "mid_block.mlp.fc1.weight" in state:
         model, options = load_uvit(path, heads, state=state)
         return model, "uvit", options
@@ -2122,32 +2099,32 @@ def parse_options(argv=None):
     return check_options(parser.parse_args(argv))
 
 
+NOT_FOR = {                  # options that a kind of model has no use for; of others --shape alone
+    "gpt": ("given", "stills", "recompute", "conditions", "objective", "path", "times"),
+    "uvit": ("shape", "given", "recompute", "conditions")}
+
+
 def check_options(args):
     """Fills in what the model decides, and refuses what does not go together."""
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
-    by_kind = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(args.model.split("-")[0])
-    if args.model.startswith("gpt"):
-        if args.given or args.stills or args.recompute or args.conditions or args.objective or (
-                args.path or args.times):
-            refuse("--given, --stills, --recompute, --conditions, --objective, --path, --times: "
-                   "VideoGPT's prior has none of them; leave them out")
+    kind = args.model.split("-")[0]
+    for name in NOT_FOR.get(kind, ("shape",)):
+        if getattr(args, name):
+            refuse(f"--{name} is not for --model {args.model}: leave it out, or take another model")
+    if kind == "gpt":
         return args
-    if args.shape:
-        refuse("--shape is for models of codes: other models take clips of any shape")
-    args.objective = args.objective or (by_kind or ("velocity",))[0]
-    args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
-    args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
-                                else "uniform")
-    if args.model.startswith("uvit") and (args.given or args.recompute or args.conditions):
-        refuse("--given, --recompute, --conditions: U-ViT has none of them; take another --model")
+    own = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(kind, ("velocity", "linear"))
+    args.objective = args.objective or own[0]
+    args.path = args.path or (own[1] if args.objective == own[0] else "linear")
+    args.times = args.times or ("logit-normal" if kind in ("video", "wan") else "uniform")
     if (args.objective == "ddpm") != (args.path == "ddpm") or (
             args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
                                       args.weighting != "none")):
         refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do "
                "not go together: ddpm goes with ddpm, sd with noise, both without a weighting")
-    if args.objective == "ddpm" and not args.model.startswith("dit"):
+    if args.objective == "ddpm" and kind != "dit":
         refuse(f"--objective ddpm needs a head for the variance, which {args.model} has not: "
                "take a dit")
     if args.objective == "velocity" and args.weighting in ("velocity", "likelihood"):

@@ -343,7 +343,7 @@ def test_codes_and_latents_are_not_mistaken(home, coded, capsys, monkeypatch):
     assert "--given" in line("--model", "gpt-tiny", "--given", "0.5")
     assert "all clips are smaller" in line("--model", "gpt-tiny", "--shape", "9x9x9")
     assert "blocks of 32 codes" in line("--model", "gpt-tiny-none", "--shape", "2x4x3")
-    assert "--shape is for models of codes" in line("--shape", "2x4x3")
+    assert "--shape is not for --model video-xs" in line("--shape", "2x4x3")
     assert "such as 4x32x32" in line("--shape", "2x4")
     monkeypatch.undo()
     monkeypatch.chdir(home)
