@@ -1050,15 +1050,15 @@ class Clips:
         """Gives all clips one shape; those that are smaller are left out and named."""
         found = [self.shape[key][1:] for key in self.keys]
         shape = shape or max(sorted(set(found)), key=found.count)
-        is_small = [any(a < b for a, b in zip(each, shape)) for each in found]
-        small = [key for key, left_out in zip(self.keys, is_small) if left_out]
+        small = [key for key, each in zip(self.keys, found)
+                 if any(a < b for a, b in zip(each, shape))]
         text = f"smaller than codes of {'x'.join(map(str, shape))}: {', '.join(small[:8])}"
         if len(small) == len(self.keys):
             refuse(f"all clips are {text}: choose another --shape")
         if small and not int(os.environ.get("RANK", 0)):
             print(f"{len(small)} of {len(self.keys)} clips are left out, {text}"
                   + ", …" * (len(small) > 8), file=sys.stderr)
-        self.keys = [key for key, left_out in zip(self.keys, is_small) if not left_out]
+        self.keys = sorted(set(self.keys) - set(small))
         self.shape |= {key: (1, *shape) for key in self.keys}
 
     def read_as(self, kind, tokenizer=None, embeddings=None, labels=None, conditions=()):
@@ -1661,9 +1661,9 @@ class LoRA(nn.Module):
 def add_lora(model, rank):
     """Freezes the model but for such an addition to each matrix of its blocks."""
     model.requires_grad_(False)
-    for block in (m for m in model.dit.modules() if isinstance(m, BLOCKS)):
-        for layer in [m for m in block.modules() if isinstance(m, nn.Linear)]:
-            register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+    blocks = [m for m in model.dit.modules() if isinstance(m, BLOCKS)]
+    for layer in [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]:
+        register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
 
 def merged(model):
@@ -2159,10 +2159,9 @@ def main(argv=None):
     if args.export:
         return export(args, folder)
     train(args, folder)
-    if args.estimate:
-        return
-    print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
-          file=sys.stderr)
+    if not args.estimate:
+        print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":
