@@ -232,7 +232,7 @@ class Levels(torch.nn.Module):
 
 
 CONFIG = {"hash": "c0de0001"}
-CODES = ["--vae", "levels", "--row_tokens", "96", "--batch_tokens", "192", "--eval_every", "4",
+CODES = ["--vae", "levels", "--row_tokens", "96", "--batch_tokens", "192", "--eval_every", "12",
          "--log_every", "1", "--warmup", "0", "--lr", "0.01", "--steps", "4", "--device", "cpu"]
 TINY = dict(kind="gpt", dim=24, depth=2, heads=2, dropout=0.1, attn_dropout=0.1)
 
