@@ -1933,10 +1933,33 @@ def wan_options(state, config, layout):
         image_tokens=0 if place is None else place.shape[1])
 
 
-def load_published(path, heads=None):
+def uvit_options(state, heads, text_tokens, path):
+    """The options of the U-ViT whose published state dict this is. What it does not tell: heads
+    (None: of width 64, but 72 in the H models), and of one that reads texts their text_tokens."""
+    if not {"pos_embed", "patch_embed.proj.weight"} <= set(state):
+        refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed or patch_embed")
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
+    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
+    text = None if text is None else (text.shape[1], text_tokens)
+    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
+    side = math.isqrt(max(patches, 1))
+    if not heads or dim % heads or side**2 != patches:
+        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
+               f"text_tokens (they leave {patches} patches, which must form a square)")
+    return dict(
+        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
+        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
+        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
+        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
+        time_mlp="time_embed.0.weight" in state)
+
+
+def load_published(path, heads=None, text_tokens=77):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
-    either layout, a U-ViT's file or folder, the checkpoint of a VideoGPT's prior."""
+    either layout, a U-ViT's .pth or training folder N.ckpt (its nnet_ema.pth), the checkpoint of a
+    VideoGPT's prior. heads, text_tokens: what the files of some do not tell."""
     path, config, layout = Path(path), {}, "dit"
     path = path / "nnet_ema.pth" if (path / "nnet_ema.pth").is_file() else path
     if path.is_dir():
@@ -1951,15 +1974,15 @@ def load_published(path, heads=None):
                    "and WanTransformer3DModel are")
     state = read_tensors(path)
     if "mid_block.mlp.fc1.weight" in state:
-        model, options = load_uvit(path, heads, state=state)
-        return model, "uvit", options
+        options = uvit_options(state, heads, text_tokens, path)
+        return filled(UViT, options, state, path), "uvit", options
     if "hyper_parameters" in state:
         model, options, _ = load_gpt(path, state)
         return model, "gpt", options
     if layout == "dit":
         state = state.get("ema", state)
         if "x_embedder.proj.weight" not in state:
-            refuse(f"{path} has no x_embedder.proj.weight: not a DiT's or SiT's file")
+            refuse(f"{path} has no x_embedder.proj.weight: no DiT, SiT, U-ViT or VideoGPT's prior")
     options = dit_options(state, heads) if layout == "dit" else wan_options(state, config, layout)
     with torch.device("meta"):
         model = DiT(**options)
@@ -1978,32 +2001,6 @@ def filled(make, options, state, path):
     except RuntimeError as error:
         refuse(f"{path}: {error}")
     return model.eval()
-
-
-def load_uvit(path, heads=None, text_tokens=77, state=None):
-    """(UViT, its options) of a published .pth or a training folder N.ckpt (its nnet_ema.pth), or of
-    the `state` that was read from it. What the file does not tell: heads (None: of width 64, but 72
-    in the H models), and text_tokens."""
-    path = Path(path, "nnet_ema.pth") if Path(path).is_dir() else Path(path)
-    state = state or read_tensors(path)
-    if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
-        refuse(f"{path} is no U-ViT: it has no pos_embed, patch_embed or mid_block")
-    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
-    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
-    text = None if text is None else (text.shape[1], text_tokens)
-    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
-    side = math.isqrt(max(patches, 1))
-    if not heads or dim % heads or side**2 != patches:
-        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
-               f"text_tokens (they leave {patches} patches, which must form a square)")
-    options = dict(
-        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
-        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
-        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
-        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
-        time_mlp="time_embed.0.weight" in state)
-    return filled(UViT, options, state, path), options
 
 
 def load_gpt(path, file=None):

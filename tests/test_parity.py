@@ -539,7 +539,8 @@ def unpacked(tokens, shapes, patch):
 def open_uvit(case):
     """(U-ViT, condition, what stands for none): a text, a label, or None."""
     args = case.args
-    model, options = D.load_uvit(case.weights, args["num_heads"], args.get("num_clip_token", 77))
+    model, _, options = D.load_published(case.weights, args["num_heads"],
+                                         args.get("num_clip_token", 77))
     assert options["qkv_bias"] == args.get("qkv_bias", False)
     assert options["conv"] == args.get("conv", True)
     condition, null = case["in.context"], case["in.empty_context"]
