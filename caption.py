@@ -998,6 +998,8 @@ def caption(args):
     config = run_dir(vlm) / "config.json"
     config = read_published(config) if config.exists() else {"kind": "captioner", "model": {}}
     is_own = "kind" in config and "init" not in config.get("model", {})
+    if is_own and (args.lm or args.frames or args.prompt):
+        refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
     run = args.source or (run if is_own else f"{run}-{args.style}")
     load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
     scorer = Scorer(args, folder, rows, device) if args.clip else None
@@ -2175,9 +2177,10 @@ def stop_ids(folder, config, tokens, names):
     return {i for i in flat if i is not None}
 
 
-def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
+def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None):
     """The VLM of a published folder; its family and sizes are read from there. Weights are mapped
-    from the files. An unknown family is refused with what was missing."""
+    from the files. An unknown family is refused with what was missing; so is one that does not see
+    where one that `sees` is wanted, or the other way round."""
     path = Path(path)
     config = read_published(path / "config.json")
     made_by = (config.get("architectures") or ["?"])[0]
@@ -2199,6 +2202,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
         refuse(f"{path}: {error} is missing, of the config or of the weights")
     except ValueError as error:
         refuse(f"{path}: {error}")
+    if sees is not None and sees != (plan.tower is not None):
+        refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
+               f"{path} is a captioner: give a language model alone")
     found = to_ours(weights, model, plan.names)
     found.setdefault("decoder.head.weight", found.get("decoder.embed.weight"))
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
@@ -2263,12 +2269,10 @@ def pick_frames(rule, folder, row):
     """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N, evenly from the first to the
     last, the middle if N is 1; fps:X, X a second; key:N, N of them between which about equally
     much changes."""
-    kind, value = rule
     n, fps = row["frames"], row["fps"] or 1
+    kind, value = rule if n > 1 else ("uniform", 1)
     at = np.array([n // 2])
-    if n == 1:
-        at = np.zeros(1, int)
-    elif kind == "fps":
+    if kind == "fps":
         at = (np.arange(0.5 / value, max(n / fps, 0.6 / value), 1 / value) * fps).astype(int)
     elif kind == "uniform" and value > 1:
         at = np.linspace(0, n - 1, int(value)).astype(int)
@@ -2277,10 +2281,10 @@ def pick_frames(rule, folder, row):
                           for frame in clip_frames(folder, row)]).astype(np.float32)
         change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
         at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
-                             + change[-1] / value / 2).clip(max=n - 1)
-    at = at.clip(max=n - 1)
-    found = dict(zip(sorted(set(at.tolist())), clip_frames(folder, row, set(at.tolist()))))
-    return [found[i] for i in at.tolist()], [i / fps for i in at.tolist()]
+                             + change[-1] / value / 2)
+    at = at.clip(max=n - 1).tolist()
+    found = dict(zip(sorted(set(at)), clip_frames(folder, row, set(at))))
+    return [found[i] for i in at], [i / fps for i in at]
 
 
 def text_option(value):
@@ -2295,16 +2299,15 @@ def vlm_writer(name, folder, rows, args, device):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
-    if vlm.tower is None:
-        refuse(f"{name} is a language model alone: it sees nothing; give it as --lm")
-    lm = open_vlm(args.lm, device, dtype) if args.lm else None
+    lm = open_vlm(args.lm, device, dtype, sees=False) if args.lm else None
     is_video = bool(vlm.plan.frames) and not lm
     rule = args.frames or ("uniform", vlm.plan.frames if is_video else 4 if lm else 1)
     if rule != ("uniform", 1) and not is_video and not lm:
         refuse(f"{name} sees one frame at a time: give --lm DIR, which makes one caption of "
                "several, or --frames uniform:1")
     ask = text_option(args.prompt or STYLES[args.style][0])
-    question = ask.replace("{what}", "video" if is_video else "image")
+    question, told = ask.replace("{what}", "video" if is_video else "image"), args.summary or SUMMARY
+    told = text_option(told).replace("{ask}", ask.replace("{what}", "video"))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
@@ -2347,9 +2350,8 @@ def vlm_writer(name, folder, rows, args, device):
             for key, times, texts, score in notes(pairs):
                 scores[key] = score
                 lines = "\n".join(f"{at:.1f} s: {text}" for at, text in zip(times, texts))
-                words = text_option(args.summary or SUMMARY).replace("{notes}", lines).replace(
+                words = told.replace("{notes}", lines).replace(
                     "{meta}", f"Its publisher says: {meta[key]}\n" if meta[key] else "")
-                words = words.replace("{ask}", ask.replace("{what}", "video"))
                 yield lm.request(key, *lm.read(lm.prompt(words)), [])
         for key, text, score in lm.write(requests(), **how):
             yield key, tidy(text), question, {"logprob": score, "logprob_frames": scores.pop(key)}
@@ -2421,7 +2423,7 @@ class LoRA(nn.Module):
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
     to the decoder's layers, or all but the towers."""
-    model = open_vlm(init, device, dtype, tokenizer)
+    model = open_vlm(init, device, dtype, tokenizer, sees=True)
     if tune == "lora":
         torch.manual_seed(0)
         for layer in model.decoder.layers:
@@ -2438,7 +2440,7 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
 def open_captioner(path, device, dtype, tokenizer=None):
     """The VLM of a published folder, or of a run that taught one further."""
     if "kind" not in read_published(path / "config.json"):
-        return open_vlm(path, device, dtype, tokenizer)
+        return open_vlm(path, device, dtype, tokenizer, sees=True)
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
                        config["args"]["tokenizer"])
@@ -2474,11 +2476,13 @@ def tune(args, run):
     """Teaches a published captioner the captions, or the answers to the questions beside them."""
     rank, world, device = setup(args, args.batch, "--batch")
     folder, rows, held_out = captioned(args)
+    is_done, step = is_finished(last_step(run), args), 0
+    model = None if is_done else open_tuned(args.init, args.tune, args.rank, device,
+                                            tokenizer=args.tokenizer)    # refused before run is made
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
-        "init": str(args.init), "tune": args.tune, "rank": args.rank}})
-    if is_finished(checkpoint, args):
+        "init": args.init, "tune": args.tune, "rank": args.rank}})
+    if is_done:
         return
-    model, step = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer), 0
     optimizer = torch.optim.AdamW(learnt(model).values(), lr=args.lr, weight_decay=0.0)
     if checkpoint:
         step, saved = load_step(checkpoint)
@@ -2589,7 +2593,8 @@ def main(argv=None):
         return caption(args)
     run = run_dir(args.run or f"{Path(args.name).name}-captioner")
     (tune if args.init else train)(args, run)
-    print(f"{run}: trained; look at {run / 'samples'}", file=sys.stderr)
+    print(f"{run}: trained; look at {run / ('log.jsonl' if args.init else 'samples')}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

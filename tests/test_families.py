@@ -346,6 +346,11 @@ def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
         return refused(capsys, *args, call=quick)
     assert "give --lm DIR" in line("set", "--vlm", LLAVA, "--frames", "uniform:4")
     assert "language model alone" in line("set", "--vlm", QWEN)
+    assert "is a captioner" in line("set", "--vlm", LLAVA, "--lm", LLAVA)
+    for tune in ("connector", "lora", "all"):
+        assert "language model alone" in line("set", "--train", "--init", QWEN, "--tune", tune, "--run",
+                                              f"blind-{tune}")
+    assert not list((home / "runs").glob("blind-*"))
     assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "all")
     assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "fps:0")
     assert "config.json is missing" in line("set", "--vlm", LLAVA, "--lm", tmp_path / "no")
