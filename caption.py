@@ -1116,7 +1116,8 @@ def evaluate(path, rows, texts):
     references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
                   if row["key"] in texts and row["captions"]}
     if not references:
-        refuse("--eval: no clip has both kinds of captions: give --all, too")
+        refuse("--eval: no clip with captions of its own has got one that will do: give --all, or "
+               "look at the rejected ones")
     scores = score_captions({key: texts[key] for key in references}, references)
     figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
                **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),

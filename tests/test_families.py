@@ -398,7 +398,7 @@ def test_a_published_captioner_learns(home, quick, tune):
 # -- ranks -----------------------------------------------------------------------------------------
 
 def on_ranks(home, world, *args):
-    """caption.py as torchrun starts it, on `world` ranks; the status of each."""
+    """caption.py as torchrun starts it, on `world` ranks that all end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(world),
@@ -408,22 +408,20 @@ def on_ranks(home, world, *args):
         stderr=subprocess.PIPE, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)))
         for rank in range(world)]
     errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert not any("Traceback" in error for error in errors), errors
-    return [process.returncode for process in processes]
+    assert [process.returncode for process in processes] == world * [0], errors
 
 
 @pytest.mark.slow
 def test_two_ranks_caption_and_teach_as_one(home):
     """Shards are shared out and their captions have the same bytes; a step's losses are the same."""
     for world in (1, 2):
-        assert on_ranks(home, world, "set", "--vlm", LLAVA, "--lm", QWEN, "--all", "--eval", "--frames",
-                        "uniform:2", "--max_tokens", 6, "--source", f"on{world}") == world * [0]
-        assert on_ranks(home, world, "set", "--train", "--init", LLAVA, "--tune", "lora", "--steps", 2,
-                        "--batch", 2, "--log_every", 1, "--eval_every", 2, "--run",
-                        f"on{world}") == world * [0]
-    for kind in ("captions", "rejected-captions"):
-        files = [sorted(home.glob(f"data/set/*.{kind}-on{world}.jsonl")) for world in (1, 2)]
-        assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+        on_ranks(home, world, "set", "--vlm", LLAVA, "--lm", QWEN, "--all", "--frames", "uniform:2",
+                 "--max_tokens", 6, "--source", f"on{world}")
+        on_ranks(home, world, "set", "--train", "--init", LLAVA, "--tune", "lora", "--steps", 2,
+                 "--batch", 2, "--log_every", 1, "--eval_every", 2, "--run", f"on{world}")
+    files = [sorted(home.glob(f"data/set/*captions-on{world}.jsonl")) for world in (1, 2)]
+    assert len(files[0]) >= 3
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     logs = [[json.loads(line) for line in open(home / f"runs/on{world}/log.jsonl")] for world in (1, 2)]
     for one, two in zip(*logs):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
