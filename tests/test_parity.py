@@ -361,9 +361,8 @@ def published_model(case):
         recorded = case.tensors[f"{prefix}logits"]
         found[f"{prefix}logits"] = model.decoder.logits(h)[0, -len(recorded):]
         texts = [model.request(f"{n}", *model.read("x" * n), []) for n in (1, 30, 7)]
-        alone = list(caption.generate(model.decoder, [request], 1, 12, scale=plan.scales[0]))
-        mixed = list(caption.generate(model.decoder, [texts[0], request, *texts[1:]], 2, 12,
-                                      scale=plan.scales[0]))
+        alone = list(caption.generate(model.decoder, [request], 1, 12))
+        mixed = list(caption.generate(model.decoder, [texts[0], request, *texts[1:]], 2, 12))
         for row, tokens, score in mixed + alone:
             if row is request:
                 assert found.setdefault(f"{prefix}generated", torch.tensor(tokens)).tolist() == tokens
