@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import prepare_data as pd  # noqa: E402
-from test_prepare_data import SCRIPT, bytes_of, encode, row_lines, run, worker_of  # noqa: E402
+from test_prepare_data import (  # noqa: E402
+    GREEN, RED, SCRIPT, bytes_of, encode, row_lines, run, worker_of)
 
 SHARED = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared/data"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data is not there")
@@ -81,6 +82,16 @@ def test_motion_light_and_flashes_are_no_transitions(tmp_path):
         assert (name, cuts, pd.find_gradual(scan, 25, cuts)) == (name, [], [])
 
 
+def test_cuts_where_much_stays_are_no_lamps(tmp_path):
+    """The demo's hardest: a shape of one colour and form stays about where it was."""
+    files = pd.demo_files(38)
+    for file, first in ((files[31], 2), (files[37], 3)):
+        one, two = file["shots"][first:first + 2]
+        scan = scan_of(tmp_path / "a.mp4", [*pd.render_shot(one), *pd.render_shot(two)], file["fps"])
+        cuts = pd.find_cuts(scan, 2.25, 0.3)
+        assert cuts == [one["frames"]] and pd.find_gradual(scan, file["fps"], cuts) == []
+
+
 def test_stitching_and_trimming(tmp_path):
     (tmp_path / "in").mkdir()
     one = scenery(7, 40)
@@ -104,14 +115,14 @@ def test_cut_lists(tmp_path):
     for row in row_lines(SHARED / "expected.jsonl"):
         if row.get("cuts") is None:
             continue
-        cuts, spans, times = bench_data.ours(SHARED / row["file"], options)
+        cuts, spans, scan = bench_data.ours(SHARED / row["file"], options)
         listed = row.get("gradual") or []
-        counts = bench_data.judge(cuts, row["cuts"], listed)
+        counts = bench_data.judge(cuts, row["cuts"], listed)[:3]
         right, wrong, missed = (x + y for x, y in zip((right, wrong, missed), counts))
         for _, a, b in listed:
             assert any(a < stop and first < b for first, stop in spans), (row["file"], spans)
         for first, stop in spans:                       # what begins or ends in black is not listed
-            assert first == 0 or stop == len(times) or any(
+            assert first == 0 or stop == len(scan.times) or any(
                 a < stop and first < b for _, a, b in listed), (row["file"], spans)
     assert 2 * right / (2 * right + wrong + missed) >= 0.95
 
@@ -223,6 +234,21 @@ def test_near_duplicates(tmp_path):
     assert strip == [{key: row[key] for key in ("key", "of")} for row in twins]
 
 
+def test_plain_clips_are_told_apart_by_colour(tmp_path):
+    """Light above dark: their hashes are equal. A smaller copy of one is found all the same."""
+    (tmp_path / "in").mkdir()
+    brown = (100, 60, 60)
+    for name, light, dark, size in (("red", RED, brown, 96), ("green", GREEN, brown, 96),
+                                    ("blue", (90, 120, 255), brown, 96),
+                                    ("night", RED, (60, 60, 140), 96), ("copy", RED, brown, 64)):
+        frame = np.empty((size, size, 3), np.uint8)
+        frame[:size * 3 // 8], frame[size * 3 // 8:] = light, dark
+        encode(tmp_path / f"in/{name}.mp4", [frame] * 25, fps=25)
+    run(tmp_path, "set", "--videos", "in", "--workers", 1)
+    twins = row_lines(tmp_path / "data/set/duplicates.jsonl")
+    assert [(r["key"].split("-")[0], r["of"].split("-")[0]) for r in twins] == [("copy", "red")]
+
+
 @needs_shared
 def test_shared_near_duplicates(tmp_path):
     truth = json.loads((SHARED / "expected_duplicates.json").read_text())
@@ -244,13 +270,15 @@ def test_plain_h264_is_copied(tmp_path):
     frames = scenery(3, 40)
     encode(tmp_path / "in/plain.mp4", frames, fps=25, crf="20")
     encode(tmp_path / "in/box.mov", frames[:30], fps=25, crf="20")
+    encode(tmp_path / "in/other_box.mkv", scenery(7, 30), fps=30, crf="20")     # times in ms
     encode(tmp_path / "in/sar.mp4", scenery(4, 30), fps=25, sar=2)
     encode(tmp_path / "in/cut.mp4", scenery(5, 20) + scenery(6, 20), fps=25)
     run(tmp_path, "set", "--videos", "in", "--workers", 1)
     rows = {}
     for row in pd.open_dataset(tmp_path / "data/set"):
         rows.setdefault(row["source"], []).append(row)
-    for name, is_copy in (("plain.mp4", 1), ("box.mov", 1), ("sar.mp4", 0), ("cut.mp4", 0)):
+    for name, is_copy in (("plain.mp4", 1), ("box.mov", 1), ("other_box.mkv", 1), ("sar.mp4", 0),
+                          ("cut.mp4", 0)):
         data = pd.read_member(tmp_path / "data/set", rows[name][0])
         assert (b"mbtree=0" not in data) == is_copy, name               # our encoder's mark
     assert len(rows["cut.mp4"]) == 2 and rows["plain.mp4"][0]["frames"] == 40

@@ -372,11 +372,15 @@ def test_captions_splits_and_labels(rows):
 
 
 def test_metadata_forms(tmp_path):
+    def facts(name):
+        pd.read_metadata([tmp_path / name], name[2:], ["x.mp4"], tmp_path / f"{name}.db")
+        return pd.facts_of(tmp_path / f"{name}.db", name[2:], "x.mp4")[0]
+
     (tmp_path / "a.csv").write_text('video,start,end,caption\nx.mp4,1,2,"[""p"", ""q""]"\nx,,,r\n')
     (tmp_path / "a.tsv").write_text("path\ttext\tsplit\nx.mp4\ta, b\ttest\n")
-    (_, one), (_, two) = pd.read_facts([tmp_path / "a.csv"], "csv")
+    one, two = facts("a.csv")
     assert [one["captions"], two["captions"]] == [["p", "q"], ["r"]]
-    (_, fact), = pd.read_facts([tmp_path / "a.tsv"], "tsv")
+    fact, = facts("a.tsv")
     assert fact["captions"] == ["a, b"] and fact["split"] == "test"
     assert pd.seconds("1:02:03.25") == 3723.25 and pd.seconds("") is None
     (tmp_path / "in/cats").mkdir(parents=True)
@@ -572,7 +576,6 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         "no folder": ["x", "--videos", "nowhere"],
         "no videos": ["x", "--videos", tmp_path / "none"],
         "no --videos": ["x"], "no name": [], "bench": ["bench", "--videos", tmp_path / "none"],
-        "few": ["x", "--videos", "videos", "--scores", "few", "--min_flow", 1],
         "crf": ["x", "--videos", "videos", "--crf", 99],
         "nan": ["x", "--videos", "videos", "--min_motion", "nan"],
         "part": ["x", "--videos", "videos", "--part", "3/2"],
