@@ -3,10 +3,7 @@ lies beside the checkout: shots, scores, near-duplicates, copies, hangs, the rep
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import prepare_data as pd  # noqa: E402
 from test_prepare_data import (  # noqa: E402
-    GREEN, RED, SCRIPT, bytes_of, encode, row_lines, run, worker_of)
+    GREEN, RED, bytes_of, encode, row_lines, run)
 
 SHARED = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared/data"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="shared data is not there")
@@ -97,11 +94,13 @@ def test_stitching_and_trimming(tmp_path):
     one = scenery(7, 40)
     jump = one[:20] + [np.ascontiguousarray(frame[:, ::-1]) for frame in one[20:]]  # same colours
     encode(tmp_path / "in/a.mp4", jump + scenery(8, 30), fps=25, crf="20")
-    for name, options, want in (("cut", (), [20, 20, 30]), ("joined", ("--stitch", 10), [40, 30]),
-                                ("trimmed", ("--trim", 0.08), [16, 16, 26])):
-        run(tmp_path, name, "--videos", "in", "--workers", 1, *options)
-        rows = pd.open_dataset(tmp_path / "data" / name)
-        assert [row["frames"] for row in rows] == want, name
+    scan, common = pd.Scan(pd.Video(tmp_path / "in/a.mp4")), vars(pd.parse_options(["x"]))
+    for options, want in (({}, [20, 20, 30]), ({"stitch": 10}, [40, 30])):
+        shots = pd.find_shots(scan, 25, {**common, **options})
+        assert [stop - first for _, _, first, stop in shots] == want
+    run(tmp_path, "trimmed", "--videos", "in", "--workers", 1, "--trim", 0.08)
+    rows = pd.open_dataset(tmp_path / "data/trimmed")
+    assert [row["frames"] for row in rows] == [16, 16, 26]
     assert (rows[1]["shot_start"], rows[1]["start"], rows[1]["end"], rows[1]["shot_end"]) == (
         0.8, 0.88, 1.52, 1.6)
 
@@ -228,7 +227,7 @@ def test_near_duplicates(tmp_path):
     twins = row_lines(tmp_path / "data/set/duplicates.jsonl")
     assert {r["key"].split("-")[0] for r in twins} == {"a", "grey", "crop", "logo"}
     assert {r["of"].split("-")[0] for r in twins} == {"b"}
-    run(tmp_path, "again", "--videos", "in", "--workers", 1, "--shard_sources", 3)
+    run(tmp_path, "again", "--videos", "in", "--workers", 1, "--shard_sources", 6)
     strip = [{key: row[key] for key in ("key", "of")} for row in row_lines(
         tmp_path / "data/again/duplicates.jsonl")]
     assert strip == [{key: row[key] for key in ("key", "of")} for row in twins]
@@ -315,31 +314,6 @@ def test_every_shared_file(tmp_path):
         step = np.median(np.diff(scan.times)) if len(scan.times) > 1 else 0
         near = max(0.02, step) * (1 if row["reason"] == "ok" else 3) + 0.01
         assert abs(scan.times[-1] + step - row["duration"]) <= near, row["file"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker through /proc")
-def test_a_worker_that_stands_still_costs_one_file(tmp_path):
-    """SIGSTOP is what a decoder that waits for ever looks like from outside."""
-    (tmp_path / "in").mkdir()
-    encode(tmp_path / "in/a.mp4", scenery(1, 40, size=(640, 360)) * 30, fps=25, crf="30")
-    encode(tmp_path / "in/b.mp4", scenery(2, 40), fps=25)
-    command = [sys.executable, str(SCRIPT), "set", "--videos", "in", "--timeout", "4"]
-    going = subprocess.Popen(command + ["--workers", "1"], cwd=tmp_path, stderr=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL)
-    stopped = None
-    while stopped is None and going.poll() is None:
-        child = worker_of(going.pid)
-        if child and list((tmp_path / "data/set").glob(f".shard-*.{child}-*.tar")):
-            time.sleep(0.5)
-            stopped = child
-        time.sleep(0.02)
-    while Path(f"/proc/{stopped}").exists() and going.poll() is None:
-        os.kill(stopped, signal.SIGSTOP)
-        time.sleep(0.1)
-    assert going.wait(120) == 0 and stopped
-    rejects = row_lines(tmp_path / "data/set/rejected.jsonl")
-    assert [(r["source"], r["reason"]) for r in rejects] == [("a.mp4", "timed out")]
-    assert [row["source"] for row in pd.open_dataset(tmp_path / "data/set")] == ["b.mp4"]
 
 
 def test_report(tmp_path):
