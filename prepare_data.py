@@ -1943,7 +1943,9 @@ def report(folder, root):
     shown = [one for reason in sorted({one["reason"] for one in rejects})
              for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
     contact_sheet(folder / "report/rejected.png", [
-        (glimpse(root, one), f"{one['reason']} {one['figure']} {one['source']}") for one in shown])
+        (glimpse(root, one), " ".join(str(part) for part in (
+            one["reason"], one["figure"], Path(one["source"]).name) if part is not None))
+        for one in shown], 160)
     print(f"look at {folder / 'report'}")
 
 

@@ -135,9 +135,9 @@ def table(root, path, args):
         counts = np.sum([judge(work(root / row["file"]), row["cuts"], row.get("gradual") or [])
                          for row in rows], axis=0)
         right, wrong, missed, dissolves, of_dissolves, fades, of_fades = counts.tolist()
-        print(f"{name:20} {right:6} {wrong:6} {missed:6} "
-              f"{2 * right / (2 * right + wrong + missed):6.3f} {dissolves:4} of {of_dissolves:2} "
-              f"{fades:3} of {of_fades:2} {cpu_time() - began:6.1f}")
+        f1 = 2 * right / max(1, 2 * right + wrong + missed)
+        print(f"{name:20} {right:6} {wrong:6} {missed:6} {f1:6.3f} {dissolves:4} of "
+              f"{of_dissolves:2} {fades:3} of {of_fades:2} {cpu_time() - began:6.1f}")
 
 
 def cpu_time():
