@@ -57,6 +57,7 @@ import sqlite3
 import struct
 import sys
 import tarfile
+import tempfile
 import textwrap
 import threading
 import time
@@ -84,6 +85,7 @@ FORMAT = 1                               # version of the folder's format
 VIDEOS = {f".{name}" for name in "mp4 m4v mov mkv webm avi flv wmv mpg mpeg ts mts m2ts 3gp 3g2 "
           "ogv mxf vob".split()}
 STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic ppm".split()}
+ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
 ARCHIVES = (".tar", ".tfrecords")
 SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
@@ -191,18 +193,11 @@ class Unreadable(Exception):
     """A file that gives no clip; its arguments, reason and figure, go into rejected.jsonl."""
 
 
-class Member(io.BytesIO):
-    """A file inside a tar (or made from a record), held in memory and used like a path."""
-
-    def __init__(self, data, suffix):
-        super().__init__(data)
-        self.suffix = suffix
-
-    def again(self):
-        self.seek(0)
-        return self
-
-    read_bytes = io.BytesIO.getvalue
+def in_memory(data, suffix):
+    """An open file of bytes that is used like a path: it has a suffix."""
+    file = io.BytesIO(data)
+    file.suffix = suffix
+    return file
 
 
 @functools.lru_cache(2)
@@ -226,8 +221,8 @@ def members(archive):
 
 
 def located(root, source):
-    """(path or Member, {suffix: text}) of a source and of the .txt, .json and .cls that go with it.
-    A WebDataset key ends at the first dot of the file's name."""
+    """(path or open file, {suffix: text}) of a source and of the .txt, .json and .cls that go with
+    it. A WebDataset key ends at the first dot of the file's name."""
     path, suffixes = Path(root, source), (".txt", ".json", ".cls")
     archive = next((one for one in path.parents if one.suffix in ARCHIVES and one.is_file()), None)
     if archive is None:
@@ -243,44 +238,23 @@ def located(root, source):
         texts = {suffix: read(key + suffix).decode("utf-8", "replace")
                  for suffix in suffixes if key + suffix in index}
         data = read(name)
-    return Member(bair_video(data) if archive.suffix == ".tfrecords" else data, path.suffix), texts
+    is_record = archive.suffix == ".tfrecords"
+    return in_memory(*(bair_video(data), ".png") if is_record else (data, path.suffix)), texts
 
 
 def bair_video(record):
     """A lossless video, 10 frames a second (nothing tells the rate), of the main camera's frames
-    in a record of softmotion30_44k: a tf.train.Example of raw RGB, 64 x 64 px each."""
-    def fields(data):
-        """(number, bytes) of the fields of a protobuf message that holds nothing but bytes."""
-        at = 0
-        while at < len(data):
-            numbers = []
-            while len(numbers) < 2:                    # a tag, a length: 7 bits a byte
-                value, shift = 0, 0
-                while True:
-                    value, shift, at = value | (data[at] & 127) << shift, shift + 7, at + 1
-                    if data[at - 1] < 128:
-                        break
-                numbers.append(value)
-            yield numbers[0] >> 3, data[at:at + numbers[1]]
-            at += numbers[1]
+    in a record of softmotion30_44k: a tf.train.Example, in which 64 x 64 px of raw RGB stand behind
+    each frame's name, with the tags and lengths of three messages between them."""
+    found = dict(re.findall(rb"\n.(\d+)/image_main/encoded\x12..\n..\n\x80\x60(.{12288})", record,
+                            re.DOTALL))
     try:
-        entries = [dict(fields(entry)) for _, part in fields(record) for _, entry in fields(part)]
-        features, frames = {entry[1].decode(): entry[2] for entry in entries}, []
-        while (value := features.get(f"{len(frames)}/image_main/encoded")) is not None:
-            pixels = dict(fields(dict(fields(value))[1]))[1]
-            frames.append(np.frombuffer(pixels, np.uint8).reshape(64, 64, 3))
-    except (IndexError, KeyError, ValueError):
+        first, *rest = [Image.frombytes("RGB", (64, 64), found[b"%d" % n])
+                        for n in range(max(1, len(found)))]
+    except KeyError:
         raise Unreadable("not a record of BAIR's") from None
     file = io.BytesIO()
-    with av.open(file, "w", format="matroska") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "bgr0"
-        stream.codec_context.thread_count = 1
-        for n, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="bgr0")
-            frame.pts = n
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    first.save(file, "PNG", save_all=True, append_images=rest, duration=100)
     return file.getvalue()
 
 
@@ -316,7 +290,7 @@ def is_animated(path):
 
 
 class Video:
-    """A video file (path or Member). Iterating yields its frames in order of display:
+    """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
     av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
     again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation)
     and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` now and
@@ -324,8 +298,7 @@ class Video:
 
     def __init__(self, path, beat=lambda: None):
         self.path, self.beat, self.tick, self.sar, self.matrix = path, beat, 0.001, 1, None
-        self.bad_packets, self.bits, self.codec, self.grid = 0, 0, None, {}
-        self.scaler, self.small_scaler = VideoReformatter(), VideoReformatter()
+        self.bad_packets, self.bits, self.codec, self.scaler = 0, 0, None, VideoReformatter()
 
     def __iter__(self):
         self.bad_packets = self.bits = 0
@@ -347,47 +320,36 @@ class Video:
             self.bad_packets += 1                      # the frames before the damage stay
 
     def packets(self):
-        """Frames by FFmpeg in one thread (its threads hang on some damaged files)."""
-        is_member = isinstance(self.path, Member)
-        if (len(self.path.getbuffer()) if is_member else os.path.getsize(self.path)) == 0:
-            raise Unreadable("empty file")
-        try:
-            container = av.open(self.path.again() if is_member else str(self.path),
-                                metadata_errors="replace")
-        except FFmpegError as error:
-            raise Unreadable(f"cannot be opened: {error.strerror}") from None
-        with container:
-            stream = main_stream(container)
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        """Frames by FFmpeg, packet by packet; one that does not decode is counted and skipped."""
+        with opened(self.path) as (container, stream):
             self.tick, self.sar = float(stream.time_base), stream.sample_aspect_ratio or 1
-            self.codec = stream.codec_context.name
-            for n, frame in enumerate(self.decoded(container, stream)):
-                if n % 64 == 0:
-                    self.beat()
-                if n == 0 or frame.key_frame:
-                    if frame.color_trc in (16, 18):    # smpte2084 (PQ), arib-std-b67 (HLG)
-                        raise Unreadable("HDR", frame.color_trc)
-                    turn = [d for d in frame.side_data.keys() if d.type.name == "DISPLAYMATRIX"]
-                    self.matrix = np.frombuffer(bytes(turn[0]), np.int32)[[0, 1, 3, 4]].tolist() \
-                        if turn else None
-                yield frame
+            self.codec, n = stream.codec_context.name, 0
+            packets, packet = container.demux(stream), stream
+            while packet is not None:                  # None, the end, is decoded too
+                try:
+                    packet = next(packets, None)
+                except FFmpegError:                    # the container is broken from here on
+                    self.bad_packets, packet = self.bad_packets + 1, None
+                self.bits += 8 * packet.size if packet else 0
+                try:
+                    frames = stream.codec_context.decode(packet)
+                except FFmpegError as error:
+                    self.bad_packets += not isinstance(error, EOFError)
+                    frames = ()
+                for frame in frames:
+                    if n % 64 == 0:
+                        self.beat()
+                    if n == 0 or frame.key_frame:
+                        self.note_tags(frame)
+                    n += 1
+                    yield frame
 
-    def decoded(self, container, stream):
-        """Frames packet by packet; one that does not decode is counted and skipped."""
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except FFmpegError:                        # the container is broken from here on
-                self.bad_packets += 1
-                packet = None
-            self.bits += 8 * packet.size if packet else 0
-            try:                                       # None: let the decoder give what it holds
-                yield from stream.codec_context.decode(packet)
-            except FFmpegError as error:
-                self.bad_packets += not isinstance(error, EOFError)
-            if packet is None:
-                return
+    def note_tags(self, frame):
+        if frame.color_trc in (16, 18):                # smpte2084 (PQ), arib-std-b67 (HLG)
+            raise Unreadable("HDR", frame.color_trc)
+        turn = [data for data in frame.side_data.keys() if data.type.name == "DISPLAYMATRIX"]
+        self.matrix = np.frombuffer(bytes(turn[0]), np.int32)[[0, 1, 3, 4]].tolist() \
+            if turn else None
 
     def small(self, frame, side=64):
         """float32 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`.
@@ -397,19 +359,17 @@ class Video:
         width, height = (max(1, round(v * shrink)) for v in (frame.width, frame.height))
         known = PLANAR.get(frame.format.name)
         if shrink > 0.5 or not known:
-            return self.small_scaler.reformat(
+            return self.scaler.reformat(
                 frame, width, height, "yuv444p", src_colorspace=colour_matrix(frame),
                 dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.JPEG,
                 interpolation=Interpolation.AREA, threads=1).to_ndarray().astype(np.float32)
-        kind, unit = known
-        planes = [np.frombuffer(plane, kind) for plane in frame.planes[:3]]
-        lines = [plane.line_size // planes[0].itemsize for plane in frame.planes[:3]]
-        key = (frame.width, frame.height, *lines)
-        if key not in self.grid:
-            self.grid = {key: [cells(plane.width, plane.height, line, width, height, n)
-                               for plane, line, n in zip(frame.planes, lines, (4, 1, 1))]}
-        out = np.stack([plane.take(at, mode="clip").sum(0, dtype=np.float32)
-                        for plane, at in zip(planes, self.grid[key])]).reshape(3, height, width)
+        (kind, unit), found = known, []
+        for plane, n in zip(frame.planes, (4, 1, 1)):
+            values = np.frombuffer(plane, kind)
+            at = cells(plane.width, plane.height, plane.line_size // values.itemsize,
+                       width, height, n)
+            found.append(values.take(at, mode="clip").sum(0, dtype=np.float32))
+        out = np.stack(found).reshape(3, height, width)
         full = frame.color_range == 2 or frame.format.name.startswith("yuvj")
         black, white, swing = (0, 255, 255) if full else (16, 235, 224)
         out[0] = (out[0] * (0.25 / unit) - black) * (255 / (white - black))
@@ -453,6 +413,7 @@ def turned(pixels, matrix):
     return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
+@functools.lru_cache(8)
 def cells(width, height, line, across, down, n):
     """Where to read a plane of `line` samples a row for a grid [down, across]: int [n, down *
     across], n = 1 (the cells' centres) or 4 (a square within them)."""
@@ -462,14 +423,29 @@ def cells(width, height, line, across, down, n):
                      for y, x in offsets])
 
 
-def main_stream(container):
-    """The video stream that people see: cover art and thumbnails are none, the largest wins."""
-    hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-    streams = [s for s in container.streams.video if not s.disposition & hidden]
-    known = [s for s in streams if s.codec_context is not None]
-    if not known:
-        raise Unreadable("no decoder for its codec" if streams else "no video stream")
-    return max(known, key=lambda s: s.codec_context.width * s.codec_context.height)
+@contextlib.contextmanager
+def opened(path):
+    """Yields (container, stream) of a video (path or open file) and closes it: the stream that
+    people see (cover art and thumbnails are none, the largest wins), decoded in one thread, as
+    FFmpeg's threads hang on some damaged files. Raises Unreadable."""
+    is_open = not isinstance(path, Path)
+    if not (path.seek(0, os.SEEK_END) if is_open else path.stat().st_size):
+        raise Unreadable("empty file")
+    try:
+        if is_open:
+            path.seek(0)
+        container = av.open(path if is_open else str(path), metadata_errors="replace")
+    except FFmpegError as error:
+        raise Unreadable(f"cannot be opened: {error.strerror}") from None
+    with container:
+        hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+        streams = [s for s in container.streams.video if not s.disposition & hidden]
+        known = [s for s in streams if s.codec_context is not None]
+        if not known:
+            raise Unreadable("no decoder for its codec" if streams else "no video stream")
+        stream = max(known, key=lambda s: s.codec_context.width * s.codec_context.height)
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        yield container, stream
 
 
 def colour_matrix(frame):
@@ -482,35 +458,30 @@ def colour_matrix(frame):
 
 # -- writing videos and contact sheets -------------------------------------------------------------
 
-class Encoder:
-    """H.264 in MP4 to a seekable file object: yuv420p, tagged BT.709, one thread, hence the same
-    bytes each time. Frames are uint8 [H, W, 3]; odd sides lose their last row or column."""
-
-    def __init__(self, file, fps, crf=18):
-        self.rate, self.crf, self.frames = frame_rate(fps), crf, 0
-        self.container, self.scaler = av.open(file, "w", format="mp4"), VideoReformatter()
-
-    def add(self, rgb):
-        rgb = np.ascontiguousarray(rgb[:len(rgb) // 2 * 2, :rgb.shape[1] // 2 * 2])
-        if not self.frames:
-            # x264's mbtree reads memory that nobody wrote (frames of few blocks): bytes would vary
-            self.stream = self.container.add_stream("libx264", rate=self.rate, options={
-                "crf": str(self.crf), "preset": "veryfast", "x264-params": "mbtree=0"})
-            self.stream.height, self.stream.width = rgb.shape[:2]
-            context = self.stream.codec_context
-            context.thread_count, context.time_base = 1, 1 / self.rate
-            context.colorspace = context.color_primaries = context.color_trc = 1    # BT.709
-            context.color_range = 1                                                 # 16..235
-        frame = self.scaler.reformat(
-            av.VideoFrame.from_ndarray(rgb, format="rgb24"), format="yuv420p",
-            dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1)
-        frame.pts, frame.time_base = self.frames, 1 / self.rate
-        self.container.mux(self.stream.encode(frame))
-        self.frames += 1
-
-    def close(self):
-        self.container.mux(self.stream.encode(None))
-        self.container.close()
+def encode(file, frames, fps, crf=18):
+    """Writes H.264 in MP4 to a seekable file object and returns its (height, width): yuv420p,
+    tagged BT.709, one thread, hence the same bytes each time. frames: iterable of uint8 [H, W, 3]
+    RGB, at least one, all of one size; odd sides lose their last row or column."""
+    rate, scaler = frame_rate(fps), VideoReformatter()
+    with av.open(file, "w", format="mp4") as container:
+        # x264's mbtree reads memory that nobody wrote (frames of few blocks): bytes would vary
+        stream = container.add_stream("libx264", rate=rate, options={
+            "crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})
+        context = stream.codec_context
+        context.thread_count, context.time_base = 1, 1 / rate
+        context.colorspace = context.color_primaries = context.color_trc = 1        # BT.709
+        context.color_range = 1                                                     # 16..235
+        for n, rgb in enumerate(frames):
+            rgb = np.ascontiguousarray(rgb[:len(rgb) // 2 * 2, :rgb.shape[1] // 2 * 2])
+            if n == 0:
+                stream.height, stream.width = rgb.shape[:2]
+            frame = scaler.reformat(
+                av.VideoFrame.from_ndarray(rgb, format="rgb24"), format="yuv420p",
+                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1)
+            frame.pts, frame.time_base = n, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return rgb.shape[:2]
 
 
 def frame_rate(fps):
@@ -522,10 +493,7 @@ def write_video(path, frames, fps, crf=18):
     """Writes an MP4 of `frames` (iterable of uint8 [H, W, 3] RGB, at least one, all of one size),
     whole or not at all. fps in frames a second, crf 0 (lossless) to 51."""
     with atomic(path) as part, open(part, "wb") as file:
-        encoder = Encoder(file, fps, crf)
-        for frame in frames:
-            encoder.add(np.asarray(frame))
-        encoder.close()
+        encode(file, map(np.asarray, frames), fps, crf)
 
 
 def contact_sheet(path, rows, cell=96):
@@ -561,54 +529,46 @@ REACH = 5               # how many frames back each frame is compared: flashes u
 WINDOW = 4              # frames on either side that say what change is usual here
 FLOOR = 20.0            # levels of luma + chroma: less is no cut, however still the picture
 GAP = 10.0              # s without a frame: the shot ends, nothing is shown for longer
-SAMPLE = 0.3            # s between the frames that are looked at more closely
-FEW = ("seconds", "side", "motion", "brightness", "contrast", "sharpness", "bad_packets")
+SAMPLE = 0.5            # s between the frames that are looked at more closely
+LAMP = 0.45             # likeness of two pictures that are one under another light
 
 
 class Scan:
     """What the first pass over a video leaves: a few numbers a frame.
-    times [T] s; change [T]: mean difference to the frame before (levels; inf at the start); back
-    {frame: the same to the frames 1..REACH before} and alike {frame: likeness across it}, about
-    what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny [T, 3, 12, 12]:
-    thumbnails; sharp {frame: sharpness}; samples {frame: Sample}; bits [T + 1]: of all packets
-    before the frame; sizes {frame: (width, height)} from which the stored size is another; breaks:
-    frames that begin a new shot whatever they show, for their size or after a gap in time. level:
-    "all", "few" (no alike, tiny, samples), or "cuts" (no tiny, samples)."""
+    times [T] s; change [T]: mean difference to the frame before (levels; inf at the start); across
+    {frame: least difference from either side of it to the other} and alike {frame: likeness of both
+    sides} of what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny [T, 3, 12, 12]:
+    thumbnails; samples: a Sample each `every` s; bits [T + 1]: of all packets before the frame;
+    sizes {frame: (width, height)} from which the stored size is another; breaks: frames that begin
+    a new shot whatever they show, for their size or after a gap in time."""
 
-    def __init__(self, video, level="all"):
-        stamps, change, light, spread, self.sharp, self.sizes = [], [], [], [], {}, {}
-        recent, size, tiny, self.back, self.samples = deque(maxlen=REACH), None, bytearray(), {}, {}
-        bits, suspect, last, self.alike = [], -REACH, None, {}
+    def __init__(self, video, every=SAMPLE):
+        stamps, change, light, spread, bits, tiny = [], [], [], [], [], bytearray()
+        recent, size, last = deque(maxlen=2 * REACH), None, None          # the newest first
+        self.across, self.alike, self.samples, self.sizes = {}, {}, [], {}
         for n, frame in enumerate(video):
             if size != (frame.width, frame.height):
-                size = self.sizes[n] = frame.width, frame.height
+                self.weigh(range(n - WINDOW, n), change, recent)
+                size, last = (frame.width, frame.height), None
+                self.sizes[n] = size
                 recent.clear()
-                last = None
             small = video.small(frame)
             change.append(difference(small, recent[0]) if recent else math.inf)
-            suspect = n if change[-1] > FLOOR else suspect
-            if n < suspect + REACH:
-                back = [difference(small, old) for old in recent]
-                self.back[n] = back + [math.inf] * (REACH - len(back))
-                for j in (n, n - 1) if level != "few" else ():     # frames j and j + 1 with j - 1
-                    if change[j] > FLOOR and n - j < len(recent):
-                        self.alike[j] = min(self.alike.get(j, 1.0),
-                                            likeness(small[0], recent[n - j][0]))
+            luma = small[0].ravel().astype(np.float64)
+            light.append(float(luma.mean()))
+            spread.append(math.sqrt(max(0.0, luma @ luma / luma.size - light[-1] ** 2)))
+            tiny += fitted(small).tobytes()
             stamps.append([frame.pts, frame.dts])
-            mean, square = float(small[0].mean(dtype=np.float64)), small[0].ravel().astype(float)
-            light.append(mean)
-            spread.append(math.sqrt(max(0.0, float(square @ square) / square.size - mean * mean)))
             bits.append(video.bits)
-            if not recent or change[-1] > FLOOR or n % 12 == 0:
-                self.sharp[n] = sharpness(video.luma(frame))
-            if level == "all":
-                tiny += fitted(small).tobytes()
-                if last is None or (frame.pts or 0) * video.tick - last.at > SAMPLE or \
-                        n - last.n >= 24:
-                    last = self.samples[n] = Sample(n, video, frame, small, recent, last)
+            at = n / 25 if frame.pts is None else frame.pts * video.tick
+            if last is None or abs(at - last.at) > every:
+                last = Sample(n, at, video, frame, small, recent, last)
+                self.samples.append(last)
             recent.appendleft(small)
+            self.weigh([n - WINDOW], change, recent)
         if not stamps:
             raise Unreadable("no frame decodes", video.bad_packets)
+        self.weigh(range(len(change) - WINDOW, len(change)), change, recent)
         self.tick, self.sar, self.is_plain = video.tick, video.sar, frame.format.name == "yuv420p" \
             and frame.color_range != 2 and not frame.interlaced_frame
         self.times = true_times(np.array(stamps, dtype=np.float64).T * self.tick)
@@ -617,6 +577,18 @@ class Scan:
         self.bits = np.r_[bits, video.bits]
         gaps = np.flatnonzero(np.diff(self.times) > GAP) + 1
         self.breaks = sorted({*self.sizes, *gaps.tolist()} - {0})
+
+    def weigh(self, frames, change, recent):
+        """Of those `frames` that may be cuts: across and alike. recent: the last small pictures."""
+        for j in frames:
+            if j < 1 or not FLOOR < change[j] < math.inf or change[j] < usual_change(change, j):
+                continue
+            seen = dict(zip(range(len(change) - 1, -1, -1), recent))
+            pairs = [pair for k in range(1, REACH) for pair in ((j, j - 1 - k), (j + k, j - 1))]
+            self.across[j] = min((difference(seen[a], seen[b]) for a, b in pairs
+                                  if a in seen and b in seen), default=math.inf)
+            old, new = seen[j - 1], seen.get(j + 1, seen[j])                # j may be blended
+            self.alike[j] = min(likeness(new, old), likeness(new[0], old[0], 8))
 
     def rate(self):
         """(frames a second, whether constant): constant if no timestamp is further from a straight
@@ -639,51 +611,45 @@ class Scan:
 
     def looks(self, first, stop):
         """The samples of the frames first..stop-1, or the last before them."""
-        inside = [one for n, one in self.samples.items() if first <= n < stop]
-        return inside or [one for n, one in self.samples.items() if n <= first][-1:]
+        inside = [one for one in self.samples if first <= one.n < stop]
+        return inside or [one for one in self.samples if one.n <= first][-1:]
 
-    def scores(self, first, stop, fps, level="all"):
+    def scores(self, first, stop, fps):
         """Scores of the frames first..stop-1; SCORES says what they are."""
         inside, length = self.change[first + 1:stop], self.end(stop, fps) - self.times[first]
         width, height = [size for n, size in self.sizes.items() if n <= first][-1]
-        sharp = [value for n, value in self.sharp.items() if first <= n < stop]
-        square = width * max(1, self.sar), height * max(1, 1 / self.sar)
-        found = {"seconds": round(length, 6), "side": int(min(square)),
-                 "motion": round(float(inside.sum() / length), 3),
-                 "brightness": round(float(self.light[first:stop].mean()), 2),
-                 "contrast": round(float(self.spread[first:stop].mean()), 2),
-                 "sharpness": round(float(np.median(sharp)), 3) if sharp else None}
-        if level == "few":
-            return found
-        light, mine = self.light[first:stop], self.looks(first, stop)
+        light, looks = self.light[first:stop], self.looks(first, stop)
         wave = np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2)
-        moved = [one for one in mine if one.flow is not None and one.since >= first]
+        moved = [one for one in looks if one.flow is not None and one.since >= first]
         turns = np.diff([one.pan for one in moved], axis=0) if len(moved) > 1 else np.zeros((1, 2))
-        found |= {"aspect": round(float(square[0] / square[1]), 4), "rate": round(fps, 3),
-                  "flow": round(float(np.mean([one.flow for one in moved])), 4) if moved else None,
-                  "shake": round(float(np.median(np.hypot(*turns.T))), 4),
-                  "flicker": round(float(wave.mean()), 3) if len(wave) else 0.0,
-                  "repeats": round(float((inside < 0.02).mean()), 4) if len(inside) else 0.0,
-                  "bpp": round(float(self.bits[stop] - self.bits[first])
-                               / ((stop - first) * width * height), 5)}
-        return found | still_scores(mine)
+        return {"seconds": round(length, 6), "rate": round(fps, 3),
+                "motion": round(float(inside.sum() / length), 3),
+                "flow": round(float(np.mean([one.flow for one in moved])), 4) if moved else None,
+                "shake": round(float(np.median(np.hypot(*turns.T))), 4),
+                "flicker": round(float(wave.mean()), 3) if len(wave) else 0.0,
+                "repeats": round(float((inside < 0.02).mean()), 4) if len(inside) else 0.0,
+                "bpp": round(float(self.bits[stop] - self.bits[first])
+                             / ((stop - first) * width * height), 5),
+                **still_scores(looks, width * max(1, self.sar), height * max(1, 1 / self.sar),
+                               light.mean(), self.spread[first:stop].mean())}
 
 
 class Sample:
-    """What a closer look at frame n tells: flow, mean speed of its blocks, diagonals a second, and
-    pan, their median velocity [2] (None at the start); since: the frame that it was compared to;
-    border: share of the picture that is black at each edge (top, bottom, left, right); text: share
-    of its cells that look like writing; edges: where its strong edges are; thumb uint8 [24, 24]."""
+    """What a closer look at frame n (at s) tells: flow, mean speed of its blocks, diagonals a
+    second, and pan, their median velocity [2] (None at the start); since: the frame that it was
+    compared to; sharpness; colour: mean distance of chroma from grey; border: share of the picture
+    that is black at each edge (top, bottom, left, right); text: share of its cells that look like
+    writing; edges: where its strong edges are; thumb uint8 [24, 24]; colours [4, 4, 3]."""
 
-    def __init__(self, n, video, frame, small, recent=(), last=None):
-        self.n, self.at, self.flow = n, (frame.pts or 0) * video.tick, None
-        self.matrix = video.matrix
-        self.colour = float(np.abs(small[1:] - 128).mean())
-        self.border, self.text, self.edges = look_closely(video.luma(frame))
-        self.thumb = fitted(small[:1], 24)[0]
-        self.picture, self.since = small[0], n
+    def __init__(self, n, at, video, frame, small, recent=(), last=None):
+        self.n, self.at, self.matrix, self.flow, self.since = n, at, video.matrix, None, n
+        luma = video.luma(frame)
+        self.sharpness, self.colour = sharpness(luma), float(np.abs(small[1:] - 128).mean())
+        self.border, self.text, self.edges = look_closely(luma)
+        self.thumb, self.picture = fitted(small[:1], 24)[0], small[0]
+        self.colours = fitted(small).reshape(3, 4, 3, 4, 3).mean((2, 4)).transpose(1, 2, 0)
         if last is not None:
-            diagonal, since = math.hypot(*small.shape[1:]), max(self.at - last.at, 1e-3)
+            diagonal, since = math.hypot(*small.shape[1:]), max(at - last.at, 1e-3)
             near = block_motion(recent[0][0], small[0]) * ((n - last.n) / since / diagonal)
             far = near if n - last.n < 2 or np.hypot(*near.T).mean() * since * diagonal > 2 else \
                 block_motion(last.picture, small[0]) / since / diagonal
@@ -691,13 +657,17 @@ class Sample:
             self.pan, last.picture = np.median(near, axis=0), None
 
 
-def still_scores(samples):
-    """The scores of some samples of a shot, or of one still, that need no neighbours."""
+def still_scores(samples, width, height, light, contrast):
+    """The scores of a still, or of the samples of a shot, that need no neighbours: of square pixels
+    width x height, mean luma and mean deviation of luma."""
     border = np.min([one.border for one in samples], axis=0)
     edges = np.unpackbits([one.edges for one in samples], axis=1).mean(0)
     moves = [one.flow for one in samples if one.flow is not None]
     lasting = float((edges >= 0.9).mean()) if len(samples) > 2 and np.mean(moves) > 0.01 else None
-    return {"saturation": round(float(np.mean([one.colour for one in samples])), 2),
+    return {"side": int(min(width, height)), "aspect": round(float(width / height), 4),
+            "brightness": round(float(light), 2), "contrast": round(float(contrast), 2),
+            "saturation": round(float(np.mean([one.colour for one in samples])), 2),
+            "sharpness": round(float(np.median([one.sharpness for one in samples])), 3),
             "border": round(float(1 - (1 - border[:2].sum()) * (1 - border[2:].sum())), 4),
             "text": round(float(np.median([one.text for one in samples])), 4),
             "overlay": None if lasting is None else round(lasting, 4)}
@@ -710,19 +680,27 @@ def difference(a, b):
     return sum(float(one) / count for one in np.abs(a - b).reshape(3, count).sum(1))
 
 
-def likeness(a, b):
-    """Correlation of the slopes of two luma pictures [h, w]: near 1 where one is the other under
-    another light, near 0 for different pictures."""
-    a, b = (np.stack([one[1:, 1:] - one[:-1, 1:], one[1:, 1:] - one[1:, :-1]]).ravel()
-            for one in (a, b))
+def likeness(a, b, soft=math.inf):
+    """Correlation of the slopes of two small pictures [..., h, w]: near 1 where one is the other
+    under another light, near 0 for different pictures. Slopes far above `soft` levels count as
+    `soft`, so that one strong outline does not outweigh what is around it."""
+    a, b = (np.stack([one[..., 1:, 1:] - one[..., :-1, 1:],
+                      one[..., 1:, 1:] - one[..., 1:, :-1]]).ravel() for one in (a, b))
+    a, b = (one / (1 + np.abs(one) / soft) for one in (a, b))
     return float(a @ b / math.sqrt(max(float(a @ a) * float(b @ b), 1e-9)))
 
 
 def fitted(small, side=12):
     """uint8 [C, side, side] by nearest samples of a small picture [C, h, w]."""
-    y, x = ((np.arange(side) + 0.5) * n / side for n in small.shape[1:])
-    picked = small[:, y.astype(int)[:, None], x.astype(int)]
-    return picked.clip(0, 255).astype(np.uint8)
+    height, width = small.shape[1:]
+    picked = small.reshape(len(small), -1)[:, cells(width, height, width, side, side, 1)[0]]
+    return picked.clip(0, 255).astype(np.uint8).reshape(-1, side, side)
+
+
+@functools.lru_cache(8)
+def blocks_of(n, count):
+    """float32 [count, n]: 1 where a sample belongs to a block, of `count` about equal ones."""
+    return (np.arange(n) * count // n == np.arange(count)[:, None]).astype(np.float32)
 
 
 def block_motion(old, new, reach=3, block=8):
@@ -730,13 +708,12 @@ def block_motion(old, new, reach=3, block=8):
     least mean difference within `reach` px, refined by a parabola; flat blocks are left out, and a
     move must explain more than noise does."""
     (height, width), size = old.shape, 2 * reach + 1
-    belongs = [np.arange(n) * max(1, n // block) // n == np.arange(max(1, n // block))[:, None]
-               for n in (height, width)]
-    down, across = (one.astype(np.float32) for one in belongs)
+    down, across = (blocks_of(n, max(1, n // block)) for n in old.shape)
     rows, cols = down / down.sum(1, keepdims=True), (across / across.sum(1, keepdims=True)).T
     shifted = np.lib.stride_tricks.sliding_window_view(
         np.pad(new, reach, mode="edge"), (height, width))
-    cost = (rows @ np.abs(shifted - old) @ cols).reshape(size * size, -1)
+    cost = np.stack([rows @ np.abs(line - old) @ cols for line in shifted])     # in the cache
+    cost = cost.reshape(size * size, -1)
     texture = (rows @ np.abs(old - down.T @ (rows @ old @ cols) @ across) @ cols).ravel()
     best, still = cost.argmin(0), cost[size * size // 2]
     at = np.arange(cost.shape[1])
@@ -763,10 +740,11 @@ def look_closely(luma):
     mid = luma[::step, ::step].astype(np.int16)
     slope = mid[:, 1:] - mid[:, :-1]
     rise, fall = slope > 40, slope < -40
-    down, across = max(1, mid.shape[0] // 6), max(1, slope.shape[1] // 8)
-    both = [one[:down * 6, :across * 8].reshape(down, -1, across, min(8, slope.shape[1]))
-            .sum((1, 3)) for one in (rise, fall)]
-    cell = (np.minimum(*both) >= 4)
+    down, across = (blocks_of(n // size * size or n, max(1, n // size))
+                    for n, size in zip(slope.shape, (6, 8)))
+    both = [down @ one[:down.shape[1], :across.shape[1]].astype(np.float32) @ across.T
+            for one in (rise, fall)]
+    cell = np.minimum(*both) >= 4
     row = cell[:, 2:] & cell[:, 1:-1] & cell[:, :-2]
     return border, float(row.mean()) if row.size else 0.0, np.packbits(fitted(
         (rise | fall)[None], 64).astype(bool))
@@ -798,25 +776,27 @@ def sharpness(luma):
     return float(np.abs(4 * luma[1:-1, 1:-1] - around).mean())
 
 
+def usual_change(change, j):
+    """The second largest change of the WINDOW frames on both sides of frame j (the largest may be
+    another cut, or half of this one) or, if less, 1.25 times the mean of either side's largest (a
+    still shot before a fast one)."""
+    sides = change[max(1, j - WINDOW):j], change[j + 1:j + 1 + WINDOW]
+    sides = [[value for value in side if value < math.inf] for side in sides]
+    near = sorted([0, 0, *sides[0], *sides[1]])[-2]
+    return max(1.0, min(near, 1.25 * sum(max(side, default=0) for side in sides) / 2))
+
+
 def find_cuts(scan, ratio, min_shot):
     """First frames of new shots (not frame 0). A cut changes the picture by FLOOR levels at least,
-    by `ratio` times what is usual, and for good: behind a flash all is as before it. Usual is the
-    second largest change of the WINDOW frames on both sides (the largest may be another cut, or
-    half of this one) or, if less, 1.25 times the mean of either side's largest (a still shot before
-    a fast one). A lamp switched on leaves the picture's structure as it was. Of cuts less than
-    `min_shot` s apart, or from the start, the greatest stays."""
-    change, n = scan.change, len(scan.times)
+    by `ratio` times what is usual, and for good: behind a flash all is as before it. A lamp
+    switched on leaves the picture's structure as it was. Of cuts less than `min_shot` s apart, or
+    from the start, the greatest stays."""
+    change = scan.change.tolist()
     found = {frame: math.inf for frame in scan.breaks}
-    for j in range(1, n):
-        if FLOOR < change[j] < math.inf:
-            sides = change[max(1, j - WINDOW):j], change[j + 1:j + 1 + WINDOW]
-            sides = [side[np.isfinite(side)] for side in sides]
-            near = np.sort(np.r_[0, 0, *sides])[-2]
-            usual = max(1.0, min(near, 1.25 * np.mean([side.max(initial=0) for side in sides])))
-            across = [scan.back[at][k] for k in range(1, REACH) for at in (j, j + k) if at < n]
-            if change[j] >= ratio * usual and min(across) > 0.4 * change[j] \
-                    and scan.alike.get(j, 0) < 0.3:
-                found[j] = change[j] / usual
+    for j, across in scan.across.items():
+        times_usual = change[j] / usual_change(change, j)
+        if times_usual >= ratio and across > 0.4 * change[j] and scan.alike[j] < LAMP:
+            found[j] = times_usual
     cuts = []
     for j in sorted(found, key=lambda j: -found[j]):
         gaps = [abs(scan.times[j] - scan.times[other]) for other in [0, *cuts]]
@@ -898,7 +878,7 @@ def find_shots(scan, fps, options):
     edges = [(0, 0, 0), (n, n, n)]
     if options["split"] == "shots":
         cuts = find_cuts(scan, options["cut_ratio"], options["min_shot"])
-        for a, b in find_gradual(scan, fps, cuts) if len(scan.tiny) else ():
+        for a, b in find_gradual(scan, fps, cuts):
             middle = 0 if a < 2 else n if b > n - 2 else (a + b) // 2
             edges = [edge for edge in edges if edge[0] != middle] + [(middle, a, b)]
     for cut in cuts:
@@ -931,33 +911,36 @@ def panda70m(row):
     wanted = ast.literal_eval(row.get("desirable_filtering") or "None") or [None] * len(cells[0])
     for (start, end), text, score, kind in zip(*cells, wanted, strict=True):
         told = {} if kind is None else {"desirable": int(kind == "desirable")}
-        yield {"video": row["videoID"], "start": start, "end": end, "caption": text,
-               "matching_score": score, **told}
+        yield {"start": start, "end": end, "caption": text, "matching_score": score, **told}
 
 
 def shot2story(row):
     """A clip's summary, then each shot's caption; shots are CLIP_FIRST_LAST.mp4, in frames."""
     if "clip_id" in row:                                            # NAME_meta.csv
-        yield {"video": row["clip_id"], "label": ast.literal_eval(row["categories"])[0]}
+        yield {"label": ast.literal_eval(row["categories"])[0]}
         return
-    yield {"video": row["video"], "caption": row["whole_caption"]}
+    yield {"caption": row["whole_caption"]}
     for name, text in zip(row["video_names"], row["captions"], strict=True):
         frames = re.fullmatch(r".*_(\d+)_(\d+)\.\w+", name).groups()
-        yield {"video": row["video"], "caption": text, "frames": [int(n) for n in frames]}
+        yield {"caption": text, "frames": [int(n) for n in frames]}
 
 
 def youku_mplug(row):
     texts = [row[name] for name in ("golden_caption", "caption", "title") if row.get(name)]
-    yield {"video": row.get("video_id:FILE") or row["clip_name:FILE"], "caption": texts[0],
-           "label": row.get("label")}
+    yield {"caption": texts[0], "label": row.get("label")}
 
 
 def videoinstruct(row):
     """A question a row, or a conversation (question, answer, question, …) a row."""
     turns = [turn["value"] for turn in row.get("conversations", [])] or [row["q"], row["a"]]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield {"video": row.get("video_id") or row["video"].removesuffix(".pkl"),
-               "caption": answer, "prompt": question.replace("<video>", "").strip()}
+        yield {"caption": answer, "prompt": question.replace("<video>", "").strip()}
+
+
+def ucf101_rows(path):
+    """CLASS/FILE.avi, in the training lists a class's number behind it."""
+    for line in read_lines(path):
+        yield {"video": line.split()[0], "label": line.split("/")[0]}
 
 
 def msrvtt_rows(path):
@@ -982,26 +965,27 @@ def tgif_rows(path):
 
 
 # A new data set is one line: the files that it reads of a folder, a function from a file to its
-# rows (None: as the suffix says), a function from a row to ours. Ours have `video` (a path, a file
-# name or a stem), and perhaps start and end (s or H:MM:SS.mmm) or frames (first, last), caption (a
-# text or a list), prompt, split, label; every other number is a score. Where no row tells the
-# split, the file's name does.
+# rows (None: as the suffix says), the columns of which one names the video (by a path, a file name
+# or a stem), and a function from a row to ours (None: it is one). Ours may have start and end (s or
+# H:MM:SS.mmm) or frames (first, last), caption (a text or a list), prompt, split, label; every
+# other number is a score. Where no row tells the split, the file's name does.
+OWN = ("video", "path", "file")
 FORMATS = {
-    "csv": ("*.csv", None, None), "tsv": ("*.tsv", None, None), "json": ("*.json", None, None),
-    "jsonl": ("*.jsonl", None, None), "txt": ("*.txt", None, lambda line: [{"video": line}]),
-    "panda70m": ("*.csv", None, panda70m),
-    "webvid": ("*.csv", None, columns(video="videoid", caption="name")),
-    "internvid": ("*.jsonl", None, columns(
-        video="YoutubeID", start="Start_timestamp", end="End_timestamp", caption="Caption",
+    "csv": ("*.csv", None, OWN, None), "tsv": ("*.tsv", None, OWN, None),
+    "json": ("*.json", None, OWN, None), "jsonl": ("*.jsonl", None, OWN, None),
+    "txt": ("*.txt", lambda path: ({"video": line} for line in read_lines(path)), OWN, None),
+    "panda70m": ("*.csv", None, ("videoID",), panda70m),
+    "webvid": ("*.csv", None, ("videoid",), columns(caption="name")),
+    "internvid": ("*.jsonl", None, ("YoutubeID",), columns(
+        start="Start_timestamp", end="End_timestamp", caption="Caption",
         Aesthetic_Score="Aesthetic_Score", UMT_Score="UMT_Score")),
-    "msrvtt": ("*videodatainfo.json", msrvtt_rows, columns(
-        video="video_id", caption="caption", split="split", label="label")),
-    "shot2story": ("*.json", None, shot2story),
-    "youku": ("*.csv", None, youku_mplug),
-    "videoinstruct": ("*.json", None, videoinstruct),
-    "ucf101": ("*list01.txt", None, lambda line: [
-        {"video": line.split()[0], "label": line.split("/")[0]}]),
-    "tgif": ("*.tsv", tgif_rows, lambda row: [row])}
+    "msrvtt": ("*videodatainfo.json", msrvtt_rows, ("video_id",), columns(
+        caption="caption", split="split", label="label")),
+    "shot2story": ("*.json", None, ("video", "clip_id"), shot2story),
+    "youku": ("*.csv", None, ("video_id:FILE", "clip_name:FILE"), youku_mplug),
+    "videoinstruct": ("*.json", None, ("video_id", "video"), videoinstruct),
+    "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
+    "tgif": ("*.tsv", tgif_rows, OWN, None)}
 BESIDE = ("folder", "webdataset", "bair")     # no --meta: what is told stands beside the videos
 
 
@@ -1017,16 +1001,11 @@ def read_lines(path):
 
 
 def file_rows(path):
-    """The rows of a metadata file, one at a time: dicts, or texts of a .txt; None for a row that is
-    damaged."""
+    """The rows of a metadata file, one at a time: dicts; None for a row that is damaged."""
     kind = path.suffix.lower()
     with open_text(path) as file:
         if kind == ".json":
             yield from json_items(file)
-        elif kind in (".csv", ".tsv"):
-            csv.field_size_limit(2**31 - 1)            # Panda-70M's fields pass the default
-            for row in csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","):
-                yield None if None in row.values() else row          # cut off
         elif kind == ".jsonl":
             for line in filter(str.strip, file):
                 try:
@@ -1034,7 +1013,9 @@ def file_rows(path):
                 except ValueError:
                     yield None
         else:
-            yield from filter(None, (line.strip() for line in file))
+            csv.field_size_limit(2**31 - 1)            # Panda-70M's fields pass the default
+            for row in csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","):
+                yield None if None in row.values() else row          # cut off
 
 
 def json_items(file, key=None):
@@ -1071,80 +1052,91 @@ def meta_files(path, form):
 
 
 def bare(name):
-    """A file's name without folders and without the suffixes of videos and stills."""
+    """A file's name without folders and without the suffixes of videos, stills and pickles."""
     name = name.rsplit("/", 1)[-1]
-    while (dot := name.rfind(".")) > 0 and name[dot:].lower() in VIDEOS | STILLS:
+    while (dot := name.rfind(".")) > 0 and name[dot:].lower() in ENDINGS:
         name = name[:dot]
     return name
 
 
+BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError)    # what readers raise
+
+
 def read_metadata(paths, form, sources, database):
-    """Writes an SQLite file, so that memory holds no metadata: `facts`, the source and JSON of each
-    fact, and `rejects`. A fact has start and end (s, None: the whole file), captions (list of str),
-    split and label (or None), scores. A row names its file by relative path, or by a file name or
-    stem that only one source has. Rows that are malformed or whose video is missing are rejects,
-    with their number as figure."""
-    places, facts, lost = {}, [], []
-    for source in sources:
-        for name in {source, source.rsplit("/", 1)[-1], bare(source)}:
-            places[name] = source if name == source or name not in places else None
+    """Writes an SQLite file, so that memory holds no metadata and start-up reads nothing but names:
+    each row as JSON, with its number, its source and its file's split; a row that is damaged, or
+    whose video is missing, without a source, with its reason and the name of its video."""
     with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
         store.executescript("pragma journal_mode=off; pragma synchronous=off; "
-                            "create table facts(source, fact); create table rejects(reject)")
-        is_right = False
-        for n, (name, fact) in enumerate(read_facts(paths, form), 1):
-            is_right = is_right or fact is not None
-            if fact is None:
-                lost.append([json.dumps(rejection(None, "malformed metadata row", figure=n))])
-            else:
-                known = next((key for key in (name, name.rsplit("/", 1)[-1], bare(name))
-                              if key in places), None)
-                source = places.get(known)
-                if source is not None:
-                    facts.append((source, json.dumps(fact)))
-                else:
-                    reason = "missing video" if known is None else "several videos of this name"
-                    lost.append([json.dumps(rejection(
-                        name, reason, fact["start"], fact["end"], n))])
-            if len(facts) + len(lost) > 10_000:
-                store.executemany("insert into facts values(?, ?)", facts)
-                store.executemany("insert into rejects values(?)", lost)
-                facts, lost = [], []
-        if not is_right:
-            refuse(f"no row of {paths[0]} reads as --format {form}: is it another's, or does its "
-                   "first line not name the columns?")
-        store.executemany("insert into facts values(?, ?)", facts)
-        store.executemany("insert into rejects values(?)", lost)
-        store.execute("create index by_source on facts(source)")
+                            "create table rows(source, number, note, row)")
+        store.executemany("insert into rows values(?, ?, ?, ?)",
+                          placed_rows(paths, form, sources))
+        store.execute("create index by_source on rows(source)")
         store.commit()
 
 
-def query(database, text, *values):
-    """The first column of each row that a query of a metadata file finds, from JSON."""
-    if database is not None:
-        address = f"{Path(database).absolute().as_uri()}?immutable=1"
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
-            for found, in store.execute(text, values):
-                yield json.loads(found)
+def placed_rows(paths, form, sources):
+    """Yields what `read_metadata` stores. A row names its file by relative path, or by a file name
+    or stem that only one source has."""
+    _, rows, names, reader = FORMATS[form]
+    places, n, is_right = {}, 0, False
+    for source in sources:
+        for name in {source, source.rsplit("/", 1)[-1], bare(source)}:
+            places[name] = source if name == source or name not in places else None
 
+    @functools.lru_cache(2**16)
+    def place(name):
+        name = os.path.normpath(name).replace(os.sep, "/") if "./" in name else name
+        for key in (name, name.rsplit("/", 1)[-1], bare(name)):
+            if key in places:
+                return places[key], "several videos of this name"
+        return None, "missing video"
 
-def read_facts(paths, form):
-    """Yields (file name, fact) of each of our rows, (None, None) of a row that is malformed."""
-    _, rows, reader = FORMATS[form]
     for path in paths:
         words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem) if word in SPLITS}
         split = words.pop() if len(words) == 1 else None
-        for row in (rows or file_rows)(path):
+        for n, row in enumerate((rows or file_rows)(path), n + 1):
             try:
-                for ours in reader(row) if reader else [row]:
-                    yield read_fact(ours, split)
-            except (ValueError, TypeError, AttributeError, LookupError, SyntaxError):
-                yield None, None
+                name = str(next(filter(None, map(row.get, names)), None) or row[names[0]])
+                source, reason = place(name)
+                is_right = is_right or bool(read_row(row, reader, split))
+            except BAD_ROW:
+                yield None, n, "malformed metadata row", None
+            else:
+                yield (None, n, reason, name) if source is None else \
+                    (source, n, split, json.dumps(row))
+    if not is_right:
+        refuse(f"no row of {paths[0]} reads as --format {form}: is it another's, or does its first "
+               "line not name the columns?")
+
+
+def query(database, source):
+    """Yields (number, note, row) of the stored rows of a source; of None, the rejects."""
+    address = f"{Path(database).absolute().as_uri()}?immutable=1"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
+        yield from store.execute("select number, note, row from rows where source is ? "
+                                 "order by rowid", [source])
+
+
+def facts_of(database, form, source):
+    """(facts, rejects) that the stored rows tell of a source."""
+    facts, rejects = [], []
+    for n, split, row in query(database, source):
+        try:
+            facts += read_row(json.loads(row), FORMATS[form][3], split)
+        except BAD_ROW:
+            rejects.append(rejection(None, "malformed metadata row", figure=n))
+    return facts, rejects
+
+
+def read_row(row, reader, split):
+    """The facts in a row as published; raises one of BAD_ROW."""
+    return [read_fact(ours, split) for ours in (reader(row) if reader else [row])]
 
 
 def read_fact(row, split=None):
-    """(file name, fact) of one of our rows; raises ValueError, TypeError, KeyError on a bad one."""
-    name = str(row.get("video") or row.get("path") or row["file"])
+    """The fact in one of our rows: start, end (s, None: the whole file), captions (list of str),
+    split and label (or None), scores. Raises ValueError, TypeError, LookupError on a bad one."""
     start, end, frames = seconds(row.get("start")), seconds(row.get("end")), row.get("frames")
     texts = row.get("caption") or row.get("text") or []
     if isinstance(texts, str) and texts.startswith("["):
@@ -1158,15 +1150,11 @@ def read_fact(row, split=None):
         raise ValueError("split or caption")
     fact = {"start": start, "end": end, "captions": [t.strip() for t in texts if t.strip()],
             "split": SPLITS.get(named, split), "label": None if label in (None, "") else str(label)}
-    if isinstance(frames, list):
-        fact["frames"] = frames
-    if row.get("prompt"):
-        fact["prompt"] = str(row["prompt"])
+    fact |= {"frames": frames} if isinstance(frames, list) else {}
+    fact |= {"prompt": str(row["prompt"])} if row.get("prompt") else {}
     scores = {key: value for key in row if key not in OURS
               and (value := number_of(row[key])) is not None}
-    if scores:
-        fact["scores"] = scores
-    return os.path.normpath(name).replace(os.sep, "/") if "/" in name else name, fact
+    return fact | {"scores": scores} if scores else fact
 
 
 OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "prompt", "split",
@@ -1202,13 +1190,13 @@ def beside(source, texts):
         more = json.loads(texts.get(".json", "{}"))
     classes = [texts[".cls"].strip()] if ".cls" in texts else [
         name for name in folders if name not in SPLITS]
-    row = {"label": classes[-1] if classes else None, "video": source,
+    row = {"label": classes[-1] if classes else None,
            "caption": " ".join(texts.get(".txt", "").split())}
     split = next((SPLITS[name] for name in folders if name in SPLITS), None)
     try:
-        return [read_fact({**row, **more, "video": source}, split)[1]]
-    except (ValueError, TypeError, KeyError):          # a file of somebody else's
-        return [read_fact(row, split)[1]]
+        return [read_fact({**row, **more}, split)]
+    except (ValueError, TypeError, LookupError):       # a file of somebody else's
+        return [read_fact(row, split)]
 
 
 def told(source, facts, start, end):
@@ -1304,7 +1292,7 @@ def row_of(source, n, facts, fps, width, height, scores, samples, times=(0.0,) *
             "offset": None, "length": None, "source": source, "shot_start": times[0],
             "shot_end": times[1], "start": times[2], "end": times[3], "frames": n_frames,
             "fps": fps, "width": width, "height": height, **told_of, "scores": {**more, **scores},
-            **({"hash": video_hash(samples)} if samples else {})}
+            "hash": video_hash(samples)}
 
 
 def plan_clips(scan, source, facts, options):
@@ -1316,7 +1304,7 @@ def plan_clips(scan, source, facts, options):
         if "frames" in fact:                           # of the file, the last one included
             a, b = np.clip(fact["frames"], 0, len(scan.times) - 1).tolist()
             fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)}
-    clips, level = [], options["scores"]
+    clips = []
     for begin, end, first, stop in find_shots(scan, fps, options):
         shot = float(scan.times[begin]), scan.end(end, fps)
         edges = [first, *borders(scan, first, stop, float(scan.times[first]), scan.end(stop, fps),
@@ -1330,7 +1318,7 @@ def plan_clips(scan, source, facts, options):
                 frames = np.searchsorted(scan.times, at + slack, side="right") - 1
             mine = scan.looks(a, b)
             row = row_of(source, len(clips), facts, round(float(frame_rate(fps / every)), 6), None,
-                         None, scan.scores(a, b, fps, level), mine, (*shot, start, end),
+                         None, scan.scores(a, b, fps), mine, (*shot, start, end),
                          len(frames))
             border = np.min([one.border for one in mine], axis=0) if options["crop"] else [0] * 4
             clips.append((row, frames.clip(a, b - 1), tuple(border)))
@@ -1351,31 +1339,28 @@ def borders(scan, first, stop, start, end, options):
 
 
 def encode_clips(video, clips, options):
-    """Second pass: yields (row, bytes of its MP4) for the clips [(row, frames, border)], in order.
-    Memory holds one frame and one encoder at a time."""
-    waiting, shown = deque(clips), 0
-    for n, frame in enumerate(video):
-        while waiting and waiting[0][1][shown] == n:
-            row, frames, border = waiting[0]
-            if shown == 0:
-                file = io.BytesIO()
-                encoder = Encoder(file, row["fps"], options["crf"])
-            rgb = video.rgb(frame, options["max_side"], border)
-            encoder.add(rgb)
-            shown += 1
-            if shown == len(frames):
-                encoder.close()
-                row["height"], row["width"] = rgb.shape[:2]
-                yield row, file.getvalue()
-                waiting.popleft()
-                shown = 0
-        if not waiting:
-            return
-    raise Unreadable("changes while it is read")
+    """Second pass: yields (row, its MP4, an open file) for the clips [(row, frames, border)], in
+    order. Memory holds one frame and one encoder at a time, and no clip."""
+    numbered, n, frame = enumerate(video), -1, None
+
+    def shown(numbers, border):
+        nonlocal n, frame
+        for number in numbers:
+            while n < number:
+                n, frame = next(numbered, (math.inf, None))
+            if frame is None:
+                raise Unreadable("changes while it is read")
+            yield video.rgb(frame, options["max_side"], border)
+
+    for row, numbers, border in clips:
+        file = tempfile.TemporaryFile()
+        row["height"], row["width"] = encode(file, shown(numbers, border), row["fps"],
+                                             options["crf"])
+        yield row, file
 
 
 def copied(video, scan, clips, options):
-    """(row, bytes) of a clip that is all of a file in plain H.264 (8 bits, 4:2:0, TV's range,
+    """(row, open file) of a clip that is all of a file in plain H.264 (8 bits, 4:2:0, TV's range,
     square pixels, not turned, at a constant rate, nothing to scale or crop): its packets as they
     are, without sound, in an MP4. None for any other, and where the copy does not decode alike."""
     row, frames, border = clips[0]
@@ -1385,38 +1370,43 @@ def copied(video, scan, clips, options):
             video.matrix or width % 2 or height % 2 or len(scan.sizes) > 1 or \
             0 < options["max_side"] < max(width, height) or not scan.rate()[1]:
         return None
-    out, path = io.BytesIO(), video.path
+    out, shift = tempfile.TemporaryFile(), None
+    out.suffix = ".mp4"
     try:
-        with av.open(path.again() if isinstance(path, Member) else str(path)) as source, \
-                av.open(out, "w", format="mp4") as target:
-            stream, shift = main_stream(source), None
+        with opened(video.path) as (source, stream), av.open(out, "w", format="mp4") as target:
             to = target.add_stream_from_template(stream)
+            early, step = [], 1 / (scan.rate()[0] * video.tick)
             for packet in source.demux(stream):
-                if packet.dts is not None:
-                    shift = packet.dts if shift is None else shift
-                    packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
-                    packet.stream = to
-                    target.mux(packet)
-        if sum(1 for _ in Video(Member(out.getvalue(), ".mp4"), video.beat)) != n:
+                if packet.dts is None:                 # Matroska's first ones; a last, empty one
+                    early.append(packet)
+                    continue
+                for n_more, one in zip(range(len(early), -1, -1), [*early, packet]):
+                    one.dts = packet.dts - round(n_more * step)
+                    shift = one.dts if shift is None else shift
+                    one.pts, one.dts, one.stream = one.pts - shift, one.dts - shift, to
+                    target.mux(one)
+                early = []
+        if sum(1 for _ in Video(out, video.beat)) != n:
             return None
     except (FFmpegError, TypeError, ValueError, Unreadable):    # no times; not to be in an MP4
         return None
     row["width"], row["height"] = width, height
-    return row, out.getvalue()
+    return row, out
 
 
 def clips_of(root, source, facts, options, beat=lambda: None):
-    """Yields (row, suffix, bytes) for each clip of a file, and (reject, None, None)."""
+    """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
         path, texts = located(root, source)
         facts = beside(source, texts) if options["format"] in BESIDE else facts
         if path.suffix.lower() in STILLS and not is_animated(path):
             row = still_row(path, source, facts, options)
             lost = failure(row, options)
-            yield (lost, None, None) if lost else (row, path.suffix.lower(), path.read_bytes())
+            yield (lost, None, None) if lost else \
+                (row, path.suffix.lower(), path.open("rb") if isinstance(path, Path) else path)
             return
         video, kept = Video(path, beat), []
-        scan = Scan(video, options["scores"])
+        scan = Scan(video)
         for row, *clip in plan_clips(scan, source, facts, options):
             row["scores"]["bad_packets"] = video.bad_packets
             lost = failure(row, options)
@@ -1425,8 +1415,8 @@ def clips_of(root, source, facts, options, beat=lambda: None):
             else:
                 kept.append((row, *clip))
         whole = copied(video, scan, kept, options) if kept else None
-        for row, data in [whole] if whole else encode_clips(video, kept, options) if kept else ():
-            yield row, ".mp4", data
+        for row, file in [whole] if whole else encode_clips(video, kept, options) if kept else ():
+            yield row, ".mp4", file
     except Unreadable as error:
         reason, figure = (*error.args, None)[:2]
         yield rejection(source, reason, figure=figure), None, None
@@ -1443,24 +1433,25 @@ def still_row(path, source, facts, options):
         raise Unreadable("broken picture") from None
     (height, width), cap = pixels.shape[:2], options["max_side"]
     frame, video = av.VideoFrame.from_ndarray(pixels, format="rgb24"), Video(path)
-    small, samples = video.small(frame), []
-    scores = {"side": min(height, width), "brightness": round(float(small[0].mean()), 2),
-              "contrast": round(float(small[0].std(dtype=float)), 2),
-              "sharpness": round(sharpness(video.luma(frame)), 3)}
-    if options["scores"] == "all":
-        samples = [Sample(0, video, frame, small)]
-        scores |= {"aspect": round(width / height, 4), **still_scores(samples)}
-    shrink = min(1, cap / max(height, width)) if cap else 1
+    small = video.small(frame)
+    samples, shrink = [Sample(0, 0.0, video, frame, small)], \
+        min(1, cap / max(height, width)) if cap else 1
+    scores = still_scores(samples, width, height, small[0].mean(), small[0].std(dtype=float))
     return row_of(source, 0, facts, None, max(1, round(width * shrink)),
                   max(1, round(height * shrink)), scores, samples)
 
 
 # -- near-duplicates -------------------------------------------------------------------------------
 
+RICH = 0.2              # share of neighbouring cells that differ in the hash of no plain picture
+HUE, COLOUR = 6.0, 3.0  # greatest differences of mean colours, levels
+
+
 def video_hash(samples):
     """What a clip looks like: four texts of 256 bits each, for the whole picture inside its black
-    borders and for its middle without 4, 8 and 12% on every side. Bits: of four moments, which of
-    8 x 8 cells are lighter than the median. None for pictures too plain to be told apart so."""
+    borders and for its middle without 4, 8 and 12% on every side, and one of 48 bytes, the mean
+    colours of 4 x 4 cells. Bits: of four moments, which of 8 x 8 cells are lighter than the median.
+    None for pictures too plain to be told apart so."""
     top, bottom, left, right = np.min([one.border for one in samples], axis=0)
     some, found = [samples[i] for i in np.linspace(0, len(samples) - 1, 4).round().astype(int)], []
     for margin in (0, 0.04, 0.08, 0.12):
@@ -1474,14 +1465,17 @@ def video_hash(samples):
         found.append(np.packbits(bits).tobytes().hex())
         if np.mean(bits) < 0.2:
             return []
-    return found
+    colours = np.mean([turned(one.colours, one.matrix) for one in some], axis=0)
+    return [*found, colours.astype(np.uint8).tobytes().hex()]
 
 
 def near_duplicates(rows, near):
     """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
     hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the
     one with the most pixels stays, then the one with the most bytes, then the first; each is
-    compared with those that stay only, so that likeness does not creep from clip to clip."""
+    compared with those that stay only, so that likeness does not creep from clip to clip. Chroma
+    must be about the same, unless one is grey; and since many clips share the hash of a plain
+    picture, all colours must be the same there."""
     known = sorted((i for i, row in enumerate(rows) if row.get("hash")),
                    key=lambda i: rows[i]["end"] - rows[i]["start"])
     if not known or not near:
@@ -1489,14 +1483,24 @@ def near_duplicates(rows, near):
     length = np.array([rows[i]["end"] - rows[i]["start"] for i in known])
     stills = np.array([rows[i]["fps"] is None for i in known])
     light = np.array([rows[i]["scores"]["brightness"] for i in known])
-    bits = np.frombuffer(bytes.fromhex("".join("".join(rows[i]["hash"]) for i in known)),
-                         np.uint8).reshape(len(known), -1, 32).view(np.uint64)
+    hashes = np.frombuffer(bytes.fromhex("".join("".join(rows[i]["hash"]) for i in known)),
+                           np.uint8).reshape(len(known), -1)
+    bits = np.ascontiguousarray(hashes[:, :128]).reshape(-1, 4, 32).view(np.uint64)
+    colours = hashes[:, 128:].reshape(-1, 16, 3).astype(np.int16)
+    grey = np.abs(colours[..., 1:] - 128).mean((1, 2)) < 4
+    cell = np.unpackbits(hashes[:, :32], axis=1).reshape(-1, 4, 8, 8)
+    rich = ((cell[:, :, 1:] != cell[:, :, :-1]).mean((1, 2, 3))
+            + (cell[..., 1:] != cell[..., :-1]).mean((1, 2, 3))) / 2 > RICH
     stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
     for a in range(len(known)):
         b = slice(a + 1, stop[a])
         apart = np.minimum(*(np.bitwise_count(one).sum(2, dtype=int).min(1) for one in (
             bits[b] ^ bits[a, :1], bits[b, :1] ^ bits[a]))) / 256
         alike = (apart < near) & (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
+        luma, *chroma = np.abs(colours[b] - colours[a]).mean(1).T
+        hue = np.mean(chroma, axis=0)
+        alike &= np.where(rich[b] & rich[a], (hue < HUE) | grey[b] | grey[a],
+                          np.maximum(hue, luma) < COLOUR)
         for k in np.flatnonzero(alike).tolist():
             i, j = known[a], known[a + 1 + k]
             pairs.setdefault(i, []).append((float(apart[k]), j))
@@ -1528,29 +1532,29 @@ def make_shard(folder, number, root, sources, database, options, bad, pipe):
             if source in bad:
                 rejects.append(rejection(source, bad[source]))
                 continue
-            facts = list(query(database, "select fact from facts where source = ? order by rowid",
-                               source))
-            for row, suffix, data in clips_of(root, source, facts, options, lambda: pipe.send(n)):
-                if data is None:
+            facts, lost = facts_of(database, options["format"], source) if database else ([], [])
+            rejects += lost
+            for row, suffix, file in clips_of(root, source, facts, options, lambda: pipe.send(n)):
+                if file is None:
                     rejects.append(row)
                     continue
-                row["offset"] = add_member(tar, row["key"] + suffix, data)
-                row["length"] = len(data)
+                row["offset"], row["length"] = add_member(tar, row["key"] + suffix, file)
                 inside = {k: v for k, v in row.items() if k not in ("offset", "length")}
-                add_member(tar, row["key"] + ".json", json_line(inside).encode())
+                add_member(tar, row["key"] + ".json", io.BytesIO(json_line(inside).encode()))
                 rows.append(row)
         pipe.send(len(sources))
     write_rows(f"{name}.rejected.jsonl", rejects)
     write_rows(f"{name}.jsonl", rows)
 
 
-def add_member(tar, name, data):
-    """Appends a file to the tar; returns the offset of its bytes. No time, no owner."""
+def add_member(tar, name, file):
+    """Appends a file to the tar; returns the offset and number of its bytes. No time, no owner."""
     header = tarfile.TarInfo(name)
-    header.size, header.mode = len(data), 0o644
+    header.size, header.mode = file.seek(0, os.SEEK_END), 0o644
+    file.seek(0)
     offset = tar.fileobj.tell() + tarfile.BLOCKSIZE    # names are short: the header is one block
-    tar.addfile(header, io.BytesIO(data))
-    return offset
+    tar.addfile(header, file)
+    return offset, header.size
 
 
 def die_with_parent():
@@ -1753,7 +1757,9 @@ def finish(folder, plan, database):
 
     def rejects():
         parts = (read_rows(folder / f"{name}.rejected.jsonl") for name in shards)
-        for one in itertools.chain(query(database, "select reject from rejects"), *parts):
+        missing = query(database, None) if database else ()
+        lost = (rejection(name, reason, figure=n) for n, reason, name in missing)
+        for one in itertools.chain(lost, *parts):
             reasons[one["reason"]] += 1
             yield one
 
@@ -1856,56 +1862,37 @@ def where(rows, text):
     FIELDS, with a number or a quoted text, joined by and, or, not and parentheses; no comparison
     holds for a row without that value. where(rows, "flow > 0.1 and not (text > 0.05)"). Refuses
     what it cannot read and scores that no row has."""
-    rows, token = list(rows), re.compile(
-        r"\s*([()]|[<>]=?|[=!]=|[A-Za-z_]\w*|-?\d+\.?\d*(?:[eE][-+]?\d+)?|'[^']*'|\"[^\"]*\")\s*")
-    tokens, at = [], 0
-    while at < len(text):
-        found = token.match(text, at)
-        if not found:
-            refuse(f"'{text}': cannot read '{text[at:].strip()}'")
-        tokens, at = [*tokens, found[1]], found.end()
+    rows = list(rows)
     known = {name for row in rows for name in row["scores"]} | set(FIELDS)
-    compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-               "==": operator.eq, "!=": operator.ne}
+    compare = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+               ast.GtE: operator.ge, ast.Eq: operator.eq, ast.NotEq: operator.ne}
 
-    def take(*wanted):
-        return tokens.pop(0) if tokens and tokens[0] in wanted else None
+    def test_of(node):
+        match node:
+            case ast.BoolOp(op=op, values=parts):
+                tests, join = [test_of(part) for part in parts], \
+                    all if isinstance(op, ast.And) else any
+                return lambda row: join(test(row) for test in tests)
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                test = test_of(inner)
+                return lambda row: not test(row)
+            case ast.Compare(left=ast.Name(id=name), ops=[sign], comparators=[value]):
+                value, holds = ast.literal_eval(value), compare[type(sign)]
+                if rows and name not in known:
+                    refuse(f"'{text}': no clip has '{name}'; there are {', '.join(sorted(known))}")
+                if not isinstance(value, (int, float, str)):
+                    raise ValueError
 
-    def joined(word, part, join):
-        parts = [part()]
-        while take(word):
-            parts.append(part())
-        return lambda row: join(one(row) for one in parts)
-
-    def either():
-        return joined("or", lambda: joined("and", single, all), any)
-
-    def single():
-        if take("not"):
-            inner = single()
-            return lambda row: not inner(row)
-        if take("("):
-            inner = either()
-            if not take(")"):
-                refuse(f"'{text}': a ) is missing")
-            return inner
-        name, sign, value = (tokens.pop(0) if tokens else "its end" for _ in range(3))
-        number_there = number_of(value)
-        if sign not in compare or number_there is None and value[:1] not in ("'", '"'):
-            refuse(f"'{text}': '{name} {sign} {value}' is not NAME < NUMBER, or the like")
-        if rows and name not in known:
-            refuse(f"'{text}': no clip has '{name}'; there are {', '.join(sorted(known))}")
-        value = value[1:-1] if number_there is None else number_there
-
-        def holds(row):
-            own = row["scores"].get(name, row.get(name) if name in FIELDS else None)
-            return isinstance(own, str) == isinstance(value, str) and own is not None \
-                and compare[sign](own, value)
-        return holds
-
-    test = either()
-    if tokens:
-        refuse(f"'{text}': cannot read '{' '.join(tokens)}'")
+                def test(row):
+                    own = row["scores"].get(name, row.get(name) if name in FIELDS else None)
+                    return own is not None and isinstance(own, str) == isinstance(value, str) \
+                        and holds(own, value)
+                return test
+        raise ValueError
+    try:
+        test = test_of(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, KeyError):
+        refuse(f"'{text}' is not of the kind: flow > 0.1 and not (text > 0.05 or split == 'test')")
     return [row for row in rows if test(row)]
 
 
@@ -1943,7 +1930,9 @@ def report(folder, root):
         lines.append(f"{n:8} {reason:40}" + "".join(
             f"{figures[math.ceil(len(figures) * q) - 1]:10.4g}" for q in (0.25, 0.5, 1) if figures))
     write_text(folder / "report/report.txt", "\n".join(lines) + "\n")
-    draw_spread(folder / "report/spread.png", values)
+    contact_sheet(folder / "report/spread.png", [
+        (bars(found), "{}: {:.4g} to {:.4g}".format(name, *np.percentile(found, (1, 99))))
+        for name, found in values.items()], 192)
     every = {row["key"]: {**row, "shard": name} for name in read_json(
         folder / "manifest.json")["shards"] for row in read_rows(folder / f"{name}.jsonl")}
     contact_sheet(folder / "report/kept.png", [
@@ -1954,24 +1943,18 @@ def report(folder, root):
     shown = [one for reason in sorted({one["reason"] for one in rejects})
              for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
     contact_sheet(folder / "report/rejected.png", [
-        (glimpse(root, one), f"{one['reason']} {one['figure']} {one['source']}") for one in shown])
+        (glimpse(root, one), " ".join(str(part) for part in (
+            one["reason"], one["figure"], Path(one["source"]).name) if part is not None))
+        for one in shown], 160)
     print(f"look at {folder / 'report'}")
 
 
-def draw_spread(path, values, width=300, height=110):
-    """A PNG of histograms: {name: sorted values}, from the 1st to the 99th percentile."""
-    sheet = Image.new("RGB", (3 * width, -(-len(values) // 3) * height), (24, 26, 30))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, (name, found) in enumerate(values.items()):
-        x, y = i % 3 * width + 8, i // 3 * height + 4
-        low, high = np.percentile(found, (1, 99))
-        counts, _ = np.histogram(found, 48, (low, high if high > low else low + 1))
-        for k, count in enumerate(counts):
-            top = y + 88 - round(70 * count / max(1, counts.max()))
-            draw.rectangle((x + 6 * k, top, x + 6 * k + 4, y + 88), (90, 150, 230))
-        draw.text((x, y), f"{name}: {low:.4g} to {high:.4g}", (214, 216, 220), font)
-    with atomic(path) as part:
-        sheet.save(part, format="PNG")
+def bars(values, height=60):
+    """[uint8 [height, 96, 3]]: a histogram from the 1st to the 99th percentile."""
+    counts, _ = np.histogram(values, 48, np.percentile(values, (1, 99)))
+    tops = np.repeat(counts * height / max(1, counts.max()), 2)
+    return [np.where((np.arange(height, 0, -1)[:, None] <= tops)[..., None],
+                     np.uint8((90, 150, 230)), np.uint8((40, 44, 52)))]
 
 
 def glimpse(root, reject):
@@ -1980,9 +1963,7 @@ def glimpse(root, reject):
         path, _ = located(root, reject["source"])
         if path.suffix.lower() in STILLS:
             return [read_still(path)]
-        with av.open(path if isinstance(path, Member) else str(path)) as container:
-            stream = main_stream(container)
-            stream.thread_type = "NONE"
+        with opened(path) as (container, stream):
             middle = ((reject["shot_start"] or 0) + (reject["shot_end"] or 0)) / 2
             container.seek(int(middle / stream.time_base) + (stream.start_time or 0), stream=stream)
             return [Video(path).rgb(next(container.decode(stream)), 256)]
@@ -2151,8 +2132,6 @@ def add_filters(parser):
     whole, real = number(int, 0), number(float, 0)
     add = parser.add_argument_group(
         "filters: clips that fail go to rejected.jsonl; no bound unless one is given").add_argument
-    add("--scores", choices=["all", "few"], default="all", help="few: cuts by change alone, no "
-        f"fades, dissolves and near-duplicates; only {', '.join(FEW[:-1])} (%(default)s)")
     for name, (what, *reasons) in SCORES.items():
         for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
             start = DEFAULTS.get(f"{bound}_{name}")
@@ -2236,7 +2215,7 @@ def main(argv=None):
     if not args.name.strip("./"):
         refuse(f"'{args.name}' cannot be a data set's name")
     if args.name == "demo" and not args.videos:
-        args.videos, args.format, args.scores = str(dataset_dir("demo-videos")), "jsonl", "few"
+        args.videos, args.format, args.near = str(dataset_dir("demo-videos")), "jsonl", 0.0
         args.meta = Path(args.videos, "captions.jsonl")
         make_demo(Path(args.videos), args.demo_files, args.workers)
     if not args.videos:
@@ -2247,10 +2226,6 @@ def main(argv=None):
         args.format = args.meta.suffix.lower().lstrip(".")
     if bool(args.meta) != (args.format in FORMATS):
         refuse(f"--meta goes with one of --format {' '.join(FORMATS)}, and only with these")
-    lost = [name for name in args.shaping if name[4:] in SCORES and name[4:] not in FEW
-            and getattr(args, name) is not None]
-    if lost and args.scores == "few":
-        refuse(f"--{lost[0]} needs --scores all")
     if args.split == "seconds" and not args.max_seconds:
         refuse("--split seconds needs a --max_seconds above 0")
     prepare(args)

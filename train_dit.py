@@ -46,7 +46,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
@@ -311,20 +311,14 @@ def ddpm_at(tables, n):
     return {"n": n, **found}
 
 
-def ddpm_mean_logvar(eps, v, x, c):
-    """(mean, log variance) of the step before x_t = x; v from -1 to 1 spans the variance."""
-    x0 = (x - c["sigma"] * eps) / c["alpha"]
-    least, share = c["posterior_log_variance_clipped"], (v + 1) / 2
-    mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-    return mean, share * c["log_betas"] + (1 - share) * least
-
-
 def ddpm_bits(eps, v, x0, x, c):
     """The bound's term of a step, elementwise in bits: KL(true posterior, ours); at the first step
-    the code length of x_0 in 256 levels. DiT keeps eps out of its gradient."""
-    mean, logvar = ddpm_mean_logvar(eps, v, x, c)
-    true_mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-    true_logvar = c["posterior_log_variance_clipped"]
+    the code length of x_0 in 256 levels. v from -1 to 1 spans the variance. DiT keeps eps out of
+    its gradient."""
+    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
+                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
+    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
+    logvar = share * c["log_betas"] + (1 - share) * true_logvar
     kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
                 + (true_mean - mean).square() * (-logvar).exp())
     # the normal's distribution function by the same approximation as the reference
@@ -845,10 +839,6 @@ class GPT(nn.Module):
         logits = self(codes, told).flatten(0, -2).float()                            # [B L, K]
         return F.cross_entropy(logits, codes.flatten(), reduction="none").view(len(codes), -1)
 
-    def loss(self, codes, told=None):
-        """Their mean."""
-        return self.losses(codes, told).mean()
-
     def step(self, previous, place, caches, told=None):
         """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
         what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
@@ -1107,15 +1097,15 @@ class Clips:
         """Gives all clips one shape; those that are smaller are left out and named."""
         found = [self.shape[key][1:] for key in self.keys]
         shape = shape or max(sorted(set(found)), key=found.count)
-        is_small = [any(a < b for a, b in zip(each, shape)) for each in found]
-        small = [key for key, left_out in zip(self.keys, is_small) if left_out]
+        small = [key for key, each in zip(self.keys, found)
+                 if any(a < b for a, b in zip(each, shape))]
         text = f"smaller than codes of {'x'.join(map(str, shape))}: {', '.join(small[:8])}"
         if len(small) == len(self.keys):
             refuse(f"all clips are {text}: choose another --shape")
         if small and not int(os.environ.get("RANK", 0)):
             print(f"{len(small)} of {len(self.keys)} clips are left out, {text}"
                   + ", …" * (len(small) > 8), file=sys.stderr)
-        self.keys = [key for key, left_out in zip(self.keys, is_small) if not left_out]
+        self.keys = sorted(set(self.keys) - set(small))
         self.shape |= {key: (1, *shape) for key in self.keys}
 
     def read_as(self, kind, tokenizer=None, embeddings=None, labels=None, conditions=()):
@@ -1189,14 +1179,6 @@ class Clips:
                  "height": about["crop"][2], "width": about["crop"][3],
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
-
-
-def load_tokenizer(path):
-    """The run's tokenizer.json; refuses a damaged one."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:           # the library raises nothing narrower
-        refuse(f"{path} is no tokenizer: {error}")
 
 
 def encode_text(tokenizer, text, most=256):
@@ -1661,8 +1643,8 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out):
         source = args.init and run_dir(args.init)
         source = folder if (folder / "tokenizer.json").exists() else source
         texts = [c["text"] for row in train_rows for c in row["captions"]]
-        tokenizer = load_tokenizer(source / "tokenizer.json") if source else train_tokenizer(
-            texts, args.vocab)
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if source else (
+            train_tokenizer(texts, args.vocab))
         options["vocab"] = tokenizer.get_vocab_size()
         return tokenizer, None, None
     if options.get("text_dim") or options.get("clip"):
@@ -1746,21 +1728,16 @@ class LoRA(nn.Module):
 def add_lora(model, rank):
     """Freezes the model but for such an addition to each matrix of its blocks."""
     model.requires_grad_(False)
-    for block in (m for m in model.dit.modules() if isinstance(m, BLOCKS)):
-        for layer in [m for m in block.modules() if isinstance(m, nn.Linear)]:
-            register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+    blocks = [m for m in model.dit.modules() if isinstance(m, BLOCKS)]
+    for layer in [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]:
+        register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
 
 def merged(model):
     """The state dict with what LoRA adds added: that of a model without it."""
-    state, original = {}, ".parametrizations.weight.original"
-    for name, value in model.state_dict().items():
-        if name.endswith(original):
-            layer = name.removesuffix(original)
-            state[f"{layer}.weight"] = model.get_submodule(layer).weight
-        elif ".parametrizations." not in name:
-            state[name] = value
-    return state
+    added = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_parametrized(m)}
+    return added | {name: value for name, value in model.state_dict().items()
+                    if ".parametrizations." not in name}
 
 
 def add_gradients(model, step, loaded, lengths, args, device):
@@ -1865,7 +1842,6 @@ def train(args, folder):
     barrier()
 
 
-
 def load_denoiser(name, device="cpu", config=None):
     """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
     folder = model_path(name)
@@ -1886,7 +1862,7 @@ def open_reader(folder, config, device="cpu"):
         return lambda prompt: encoder.encode([prompt])[0]
     if not config["model"].get("text"):                      # told nothing
         return lambda prompt: [EOS]
-    return functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
+    return functools.partial(encode_text, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
 def class_of(prompt, labels):
@@ -2024,12 +2000,36 @@ def wan_options(state, config, layout):
         image_tokens=0 if place is None else place.shape[1])
 
 
-def load_published(path, heads=None):
+def uvit_options(state, heads, text_tokens, path):
+    """The options of the U-ViT whose published state dict this is. What it does not tell: heads
+    (None: of width 64, but 72 in the H models), and of one that reads texts their text_tokens."""
+    if not {"pos_embed", "patch_embed.proj.weight"} <= set(state):
+        refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed or patch_embed")
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
+    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
+    text = None if text is None else (text.shape[1], text_tokens)
+    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
+    side = math.isqrt(max(patches, 1))
+    if not heads or dim % heads or side**2 != patches:
+        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
+               f"text_tokens (they leave {patches} patches, which must form a square)")
+    return dict(
+        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
+        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
+        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
+        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
+        time_mlp="time_embed.0.weight" in state)
+
+
+def load_published(path, heads=None, text_tokens=77):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
-    either layout, a U-ViT's file or folder, the checkpoint of a VideoGPT's prior."""
+    either layout, a U-ViT's .pth or training folder N.ckpt (its nnet_ema.pth), the checkpoint of a
+    VideoGPT's prior. heads, text_tokens: what the files of some do not tell."""
     path, config, layout = Path(path), {}, "dit"
-    if path.is_dir() and not (path / "nnet_ema.pth").is_file():
+    path = path / "nnet_ema.pth" if (path / "nnet_ema.pth").is_file() else path
+    if path.is_dir():
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
             refuse(f"{path} has no config.json: not a published folder, nor a run")
@@ -2039,17 +2039,17 @@ def load_published(path, heads=None):
         if layout is None:
             refuse(f"{path} holds a {config.get('_class_name')}, which is not known here: WanModel "
                    "and WanTransformer3DModel are")
-    state = read_tensors(path / "nnet_ema.pth" if layout == "dit" and path.is_dir() else path)
+    state = read_tensors(path)
     if "mid_block.mlp.fc1.weight" in state:
-        model, options = load_uvit(path, heads, state=state)
-        return model, "uvit", options
+        options = uvit_options(state, heads, text_tokens, path)
+        return filled(UViT, options, state, path), "uvit", options
     if "hyper_parameters" in state:
         model, options, _ = load_gpt(path, state)
         return model, "gpt", options
     if layout == "dit":
         state = state.get("ema", state)
         if "x_embedder.proj.weight" not in state:
-            refuse(f"{path} has no x_embedder.proj.weight: not a DiT's or SiT's file")
+            refuse(f"{path} has no x_embedder.proj.weight: no DiT, SiT, U-ViT or VideoGPT's prior")
     options = dit_options(state, heads) if layout == "dit" else wan_options(state, config, layout)
     with torch.device("meta"):
         model = DiT(**options)
@@ -2068,32 +2068,6 @@ def filled(make, options, state, path):
     except RuntimeError as error:
         refuse(f"{path}: {error}")
     return model.eval()
-
-
-def load_uvit(path, heads=None, text_tokens=77, state=None):
-    """(UViT, its options) of a published .pth or a training folder N.ckpt (its nnet_ema.pth), or of
-    the `state` that was read from it. What the file does not tell: heads (None: of width 64, but 72
-    in the H models), and text_tokens."""
-    path = Path(path, "nnet_ema.pth") if Path(path).is_dir() else Path(path)
-    state = state or read_tensors(path)
-    if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
-        refuse(f"{path} is no U-ViT: it has no pos_embed, patch_embed or mid_block")
-    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
-    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
-    text = None if text is None else (text.shape[1], text_tokens)
-    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
-    side = math.isqrt(max(patches, 1))
-    if not heads or dim % heads or side**2 != patches:
-        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
-               f"text_tokens (they leave {patches} patches, which must form a square)")
-    options = dict(
-        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
-        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
-        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
-        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
-        time_mlp="time_embed.0.weight" in state)
-    return filled(UViT, options, state, path), options
 
 
 def load_gpt(path, file=None):
@@ -2189,32 +2163,32 @@ def parse_options(argv=None):
     return check_options(parser.parse_args(argv))
 
 
+NOT_FOR = {                  # options that a kind of model has no use for; of others --shape alone
+    "gpt": ("given", "stills", "recompute", "conditions", "objective", "path", "times"),
+    "uvit": ("shape", "given", "recompute", "conditions")}
+
+
 def check_options(args):
     """Fills in what the model decides, and refuses what does not go together."""
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
-    by_kind = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(args.model.split("-")[0])
-    if args.model.startswith("gpt"):
-        if args.given or args.stills or args.recompute or args.conditions or args.objective or (
-                args.path or args.times):
-            refuse("--given, --stills, --recompute, --conditions, --objective, --path, --times: "
-                   "VideoGPT's prior has none of them; leave them out")
+    kind = args.model.split("-")[0]
+    for name in NOT_FOR.get(kind, ("shape",)):
+        if getattr(args, name):
+            refuse(f"--{name} is not for --model {args.model}: leave it out, or take another model")
+    if kind == "gpt":
         return args
-    if args.shape:
-        refuse("--shape is for models of codes: other models take clips of any shape")
-    args.objective = args.objective or (by_kind or ("velocity",))[0]
-    args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
-    args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
-                                else "uniform")
-    if args.model.startswith("uvit") and (args.given or args.recompute or args.conditions):
-        refuse("--given, --recompute, --conditions: U-ViT has none of them; take another --model")
+    own = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(kind, ("velocity", "linear"))
+    args.objective = args.objective or own[0]
+    args.path = args.path or (own[1] if args.objective == own[0] else "linear")
+    args.times = args.times or ("logit-normal" if kind in ("video", "wan") else "uniform")
     if (args.objective == "ddpm") != (args.path == "ddpm") or (
             args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
                                       args.weighting != "none")):
         refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do "
                "not go together: ddpm goes with ddpm, sd with noise, both without a weighting")
-    if args.objective == "ddpm" and not args.model.startswith("dit"):
+    if args.objective == "ddpm" and kind != "dit":
         refuse(f"--objective ddpm needs a head for the variance, which {args.model} has not: "
                "take a dit")
     if args.objective == "velocity" and args.weighting in ("velocity", "likelihood"):
@@ -2249,10 +2223,9 @@ def main(argv=None):
     if args.export:
         return export(args, folder)
     train(args, folder)
-    if args.estimate:
-        return
-    print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
-          file=sys.stderr)
+    if not args.estimate:
+        print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ import sys
 import threading
 import time
 import zipfile
-from collections import OrderedDict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ from torch import nn
 from tqdm import tqdm
 
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, read_clip,
-                          refuse, rng, run_dir, where)
+                          refuse, rng, run_dir, where, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 
@@ -166,8 +167,7 @@ def read_config(folder, kind):
 
 
 def write_config(folder, config):
-    with atomic(Path(folder) / "config.json") as path:
-        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    write_text(Path(folder) / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
@@ -214,17 +214,15 @@ def read_tensors(path):
     that a large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
-        whole = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-        index = next((path / f"{name}.index.json" for name in WEIGHT_FILES
-                      if (path / f"{name}.index.json").is_file()), None)
+        files = [path / f"{name}{end}" for end in ("", ".index.json") for name in WEIGHT_FILES]
+        path = next(filter(Path.is_file, files), None) or refuse(
+            f"{path} has no weights: none of {', '.join(WEIGHT_FILES)}, nor an .index.json")
+    if path.name.endswith(".index.json"):
         try:
-            names = {whole.name} if whole else index and set(
-                json.loads(index.read_text())["weight_map"].values())
+            parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         except (ValueError, KeyError):
-            refuse(f"{index} is damaged: it does not map names to files")
-        if not names:
-            refuse(f"{path} has no weights: none of {', '.join(WEIGHT_FILES)}, nor an .index.json")
-        return {k: v for name in sorted(names) for k, v in read_tensors(path / name).items()}
+            refuse(f"{path} is damaged: it does not map names to files")
+        return {k: v for part in parts for k, v in read_tensors(path.with_name(part)).items()}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -308,26 +306,8 @@ def restore_optimizer(optimizer, model, tensors):
         optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
 
 
-class Log:
-    """log.jsonl, a row a step; rows past the checkpoint that a run goes on from are cut."""
-
-    def __init__(self, folder, step):
-        self.path = Path(folder) / "log.jsonl"
-        self.is_writer = int(os.environ.get("RANK", 0)) == 0
-        if self.is_writer:
-            old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            whole = [line for line in old if line.endswith("\n")]
-            with atomic(self.path) as path:
-                path.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
-
-    def write(self, **row):
-        if self.is_writer:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
 def read_log(folder):
-    """The rows of log.jsonl."""
+    """The rows of log.jsonl, without a torn last line."""
     return [json.loads(line) for line in open(Path(folder) / "log.jsonl") if line.endswith("\n")]
 
 
@@ -342,21 +322,27 @@ def lr_at(step, args):
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Muon for the hidden matrices (a convolution is one of [C_out, C_in * kernel]), AdamW for
     embeddings, vectors and the layers named in `plain`; one learning rate serves both, since an
     orthogonal update is scaled to the root mean square of AdamW's. torch.optim.Muon takes 2D
     parameters only. (Jordan et al. 2024, github.com/KellerJordan/Muon; the scale: Liu et al. 2025,
-    2502.16982.)"""
+    2502.16982.) No torch.optim.Optimizer: the first of those imports torch's compiler, seconds."""
 
     def __init__(self, model, plain=(), betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
         vectors, matrices = [], []
         for name, p in model.named_parameters():
             is_plain = p.dim() < 2 or any(part in name for part in ("embed", *plain))
             (vectors if is_plain else matrices).append(p)
-        groups = [dict(params=vectors, muon=False), dict(params=matrices, muon=True)]
-        super().__init__([g for g in groups if g["params"]], dict(
-            lr=0.0, betas=betas, momentum=momentum, weight_decay=weight_decay))
+        self.state, common = defaultdict(dict), dict(lr=0.0, betas=betas, momentum=momentum,
+                                                     weight_decay=weight_decay)
+        self.param_groups = [dict(params=vectors, muon=False, **common),
+                             dict(params=matrices, muon=True, **common)]
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def step(self):
@@ -422,7 +408,7 @@ def take_step(model, optimizer, lr, clip=1.0):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
@@ -431,27 +417,6 @@ def ema_update(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, over parameters."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-
-class Stop:
-    """Truthy once SIGTERM has come: the loop then saves and leaves with status 143."""
-
-    def __init__(self):
-        self.came = False
-        signal.signal(signal.SIGTERM, self.note)
-
-    def note(self, *_):
-        self.came = True
-
-    def __bool__(self):
-        return self.came
-
-
-def check_finite(norm, folder, step, keys):
-    """Refuses to go on from a gradient that is not finite: it would spoil later checkpoints."""
-    if not math.isfinite(norm):
-        refuse(f"{folder}: the gradient of step {step} is not finite; its clips: "
-               f"{', '.join(keys)}. The last checkpoint is untouched; --skip_clips leaves clips "
-               "out")
 
 
 def peak_mib():
@@ -483,22 +448,29 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
     gradient's norm, the clips' keys). evaluate(done): {figure: float}, by the first rank.
     tensors(): what a checkpoint holds. work: (tokens a step, its FLOPs, the FLOP/s that all ranks
     together reach at most, or None), of which the log has tokens_s and mfu."""
-    rank, log, stop, began = int(os.environ.get("RANK", 0)), Log(folder, start), Stop(), time.time()
-    name, before = Path(sys.argv[0]).stem, None
+    rank, log, began = int(os.environ.get("RANK", 0)), Path(folder) / "log.jsonl", time.time()
+    if rank == 0:                        # rows past the checkpoint are cut
+        rows = read_log(folder) if log.exists() else []
+        write_rows(log, [row for row in rows if row["step"] <= start])
+    stop, unchecked = threading.Event(), []
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())     # then save, and leave with status 143
     clock, counted = began, start        # since when, and from which step, the pace is measured
-    bar = tqdm(total=args.steps, initial=start, desc=name, unit="step", disable=rank > 0)
+    bar = tqdm(total=args.steps, initial=start, desc=Path(sys.argv[0]).stem, unit="step",
+               disable=rank > 0)
     for step, data in prefetch(batch, start, args.steps):
         figures, norm, keys = learn(step, data)
         done, is_last = step + 1, step + 1 == args.steps
         is_evaluated = done % args.eval_every == 0 or is_last
         is_logged = done % args.log_every == 0 or is_evaluated
-        is_stopped, = sum_over_ranks(float(bool(stop)))          # all ranks leave at one step
+        is_stopped, = sum_over_ranks(float(stop.is_set()))       # all ranks leave at one step
         is_saved = done % args.save_every == 0 or is_last or is_stopped
-        if before:                       # a step late: a GPU need not be waited for at every step
-            check_finite(before[0].item(), folder, *before[1:])
-        before = norm, step, keys
-        if is_logged or is_saved:
-            check_finite(norm.item(), folder, step, keys)
+        unchecked.append((norm, step, keys))
+        while len(unchecked) > (0 if is_logged or is_saved else 1):
+            size, at, clips = unchecked.pop(0)     # a step late: a GPU need not be waited for
+            if not math.isfinite(size.item()):     # later checkpoints would be spoilt
+                refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
+                       f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
+                       "leaves clips out")
         worked = time.time() - clock     # without what comes below: evaluating and saving
         if is_logged:
             step_s = worked / (done - counted)
@@ -512,7 +484,9 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
             worked, counted = 0.0, done
             if is_evaluated and rank == 0:
                 row.update(evaluate(done))
-            log.write(**row)
+            if rank == 0:
+                with open(log, "a") as file:
+                    file.write(json.dumps(row) + "\n")
             shown = [key for key, value in figures.items() if torch.as_tensor(value).dim() == 0]
             bar.set_postfix_str(", ".join(f"{key} {row[key]:.4f}" for key in
                                           (*shown, "held_out", "psnr") if key in row))
@@ -548,12 +522,8 @@ def training_options(parser, **defaults):
 
 
 def chosen(rows, args):
-    """The rows that --where holds for, without those of --skip_clips."""
-    return skip_clips(where(rows, args.where) if args.where else rows, args.skip_clips)
-
-
-def skip_clips(rows, path):
-    """`rows` without the clips whose keys stand in the file `path` (None: all of them)."""
+    """The rows that --where holds for, without those whose keys stand in the file --skip_clips."""
+    rows, path = where(rows, args.where) if args.where else rows, args.skip_clips
     if path is None:
         return rows
     if not Path(path).is_file():
@@ -576,37 +546,30 @@ class Stream:
     of it is found without replaying what came before."""
 
     def __init__(self, rows, seed):
-        self.rows, self.seed, self.epoch, self.order = rows, seed, None, None
-        self.lock = threading.Lock()
+        self.rows, self.seed = rows, seed
+
+    @lru_cache(4)
+    def order(self, epoch):
+        return epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
 
     def take(self, start, count):
         """`count` rows from place `start`."""
-        picked = []
-        with self.lock:
-            while len(picked) < count:
-                epoch, offset = divmod(start + len(picked), len(self.rows))
-                if epoch != self.epoch:
-                    self.epoch = epoch
-                    self.order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
-                picked += self.order[offset:offset + count - len(picked)]
-        return picked
+        places = (divmod(n, len(self.rows)) for n in range(start, start + count))
+        return [self.order(epoch)[n] for epoch, n in places]
 
 
 class ClipCache:
     """Decoded clips, kept while they fit `mib`: small data sets are decoded once."""
 
     def __init__(self, folder, mib=2048):
-        self.folder, self.room, self.kept = folder, mib * 2**20, OrderedDict()
-        self.lock = threading.Lock()
+        self.folder, self.room, self.kept = folder, mib * 2**20, {}
 
     def __call__(self, row):
         """uint8 [T, H, W, 3]"""
-        with self.lock:
-            if row["key"] in self.kept:
-                return self.kept[row["key"]]
-        frames = read_clip(self.folder, row)
-        with self.lock:
-            if row["key"] not in self.kept and frames.nbytes <= self.room:
+        frames = self.kept.get(row["key"])
+        if frames is None:
+            frames = read_clip(self.folder, row)
+            if frames.nbytes <= self.room:           # two threads may count a clip twice: so be it
                 self.kept[row["key"]] = frames
                 self.room -= frames.nbytes
         return frames
@@ -616,7 +579,7 @@ def prefetch(make, start, stop, ahead=4):
     """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread. These
     threads compute alone: OpenMP's helpers of their own would fight with the step's for cores."""
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = OrderedDict()
+        waiting = {}
         for step in range(start, stop):
             for later in range(step, min(stop, step + ahead)):
                 if later not in waiting:
@@ -645,7 +608,7 @@ MODELS = {
                    residual=False, groups=32),
 }
 DECODER = ("decoder", "decoder_norm", "to_pixels", "unquant", "post_vq_conv")
-ROOM = 2**22            # numbers of the largest tensor that a chunk makes in a layer, about
+ROOM = 2**21            # numbers of the largest tensor that a chunk makes in a layer, about
 
 
 class NormSiLU(torch.autograd.Function):
@@ -767,21 +730,32 @@ class FrameAttention(nn.Module):
         return x + y.view(B, T, H, W, C).permute(0, 4, 1, 2, 3)
 
 
+def to_blocks(x, time, space):
+    """[B, C, T, H, W] to [B, T / time, H / space, W / space, C * time * space**2], a block of
+    pixels each."""
+    B, C, T, H, W = x.shape
+    x = x.reshape(B, C, T // time, time, H // space, space, W // space, space)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+def from_blocks(x, C, time, space):
+    """The way back, to [B, C, T, H, W]."""
+    B, T, H, W, _ = x.shape
+    x = x.reshape(B, T, H, W, C, time, space, space).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return x.reshape(B, C, T * time, H * space, W * space)
+
+
 def fold(x, c_out, time, space):
     """[B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]: each block of pixels becomes
     channels, and runs of channels are averaged."""
-    B, C, T, H, W = x.shape
-    x = x.reshape(B, C, T // time, time, H // space, space, W // space, space)
-    x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, T // time, H // space, W // space, c_out, -1)
-    return x.mean(-1).permute(0, 4, 1, 2, 3)
+    return to_blocks(x, time, space).unflatten(-1, (c_out, -1)).mean(-1).permute(0, 4, 1, 2, 3)
 
 
 def unfold(x, c_out, time, space):
     """The way back: channels are repeated and become blocks of pixels."""
-    B, C, T, H, W = x.shape
-    x = x.permute(0, 2, 3, 4, 1).repeat_interleave(c_out * time * space**2 // C, -1)
-    x = x.view(B, T, H, W, c_out, time, space, space).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return x.reshape(B, c_out, T * time, H * space, W * space)
+    times = c_out * time * space**2 // x.shape[1]
+    x = x.permute(0, 2, 3, 4, 1).repeat_interleave(times, -1)
+    return from_blocks(x, c_out, time, space)
 
 
 class Down(nn.Module):
@@ -858,13 +832,16 @@ class Level(nn.Module):
         return y + fold(x, self.c_out, time, space) if y.shape[2] else y
 
 
-def regroup(pieces, room):
-    """Pieces [B, C, T, H, W] of a clip, joined or cut in time to about `room` numbers each."""
+def regroup(pieces, growth):
+    """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
+    times as many numbers of them: about ROOM of these, or two frames' where that is more. Gradients
+    want the whole at once."""
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        most = piece.shape[2] if room is None else max(1, int(room // frame))
-        for part in piece.split(max(1, most), 2):
+        most = max(1, piece.shape[2] if torch.is_grad_enabled() else
+                   int(max(ROOM, 2 * frame) / growth // frame))
+        for part in piece.split(most, 2):
             held, n = held + [part], n + part.shape[2]
             if n and n >= most:
                 yield torch.cat(held, 2) if len(held) > 1 else part
@@ -873,14 +850,13 @@ def regroup(pieces, room):
         yield torch.cat(held, 2)
 
 
-def stream(levels, x, state):
-    """Runs `levels` over x [B, C, T, H, W], in pieces of a size that suits each of them: memory
-    does not grow with T, and no convolution is called on too little at once. Gradients want the
-    whole at once."""
-    pieces = iter([x])
-    for level in levels:
-        room = None if torch.is_grad_enabled() else ROOM / level.growth
-        pieces = map(lambda piece, level=level: level(piece, state), regroup(pieces, room))
+def stream(levels, last, norm, x, state):
+    """Runs `levels` and the convolution `last` behind its `norm` over x [B, C, T, H, W], in pieces
+    of a size that suits each of them: memory does not grow with T, and no convolution is called on
+    too little at once."""
+    pieces, ending = [x], lambda piece, state: last(piece, state, norm)
+    for run, growth in (*((level, level.growth) for level in levels), (ending, 1)):
+        pieces = map(lambda piece, run=run: run(piece, state), regroup(pieces, growth))
     return [piece for piece in pieces if piece.shape[2]]
 
 
@@ -999,27 +975,17 @@ class PatchCode(nn.Module):
         state[self] = x[:, :, whole:].clone() if x.shape[2] > whole else None
         return [(i, part) for i, part in ((0, first), (1, x[:, :, :whole])) if part.shape[2]]
 
-    def patches(self, x, t):
-        B, C, T, H, W = x.shape
-        s = self.stride
-        x = x.reshape(B, C, T // t, t, H // s, s, W // s, s)
-        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)              # [B, T', H', W', 3 t s s]
-
     def encode(self, video, state):
         B, _, _, H, W = video.shape
         codes = [video.new_zeros(B, 0, H // self.stride, W // self.stride, self.z_dim)]
-        codes += [self.to_code[i](self.patches(part, self.times[i]))
+        codes += [self.to_code[i](to_blocks(part, self.times[i], self.stride))
                   for i, part in self.parts(video, state, self.times)]
         return torch.cat(codes, 1).permute(0, 4, 1, 2, 3)
 
     def decode(self, z, state):
-        videos, s = [], self.stride
-        for i, part in self.parts(z, state, (1, 1)):
-            x = self.to_patch[i](part.permute(0, 2, 3, 4, 1))
-            B, T, H, W, _ = x.shape
-            x = x.view(B, T, H, W, 3, self.times[i], s, s).permute(0, 4, 1, 5, 2, 6, 3, 7)
-            videos.append(x.reshape(B, 3, T * self.times[i], H * s, W * s))
-        return torch.cat(videos, 2)
+        return torch.cat([from_blocks(self.to_patch[i](part.permute(0, 2, 3, 4, 1)), 3,
+                                      self.times[i], self.stride)
+                          for i, part in self.parts(z, state, (1, 1))], 2)
 
     @torch.no_grad()
     def fit(self, videos):
@@ -1030,7 +996,8 @@ class PatchCode(nn.Module):
         z_dim, bases = self.to_code[0].out_features, []
         for t, later in zip(self.times, (False, True)):
             parts = [video[None, :, later:] if later else video[None, :, :1] for video in videos]
-            x = torch.cat([self.patches(p, t).flatten(0, 3) for p in parts if p.shape[2]]).double()
+            x = torch.cat([to_blocks(part, t, self.stride).flatten(0, 3) for part in parts
+                           if part.shape[2]]).double()
             mean = x.mean(0)
             variances, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
             bases.append((mean, vectors[:, -z_dim:], variances[-z_dim:].mean() / t))
@@ -1117,15 +1084,10 @@ class Autoencoder(nn.Module):
         """What the bottleneck is given: moments [B, 2 C, T', H', W'], or [B, C, T', H', W']. With a
         `state` dict carried from call to call a clip may come in chunks of any number of frames; a
         latent comes out once its frames are there."""
-        state, p = {} if state is None else state, self.patch
-        B, C, T, H, W = video.shape
-        x = video
-        if p > 1:                                        # Wan's order: the column before the row
-            x = video.reshape(B, C, T, H // p, p, W // p, p).permute(0, 1, 6, 4, 2, 3, 5)
-            x = x.reshape(B, C * p * p, T, H // p, W // p)
-        head = lambda x, state: self.to_moments(x, state, self.encoder_norm)
-        head.growth = 1
-        parts = stream([*self.encoder, head], x, state)
+        state, (B, _, _, H, W), x = {} if state is None else state, video.shape, video
+        if self.patch > 1:                               # Wan's order: the column before the row
+            x = to_blocks(video.mT, 1, self.patch).permute(0, 4, 1, 3, 2).contiguous()
+        parts = stream(self.encoder, self.to_moments, self.encoder_norm, x, state)
         code = [] if self.linear is None else self.linear.encode(video, state)
         if not parts:
             return video.new_zeros(B, self.to_moments.out_channels, 0, H // self.stride,
@@ -1154,15 +1116,11 @@ class Autoencoder(nn.Module):
 
     def decode(self, z, state=None):
         """Video [B, 3, T, H, W]; with a carried `state` dict, chunks of any number of latents."""
-        state, p = {} if state is None else state, self.patch
-        head = lambda x, state: self.to_pixels(x, state, self.decoder_norm)
-        head.growth = 1
+        state = {} if state is None else state
         x = z if self.unquant is None else self.unquant(z, state)
-        x = torch.cat(stream([*self.decoder, head], x, state), 2)
-        if p > 1:
-            B, C, T, H, W = x.shape
-            x = x.view(B, 3, p, p, T, H, W).permute(0, 1, 4, 5, 3, 6, 2)
-            x = x.reshape(B, 3, T, H * p, W * p)
+        x = torch.cat(stream(self.decoder, self.to_pixels, self.decoder_norm, x, state), 2)
+        if self.patch > 1:
+            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT
         return x if self.linear is None else x + self.linear.decode(z, state)
 
 
@@ -1316,25 +1274,25 @@ class Budget:
         self.n_steps = max(1, round(total / (batch * most)))
         if total / self.n_steps < world * max(map(self.pixels, rows)) and world > 1:
             refuse(f"--batch {batch} leaves a rank of {world} without a clip: raise it")
-        self.lock, self.epoch = threading.Lock(), None
 
     def pixels(self, row):
         T, H, W = self.shape(row)
         return (self.stills + (1 - self.stills) * T) * H * W             # of a still T = 1
 
+    @lru_cache(2)
+    def cut(self, epoch):
+        """(the epoch's rows in order, where among them each step begins)"""
+        order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
+        ends = np.cumsum([self.pixels(row) for row in order])
+        begins = np.concatenate([[0], ends[:-1]]) / ends[-1] * self.n_steps
+        return order, np.searchsorted(begins, np.arange(self.n_steps + 1) - 1e-9)
+
     def __call__(self, step):
         """[(row, whether as a still)]"""
         epoch, place = divmod(step, self.n_steps)
-        with self.lock:
-            if epoch != self.epoch:
-                self.order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
-                ends = np.cumsum([self.pixels(row) for row in self.order])
-                begins = np.concatenate([[0], ends[:-1]]) / ends[-1] * self.n_steps
-                self.cuts = np.searchsorted(begins, np.arange(self.n_steps + 1) - 1e-9)
-                self.epoch = epoch
-            picked = self.order[self.cuts[place]:self.cuts[place + 1]]
+        order, cuts = self.cut(epoch)
         return [(row, self.stills > 0 and rng(self.seed, "still", epoch, row["key"]).random()
-                 < self.stills) for row in picked]
+                 < self.stills) for row in order[cuts[place]:cuts[place + 1]]]
 
 
 class Perceptual(nn.Module):
@@ -1345,26 +1303,21 @@ class Perceptual(nn.Module):
 
     def __init__(self, vgg, lpips):
         super().__init__()
-        weights = {**read_tensors(vgg), **read_tensors(lpips)}
-        names = [f"lin{i}.model.1.weight" for i in range(5)]
-        self.stages, place, width = nn.ModuleList(), 0, 3
-        for widths in self.WIDTHS:
-            stage = nn.ModuleList()
+        stages, width = [], 3
+        self.features = nn.Sequential()                                  # numbered as torchvision's
+        for i, widths in enumerate(self.WIDTHS):
+            first = len(self.features)
+            self.features.extend([nn.MaxPool2d(2)] if i else [])
             for c_out in widths:
-                stage.append(nn.Conv2d(width, c_out, 3, padding=1))
-                names += [f"features.{place}.{kind}" for kind in ("weight", "bias")]
-                place, width = place + 2, c_out
-            self.stages.append(stage)
-            place += 1                                                   # a pooling
-        lacking = [name for name in names if name not in weights]
-        if lacking:
-            refuse(f"--perceptual {vgg} {lpips}: {lacking[0]} is missing; wanted are torchvision's "
-                   "vgg16 and lpips' vgg.pth")
-        convs = [conv for stage in self.stages for conv in stage]
-        for i, conv in enumerate(convs):
-            conv.weight.data, conv.bias.data = (weights[name] for name in names[5 + 2*i:7 + 2*i])
-        for i in range(5):
-            self.register_buffer(f"linear{i}", weights[names[i]].float())
+                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
+                width = c_out
+            stages.append(slice(first, len(self.features)))
+            self.add_module(f"lin{i}", nn.ModuleDict(
+                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
+        self.stages, found = stages, {**read_tensors(vgg), **read_tensors(lpips)}
+        names = {name: name for name in self.state_dict()}
+        load_names(self, names, {name: found[name] for name in names if name in found},
+                   f"--perceptual {vgg} {lpips}")
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -1374,12 +1327,10 @@ class Perceptual(nn.Module):
         frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
         h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
         for i, stage in enumerate(self.stages):
-            h = F.max_pool2d(h, 2) if i else h
-            for conv in stage:
-                h = F.relu(conv(h))
-            unit = h / (h.norm(dim=1, keepdim=True) + 1e-10)
-            a, b = unit.chunk(2)
-            total = total + F.conv2d((a - b).square(), getattr(self, f"linear{i}")).mean((1, 2, 3))
+            h = self.features[stage](h)
+            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+            linear = self.get_submodule(f"lin{i}.model.1")
+            total = total + linear((a - b).square()).mean((1, 2, 3))
         return total.view(len(x), -1).mean(1)
 
 
@@ -1544,11 +1495,11 @@ def open_detector(path, device, option):
 
 
 @torch.no_grad()
-def evaluate(model, videos, keys, path, detectors=()):
+def evaluate(model, videos, keys, path, detectors={}):
     """{figure: mean over held-out clips}, each whole and at its own size; a sheet of a few goes to
-    `path`. `detectors`: {"rfid" or "rfvd": `open_detector`'s features}."""
-    figures, rows, used = {}, [], []
-    decoded, features = [None] * len(videos), {name: ([], []) for name in detectors}
+    `path`. `detectors`: {"rfid" or "rfvd": what makes features [B, D] of a clip's frames}."""
+    measures, decoded, used = {"psnr": psnr, "ssim": ssim, "flicker": flicker}, {}, []
+    figures = {name: {} for name in measures}                            # by clip
     for group, x in by_shape(videos, 8):
         if model.n_codes:
             codes = model.encode_codes(x)
@@ -1556,27 +1507,21 @@ def evaluate(model, videos, keys, path, detectors=()):
             y = model.decode_codes(codes)
         else:
             y = model.decode(model.encode(x)[0])
-        for name, measure in (("psnr", psnr), ("ssim", ssim), ("flicker", flicker)):
-            figures.setdefault(name, []).extend(zip(group, measure(y, x).tolist()))
-        for i, original, video in zip(group, x, y):
-            decoded[i] = to_frames(video)
-            for name, pair in features.items():
-                for held, frames in zip(pair, (to_frames(original), decoded[i])):
-                    is_image = name == "rfid"
-                    held.append(detectors[name](frames[:, None] if is_image else frames[None],
-                                                is_image))
-    for i in range(min(6, len(videos))):
-        shown = dict(figures["psnr"])[i]
-        rows.append((sheet_frames(to_frames(videos[i])), keys[i]))
-        rows.append((sheet_frames(decoded[i]), f"decoded, {shown:.1f} dB"))
-    contact_sheet(path, rows)
-    result = {name: sum(dict(pairs).values()) / len(pairs) for name, pairs in figures.items()}
+        decoded.update(zip(group, map(to_frames, y)))
+        for name, measure in measures.items():
+            figures[name].update(zip(group, measure(y, x).tolist()))
+    contact_sheet(path, [row for i in range(min(6, len(videos))) for row in (
+        (sheet_frames(to_frames(videos[i])), keys[i]),
+        (sheet_frames(decoded[i]), f"decoded, {figures['psnr'][i]:.1f} dB"))])
+    result = {name: sum(each.values()) / len(each) for name, each in figures.items()}
     if used:
         codes = torch.cat(used)
         result["usage"] = len(codes.unique()) / model.n_codes
         result["perplexity"] = perplexity(codes, model.n_codes).item()
-    for name, pair in features.items():
-        result[name] = frechet(*(gaussian(torch.cat(held)) for held in pair))
+    for name, detector in detectors.items():
+        sides = ([to_frames(videos[i]) for i in decoded], decoded.values())
+        result[name] = frechet(*(gaussian(torch.cat([detector(frames) for frames in side]))
+                                 for side in sides))
     return result
 
 
@@ -1620,15 +1565,16 @@ def evaluate_run(args):
     rows = split_rows(open_dataset(folder), args.name)[1]
     model, config = load_autoencoder(name, device)
     shown, bank = held_out_bank(model, ClipCache(folder), rows, args.seed, args.n_eval)
-    files = {key: path for key, path in (("rfid", args.rfid), ("rfvd", args.rfvd)) if path}
-    opened = {key: open_detector(path, device, f"--{key}") for key, path in files.items()}
+    opened = {key: open_detector(getattr(args, key), device, f"--{key}")
+              for key in ("rfid", "rfvd") if getattr(args, key)}
+    detectors = {"rfid": lambda frames: opened["rfid"][0](frames[:, None], True),
+                 "rfvd": lambda frames: opened["rfvd"][0](frames[None], False)}
     keys = [row["key"] for row in shown]
     out = model_path(name)
     out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
-    result = evaluate(model, bank, keys, out / "eval.png",
-                      {key: features for key, (features, _) in opened.items()})
+    result = evaluate(model, bank, keys, out / "eval.png", {key: detectors[key] for key in opened})
     mean, std = latent_statistics(model, bank)
     digest = hashlib.sha256(b"".join(row["source"].encode() + to_frames(video).tobytes()
                                      for row, video in zip(shown, bank))).hexdigest()[:16]
@@ -1636,9 +1582,8 @@ def evaluate_run(args):
     protocol = {"autoencoder": config["hash"], "data": digest, "clips": len(bank),
                 "frames_height_width": [sizes[0], sizes[-1]], "range": "RGB, 8 bit",
                 **{key: digest[:16] for key, (_, digest) in opened.items()}}
-    with atomic(out / "eval.json") as path:
-        path.write_text(json.dumps({**result, "latents_mean": mean, "latents_std": std,
-                                    "protocol": protocol}, indent=1) + "\n")
+    write_text(out / "eval.json", json.dumps({**result, "latents_mean": mean, "latents_std": std,
+                                              "protocol": protocol}, indent=1) + "\n")
     print(" ".join(f"{key} {value:.4g}" for key, value in result.items()))
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
 
@@ -1660,19 +1605,16 @@ def finish(model, args, folder, train, clips):
 
 
 def begin(args):
-    """(options of the model, its first weights or None), by --model, --bottleneck and --init."""
+    """(options of the model, its first weights or None), by --init, or --model and --bottleneck."""
+    if args.init:
+        model, config = load_autoencoder(args.init)
+        return config["model"], model.state_dict()
     options = dict(MODELS[args.model or "vae-xs"])
     if args.bottleneck != "kl":
         options.update(bottleneck=args.bottleneck, codes=args.codes)
-        options.update({"z_dim": len(args.codes)} if args.bottleneck == "fsq" else {})
-    if not args.init:
-        return options, None
-    model, config = load_autoencoder(args.init)
-    if args.model and config["model"] != json.loads(json.dumps(options)):
-        refuse(f"--init {args.init} has other options than --model {args.model}: leave --model out")
-    if args.bottleneck != "kl":
-        refuse("--init brings its own bottleneck: leave --bottleneck out")
-    return json.loads(json.dumps(config["model"])), model.state_dict()
+    if args.bottleneck == "fsq":
+        options["z_dim"] = len(args.codes)
+    return options, None
 
 
 def learn(args, step, data, parts, optimizers, perceptual):
@@ -1863,17 +1805,18 @@ def alone(key, first, n, time_stride):
 
 def blocks(rows, mib=512):
     """Rows in runs of at most 256 whose frames take at most `mib` in memory, or of one."""
-    block, room = [], mib * 2**20
+    block, held = [], 0
     for row in rows:
         size = 3 * row["frames"] * row["height"] * row["width"]
-        if block and (size > room or len(block) == 256):
+        if block and (held + size > mib * 2**20 or len(block) == 256):
             yield block
-            block, room = [], mib * 2**20
-        block, room = [*block, row], room - size
+            block, held = [], 0
+        block, held = [*block, row], held + size
     if block:
         yield block
 
 
+@torch.no_grad()
 def encode_shard(model, config, folder, shard, rows, args, device):
     """Writes the latents of one shard; its metadata tells which frames and crop each came from.
     While the model works on a block of clips, the next is decoded."""
@@ -1903,13 +1846,10 @@ def encode_shard(model, config, folder, shard, rows, args, device):
             keys = list(each)
             for picked, x in by_shape([video for video, _ in each.values()], 8):
                 x = x.to(device).permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
-                if model.n_codes:
-                    with torch.no_grad():
-                        coded = model.encode_codes(x).int().cpu()
-                else:
-                    coded = torch.cat(encode_long(model, x, args.tile), 1).half().cpu()
+                coded = (model.encode_codes(x).int() if model.n_codes else
+                         torch.cat(encode_long(model, x, args.tile), 1).half())
                 tensors.update((keys[i], m.clone(memory_format=torch.contiguous_format))
-                               for i, m in zip(picked, coded))
+                               for i, m in zip(picked, coded.cpu()))
     header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
               "time_stride": model.time_stride, "max_cells": args.max_cells, "tile": args.tile,
               **({"codes": model.n_codes} if model.n_codes else {}), **about}
@@ -1932,9 +1872,8 @@ def encode(args):
     folder = dataset_dir(args.name)
     rows = open_dataset(folder)
     model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)
-    shards = {}
-    for row in rows:
-        shards.setdefault(row["shard"], []).append(row)
+    shards = {shard: list(each) for shard, each in
+              itertools.groupby(rows, lambda row: row["shard"])}
     todo = []
     for shard in sorted(shards)[rank::world]:
         path = latents_path(folder, shard, config["hash"])
@@ -2026,32 +1965,6 @@ class AxialBlock(nn.Module):
         return x + self.block(x)
 
 
-class VideoGPTCoder(nn.Module):
-    """One of VideoGPT's two halves, under its own names: `steps` are the strides of its stages."""
-
-    def __init__(self, dim, n_res, steps, is_decoder):
-        super().__init__()
-        stack = [AxialBlock(dim) for _ in range(n_res)] + [nn.BatchNorm3d(dim), nn.ReLU()]
-        self.res_stack, self.is_decoder = nn.Sequential(*stack), is_decoder
-        ends = [(3 if i == 0 else dim, dim) for i in range(len(steps))]
-        if is_decoder:
-            ends = [(dim, 3 if i == len(steps) - 1 else dim) for i in range(len(steps))]
-            self.convts = nn.ModuleList(SamePad(*end, 4, step, transposed=True)
-                                        for end, step in zip(ends, steps))
-        else:
-            self.convs = nn.ModuleList(SamePad(*end, 4, step) for end, step in zip(ends, steps))
-            self.conv_last = SamePad(dim, dim, 3)
-
-    def forward(self, x):
-        if not self.is_decoder:
-            for conv in self.convs:
-                x = F.relu(conv(x))
-            return self.res_stack(self.conv_last(x))
-        x = self.res_stack(x)
-        for i, conv in enumerate(self.convts):
-            x = conv(F.relu(x) if i else x)
-        return x
-
 
 class VideoGPT(nn.Module):
     """VideoGPT's VQ-VAE (Yan et al. 2021, 2104.10157): video [B, 3, T, H, W] in [-1, 1] to codes
@@ -2063,16 +1976,31 @@ class VideoGPT(nn.Module):
         self.stride, self.time_stride, self.first, self.z_dim = stride, times, times, z_dim
         n = [int(math.log2(d)) for d in downsample]
         steps = [tuple(2 if i < most else 1 for most in n) for i in range(max(n))]
-        self.encoder = VideoGPTCoder(dim, n_res, steps, False)
-        self.decoder = VideoGPTCoder(dim, n_res, steps, True)
+        stack = lambda: nn.Sequential(*(AxialBlock(dim) for _ in range(n_res)),
+                                      nn.BatchNorm3d(dim), nn.ReLU())
+        widths = [3] + [dim] * len(steps)
+        self.encoder = nn.ModuleDict({
+            "res_stack": stack(), "convs": nn.ModuleList(
+                SamePad(*ends, 4, step) for *ends, step in zip(widths, widths[1:], steps)),
+            "conv_last": SamePad(dim, dim, 3)})
+        widths.reverse()
+        self.decoder = nn.ModuleDict({"res_stack": stack(), "convts": nn.ModuleList(
+            SamePad(*ends, 4, step, transposed=True)
+            for *ends, step in zip(widths, widths[1:], steps))})
         self.pre_vq_conv, self.post_vq_conv = SamePad(dim, z_dim, 1), SamePad(z_dim, dim, 1)
         self.bottleneck, self.n_codes, self.linear = Codebook(codes, z_dim), codes, None
 
     def features(self, video, state=None):
-        return self.pre_vq_conv(self.encoder(video / 2))
+        x = video / 2
+        for conv in self.encoder.convs:
+            x = F.relu(conv(x))
+        return self.pre_vq_conv(self.encoder.res_stack(self.encoder.conv_last(x)))
 
     def decode(self, z, state=None):
-        return 2 * self.decoder(self.post_vq_conv(z))
+        x = self.decoder.res_stack(self.post_vq_conv(z))
+        for i, conv in enumerate(self.decoder.convts):
+            x = conv(F.relu(x) if i else x)
+        return 2 * x
 
     encode, encode_codes = Autoencoder.encode, Autoencoder.encode_codes
     decode_codes = Autoencoder.decode_codes
@@ -2278,6 +2206,8 @@ def parse_options(argv=None):
     add("--gan_start", type=number(int, 0), default=0,
         help="step from which it counts (%(default)s)")
     args = parser.parse_args(argv)
+    if args.init and (args.model or args.bottleneck != "kl"):
+        refuse("--init brings its own model and bottleneck: leave --model and --bottleneck out")
     args.codes = args.codes or {"kl": None, "vq": [1024], "fsq": [8, 5, 5, 5]}[args.bottleneck]
     if args.bottleneck == "kl" and args.codes:
         refuse("--codes belongs to --bottleneck vq or fsq")

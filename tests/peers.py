@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -217,15 +218,113 @@ def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
     result.put((float(np.median(times[1:])), peak, out.cpu().numpy()))
 
 
+class Theirs(torch.nn.Module):
+    """diffusers' AutoencoderKLWan as large as our vae-xs, for the same latents, with our calls."""
+    stride, time_stride, first, z_dim = 8, 4, 1, 24
+    bottleneck, n_codes, linear = None, 0, None
+    encode = V.Autoencoder.encode
+
+    def __init__(self):
+        super().__init__()
+        self.peer = AutoencoderKLWan(base_dim=16, z_dim=self.z_dim, num_res_blocks=1)
+
+    def features(self, video):
+        return self.peer.encode(video).latent_dist.parameters
+
+    def decode(self, z):
+        return self.peer.decode(z).sample
+
+
+def train_on_footage(model, optimizer, clips, splits, args, seed):
+    """(held-out PSNR in dB, a mean over clips; steps) after a plain loop of args.minutes: L1 + L2 +
+    1e-5 KL on windows of 9 frames of 32 x 32 px, the learning rate warmed up and let down by the
+    clock. Our model's linear code is fitted within that time."""
+    rows, held_out = splits
+    stream, began = V.Stream(rows, seed), time.perf_counter()
+    rate = SimpleNamespace(lr=args.lr, warmup=50, steps=1000, schedule="cosine")
+
+    def window(row, *purpose):
+        return V.draw_window(clips(row), V.rng(seed, *purpose, row["key"]), 9, 32, model)
+
+    def batch(step):
+        picked = stream.take(8 * step, 8)
+        videos = [window(row, "window", step) for row in picked]
+        shapes = [(model.z_dim, 1 + (T - 1) // 4, H // 8, W // 8)
+                  for _, T, H, W in (video.shape for video in videos)]
+        keys = [row["key"] for row in picked]
+        return videos, V.gaussians("posterior", seed, step, keys, shapes)
+
+    if model.linear is not None:
+        model.linear.fit([window(row, "fit") for row in rows])
+    for step, (videos, noises) in V.prefetch(batch, 0, 10**6):
+        share = (time.perf_counter() - began) / (60 * args.minutes)
+        if share >= 1:
+            break
+        terms = V.losses(V.reconstruct(model, videos, noises))
+        ((terms["l1"] + terms["mse"] + 1e-5 * terms["latent"]) / len(videos)).backward()
+        V.take_step(model, optimizer, V.lr_at(1000 * share, rate))
+    with torch.no_grad():
+        bank = [x[None, :, :17] for x in V.held_out_bank(model, clips, held_out, 0, 24)[1]]
+        found = [V.psnr(model.decode(model.encode(x)[0]), x).item() for x in bank]
+    return float(np.mean(found)), step
+
+
+def muon(model):
+    return V.MuonAdamW(model, plain=("to_pixels", "linear", "conv_out"))
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+
+
+SIDES = {"ours": (lambda: V.Autoencoder(**V.MODELS["vae-xs"]), muon), "theirs": (Theirs, adamw),
+         "theirs-muon": (Theirs, muon)}
+
+
+def bench_footage(args):
+    """Prints held-out PSNR of real footage: our model and optimizer, and diffusers' model with
+    AdamW and with our optimizer, for equal minutes, batches, losses and learning rates."""
+    V.keep_memory()
+    torch.set_num_threads(2)
+    folder, found = V.dataset_dir(args.footage), {side: [] for side in args.sides}
+    rows, clips = V.open_dataset(folder), V.ClipCache(folder)
+    splits = V.split_rows(rows, args.footage)
+    for row in rows:                                     # decoding video is not what is compared
+        clips(row)
+    print(f"{folder}: {len(splits[0])} clips to learn from, {len(splits[1])} held out; "
+          f"{args.minutes:g} min each, lr {args.lr:g}, torch {torch.__version__}, 2 threads")
+    for seed in args.seeds:
+        for side in args.sides:
+            build, optimizer = SIDES[side]
+            torch.manual_seed(seed)
+            model = build()
+            score, steps = train_on_footage(model, optimizer(model), clips, splits, args, seed)
+            found[side].append(score)
+            size = sum(p.numel() for p in model.parameters()) / 1e6
+            print(f"seed {seed}, {side:12} {size:.2f}M parameters, {steps:5d} steps: {score:.2f} dB",
+                  flush=True)
+    for side, scores in found.items():
+        print(f"{side:12} {np.mean(scores):.2f} dB, {min(scores):.2f} to {max(scores):.2f}")
+
+
 def bench_autoencoder(argv):
-    """Prints a table: encoding and decoding, ours and diffusers', each in a process of its own."""
+    """Prints a table: encoding and decoding, ours and diffusers', each in a process of its own; with
+    --footage what both learn in equal time."""
     parser = V.option_parser("Autoencoders beside diffusers' (which must be installed)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=V.number(int, 1), default=3,
                         help="calls of each (%(default)s)")
     parser.add_argument("--dims", type=V.number(int, 8), nargs="+", default=[32, 96],
                         help="base widths (%(default)s)")
+    parser.add_argument("--footage", help="data set to learn from, in the place of the table (none)")
+    parser.add_argument("--minutes", type=V.number(float, 0), default=1.0, help="(%(default)s)")
+    parser.add_argument("--seeds", type=V.number(int, 0), nargs="+", default=[0, 1, 2],
+                        help="(%(default)s)")
+    parser.add_argument("--lr", type=V.number(float, 0, 1), default=4e-3, help="(%(default)s)")
+    parser.add_argument("--sides", choices=SIDES, nargs="+", default=list(SIDES), help="(all)")
     args = parser.parse_args(argv)
+    if args.footage:
+        return bench_footage(args)
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, 2 threads, "
           "fp32")
     print(f"{'autoencoder':34} {'theirs s':>9} {'ours s':>8} {'ratio':>6} {'theirs MiB':>11} "

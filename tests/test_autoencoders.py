@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -114,13 +115,32 @@ def test_tiles_blend_into_the_whole():
     assert steps[0] == 0 and steps[-1] == 32 and steps.diff().abs().max() <= 6   # no seam jumps
 
 
-def test_lpips_is_read_by_its_published_names(tmp_path, capsys):
+def lpips_by_hand(vgg, linear, y, x):
+    """The published formula, a frame of [B, 3, T, H, W] at a time."""
+    shift, scale = (torch.tensor(each)[:, None, None] for each in (
+        (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
+    frames = []
+    for t in range(x.shape[2]):
+        pair, place, total = [(video[:, :, t] - shift) / scale for video in (y, x)], 0, 0
+        for i, widths in enumerate(V.Perceptual.WIDTHS):
+            for _ in widths:
+                weight, bias = (vgg[f"features.{place}.{kind}"] for kind in ("weight", "bias"))
+                pair = [F.conv2d(h, weight, bias, padding=1).clamp(min=0) for h in pair]
+                place += 2
+            a, b = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10) for h in pair)
+            total = total + ((a - b)**2 * linear[f"lin{i}.model.1.weight"]).sum(1).mean((1, 2))
+            pair, place = [F.max_pool2d(h, 2) for h in pair], place + 1
+        frames.append(total)
+    return torch.stack(frames).mean(0)
+
+
+def test_lpips_is_the_published_formula_and_is_read_by_its_published_names(tmp_path, capsys):
     torch.manual_seed(0)
     vgg, place, width = {"classifier.0.weight": torch.zeros(1)}, 0, 3
     for widths in V.Perceptual.WIDTHS:
         for c_out in widths:
             vgg[f"features.{place}.weight"] = torch.randn(c_out, width, 3, 3) / (3 * width**0.5)
-            vgg[f"features.{place}.bias"] = torch.zeros(c_out)
+            vgg[f"features.{place}.bias"] = 0.1 * torch.randn(c_out)
             place, width = place + 2, c_out
         place += 1
     linear = {f"lin{i}.model.1.weight": torch.rand(1, n[0], 1, 1) for i, n in
@@ -132,6 +152,7 @@ def test_lpips_is_read_by_its_published_names(tmp_path, capsys):
     y = (x + 0.3 * torch.randn_like(x)).requires_grad_()
     away = lpips(y, x)
     assert away.shape == (2,) and (away > 1e-3).all() and (lpips(x, x) == 0).all()
+    assert torch.allclose(away, lpips_by_hand(vgg, linear, y, x), rtol=1e-5)
     away.sum().backward()
     assert y.grad.abs().sum() > 0
     del linear["lin3.model.1.weight"]
@@ -266,8 +287,8 @@ def test_a_published_autoencoder_without_a_slash_is_evaluated_twice(place):
     (["--decoder_only"], "--init"),
     (["--init", "nowhere"], "nowhere"),
     (["--init", str(FIXTURES / "clip-text")], "no autoencoder"),
-    (["--init", str(FIXTURES / "sd-vae"), "--model", "vae-s"], "leave --model out"),
-    (["--init", str(FIXTURES / "sd-vae"), "--bottleneck", "vq"], "leave --bottleneck out"),
+    (["--init", str(FIXTURES / "sd-vae"), "--model", "vae-s"], "leave --model and"),
+    (["--init", str(FIXTURES / "sd-vae"), "--bottleneck", "vq"], "--bottleneck out"),
     (["--eval", "--vae", str(FIXTURES / "sd-vae"), "--rfid", str(FIXTURES / "sd-vae/fixture.json")],
      "no TorchScript"),
     (["--where", "flow >"], "flow"),

@@ -197,7 +197,7 @@ def row_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-OPTIONS = ["--videos", "videos", "--meta", "meta.jsonl", "--shard_sources", 6, "--max_seconds", 2,
+OPTIONS = ["--videos", "videos", "--meta", "meta.jsonl", "--shard_sources", 9, "--max_seconds", 2,
            "--near", 0]                     # pictures as plain as these look alike
 
 
@@ -372,11 +372,15 @@ def test_captions_splits_and_labels(rows):
 
 
 def test_metadata_forms(tmp_path):
+    def facts(name):
+        pd.read_metadata([tmp_path / name], name[2:], ["x.mp4"], tmp_path / f"{name}.db")
+        return pd.facts_of(tmp_path / f"{name}.db", name[2:], "x.mp4")[0]
+
     (tmp_path / "a.csv").write_text('video,start,end,caption\nx.mp4,1,2,"[""p"", ""q""]"\nx,,,r\n')
     (tmp_path / "a.tsv").write_text("path\ttext\tsplit\nx.mp4\ta, b\ttest\n")
-    (_, one), (_, two) = pd.read_facts([tmp_path / "a.csv"], "csv")
+    one, two = facts("a.csv")
     assert [one["captions"], two["captions"]] == [["p", "q"], ["r"]]
-    (_, fact), = pd.read_facts([tmp_path / "a.tsv"], "tsv")
+    fact, = facts("a.tsv")
     assert fact["captions"] == ["a, b"] and fact["split"] == "test"
     assert pd.seconds("1:02:03.25") == 3723.25 and pd.seconds("") is None
     (tmp_path / "in/cats").mkdir(parents=True)
@@ -462,7 +466,7 @@ def test_killed_at_any_moment_and_resumed(made):
     for n in range(6):
         going = subprocess.Popen(command, cwd=made, start_new_session=True,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(draw.uniform(0.3, 2.5))
+        time.sleep(draw.uniform(0.3, 1.6))
         if n % 2:
             going.kill()
         else:
@@ -490,8 +494,17 @@ def slow(tmp_path_factory):
     """A video that takes seconds, first in its shard, and one that does not."""
     folder = tmp_path_factory.mktemp("slow")
     (folder / "videos").mkdir()
-    frames = shot(RED, 30, (640, 360)) * 40
-    encode(folder / "videos/a.mp4", frames, crf="30")
+    encode(folder / "unit.mp4", shot(RED, 30, (640, 360)), crf="30")
+    with av.open(str(folder / "videos/a.mp4"), "w") as container, \
+            av.open(str(folder / "unit.mp4")) as unit:                  # a hundred times over
+        stream = container.add_stream_from_template(unit.streams.video[0])
+        packets = [packet for packet in unit.demux(video=0) if packet.size]
+        for n in range(100):
+            for packet in packets:
+                packet.stream = stream
+                container.mux(packet)
+                packet.pts, packet.dts = (at + 30 * packet.duration for at in (
+                    packet.pts, packet.dts))
     encode(folder / "videos/b.mp4", shot(BLUE, 12))
     return folder
 
@@ -514,6 +527,28 @@ def test_a_decoder_that_kills_its_process_costs_one_file(slow):
     assert [(r["source"], r["reason"]) for r in row_lines(slow / "data/crash/rejected.jsonl")] == [
         ("a.mp4", "decoder crashed")]
     assert [row["source"] for row in pd.open_dataset(slow / "data/crash")] == ["b.mp4"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker through /proc")
+def test_a_worker_that_stands_still_costs_one_file(slow):
+    """SIGSTOP is what a decoder that waits for ever looks like from outside."""
+    going = subprocess.Popen([sys.executable, str(SCRIPT), "hang", "--videos", "videos",
+                              "--timeout", "3", "--workers", "1"], cwd=slow,
+                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    stopped = None
+    while stopped is None and going.poll() is None:
+        child = worker_of(going.pid)
+        if child and list((slow / "data/hang").glob(f".shard-*.{child}-*.tar")):
+            time.sleep(0.5)
+            stopped = child
+        time.sleep(0.02)
+    while Path(f"/proc/{stopped}").exists() and going.poll() is None:
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(0.1)
+    assert going.wait(120) == 0 and stopped
+    rejects = row_lines(slow / "data/hang/rejected.jsonl")
+    assert [(r["source"], r["reason"]) for r in rejects] == [("a.mp4", "timed out")]
+    assert [row["source"] for row in pd.open_dataset(slow / "data/hang")] == ["b.mp4"]
 
 
 # -- the demo, small parts, wrong input ------------------------------------------------------------
@@ -572,7 +607,6 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         "no folder": ["x", "--videos", "nowhere"],
         "no videos": ["x", "--videos", tmp_path / "none"],
         "no --videos": ["x"], "no name": [], "bench": ["bench", "--videos", tmp_path / "none"],
-        "few": ["x", "--videos", "videos", "--scores", "few", "--min_flow", 1],
         "crf": ["x", "--videos", "videos", "--crf", 99],
         "nan": ["x", "--videos", "videos", "--min_motion", "nan"],
         "part": ["x", "--videos", "videos", "--part", "3/2"],

@@ -13,25 +13,37 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import prepare_data
+import train_dit
+import train_vae
+
 ROOT = Path(__file__).resolve().parents[1]
 OFTEN = ["--log_every", "1", "--save_every", "2", "--keep", "99"]
 VAE = ["train_vae.py", "demo", "--steps", "4", "--eval_every", "4", "--size", "16", "--frames", "5",
        *OFTEN]
-DIT = ["train_dit.py", "demo", "--steps", "8", "--eval_every", "8", "--row_tokens", "256",
+DIT = ["train_dit.py", "demo", "--steps", "6", "--eval_every", "6", "--row_tokens", "256",
        "--batch_tokens", "768", *OFTEN]              # three rows: the ranks get two and one
 
 
-def start(folder, command, world=1):
-    """The processes of one command, a rank each."""
+def alone(folder, command):
+    """One command on one rank, in this process: to start another takes seconds."""
+    stage = {each.__name__: each for each in (prepare_data, train_dit, train_vae)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stage[Path(command[0]).stem].main(command[1:])
+
+
+def start(folder, command):
+    """The processes of one command on two ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-               WORLD_SIZE=str(world))
+               WORLD_SIZE="2")
     return [subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=folder,
                              env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), text=True,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            for rank in range(world)]
+            for rank in range(2)]
 
 
 def end(processes, status=0):
@@ -63,14 +75,14 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for command in (["prepare_data.py", "demo", "--demo_files", "12"], VAE,
                     ["train_vae.py", "demo", "--encode"]):
-        end(start(folder, command))
+        alone(folder, command)
     return folder
 
 
 @pytest.fixture(scope="module")
 def pair(small):
     """The run of the denoiser on two ranks, unbroken."""
-    end(start(small, [*DIT, "--run", "pair"], 2))
+    end(start(small, [*DIT, "--run", "pair"]))
     return small / "runs/pair"
 
 
@@ -89,22 +101,21 @@ def check_same(one, two, figures):
 
 
 def test_two_ranks_train_the_denoiser_as_one(small, pair):
-    end(start(small, [*DIT, "--run", "alone"]))
+    alone(small, [*DIT, "--run", "alone"])
     check_same(small / "runs/alone", pair, ["loss", "loss_by_t", "fullness", "evenness"])
 
 
 def test_two_ranks_train_the_autoencoder_as_one(small):
-    end(start(small, [*VAE, "--run", "vae-pair"], 2))
+    end(start(small, [*VAE, "--run", "vae-pair"]))
     check_same(small / "runs/demo-vae", small / "runs/vae-pair", ["l1", "mse", "latent"])
 
 
 def test_two_ranks_follow_one_codebook_and_discriminator(small):
     """The gradient's norm is no figure here: the discriminator's pull is scaled by it."""
     more = ["--bottleneck", "vq", "--codes", "32", "--gan", "0.1", "--gan_start", "2"]
-    for run, world in (("vq-alone", 1), ("vq-pair", 2)):
-        end(start(small, [*VAE, *more, "--run", run], world))
-    check_same(small / "runs/vq-alone", small / "runs/vq-pair",
-               ["l1", "mse", "latent"])
+    alone(small, [*VAE, *more, "--run", "vq-alone"])
+    end(start(small, [*VAE, *more, "--run", "vq-pair"]))
+    check_same(small / "runs/vq-alone", small / "runs/vq-pair", ["l1", "mse", "latent"])
 
 
 @pytest.mark.slow
@@ -112,25 +123,25 @@ def test_two_ranks_train_the_prior_as_one(small):
     """On real codes; dropout is a row's own, on whatever rank."""
     prior = ["train_dit.py", "demo", "--vae", "demo-vq", "--model", "gpt-xs", "--steps", "4",
              "--eval_every", "4", "--row_tokens", "256", "--batch_tokens", "768", *OFTEN]
-    for command, world in (
-            (["train_vae.py", "demo", "--run", "demo-vq", "--bottleneck", "vq", "--codes", "64",
-              "--steps", "4", "--eval_every", "4"], 1),
-            (["train_vae.py", "demo", "--encode", "--vae", "demo-vq"], 1),
-            ([*prior, "--run", "prior"], 1), ([*prior, "--run", "prior-pair"], 2)):
-        end(start(small, command, world))
+    for command in (["train_vae.py", "demo", "--run", "demo-vq", "--bottleneck", "vq", "--codes",
+                     "64", "--steps", "4", "--eval_every", "4"],
+                    ["train_vae.py", "demo", "--encode", "--vae", "demo-vq"],
+                    [*prior, "--run", "prior"]):
+        alone(small, command)
+    end(start(small, [*prior, "--run", "prior-pair"]))
     check_same(small / "runs/prior", small / "runs/prior-pair", ["loss", "loss_by_t"])
 
 
 @pytest.mark.slow
 def test_ranks_killed_and_started_again_go_on_with_the_same_bits(small, pair):
     command, run = [*DIT, "--run", "killed"], small / "runs/killed"
-    processes = start(small, command, 2)
+    processes = start(small, command)
     wait_for(processes, (run / "step-000002").exists)
     for process in processes:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert not (run / "step-000008").exists()
-    end(start(small, command, 2))
+    assert not (run / "step-000006").exists()
+    end(start(small, command))
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(pair)]
     assert digests(run) == digests(pair)
 
@@ -138,7 +149,7 @@ def test_ranks_killed_and_started_again_go_on_with_the_same_bits(small, pair):
 @pytest.mark.slow
 def test_sigterm_at_one_rank_saves_and_both_leave_with_143(small):
     command, run = [*DIT, "--run", "stopped", "--steps", "4000"], small / "runs/stopped"
-    processes = start(small, command, 2)
+    processes = start(small, command)
     wait_for(processes, (run / "step-000002").exists)
     processes[1].send_signal(signal.SIGTERM)
     end(processes, 143)
@@ -146,6 +157,6 @@ def test_sigterm_at_one_rank_saves_and_both_leave_with_143(small):
 
 
 def test_fewer_rows_than_ranks_are_refused(small):
-    for error in end(start(small, [*DIT, "--run", "few", "--batch_tokens", "256"], 2), 2):
+    for error in end(start(small, [*DIT, "--run", "few", "--batch_tokens", "256"]), 2):
         assert len(error.splitlines()) == 1 and "--batch_tokens" in error and "2 ranks" in error
     assert not (small / "runs/few").exists()

@@ -25,10 +25,10 @@ def told(folder, form, path, sources):
     database = folder / "facts.db"
     database.unlink(missing_ok=True)
     pd.read_metadata(pd.meta_files(path, form), form, sources, database)
-    facts = {source: list(pd.query(database, "select fact from facts where source = ? "
-                                   "order by rowid", source)) for source in sources}
-    return ({source: mine for source, mine in facts.items() if mine},
-            list(pd.query(database, "select reject from rejects")))
+    lost = [pd.rejection(name, reason, figure=n) for n, reason, name in pd.query(database, None)]
+    found = {source: pd.facts_of(database, form, source) for source in sources}
+    return ({source: facts for source, (facts, _) in found.items() if facts},
+            lost + [one for _, rejects in found.values() for one in rejects])
 
 
 def brief(facts):
@@ -63,7 +63,7 @@ def test_panda70m(tmp_path):
     assert first["scores"] == {"desirable": 1, "matching_score": 0.45} and first["split"] == "test"
     assert second["scores"]["desirable"] == 0
     assert [(r["source"], r["reason"], r["figure"]) for r in rejects] == [
-        ("gone", "missing video", 3), (None, "malformed metadata row", 4)]
+        ("gone", "missing video", 2), (None, "malformed metadata row", 3)]
 
 
 @pytest.mark.parametrize("head", ["videoid,name,page_idx,page_dir,duration,contentUrl",
@@ -292,7 +292,7 @@ def test_bair(tmp_path):
 
 def every(folder, form, path):
     """All that a file tells, as if every video were there, and the number of bad rows."""
-    names = {name for name, _ in pd.read_facts(pd.meta_files(path, form), form) if name}
+    names = {name for *_, name in pd.placed_rows(pd.meta_files(path, form), form, []) if name}
     facts, rejects = told(folder, form, path, sorted(f"{name}.mp4" if pd.bare(name) == name.rsplit(
         "/", 1)[-1] else name.lstrip("./") for name in names))
     return [f for mine in facts.values() for f in mine], facts, len(rejects)
