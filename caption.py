@@ -1433,7 +1433,7 @@ NAMES = [   # of layers, whatever the model: (published, ours), each tried once,
     (r"^decoder\.(embed_tokens|tok_embeddings|wte)\.", "decoder.embed."),
     (r"^decoder\.ln_f\.", "decoder.norm."),
     (r"^(language_model\.|llm\.)?(lm_head|output)\.", "decoder.head."),
-    (r"tower\.(embeddings\.class_embedding|cls_token|patch_embedding\.cls_embedding)$", "tower.cls"),
+    (r"tower\.((patch_)?embeddings?\.(class|cls)_embedding|cls_token)$", "tower.cls"),
     (r"tower\.(embeddings\.patch_embedding|patch_embed(ding)?\.proj|conv1)\.", "tower.patch."),
     (r"tower\.((patch_)?embeddings?\.position_embedding|positional_embedding|pos_embed)(?=\.|$)",
      "tower.position"),
@@ -1538,7 +1538,7 @@ def qwen_tokenizer(path):
     ranks = {base64.b64decode(token): int(rank) for token, rank in
              (line.split() for line in path.read_text().splitlines() if line)}
     part = tokenizers.pre_tokenizers
-    alphabet = part.ByteLevel.alphabet()                 # bytes that are letters stand for themselves
+    alphabet = part.ByteLevel.alphabet()             # bytes that are letters stand for themselves
     order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     letters = dict(zip(order, sorted(alphabet)))
     spelt = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -2307,8 +2307,8 @@ def vlm_writer(name, folder, rows, args, device):
         refuse(f"{name} sees one frame at a time: give --lm DIR, which makes one caption of "
                "several, or --frames uniform:1")
     ask = text_option(args.prompt or STYLES[args.style][0])
-    question, told = ask.replace("{what}", "video" if is_video else "image"), args.summary or SUMMARY
-    told = text_option(told).replace("{ask}", ask.replace("{what}", "video"))
+    question = ask.replace("{what}", "video" if is_video else "image")
+    told = text_option(args.summary or SUMMARY).replace("{ask}", ask.replace("{what}", "video"))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
@@ -2480,8 +2480,8 @@ def tune(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
     folder, rows, held_out = captioned(args)
     is_done, step = is_finished(last_step(run), args), 0
-    model = None if is_done else open_tuned(args.init, args.tune, args.rank, device,
-                                            tokenizer=args.tokenizer)    # refused before run is made
+    if not is_done:                                  # what is refused leaves no run behind
+        model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
         "init": args.init, "tune": args.tune, "rank": args.rank}})
     if is_done:
