@@ -84,7 +84,8 @@ def test_cuts_where_much_stays_are_no_lamps(tmp_path):
     files = pd.demo_files(38)
     for file, first in ((files[31], 2), (files[37], 3)):
         one, two = file["shots"][first:first + 2]
-        scan = scan_of(tmp_path / "a.mp4", [*pd.render_shot(one), *pd.render_shot(two)], file["fps"])
+        frames = [*pd.render_shot(one), *pd.render_shot(two)]
+        scan = scan_of(tmp_path / "a.mp4", frames, file["fps"])
         cuts = pd.find_cuts(scan, 2.25, 0.3)
         assert cuts == [one["frames"]] and pd.find_gradual(scan, file["fps"], cuts) == []
 
@@ -270,14 +271,15 @@ def test_plain_h264_is_copied(tmp_path):
     encode(tmp_path / "in/plain.mp4", frames, fps=25, crf="20")
     encode(tmp_path / "in/box.mov", frames[:30], fps=25, crf="20")
     encode(tmp_path / "in/other_box.mkv", scenery(7, 30), fps=30, crf="20")     # times in ms
+    encode(tmp_path / "in/disorder.avi", scenery(8, 30), fps=25)    # times in order of decoding
     encode(tmp_path / "in/sar.mp4", scenery(4, 30), fps=25, sar=2)
     encode(tmp_path / "in/cut.mp4", scenery(5, 20) + scenery(6, 20), fps=25)
     run(tmp_path, "set", "--videos", "in", "--workers", 1)
     rows = {}
     for row in pd.open_dataset(tmp_path / "data/set"):
         rows.setdefault(row["source"], []).append(row)
-    for name, is_copy in (("plain.mp4", 1), ("box.mov", 1), ("other_box.mkv", 1), ("sar.mp4", 0),
-                          ("cut.mp4", 0)):
+    for name, is_copy in (("plain.mp4", 1), ("box.mov", 1), ("other_box.mkv", 1),
+                          ("disorder.avi", 0), ("sar.mp4", 0), ("cut.mp4", 0)):
         data = pd.read_member(tmp_path / "data/set", rows[name][0])
         assert (b"mbtree=0" not in data) == is_copy, name               # our encoder's mark
     assert len(rows["cut.mp4"]) == 2 and rows["plain.mp4"][0]["frames"] == 40
