@@ -212,7 +212,7 @@ def test_where(capsys):
 
 def test_near_duplicates(tmp_path):
     (tmp_path / "in").mkdir()
-    frames = scenery(1, 50, (1, 1))
+    frames = scenery(1, 30, (1, 1))
     encode(tmp_path / "in/a.mp4", frames, fps=25, crf="30")
     encode(tmp_path / "in/b.mp4", frames, fps=25, crf="1")              # the most bytes: it stays
     grey = [np.repeat(frame.mean(2, keepdims=True), 3, 2).astype(np.uint8) for frame in frames]
@@ -222,8 +222,8 @@ def test_near_duplicates(tmp_path):
     for frame in logo:
         frame[6:20, 6:36] = 255
     encode(tmp_path / "in/logo.mkv", logo, codec="mpeg4", fps=25)
-    for seed in range(2, 8):
-        encode(tmp_path / f"in/other{seed}.mp4", scenery(seed, 50, (1, 1)), fps=25, crf="20")
+    for seed in range(2, 7):
+        encode(tmp_path / f"in/other{seed}.mp4", scenery(seed, 30, (1, 1)), fps=25, crf="20")
     run(tmp_path, "set", "--videos", "in")
     twins = row_lines(tmp_path / "data/set/duplicates.jsonl")
     assert {r["key"].split("-")[0] for r in twins} == {"a", "grey", "crop", "logo"}
