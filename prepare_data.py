@@ -537,10 +537,10 @@ class Scan:
     """What the first pass over a video leaves: a few numbers a frame.
     times [T] s; change [T]: mean difference to the frame before (levels; inf at the start); across
     {frame: least difference from either side of it to the other} and alike {frame: likeness of both
-    sides} of what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny [T, 3, 12, 12]:
-    thumbnails; samples: a Sample each `every` s; bits [T + 1]: of all packets before the frame;
-    sizes {frame: (width, height)} from which the stored size is another; breaks: frames that begin
-    a new shot whatever they show, for their size or after a gap in time."""
+    sides} of what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny
+    [T, 3, 12, 12]: thumbnails; samples: a Sample each `every` s; bits [T + 1]: of all packets
+    before the frame; sizes {frame: (width, height)} from which the stored size is another; breaks:
+    frames that begin a new shot whatever they show, for their size or after a gap in time."""
 
     def __init__(self, video, every=SAMPLE):
         stamps, change, light, spread, bits, tiny = [], [], [], [], [], bytearray()
@@ -1386,7 +1386,8 @@ def copied(video, scan, clips, options):
                     one.pts, one.dts, one.stream = one.pts - shift, one.dts - shift, to
                     target.mux(one)
                 early = []
-        if sum(1 for _ in Video(out, video.beat)) != n:
+        stamps = [frame.pts for frame in Video(out, video.beat)]
+        if len(stamps) != n or min(np.diff(stamps), default=1) <= 0:    # AVI's times of B-frames
             return None
     except (FFmpegError, TypeError, ValueError, Unreadable):    # no times; not to be in an MP4
         return None

@@ -460,10 +460,11 @@ def test_workers_and_parts_give_the_same_bytes(made):
     shutil.rmtree(made / "data/parts"), shutil.rmtree(made / "data/one")
 
 
-def test_killed_at_any_moment_and_resumed(made):
+@pytest.mark.parametrize("n_kills", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_resumed(made, n_kills):
     """kill -9 of everything, or of the parent alone, whose children must follow it."""
     draw, command = random.Random(1), [sys.executable, str(SCRIPT), "killed", *map(str, OPTIONS)]
-    for n in range(6):
+    for n in range(n_kills):
         going = subprocess.Popen(command, cwd=made, start_new_session=True,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(0.3, 1.6))
