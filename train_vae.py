@@ -1118,7 +1118,7 @@ class Autoencoder(nn.Module):
         x = z if self.unquant is None else self.unquant(z, state)
         x = torch.cat(stream(self.decoder, self.to_pixels, self.decoder_norm, x, state), 2)
         if self.patch > 1:
-            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT
+            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT.contiguous()
         return x if self.linear is None else x + self.linear.decode(z, state)
 
 
