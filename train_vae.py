@@ -839,11 +839,12 @@ def regroup(pieces, growth):
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
         most = max(1, piece.shape[2] if torch.is_grad_enabled() else
                    int(max(ROOM, 2 * frame) / growth // frame))
-        for part in piece.split(most, 2):
+        while piece.shape[2]:
+            part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
             held, n = held + [part], n + part.shape[2]
-            if n and n >= most:
-                yield torch.cat(held, 2) if len(held) > 1 else part
-                held, n = [], 0
+            if n == most:
+                part, held, n = torch.cat(held, 2) if len(held) > 1 else part, [], 0
+                yield part
     if n:
         yield torch.cat(held, 2)
 
