@@ -841,11 +841,12 @@ def regroup(pieces, growth):
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
         most = max(1, piece.shape[2] if torch.is_grad_enabled() else
                    int(max(ROOM, 2 * frame) / growth // frame))
-        for part in piece.split(most, 2):
+        while piece.shape[2]:
+            part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
             held, n = held + [part], n + part.shape[2]
-            if n and n >= most:
-                yield torch.cat(held, 2) if len(held) > 1 else part
-                held, n = [], 0
+            if n == most:
+                part, held, n = torch.cat(held, 2) if len(held) > 1 else part, [], 0
+                yield part
     if n:
         yield torch.cat(held, 2)
 
@@ -1120,7 +1121,7 @@ class Autoencoder(nn.Module):
         x = z if self.unquant is None else self.unquant(z, state)
         x = torch.cat(stream(self.decoder, self.to_pixels, self.decoder_norm, x, state), 2)
         if self.patch > 1:
-            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT
+            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT.contiguous()
         return x if self.linear is None else x + self.linear.decode(z, state)
 
 
