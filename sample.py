@@ -892,7 +892,8 @@ button {{ font: 13px system-ui, sans-serif; margin-left: 8px; padding: 3px 10px;
   background: #2b2f37; border: 1px solid #454b57; border-radius: 4px }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px }}
 figure {{ margin: 0; background: #22252b; border-radius: 6px; overflow: hidden }}
-video, img {{ display: block; width: 100%; image-rendering: {rendering}; background: #000 }}
+video, img {{ display: block; width: 100%; aspect-ratio: 3 / 2; object-fit: contain;
+  image-rendering: {rendering}; background: #000 }}
 figcaption {{ padding: 8px 10px }}
 small {{ color: #8d939e; display: block; overflow-wrap: anywhere }}
 a {{ color: #8ab4f8 }}</style></head><body>
