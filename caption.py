@@ -84,6 +84,7 @@ from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, ch
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
+WORDS, BLANK = 2.0, 0.3     # while it learns: weight of the words' loss, share of tokens hidden
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -124,8 +125,8 @@ def encode(tokenizer, text, most):
 
 
 def pad(lists):
-    """int64 [B, L] of B lists of ids."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in lists], True, PAD)
+    """[B, L, …] of B lists or tensors [L, …] of any lengths, with zeros (PAD) behind them."""
+    return nn.utils.rnn.pad_sequence([torch.as_tensor(each) for each in lists], True, PAD)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,14 +156,12 @@ class Stack:
     bias: bool = True           # of the linear layers
     scale: float | None = None  # of the attention's scores; None: head dim^-0.5
     qkv_bias: bool | None = None    # of q, k and v; None: as bias
-    qk_norm: str = ""           # RMSNorm of q and k before they turn: of each "head", or "full"
+    qk_norm: bool = False       # RMSNorm of each head's q and k before they turn
     post_norm: bool = False     # the norms come after attention and MLP, within the branches
-    layer_scale: bool = False   # each branch is times a learned vector
-    branch: float = 1.0         # and times this
+    branch: float = 1.0         # each branch is times this
     window: int = 0             # how many tokens each one sees, itself included; 0: all
     scaling: tuple = ()         # of rotary positions, Llama 3.1's: factor, low, high, old length
     sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
-    interleaved: bool = False   # of the sections: t y x t y x …, not one after another
     trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
     expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
     linear: type = nn.Linear    # train_vae's Linear is faster where layers are wide
@@ -202,9 +201,6 @@ def rotary(positions, stack, prompts=None):
     angles = positions[..., None].float() * turns
     if stack.sections:
         axis = torch.arange(3, device=i.device).repeat_interleave(torch.tensor(stack.sections))
-        if stack.interleaved:
-            j, n = torch.arange(len(i)), 3 * torch.tensor(stack.sections)
-            axis = torch.where(j < n[j % 3], j % 3, 0)
         angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
     return angles.cos(), angles.sin()
 
@@ -233,10 +229,7 @@ class Layer(nn.Module):
         self.gate = linear(width, ffn) if stack.glu else None
         self.up, self.down = linear(width, ffn), linear(ffn, width)
         if stack.qk_norm:
-            sizes = (inner, shared) if stack.qk_norm == "full" else 2 * [stack.head_dim]
-            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=stack.eps) for size in sizes)
-        if stack.layer_scale:
-            self.scale1, self.scale2 = nn.Embedding(1, width), nn.Embedding(1, width)
+            self.q_norm, self.k_norm = (nn.RMSNorm(stack.head_dim, eps=stack.eps) for _ in "qk")
         if stack.expert:
             self.expert = nn.ModuleDict({
                 name: type(f)(f.in_features, f.out_features, f.bias is not None)
@@ -260,16 +253,13 @@ class Layer(nn.Module):
     def attend(self, x, turn, cu, cache, bias, image):
         stack = self.stack
         q, k, v = (self.linear(name, x, image) for name in "qkv")
-        if stack.qk_norm == "full":
-            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.unflatten(-1, (-1, stack.head_dim)) for y in (q, k, v))
-        if stack.qk_norm == "head":
+        if stack.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, *turn[:2]), rotate(k, *turn[:2])            # [B, N, A or KV, E]
             q = q * turn[2][..., None, None].to(q.dtype) if turn[2:] else q
-        if cu is not None:                                               # packed: [L, A or KV, E]
-            k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
+        if cu is not None:                                               # packed: [L, A, E]
             o = attention(q, k, v, cu, cu, stack.scale).flatten(1)
             return self.linear("out", o, image)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -288,11 +278,6 @@ class Layer(nn.Module):
         h = act(up) if self.gate is None else act(self.linear("gate", x, image)) * up
         return self.linear("down", h, image)
 
-    def scaled(self, n, h):
-        if self.stack.layer_scale:
-            return h * getattr(self, f"scale{n}").weight[0]
-        return h if self.stack.branch == 1 else h * self.stack.branch
-
     def forward(self, x, turn=None, cu=None, cache=None, bias=None, image=None):
         """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' (cos, sin), and
         perhaps a factor of the queries; bias: [B or 1, A or 1, N, N], float32, added to the
@@ -301,8 +286,9 @@ class Layer(nn.Module):
         if stack.post_norm:
             x = x + self.norm1(self.attend(x, turn, cu, cache, bias, image))
             return x + self.norm2(self.mlp(x, image))
-        x = x + self.scaled(1, self.attend(self.norm1(x), turn, cu, cache, bias, image))
-        return x + self.scaled(2, self.mlp(self.norm2(x), image))
+        h = self.attend(self.norm1(x), turn, cu, cache, bias, image)
+        x = torch.add(x, h, alpha=stack.branch)
+        return torch.add(x, self.mlp(self.norm2(x), image), alpha=stack.branch)
 
 
 class Cache:
@@ -466,11 +452,15 @@ class Tower(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over vectors: embedded tokens, or whatever is to be read first."""
 
-    def __init__(self, stack, vocab, scale=1.0):
+    def __init__(self, stack, vocab, scales=(1.0, 1.0)):
         super().__init__()
         self.stack, self.embed = stack, nn.Embedding(vocab, stack.width)
         self.layers, self.norm = stack.layers(), stack.make_norm()
-        self.head, self.scale = stack.linear(stack.width, vocab, bias=False), scale
+        self.head, self.scales = stack.linear(stack.width, vocab, bias=False), scales
+
+    def read(self, ids):
+        """Ids, a list or nested lists, as vectors."""
+        return self.embed(torch.tensor(ids, device=self.embed.weight.device)) * self.scales[0]
 
     def forward(self, x, positions, cache=None, image=None, prompts=None):
         """x [B, L, D] at positions [L] or [B, L] (with sections [3, B, L]) -> hidden states
@@ -488,7 +478,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, h):
-        return self.head(h * self.scale)
+        return self.head(h * self.scales[1])
 
 
 class Request(NamedTuple):
@@ -508,12 +498,19 @@ class Row:
         self.draws = rng(seed, "token", 0, request.key).random(most)
 
 
+def side_by_side(requests):
+    """(x [B, L, D], positions [B, L] or [3, B, L], image [B, L] or None) of requests, padded at
+    the end, where a causal model does not see it."""
+    places = pad(request.positions.movedim(-1, 0) for request in requests)
+    return (pad(request.x for request in requests),
+            places.movedim(-1, 0) if places.dim() > 2 else places,
+            None if requests[0].image is None else pad(request.image for request in requests))
+
+
 def begin(decoder, cache, slots, rows):
     """Reads the prompts of `rows` into their slots of the cache; their last hidden states [B, D].
-    Texts of different length are padded at the end, where a causal model does not see it. What all
-    prompts begin with is read once."""
-    x, device = [row.request.x for row in rows], decoder.embed.weight.device
-    lengths, width = [len(each) for each in x], rows[0].request.positions.dim()
+    What all prompts begin with is read once."""
+    lengths = [len(row.request.ids) for row in rows]
     if cache.prefix is None:
         texts = [[str(i) for i in row.request.ids] for row in rows]
         shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
@@ -530,14 +527,10 @@ def begin(decoder, cache, slots, rows):
             cache.fit(layer, both)[:, slots, :, :start] = both
     else:
         start = 0
-    places = nn.utils.rnn.pad_sequence([row.request.positions.movedim(-1, 0) for row in rows], True)
-    image = None
-    if decoder.stack.expert:
-        image = nn.utils.rnn.pad_sequence([row.request.image for row in rows], True)[:, start:]
-    x = nn.utils.rnn.pad_sequence(x, True)[:, start:]
-    cache.aim(slots, start, x.shape[1])
-    h = decoder(x, (places if width == 1 else places.movedim(-1, 0))[..., start:], cache, image,
-                torch.tensor(lengths, device=device))
+    x, places, image = side_by_side([row.request for row in rows])
+    cache.aim(slots, start, x.shape[1] - start)
+    h = decoder(x[:, start:], places[..., start:], cache,
+                None if image is None else image[:, start:], torch.tensor(lengths, device=x.device))
     for slot, length in zip(slots, lengths):
         cache.lengths[slot] = length
     return h[range(len(rows)), [length - start - 1 for length in lengths]]
@@ -562,7 +555,7 @@ def choose(logits, draws, temperature, top_p, vocab):
 
 @torch.no_grad()
 def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=0.0, top_p=1.0,
-             seed=0, vocab=None, scale=1.0):
+             seed=0, vocab=None):
     """Yields (request, ids, mean log-probability) of each request as its text ends: at a token of
     `stop`, which ids leave out, where is_over(ids) says so, or after `most` tokens. `batch` rows at
     a time are written together; one that ends makes room for the next request, whose prompt is read
@@ -584,8 +577,8 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
             if not rows:
                 return
             cache.aim()
-            slots, device = list(range(len(rows))), decoder.embed.weight.device
-            x = decoder.embed(torch.tensor([[row.ids[-1]] for row in rows], device=device)) * scale
+            slots, x = list(range(len(rows))), decoder.read([[row.ids[-1]] for row in rows])
+            device = x.device
             at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=device)
             prompts = torch.tensor([len(row.request.ids) for row in rows], device=device)
             h = decoder(x, at.expand(3, -1, 1) if decoder.stack.sections else at, cache, None,
@@ -696,12 +689,12 @@ def to_input(frames):
     return normalise(frames.movedim(-1, -3).float() / 255)
 
 
-def draw_jitter(random, strength):
+def draw_jitter(random):
     """How a clip is varied, alike in all its frames: float32 [8] of log zoom, shift x, y (half
     sides), log gain, level, and a tint of red, green, blue (normalised levels)."""
     most = np.array([0.3, 0.25, 0.25, 0.2, 0.2], np.float32)
     draws = [random.uniform(-1, 1, 5) * most, random.standard_normal(3) * 0.2]
-    return strength * np.concatenate(draws).astype(np.float32)
+    return np.concatenate(draws).astype(np.float32)
 
 
 def vary(frames, jitter):
@@ -740,17 +733,16 @@ def draw_batch(rows, frames, texts, args, step):
         def random(purpose, key=row["key"]):
             return rng(args.seed, purpose, step, key)
         start = random("window")
-        part = 1 - 0.3 * min(1, args.vary) * start.random()
+        part = 1 - 0.3 * start.random()
         start = (1 - part) * start.random()
         views.append(frames(row["key"], start, start + part))
-        jitters.append(draw_jitter(random("jitter"), args.vary))
+        jitters.append(draw_jitter(random("jitter")))
         noises.append(random("noise").standard_normal(views[-1].shape, np.float32))
         ids.append(texts(pick_caption(row, args, step)["text"]))
-        blanks.append(torch.from_numpy(random("blank").random(len(ids[-1]) - 1) < args.blank))
+        blanks.append(random("blank").random(len(ids[-1]) - 1) < BLANK)
     noise = torch.from_numpy(np.stack(noises)).movedim(-1, -3)
     return Batch([row["key"] for row in rows], torch.from_numpy(np.stack(views)),
-                 torch.from_numpy(np.stack(jitters)), noise, pad(ids),
-                 nn.utils.rnn.pad_sequence(blanks, True))
+                 torch.from_numpy(np.stack(jitters)), noise, pad(ids), pad(blanks))
 
 
 def losses(model, x, ids, blank=None):
@@ -878,9 +870,9 @@ def train(args, run):
 
     def learn(step, drawn):
         keys, view, jitter, noise, ids, blank = drawn.to(device)
-        x = vary(view, jitter) + 0.15 * args.vary * noise
+        x = vary(view, jitter) + 0.15 * noise
         loss, words = losses(model, x, ids, blank) / (args.batch * length)
-        (loss + args.words * words).backward()
+        (loss + WORDS * words).backward()
         norm = take_step(model, optimizer, lr_at(step, args))
         return {"loss": loss.detach(), "words": words.detach()}, norm, keys
 
@@ -900,12 +892,18 @@ def train(args, run):
 # ------------------------------------------------------------------------------------------------
 
 
-def load_captioner(name, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a trained run's newest checkpoint."""
-    run = run_dir(name)
+def finished(run):
+    """(config, newest checkpoint's folder) of a captioner's run; refuses one that goes on."""
     config, step = read_config(run, "captioner"), last_step(run)
     if not is_finished(step, argparse.Namespace(**config["args"])):
         refuse(f"{run} has not finished training: run its caption.py --train command again")
+    return config, step
+
+
+def load_captioner(name, device="cpu"):
+    """(model in eval mode, tokenizer, config) of a trained run's newest checkpoint."""
+    run = run_dir(name)
+    config, step = finished(run)
     tokenizer = open_tokenizer(run / "tokenizer.json")
     model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
     model.load_state_dict(load_file(step / "model.safetensors"))
@@ -924,14 +922,10 @@ def resume(part, keys, block):
     """Cuts a .part file to the whole blocks of clips that it holds, in the order of `keys`, and
     returns how many clips these are. Blocks stay as they were, so that a resumed file has the same
     bytes; a torn last line goes, and so does a file that was begun for other clips."""
-    n, lines = 0, part.read_bytes().split(b"\n")[:-1] if part.exists() else []
-    for line, key in zip(lines, keys):
-        try:
-            if json.loads(line)["key"] != key:
-                break
-        except ValueError:
-            break
-        n += 1
+    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
+    n = len(list(itertools.takewhile(
+        lambda pair: pair[0].startswith(json_line({"key": pair[1]})[:-2].encode()),
+        zip(lines, keys))))
     n = n if n == len(keys) else n - n % block
     if part.exists():
         os.truncate(part, sum(len(line) + 1 for line in lines[:n]))
@@ -984,14 +978,12 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                 file.flush()
                 bar.update()
                 key = next(waiting, None)
-        os.fsync(file.fileno())
     written = read_rows(part)
-    if any("rejected" in row for row in written):
-        write_rows(rejected_path(path), [row for row in written if "rejected" in row])
-        write_rows(path, [row for row in written if "rejected" not in row])
-        part.unlink()
-    else:
-        os.replace(part, path)
+    rejected = [row for row in written if "rejected" in row]
+    if rejected:
+        write_rows(rejected_path(path), rejected)
+    write_rows(path, [row for row in written if "rejected" not in row])
+    part.unlink()
 
 
 def rejected_path(path):
@@ -1006,6 +998,8 @@ def caption(args):
     config = run_dir(vlm) / "config.json"
     config = read_published(config) if config.exists() else {"kind": "captioner", "model": {}}
     is_own = "kind" in config and "init" not in config.get("model", {})
+    if is_own and (args.lm or args.frames or args.prompt):
+        refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
     run = args.source or (run if is_own else f"{run}-{args.style}")
     load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
     scorer = Scorer(args, folder, rows, device) if args.clip else None
@@ -1122,7 +1116,8 @@ def evaluate(path, rows, texts):
     references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
                   if row["key"] in texts and row["captions"]}
     if not references:
-        refuse("--eval: no clip has both kinds of captions: give --all, too")
+        refuse("--eval: no clip with captions of its own has got one that will do: give --all, or "
+               "look at the rejected ones")
     scores = score_captions({key: texts[key] for key in references}, references)
     figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
                **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),
@@ -1215,46 +1210,6 @@ def clean_prompt(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
-def clip_tokenizer(folder):
-    """CLIP's BPE from its two older files."""
-    part, words = tokenizers.pre_tokenizers, tokenizers.normalizers
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>",
-        unk_token="<|endoftext|>"))
-    tokenizer.normalizer = words.Sequence([
-        words.NFC(), words.Replace(tokenizers.Regex(r"\s+"), " "), words.Lowercase()])
-    tokenizer.pre_tokenizer = part.Sequence([
-        part.Split(tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"),
-                   "removed", invert=True), part.ByteLevel(add_prefix_space=False)])
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    return tokenizer
-
-
-def open_tokens(folder, is_clip):
-    """(text -> ids, ids before each text, id after it, id of padding) of a published tokenizer.
-    T5's spiece.model comes first: tokenizer.json may have lost the bytes that spell rare signs."""
-    marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
-    if not is_clip and (folder / "spiece.model").exists():
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-        return pieces.encode, [], pieces.eos_id(), max(0, pieces.pad_id())
-    if (folder / "tokenizer.json").exists():
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    elif is_clip and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        tokenizer = clip_tokenizer(folder)
-    else:
-        refuse(f"{folder} has no tokenizer: neither tokenizer.json nor "
-               + ("vocab.json with merges.txt" if is_clip else "spiece.model"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        told = read_published(folder / name).get("pad_token") if (folder / name).exists() else None
-        marks[-1] = told["content"] if isinstance(told, dict) else told or marks[-1]
-    *begin, end, pad = map(tokenizer.token_to_id, marks)
-    if None in (*begin, end, pad):
-        refuse(f"{folder}: the tokenizer lacks one of {', '.join(marks)}")
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, begin, end, pad
-
-
 def distance_buckets(n, buckets, furthest):
     """int64 [n, n]: the row of T5's table for query i and key j. Half of the rows are for keys that
     come later; of each half the first half is for one distance each, the others widen with its
@@ -1295,6 +1250,18 @@ class TextEncoder(nn.Module):
             before, x = x, layer(x, bias=bias)                           # [B, L, D]
         return self.norm(x), before
 
+    def read_tokenizer(self, folder):
+        """Sets `split`, text -> ids, and the ids before a text, after it, and of padding."""
+        tokens, is_clip = Tokens(folder), self.position is not None
+        marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            told = read_published(folder / name).get("pad_token") if (folder / name).exists() else 0
+            marks[-1] = told["content"] if isinstance(told, dict) else told or marks[-1]
+        *self.begin, self.after, self.padding = map(tokens.id, marks)
+        if None in (*self.begin, self.after, self.padding):
+            refuse(f"{folder}: the tokenizer lacks one of {', '.join(marks)}")
+        self.split = tokens.encode
+
     def pooled(self, ids, hidden):
         """[B, D]: CLIP's hidden state at the first end of each text. Configs that say 2, which is
         not its id, mean the largest id."""
@@ -1303,14 +1270,15 @@ class TextEncoder(nn.Module):
 
     def ids(self, texts, max_length=None):
         """(ids, mask), int64 [B, max_length]: texts with their marks, cut and padded."""
-        most, (split, begin, end, pad), rows = max_length or self.max_length, self.tokens, []
+        most, rows = max_length or self.max_length, []
         if self.position is not None and most > self.max_length:
             raise ValueError(f"max_length {most}: this encoder has {self.max_length} positions")
         for text in texts:
-            ids = begin + split(clean_prompt(text) if self.is_wan else text)
-            rows.append(ids[:most - 1] + [end])
+            ids = self.begin + self.split(clean_prompt(text) if self.is_wan else text)
+            rows.append(ids[:most - 1] + [self.after])
         mask = torch.arange(most) < torch.tensor([[len(row)] for row in rows])
-        return torch.tensor([row + [pad] * (most - len(row)) for row in rows]), mask.long()
+        padded = [row + [self.padding] * (most - len(row)) for row in rows]
+        return torch.tensor(padded), mask.long()
 
     @torch.no_grad()
     def encode(self, texts, max_length=None, batch=8):
@@ -1388,7 +1356,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
     load_strictly(model, weights or read_tensors(where),
                   *patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED)),
                   dtype, device, where)
-    model.tokens, model.is_wan = open_tokens(tokens, is_clip), is_wan
+    model.read_tokenizer(tokens)
+    model.is_wan = is_wan
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
     for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
         digest.update(tensor.flatten()[:4096].float().cpu().numpy().tobytes())
@@ -1449,29 +1418,25 @@ class TextEmbeddings:
 
 NAMES = [   # of layers, whatever the model: (published, ours), each tried once, in this order
     (r"\.(?:transformer\.)?(?:encoder\.)?(?:layers?|h|blocks|resblocks)\.(\d+)\.", r".layers.\1."),
-    (r"(input_layernorm|attention_norm|ln_1|layer_norm1|layernorm_before)\.", "norm1."),
-    (r"(post_attention_layernorm|ffn_norm|ln_2|layer_norm2|layernorm_after)\.", "norm2."),
+    (r"(input_layernorm|attention_norm|ln_1|layer_norm1)\.", "norm1."),
+    (r"(post_attention_layernorm|ffn_norm|ln_2|layer_norm2)\.", "norm2."),
     (r"(self_attn|attention|attn)\.([qk]_norm)\.", r"\2."),
     (r"(self_attn|attention|attn)\.([qkv])_(?:proj\.)?", r"\2."),
-    (r"(self_attn\.(o_proj|out_proj)|attention\.(wo|dense|projection_layer)|"
-     r"attn\.(c_proj|out_proj|proj))\.", "out."),
+    (r"(attention\.(wo|dense)|(self_)?attn\.(o_proj|c_proj|out_proj|proj))\.", "out."),
     (r"(attention\.query_key_value|attn\.(c_attn|in_proj|qkv))[._]", "qkv."),
     (r"attention\.wqkv\.", "qkv_kv."), (r"mlp\.(w2|gate_proj)\.", "gate."),
-    (r"mlp\.(w1|up_proj|fc1|c_fc|linear_fc1)\.", "up."),
-    (r"mlp\.(down_proj|c_proj|fc2|linear_fc2)\.", "down."),
+    (r"mlp\.(w1|up_proj|fc1|c_fc)\.", "up."),
+    (r"mlp\.(down_proj|c_proj|fc2)\.", "down."),
     (r"feed_forward\.w(\d)\.", lambda found: ("gate.", "down.", "up.")[int(found[1]) - 1]),
-    (r"\.(?:ls|lambda_)([12])$", r".scale\1"),
     (r"^(?:language_model\.model|model\.language_model|llm\.model|transformer|model)\."
      r"(layers|norm|ln_f|embed_tokens|tok_embeddings|wte)\.", r"decoder.\1."),
     (r"^decoder\.(embed_tokens|tok_embeddings|wte)\.", "decoder.embed."),
     (r"^decoder\.ln_f\.", "decoder.norm."),
     (r"^(language_model\.|llm\.)?(lm_head|output)\.", "decoder.head."),
-    (r"tower\.(embeddings\.(class_embedding|cls_token)|cls_token|patch_embedding\.cls_embedding)$",
-     "tower.cls"),
-    (r"tower\.(embeddings\.(patch_embeddings?(\.projection)?)|patch_embed(ding)?\.proj|conv1)\.",
-     "tower.patch."),
-    (r"tower\.(embeddings\.position_embeddings?|patch_embedding\.position_embedding|"
-     r"positional_embedding|pos_embed)(?=\.|$)", "tower.position"),
+    (r"tower\.((patch_)?embeddings?\.(class|cls)_embedding|cls_token)$", "tower.cls"),
+    (r"tower\.(embeddings\.patch_embedding|patch_embed(ding)?\.proj|conv1)\.", "tower.patch."),
+    (r"tower\.((patch_)?embeddings?\.position_embedding|positional_embedding|pos_embed)(?=\.|$)",
+     "tower.position"),
     (r"tower\.(pre_layrnorm|ln_pre)\.", "tower.pre."),
     (r"tower\.(post_layernorm|norm)\.", "tower.post.")]
 CLIP_TOWER = (r"^(?:model\.|vit\.)*(?:vision_tower\.)*(?:vision_model\.)?"
@@ -1514,29 +1479,31 @@ def to_ours(weights, model, names):
 
 
 class Tokens:
-    """A published tokenizer: tokenizer.json, tokenizer.model or qwen.tiktoken. Every text begins
-    with the ids in `first`."""
+    """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model or qwen.tiktoken. Every
+    text begins with the ids in `first`. (T5's tokenizer.json may have lost the bytes that spell
+    rare signs, so that its pieces come first.)"""
 
     def __init__(self, folder):
         told = folder / "tokenizer_config.json"
         told = read_published(told) if told.exists() else {}
         self.template, self.pieces, self.added = str(told.get("chat_template", "")), None, {}
-        if (folder / "tokenizer.json").exists():
-            self.table = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        names = "spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken"
+        path = next((folder / name for name in names if (folder / name).exists()), None)
+        if path is None:
+            refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
+                   "--tokenizer names a folder that has one")
+        if path.suffix == ".json":
+            self.table = tokenizers.Tokenizer.from_file(str(path))
             self.table.no_truncation()
             self.table.no_padding()
             self.first = self.table.encode("").ids
-        elif (folder / "tokenizer.model").exists():
-            self.pieces = sentencepiece.SentencePieceProcessor(
-                model_file=str(folder / "tokenizer.model"))
+        elif path.suffix == ".model":
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
             added = told.get("added_tokens_decoder", {})
             self.added = {token["content"]: int(i) for i, token in added.items()}
             self.first = [self.pieces.bos_id()] if told.get("add_bos_token", True) else []
-        elif (folder / "qwen.tiktoken").exists():
-            self.table, self.first = qwen_tokenizer(folder / "qwen.tiktoken"), []
         else:
-            refuse(f"{folder} has no tokenizer: neither tokenizer.json, tokenizer.model nor "
-                   "qwen.tiktoken; --tokenizer names a folder that has one")
+            self.table, self.first = qwen_tokenizer(path), []
 
     def __len__(self):
         if self.pieces:
@@ -1566,30 +1533,18 @@ class Tokens:
 
 
 def qwen_tokenizer(path):
-    """Qwen 1's byte-level BPE from its list of tokens by rank: a token's merge is what the merges
-    of lower rank leave of it."""
+    """Qwen 1's byte-level BPE from its list of tokens by rank: any two tokens that together are a
+    third one merge, those of lowest rank first."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in
              (line.split() for line in path.read_text().splitlines() if line)}
-    whole = {*range(33, 127), *range(161, 173), *range(174, 256)}        # bytes that are letters
-    letters = dict(zip([*sorted(whole), *sorted(set(range(256)) - whole)],
-                       map(chr, [*sorted(whole), *range(256, 512)])))
-
-    def spell(token):
-        return "".join(letters[byte] for byte in token)
-
-    merges = []
-    for token, rank in ranks.items():
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = pairs.index(min(pairs))
-            if pairs[i] >= rank:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        merges += [tuple(map(spell, parts))] if len(parts) == 2 else []
-    table = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {spell(token): rank for token, rank in ranks.items()}, merges))
     part = tokenizers.pre_tokenizers
+    alphabet = part.ByteLevel.alphabet()             # bytes that are letters stand for themselves
+    order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
+    letters = dict(zip(order, sorted(alphabet)))
+    spelt = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    merges = [(token[:i], token[i:]) for token in sorted(spelt, key=spelt.get)
+              for i in range(1, len(token)) if token[:i] in spelt and token[i:] in spelt]
+    table = tokenizers.Tokenizer(tokenizers.models.BPE(spelt, merges))
     table.normalizer, table.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
     table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -1620,9 +1575,9 @@ def language_stack(config, **more):
         rope=float(config.get("rope_theta") or rope.get("rope_theta", 1e4)),
         eps=config.get("rms_norm_eps", 1e-6), act=config.get("hidden_act", "silu"),
         head=config.get("head_dim") or 0, bias=False,
-        qkv_bias=str(kind).startswith("qwen2"), qk_norm="head" if "qwen3" in str(kind) else "",
-        window=window or 0, scaling=tuple(scaling), sections=tuple(rope.get("mrope_section", ())),
-        interleaved=bool(rope.get("mrope_interleaved")), linear=Linear), **more})
+        qkv_bias=str(kind).startswith("qwen2"), qk_norm=kind == "qwen3", window=window or 0,
+        scaling=tuple(scaling), sections=tuple(rope.get("mrope_section", ())), linear=Linear),
+        **more})
 
 
 class Sight(nn.Module):
@@ -2108,7 +2063,7 @@ class VLM(nn.Module):
         self.tower = None if is_lm else plan.tower()
         self.video_tower = plan.video_tower() if plan.video_tower else None
         self.connector = None if is_lm else plan.connector()
-        self.decoder = Decoder(plan.stack, plan.vocab, plan.scales[1])
+        self.decoder = Decoder(plan.stack, plan.vocab, plan.scales)
 
     def prompt(self, question):
         """The text that the model is asked with: a NUL stands for what it sees."""
@@ -2167,11 +2122,10 @@ class VLM(nn.Module):
             blocks = [torch.cat(blocks)]
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
-        ids = torch.tensor([i for i, n in runs for _ in range(n)])
-        image, device = ids < 0, self.decoder.embed.weight.device
-        x = self.decoder.embed(ids.clamp(min=0).to(device)) * self.plan.scales[0]
+        ids = [i for i, n in runs for _ in range(n)]
+        x, image = self.decoder.read([max(0, i) for i in ids]), torch.tensor(ids) < 0
         if blocks:
-            x[image.to(device)] = torch.cat(blocks).to(x)
+            x[image.to(x.device)] = torch.cat(blocks).to(x)
         positions, seen = torch.arange(len(ids)), image.clone()
         if self.plan.stack.sections:
             positions = self.grid_positions(runs, pixels, seconds)
@@ -2180,7 +2134,7 @@ class VLM(nn.Module):
             positions = torch.where(positions < last, positions.clamp(max=first + 1),
                                     positions - last + first + 2)
             seen[last] = False                           # the end mark passes as text
-        return Request(key, ids.tolist(), x, positions.to(device), seen.to(device))
+        return Request(key, ids, x, positions.to(x.device), seen.to(x.device))
 
     def grid_positions(self, runs, pixels, seconds):
         """int64 [3, n], Qwen2-VL's: text counts on alike in all three; what is seen has time, row
@@ -2207,7 +2161,7 @@ class VLM(nn.Module):
             return any(name in self.tokens.decode(ids[-16:]) for name in names)
         for request, ids, score in generate(
                 self.decoder, requests, batch, most, self.stop, is_over if names else None,
-                temperature, top_p, seed, len(self.tokens), self.plan.scales[0]):
+                temperature, top_p, seed, len(self.tokens)):
             text = self.tokens.decode(ids)
             for name in names:
                 text = text.split(name)[0]
@@ -2224,9 +2178,10 @@ def stop_ids(folder, config, tokens, names):
     return {i for i in flat if i is not None}
 
 
-def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
+def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None):
     """The VLM of a published folder; its family and sizes are read from there. Weights are mapped
-    from the files. An unknown family is refused with what was missing."""
+    from the files. An unknown family is refused with what was missing; so is one that does not see
+    where one that `sees` is wanted, or the other way round."""
     path = Path(path)
     config = read_published(path / "config.json")
     made_by = (config.get("architectures") or ["?"])[0]
@@ -2248,6 +2203,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None):
         refuse(f"{path}: {error} is missing, of the config or of the weights")
     except ValueError as error:
         refuse(f"{path}: {error}")
+    if sees is not None and sees != (plan.tower is not None):
+        refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
+               f"{path} is a captioner: give a language model alone")
     found = to_ours(weights, model, plan.names)
     found.setdefault("decoder.head.weight", found.get("decoder.embed.weight"))
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
@@ -2312,12 +2270,10 @@ def pick_frames(rule, folder, row):
     """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N, evenly from the first to the
     last, the middle if N is 1; fps:X, X a second; key:N, N of them between which about equally
     much changes."""
-    kind, value = rule
     n, fps = row["frames"], row["fps"] or 1
+    kind, value = rule if n > 1 else ("uniform", 1)
     at = np.array([n // 2])
-    if n == 1:
-        at = np.zeros(1, int)
-    elif kind == "fps":
+    if kind == "fps":
         at = (np.arange(0.5 / value, max(n / fps, 0.6 / value), 1 / value) * fps).astype(int)
     elif kind == "uniform" and value > 1:
         at = np.linspace(0, n - 1, int(value)).astype(int)
@@ -2326,10 +2282,10 @@ def pick_frames(rule, folder, row):
                           for frame in clip_frames(folder, row)]).astype(np.float32)
         change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
         at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
-                             + change[-1] / value / 2).clip(max=n - 1)
-    at = at.clip(max=n - 1)
-    found = dict(zip(sorted(set(at.tolist())), clip_frames(folder, row, set(at.tolist()))))
-    return [found[i] for i in at.tolist()], [i / fps for i in at.tolist()]
+                             + change[-1] / value / 2)
+    at = at.clip(max=n - 1).tolist()
+    found = dict(zip(sorted(set(at)), clip_frames(folder, row, set(at))))
+    return [found[i] for i in at], [i / fps for i in at]
 
 
 def text_option(value):
@@ -2344,9 +2300,7 @@ def vlm_writer(name, folder, rows, args, device):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
-    if vlm.tower is None:
-        refuse(f"{name} is a language model alone: it sees nothing; give it as --lm")
-    lm = open_vlm(args.lm, device, dtype) if args.lm else None
+    lm = open_vlm(args.lm, device, dtype, sees=False) if args.lm else None
     is_video = bool(vlm.plan.frames) and not lm
     rule = args.frames or ("uniform", vlm.plan.frames if is_video else 4 if lm else 1)
     if rule != ("uniform", 1) and not is_video and not lm:
@@ -2354,6 +2308,7 @@ def vlm_writer(name, folder, rows, args, device):
                "several, or --frames uniform:1")
     ask = text_option(args.prompt or STYLES[args.style][0])
     question = ask.replace("{what}", "video" if is_video else "image")
+    told = text_option(args.summary or SUMMARY).replace("{ask}", ask.replace("{what}", "video"))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
@@ -2396,9 +2351,8 @@ def vlm_writer(name, folder, rows, args, device):
             for key, times, texts, score in notes(pairs):
                 scores[key] = score
                 lines = "\n".join(f"{at:.1f} s: {text}" for at, text in zip(times, texts))
-                words = text_option(args.summary or SUMMARY).replace("{notes}", lines).replace(
+                words = told.replace("{notes}", lines).replace(
                     "{meta}", f"Its publisher says: {meta[key]}\n" if meta[key] else "")
-                words = words.replace("{ask}", ask.replace("{what}", "video"))
                 yield lm.request(key, *lm.read(lm.prompt(words)), [])
         for key, text, score in lm.write(requests(), **how):
             yield key, tidy(text), question, {"logprob": score, "logprob_frames": scores.pop(key)}
@@ -2435,9 +2389,11 @@ class Scorer:
                                    r"logit_scale\.weight", torch.float32, device, args.clip)
         self.head = read_tensors(args.aesthetics) if args.aesthetics else None
 
-    @torch.no_grad()
     def __call__(self, key, text):
-        frames, _ = pick_frames(("uniform", 4), self.folder, self.rows[key])
+        return self.score(pick_frames(("uniform", 4), self.folder, self.rows[key])[0], text)
+
+    @torch.no_grad()
+    def score(self, frames, text):
         x = torch.stack([crop(frame, self.size)[0][0] for frame in frames]).to(self.device)
         seen = F.normalize(self.model.visual(self.model.tower(x)[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)
@@ -2470,7 +2426,7 @@ class LoRA(nn.Module):
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
     to the decoder's layers, or all but the towers."""
-    model = open_vlm(init, device, dtype, tokenizer)
+    model = open_vlm(init, device, dtype, tokenizer, sees=True)
     if tune == "lora":
         torch.manual_seed(0)
         for layer in model.decoder.layers:
@@ -2486,13 +2442,11 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
 
 def open_captioner(path, device, dtype, tokenizer=None):
     """The VLM of a published folder, or of a run that taught one further."""
-    config = read_published(path / "config.json")
-    if "kind" not in config:
-        return open_vlm(path, device, dtype, tokenizer)
-    args, step = read_config(path, "captioner")["args"], last_step(path)
-    if not is_finished(step, argparse.Namespace(**args)):
-        refuse(f"{path} has not finished training: run its caption.py --train command again")
-    model = open_tuned(args["init"], args["tune"], args["rank"], device, dtype, args["tokenizer"])
+    if "kind" not in read_published(path / "config.json"):
+        return open_vlm(path, device, dtype, tokenizer, sees=True)
+    config, step = finished(path)
+    model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
+                       config["args"]["tokenizer"])
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in
                            load_file(step / "model.safetensors").items()}, strict=False)
     return model
@@ -2504,23 +2458,20 @@ def learnt(model):
 
 def answer_loss(model, requests, answers):
     """Nats, summed over the answers' tokens (lists of ids, the stop among them)."""
-    decoder, device = model.decoder, model.decoder.embed.weight.device
-    xs, places, images = [], [], []
+    decoder, whole = model.decoder, []
     for request, ids in zip(requests, answers):
-        told = decoder.embed(torch.tensor(ids[:-1], device=device)) * model.plan.scales[0]
-        after = torch.arange(len(ids) - 1, device=device) + request.positions.max() + 1
-        xs.append(torch.cat([request.x, told]))
-        after = after.expand(*request.positions.shape[:-1], -1)
-        places.append(torch.cat([request.positions, after], -1).movedim(-1, 0))
-        images.append(F.pad(request.image, (0, len(ids) - 1)))
-    padded = [nn.utils.rnn.pad_sequence(each, True) for each in (xs, places, images)]
-    places = padded[1].movedim(-1, 0) if padded[1].dim() > 2 else padded[1]
-    lengths = torch.tensor([len(request.ids) for request in requests], device=device)
-    h = decoder(padded[0], places, image=padded[2] if model.plan.stack.expert else None,
-                prompts=lengths)
+        places = request.positions
+        after = torch.arange(len(ids) - 1, device=places.device) + places.max() + 1
+        whole.append(request._replace(
+            x=torch.cat([request.x, decoder.read(ids[:-1])]),
+            positions=torch.cat([places, after.expand(*places.shape[:-1], -1)], -1),
+            image=F.pad(request.image, (0, len(ids) - 1))))
+    x, places, image = side_by_side(whole)
+    h = decoder(x, places, image=image, prompts=torch.tensor(
+        [len(request.ids) for request in requests], device=x.device))
     h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
                    for row, request, ids in zip(h, requests, answers)])
-    wanted = torch.tensor([i for ids in answers for i in ids], device=device)
+    wanted = torch.tensor([i for ids in answers for i in ids], device=x.device)
     return F.cross_entropy(decoder.logits(h).float(), wanted, reduction="sum")
 
 
@@ -2528,11 +2479,13 @@ def tune(args, run):
     """Teaches a published captioner the captions, or the answers to the questions beside them."""
     rank, world, device = setup(args, args.batch, "--batch")
     folder, rows, held_out = captioned(args)
+    is_done, step = is_finished(last_step(run), args), 0
+    if not is_done:                                  # what is refused leaves no run behind
+        model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
-        "init": str(args.init), "tune": args.tune, "rank": args.rank}})
-    if is_finished(checkpoint, args):
+        "init": args.init, "tune": args.tune, "rank": args.rank}})
+    if is_done:
         return
-    model, step = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer), 0
     optimizer = torch.optim.AdamW(learnt(model).values(), lr=args.lr, weight_decay=0.0)
     if checkpoint:
         step, saved = load_step(checkpoint)
@@ -2607,13 +2560,7 @@ def parse(argv=None):
         help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
         help="longest caption, in tokens (%(default)s)")
-    add = training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
-    add("--words", type=number(float, 0), default=2.0,
-        help="weight of the words' loss (%(default)s)")
-    add("--blank", type=number(float, 0, 1), default=0.3,
-        help="share of tokens hidden while it learns, 0 to 1 (%(default)s)")
-    add("--vary", type=number(float, 0, 3), default=1.0,
-        help="strength of the clips' variation, 0 (none) to 3 (%(default)s)")
+    training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
     add = parser.add_argument_group("published captioners").add_argument
     add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
     add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
@@ -2649,7 +2596,8 @@ def main(argv=None):
         return caption(args)
     run = run_dir(args.run or f"{Path(args.name).name}-captioner")
     (tune if args.init else train)(args, run)
-    print(f"{run}: trained; look at {run / 'samples'}", file=sys.stderr)
+    print(f"{run}: trained; look at {run / ('log.jsonl' if args.init else 'samples')}",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interv
 Lin 2023 (rescaled, 2305.08891); Ma 2024 (SiT, 2401.08740); beside each sampler its own.
 """
 import argparse
+import functools
 import hashlib
 import html
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -38,23 +38,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
-from caption import open_vlm, rewrite
+from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_strictly, normal,
+                     open_vlm, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
-                          render_shot, rng, run_dir, write_text, write_video)
-from train_dit import (STEPPED, Denoiser, Objective, ddpm_at, ddpm_tables,
-                       generate_codes, guide, interpolant, interval, lay_out, load_denoiser,
-                       load_gpt, load_published, open_reader, open_text_encoder, read_output,
-                       sample_codes, shifted, token_shift, with_givens)
+                          render_shot, rng, write_text, write_video)
+from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, count_texts, ddim,
+                       ddpm_at, ddpm_tables, flow_grid, generate_codes, guide, interpolant,
+                       interval, load_denoiser, load_gpt, load_published, open_reader,
+                       open_text_encoder, read_output, runge_kutta, sample_codes, target,
+                       token_shift)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
-                       last_checkpoint, load_autoencoder, normaliser, open_detector, option_parser,
-                       read_config, setup, sheet_frames, to_frames, to_tensor)
+                       is_run, last_checkpoint, load_autoencoder, model_path, normaliser,
+                       open_detector, option_parser, read_config, read_tensors, setup,
+                       sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after each of their steps, from noise to data
@@ -63,23 +67,6 @@ from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussi
 # alpha and sigma are float64 [n + 1], or [n + 1, N, 1] where every clip has times of its own: x is
 # alpha x_0 + sigma noise at the n points at which the network is asked, and at the last one.
 # predict(x, i) -> (x_0, noise, variance's share or None) at point i; draw(i): normal, shaped as x.
-
-
-RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, and of all in the end
-    "euler": ((), (1.0,)), "heun": (((1.0,),), (0.5, 0.5)), "midpoint": (((0.5,),), (0.0, 1.0)),
-    "rk4": (((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))}
-
-
-def runge_kutta(velocity, x, times, method="euler"):
-    """Follows dx/dt = velocity(x, t) along `times`, from the first to the last."""
-    stages, last = RUNGE_KUTTA[method]
-    for now, after in zip(times, times[1:]):
-        step, slopes = after - now, [velocity(x, now)]
-        for row in stages:
-            ahead = sum(weight * slope for weight, slope in zip(row, slopes))
-            slopes.append(velocity(x + step * ahead, now + sum(row) * step))
-        x = x + step * sum(weight * slope for weight, slope in zip(last, slopes))
-        yield x
 
 
 def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path="linear"):
@@ -107,18 +94,6 @@ def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path
         move = slope if last == "mean" else lambda x, t: drift_score(x, t)[0]
         x = x + (stop - before_last) * move(x, before_last)
     yield x
-
-
-def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
-    """x_0 and noise are read off and mixed again for the next point, a share `eta` of the noise
-    anew (Song et al. 2021, 2010.02502)."""
-    for i in range(len(alpha) - 1):
-        x0, noise, _ = predict(x, i)
-        fresh = eta * sigma[i + 1] / sigma[i] * (1 - (alpha[i] / alpha[i + 1]).square()).sqrt()
-        kept = (sigma[i + 1].square() - fresh.square()).sqrt()
-        x = alpha[i + 1].to(x) * x0 + kept.to(x) * noise
-        x = x + fresh.to(x) * draw(i) if eta else x
-        yield x
 
 
 def ddpm(predict, x, tables, draw):
@@ -204,16 +179,6 @@ def unipc(predict, x, alpha, sigma):
         yield x
 
 
-def flow_grid(n, shift=1.0, first=1.0, last=0.0):
-    """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
-    `last`, which is not reached, then 0."""
-    times = torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]
-    if torch.is_tensor(shift):
-        times = times.view(-1, 1, 1)
-    times = shifted(times, shift)
-    return torch.cat([times, torch.zeros_like(times[:1])])
-
-
 def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1):
     """(int64 [n] steps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of betas:
     "linspace", "leading" (from `offset` on) or "trailing" as diffusers names them, or "karras".
@@ -245,10 +210,9 @@ def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
     return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
-def drift_score(how, output, x, t):
-    """(dx/dt of the flow, gradient of log density at x), for stochastic samplers."""
-    velocity, _, noise = read_output(how, output, x, t)
-    return velocity, -noise / interpolant(how.path, t)[1]
+def drift_score(how, answer, t):
+    """(dx/dt of the flow, gradient of log density) of an answer (velocity, x_0, noise, …) at t."""
+    return answer[0], -answer[2] / interpolant(how.path, t)[1]
 
 
 def diffusion(path, form, t, norm=1.0):
@@ -265,28 +229,29 @@ FLOW_SAMPLERS = (*RUNGE_KUTTA, "sde", "ddim", "dpm++", "unipc")
 STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
 
 
-def stepped_trajectory(args, how, read, noise, start, skip, draw):
-    """`trajectory` on a path in 1000 steps."""
-    schedule, n, tables = STEPPED[how.path], args.steps, None
+def stepped_points(args, how):
+    """(the network's times, alpha, sigma), float64 [steps + 1], on a path in 1000 steps."""
+    schedule, n = STEPPED[how.path], args.steps
+    if args.sampler == "dpm-fast":
+        return level_grid(n, schedule)
     if args.sampler == "ddpm":
         tables = ddpm_tables(schedule, str(n))
         told, alpha, sigma = (tables[name].flip(0) for name in ("timestep_map", "alpha", "sigma"))
         alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
-        tables = {name: table[:n - skip] for name, table in tables.items()}
-    elif args.sampler == "dpm-fast":
-        told, alpha, sigma = level_grid(n, schedule)
-        told = 1000 * told - int(how.path == "sd")
     else:
         told, alpha, sigma = stepped_grid(schedule, n, args.spacing)
-    told, alpha, sigma = ((told + int(how.path == "sd")) / 1000)[skip:], alpha[skip:], sigma[skip:]
-    predict = lambda x, i: read(x, told[i], (alpha[i].to(x), sigma[i].to(x)))[1:]
-    x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
-    if args.sampler == "ddpm":
-        return ddpm(predict, x, tables, draw)
-    if args.sampler == "ddim":
-        return ddim(predict, x, alpha, sigma, args.eta, draw)
-    return {"dpm++": dpm_pp, "unipc": unipc, "dpm-fast": dpm_fast}[args.sampler](
-        predict, x, alpha, sigma)
+    return (told + int(how.path == "sd")) / 1000, alpha, sigma
+
+
+def flow_points(args, how, shift):
+    """float64 [steps + 1] times on a straight or curved path; shift: a float, or [N, 1]."""
+    low, high = interval(how, True)
+    ends = args.ends
+    if args.sampler == "sde":            # SiT's: the last step is one of its own
+        first = 1 - 1e-3 * (args.form == "SBDM")
+        ends = first, 0.04 - (first - 0.04) / max(1, args.steps - 1)
+    times = low + (high - low) * flow_grid(args.steps, shift, *ends)
+    return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times   # it takes log alpha
 
 
 def trajectory(args, how, read, noise, start, strength, shift, draw):
@@ -296,32 +261,28 @@ def trajectory(args, how, read, noise, start, strength, shift, draw):
     shift: a float, or [N, 1]; draw(i): fresh noise."""
     skip = min(args.steps - 1, round(args.steps * (1 - strength)))
     if how.path in STEPPED:
-        return stepped_trajectory(args, how, read, noise, start, skip, draw)
-    low, high = interval(how, True)
-    if args.sampler == "sde":            # SiT's: the last step is one of its own
-        first = 1 - 1e-3 * (args.form == "SBDM")
-        times = flow_grid(args.steps, shift, first, 0.04 - (first - 0.04) / max(1, args.steps - 1))
+        told, alpha, sigma = (each[skip:] for each in stepped_points(args, how))
+        at = lambda i: (alpha[i].to(noise), sigma[i].to(noise))
     else:
-        times = flow_grid(args.steps, shift, *args.ends)
-    times = (low + (high - low) * times)[skip:]
-    if args.sampler == "unipc":          # which divides by log alpha
-        times = times.clamp(max=1 - 1e-6)
-    told = torch.floor(1000 * times) / 1000 if args.whole_times else times
-    alpha, sigma, _, _ = interpolant(how.path, times)
+        times = flow_points(args, how, shift)[skip:]
+        told = torch.floor(1000 * times) / 1000 if args.whole_times else times
+        alpha, sigma, _, _ = interpolant(how.path, times)
+        at = lambda i: times[i].to(noise)
     x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
+    predict = lambda x, i: read(x, told[i].to(x), at(i))[1:]
     if args.sampler in RUNGE_KUTTA:
-        times = times.to(noise).unbind()
-        return runge_kutta(lambda x, t: read(x, t, t)[0], x, times, args.sampler)
+        return runge_kutta(lambda x, t: read(x, t, t)[0], x, times.to(x).unbind(), args.sampler)
     if args.sampler == "sde":
-        def field(x, t):
-            velocity, _, noise, _ = read(x, t, t)
-            return velocity, -noise / interpolant(how.path, t)[1]
-        strength = lambda t: diffusion(how.path, args.form, t, args.norm)
-        return sde(field, x, times.to(noise).unbind(), strength, draw, path=how.path)
-    predict = lambda x, i: read(x, told[i].to(x), times[i].to(x))[1:]
+        return sde(lambda x, t: drift_score(how, read(x, t, t), t), x, times.to(x).unbind(),
+                   lambda t: diffusion(how.path, args.form, t, args.norm), draw, path=how.path)
+    if args.sampler == "ddpm":
+        tables = ddpm_tables(STEPPED[how.path], str(args.steps))
+        return ddpm(predict, x, {name: table[:len(alpha) - 1] for name, table in tables.items()},
+                    draw)
     if args.sampler == "ddim":
         return ddim(predict, x, alpha, sigma, args.eta, draw)
-    return {"dpm++": dpm_pp, "unipc": unipc}[args.sampler](predict, x, alpha, sigma)
+    return {"dpm++": dpm_pp, "unipc": unipc, "dpm-fast": dpm_fast}[args.sampler](
+        predict, x, alpha, sigma)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,62 +303,53 @@ class Job(NamedTuple):
     start: torch.Tensor = None      # [C, T', H', W']: the video to begin with, and to change
     strength: float = 1.0           # the share of the way from it to noise
     extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
+    image: torch.Tensor = None      # [n, width]: tokens of an image that the network reads
     key: tuple = ()                 # names its draws: seed, segment, prompt
 
 
-class Packed:
+class Guided(Packed):
     """read(x, told, at): the network's guided answer about the clips' own tokens x [N, C*P]."""
 
     def __init__(self, model, jobs, args, time_stride, device, guidance=None):
-        self.model, self.jobs, self.args = model, jobs, args
-        self.time_stride, self.device = time_stride, device
+        self.jobs, self.args, self.time_stride, self.device = jobs, args, time_stride, device
         self.scale = args.cfg if guidance is None else guidance
-        twice = 2 if self.scale != 1 else 1
         each = lambda name: [getattr(job, name) for job in jobs]
         move = lambda tensors: [x.to(device) for x in tensors]
         givens = [[(z.to(device), at) for z, at in given] for given in each("givens")]
-        self.shapes, patch = each("shape"), model.dit.patch
-        row = lay_out(self.shapes * twice, each("fps") * twice,
-                      each("text") + each("none") * (twice - 1), time_stride, patch, None,
-                      model.kind, givens * twice, each("about") * twice).to(device)
-        self.tokens = patchify(with_givens(move(each("noise")), givens), patch)
-        own = row.own[:len(row.own) // twice]
-        self.clip = row.rows[own].long()
-        lengths = torch.bincount(self.clip)
-        self.places, self.lengths = lengths.cumsum(0) - lengths, lengths
-        self.first = torch.zeros_like(self.tokens[own])      # tokens of known first latents
-        self.known = torch.zeros_like(self.first[:, :1], dtype=torch.bool)
-        for place, first in zip(self.places.tolist(), each("first")):
-            if first is not None:
-                part = patchify([first.to(device)], patch)
-                self.first[place:place + len(part)] = part
+        super().__init__(model, each("shape"), each("fps"), each("text"), each("none") if
+                         self.scale != 1 else [], move(each("noise")), time_stride, givens,
+                         each("about"))
+        self.start = self.tokens[self.own]                   # noise
+        self.given = torch.zeros_like(self.start)            # tokens of known first latents
+        self.known = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
+        for place, z in zip(self.first.tolist(), each("first")):
+            if z is not None:
+                part = patchify([z.to(device)], model.dit.patch)
+                self.given[place:place + len(part)] = part
                 self.known[place:place + len(part)] = True
-        if model.kind == "wan":          # known frames are clean tokens
-            for twin in range(twice):
-                row.rows[own[self.known[:, 0]] + twin * len(self.tokens)] = len(jobs) * twice
-        self.extra = None if jobs[0].extra is None else patchify(move(each("extra")), patch)
-        row.kept = {}                    # texts are read once, not at every step
-        self.row, self.twice, self.own = row, twice, own
-        self.n_rows = int(row.rows.max()) + 1
+        if model.kind == "wan" and self.known.any():         # known frames are clean tokens
+            is_known = self.known[:, 0].repeat(self.n)
+            self.row.rows[self.row.own[is_known]] = self.n_rows
+            self.n_rows += 1
+        if model.kind == "wan":          # each text's rows of zeros are one that counts as often
+            texts = move(each("text") + each("none"))[:self.n * len(jobs)]
+            self.row.text, self.row.cu_text, self.row.counts = count_texts(texts)
+        self.extra = None
+        if jobs[0].extra is not None:                        # channels beside those of the clips
+            self.extra = patchify(move(each("extra")), model.dit.patch)
+            self.tokens = torch.cat([self.tokens, self.extra], 1)
+        if jobs[0].image is not None:
+            images = move(each("image")) * self.n
+            self.row.image, n = torch.cat(images), len(images[0])
+            self.row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=device)
         self.memory, self.alone = None, None
 
-    def noise(self, draws=None):
-        """Own tokens of the clips' noise, or of other draws of their shapes."""
-        if draws is None:
-            return self.tokens[self.own]
-        return patchify([z.to(self.device) for z in draws], self.model.dit.patch)
-
     def network(self, x, told):
-        """Outputs [twice * N, C_out*P] of own tokens x at the network's times told [N, 1]."""
-        times = told[self.places, 0].repeat(self.twice)
-        times = F.pad(times, (0, self.n_rows - len(times)))
         if self.model.kind == "wan":
-            x = torch.where(self.known, self.first, x)
-        tokens = self.tokens.index_copy(0, self.own, x)
-        tokens = tokens if self.extra is None else torch.cat([tokens, self.extra], 1)
+            x = torch.where(self.known, self.given, x)
+        x = x if self.extra is None else torch.cat([x, self.extra], 1)
         with torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bf16"):
-            output = self.model(tokens.repeat(self.twice, 1), times, self.row)
-        return output[self.row.own].float()
+            return super().network(x, told).float()
 
     def __call__(self, x, told, at):
         """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times
@@ -407,18 +359,18 @@ class Packed:
         if how.path not in STEPPED:
             at = torch.as_tensor(at, dtype=torch.float32, device=self.device).expand(len(x), 1)
         inside = (args.cfg_interval[0] <= told) & (told <= args.cfg_interval[1])
-        if self.twice == 2 and not inside.any():             # one pass is enough here
-            self.alone = self.alone or Packed(self.model, self.jobs, args, self.time_stride,
+        if self.n == 2 and not inside.any():             # one pass is enough here
+            self.alone = self.alone or Guided(self.model, self.jobs, args, self.time_stride,
                                               self.device, guidance=1)
             return self.alone(x, told, at)
         output = self.network(x, told)
-        if self.twice == 2:
+        if self.n == 2:
             output = self.guide(how, *output.chunk(2), torch.where(inside, self.scale, 1.0), x, at)
-        velocity, x0, noise = convert(how, output, x, at)
+        velocity, x0, noise = read_output(how, output, x, at)
         if how.path not in STEPPED and self.model.kind != "wan":     # what is known goes its way
             d_alpha, d_sigma = interpolant(how.path, at)[2:]
-            x0 = torch.where(self.known, self.first, x0)
-            noise = torch.where(self.known, self.tokens[self.own], noise)
+            x0 = torch.where(self.known, self.given, x0)
+            noise = torch.where(self.known, self.start, noise)
             velocity = torch.where(self.known, d_alpha * x0 + d_sigma * noise, velocity)
         share = (output[:, x.shape[1]:] + 1) / 2 if how.prediction == "ddpm" else None
         return velocity, x0, noise, share
@@ -427,7 +379,7 @@ class Packed:
         """Outputs under the prompt, near, and without it, far, made one; scale [N, 1]."""
         args, width = self.args, x.shape[1]
         if args.apg:
-            x0, other = (convert(how, output, x, at)[1] for output in (near, far))
+            x0, other = (read_output(how, output, x, at)[1] for output in (near, far))
             x0 = x0 + (scale - 1) * self.project(x0 - other, x0)
             return back(how, x0, x, at, near)
         channels = (args.cfg_channels or self.shapes[0][0]) * width // self.shapes[0][0]
@@ -458,29 +410,18 @@ class Packed:
 
     def latents(self, x):
         """[C, T', H', W'] of each clip from its own tokens, what is known put in."""
-        x = torch.where(self.known, self.first, x)
+        x = torch.where(self.known, self.given, x)
         return unpatchify(x, self.shapes, self.model.dit.patch)
-
-
-def convert(how, output, x, at):
-    """(velocity or None, x_0, noise) of an output at x: read_output, but that a stepped path is
-    asked at any (alpha, sigma)."""
-    if how.path not in STEPPED:
-        return read_output(how, output, x, at)
-    noise = output[:, :x.shape[1]]
-    return None, (x - at[1] * noise) / at[0], noise
 
 
 def back(how, x0, x, at, output):
     """The output that says x_0; whatever else `output` has beside it stays."""
     alpha, sigma = at if how.path in STEPPED else interpolant(how.path, at)[:2]
     noise = (x - alpha * x0) / sigma
-    if how.prediction == "velocity":
-        _, _, d_alpha, d_sigma = interpolant(how.path, at)
-        return d_alpha * x0 + d_sigma * noise
-    if how.prediction == "score":
-        return -noise / sigma
-    return x0 if how.prediction == "x" else torch.cat([noise, output[:, x.shape[1]:]], 1)
+    if how.path in STEPPED:
+        return torch.cat([noise, output[:, x.shape[1]:]], 1)
+    out = target(how, x0, noise, at)
+    return out / sigma if how.prediction == "score" else out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -513,11 +454,12 @@ class Piece:
 
 
 class Story:
-    """A wish on its way: its pieces in order, and the steps that are still to be made."""
+    """A wish on its way: its pieces in order, the steps [(role, prompt)] that make them, and the
+    files that these need, read."""
 
-    def __init__(self, wish, shape, n_frames, todo, pieces=()):
-        self.wish, self.shape, self.n, self.todo = wish, shape, n_frames, todo
-        self.pieces, self.target = list(pieces), None
+    def __init__(self, wish, shape, n_frames, todo, files):
+        self.wish, self.shape, self.n, self.todo, self.pieces = wish, shape, n_frames, todo, []
+        self.files = files
 
     def count(self):
         """Frames in the end."""
@@ -528,8 +470,9 @@ class Story:
 class Sampler:
     """A model, ready to make videos of wishes; see `wish_of` for what these hold."""
 
-    def __init__(self, args, device):
-        openers, about = open_source(args, device)
+    def __init__(self, args, device, config=None):
+        openers, about = (open_run(args, config, device) if config else
+                          open_foreign(args, device))
         self.args, self.device, self.about = args, device, about
         self.part = Parts(openers, args.offload)
         vae, self.vae_config = self.part("vae")
@@ -574,35 +517,24 @@ class Sampler:
         if asked:
             refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
                    "(train_dit.py --given)")
-        C, T, H, W = shape = self.latent_shape(wish["frames"], wish["height"], wish["width"])
-        n, size = 1 + (T - 1) * self.time_stride, (H * self.stride, W * self.stride)
-        read = lambda path: read_media(path, wish["fps"], *size)
-        extend, prompts = wish.get("extend", 0), wish.get("then", [])
-        todo = [("before" if extend < 0 else "after", "")] * abs(extend)
-        todo = [(role, wish["prompt"]) for role, _ in todo] + [("after", p) for p in prompts]
-        if wish.get("strength") is not None:
-            frames = read(wish["video"])[:n]
-            n = 1 + (len(frames) - 1) // self.time_stride * self.time_stride
-            shape = (C, self.latent_shape(n, 1, 1)[1], H, W)
-            frames = np.concatenate([frames, frames[-1:].repeat(n, 0)])      # whole patches in time
-            n = 1 + (shape[1] - 1) * self.time_stride
-            story = Story({**wish, "frames": min(n, wish["frames"])}, shape, n,
-                          [("change", wish["prompt"]), *todo])
-            story.source = self.encode(frames[:n])
-        elif wish.get("video"):
-            frames = read(wish["video"])
-            if wish.get("loop") or wish.get("to"):
-                todo.append(("between", wish["prompt"]))
-            story = Story(wish, shape, n, todo, [Piece(len(frames), frames=frames)])
-        else:
-            todo = [("new", wish["prompt"]), *todo]
-            todo += [("between", wish["prompt"])] if wish.get("loop") or wish.get("to") else []
-            story = Story(wish, shape, n, todo)
-            story.ends = [read(wish[name])[:1] if wish.get(name) else None
-                          for name in ("image", "last")]
-        if wish.get("to"):
-            frames = read(wish["to"])
-            story.target = Piece(len(frames), frames=frames)
+        C, T, H, W = self.latent_shape(wish["frames"], wish["height"], wish["width"])
+        files = {name: read_media(wish[name], wish["fps"], H * self.stride, W * self.stride)
+                 for name in GIVEN_FILES if wish.get(name)}
+        prompt, extend = wish["prompt"], wish.get("extend", 0)
+        todo = [("before" if extend < 0 else "after", prompt)] * abs(extend)
+        todo += [("after", then) for then in wish.get("then", ())]
+        todo += [("between", prompt)] if wish.get("loop") or wish.get("to") else []
+        if wish.get("strength"):
+            video = files["video"][:1 + (T - 1) * self.time_stride]
+            T = 1 + (len(video) - 1) // self.time_stride
+            files["video"] = video[:1 + (T - 1) * self.time_stride]
+            wish = {**wish, "frames": min(len(files["video"]), wish["frames"])}
+            todo.insert(0, ("change", prompt))
+        elif "video" not in files:
+            todo.insert(0, ("new", prompt))
+        story = Story(wish, (C, T, H, W), 1 + (T - 1) * self.time_stride, todo, files)
+        if "video" in files and not wish.get("strength"):
+            story.pieces.append(Piece(len(files["video"]), frames=files["video"]))
         return story
 
     def context(self, piece, at_end):
@@ -624,10 +556,11 @@ class Sampler:
         """(givens, first frame or None) of the next clip of a story, by its role."""
         first, end, fps, pieces = None, None, story.wish["fps"], story.pieces
         if role == "new":
-            first, end = story.ends
+            first, end = (story.files[name][:1] if name in story.files else None
+                          for name in ("image", "last"))
         elif role == "between":
             first = self.edge(pieces[-1], True)
-            end = self.edge(story.target or pieces[0], False)
+            end = story.files["to"][:1] if "to" in story.files else self.edge(pieces[0], False)
         elif role == "before":
             return [(self.context(pieces[0], False)[0], story.n / fps)], None
         elif role == "after" and "adapt" in self.about:      # Wan's: the last frame is an image
@@ -643,9 +576,9 @@ class Sampler:
         (role, prompt), wish = story.todo[k], story.wish
         givens, first = self.given(story, role)
         draws = gaussians("sample", wish["seed"], k, [wish["prompt"]], [story.shape])
+        changed = (self.encode(story.files["video"]), wish["strength"]) if role == "change" else ()
         job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
-                  givens, self.told(wish), None if first is None else givens[0][0],
-                  *((story.source, wish["strength"]) if role == "change" else ()),
+                  givens, self.told(wish), None if first is None else givens[0][0], *changed,
                   key=(wish["seed"], k, wish["prompt"]))
         return self.about["adapt"](self, job, first) if "adapt" in self.about else job
 
@@ -654,18 +587,18 @@ class Sampler:
         """Normalised latents [C, T', H', W'] of each job. watch(packed, seen) sees each answer of
         the network, a tuple, which it returns, and each x."""
         model, args = self.part("denoiser"), self.args
-        packed, how = Packed(model, jobs, args, self.time_stride, self.device), model.objective
+        packed, how = Guided(model, jobs, args, self.time_stride, self.device), model.objective
         shift = args.shift
         if how.shift_tokens:                                 # each clip by its length
             shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None].double()
+        tokens = lambda latents: patchify([z.to(self.device) for z in latents], self.patch)
 
         def draw(i):
-            return packed.noise([gaussians("fresh", seed, i, [f"{k} {prompt}"], [job.shape])[0]
-                                 for job in jobs for seed, k, prompt in (job.key,)])
-        start = packed.noise([job.start for job in jobs]) if jobs[0].start is not None else None
+            return tokens([gaussians("fresh", seed, i, [f"{k} {prompt}"], [job.shape])[0]
+                           for job in jobs for seed, k, prompt in (job.key,)])
+        start = tokens([job.start for job in jobs]) if jobs[0].start is not None else None
         read = packed if watch is None else lambda *at: watch(packed, packed(*at))
-        for x in trajectory(args, how, read, packed.noise(), start, jobs[0].strength, shift,
-                            draw):
+        for x in trajectory(args, how, read, packed.start, start, jobs[0].strength, shift, draw):
             if progress is not None:
                 progress.update()
             if watch is not None:
@@ -693,17 +626,15 @@ class Sampler:
         return stories
 
     def add(self, story, role, z):
+        """Puts what was made in its place; of its frames not those that its neighbours have."""
         piece = Piece(story.n, z)
-        if role == "before":
-            story.pieces.insert(0, piece)
-        elif role == "after" and "adapt" in self.about:
-            piece.start = 1              # its first frame is the last one before it
-            story.pieces.append(piece)
-        elif role == "between":          # its ends are the neighbours' own frames
+        if role == "after" and "adapt" in self.about:
+            piece.start = 1
+        if role == "between":
             piece.start, piece.stop = 1, max(2, story.n - 1)
-            story.pieces += [piece, *([story.target] if story.target else [])]
-        else:
-            story.pieces.append(piece)
+        story.pieces.insert(0 if role == "before" else len(story.pieces), piece)
+        if role == "between" and "to" in story.files:
+            story.pieces.append(Piece(len(story.files["to"]), frames=story.files["to"]))
 
     def frames(self, story):
         """Yields a story's frames, uint8 [H, W, 3], cut to what was asked for."""
@@ -763,11 +694,11 @@ class CodeSampler(Sampler):
     """VideoGPT, or a run of ours of its kind: a prior over an autoencoder's codes, sampled one by
     one."""
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, config=None):
         self.args, self.device, self.model, vae = args, device, None, args.vae
-        if not is_published(Path(args.name)):
-            self.model, self.read, config = load_denoiser(args.name, device)
-            vae = own_vae(args, run_dir(args.name), config)
+        if config:
+            self.model, self.read, _ = load_denoiser(args.name, device, config)
+            vae = own_vae(args, config)
         elif not vae:
             refuse(f"{args.name} predicts codes: name the VQ-VAE that they are of by --vae FILE")
         self.prior = self.model.dit if self.model else load_gpt(args.name)[0].to(device)
@@ -800,8 +731,11 @@ class CodeSampler(Sampler):
         else:
             codes = generate_codes(self.prior, draws, label, self.args.temperature, bar)
             videos = map(to_frames, self.vae.decode_codes(codes))
-        return [Story(wish, None, len(frames), [], [Piece(len(frames), frames=frames)])
-                for wish, frames in zip(wishes, videos)]
+        stories = []
+        for wish, frames in zip(wishes, videos):
+            stories.append(Story(wish, None, len(frames), [], {}))
+            stories[-1].pieces.append(Piece(len(frames), frames=frames))
+        return stories
 
 
 # ------------------------------------------------------------------------------------------------
@@ -809,8 +743,8 @@ class CodeSampler(Sampler):
 # ------------------------------------------------------------------------------------------------
 
 GIVEN_FILES = ("image", "last", "video", "to")
-WISHES = ("prompt", "negative", "seed", "fps", "motion", *GIVEN_FILES, "extend", "then", "loop",
-          "strength")
+TASKS = (*GIVEN_FILES, "extend", "then", "loop", "strength")
+WISHES = ("prompt", "negative", "seed", "fps", "motion", *TASKS)
 
 
 def wish_of(args, row=None):
@@ -855,9 +789,11 @@ def read_prompts(args):
         refuse(f"--prompts {path}: {error}")
 
 
-def stem_of(wish, number=None):
+def stem_of(wish):
+    """The name of a video's files: of its prompt, its seed and, by a hash, what else it is of."""
     slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"
-    return f"{'' if number is None else f'{number:05d}-'}{slug}-s{wish['seed']}"
+    task = {name: wish[name] for name in TASKS if name in wish}
+    return "-".join([slug, f"s{wish['seed']}", *task, *([hash_of(task)] if task else [])])
 
 
 def facts_of(sampler, wish, args):
@@ -951,7 +887,9 @@ def plot_drift(path, story, means, width=640, height=240):
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ margin: 24px; background: #16181c; color: #d6d8dc; font: 14px/1.45 system-ui, sans-serif }}
-h1 {{ font-size: 18px; font-weight: 600 }} button {{ font: inherit; padding: 2px 12px }}
+h1 {{ font-size: 18px; font-weight: 600 }}
+button {{ font: 13px system-ui, sans-serif; margin-left: 8px; padding: 3px 10px; color: inherit;
+  background: #2b2f37; border: 1px solid #454b57; border-radius: 4px }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px }}
 figure {{ margin: 0; background: #22252b; border-radius: 6px; overflow: hidden }}
 video, img {{ display: block; width: 100%; image-rendering: {rendering}; background: #000 }}
@@ -976,9 +914,8 @@ def write_page(folder):
         kind = Path(facts["file"]).suffix
         shows = f'<video src="{name}" autoplay muted loop playsinline controls></video>' \
             if kind == ".mp4" else f'<img src="{name if kind else f"{name}/00000.png"}" alt="">'
-        tasks = [f"{key} {' | '.join(value) if isinstance(value, list) else value}"
-                 for key, value in wish.items() if key in (*GIVEN_FILES, "extend", "then", "loop",
-                                                           "strength")]
+        tasks = [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
+                 f"{key} {Path(str(value)).name}" for key, value in wish.items() if key in TASKS]
         settings = [f"seed {wish['seed']}", f"{facts['n_frames']} frames of {wish['height']}x"
                     f"{wish['width']} at {wish['fps']:g}/s", *tasks]
         if how["steps"]:
@@ -1001,7 +938,9 @@ def sample(args, folder):
         {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
         for prompt in args.prompt for i in range(args.n)]
     wishes = rewritten(args, wishes, device) if args.rewrite else wishes
-    stems = [stem_of(wish, i if args.prompts else None) for i, wish in enumerate(wishes)]
+    stems = [stem_of(wish) for wish in wishes]
+    if args.prompts or len(set(stems)) < len(stems):
+        stems = [f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
     batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
     rows, out = [], Path(args.out) if args.out else folder / "samples"
     for batch in batches[rank::world]:
@@ -1024,12 +963,11 @@ def sample(args, folder):
 def rewritten(args, wishes, device):
     """--rewrite: the wishes with their prompts as a language model writes them out, like captions
     that the run was trained on where its data lies here; `asked` keeps what was given."""
-    lm, examples, texts = open_vlm(args.rewrite, device), [], {}
-    if not is_published(Path(args.name)):
-        data = read_config(run_dir(args.name), "denoiser")["args"].get("name", "")
-        is_here = data and (dataset_dir(data) / "manifest.json").is_file()
-        rows = open_dataset(dataset_dir(data)) if is_here else []
-        examples = [row["captions"][0]["text"] for row in rows if row["captions"]][:4]
+    lm, texts, config = open_vlm(args.rewrite, device), {}, config_of(args.name)
+    data = config["args"].get("name") if config else None
+    is_here = data and (dataset_dir(data) / "manifest.json").is_file()
+    rows = open_dataset(dataset_dir(data)) if is_here else []
+    examples = [row["captions"][0]["text"] for row in rows if row["captions"]][:4]
     for prompt in sorted({wish["prompt"] for wish in wishes}):
         texts[prompt] = rewrite(lm, prompt, examples, args.seed)
         print(f"{prompt} -> {texts[prompt]}", file=sys.stderr)
@@ -1042,6 +980,13 @@ def is_made(sampler, wish, path, args):
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     now = json.loads(json.dumps(facts_of(sampler, wish, args)))
     return all(facts.get(name) == value for name, value in now.items())
+
+
+def made(sampler, wishes, args, rank=0, world=1):
+    """Yields (number, uint8 [T, H, W, 3]) of this rank's share of the wishes' videos."""
+    for start in range(0, len(wishes), args.batch)[rank::world]:
+        for i, story in enumerate(sampler(wishes[start:start + args.batch]), start):
+            yield i, np.stack(list(sampler.frames(story)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1058,12 +1003,9 @@ def hue(rgb):
 def spread(mask, steps=2):
     """A bool mask [T, H, W] grown by `steps` pixels in its frames."""
     for _ in range(steps):
-        grown = mask.copy()
-        grown[:, 1:] |= mask[:, :-1]
-        grown[:, :-1] |= mask[:, 1:]
-        grown[:, :, 1:] |= mask[:, :, :-1]
-        grown[:, :, :-1] |= mask[:, :, 1:]
-        mask = grown
+        wide = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
+        mask = (mask | wide[:, 2:, 1:-1] | wide[:, :-2, 1:-1] | wide[:, 1:-1, 2:]
+                | wide[:, 1:-1, :-2])
     return mask
 
 
@@ -1076,19 +1018,12 @@ def form_cover(form, x, y, radius, height, width):
     return (level - level.min()) / max(1.0, COLOURS["yellow"][0] - level.min())
 
 
+@functools.cache
 def form_scale(form):
     """(area, centre's offset y) of a form of radius 1."""
     cover = form_cover(form, 32, 32, 20, 64, 64)
     y = (np.arange(64) + 0.5)[:, None]
     return cover.sum() / 400, ((cover * y).sum() / cover.sum() - 32) / 20
-
-
-def centres(cover):
-    """[T, H, W] weights to (x, y, mass), each [T]."""
-    mass = cover.sum((1, 2))
-    y, x = (np.arange(n) + 0.5 for n in cover.shape[1:])
-    safe = np.maximum(mass, 1e-6)
-    return (cover * x).sum((1, 2)) / safe, (cover * y[:, None]).sum((1, 2)) / safe, mass
 
 
 def describe(frames):
@@ -1116,7 +1051,8 @@ def describe(frames):
 
 def follow(cover):
     """Form and direction of one shape from the pixels that it covers, [T, H, W] from 0 to 1."""
-    x, y, mass = centres(cover)
+    mass, (rows, cols) = cover.sum((1, 2)), (np.arange(n) + 0.5 for n in cover.shape[1:])
+    x, y = ((cover * at).sum((1, 2)) / np.maximum(mass, 1e-6) for at in (cols, rows[:, None]))
     seen = mass > 0.5 * np.median(mass)
     frames, time = np.flatnonzero(seen), np.arange(len(mass))[seen]
     dx, dy = (np.polyfit(time, p[seen], 1)[0] * len(mass) if len(time) > 1 else 0 for p in (x, y))
@@ -1155,14 +1091,12 @@ def evaluate_demo(args, folder):
     _, _, device = setup(args)
     sampler, result = open_sampler(args, device), {}
     for name, combinations in demo_prompts(args.n_eval).items():
-        wishes, videos = [], []
+        wishes = []
         for i, (colour, form, direction) in enumerate(combinations):
             width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
             wishes.append(dict(prompt=f"a {colour} {form} moves {direction}", frames=13, fps=10.0,
                                width=width, height=height, seed=args.seed + i, negative=""))
-        for i in range(0, len(wishes), args.batch):
-            stories = sampler(wishes[i:i + args.batch])
-            videos += [np.stack(list(sampler.frames(story))) for story in stories]
+        videos = [video for _, video in made(sampler, wishes, args)]
         rows, right = [], []
         for wish, video, wanted in zip(wishes, videos, combinations):
             shapes = describe(video)
@@ -1180,26 +1114,19 @@ def evaluate_demo(args, folder):
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation against real videos: Fréchet distances (FID, FVD)
+# Evaluation beside real videos: Fréchet distances (FID, FVD), similarity to the prompt (CLIP)
 # ------------------------------------------------------------------------------------------------
 
 
-def features_of(n, width, make):
-    """[n, width] of make(i), each [width], shared out over the ranks."""
+def gathered(n, width, rows):
+    """[n, width] of (number, [width]), of which each rank makes its own."""
     found = torch.zeros(n, width)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for i in tqdm(range(rank, n, world), desc="features", unit="clip", disable=rank > 0):
-        found[i] = make(i)
-    return sum_rows(found)
-
-
-def sum_rows(found):
-    """A tensor summed over the ranks, each of which has its own rows of it."""
+    for i, row in rows:
+        found[i] = row
     if torch.distributed.is_initialized():
-        on = found.cuda() if torch.distributed.get_backend() == "nccl" else found
-        torch.distributed.all_reduce(on)
-        found = on.cpu()
-    return found
+        found = found.cuda() if torch.distributed.get_backend() == "nccl" else found
+        torch.distributed.all_reduce(found)
+    return found.cpu()
 
 
 def real_clips(args):
@@ -1221,46 +1148,56 @@ def clip_at(folder, row, args):
     return np.concatenate([fit(frames[i], *args.size) for i in near])
 
 
-def evaluate_frechet(args, folder):
-    """Writes eval-fvd.json or eval-fid.json: the distance, that of two halves of the real clips,
-    the protocol and its hash. The real clips' features are kept in eval-real-HASH.safetensors."""
+def evaluate_real(args, folder):
+    """Samples a data set's captions; writes eval-fvd.json or eval-fid.json: the distance to its
+    real clips, and that of two halves of these; or eval-clip.json: the mean cosine of a video and
+    its caption, the real clips' beside it. With protocol and its hash; what the real clips have is
+    kept in eval-real-HASH.safetensors."""
     rank, world, device = setup(args)
     args.quiet, kind = rank > 0, args.eval
-    if not args.detector or not args.data:
-        refuse(f"--eval {kind} needs --detector FILE (TorchScript) and --data NAME (real videos)")
-    features, digest = open_detector(args.detector, device, "--detector")
-    sampler = open_sampler(args, device)
-    args.frames = 1 if kind == "fid" else args.frames or max(1, round(args.seconds * args.fps))
+    file, option = (args.clip, "clip") if kind == "clip" else (args.detector, "detector")
+    if not file or not args.data:
+        refuse(f"--eval {kind} needs --{option} (see --help) and --data NAME (real videos)")
+    sampler, is_image = open_sampler(args, device), kind == "fid"
+    args.frames = 1 if is_image else args.frames or max(1, round(args.seconds * args.fps))
     source, rows = real_clips(args)
+    say = lambda row: row["label"] if sampler.about.get("labels") else (
+        row["captions"] or [{"text": ""}])[0]["text"]
+    if kind == "clip":
+        scorer = Scorer(argparse.Namespace(clip=file, aesthetics=None), source, rows, device)
+        digest, width = scorer.text.hash, 1
+        measure = lambda i, video: torch.tensor([scorer.score(
+            video[np.linspace(0, len(video) - 1, 4).astype(int)], say(rows[i]))["clip"]])
+    else:
+        features, digest = open_detector(file, device, "--detector")
+        measure = lambda i, video: features(video[None], is_image)[0]
+        width = len(measure(0, np.zeros((args.frames, *args.size, 3), np.uint8)))
     real = {"data": hashlib.sha256(b"".join(p.read_bytes() for p in sorted(source.glob(
-        "shard-*[0-9].jsonl")))).hexdigest()[:16], "detector": digest[:16], "n": len(rows),
+        "shard-*[0-9].jsonl")))).hexdigest()[:16], option: digest[:16], "n": len(rows),
         "size": list(args.size), "frames": args.frames, "fps": args.fps,
         "clips": "drawn by hash, from their start", "resize": "Lanczos to cover, centre crop"}
-    name, is_image = hash_of(real), kind == "fid"
-    width = features(np.zeros((1, args.frames, *args.size, 3), np.uint8), is_image).shape[1]
-    kept = folder / f"eval-real-{name}.safetensors"
+    n, kept = len(rows), folder / f"eval-real-{hash_of(real)}.safetensors"
     if not kept.exists():
-        true = features_of(len(rows), width, lambda i: features(
-            clip_at(source, rows[i], args)[None], is_image)[0])
+        mine = tqdm(range(rank, n, world), desc="real", unit="clip", disable=args.quiet)
+        true = gathered(n, width, ((i, measure(i, clip_at(source, rows[i], args))) for i in mine))
         if rank == 0:
             with atomic(kept) as part:
                 save_file({"features": true}, part)
         barrier()
-    true, made = load_file(kept)["features"], torch.zeros(len(rows), width)
-    say = lambda row: row["label"] if sampler.about.get("labels") else (
-        row["captions"] or [{"text": ""}])[0]["text"]
+    true = load_file(kept)["features"]
     wishes = [{**wish_of(args, {"prompt": say(row)}), "seed": args.seed + i}
               for i, row in enumerate(rows)]
-    starts = range(0, len(wishes), args.batch)
-    for start in starts[rank::world]:
-        for i, story in enumerate(sampler(wishes[start:start + args.batch]), start):
-            made[i] = features(np.stack(list(sampler.frames(story)))[None], is_image)[0].cpu()
-    made = gaussian(sum_rows(made))
+    found = gathered(n, width, ((i, measure(i, video)) for i, video in made(
+        sampler, wishes, args, rank, world)))
     protocol = {"real": real, "made": {name: getattr(args, name) for name in (
         "sampler", "steps", "cfg", "shift", "seed")}, "weights": sampler.about["weights"]}
-    result = {kind: frechet(made, gaussian(true)), "protocol": protocol, "hash": hash_of(protocol),
-              "real_real": frechet(gaussian(true[::2]), gaussian(true[1::2])),
-              "real_itself": frechet(gaussian(true), gaussian(true))}
+    if kind == "clip":
+        figure, more = found.mean().item(), {"real": true.mean().item()}
+    else:
+        figure = frechet(gaussian(found), gaussian(true))
+        more = {"real_real": frechet(gaussian(true[::2]), gaussian(true[1::2])),
+                "real_itself": frechet(gaussian(true), gaussian(true))}
+    result = {kind: figure, "protocol": protocol, "hash": hash_of(protocol), **more}
     if rank == 0:
         write_text(folder / f"eval-{kind}.json", json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
@@ -1282,6 +1219,7 @@ KINDS = {
     "sit": dict(sampler="sde", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
     "uvit": dict(sampler="dpm-fast", steps=50, cfg=1.4, frames=1, batch=16),
     "wan": dict(sampler="unipc", steps=50, cfg=5.0, size=(480, 832), fps=16.0, frames=81, batch=1),
+    "i2v": dict(sampler="unipc", steps=40, cfg=5.0, size=(480, 832), fps=16.0, frames=81, batch=1),
     "ti2v": dict(sampler="unipc", steps=50, cfg=5.0, size=(704, 1280), fps=24.0, frames=121,
                  batch=1),
 }
@@ -1294,33 +1232,27 @@ WAN_ENDS = {            # of flow_grid, by layout and sampler
     ("wan", "unipc"): (0.999, 0.0), ("wan", "dpm++"): (1.0, 0.0)}
 
 
-def is_published(path):
-    """Whether this is a file, or a folder that is no run of ours."""
-    about = path / "config.json"
-    return path.is_file() or (path / "transformer").is_dir() or (path / "nnet_ema.pth").is_file() \
-        or (about.is_file() and "_class_name" in about.read_text())
+def config_of(name):
+    """config.json of the run of this name; None: it is published weights."""
+    path = model_path(name)
+    return read_config(path, "denoiser") if is_run(path) else None
 
 
 def open_sampler(args, device):
-    is_codes = str(args.name).endswith(".ckpt")
-    if not is_published(Path(args.name)):
-        is_codes = read_config(run_dir(args.name), "denoiser")["model"].get("kind") == "gpt"
-    return (CodeSampler if is_codes else Sampler)(args, device)
+    config = config_of(args.name)
+    is_codes = config["model"].get("kind") == "gpt" if config else args.name.endswith(".ckpt")
+    return (CodeSampler if is_codes else Sampler)(args, device, config)
 
 
-def own_vae(args, folder, config):
+def own_vae(args, config):
     """The name of the autoencoder of a run: as told, or beside it, or among the runs."""
-    beside = folder.parent / config["vae"]["run"]
+    beside = model_path(args.name).parent / config["vae"]["run"]
     return args.vae or (str(beside) if beside.is_dir() else config["vae"]["run"])
 
 
-def open_source(args, device):
-    """({"text", "denoiser", "vae": what opens it}, facts) of a run or of published weights."""
-    if is_published(Path(args.name)):
-        return open_foreign(args, device)
-    folder = run_dir(args.name)
-    config = read_config(folder, "denoiser")
-    wanted, name = config["vae"], own_vae(args, folder, config)
+def open_run(args, config, device):
+    """({"text", "denoiser", "vae": what opens it}, facts) of a run of ours."""
+    folder, wanted, name = model_path(args.name), config["vae"], own_vae(args, config)
 
     def open_vae():
         vae, found = load_autoencoder(name, device)
@@ -1328,7 +1260,7 @@ def open_source(args, device):
             refuse(f"run {folder} was trained on latents of autoencoder {wanted['hash']}, {name} "
                    f"is {found['hash']}: name the right one by --vae")
         return vae, found
-    return {"denoiser": lambda: load_denoiser(folder, device)[0], "vae": open_vae,
+    return {"denoiser": lambda: load_denoiser(folder, device, config)[0], "vae": open_vae,
             "text": lambda: open_reader(folder, config, device)}, {
         "kind": "own", "weights": str(last_checkpoint(folder)), "autoencoder": wanted["hash"],
         "conditions": config["args"].get("conditions", ()), "shift": config["args"]["shift"],
@@ -1343,29 +1275,23 @@ def class_number(prompt, n):
 
 
 def open_foreign(args, device):
-    """`open_source` of published weights."""
+    """`open_run` of published weights."""
     path, index = Path(args.name), Path(args.name) / "scheduler" / "scheduler_config.json"
-    network, layout, options = load_published(path, args.heads)
+    first = [load_published(path, args.heads)]               # it tells what all else depends on
+    _, layout, options = first[0]
     kind = {"dit": "sit" if path.name.lower().startswith("sit") else "dit", "uvit": "uvit"}.get(
         layout, "wan")
     how = {"dit": Objective("ddpm", "ddpm"), "uvit": Objective("noise", "sd")}
-    how = how.get(kind, Objective())
-    with torch.device("meta"):
-        model = Denoiser(kind=kind, **options)
     inside = path / "vae" if (path / "vae").is_dir() else next(iter(sorted(path.glob(
         "Wan2.*_VAE.pth"))), None)
     vae = args.vae or inside or refuse(f"{path} has no autoencoder of its own: name it by --vae")
-    model.dit, model.objective = network.requires_grad_(False), how
-    del network
-    held = {"model": model}
 
     def open_denoiser():
-        if not held:
-            network = load_published(path, args.heads)[0]
-            with torch.device("meta"):
-                held["model"] = Denoiser(kind=kind, **options)
-            held["model"].dit, held["model"].objective = network.requires_grad_(False), how
-        return held.pop("model").eval().to(device)
+        network = (first.pop() if first else load_published(path, args.heads))[0]
+        with torch.device("meta"):
+            model = Denoiser(kind=kind, **options)
+        model.dit, model.objective = network.requires_grad_(False), how.get(kind, Objective())
+        return model.eval().to(device)
 
     def open_text():
         if kind == "wan" or options.get("clip"):
@@ -1374,20 +1300,25 @@ def open_foreign(args, device):
             return lambda prompt: encoder.encode([prompt])[0]
         return lambda prompt: class_number(prompt, options["classes"] - 1)
     about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout}
-    if kind == "wan":
-        shift = json.loads(index.read_text()).get("flow_shift", 5.0) if index.is_file() else 5.0
-        about |= {"shift": shift, "negative": WAN_NEGATIVE}
-        is_i2v = options["channels"] > options["out_channels"]
-        if options["image_dim"]:
-            refuse(f"{path} sees its image through CLIP's vision tower, which is not read here "
-                   "yet: take a TI2V")
-        if is_i2v or options["channels"] == 48 or is_expanded(path):
-            about |= {"adapt": give_image, "kind": "wan" if is_i2v else "ti2v"}
-    else:
-        side = options["size"][1] if kind == "uvit" else options["grid"][0] * options["patch"][1]
-        about["cells"] = side
-    return {"denoiser": open_denoiser, "text": open_text,
-            "vae": lambda: load_autoencoder(vae, device)}, about
+    openers = {"denoiser": open_denoiser, "text": open_text,
+               "vae": lambda: load_autoencoder(vae, device),
+               "image": lambda: open_image_encoder(path, device)}
+    if kind != "wan":
+        about["cells"] = options["size"][1] if kind == "uvit" else (
+            options["grid"][0] * options["patch"][1])
+        return openers, about
+    if options["image_tokens"]:
+        refuse(f"{path} takes a first and a last frame (FLF2V), which is not known here: take an "
+               "I2V or a TI2V")
+    about |= {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "shift": 5.0}
+    if options["channels"] > options["out_channels"]:
+        about |= {"adapt": give_image, "kind": "i2v", "reads_image": bool(options["image_dim"])}
+        about["shift"] = 3.0 if min(args.size or KINDS["i2v"]["size"]) <= 480 else 5.0
+    elif options["channels"] == 48 or is_expanded(path):
+        about |= {"adapt": give_image, "kind": "ti2v"}
+    if index.is_file():
+        about["shift"] = json.loads(index.read_text()).get("flow_shift", about["shift"])
+    return openers, about
 
 
 def is_expanded(path):
@@ -1397,9 +1328,9 @@ def is_expanded(path):
 
 
 def give_image(sampler, job, picture):
-    """A Job as Wan's published models take an image: TI2V as its first latent, clean; 2.2's I2V as
-    channels beside the noise, with a mask, the frames after it grey."""
-    if sampler.part("denoiser").dit.channels == sampler.z_dim:
+    """A Job as Wan's published models take an image: TI2V as its first latent, clean; I2V as
+    channels beside the noise, with a mask, the frames after it grey, and 2.1's as tokens too."""
+    if sampler.about["kind"] == "ti2v":
         return job._replace(givens=[])
     if picture is None:
         refuse(f"{sampler.args.name} makes videos of images: give --image")
@@ -1412,13 +1343,57 @@ def give_image(sampler, job, picture):
     mask = torch.zeros(4, T, H, W)
     mask[:, 0] = 1
     extra = torch.cat([mask, (z - sampler.mean) / sampler.std])
-    return job._replace(givens=[], first=None, extra=extra)
+    image = sampler.part("image")(picture[0]) if sampler.about["reads_image"] else None
+    return job._replace(givens=[], first=None, extra=extra, image=image)
+
+
+WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+WAN_TOWER = (           # names in that file, before those that caption.py knows
+    (r"^visual\.", "tower."), (r"^tower\.transformer\.", "tower.layers."),
+    (r"^tower\.cls_embedding", "tower.cls"), (r"^tower\.pos_embedding", "tower.position"),
+    (r"^tower\.patch_embedding\.", "tower.patch."), (r"^tower\.pre_norm\.", "tower.pre."),
+    (r"\.attn\.to_qkv\.", ".qkv."), (r"\.mlp\.0\.", ".up."), (r"\.mlp\.2\.", ".down."))
+
+
+def open_image_encoder(path, device):
+    """uint8 [H, W, 3] -> [1 + patches, width]: what Wan 2.1's I2V reads of its image, the hidden
+    states before the last layer of CLIP's vision tower, in a folder of either layout. Wan's own
+    scales the whole picture to a square, diffusers' cuts the middle square out."""
+    where = path / WAN_CLIP if (path / WAN_CLIP).is_file() else path / "image_encoder"
+    weights, is_wan = read_tensors(where), where.is_file()
+    if is_wan:                           # which has a text tower too, and no config
+        weights = {name: x for name, x in weights.items() if name.startswith("visual.")}
+        width, _, patch, _ = weights["visual.patch_embedding.weight"].shape
+        depth = len({name.split(".")[2] for name in weights if ".transformer." in name})
+        config = dict(hidden_size=width, patch_size=patch, num_hidden_layers=depth,
+                      image_size=patch * math.isqrt(weights["visual.pos_embedding"].shape[1]),
+                      intermediate_size=len(weights["visual.transformer.0.mlp.0.bias"]),
+                      num_attention_heads=max(1, width // 80), hidden_act="gelu")
+        weights = {name: x for name, x in weights.items()
+                   if not name.startswith(f"visual.transformer.{depth - 1}.")}
+    else:
+        config = read_published(where / "config.json")
+        config = config.get("vision_config", config)
+    with torch.device("meta"):
+        model = nn.Module()
+        model.tower = clip_sight(config, -2, keep_cls=True)()
+    size, weights = config.get("image_size", 224), to_ours(
+        weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
+    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
+                  r"head|layers\.\d+))\..*", torch.float32, device, where)
+
+    @torch.no_grad()
+    def read(picture):
+        x = F.interpolate(normal(picture, CLIP_MEAN)[None], (size, size), mode="bicubic") if (
+            is_wan) else crop(picture, size)[0][0][None]
+        return model.tower(x.to(device))[0].cpu()
+    return read
 
 
 def resolve(args, about, how, stride):
     """Fills in what the model decides, and refuses what it cannot do."""
-    known = {**KINDS[about["kind"]], "shift": about.get("shift", 1.0), "fps": 10.0,
-             "negative": about.get("negative", "")} | KINDS[about["kind"]]
+    known = {"shift": about.get("shift", 1.0), "fps": 10.0, "negative": about.get("negative", ""),
+             **KINDS[about["kind"]]}
     if about["kind"] == "own" and how.path in STEPPED:
         known["sampler"] = "ddim"
     if args.frames or args.seconds:
@@ -1533,11 +1508,12 @@ def add_settings(parser):
         help="of matrix products (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", choices=["demo", "fid", "fvd"], help="measure, and write eval-*.json")
+    add("--eval", choices=["demo", "fid", "fvd", "clip"], help="measure, and write eval-*.json")
     add("--n_eval", type=number(int, 1), default=48,
         help="prompts of each kind, or real clips (%(default)s)")
     add("--data", help="data set of the real clips and their captions")
     add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
+    add("--clip", metavar="DIR", help="CLIP folder that compares a video with its prompt")
 
 
 def main(argv=None):
@@ -1545,9 +1521,9 @@ def main(argv=None):
     if argv[:1] == ["bench"]:
         return bench("bench_sampling", argv[1:])
     args = parse_options(argv)
-    path = Path(args.name)
-    folder = Path("runs", path.stem) if is_published(path) else run_dir(path)
-    {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_frechet)(args, folder)
+    path = model_path(args.name)
+    folder = path if is_run(path) else Path("runs", path.stem)
+    {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
 
 
 if __name__ == "__main__":

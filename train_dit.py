@@ -46,7 +46,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
-from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
@@ -59,10 +59,10 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
-                       epoch_order, fit, gaussians, is_finished, last_checkpoint, latents_path,
-                       load_autoencoder, load_step, lr_at, normaliser, optimizer_tensors,
-                       option_parser, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, setup, sheet_frames, split_rows, start_run,
+                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
+                       latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
+                       optimizer_tensors, option_parser, read_config, read_header, read_log,
+                       read_tensors, restore_optimizer, setup, sheet_frames, split_rows, start_run,
                        sum_over_ranks, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
@@ -183,8 +183,10 @@ def squared_error(how, output, x0, noise, t):
 
 
 def read_output(how, output, x, t):
-    """(velocity, x_0, noise) of an output at x_t = x; velocity is None on a stepped path."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
+    """(velocity, x_0, noise) of an output at x_t = x; velocity is None on a stepped path, of which
+    t may be any (alpha, sigma)."""
+    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t) if torch.is_tensor(t) else (
+        *t, None, None)
     if how.path in STEPPED:
         noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
         return None, (x - sigma * noise) / alpha, noise
@@ -207,29 +209,47 @@ def from_sit(network, prediction="velocity"):
     return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
 
 
-def euler(velocity, x, n_steps, shift=1.0, progress=None, span=(0.0, 1.0)):
-    """Follows dx/dt = velocity(x, t) from t = 1 to t = 0 (or within a span) in n_steps, spaced by
-    the training times' shift: a float, or a float32 tensor that broadcasts with x; so is t."""
-    times = [span[0] + (span[1] - span[0]) * shifted(t, shift)
-             for t in np.linspace(1, 0, n_steps + 1).tolist()]
+# The samplers that training too draws samples with: generators that yield x after each step, from
+# noise to data; sample.py has all the others.
+
+RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, and of all in the end
+    "euler": ((), (1.0,)), "heun": (((1.0,),), (0.5, 0.5)), "midpoint": (((0.5,),), (0.0, 1.0)),
+    "rk4": (((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8))}
+
+
+def runge_kutta(velocity, x, times, method="euler"):
+    """Follows dx/dt = velocity(x, t) along `times`, from the first to the last."""
+    stages, last = RUNGE_KUTTA[method]
     for now, after in zip(times, times[1:]):
-        x = x + (after - now) * velocity(x, now)
-        if progress is not None:
-            progress.update()
-    return x
+        step, slopes = after - now, [velocity(x, now)]
+        for row in stages:
+            ahead = sum(weight * slope for weight, slope in zip(row, slopes))
+            slopes.append(velocity(x + step * ahead, now + sum(row) * step))
+        x = x + step * sum(weight * slope for weight, slope in zip(last, slopes))
+        yield x
 
 
-def ddim(read, x, n_steps, how, progress=None):
-    """Follows a stepped path from noise to data: at each step x_0 and noise are read off and mixed
-    again for the next (Song et al. 2021, 2010.02502, eta 0). read(x, t) -> (_, x_0, noise)."""
-    last = 1.0 if how.path == "sd" else 0.999
-    times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
-    for now, after in zip(times.tolist(), [*times[1:], None]):
-        _, x0, noise = read(x, now)
-        x = x0 if after is None else interpolate(how, x0, noise, after.to(x.device))
-        if progress is not None:
-            progress.update()
-    return x
+def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
+    """predict(x, i) -> (x_0, noise, …) at point i, where x is alpha x_0 + sigma noise (float64
+    [n + 1] each): they are read off and mixed again for the next point, a share `eta` of the noise
+    anew, draw(i) (Song et al. 2021, 2010.02502)."""
+    for i in range(len(alpha) - 1):
+        x0, noise, *_ = predict(x, i)
+        fresh = eta * sigma[i + 1] / sigma[i] * (1 - (alpha[i] / alpha[i + 1]).square()).sqrt()
+        kept = (sigma[i + 1].square() - fresh.square()).sqrt()
+        x = alpha[i + 1].to(x) * x0 + kept.to(x) * noise
+        x = x + fresh.to(x) * draw(i) if eta else x
+        yield x
+
+
+def flow_grid(n, shift=1.0, first=1.0, last=0.0):
+    """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
+    `last`, which is not reached, then 0."""
+    times = torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]
+    if torch.is_tensor(shift):
+        times = times.view(-1, 1, 1).to(shift.device)
+    times = shifted(times, shift)
+    return torch.cat([times, torch.zeros_like(times[:1])])
 
 
 # DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
@@ -291,20 +311,14 @@ def ddpm_at(tables, n):
     return {"n": n, **found}
 
 
-def ddpm_mean_logvar(eps, v, x, c):
-    """(mean, log variance) of the step before x_t = x; v from -1 to 1 spans the variance."""
-    x0 = (x - c["sigma"] * eps) / c["alpha"]
-    least, share = c["posterior_log_variance_clipped"], (v + 1) / 2
-    mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-    return mean, share * c["log_betas"] + (1 - share) * least
-
-
 def ddpm_bits(eps, v, x0, x, c):
     """The bound's term of a step, elementwise in bits: KL(true posterior, ours); at the first step
-    the code length of x_0 in 256 levels. DiT keeps eps out of its gradient."""
-    mean, logvar = ddpm_mean_logvar(eps, v, x, c)
-    true_mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-    true_logvar = c["posterior_log_variance_clipped"]
+    the code length of x_0 in 256 levels. v from -1 to 1 spans the variance. DiT keeps eps out of
+    its gradient."""
+    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
+                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
+    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
+    logvar = share * c["log_betas"] + (1 - share) * true_logvar
     kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
                 + (true_mean - mean).square() * (-logvar).exp())
     # the normal's distribution function by the same approximation as the reference
@@ -321,6 +335,8 @@ def ddpm_bits(eps, v, x0, x, c):
 MODELS = {      # kind: what the network is told and how its output is read (Denoiser)
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
+    "video-xxs": dict(dim=128, depth=4, heads=4, patch=(1, 1, 1), rope_base=100.0,
+                      text=(96, 2, 4)),          # tests/demo
     "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), rope_base=1000.0,
                     text=(256, 4, 4)),
     "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), rope_base=1000.0,
@@ -434,15 +450,27 @@ class CrossAttention(nn.Module):
         self.kv_image = nn.Linear(dim, 2 * dim) if image else None
         self.k_norm_image = RMSNorm(dim, 1e-6) if image else None
 
-    def read(self, q, kv, norm, context, row, cu_context):
+    def read(self, q, kv, norm, context, row, cu_context, counts=None):
+        """counts [L]: how often each row of the context is there. Their logarithms are added to the
+        scores by two of 8 more channels, of which one has what the other's dtype rounds off."""
+        E = q.shape[2]
+
         def make():
             k, v = kv(context).chunk(2, -1)                                          # [L, D]
-            return [x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v)]
-        return attention(q, *once(row, kv, make), row.cu, cu_context).flatten(1)     # [N, D]
+            k, v = (x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v))
+            if counts is None:
+                return k, v
+            log = counts.log()[:, None] * E ** 0.5
+            more = torch.cat([log.to(k.dtype), (log - log.to(k.dtype)).to(k.dtype)], 1)
+            more = F.pad(more, (0, 6))[:, None].expand(-1, self.heads, -1)           # [L, A, 8]
+            return torch.cat([k, more], 2), F.pad(v, (0, 8))
+        k, v = once(row, kv, make)
+        q = q if counts is None else F.pad(F.pad(q, (0, 2), value=1.0), (0, 6))
+        return attention(q, k, v, row.cu, cu_context, E ** -0.5)[..., :E].flatten(1)  # [N, D]
 
     def forward(self, h, text, image, row):
         q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))                   # [N, A, E]
-        o = self.read(q, self.kv, self.k_norm, text, row, row.cu_text)
+        o = self.read(q, self.kv, self.k_norm, text, row, row.cu_text, row.counts)
         if image is not None:
             o = o + self.read(q, self.kv_image, self.k_norm_image, image, row, row.cu_image)
         return self.out(o)
@@ -454,6 +482,18 @@ def fill_texts(texts, most=512):
     filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
     return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
                                            device=texts[0].device) * most
+
+
+def count_texts(texts, most=512):
+    """What `fill_texts` makes, each prompt's rows of zeros as one: ([L, width], cu int32 [B + 1],
+    counts float32 [L])."""
+    left = [most - len(text) for text in texts]
+    kept = [F.pad(text, (0, 0, 0, min(1, n))) for text, n in zip(texts, left)]
+    counts = [text.new_ones(len(text), dtype=torch.float32) for text in kept]
+    for count, n in zip(counts, left):
+        count[-1] = max(1, n)
+    cu = torch.tensor(np.cumsum([0, *map(len, kept)]), dtype=torch.int32, device=texts[0].device)
+    return torch.cat(kept), cu, torch.cat(counts)
 
 
 class Block(nn.Module):
@@ -799,10 +839,6 @@ class GPT(nn.Module):
         logits = self(codes, told).flatten(0, -2).float()                            # [B L, K]
         return F.cross_entropy(logits, codes.flatten(), reduction="none").view(len(codes), -1)
 
-    def loss(self, codes, told=None):
-        """Their mean."""
-        return self.losses(codes, told).mean()
-
     def step(self, previous, place, caches, told=None):
         """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
         what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
@@ -900,6 +936,7 @@ class Row:
     labels: torch.Tensor = None              # int64 [R]: classes
     about: torch.Tensor = None               # float32 [R, 64 * conditions]
     kept: dict = None                        # what `once` has kept, of a row that is sampled
+    counts: torch.Tensor = None              # float32 [L]: how often each row of `text` is there
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
     axes: torch.Tensor = None
 
@@ -1060,15 +1097,15 @@ class Clips:
         """Gives all clips one shape; those that are smaller are left out and named."""
         found = [self.shape[key][1:] for key in self.keys]
         shape = shape or max(sorted(set(found)), key=found.count)
-        is_small = [any(a < b for a, b in zip(each, shape)) for each in found]
-        small = [key for key, left_out in zip(self.keys, is_small) if left_out]
+        small = [key for key, each in zip(self.keys, found)
+                 if any(a < b for a, b in zip(each, shape))]
         text = f"smaller than codes of {'x'.join(map(str, shape))}: {', '.join(small[:8])}"
         if len(small) == len(self.keys):
             refuse(f"all clips are {text}: choose another --shape")
         if small and not int(os.environ.get("RANK", 0)):
             print(f"{len(small)} of {len(self.keys)} clips are left out, {text}"
                   + ", …" * (len(small) > 8), file=sys.stderr)
-        self.keys = [key for key, left_out in zip(self.keys, is_small) if not left_out]
+        self.keys = sorted(set(self.keys) - set(small))
         self.shape |= {key: (1, *shape) for key in self.keys}
 
     def read_as(self, kind, tokenizer=None, embeddings=None, labels=None, conditions=()):
@@ -1142,14 +1179,6 @@ class Clips:
                  "height": about["crop"][2], "width": about["crop"][3],
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
-
-
-def load_tokenizer(path):
-    """The run's tokenizer.json; refuses a damaged one."""
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:           # the library raises nothing narrower
-        refuse(f"{path} is no tokenizer: {error}")
 
 
 def encode_text(tokenizer, text, most=256):
@@ -1408,41 +1437,63 @@ def guide(with_prompt, without, scale, channels=None):
     return torch.cat([far + scale * (near - far), with_prompt[:, channels:]], 1)
 
 
+class Packed:
+    """Clips that are denoised together in one row, each with a twin under `none`, the text to guide
+    away from ([]: no twins). shapes [(C, T', H', W')] of the clips, noises alike; rates, texts,
+    none, givens and about: a list each, as lay_out takes them; the twins see the same givens."""
+
+    def __init__(self, model, shapes, rates, texts, none, noises, time_stride, givens, about):
+        self.model, self.shapes, n = model, shapes, 2 if none else 1
+        row = lay_out(shapes * n, rates * n, texts + none, time_stride, model.dit.patch, None,
+                      model.kind, givens * n, about * n).to(noises[0].device)
+        row.kept = {}                    # texts are read once, not at every step
+        self.tokens = patchify(with_givens(noises, givens), model.dit.patch)
+        self.row, self.n, self.own = row, n, row.own[:len(row.own) // n]
+        self.clip = row.rows[self.own].long()                # of each of the clips' own tokens
+        self.lengths = torch.bincount(self.clip)
+        self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first own token
+        self.n_rows = int(row.rows.max()) + 1
+
+    def network(self, x, t):
+        """Outputs [n * N, C_out*P], the twins' behind the clips', of the clips' own tokens x
+        [N, C*P] at the network's times t [N, 1]."""
+        times = t[self.first, 0].repeat(self.n)
+        times = F.pad(times, (0, self.n_rows - len(times)))
+        tokens = self.tokens.index_copy(0, self.own, x).repeat(self.n, 1)
+        return self.model(tokens, times, self.row)[self.row.own]
+
+
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
-             shift=1.0, time_stride=4, progress=None, none=(EOS,), givens=None, about=None):
+             shift=1.0, time_stride=4, none=(EOS,), givens=None, about=None):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
-    (as lay_out takes them; `none`: the empty one), all in one packed row with their unguided twins;
-    uint8 [T, H, W, 3] of each. `givens`: each clip's [(normalised latent [C, T', H', W'], seconds
-    from the clip's first frame to its own)], and `about`, as lay_out has it: the twins see them."""
-    device, n = noises[0].device, len(shapes)
-    twice = 2 if guidance != 1 else 1
-    patch = model.dit.patch
-    texts, givens = texts + [none] * n * (twice - 1), givens or [[]] * n
-    row = lay_out(shapes * twice, rates * twice, texts, time_stride, patch, None, model.kind,
-                  givens * twice, (about or [[]] * n) * twice).to(device)
-    tokens = patchify(with_givens(noises, givens), patch)
-    how, own = model.objective, row.own[:len(row.own) // twice]
-    lengths = torch.bincount(row.rows[own])
-    first = lengths.cumsum(0) - lengths                      # each clip's first own token
+    (as lay_out takes them; `none`: the empty one); uint8 [T, H, W, 3] of each. `givens`: each
+    clip's [(normalised latent [C, T', H', W'], seconds from the clip's first frame to its own)]."""
+    device, how, empty = noises[0].device, model.objective, [[]] * len(shapes)
+    packed = Packed(model, shapes, rates, texts, [none] * len(shapes), noises, time_stride,
+                    givens or empty, about or empty)
+    x = packed.tokens[packed.own]
     if how.shift_tokens:                                     # each token by its clip's length
-        shift = token_shift(shift, lengths, how.shift_tokens).repeat_interleave(lengths)[:, None]
+        shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None]
 
     def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
-        times = row.table_times(t[first, 0].repeat(twice))
-        output = model(tokens.index_copy(0, own, x).repeat(twice, 1), times, row)[row.own]
-        output = guide(*output.chunk(2), guidance) if twice == 2 else output
-        return read_output(how, output, x, t)
+        return read_output(how, guide(*packed.network(x, t).chunk(2), guidance), x, t)
 
-    x = tokens[own]
     if how.path in STEPPED:
-        x = ddim(read, x, n_steps, how, progress)
+        last = 1.0 if how.path == "sd" else 0.999
+        times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
+        alpha, sigma = (x.double() for x in interpolant(how.path, times)[:2])
+        steps = ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
+                     F.pad(sigma, (0, 1)))
     else:
-        x = euler(lambda x, t: read(x, t)[0], x, n_steps, shift, progress, interval(how, True))
+        low, high = interval(how, True)
+        times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
+        steps = runge_kutta(lambda x, t: read(x, t)[0], x, times.unbind())
+    *_, x = steps
     mean, std = normaliser(vae_config, device)
     videos = []
-    for z in unpatchify(x, shapes, patch):
+    for z in unpatchify(x, shapes, model.dit.patch):
         parts = decode_long(vae, (z * std + mean)[None])
         videos.append(to_frames(torch.cat(list(parts), 2)[0]))
     return videos
@@ -1519,11 +1570,9 @@ def start_from(args, begun):
     weights."""
     if begun or not args.init:
         return begun and begun["model"], begun and begun["layout"], None
-    path = Path(args.init) if Path(args.init).is_file() else run_dir(args.init)
-    about = path / "config.json"
-    if not path.is_file() and not (about.is_file() and "_class_name" in about.read_text()
-                                   or (path / "transformer").is_dir()):
-        config = read_config(path, "denoiser")               # of a run of ours
+    path = model_path(args.init)
+    if is_run(path):
+        config = read_config(path, "denoiser")
         weights = load_file(last_checkpoint(path) / "ema.safetensors")
         return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
@@ -1594,8 +1643,8 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out):
         source = args.init and run_dir(args.init)
         source = folder if (folder / "tokenizer.json").exists() else source
         texts = [c["text"] for row in train_rows for c in row["captions"]]
-        tokenizer = load_tokenizer(source / "tokenizer.json") if source else train_tokenizer(
-            texts, args.vocab)
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if source else (
+            train_tokenizer(texts, args.vocab))
         options["vocab"] = tokenizer.get_vocab_size()
         return tokenizer, None, None
     if options.get("text_dim") or options.get("clip"):
@@ -1679,21 +1728,16 @@ class LoRA(nn.Module):
 def add_lora(model, rank):
     """Freezes the model but for such an addition to each matrix of its blocks."""
     model.requires_grad_(False)
-    for block in (m for m in model.dit.modules() if isinstance(m, BLOCKS)):
-        for layer in [m for m in block.modules() if isinstance(m, nn.Linear)]:
-            register_parametrization(layer, "weight", LoRA(layer.weight, rank))
+    blocks = [m for m in model.dit.modules() if isinstance(m, BLOCKS)]
+    for layer in [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]:
+        register_parametrization(layer, "weight", LoRA(layer.weight, rank))
 
 
 def merged(model):
     """The state dict with what LoRA adds added: that of a model without it."""
-    state, original = {}, ".parametrizations.weight.original"
-    for name, value in model.state_dict().items():
-        if name.endswith(original):
-            layer = name.removesuffix(original)
-            state[f"{layer}.weight"] = model.get_submodule(layer).weight
-        elif ".parametrizations." not in name:
-            state[name] = value
-    return state
+    added = {f"{name}.weight": m.weight for name, m in model.named_modules() if is_parametrized(m)}
+    return added | {name: value for name, value in model.state_dict().items()
+                    if ".parametrizations." not in name}
 
 
 def add_gradients(model, step, loaded, lengths, args, device):
@@ -1798,14 +1842,13 @@ def train(args, folder):
     barrier()
 
 
-
-def load_denoiser(name, device="cpu", weights="ema"):
+def load_denoiser(name, device="cpu", config=None):
     """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
-    folder = run_dir(name)
-    config = read_config(folder, "denoiser")
+    folder = model_path(name)
+    config = config or read_config(folder, "denoiser")
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
-    model.load_state_dict(load_file(last_checkpoint(folder) / f"{weights}.safetensors"))
+    model.load_state_dict(load_file(last_checkpoint(folder) / "ema.safetensors"))
     read = open_reader(folder, config, device)
     return model.to(device).eval().requires_grad_(False), read, config
 
@@ -1819,7 +1862,7 @@ def open_reader(folder, config, device="cpu"):
         return lambda prompt: encoder.encode([prompt])[0]
     if not config["model"].get("text"):                      # told nothing
         return lambda prompt: [EOS]
-    return functools.partial(encode_text, load_tokenizer(folder / "tokenizer.json"))
+    return functools.partial(encode_text, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
 def class_of(prompt, labels):
@@ -1957,12 +2000,36 @@ def wan_options(state, config, layout):
         image_tokens=0 if place is None else place.shape[1])
 
 
-def load_published(path, heads=None):
+def uvit_options(state, heads, text_tokens, path):
+    """The options of the U-ViT whose published state dict this is. What it does not tell: heads
+    (None: of width 64, but 72 in the H models), and of one that reads texts their text_tokens."""
+    if not {"pos_embed", "patch_embed.proj.weight"} <= set(state):
+        refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed or patch_embed")
+    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
+    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
+    text = None if text is None else (text.shape[1], text_tokens)
+    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
+    side = math.isqrt(max(patches, 1))
+    if not heads or dim % heads or side**2 != patches:
+        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
+               f"text_tokens (they leave {patches} patches, which must form a square)")
+    return dict(
+        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
+        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
+        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
+        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
+        time_mlp="time_embed.0.weight" in state)
+
+
+def load_published(path, heads=None, text_tokens=77):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
-    either layout, a U-ViT's file or folder, the checkpoint of a VideoGPT's prior."""
+    either layout, a U-ViT's .pth or training folder N.ckpt (its nnet_ema.pth), the checkpoint of a
+    VideoGPT's prior. heads, text_tokens: what the files of some do not tell."""
     path, config, layout = Path(path), {}, "dit"
-    if path.is_dir() and not (path / "nnet_ema.pth").is_file():
+    path = path / "nnet_ema.pth" if (path / "nnet_ema.pth").is_file() else path
+    if path.is_dir():
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
             refuse(f"{path} has no config.json: not a published folder, nor a run")
@@ -1972,17 +2039,17 @@ def load_published(path, heads=None):
         if layout is None:
             refuse(f"{path} holds a {config.get('_class_name')}, which is not known here: WanModel "
                    "and WanTransformer3DModel are")
-    state = read_tensors(path / "nnet_ema.pth" if layout == "dit" and path.is_dir() else path)
+    state = read_tensors(path)
     if "mid_block.mlp.fc1.weight" in state:
-        model, options = load_uvit(path, heads, state=state)
-        return model, "uvit", options
+        options = uvit_options(state, heads, text_tokens, path)
+        return filled(UViT, options, state, path), "uvit", options
     if "hyper_parameters" in state:
         model, options, _ = load_gpt(path, state)
         return model, "gpt", options
     if layout == "dit":
         state = state.get("ema", state)
         if "x_embedder.proj.weight" not in state:
-            refuse(f"{path} has no x_embedder.proj.weight: not a DiT's or SiT's file")
+            refuse(f"{path} has no x_embedder.proj.weight: no DiT, SiT, U-ViT or VideoGPT's prior")
     options = dit_options(state, heads) if layout == "dit" else wan_options(state, config, layout)
     with torch.device("meta"):
         model = DiT(**options)
@@ -2001,32 +2068,6 @@ def filled(make, options, state, path):
     except RuntimeError as error:
         refuse(f"{path}: {error}")
     return model.eval()
-
-
-def load_uvit(path, heads=None, text_tokens=77, state=None):
-    """(UViT, its options) of a published .pth or a training folder N.ckpt (its nnet_ema.pth), or of
-    the `state` that was read from it. What the file does not tell: heads (None: of width 64, but 72
-    in the H models), and text_tokens."""
-    path = Path(path, "nnet_ema.pth") if Path(path).is_dir() else Path(path)
-    state = state or read_tensors(path)
-    if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
-        refuse(f"{path} is no U-ViT: it has no pos_embed, patch_embed or mid_block")
-    dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
-    classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")
-    text = None if text is None else (text.shape[1], text_tokens)
-    patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
-    side = math.isqrt(max(patches, 1))
-    if not heads or dim % heads or side**2 != patches:
-        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
-               f"text_tokens (they leave {patches} patches, which must form a square)")
-    options = dict(
-        channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
-        depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
-        clip=text, hidden=len(state["mid_block.mlp.fc1.weight"]),
-        conv="final_layer.weight" in state, qkv_bias="mid_block.attn.qkv.bias" in state,
-        time_mlp="time_embed.0.weight" in state)
-    return filled(UViT, options, state, path), options
 
 
 def load_gpt(path, file=None):
@@ -2122,32 +2163,32 @@ def parse_options(argv=None):
     return check_options(parser.parse_args(argv))
 
 
+NOT_FOR = {                  # options that a kind of model has no use for; of others --shape alone
+    "gpt": ("given", "stills", "recompute", "conditions", "objective", "path", "times"),
+    "uvit": ("shape", "given", "recompute", "conditions")}
+
+
 def check_options(args):
     """Fills in what the model decides, and refuses what does not go together."""
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
                f"{args.row_tokens}")
-    by_kind = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(args.model.split("-")[0])
-    if args.model.startswith("gpt"):
-        if args.given or args.stills or args.recompute or args.conditions or args.objective or (
-                args.path or args.times):
-            refuse("--given, --stills, --recompute, --conditions, --objective, --path, --times: "
-                   "VideoGPT's prior has none of them; leave them out")
+    kind = args.model.split("-")[0]
+    for name in NOT_FOR.get(kind, ("shape",)):
+        if getattr(args, name):
+            refuse(f"--{name} is not for --model {args.model}: leave it out, or take another model")
+    if kind == "gpt":
         return args
-    if args.shape:
-        refuse("--shape is for models of codes: other models take clips of any shape")
-    args.objective = args.objective or (by_kind or ("velocity",))[0]
-    args.path = args.path or (by_kind[1] if by_kind and args.objective == by_kind[0] else "linear")
-    args.times = args.times or ("logit-normal" if args.model.startswith(("video", "wan"))
-                                else "uniform")
-    if args.model.startswith("uvit") and (args.given or args.recompute or args.conditions):
-        refuse("--given, --recompute, --conditions: U-ViT has none of them; take another --model")
+    own = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(kind, ("velocity", "linear"))
+    args.objective = args.objective or own[0]
+    args.path = args.path or (own[1] if args.objective == own[0] else "linear")
+    args.times = args.times or ("logit-normal" if kind in ("video", "wan") else "uniform")
     if (args.objective == "ddpm") != (args.path == "ddpm") or (
             args.path in STEPPED and (args.objective not in ("ddpm", "noise") or
                                       args.weighting != "none")):
         refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do "
                "not go together: ddpm goes with ddpm, sd with noise, both without a weighting")
-    if args.objective == "ddpm" and not args.model.startswith("dit"):
+    if args.objective == "ddpm" and kind != "dit":
         refuse(f"--objective ddpm needs a head for the variance, which {args.model} has not: "
                "take a dit")
     if args.objective == "velocity" and args.weighting in ("velocity", "likelihood"):
@@ -2182,10 +2223,9 @@ def main(argv=None):
     if args.export:
         return export(args, folder)
     train(args, folder)
-    if args.estimate:
-        return
-    print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
-          file=sys.stderr)
+    if not args.estimate:
+        print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

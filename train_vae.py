@@ -598,6 +598,8 @@ WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
 MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                    linear=True),
+    "vae-xxs": dict(dim=16, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
+                    linear=True),                # tests/demo-vae
     "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16),
     "vae-b": dict(dim=96, z_dim=16, **WAN),
     "wan-2.1": dict(dim=96, z_dim=16, residual=False, **WAN),
@@ -839,11 +841,12 @@ def regroup(pieces, growth):
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
         most = max(1, piece.shape[2] if torch.is_grad_enabled() else
                    int(max(ROOM, 2 * frame) / growth // frame))
-        for part in piece.split(most, 2):
+        while piece.shape[2]:
+            part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
             held, n = held + [part], n + part.shape[2]
-            if n and n >= most:
-                yield torch.cat(held, 2) if len(held) > 1 else part
-                held, n = [], 0
+            if n == most:
+                part, held, n = torch.cat(held, 2) if len(held) > 1 else part, [], 0
+                yield part
     if n:
         yield torch.cat(held, 2)
 
@@ -1118,7 +1121,7 @@ class Autoencoder(nn.Module):
         x = z if self.unquant is None else self.unquant(z, state)
         x = torch.cat(stream(self.decoder, self.to_pixels, self.decoder_norm, x, state), 2)
         if self.patch > 1:
-            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT
+            x = from_blocks(x.permute(0, 2, 4, 3, 1), 3, 1, self.patch).mT.contiguous()
         return x if self.linear is None else x + self.linear.decode(z, state)
 
 
@@ -1568,7 +1571,7 @@ def evaluate_run(args):
     detectors = {"rfid": lambda frames: opened["rfid"][0](frames[:, None], True),
                  "rfvd": lambda frames: opened["rfvd"][0](frames[None], False)}
     keys = [row["key"] for row in shown]
-    out = autoencoder_path(name)
+    out = model_path(name)
     out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
@@ -1732,8 +1735,8 @@ def is_run(folder):
         return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
 
 
-def autoencoder_path(name):
-    """Where the autoencoder of this name lies: among the runs, or else as a path."""
+def model_path(name):
+    """Where the model of this name lies: among the runs, or else as a path."""
     return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
 
 
@@ -1753,7 +1756,7 @@ def weights_hash(model, mean, std):
 def load_autoencoder(name, device="cpu"):
     """(model in eval mode, config) of a trained run, or of a published folder or file; the config
     has model, hash, latents_mean and latents_std."""
-    folder = autoencoder_path(name)
+    folder = model_path(name)
     if not is_run(folder):
         model, config = load_published(folder)
     else:

@@ -75,6 +75,14 @@ def power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
+def row_tiles(width, most):
+    """(rows, columns, warps) of a program that takes whole rows of `width` numbers, at most `most`
+    of them: it holds about 2048 numbers, and a thread some 16."""
+    columns = power_of_2(width)
+    rows = min(max(2048 // columns, 1), most)
+    return rows, columns, min(max(columns * rows // 512, 4), 16)
+
+
 def tile_table(cu, block, n_rows):
     """Cuts runs of rows into tiles of at most `block` rows, on the device, without waiting for it.
 

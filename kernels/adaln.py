@@ -25,7 +25,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from kernels import check, power_of_2, tile_table, tl, triton, use_triton
+from kernels import check, row_tiles, tile_table, tl, triton, use_triton
 
 TILE = 64  # tokens whose table gradients one program sums
 
@@ -181,11 +181,7 @@ def _sum_kernel(partial, first_tile, dshift, dscale, dgate, D, GATED: tl.constex
 
 
 def _config(D):
-    """Rows a program so that it holds about 2048 numbers, and some 16 of them a thread."""
-    block_d = power_of_2(D)
-    block_m = min(max(2048 // block_d, 1), TILE)
-    warps = min(max(block_d * block_m // 512, 4), 16)
-    return dict(BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps)
+    return dict(zip(("BLOCK_M", "BLOCK_D", "num_warps"), row_tiles(D, TILE)))
 
 
 def _triton_forward(x, y, gate, shift, scale, rows, eps):

@@ -33,9 +33,11 @@ Case = namedtuple("Case", "label leaves ours peers work work_both")
 def attention_cases(shapes, make):
     for A, E, len_q, len_k in shapes:
         len_k = len_k or len_q
-        cu_q, cu_k = (make.whole([0] + lengths).cumsum(0).int() for lengths in (len_q, len_k))
+        cu_q, cu_k = (torch.tensor([0] + lengths, device=make.device).cumsum(0).int()
+                      for lengths in (len_q, len_k))
         leaves = [make(sum(n), A, E) for n in (len_q, len_k, len_k)]
-        peers = {"sdpa": lambda q, k, v, n=len_q, m=len_k: per_clip(q, k, v, n, m, sdpa)}
+        peers = {"sdpa": lambda q, k, v, n=len_q, m=len_k: per_clip(
+            q, k, v, n, m, F.scaled_dot_product_attention)}
         biggest = max(n * m for n, m in zip(len_q, len_k)) * A * len(set(len_q)) * 4
         if make.device == "cuda" and biggest < 2 ** 31:  # the scores of a clip in float32
             peers["eager"] = lambda q, k, v, n=len_q, m=len_k: per_clip(q, k, v, n, m, formula)
@@ -43,10 +45,6 @@ def attention_cases(shapes, make):
         label = f"{A}x{E} {len(len_q)} clips {min(len_q)}-{max(len_q)} on {min(len_k)}-{max(len_k)}"
         ours = lambda q, k, v, a=cu_q, b=cu_k: attention.attention(q, k, v, a, b)
         yield Case(label, leaves, ours, peers, flops, 3.5 * flops)
-
-
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 def formula(q, k, v):
@@ -112,9 +110,6 @@ class Make:
     def __call__(self, *shape):
         return torch.randn(shape, device=self.device).to(self.dtype)
 
-    def whole(self, numbers):
-        return torch.tensor(numbers, device=self.device)
-
 
 def milliseconds(fns, device, seconds=0.5):
     """Median time of each function; they take turns, so that a slow minute is everyone's."""
@@ -157,7 +152,7 @@ def both_passes(fn, leaves):
 
 
 def bench(name, cases, make, ceiling, unit, size):
-    print(f"\n{name}: {kernels.backend(make.device)[0]} ({kernels.backend(make.device)[1]})")
+    print("\n{}: {} ({})".format(name, *kernels.backend(make.device)))
     for case in cases:
         peers = dict(case.peers)
         if make.device == "cuda":

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from kernels import check, power_of_2, tl, triton, use_triton
+from kernels import check, row_tiles, tl, triton, use_triton
 
 # (shapes of the latents, patch): bench and tests
 SHAPES = [
@@ -104,8 +104,7 @@ def _triton_copy(x, shapes, patch, cut):
     """x is the flat buffer or the tokens; returns the other."""
     shapes = _unflat(shapes)
     features = shapes[0][0] * math.prod(patch)
-    block_k = power_of_2(features)
-    block_n = min(max(2048 // block_k, 1), 64)
+    block_n, block_k, _ = row_tiles(features, 64)
     clips, tiles = _tables(shapes, tuple(patch), block_n, x.device)
     out = x.new_empty((x.numel() // features, features) if cut else x.numel())
     flat, tokens = (x, out) if cut else (out, x)

@@ -24,7 +24,7 @@ from typing import Optional
 
 import torch
 
-from kernels import check, power_of_2, tl, triton, use_triton
+from kernels import check, row_tiles, tl, triton, use_triton
 
 TOKENS = 64  # whose part of the weights' gradient one program sums
 
@@ -151,11 +151,7 @@ def _backward_kernel(dout, x, coords, freqs, axes, weight, dx, partial, N, x_row
 
 
 def _config(width):
-    """Tokens at a time so that a program holds about 2048 numbers, and some 16 of them a thread."""
-    block_w = power_of_2(width)
-    block_m = min(max(2048 // block_w, 1), TOKENS)
-    warps = min(max(block_w * block_m // 512, 4), 16)
-    return dict(BLOCK_M=block_m, BLOCK_W=block_w, num_warps=warps)
+    return dict(zip(("BLOCK_M", "BLOCK_W", "num_warps"), row_tiles(width, TOKENS)))
 
 
 def _triton_forward(x, coords, freqs, axes, weight, eps):

@@ -38,7 +38,9 @@ def make(folder):
 def bench(argv):
     """Prints a table: tokens/s of ours and of transformers', greedy, the same tokens or not."""
     parser = V.option_parser("Captions beside transformers' (which must be installed)")
-    parser.add_argument("--repeats", type=V.number(int, 1), default=3, help="of each (%(default)s)")
+    parser.add_argument("--repeats", type=V.number(int, 1), default=2, help="of each (%(default)s)")
+    parser.add_argument("--clips", type=V.number(int, 1), nargs="+", default=[1, 16],
+                        help="how many at a time (1 16)")
     parser.add_argument("--new", type=V.number(int, 1), default=64, help="tokens (%(default)s)")
     args = parser.parse_args(argv)
     V.keep_memory()
@@ -48,7 +50,7 @@ def bench(argv):
     with tempfile.TemporaryDirectory() as folder:
         peer, ours = make(folder)
         random = np.random.default_rng(0)
-        for n in (1, 16):
+        for n in args.clips:
             frames = [random.integers(0, 255, (224, 224, 3), np.uint8) for _ in range(n)]
             asked = ["what is seen in this frame of the clip? " * (1 + i % 4) for i in range(n)]
             reads = [ours.read(ours.prompt(q), [frame]) for q, frame in zip(asked, frames)]
@@ -71,12 +73,12 @@ def bench(argv):
                 return [found[i] for i in range(n)]
 
             times, outs = {}, {}
-            for _ in range(args.repeats + 1):            # the first of each to warm up
+            for _ in range(args.repeats):
                 for fn in (theirs, mine):
                     began = time.perf_counter()
                     outs[fn] = fn()
                     times.setdefault(fn, []).append(time.perf_counter() - began)
-            a, b = (n * args.new / min(times[fn][1:]) for fn in (theirs, mine))
+            a, b = (n * args.new / min(times[fn]) for fn in (theirs, mine))
             same = np.mean([x == y for x, y in zip(outs[theirs], outs[mine])])
             label = f"{n}" if n == 1 else f"{n}, {min(map(len, rows))} to {longest} tokens in"
             print(f"{label:24} {a:12.1f} {b:12.1f} {b / a:6.2f}  {same:.0%}", flush=True)

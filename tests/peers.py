@@ -228,7 +228,7 @@ class Theirs(torch.nn.Module):
         super().__init__()
         self.peer = AutoencoderKLWan(base_dim=16, z_dim=self.z_dim, num_res_blocks=1)
 
-    def features(self, video):
+    def features(self, video, state=None):
         return self.peer.encode(video).latent_dist.parameters
 
     def decode(self, z):

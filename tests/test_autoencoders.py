@@ -123,13 +123,14 @@ def lpips_by_hand(vgg, linear, y, x):
     for t in range(x.shape[2]):
         pair, place, total = [(video[:, :, t] - shift) / scale for video in (y, x)], 0, 0
         for i, widths in enumerate(V.Perceptual.WIDTHS):
+            if i:
+                pair, place = [F.max_pool2d(h, 2) for h in pair], place + 1
             for _ in widths:
                 weight, bias = (vgg[f"features.{place}.{kind}"] for kind in ("weight", "bias"))
                 pair = [F.conv2d(h, weight, bias, padding=1).clamp(min=0) for h in pair]
                 place += 2
             a, b = (h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10) for h in pair)
             total = total + ((a - b)**2 * linear[f"lin{i}.model.1.weight"]).sum(1).mean((1, 2))
-            pair, place = [F.max_pool2d(h, 2) for h in pair], place + 1
         frames.append(total)
     return torch.stack(frames).mean(0)
 
@@ -185,15 +186,18 @@ def log(run):
     return V.read_log(Path("runs") / run)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("vq", ["--bottleneck", "vq", "--codes", "32"]),
-    ("fsq", ["--bottleneck", "fsq", "--codes", "5", "4", "3", "--stills", "0.5"])])
-def test_codes_are_trained_and_encoded(place, name, options):
-    V.main(["demo", "--run", name, *SMALL, *options])
-    row = log(name)[-1]
-    n_codes = 32 if name == "vq" else 60
-    assert 0 < row["usage"] <= 1 and 1 <= row["perplexity"] <= n_codes
+def coded(name):
+    """Trains an autoencoder with codes and encodes the data set; a finished one stays as it is."""
+    options = {"vq": ["--codes", "32"], "fsq": ["--codes", "5", "4", "3", "--stills", "0.5"]}
+    V.main(["demo", "--run", name, *SMALL, "--bottleneck", name, *options[name]])
     V.main(["demo", "--encode", "--vae", name])
+
+
+@pytest.mark.parametrize("name, n_codes", [("vq", 32), ("fsq", 60)])
+def test_codes_are_trained_and_encoded(place, name, n_codes):
+    coded(name)
+    row = log(name)[-1]
+    assert 0 < row["usage"] <= 1 and 1 <= row["perplexity"] <= n_codes
     model, config = V.load_autoencoder(name)
     assert model.n_codes == n_codes and model.bottleneck.codebook.shape == (n_codes, model.z_dim)
     path = next(Path("data/demo").glob(f"*.latents-{config['hash']}.safetensors"))
@@ -208,9 +212,8 @@ def test_codes_are_trained_and_encoded(place, name, options):
 
 
 def test_a_prior_of_real_codes_is_sampled(place):
-    V.main(["demo", "--run", "points", *SMALL, "--bottleneck", "fsq", "--codes", "5", "4", "3"])
-    V.main(["demo", "--encode", "--vae", "points"])
-    D.main(["demo", "--run", "prior", "--vae", "points", "--model", "gpt-xs", "--steps", "2",
+    coded("fsq")
+    D.main(["demo", "--run", "prior", "--vae", "fsq", "--model", "gpt-xs", "--steps", "2",
             "--eval_every", "2"])
     assert 0 < V.read_log("runs/prior")[-1]["held_out"] < 2 * math.log(60)
     S.main(["prior", "--prompt", "a red circle moves left", "--device", "cpu"])

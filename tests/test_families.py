@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,18 @@ def test_folders_that_are_refused(tmp_path, capsys):
     folder = changed(tmp_path / "sizes", QWEN)
     (folder / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 64}')
     assert "'num_hidden_layers' is missing" in refused(capsys, folder, call=c.open_vlm)
+    (folder / "config.json").write_text("{")
+    assert "holds no JSON" in refused(capsys, folder, call=c.open_vlm)
+    folder = changed(tmp_path / "torn", QWEN)
+    whole = (folder / "model.safetensors").read_bytes()
+    for part in (whole[:len(whole) // 2], whole[:4], b""):
+        (folder / "model.safetensors").write_bytes(part)
+        assert "cannot be read as weights" in refused(capsys, folder, call=c.open_vlm)
+    folder = changed(tmp_path / "mute", QWEN)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (folder / name).unlink(missing_ok=True)
+    assert "has no tokenizer" in refused(capsys, folder, call=c.open_vlm)
+    assert c.open_vlm(folder, tokenizer=QWEN).stop           # that of another folder
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -333,6 +346,11 @@ def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
         return refused(capsys, *args, call=quick)
     assert "give --lm DIR" in line("set", "--vlm", LLAVA, "--frames", "uniform:4")
     assert "language model alone" in line("set", "--vlm", QWEN)
+    assert "is a captioner" in line("set", "--vlm", LLAVA, "--lm", LLAVA)
+    for tune in ("connector", "lora", "all"):
+        assert "language model alone" in line("set", "--train", "--init", QWEN, "--tune", tune, "--run",
+                                              f"blind-{tune}")
+    assert not list((home / "runs").glob("blind-*"))
     assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "all")
     assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "fps:0")
     assert "config.json is missing" in line("set", "--vlm", LLAVA, "--lm", tmp_path / "no")
@@ -375,3 +393,35 @@ def test_a_published_captioner_learns(home, quick, tune):
     if tune == "lora":
         quick("set", "--vlm", "whole-lora", "--max_tokens", 6, "--style", "tags")
         assert (home / "data" / "set" / "captions-whole-lora-tags.png").exists()
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+def on_ranks(home, world, *args):
+    """caption.py as torchrun starts it, on `world` ranks that all end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(world),
+                   MASTER_PORT=str(free.getsockname()[1]))
+    processes = [subprocess.Popen(
+        [sys.executable, str(ROOT / "caption.py"), *map(str, args)], cwd=home, text=True,
+        stderr=subprocess.PIPE, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in range(world)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == world * [0], errors
+
+
+@pytest.mark.slow
+def test_two_ranks_caption_and_teach_as_one(home):
+    """Shards are shared out and their captions have the same bytes; a step's losses are the same."""
+    for world in (1, 2):
+        on_ranks(home, world, "set", "--vlm", LLAVA, "--lm", QWEN, "--all", "--frames", "uniform:2",
+                 "--max_tokens", 6, "--source", f"on{world}")
+        on_ranks(home, world, "set", "--train", "--init", LLAVA, "--tune", "lora", "--steps", 2,
+                 "--batch", 2, "--log_every", 1, "--eval_every", 2, "--run", f"on{world}")
+    files = [sorted(home.glob(f"data/set/*captions-on{world}.jsonl")) for world in (1, 2)]
+    assert len(files[0]) >= 3
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    logs = [[json.loads(line) for line in open(home / f"runs/on{world}/log.jsonl")] for world in (1, 2)]
+    for one, two in zip(*logs):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)

@@ -254,6 +254,8 @@ def test_without_the_option_nothing_given_is_read(folder, monkeypatch):
 
 def test_a_run_with_givens_resumes_bit_for_bit(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(D.MODELS, "video-xs", dict(dim=32, depth=2, heads=2, patch=(1, 1, 1),
+                                                   text=(32, 1, 2)))
     options = ["own", "--given", "0.5", "--row_tokens", "512", "--batch_tokens", "1024", "--warmup",
                "1", "--eval_every", "6", "--save_every", "3", "--log_every", "1", "--keep", "9",
                "--device", "cpu"]

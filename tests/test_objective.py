@@ -44,7 +44,7 @@ def test_every_prediction_is_read_as_the_same_truth(path, prediction):
     velocity = D.target(D.Objective("velocity", path), x0, noise, t)
     for found, wanted in zip(D.read_output(how, output, x, t), (velocity, x0, noise)):
         assert torch.allclose(found, wanted, atol=1e-10)
-    drift, score = sample.drift_score(how, output, x, t)
+    drift, score = sample.drift_score(how, D.read_output(how, output, x, t), t)
     assert torch.allclose(drift, velocity)
     assert torch.allclose(score, -noise / D.interpolant(path, t)[1])
     for weighting in ("none", "velocity", "likelihood", "min-snr"):
@@ -57,8 +57,8 @@ def test_a_weighted_error_is_that_of_what_it_is_named_for(path, prediction):
     how, (x0, noise, t) = D.Objective(prediction, path), drawn()
     x, output = D.interpolate(how, x0, noise, t), torch.ones_like(x0)
     alpha, sigma, *_ = D.interpolant(path, t)
-    velocity, data, _ = D.read_output(how, output, x, t)
-    _, score = sample.drift_score(how, output, x, t)
+    answer = D.read_output(how, output, x, t)
+    (velocity, data, _), (_, score) = answer, sample.drift_score(how, answer, t)
     truth = D.target(D.Objective("velocity", path), x0, noise, t)
     error = {name: D.squared_error(how._replace(weighting=name), output, x0, noise, t)
              for name in ("velocity", "likelihood", "min-snr")}
@@ -83,9 +83,10 @@ def test_a_perfect_model_of_one_video_leads_to_it(path, prediction):
 
     shift = D.token_shift(1.0, torch.arange(1, 8), 4)[:, None]
     span = D.interval(how, is_sampling=True)
-    end = D.euler(velocity, noise, 200, shift, span=span)
+    grid = lambda shift: span[0] + (span[1] - span[0]) * D.flow_grid(200, shift).float()
+    *_, end = D.runge_kutta(velocity, noise, grid(shift))
     assert (end - goal).abs().max() < 0.05
-    alone = D.euler(lambda x, t: velocity(x.expand(7, -1), t)[3:4], noise[3:4], 200, span=span)
+    *_, alone = D.runge_kutta(lambda x, t: velocity(x.expand(7, -1), t)[3:4], noise[3:4], grid(1.0))
     assert torch.allclose(alone, end[3:4], atol=1e-4)        # token 3 has the shift 1
 
 
@@ -174,9 +175,11 @@ def test_noise_at_each_step_of_stable_diffusion():
 def test_ddim_follows_a_perfect_model_to_the_data():
     x0, noise = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     for how, last in ((D.Objective("noise", "sd"), 1.0), (D.Objective("ddpm", "ddpm"), 0.999)):
-        x = D.interpolate(how, x0, noise, torch.tensor(last))
-        read = lambda x, t: D.read_output(how, noise, x, torch.tensor(t))
-        assert torch.allclose(D.ddim(read, x, 7, how), x0, atol=1e-3)
+        times = torch.linspace(last, 0.001, 7)
+        alpha, sigma, *_ = D.interpolant(how.path, times)
+        predict = lambda x, i: D.read_output(how, noise, x, times[i])[1:]
+        *steps, x = D.ddim(predict, D.interpolate(how, x0, noise, times[0]), alpha, sigma)
+        assert len(steps) == 5 and torch.allclose(x, alpha[-1] * x0 + sigma[-1] * noise, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [["--objective", "ddpm"], ["--weighting", "likelihood"]])

@@ -361,9 +361,8 @@ def published_model(case):
         recorded = case.tensors[f"{prefix}logits"]
         found[f"{prefix}logits"] = model.decoder.logits(h)[0, -len(recorded):]
         texts = [model.request(f"{n}", *model.read("x" * n), []) for n in (1, 30, 7)]
-        alone = list(caption.generate(model.decoder, [request], 1, 12, scale=plan.scales[0]))
-        mixed = list(caption.generate(model.decoder, [texts[0], request, *texts[1:]], 2, 12,
-                                      scale=plan.scales[0]))
+        alone = list(caption.generate(model.decoder, [request], 1, 12))
+        mixed = list(caption.generate(model.decoder, [texts[0], request, *texts[1:]], 2, 12))
         for row, tokens, score in mixed + alone:
             if row is request:
                 assert found.setdefault(f"{prefix}generated", torch.tensor(tokens)).tolist() == tokens
@@ -539,7 +538,8 @@ def unpacked(tokens, shapes, patch):
 def open_uvit(case):
     """(U-ViT, condition, what stands for none): a text, a label, or None."""
     args = case.args
-    model, options = D.load_uvit(case.weights, args["num_heads"], args.get("num_clip_token", 77))
+    model, _, options = D.load_published(case.weights, args["num_heads"],
+                                         args.get("num_clip_token", 77))
     assert options["qkv_bias"] == args.get("qkv_bias", False)
     assert options["conv"] == args.get("conv", True)
     condition, null = case["in.context"], case["in.empty_context"]
@@ -588,7 +588,8 @@ def uvit_cfg(case):
 @handles("videogpt_gpt", "gpt_forward")
 def gpt_forward(case):
     model, _, _ = D.load_gpt(case.weights)
-    logits, loss = (f(case["in.codes"], case["in.label"]) for f in (model, model.loss))
+    logits = model(case["in.codes"], case["in.label"])
+    loss = model.losses(case["in.codes"], case["in.label"]).mean()
     return {"out.logits": logits, "out.loss": loss, **own_gradients(case, model, loss)}
 
 
@@ -637,7 +638,8 @@ def sit_losses(case):
 @handles("sit_transport", "drift_score")
 def sit_drift_score(case):
     how, model, t = sit_case(case)
-    drift, score = sample.drift_score(how, model(case["in.x"], t), case["in.x"], t)
+    answer = D.read_output(how, model(case["in.x"], t), case["in.x"], t)
+    drift, score = sample.drift_score(how, answer, t)
     return {"out.drift": -drift, "out.score": score}
 
 
@@ -714,7 +716,7 @@ def sit_sampling(case, model, how):
     a, kwargs = case["in.z"], case.kwargs
     times = (1 - torch.linspace(kwargs["t0"], kwargs["t1"], kwargs["num_steps"]).double())
     times = times.to(a.dtype).unbind()
-    field = lambda x, t: sample.drift_score(how, model(x, t), x, t)
+    field = lambda x, t: sample.drift_score(how, D.read_output(how, model(x, t), x, t), t)
     if case.call == "sample_ode":
         velocity = lambda x, t: field(x, t)[0]
         if kwargs["method"] == "dopri5":             # to its tolerance: the end of any fine grid

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 import caption
 import prepare_data as P
@@ -19,6 +22,9 @@ import train_dit as D
 import train_vae as V
 from prepare_data import (COLOURS, DIRECTIONS, FORMS, demo_files, demo_shot, is_left_out, render_shot,
                           rng)
+from test_families import clip_folder
+
+FIXTURES = Path(__file__).with_name("fixtures")
 
 
 def coded(frames, path):
@@ -201,8 +207,8 @@ def test_guidance_by_hand(inside):
 
     def outputs(**options):
         vars(args).update(options)
-        packed = S.Packed(model, jobs, args, 4, torch.device("cpu"))
-        x = packed.noise()
+        packed = S.Guided(model, jobs, args, 4, torch.device("cpu"))
+        x = packed.start
         with torch.no_grad():
             return x, packed.network(x, torch.full((len(x), 1), 0.7)).chunk(2), packed(x, 0.7, 0.7)
     x, (near, far), found = outputs()
@@ -225,6 +231,31 @@ def test_guidance_by_hand(inside):
         step = step - (step * a).sum() / a.square().sum() * a
         assert torch.allclose(part, a + 2 * step, atol=1e-4)
         assert abs((step * a).sum()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_of_zeros_behind_wans_texts_count_as_often_as_they_are(dtype):
+    """As one row each, or as the 512 less the text's own that the published models read."""
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=random)
+    model = D.Denoiser(kind="wan", channels=4, dim=48, depth=2, heads=2, patch=(1, 2, 2), text_dim=8,
+                       positions="index").requires_grad_(False)
+    for p in model.parameters():
+        p.data.add_(0.3 * draw(*p.shape))
+    jobs = [S.Job((4, n, 4, 4), 16.0, draw(length, 8), draw(1, 8), draw(4, n, 4, 4))
+            for n, length in ((2, 3), (1, 512))]
+    args = S.argparse.Namespace(cfg=5.0, dtype=dtype)
+    packed = S.Guided(model, jobs, args, 4, torch.device("cpu"))
+    each = lambda name: [getattr(job, name) for job in jobs]
+    plain = D.Packed(model, each("shape"), each("fps"), each("text"), each("none"), each("noise"), 4,
+                     [[]] * 2, [[]] * 2)
+    assert [len(x.row.text) for x in (packed, plain)] == [4 + 512 + 2 + 2, 4 * 512]
+    t = torch.full((len(packed.start), 1), 0.6)
+    found, wanted = packed.network(packed.start, t), plain.network(packed.start, t)
+    assert (found - wanted).abs().max() < (1e-5 if dtype == "fp32" else 0.03) * wanted.abs().max()
+    masked = S.Guided(model, jobs, args, 4, torch.device("cpu"))
+    masked.row.counts = torch.ones_like(masked.row.counts)                   # else it is another text
+    assert (masked.network(packed.start, t) - wanted).abs().max() > 0.05 * wanted.abs().max()
 
 
 def test_a_prompt_to_turn_away_from_takes_the_place_of_the_empty_one(inside):
@@ -342,24 +373,171 @@ class Tiny(torch.nn.Module):
         return torch.cat([y.mean(2), y.std(2)], 1)
 
 
-def test_fvd_from_prompts_to_figure(inside, tmp_path):
-    torch.jit.script(Tiny()).save(str(tmp_path / "tiny.pt"))
-    (tmp_path / "videos").mkdir()
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A data set of six noisy videos, each with a caption."""
+    home = tmp_path_factory.mktemp("real")
+    (home / "videos").mkdir()
     for i in range(6):
         frames = np.random.default_rng(i).integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
-        P.write_video(tmp_path / f"videos/{i}.mp4", frames, 10)
-        (tmp_path / f"videos/{i}.txt").write_text("a")
-    P.main([str(tmp_path / "real"), "--videos", str(tmp_path / "videos"), "--workers", "1"])
-    options = ["tiny", "--eval", "fvd", "--detector", str(tmp_path / "tiny.pt"), "--data",
-               str(tmp_path / "real"), "--size", "32x32", "--frames", "5", "--steps", "2", "--device",
-               "cpu", "--n_eval", "5"]
-    S.main(options)
-    path = inside / "runs/tiny/eval-fvd.json"
-    first = json.loads(path.read_text())
+        P.write_video(home / f"videos/{i}.mp4", frames, 10)
+        (home / f"videos/{i}.txt").write_text("a square moves to the left over noise")
+    P.main([str(home / "set"), "--videos", str(home / "videos"), "--workers", "1"])
+    return str(home / "set")
+
+
+def evaluated(kind, real, *options):
+    """What --eval KIND wrote of the tiny run."""
+    S.main(["tiny", "--eval", kind, "--data", real, "--size", "32x32", "--frames", "5", "--steps", "2",
+            "--device", "cpu", "--n_eval", "5", *map(str, options)])
+    return json.loads(Path(f"runs/tiny/eval-{kind}.json").read_text())
+
+
+def test_fvd_from_prompts_to_figure(inside, real, tmp_path):
+    torch.jit.script(Tiny()).save(str(tmp_path / "tiny.pt"))
+    first = evaluated("fvd", real, "--detector", tmp_path / "tiny.pt")
     assert first["fvd"] > 0 and abs(first["real_itself"]) < 1e-4 and first["real_real"] >= 0
     assert first["protocol"]["real"]["n"] == 5 and len(first["hash"]) == 8
-    kept, = (inside / "runs/tiny").glob("eval-real-*.safetensors")
-    S.main(options)                                          # from the kept moments: the same
-    assert json.loads(path.read_text()) == first
-    S.main([*options[:2], "fid", *options[3:]])
-    assert json.loads((inside / "runs/tiny/eval-fid.json").read_text())["fid"] > 0
+    assert (inside / f"runs/tiny/eval-real-{S.hash_of(first['protocol']['real'])}.safetensors").exists()
+    assert evaluated("fvd", real, "--detector", tmp_path / "tiny.pt") == first       # as it is kept
+    assert evaluated("fid", real, "--detector", tmp_path / "tiny.pt")["fid"] > 0
+
+
+def test_similarity_to_the_prompt(inside, real, tmp_path, monkeypatch):
+    """The mean cosine by a CLIP folder; of the real clips what caption.py's score says of them."""
+    folder = clip_folder(tmp_path / "clip")
+    found = evaluated("clip", real, "--clip", folder)
+    assert -1 <= found["clip"] <= 1 and found["protocol"]["real"]["n"] == 5
+    scorer = caption.Scorer(S.argparse.Namespace(clip=folder, aesthetics=None), None, [], "cpu")
+    how = S.argparse.Namespace(data=real, frames=5, fps=10.0, size=(32, 32), n_eval=5)
+    source, rows = S.real_clips(how)
+    scores = [scorer.score(S.clip_at(source, row, how)[[0, 1, 2, 4]], row["captions"][0]["text"])["clip"]
+              for row in rows]
+    assert abs(found["real"] - np.mean(scores)) < 1e-5
+    monkeypatch.setattr(caption.Scorer, "score", lambda self, frames, text: {"clip": len(frames) / 8})
+    assert evaluated("clip", real, "--clip", folder)["clip"] == 0.5
+
+
+# ---- Wan's image to video: the picture as channels and, by CLIP's tower, as tokens
+
+
+TOWER = {   # names of the tower in Wan's file and in diffusers' folder
+    "cls_embedding": "embeddings.class_embedding", "pos_embedding": "embeddings.position_embedding.weight",
+    "patch_embedding": "embeddings.patch_embedding", "pre_norm": "pre_layrnorm",
+    "post_norm": "post_layernorm", "transformer": "encoder.layers", "norm1": "layer_norm1",
+    "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
+
+
+def tower_weights(width=160, depth=3, patch=4, side=8):
+    """Random weights of a vision tower by the names in Wan's file."""
+    shapes = {"cls_embedding": (1, 1, width), "pos_embedding": (1, (side // patch) ** 2 + 1, width),
+              "patch_embedding.weight": (width, 3, patch, patch), "head": (width, 8)}
+    linear = {"attn.to_qkv": (3 * width, width), "attn.proj": (width, width),
+              "mlp.0": (2 * width, width), "mlp.2": (width, 2 * width)}
+    for n in range(depth):
+        shapes |= {f"transformer.{n}.{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"transformer.{n}.{name}.bias": shape[:1] for name, shape in linear.items()}
+    for norm in ("pre_norm", "post_norm", *(f"transformer.{n}.norm{i}" for n in range(depth) for i in "12")):
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    random = torch.Generator().manual_seed(0)
+    return {name: 0.1 * torch.randn(shape, generator=random) for name, shape in shapes.items()}
+
+
+def tower_by_hand(w, x, heads=2):
+    """Hidden states before the last layer, [1, N, width], of normalised pixels [1, 3, 8, 8]."""
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    x = F.conv2d(x, w["patch_embedding.weight"], stride=4).flatten(2).mT
+    x = norm(torch.cat([w["cls_embedding"], x], 1) + w["pos_embedding"], "pre_norm")
+    for layer in ("transformer.0", "transformer.1"):
+        qkv = linear(norm(x, f"{layer}.norm1"), f"{layer}.attn.to_qkv")
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + linear(y, f"{layer}.attn.proj")
+        x = x + linear(F.gelu(linear(norm(x, f"{layer}.norm2"), f"{layer}.mlp.0")), f"{layer}.mlp.2")
+    return x
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory):
+    """Two folders of one small I2V model with random weights: in Wan's layout and in diffusers'."""
+    home, tower = tmp_path_factory.mktemp("i2v"), tower_weights()
+    torch.manual_seed(0)
+    network = D.DiT(36, 48, 1, 2, (1, 2, 2), out_channels=16, ffn=64, text_dim=32, image_dim=160,
+                    positions="index")
+    for p in network.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    vae, about = V.load_autoencoder(FIXTURES / "wan-vae-original")
+    for layout, part in (("wan", ""), ("diffusers", "transformer")):
+        (home / layout / part).mkdir(parents=True)
+        state = D.to_published(network.state_dict(), layout, network)
+        save_file({name: value.contiguous() for name, value in state.items()},
+                  home / layout / part / "diffusion_pytorch_model.safetensors")
+    own, theirs = home / "wan", home / "diffusers"
+    (own / "config.json").write_text(json.dumps(
+        {"_class_name": "WanModel", "num_heads": 2, "num_layers": 1, "ffn_dim": 64}))
+    (theirs / "transformer/config.json").write_text(json.dumps(
+        {"_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "num_layers": 1, "ffn_dim": 64}))
+    shutil.copy(FIXTURES / "wan-vae-original/Wan2.1_VAE.pth", own)
+    (theirs / "vae").mkdir()
+    names = V.published_names(vae, "diffusers")
+    save_file({names[name]: value for name, value in vae.state_dict().items()},
+              theirs / "vae/diffusion_pytorch_model.safetensors")
+    (theirs / "vae/config.json").write_text(json.dumps(
+        {"base_dim": 3, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+         "temperal_downsample": [False, True, True],
+         **{name: about[name] for name in ("latents_mean", "latents_std")}}))
+    torch.save({f"visual.{name}": x for name, x in tower.items()} | {"textual.head.0.weight": torch.ones(1),
+               "log_scale": torch.ones(())}, own / S.WAN_CLIP)
+    renamed = {}
+    for name, x in tower.items():
+        for wan, other in TOWER.items():
+            name = name.replace(wan, other)
+        if ".attn.to_qkv." in name:
+            renamed |= {name.replace("attn.to_qkv", f"self_attn.{part}_proj"): piece.clone()
+                        for part, piece in zip("qkv", x.chunk(3))}
+        elif name != "head":
+            renamed[name] = x.flatten() if name.endswith("class_embedding") else (
+                x[0] if "position" in name else x).contiguous()
+    (theirs / "image_encoder").mkdir()
+    save_file({f"vision_model.{name}": x for name, x in renamed.items()},
+              theirs / "image_encoder/model.safetensors")
+    (theirs / "image_encoder/config.json").write_text(json.dumps(dict(
+        hidden_size=160, intermediate_size=320, num_hidden_layers=3, num_attention_heads=2, image_size=8,
+        patch_size=4, hidden_act="gelu")))
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(home / "picture.png")
+    return home
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_the_tokens_of_an_image_are_the_towers_last_but_one(layout, i2v):
+    picture = np.random.default_rng(1).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in caption.CLIP_MEAN)
+    x = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
+    found = S.open_image_encoder(i2v / layout, "cpu")(picture)
+    assert torch.allclose(found, tower_by_hand(tower_weights(), x[None])[0], atol=1e-5)
+    wide = np.pad(picture, ((0, 0), (4, 4), (0, 0)), mode="reflect")         # this its middle
+    is_cut = torch.equal(S.open_image_encoder(i2v / layout, "cpu")(wide), found)
+    assert is_cut == (layout == "diffusers")
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_wan_makes_a_video_of_an_image(layout, i2v, tmp_path, monkeypatch, capsys):
+    """In both layouts, from the command line; what the tower sees makes a difference."""
+    command = [str(i2v / layout), "--prompt", "a", "--size", "32x32", "--frames", "5", "--steps", "2",
+               "--device", "cpu", "--text_encoder", str(FIXTURES / "wan-umt5"), "--out", str(tmp_path),
+               "--format", "png", "--offload"]
+    look = lambda: np.stack([np.asarray(Image.open(path)) for folder in tmp_path.iterdir()
+                             if folder.is_dir() for path in sorted(folder.iterdir())])
+    with pytest.raises(SystemExit):
+        S.main(command)
+    assert "--image" in capsys.readouterr().err
+    S.main([*command, "--image", str(i2v / "picture.png")])
+    facts, = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert facts["how"]["shift"] == 3.0 and facts["wish"]["negative"].startswith("镜头晃动")
+    video, read = look(), S.open_image_encoder
+    assert video.shape == (5, 32, 32, 3) and video.std() > 5
+    monkeypatch.setattr(S, "open_image_encoder", lambda *at: lambda picture: -read(*at)(picture))
+    S.main([*command, "--image", str(i2v / "picture.png")])
+    assert np.abs(look().astype(int) - video).max() > 3

@@ -232,7 +232,7 @@ class Levels(torch.nn.Module):
 
 
 CONFIG = {"hash": "c0de0001"}
-CODES = ["--vae", "levels", "--row_tokens", "96", "--batch_tokens", "192", "--eval_every", "4",
+CODES = ["--vae", "levels", "--row_tokens", "96", "--batch_tokens", "192", "--eval_every", "12",
          "--log_every", "1", "--warmup", "0", "--lr", "0.01", "--steps", "4", "--device", "cpu"]
 TINY = dict(kind="gpt", dim=24, depth=2, heads=2, dropout=0.1, attn_dropout=0.1)
 
@@ -343,7 +343,7 @@ def test_codes_and_latents_are_not_mistaken(home, coded, capsys, monkeypatch):
     assert "--given" in line("--model", "gpt-tiny", "--given", "0.5")
     assert "all clips are smaller" in line("--model", "gpt-tiny", "--shape", "9x9x9")
     assert "blocks of 32 codes" in line("--model", "gpt-tiny-none", "--shape", "2x4x3")
-    assert "--shape is for models of codes" in line("--shape", "2x4x3")
+    assert "--shape is not for --model video-xs" in line("--shape", "2x4x3")
     assert "such as 4x32x32" in line("--shape", "2x4")
     monkeypatch.undo()
     monkeypatch.chdir(home)

@@ -97,8 +97,8 @@ def test_a_file_tells_its_sizes(kind, tmp_path):
     for path in (tmp_path / "net.pth", folder / "nnet_ema.pth"):
         torch.save(model.state_dict(), path)
     for path in (tmp_path / "net.pth", folder):
-        loaded, found = D.load_uvit(path, heads=2, text_tokens=5)
-        assert {key: found[key] for key in options} == options
+        loaded, layout, found = D.load_published(path, heads=2, text_tokens=5)
+        assert layout == "uvit" and {key: found[key] for key in options} == options
         assert same(loaded.state_dict(), model.state_dict())
         assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
 
@@ -107,7 +107,7 @@ def test_published_widths_tell_the_heads(tmp_path):
     for dim, heads in ((64, 1), (128, 2), (1152, 16)):
         torch.save(D.UViT(**{**SMALL, "size": (1, 2, 2), "dim": dim, "depth": 0, "heads": 1,
                              "hidden": 4}).state_dict(), tmp_path / "net.pth")
-        assert D.load_uvit(tmp_path / "net.pth")[1]["heads"] == heads
+        assert D.load_published(tmp_path / "net.pth")[2]["heads"] == heads
 
 
 def same(a, b):
@@ -121,13 +121,13 @@ class Foreign:
 
 @pytest.mark.parametrize("what, told", [
     ("heads", "heads (unknown; width 32)"), ("tokens", "must form a square"),
-    ("lacks", "norm.bias"), ("more", "extra"), ("other", "no U-ViT"),
+    ("lacks", "norm.bias"), ("more", "extra"), ("other", "no DiT, SiT, U-ViT"), ("half", "not whole"),
     ("class", "test_uvit.Foreign"), ("text", "cannot be read"), ("none", "no such file")])
 def test_what_does_not_load_is_refused_in_a_line(what, told, tmp_path, capsys):
     path, state = tmp_path / "net.pth", shaken(D.UViT, **{**SMALL, "size": (1, 8, 8)},
                                                clip=(12, 5)).state_dict()
-    if what == "lacks":
-        del state["norm.bias"]
+    if what in ("lacks", "half"):
+        del state["norm.bias" if what == "lacks" else "pos_embed"]
     saved = {"more": state | {"extra": torch.ones(1)}, "other": {"model": state},
              "class": state | {"about": Foreign()}}.get(what, state)
     torch.save(saved, path)
@@ -136,8 +136,8 @@ def test_what_does_not_load_is_refused_in_a_line(what, told, tmp_path, capsys):
     elif what == "none":
         path.unlink()
     with pytest.raises(SystemExit) as stopped:
-        D.load_uvit(path, heads=None if what == "heads" else 2,
-                    text_tokens=77 if what == "tokens" else 5)
+        D.load_published(path, heads=None if what == "heads" else 2,
+                         text_tokens=77 if what == "tokens" else 5)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and told in message and message.count("\n") == 1, message
 

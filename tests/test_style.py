@@ -1,0 +1,105 @@
+"""What a reader relies on: one order of imports, options that are read and explained, short functions
+and lines, and a README whose commands, options and line counts are those of the scripts."""
+import argparse
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["prepare_data", "train_vae", "caption", "train_dit", "sample"]
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("tests/*.py")])
+# options of torchrun, and of what is measured beside peers (tests/peers.py, kernels/bench.py)
+OTHERS = {"--nproc_per_node", "--dims", "--footage", "--minutes", "--repeats"}
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """{stage: its argument parser}"""
+    def stop(self, *_):
+        raise Parsed(self)
+
+    found, whole = {}, argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = stop
+    try:
+        for stage in STAGES:
+            with pytest.raises(Parsed) as caught:
+                importlib.import_module(stage).main(["NAME"])
+            found[stage] = caught.value.args[0]
+    finally:
+        argparse.ArgumentParser.parse_args = whole
+    return found
+
+
+def names_read(tree):
+    """Every attribute's name and every string that stands alone, as in getattr(args, "name")."""
+    return ({node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            | {node.value for node in ast.walk(tree)
+               if isinstance(node, ast.Constant) and isinstance(node.value, str)})
+
+
+def test_every_option_is_read_and_explained(parsers):
+    read = set().union(*(names_read(ast.parse((ROOT / f"{stage}.py").read_text()))
+                         for stage in STAGES))
+    for stage, parser in parsers.items():
+        for action in parser._actions:
+            assert action.help, f"{stage}: {action.dest} has no help"
+            bound = re.match(r"(min|max)_", action.dest)        # of a score: read by its prefix
+            assert action.dest in read | {"help"} or bound, f"{stage}: {action.dest} is not read"
+
+
+@pytest.mark.parametrize("stage", STAGES + ["kernels"])
+def test_imports_run_one_way(stage):
+    files = [ROOT / f"{stage}.py"] if stage in STAGES else ROOT.glob("kernels/*.py")
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+        later = STAGES[STAGES.index(stage):] if stage in STAGES else STAGES
+        assert not {name.split(".")[0] for name in names} & {*later, "tests"}
+        assert stage != "prepare_data" or "torch" not in names         # its workers stay small
+
+
+def test_functions_and_lines_are_short():
+    for file in FILES:
+        text = file.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 72, f"{file.name}: {node.name} is long"
+        if "tests" not in file.parts:
+            wide = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+            assert not wide, f"{file.name}: lines {wide} are wide"
+
+
+def commands(text):
+    """[(stage, its options)] of the command lines in a text."""
+    return [(stage, set(re.findall(r"(?<!\S)(--[a-z_]+)", options))) for stage, options in
+            re.findall(r"(?:python|--) (\w+)\.py ([^`\n#&]*)", text) if stage in STAGES]
+
+
+def test_readme_and_docstrings_name_options_that_exist(parsers):
+    readme, docs = (ROOT / "README.md").read_text(), {}
+    for stage in STAGES:
+        docs[stage] = ast.get_docstring(ast.parse((ROOT / f"{stage}.py").read_text()))
+    for where, text in (("README.md", readme), *docs.items()):
+        for stage, options in commands(text):
+            unknown = options - set(parsers[stage]._option_string_actions) - OTHERS
+            assert not unknown, f"{where}: {stage}.py has no {unknown}"
+    assert len(commands(readme)) > 30
+    known = set().union(*(parser._option_string_actions for parser in parsers.values()))
+    unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", readme)) - known - OTHERS
+    assert not {name for name in unknown if not name.endswith("_")}, unknown  # --min_NAME
+
+
+def test_readme_has_the_scripts_lines_about():
+    table = dict(re.findall(r"^\| `(\S+?)(?:\.py|/)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M))
+    assert set(table) == {*STAGES, "kernels"}
+    for name, lines in table.items():
+        files = [ROOT / f"{name}.py"] if name in STAGES else ROOT.glob("kernels/*.py")
+        actual = sum(len(file.read_text().splitlines()) for file in files)
+        assert abs(int(lines) - actual) <= 0.03 * actual, f"README: {name} has {actual} lines"
