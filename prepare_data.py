@@ -636,25 +636,27 @@ class Scan:
 
 class Sample:
     """What a closer look at frame n (at s) tells: flow, mean speed of its blocks, diagonals a
-    second, and pan, their median velocity [2] (None at the start); since: the frame that it was
-    compared to; sharpness; colour: mean distance of chroma from grey; border: share of the picture
-    that is black at each edge (top, bottom, left, right); text: share of its cells that look like
-    writing; edges: where its strong edges are; thumb uint8 [24, 24]; colours [4, 4, 3]."""
+    second, and pan, their median velocity [2] (None at the start); since: the first frame that it
+    was compared to; sharpness; colour: mean distance of chroma from grey; border: share of the
+    picture that is black at each edge (top, bottom, left, right); text: share of its cells that
+    look like writing; edges: where its strong edges are; thumb uint8 [24, 24]; colours
+    [4, 4, 3]."""
 
     def __init__(self, n, at, video, frame, small, recent=(), last=None):
         self.n, self.at, self.matrix, self.flow, self.since = n, at, video.matrix, None, n
         luma = video.luma(frame)
         self.sharpness, self.colour = sharpness(luma), float(np.abs(small[1:] - 128).mean())
         self.border, self.text, self.edges = look_closely(luma)
-        self.thumb, self.picture = fitted(small[:1], 24)[0], small[0]
+        self.thumb = fitted(small[:1], 24)[0]
         self.colours = fitted(small).reshape(3, 4, 3, 4, 3).mean((2, 4)).transpose(1, 2, 0)
         if last is not None:
-            diagonal, since = math.hypot(*small.shape[1:]), max(at - last.at, 1e-3)
-            near = block_motion(recent[0][0], small[0]) * ((n - last.n) / since / diagonal)
-            far = near if n - last.n < 2 or np.hypot(*near.T).mean() * since * diagonal > 2 else \
-                block_motion(last.picture, small[0]) / since / diagonal
-            self.flow, self.since = float(np.hypot(*far.T).mean()), last.n
-            self.pan, last.picture = np.median(near, axis=0), None
+            back = min(len(recent), 6)
+            scale = (n - last.n) / max(at - last.at, 1e-3) / math.hypot(*small.shape[1:])
+            near = far = block_motion(recent[0][0], small[0])
+            if np.hypot(*near.T).mean() * back < 2:    # slow: seen better over some frames
+                far = block_motion(recent[back - 1][0], small[0]) / back
+            self.flow, self.since = float(np.hypot(*far.T).mean()) * scale, n - back
+            self.pan = np.median(near, axis=0) * scale
 
 
 def still_scores(samples, width, height, light, contrast):
@@ -710,8 +712,9 @@ def block_motion(old, new, reach=3, block=8):
     (height, width), size = old.shape, 2 * reach + 1
     down, across = (blocks_of(n, max(1, n // block)) for n in old.shape)
     rows, cols = down / down.sum(1, keepdims=True), (across / across.sum(1, keepdims=True)).T
-    shifted = np.lib.stride_tricks.sliding_window_view(
-        np.pad(new, reach, mode="edge"), (height, width))
+    y, x = (np.arange(-reach, n + reach).clip(0, n - 1) for n in new.shape)
+    padded = new[y][:, x]
+    shifted = np.ndarray((size, size, height, width), np.float32, padded, 0, padded.strides * 2)
     cost = np.stack([rows @ np.abs(line - old) @ cols for line in shifted])     # in the cache
     cost = cost.reshape(size * size, -1)
     texture = (rows @ np.abs(old - down.T @ (rows @ old @ cols) @ across) @ cols).ravel()

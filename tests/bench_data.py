@@ -41,8 +41,8 @@ def speed(paths, works):
     frames, spent, good = 0, dict.fromkeys(works, math.inf), []
     for path in paths:                                 # a file that is refused costs no decoding
         with contextlib.suppress(av.FFmpegError, pd.Unreadable):
-            frames += sum(1 for _ in pd.Video(path))
-            good.append(path)
+            n_frames = sum(1 for _ in pd.Video(path))
+            frames, good = frames + n_frames, good + [path] * bool(n_frames)
     for n in range(3):
         for name, work in list(works.items())[:None if n == 0 else -1]:      # encodes once
             began = time.process_time()
