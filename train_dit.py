@@ -44,13 +44,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
-                     train_tokenizer)
+                     open_tokenizer, train_tokenizer)
 from kernels import backend
 from kernels.adaln import gate_residual_ln_modulate, ln_modulate
 from kernels.attention import attention
@@ -1643,7 +1642,7 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out):
         source = args.init and run_dir(args.init)
         source = folder if (folder / "tokenizer.json").exists() else source
         texts = [c["text"] for row in train_rows for c in row["captions"]]
-        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if source else (
+        tokenizer = open_tokenizer(source / "tokenizer.json") if source else (
             train_tokenizer(texts, args.vocab))
         options["vocab"] = tokenizer.get_vocab_size()
         return tokenizer, None, None
@@ -1862,7 +1861,7 @@ def open_reader(folder, config, device="cpu"):
         return lambda prompt: encoder.encode([prompt])[0]
     if not config["model"].get("text"):                      # told nothing
         return lambda prompt: [EOS]
-    return functools.partial(encode_text, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return functools.partial(encode_text, open_tokenizer(folder / "tokenizer.json"))
 
 
 def class_of(prompt, labels):
