@@ -2,9 +2,9 @@
 
 In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with; or published weights:
       DiT, SiT and U-ViT files, VideoGPT's, Wan folders in either layout.
-Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still: .png), .png (a
-      sheet of its frames), .json (all that it takes to make it again); index.html plays them all;
-      runs/NAME/eval*.json and eval-*.png (--eval).
+Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still: .png; of a task
+      its name and a hash behind the seed), .png (a sheet of its frames), .json (all that it takes
+      to make it again); index.html plays them all; runs/NAME/eval*.json and eval-*.png (--eval).
 
 The idea: start from noise and follow the learned velocity from t = 1 to t = 0, each step guided:
 away from what the model does without a caption, towards what it does with it. Prompts, sizes and
@@ -12,7 +12,7 @@ lengths that differ share one packed row. A task is a chain of pieces: each is a
 denoised with what it is given as clean tokens, the frames at its ends or the clip beside it, and a
 long video goes on from the latents of the piece before, never through pixels.
 
-    python sample.py demo --prompt "a red circle moves left"
+    python sample.py tests/demo --prompt "a red circle moves left"      # a small model is here: 8 s
     python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --seed 7
     python sample.py demo --prompt "a red circle moves left" --image FILE --extend 3
     python sample.py demo --eval demo                        # a minute on two cores
