@@ -2560,7 +2560,7 @@ def parse(argv=None):
         help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
         help="longest caption, in tokens (%(default)s)")
-    training_options(parser, steps=900, lr=8e-3, warmup=60, eval_every=450)
+    training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
     add = parser.add_argument_group("published captioners").add_argument
     add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
     add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
