@@ -204,7 +204,7 @@ def test_seams_are_no_larger_than_what_is_beside_them(options, prompt, seams, sh
 
 
 def test_ten_extensions_keep_their_colours():
-    """The mean level of each channel, part by part, beside that of the first."""
+    """The ground's level, a channel's median, part by part beside the first: the shape may leave."""
     video, _ = told("--extend", 10, "--frames", 9)
-    means = video.reshape(11, 9, -1, 3).mean((1, 2))
-    assert np.abs(means - means[0]).max() < 25
+    ground = np.median(video.reshape(11, -1, 3), axis=1)
+    assert np.abs(ground - ground[0]).max() <= 3 * 10            # 3 levels of 255 a part
