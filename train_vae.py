@@ -98,9 +98,9 @@ def keep_memory(wanted=True):
 
 class Linear(nn.Linear):
     """A linear layer of x [..., K]. torch gives matrix products on a CPU to MKL, oneDNN is faster:
-    its own linear layer, which has no gradients, up to 1.6 times (with AVX2; with one row 1.2); with
-    gradients a convolution of one pixel, where AMD's CPUs have AVX-512, of which MKL leaves half
-    unused (with AVX2 that way is slower). Small products are not worth the second detour."""
+    its own linear layer, which has no gradients, up to 1.6 times (with AVX2; with one row 1.2);
+    with gradients a convolution of one pixel, where AMD's CPUs have AVX-512, of which MKL leaves
+    half unused (with AVX2 that way is slower). Small products are not worth the second detour."""
 
     def forward(self, x):
         n = x.numel() * self.out_features
