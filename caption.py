@@ -770,13 +770,17 @@ def own_captions(folder, rows):
 
 def open_tokenizer(path, texts=None, vocab=None):
     """The run's tokenizer; made of `texts` where the file is not there yet, given these."""
-    if texts is not None and not path.exists():
-        with atomic(path) as part:
-            train_tokenizer(texts, vocab).save(str(part))
-    barrier()
+    if texts is not None:
+        if not path.exists():
+            with atomic(path) as part:
+                train_tokenizer(texts, vocab).save(str(part))
+        barrier()
     if not path.exists():
         refuse(f"{path} is missing: train the run (again)")
-    return tokenizers.Tokenizer.from_file(str(path))
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:           # the library raises nothing narrower
+        refuse(f"{path} is no tokenizer: {error}")
 
 
 def word_prior(model, texts):

@@ -38,9 +38,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify

@@ -2002,8 +2002,8 @@ def wan_options(state, config, layout):
 def uvit_options(state, heads, text_tokens, path):
     """The options of the U-ViT whose published state dict this is. What it does not tell: heads
     (None: of width 64, but 72 in the H models), and of one that reads texts their text_tokens."""
-    if not {"pos_embed", "patch_embed.proj.weight"} <= set(state):
-        refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed or patch_embed")
+    if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
+        refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed, patch_embed or mid_block")
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
     heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
     classes, text = len(state.get("label_emb.weight", ())), state.get("context_embed.weight")

@@ -427,7 +427,6 @@ def ema_update(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-
 def peak_mib():
     """The most memory held so far: on the GPU where there is one, or else by this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -1973,7 +1972,6 @@ class AxialBlock(nn.Module):
 
     def forward(self, x):
         return x + self.block(x)
-
 
 
 class VideoGPT(nn.Module):

@@ -426,3 +426,13 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     rows = prepare_data.open_dataset(home / "data" / "set")
     (tmp_path / "all").write_text("\n".join(row["key"] for row in rows if row["split"] == "train"))
     assert "no captioned clip" in line("set", "--train", "--skip_clips", tmp_path / "all")
+
+
+@pytest.mark.parametrize("text, says", [(None, "missing"), ("{", "no tokenizer")])
+def test_a_tokenizer_that_is_lost_or_torn_ends_in_one_line(tmp_path, capsys, text, says):
+    path = tmp_path / "tokenizer.json"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        c.open_tokenizer(path)
+    assert end.value.code == 2 and says in capsys.readouterr().err
