@@ -62,6 +62,7 @@ import textwrap
 import threading
 import time
 import unicodedata
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -187,6 +188,7 @@ def read_json(path):
 PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
           **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
              for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
+BEAT = 64               # frames after which a worker says again that it is at work
 
 
 class Unreadable(Exception):
@@ -293,11 +295,12 @@ class Video:
     """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
     av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
     again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation)
-    and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` now and
-    then. Raises Unreadable."""
+    and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` each
+    BEAT frames. Raises Unreadable."""
 
     def __init__(self, path, beat=lambda: None):
-        self.path, self.beat, self.tick, self.sar, self.matrix = path, beat, 0.001, 1, None
+        self.path, self.beat, self.tick, self.sar = path, beat, 0.001, 1
+        self.matrix = self.turn = None
         self.bad_packets, self.bits, self.codec, self.scaler = 0, 0, None, VideoReformatter()
 
     def __iter__(self):
@@ -337,19 +340,22 @@ class Video:
                     self.bad_packets += not isinstance(error, EOFError)
                     frames = ()
                 for frame in frames:
-                    if n % 64 == 0:
-                        self.beat()
                     if n == 0 or frame.key_frame:
                         self.note_tags(frame)
                     n += 1
+                    if n % BEAT == 0:
+                        self.beat()
                     yield frame
 
     def note_tags(self, frame):
         if frame.color_trc in (16, 18):                # smpte2084 (PQ), arib-std-b67 (HLG)
             raise Unreadable("HDR", frame.color_trc)
+        if self.turn == frame.rotation:     # a frame whose side_data were read lives until a gc
+            return
         turn = [data for data in frame.side_data.keys() if data.type.name == "DISPLAYMATRIX"]
         self.matrix = np.frombuffer(bytes(turn[0]), np.int32)[[0, 1, 3, 4]].tolist() \
             if turn else None
+        self.turn = frame.rotation
 
     def small(self, frame, side=64):
         """float32 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`.
@@ -543,7 +549,8 @@ class Scan:
     frames that begin a new shot whatever they show, for their size or after a gap in time."""
 
     def __init__(self, video, every=SAMPLE):
-        stamps, change, light, spread, bits, tiny = [], [], [], [], [], bytearray()
+        stamps, change, light, spread, bits = (array("d") for _ in range(5))
+        tiny = bytearray()                             # of a long film, all that memory grows with
         recent, size, last = deque(maxlen=2 * REACH), None, None          # the newest first
         self.across, self.alike, self.samples, self.sizes = {}, {}, [], {}
         for n, frame in enumerate(video):
@@ -558,7 +565,7 @@ class Scan:
             light.append(float(luma.mean()))
             spread.append(math.sqrt(max(0.0, luma @ luma / luma.size - light[-1] ** 2)))
             tiny += fitted(small).tobytes()
-            stamps.append([frame.pts, frame.dts])
+            stamps.extend(math.nan if one is None else one for one in (frame.pts, frame.dts))
             bits.append(video.bits)
             at = n / 25 if frame.pts is None else frame.pts * video.tick
             if last is None or abs(at - last.at) > every:
@@ -571,7 +578,7 @@ class Scan:
         self.weigh(range(len(change) - WINDOW, len(change)), change, recent)
         self.tick, self.sar, self.is_plain = video.tick, video.sar, frame.format.name == "yuv420p" \
             and frame.color_range != 2 and not frame.interlaced_frame
-        self.times = true_times(np.array(stamps, dtype=np.float64).T * self.tick)
+        self.times = true_times(np.reshape(stamps, (-1, 2)).T * self.tick)
         self.change, self.light, self.spread = map(np.array, (change, light, spread))
         self.tiny = np.frombuffer(tiny, np.uint8).reshape(-1, 3, 12, 12)
         self.bits = np.r_[bits, video.bits]
@@ -1579,7 +1586,7 @@ class Job:
     def start(self, context):
         folder, root, database, options = self.arguments
         self.pipe, end = context.Pipe(duplex=False)
-        self.at, self.since = None, time.monotonic()
+        self.at, self.since, self.frames = None, time.monotonic(), 0
         self.process = context.Process(target=make_shard, daemon=True, args=(
             folder, self.number, root, self.sources, database, options, self.bad, end))
         self.process.start()
@@ -1590,9 +1597,12 @@ class Job:
         is_alive, before = self.process.is_alive(), self.at or 0
         with contextlib.suppress(EOFError):
             while self.pipe.poll():
-                self.at, self.since = self.pipe.recv(), time.monotonic()
-        bar.update((self.at or 0) - before)
+                at, self.since = self.pipe.recv(), time.monotonic()
+                self.at, self.frames = at, self.frames + BEAT if at == self.at else 0
         source = None if self.at in (None, len(self.sources)) else self.sources[self.at]
+        if source and self.frames:      # within a long file, too, something should move
+            bar.set_postfix_str(f"{self.frames} frames of {Path(source).name}", refresh=False)
+        bar.update((self.at or 0) - before)
         if is_alive and (source is None or time.monotonic() - self.since <= timeout):
             return None
         if is_alive:
@@ -1614,7 +1624,8 @@ def run_jobs(jobs, n_workers, timeout):
     """Runs the jobs, `n_workers` processes at a time; a fresh process each, so that what a decoder
     leaks is gone with its shard."""
     context, waiting, running = multiprocessing.get_context("spawn"), deque(jobs), []
-    with tqdm(total=sum(len(job.sources) for job in jobs), unit="file", disable=not jobs) as bar:
+    n_files = sum(len(job.sources) for job in jobs)
+    with tqdm(total=n_files, unit="file", miniters=0, disable=not jobs) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < n_workers:
