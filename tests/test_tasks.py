@@ -147,28 +147,42 @@ def test_a_run_without_givens_and_a_class_refuse_tasks(inside, capsys):
 # ---- on the demo's trained model, of which what a file shows counts as the autoencoder has it
 
 
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+SHOTS = [("red", "square", "up"), ("blue", "square", "right"), ("yellow", "triangle", "left"),
+         ("red", "triangle", "right"), ("green", "triangle", "up"), ("green", "circle", "left"),
+         ("blue", "square", "down"), ("green", "square", "up")]
+
+
 @pytest.fixture(scope="module")
-def shot(tmp_path_factory):
-    """A folder with parts of shots of 17 frames: a blue circle that moves down, its first 9 (a), its
-    first 5 and its last 5 (c, d); a green square that moves right, its last 9 (b)."""
-    home = tmp_path_factory.mktemp("shot")
-    blue, green = (P.render_shot({**P.demo_shot(P.rng(n, "task"), [what], "dark", 48, 32, 10), "frames": 17})
-                   for n, what in ((6, ("blue", "circle", "down")), (7, ("green", "square", "right"))))
-    for name, part in (("a", blue[:9]), ("b", green[8:]), ("c", blue[:5]), ("d", blue[12:])):
-        P.write_video(home / f"{name}.mp4", part, 10, crf=0)
-    return home
+def shots(tmp_path_factory):
+    """[(prompt, prompt of the way back, {part: file})] of shots of 18 frames: their first 9 (a) and
+    last 9 (b), their first 5 (c) and the 5 after 7 others (d)."""
+    home, found = tmp_path_factory.mktemp("shots"), []
+    for n, (colour, form, direction) in enumerate(SHOTS):
+        shot = P.demo_shot(P.rng(n, "task"), [SHOTS[n]], "dark", 48, 32, 10)
+        frames, files = P.render_shot({**shot, "frames": 18}), {}
+        for name, part in (("a", frames[:9]), ("b", frames[9:]), ("c", frames[:5]), ("d", frames[12:17])):
+            files[name] = str(home / f"{n}{name}.mp4")
+            P.write_video(files[name], part, 10, crf=0)
+        found.append((f"a {colour} {form} moves {direction}",
+                      f"a {colour} {form} moves {OPPOSITE[direction]}", files))
+    return found
 
 
-def told(*options, prompt="a blue circle moves down"):
-    """(video of the demo's model, its sampler): float [T, H, W, 3]."""
-    args = S.parse_options([str(DEMO), "--prompt", prompt, "--device", "cpu", *map(str, options)])
+def told(rows, *options):
+    """Videos of the demo's model, float [T, H, W, 3]; what files show as the autoencoder has it."""
+    args = S.parse_options([str(DEMO), "--prompt", "p", "--device", "cpu", *map(str, options)])
     args.quiet = True
     sampler = S.open_sampler(args, torch.device("cpu"))
-    story, = sampler([S.wish_of(args, {"prompt": prompt})])
-    for piece in story.pieces:
-        if piece.frames is not None:
-            piece.frames = np.concatenate(list(sampler.decode(sampler.encode(piece.frames))))
-    return shown(sampler, story).astype(float), sampler
+    stories = sampler([S.wish_of(args, row) for row in rows])
+    for piece in (piece for story in stories for piece in story.pieces if piece.frames is not None):
+        piece.frames = again(sampler, piece.frames)
+    return [shown(sampler, story).astype(float) for story in stories]
+
+
+def again(sampler, frames):
+    """Frames as the autoencoder has them."""
+    return np.concatenate(list(sampler.decode(sampler.encode(frames))))
 
 
 def steps_of(video):
@@ -176,35 +190,47 @@ def steps_of(video):
     return np.abs(np.roll(video, -1, 0) - video).mean((1, 2, 3))
 
 
-def test_the_demo_model_keeps_what_it_is_given_and_moves_on(shot):
-    """The given frame comes first, as the autoencoder has it; the circle goes on downwards."""
-    video, sampler = told("--image", shot / "a.mp4")
-    own = next(sampler.decode(sampler.encode(S.read_media(shot / "a.mp4", 10.0, 32, 48)[:1])))[0]
-    assert 10 * np.log10(255**2 / max(1e-9, np.square(video[0] - own).mean())) > 30
-    assert np.abs(video[-1] - video[0]).mean() > 10
-    found = S.describe(video.astype(np.uint8))[0]
-    assert (found["colour"], found["direction"]) == ("blue", "down")
+def seam(video, at, is_ring=False):
+    """The difference where parts meet over the largest within four frames on either side."""
+    steps = steps_of(video)
+    near = [steps[j % len(steps)] for j in range(at - 4, at + 5)
+            if j != at and (is_ring or 0 <= j < len(steps) - 1)]
+    return steps[at] / max(near)
 
 
-@pytest.mark.parametrize("options, prompt, seams", [
-    (["--video", "a.mp4", "--extend", 1], "a blue circle moves down", [8]),
-    (["--video", "b.mp4", "--extend", -1], "a green square moves right", [8]),
-    (["--video", "c.mp4", "--to", "d.mp4"], "a blue circle moves down", [4, 11]),
-    (["--video", "a.mp4", "--loop"], "a blue circle moves up", [8, 15])])
-def test_seams_are_no_larger_than_what_is_beside_them(options, prompt, seams, shot):
-    """Forwards, backwards, between two clips and round a loop: frames differ where parts meet by no
-    more than within four frames on either side."""
-    options = [shot / option if str(option).endswith(".mp4") else option for option in options]
-    video, _ = told("--frames", 9, *options, prompt=prompt)
-    steps, is_ring = steps_of(video), "--loop" in options
-    for seam in seams:
-        near = [steps[j % len(steps)] for j in range(seam - 4, seam + 5)
-                if j != seam and (is_ring or 0 <= j < len(steps) - 1)]
-        assert steps[seam] <= 1.05 * max(near), steps.round(1)
+def test_the_demo_model_keeps_what_it_is_given_and_moves_on(shots):
+    """The given frame comes first, as the autoencoder has it; the shape goes on in its direction."""
+    videos = told([{"prompt": prompt, "image": files["a"]} for prompt, _, files in shots])
+    args = S.parse_options([str(DEMO), "--prompt", "p", "--device", "cpu"])
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    for video, (prompt, _, files) in zip(videos, shots):
+        own = again(sampler, S.read_media(files["a"], 10.0, 32, 48)[:1])[0]
+        assert 10 * np.log10(255**2 / max(1e-9, np.square(video[0] - own).mean())) > 30
+        assert np.abs(video[-1] - video[0]).mean() > 5
+    found = [S.describe(video.astype(np.uint8))[0] for video in videos]
+    right = [prompt == f"a {one['colour']} {one['form']} moves {one['direction']}"
+             for one, (prompt, _, _) in zip(found, shots)]
+    assert sum(right) >= len(shots) - 1, found
+
+
+@pytest.mark.parametrize("task, seams", [("after", [8]), ("before", [8]), ("to", [4, 11]), ("loop", [8, 15])])
+def test_seams_are_no_larger_than_what_is_beside_them(task, seams, shots):
+    """Forwards, backwards, between two clips and round a loop: in the median shot frames differ where
+    parts meet by no more than within four frames on either side, and in none by half as much again.
+    (Of the shots' own frames, each half encoded alone, it is 0.90 to 1.14 times as much.)"""
+    rows = [{"after": {"prompt": way, "video": files["a"], "extend": 1},
+             "before": {"prompt": way, "video": files["b"], "extend": -1},
+             "to": {"prompt": way, "video": files["c"], "to": files["d"]},
+             "loop": {"prompt": back, "video": files["a"], "loop": True}}[task]
+            for way, back, files in shots]
+    videos = told(rows, "--frames", 9)
+    for at in seams:
+        found = [seam(video, at, task == "loop") for video in videos]
+        assert np.median(found) <= 1.05 and max(found) <= 1.5, np.round(found, 2)
 
 
 def test_ten_extensions_keep_their_colours():
     """The ground's level, a channel's median, part by part beside the first: the shape may leave."""
-    video, _ = told("--extend", 10, "--frames", 9)
+    video, = told([{"prompt": "a blue circle moves down", "extend": 10}], "--frames", 9)
     ground = np.median(video.reshape(11, -1, 3), axis=1)
-    assert np.abs(ground - ground[0]).max() <= 3 * 10            # 3 levels of 255 a part
+    assert np.abs(ground - ground[0]).max() <= 2 * 10            # 2 levels of 255 a part
