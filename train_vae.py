@@ -54,11 +54,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from kernels import IS_WIDE
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, read_clip,
                           refuse, rng, run_dir, where, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
-IS_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # ------------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ except ImportError:  # stand-ins, so that files with kernels import; backend() n
     triton, tl = SimpleNamespace(jit=lambda fn: fn), SimpleNamespace(constexpr=None)
     HAS_TRITON = False
 
+# On AMD's CPUs with AVX-512 MKL leaves half of it unused: products go to oneDNN as convolutions
+# there. With AVX2 alone that way is slower.
+IS_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 CHOICES = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels take
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import check, power_of_2, tile_table, tl, triton, use_triton
+from kernels import IS_WIDE, check, power_of_2, tile_table, tl, triton, use_triton
 
 LOG2_E = 1.4426950408889634
 
@@ -197,8 +197,8 @@ def _clip_backward(do, q, k, v, o, lse, scale):
 
 def _is_large(q, k, bias):
     """Whether a group's clips [clips, A, L, E] go one by one: of small ones the calls cost more."""
-    return (q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and bias is None
-            and q.shape[1] * q.shape[2] * k.shape[2] >= 2**18)
+    return (IS_WIDE and q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
+            and bias is None and q.shape[1] * q.shape[2] * k.shape[2] >= 2**18)
 
 
 def _clip_by_clip(fn, groups, scale):

@@ -1,5 +1,7 @@
 """`python train_dit.py bench`, `train_vae.py bench` and `sample.py bench`: ours beside diffusers',
 equal weights, in one run."""
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -190,11 +192,17 @@ def memory(field):
     return int(line.split()[1]) / 1024
 
 
+def settled():
+    """MiB held once what was freed is given back to the system; the high water starts from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    return memory("VmRSS")
+
+
 def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
     """Puts (median seconds, peak MiB above what was held before, output) of a call into `result`."""
     torch.set_num_threads(2)
-    if is_ours and device == "cpu":
-        V.keep_memory()
     model = autoencoder(dim, is_ours).to(device)
     torch.manual_seed(1)
     T, H, W = shape
@@ -203,8 +211,9 @@ def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
     calls = {"encode": lambda: model.encode(video)[0] if is_ours else
              model.encode(video).latent_dist.mean,
              "decode": lambda: model.decode(z).clamp(-1, 1) if is_ours else model.decode(z).sample}
-    open("/proc/self/clear_refs", "w").write("5")                    # forgets the high water
-    before, times = memory("VmRSS"), []
+    before, times = settled(), []
+    if is_ours and device == "cpu":
+        V.keep_memory()
     with torch.no_grad():
         for _ in range(1 + repeats):
             sync()
@@ -400,7 +409,7 @@ def their_pipeline(folder, video, device, dtype):
 def sampling_side(side, folder, video, device, dtype, repeats):
     """{seconds: of each run but the first, mib: the first run's memory beyond the loaded models}."""
     run = {"ours": our_pipeline, "theirs": their_pipeline}[side](folder, video, device, dtype)
-    is_cuda, before, times = device == "cuda", memory("VmRSS"), []
+    is_cuda, before, times = device == "cuda", settled(), []
     if is_cuda:
         before = torch.cuda.memory_allocated() / 2**20
     np.save(folder / f"{side}.npy", run())

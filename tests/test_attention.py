@@ -49,6 +49,15 @@ def test_long_clip(backend):
     compare([1023], [1023], 1, 64, torch.bfloat16)
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_clips_on_a_cpu_with_and_without_avx512(is_wide, dtype, monkeypatch):
+    """Clip by clip through convolutions, or torch's attention: the same, whatever this CPU is."""
+    monkeypatch.setenv("NANOSORA_KERNELS", "torch")
+    monkeypatch.setattr(MODULE, "IS_WIDE", is_wide)
+    compare([520, 520, 64], [520, 520, 64], 1, 32, dtype)
+
+
 def test_large_logits(backend):
     # in float32, exp(s - lse) in backward loses the digits that logits of 200 take: 3x torch's own
     compare([65, 30], [65, 30], 1, 32, torch.bfloat16, spread=5.0)
