@@ -22,7 +22,7 @@ is repeated), scaled to fit a square, bicubic, their shape kept, centred on blac
 they are spread over a random 70 to 100% of the clip, zoomed, shifted, tinted and made noisy, all
 frames of a clip alike; never mirrored, since a caption may say left or right.
 
-    python caption.py demo --train               # two minutes on two cores, after prepare_data.py
+    python caption.py demo --train --paste 0.1   # two minutes on two cores, after prepare_data.py
     python caption.py demo                       # captions the clips that have none: seconds
     python caption.py demo --train --run quick --steps 20                # a look, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
@@ -84,7 +84,7 @@ from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, ch
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
-WORDS, BLANK = 2.0, 0.3     # while it learns: weight of the words' loss, share of tokens hidden
+WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -730,8 +730,16 @@ class Batch(NamedTuple):
         return Batch(self.keys, *(tensor.to(device) for tensor in self[1:]))
 
 
-def draw_batch(rows, frames, texts, args, step):
-    """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip."""
+def lay_over(view, other, ground):
+    """uint8 [n, S, S, 3]: a clip with what moves in another upon it, where that differs from
+    `ground` [S, S, 3], the darkest that it is at each place; nothing on the black about the clip."""
+    moves = np.abs(other.astype(int) - ground).max(-1) > 40
+    return np.where((moves & (view.max((0, 3)) > 0))[..., None], other, view)
+
+
+def draw_batch(rows, frames, texts, args, step, others=()):
+    """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip. Upon a
+    share of them, args.paste, lies what moves in one of `others` (rows); the captions are joined."""
     views, jitters, noises, ids, blanks = [], [], [], [], []
     for row in rows:
         def random(purpose, key=row["key"]):
@@ -739,10 +747,17 @@ def draw_batch(rows, frames, texts, args, step):
         start = random("window")
         part = 1 - 0.3 * start.random()
         start = (1 - part) * start.random()
-        views.append(frames(row["key"], start, start + part))
+        view, text = frames(row["key"], start, start + part), pick_caption(row, args, step)["text"]
+        if random("paste").random() < args.paste:      # the shortest text says least of a ground
+            other = min((others[i] for i in random("other").integers(len(others), size=3)),
+                        key=lambda row: len(row["captions"][0]["text"]))
+            view = lay_over(view, frames(other["key"], start, start + part),
+                            frames.load(other["key"]).min(0))
+            text = f"{other['captions'][0]['text']} and {text}"
+        views.append(view)
         jitters.append(draw_jitter(random("jitter")))
         noises.append(random("noise").standard_normal(views[-1].shape, np.float32))
-        ids.append(texts(pick_caption(row, args, step)["text"]))
+        ids.append(texts(text))
         blanks.append(random("blank").random(len(ids[-1]) - 1) < BLANK)
     noise = torch.from_numpy(np.stack(noises)).movedim(-1, -3)
     return Batch([row["key"] for row in rows], torch.from_numpy(np.stack(views)),
@@ -874,7 +889,7 @@ def train(args, run):
 
     def batch(step):
         picked = stream.take(step * args.batch, args.batch)[rank::world]
-        return draw_batch(picked, frames, texts, args, step)
+        return draw_batch(picked, frames, texts, args, step, learnt)
 
     def learn(step, drawn):
         keys, view, jitter, noise, ids, blank = drawn.to(device)
@@ -2568,6 +2583,8 @@ def parse(argv=None):
         help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
         help="longest caption, in tokens (%(default)s)")
+    add("--paste", type=number(float, 0, 1), default=0.0, help="share of clips upon which what "
+        "moves in another is laid, the captions joined by 'and' (%(default)s; dark grounds)")
     training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
     add = parser.add_argument_group("published captioners").add_argument
     add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,31 @@ def test_a_view_of_each_clip():
     torch.testing.assert_close(c.vary(views, torch.zeros(2, 8)), c.to_input(views), atol=1e-4, rtol=0)
     moved = c.vary(views, torch.tensor([[0, 0.5, 0, 0, 0, 0, 0, 0.0]] * 2))
     torch.testing.assert_close(moved[..., :24], c.to_input(views)[..., 8:], atol=1e-4, rtol=0)
+
+
+def test_what_moves_in_another_clip_is_laid_over(home, monkeypatch):
+    """The block and not its ground, nor on the black about a clip; the captions joined; the share
+    as asked, the other draws as without it."""
+    monkeypatch.chdir(home)
+    folder = prepare_data.dataset_dir("set")
+    rows = [row for row in prepare_data.open_dataset(folder) if row["captions"]][:24]
+    frames, said, (rows, others) = c.Frames(folder, rows, 32, 4), [], (rows[:12], rows[12:])
+
+    def drawn(share):
+        said.clear()
+        args = SimpleNamespace(seed=0, paste=share)
+        return c.draw_batch(rows, frames, lambda text: said.append(text) or [1, 2], args, 0, others)
+    plain, before = drawn(0), list(said)
+    pasted = drawn(1)
+    assert all(text.endswith(f" and {old}") for text, old in zip(said, before))
+    assert torch.equal(plain.jitter, pasted.jitter) and torch.equal(plain.noise, pasted.noise)
+    changed = (plain.frames.int() - pasted.frames.int()).abs().amax(-1) > 0     # [B, n, S, S]
+    share = changed.float().mean((1, 2, 3))
+    assert 0.01 < share.min() and share.max() < 0.2, share           # blocks of 8 x 8 px of 32 x 32
+    assert pasted.frames[changed].amax(-1).min() > 60               # bright as a block is
+    assert not pasted.frames[:, :, 0].any() or plain.frames[:, :, 0].any()
+    assert torch.equal(drawn(0.5).jitter, plain.jitter)
+    assert 2 <= sum(text not in before for text in said) <= 10
 
 
 # -- runs ------------------------------------------------------------------------------------------
