@@ -731,15 +731,15 @@ class Batch(NamedTuple):
 
 
 def lay_over(view, other, ground):
-    """uint8 [n, S, S, 3]: a clip with what moves in another upon it, where that differs from
-    `ground` [S, S, 3], the darkest that it is at each place; nothing on the black about the clip."""
+    """uint8 [n, S, S, 3]: a clip and what moves in another upon it, where that differs from
+    `ground` [S, S, 3], the darkest that it is there; nothing on the black about the clip."""
     moves = np.abs(other.astype(int) - ground).max(-1) > 40
     return np.where((moves & (view.max((0, 3)) > 0))[..., None], other, view)
 
 
 def draw_batch(rows, frames, texts, args, step, others=()):
-    """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip. Upon a
-    share of them, args.paste, lies what moves in one of `others` (rows); the captions are joined."""
+    """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip. Upon
+    a share of them, args.paste, lies what moves in one of `others`, rows; captions are joined."""
     views, jitters, noises, ids, blanks = [], [], [], [], []
     for row in rows:
         def random(purpose, key=row["key"]):
