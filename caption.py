@@ -333,10 +333,11 @@ class Cache:
         """Puts k, v [B, KV, new, E] after what is there; returns views of all, [B, KV, all, E]."""
         both, rows = self.fit(layer, k[None]), self.rows
         if rows is None:
-            n, place = max(self.lengths) + 1, torch.arange(k.shape[0])
-            if min(self.lengths) == n - 1:           # a slice is written in a fifth of the time
+            n = max(self.lengths) + 1
+            if min(self.lengths) == n - 1:           # one slice, and nothing looked up
                 both[0, :, :, n - 1:n], both[1, :, :, n - 1:n] = k, v
             else:
+                place = torch.arange(k.shape[0])
                 both[0, place, :, self.where] = k[:, :, 0]
                 both[1, place, :, self.where] = v[:, :, 0]
             return both[0, :, :, :n], both[1, :, :, :n]
@@ -737,7 +738,7 @@ def lay_over(view, other, ground):
     return np.where((moves & (view.max((0, 3)) > 0))[..., None], other, view)
 
 
-def draw_batch(rows, frames, texts, args, step, others=()):
+def draw_batch(rows, frames, texts, args, step, others):
     """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip. Upon
     a share of them, args.paste, lies what moves in one of `others`, rows; captions are joined."""
     views, jitters, noises, ids, blanks = [], [], [], [], []
