@@ -704,8 +704,10 @@ class CausalConv3d(Conv3d):
             if past:
                 B, C, _, H, W = x.shape
                 x = torch.cat([x.new_zeros(B, C, past, H, W) if before is None else before, x], 2)
-        if past:                                   # a copy, since a view would keep all of x
-            state[self] = x[:, :, -past:] if torch.is_grad_enabled() else x[:, :, -past:].clone()
+        if past:                 # a copy, since a view would keep all of x; where the last one lay,
+            last = x[:, :, -past:]             # since new places leave holes in the heap as they go
+            state[self] = last if torch.is_grad_enabled() else (
+                last.clone() if before is None else before.copy_(last))
         return super().forward(x)
 
 
@@ -842,13 +844,13 @@ class Level(nn.Module):
 
 def regroup(pieces, growth):
     """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
-    times as many numbers of them: about ROOM of these, or two frames' where that is more. Gradients
-    want the whole at once."""
+    times as many numbers of them: about ROOM of these, or two frames' of at most ROOM each; never
+    less than a frame. Gradients want the whole at once."""
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
         most = max(1, piece.shape[2] if torch.is_grad_enabled() else
-                   int(max(ROOM, 2 * frame) / growth // frame))
+                   int(max(ROOM, min(2 * frame, 2 * ROOM)) / growth // frame))
         while piece.shape[2]:
             part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
             held, n = held + [part], n + part.shape[2]
