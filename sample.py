@@ -747,16 +747,11 @@ TASKS = (*GIVEN_FILES, "extend", "then", "loop", "strength")
 WISHES = ("prompt", "negative", "seed", "fps", "motion", *TASKS)
 
 
-def wish_of(args, row=None):
-    """What a video is to be: the options', but for what a row of --prompts has of its own: a dict
-    of prompt, negative, frames, height, width, fps, seed, and of what else was given."""
-    row = dict(row or {})
-    unknown = set(row) - {*WISHES, "size", "seconds", "frames"}
-    if unknown or not isinstance(row.get("prompt", ""), str):
-        refuse(f"--prompts {args.prompts}: a row has {', '.join(sorted(unknown)) or 'no prompt'}; "
-               f"known are {', '.join(WISHES)}, size, seconds, frames")
+def wish_of(args, row):
+    """What a video is to be: the options', but for what `row` has of its own, a prompt at least: a
+    dict of prompt, negative, frames, height, width, fps, seed, and of what else was given."""
     wish = {name: row.get(name, getattr(args, name, None)) for name in WISHES}
-    wish["height"], wish["width"] = size_of(row["size"]) if "size" in row else args.size
+    wish["height"], wish["width"] = row.get("size", args.size)
     seconds = row.get("seconds", args.seconds)
     wish["frames"] = row.get("frames") or (None if "seconds" in row else args.frames) or max(
         1, round(seconds * wish["fps"]))
@@ -776,17 +771,32 @@ def wish_of(args, row=None):
 
 
 def read_prompts(args):
-    """The wishes of --prompts FILE: .jsonl, a dict a line, or a prompt a line."""
-    path = Path(args.prompts)
+    """The wishes of --prompts FILE: .jsonl, a dict a line, or a prompt a line. A row's values are
+    read as the options of their names are."""
+    path, wishes, known = Path(args.prompts), [], (*WISHES, "size", "seconds", "frames")
     if not path.is_file():
         refuse(f"--prompts {path}: no such file")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    try:
-        rows = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else [
-            {"prompt": line.strip()} for line in lines]
-        return [wish_of(args, row) for row in rows]
-    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError) as error:
-        refuse(f"--prompts {path}: {error}")
+    parser = option_parser(__doc__)
+    add_wishes(parser)
+    parser.error = lambda why: refuse(f"--prompts {path}, line {i}: {why}")
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+        except ValueError as error:
+            parser.error(error)
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            parser.error("want a dict with a prompt, a text")
+        if {*row} - {*known}:
+            parser.error(f"{', '.join(sorted({*row} - {*known}))}: known are {', '.join(known)}")
+        row = {name: value for name, value in row.items() if value is not None}
+        words = [f"--{name}" if value is True else f"--{name}={value}" for name, each in row.items()
+                 for value in (each if isinstance(each, list) else [each]) if value is not False]
+        read = vars(parser.parse_args([args.name, *words]))
+        row = {name: read[name] for name in row} | {"prompt": row["prompt"]}
+        wishes.append(wish_of(args, row))
+    return wishes
 
 
 def stem_of(wish):
@@ -1460,7 +1470,8 @@ def add_wishes(parser):
     add("--video", metavar="FILE", help="the video to go on from, or to change")
     add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
         help="go on N times by --seconds, below 0: backwards (%(default)s)")
-    add("--then", nargs="+", default=[], metavar="PROMPT", help="go on under these, one by one")
+    add("--then", nargs="+", action="extend", default=[], metavar="PROMPT",
+        help="go on under these, one by one")
     add("--to", metavar="FILE", help="end in this video")
     add("--loop", action="store_true", help="end in its own beginning")
     add("--strength", type=number(float, 0, 1),
@@ -1495,7 +1506,7 @@ def add_settings(parser):
     add("--vae", help="autoencoder: a run, or published (the one that the model was trained with)")
     add("--text_encoder", help="folder of published weights' text encoder (their own folder)")
     add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
-    add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples)")
+    add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples; --eval: runs/NAME)")
     add("--format", choices=["mp4", "gif", "webp", "png"], default="mp4",
         help="of videos; png: a folder of frames (%(default)s)")
     add("--crf", type=number(int, 0, 51), default=12,
@@ -1524,6 +1535,7 @@ def main(argv=None):
     args = parse_options(argv)
     path = model_path(args.name)
     folder = path if is_run(path) else Path("runs", path.stem)
+    folder = Path(args.out) if args.eval and args.out else folder
     {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
 
 

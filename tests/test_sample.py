@@ -338,6 +338,21 @@ def test_prompts_of_a_file_are_shared_out_and_never_made_twice(inside, tmp_path)
     assert [wish["prompt"] for wish in S.read_prompts(args)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("row, says", [
+    ('{"prompt": "a", "frames": "ten"}', "--frames"), ('{"prompt": "a", "frames": 2.5}', "--frames"),
+    ('{"prompt": "a", "fps": 0}', "--fps"), ('{"prompt": "a", "seed": -1}', "--seed"),
+    ('{"prompt": "a", "size": 32}', "HxW"), ('{"prompt": "a", "strength": 3}', "--strength"),
+    ('{"prompt": "a", "loop": "yes"}', "--loop"), ('{"prompt": "a", "mood": 1}', "mood"),
+    ('{"prompt": 5}', "text"), ("[1]", "dict"), ('{"prompt"', "delimiter")])
+def test_a_wrong_row_of_prompts_is_named_by_its_line(row, says, tmp_path, capsys):
+    (tmp_path / "list.jsonl").write_text('{"prompt": "-a", "then": ["b"], "loop": false}\n\n' + row)
+    with pytest.raises(SystemExit) as end:
+        S.read_prompts(S.parse_options(["x", "--prompts", str(tmp_path / "list.jsonl"), "--size",
+                                        "32x48", "--fps", "8", "--seconds", "1"]))
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and "list.jsonl, line 3: " in line and says in line
+
+
 @pytest.mark.parametrize("options, says", [
     (["--video", "x.mp4"], "what is to come"), (["--strength", "0.5"], "name it by --video"),
     (["--image", "nowhere.png"], "no such file"), (["--sampler", "ddpm"], "--sampler ddpm"),
