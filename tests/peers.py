@@ -3,7 +3,6 @@ equal weights, in one run."""
 import ctypes
 import gc
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -130,6 +129,51 @@ def sync():
         torch.cuda.synchronize()
 
 
+def alone(function, side, *rest):
+    """What function(side, *rest) of this file returns, in a process of its own: theirs has memory as
+    Python starts, ours as our scripts have it."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+           "THP_MEM_ALLOC_ENABLE": str(int(side == "ours"))}
+    done = subprocess.run([sys.executable, __file__, function.__name__, json.dumps([side, *rest])],
+                          env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def distance(home):
+    """The largest difference of theirs.npy and ours.npy in a folder, as a share of theirs' largest."""
+    theirs, ours = (np.load(f"{home}/{side}.npy") for side in ("theirs", "ours"))
+    return np.abs(theirs - ours).max() / np.abs(theirs).max()
+
+
+MIXED = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
+STEPS = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
+         ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
+         ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
+         ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, MIXED)]
+
+
+def step_side(side, i, dtype, device, repeats, home):
+    """Seconds of a training step of STEPS[i]; what it puts out goes to home/SIDE.npy."""
+    if side == "ours":
+        V.keep_memory()
+    kind, layers, dim, shapes = STEPS[i][1:]
+    peer, ours, theirs, mine = bench_case(kind, layers, dim, shapes, device)
+    model, forward = (ours, mine) if side == "ours" else (peer, theirs)
+    with torch.no_grad():
+        outs = theirs(alone=True) if forward is theirs and kind == "wan" else forward()
+    np.save(f"{home}/{side}.npy", torch.cat([out.flatten() for out in outs]).cpu().numpy())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def step():
+        is_half = side == "ours" and dtype == "bf16"
+        with torch.autocast(torch.device(device).type, torch.bfloat16, is_half):
+            outs = forward()
+        sum(out.float().square().mean() for out in outs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step_seconds(step, repeats)
+
+
 def bench(argv):
     """Prints a table: a step of ours and of diffusers' with equal weights, in one run."""
     parser = V.option_parser("A training step beside diffusers' (which must be installed)")
@@ -138,37 +182,14 @@ def bench(argv):
     parser.add_argument("--repeats", type=V.number(int, 1), default=5,
                         help="steps of each (%(default)s)")
     args = parser.parse_args(argv)
-    mixed = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
-    cases = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
-             ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
-             ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
-             ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, mixed)]
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads; theirs fp32, ours {args.dtype}")
     print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
-    for name, kind, layers, dim, shapes in cases:
-        peer, ours, theirs, mine = bench_case(kind, layers, dim, shapes, args.device)
-        with torch.no_grad():
-            pairs = zip(theirs(alone=True) if kind == "wan" else theirs(), mine())
-            away = max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
-
-        def stepper(model, forward, dtype):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-
-            def step():
-                kind = torch.device(args.device).type
-                with torch.autocast(kind, torch.bfloat16, dtype == "bf16"):
-                    outs = forward()
-                sum(out.float().square().mean() for out in outs).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return step
-
-        V.keep_memory(False)             # memory as Python starts; then as our scripts do
-        a = step_seconds(stepper(peer, theirs, "fp32"), args.repeats)
-        V.keep_memory()
-        b = step_seconds(stepper(ours, mine, args.dtype), args.repeats)
-        print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {away:11.1e}", flush=True)
+    with tempfile.TemporaryDirectory() as home:
+        for i, (name, *_) in enumerate(STEPS):
+            a, b = (alone(step_side, side, i, args.dtype, args.device, args.repeats, home)
+                    for side in ("theirs", "ours"))
+            print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {distance(home):11.1e}", flush=True)
 
 
 # ---- autoencoders
@@ -200,9 +221,12 @@ def settled():
     return memory("VmRSS")
 
 
-def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
-    """Puts (median seconds, peak MiB above what was held before, output) of a call into `result`."""
+def coder_side(side, dim, shape, name, device, repeats, home):
+    """(Median seconds, peak MiB above what was held before) of a call; its output to home/SIDE.npy."""
+    is_ours = side == "ours"
     torch.set_num_threads(2)
+    if is_ours:
+        V.keep_memory()
     model = autoencoder(dim, is_ours).to(device)
     torch.manual_seed(1)
     T, H, W = shape
@@ -212,8 +236,6 @@ def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
              model.encode(video).latent_dist.mean,
              "decode": lambda: model.decode(z).clamp(-1, 1) if is_ours else model.decode(z).sample}
     before, times = settled(), []
-    if is_ours and device == "cpu":
-        V.keep_memory()
     with torch.no_grad():
         for _ in range(1 + repeats):
             sync()
@@ -224,7 +246,8 @@ def coder_seconds(dim, shape, is_ours, name, device, repeats, result):
     peak = memory("VmHWM") - before
     if device != "cpu":
         peak = torch.cuda.max_memory_allocated() / 2**20
-    result.put((float(np.median(times[1:])), peak, out.cpu().numpy()))
+    np.save(f"{home}/{side}.npy", out.cpu().numpy())
+    return float(np.median(times[1:])), peak
 
 
 class Theirs(torch.nn.Module):
@@ -338,29 +361,26 @@ def bench_autoencoder(argv):
           "fp32")
     print(f"{'autoencoder':34} {'theirs s':>9} {'ours s':>8} {'ratio':>6} {'theirs MiB':>11} "
           f"{'ours MiB':>9} {'ratio':>6} {'difference':>11}")
-    context = multiprocessing.get_context("fork")
-    for dim in args.dims:
-        for shape in ((17, 128, 128), (33, 192, 320)):
-            for name in ("encode", "decode"):
-                sides = []
-                for is_ours in (False, True):
-                    result = context.SimpleQueue()
-                    child = context.Process(target=coder_seconds, args=(
-                        dim, shape, is_ours, name, args.device, args.repeats, result))
-                    child.start()
-                    sides.append(result.get())
-                    child.join()
-                (a, before, theirs), (b, after, ours) = sides
-                away = np.abs(theirs - ours).max() / np.abs(theirs).max()
-                title = f"dim {dim}, {' x '.join(map(str, shape))}, {name}"
-                print(f"{title:34} {a:9.3f} {b:8.3f} {b / a:6.2f} {before:11.0f} {after:9.0f} "
-                      f"{after / before:6.2f} {away:11.1e}", flush=True)
+    cases = [(dim, shape, name) for dim in args.dims for shape in ((17, 128, 128), (33, 192, 320))
+             for name in ("encode", "decode")]
+    with tempfile.TemporaryDirectory() as home:
+        for dim, shape, name in cases:
+            (a, before), (b, after) = (
+                alone(coder_side, side, dim, shape, name, args.device, args.repeats, home)
+                for side in ("theirs", "ours"))
+            title = f"dim {dim}, {' x '.join(map(str, shape))}, {name}"
+            print(f"{title:34} {a:9.3f} {b:8.3f} {b / a:6.2f} {before:11.0f} {after:9.0f} "
+                  f"{after / before:6.2f} {distance(home):11.1e}", flush=True)
 
 
 # ---- `python sample.py bench`: from noise to frames beside diffusers' WanPipeline, equal weights
 
 VIDEOS = [(17, 128, 128), (81, 64, 64)]          # frames, height, width
-TEXTS = [torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (30, 120)]
+
+
+def texts():
+    """Embeddings of a prompt and of what it is guided away from."""
+    return [torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (30, 120)]
 
 
 def save_pipeline(folder):
@@ -381,7 +401,7 @@ def our_pipeline(folder, video, device, dtype):
     args.quiet = True
     _, _, device = V.setup(args)
     sampler = S.Sampler(args, device)
-    sampler.part.openers["text"] = lambda: lambda prompt: TEXTS[not prompt].to(device)
+    sampler.part.openers["text"] = lambda: lambda prompt: texts()[not prompt].to(device)
     wish = S.wish_of(args, {"prompt": "x"})
     return lambda: np.stack(list(sampler.frames(sampler([wish])[0])))
 
@@ -397,17 +417,18 @@ def their_pipeline(folder, video, device, dtype):
     pipe.set_progress_bar_config(disable=True)
     shape = 16, 1 + (frames - 1) // 4, height // 8, width // 8
     noise = V.gaussians("sample", 0, 0, ["x"], [shape])[0][None].to(device)
-    texts = [D.fill_texts([text])[0][None].to(device) for text in TEXTS]
+    told, other = (D.fill_texts([text])[0][None].to(device) for text in texts())
 
     def run():
-        out = pipe(prompt_embeds=texts[0], negative_prompt_embeds=texts[1], latents=noise, height=height,
+        out = pipe(prompt_embeds=told, negative_prompt_embeds=other, latents=noise, height=height,
                    width=width, num_frames=frames, num_inference_steps=8, output_type="np").frames[0]
         return (255 * out).round().astype(np.uint8)
     return run
 
 
 def sampling_side(side, folder, video, device, dtype, repeats):
-    """{seconds: of each run but the first, mib: the first run's memory beyond the loaded models}."""
+    """(Seconds of each run but the first, MiB of the first run beyond the loaded models)."""
+    folder = Path(folder)
     run = {"ours": our_pipeline, "theirs": their_pipeline}[side](folder, video, device, dtype)
     is_cuda, before, times = device == "cuda", settled(), []
     if is_cuda:
@@ -420,7 +441,7 @@ def sampling_side(side, folder, video, device, dtype, repeats):
         run()
         sync()
         times.append(time.perf_counter() - began)
-    return {"seconds": times, "mib": most - before}
+    return times, most - before
 
 
 def bench_sampling(argv):
@@ -432,30 +453,25 @@ def bench_sampling(argv):
     parser.add_argument("--rounds", type=V.number(int, 1), default=2,
                         help="processes of each, by turns (%(default)s)")
     args = parser.parse_args(argv)
-    root = Path(__file__).resolve().parents[1]
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads; 8 steps of UniPC, guidance 5")
     print(f"{'video':24} {'theirs s':>9} {'ours s':>8} {'ratio':>6} {'theirs MiB':>11} {'ours MiB':>9} "
           f"{'ratio':>6} {'levels':>7}")
     with tempfile.TemporaryDirectory() as home:
         save_pipeline(Path(home))
-        for i, video in enumerate(VIDEOS):
+        for video in VIDEOS:
             found = {"theirs": [], "ours": []}
             for _ in range(args.rounds):
                 for side, rows in found.items():
-                    done = subprocess.run(
-                        [sys.executable, __file__, side, home, str(i), args.device, args.dtype,
-                         str(args.repeats)], env={**os.environ, "PYTHONPATH": str(root)}, check=True,
-                        stdout=subprocess.PIPE, text=True)
-                    rows.append(json.loads(done.stdout.splitlines()[-1]))
-            a, b = (float(np.median([s for row in found[side] for s in row["seconds"]]))
+                    rows.append(alone(sampling_side, side, home, video, args.device, args.dtype,
+                                      args.repeats))
+            a, b = (float(np.median([s for times, _ in found[side] for s in times]))
                     for side in ("theirs", "ours"))
-            m, n = (max(row["mib"] for row in found[side]) for side in ("theirs", "ours"))
+            m, n = (max(mib for _, mib in found[side]) for side in ("theirs", "ours"))
             away = np.abs(np.load(f"{home}/ours.npy").astype(int) - np.load(f"{home}/theirs.npy")).max()
             print(f"{'{} frames of {} x {}'.format(*video):24} {a:9.2f} {b:8.2f} {b / a:6.2f} "
                   f"{m:11.0f} {n:9.0f} {n / m:6.2f} {away:7d}", flush=True)
 
 
 if __name__ == "__main__":
-    side, folder, i, device, dtype, repeats = sys.argv[1:]
-    print(json.dumps(sampling_side(side, Path(folder), VIDEOS[int(i)], device, dtype, int(repeats))))
+    print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
