@@ -678,8 +678,9 @@ class Frames:
         return np.stack([letterbox(frame, self.size)
                          for frame in clip_frames(self.folder, row, wanted)])
 
-    def __call__(self, key, start=0.0, stop=1.0):
-        """uint8 [n, S, S, 3] from a part of the clip, given in shares of its length."""
+    def __call__(self, key, start=0.075, stop=0.925):
+        """uint8 [n, S, S, 3] from a part of the clip, given in shares of its length: unless told
+        otherwise what training's parts, 70 to 100% of it, are on average."""
         frames = self.load(key)
         return frames[spread(self.n, len(frames), start, stop)]
 

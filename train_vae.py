@@ -681,11 +681,13 @@ class Conv3d(nn.Conv3d):
     """On a CPU always oneDNN's convolution: torch takes another for a chunk of a single clip, which
     was 2 to 13 times slower here."""
 
-    def forward(self, x):
+    def forward(self, x, taps=None):
+        """taps: how many of the kernel's last taps in time x is for, where not for all."""
+        weight = self.weight if taps is None else self.weight[:, :, -taps:]
         if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or (
                 not torch.backends.mkldnn.is_available()):
-            return super().forward(x)
-        return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride,
+            return F.conv3d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+        return torch.mkldnn_convolution(x, weight, self.bias, self.padding, self.stride,
                                         self.dilation, 1)
 
 
@@ -708,9 +710,11 @@ class CausalConv3d(Conv3d):
                 B, C, _, H, W = x.shape
                 x = torch.cat([x.new_zeros(B, C, past, H, W) if before is None else before, x], 2)
         if past:                 # a copy, since a view would keep all of x; where the last one lay,
-            last = x[:, :, -past:]             # since new places leave holes in the heap as they go
+            last = x[:, :, -past:]                   # which wants no new pages and leaves no holes
             state[self] = last if torch.is_grad_enabled() else (
                 last.clone() if before is None else before.copy_(last))
+        if before is None and x.shape[2] == past + 1:        # before a first frame all is zero
+            return super().forward(x[:, :, past:], 1)
         return super().forward(x)
 
 
@@ -845,20 +849,22 @@ class Level(nn.Module):
         return y + fold(x, self.c_out, time, space) if y.shape[2] else y
 
 
-def regroup(pieces, growth):
+def regroup(pieces, growth, is_first):
     """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
     times as many numbers of them: about ROOM of these, or two frames' of at most ROOM each; never
-    less than a frame. Gradients want the whole at once."""
+    less than a frame. A clip's first frame comes alone, for a third of another's products.
+    Gradients want the whole at once."""
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        most = max(1, piece.shape[2] if torch.is_grad_enabled() else
-                   int(max(ROOM, min(2 * frame, 2 * ROOM)) / growth // frame))
+        room = int(max(ROOM, min(2 * frame, 2 * ROOM)) / growth // max(1, frame))
         while piece.shape[2]:
+            most = piece.shape[2] if torch.is_grad_enabled() else 1 if is_first else max(1, room)
             part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
             held, n = held + [part], n + part.shape[2]
             if n == most:
                 part, held, n = torch.cat(held, 2) if len(held) > 1 else part, [], 0
+                is_first = False
                 yield part
     if n:
         yield torch.cat(held, 2)
@@ -868,9 +874,9 @@ def stream(levels, last, norm, x, state):
     """Runs `levels` and the convolution `last` behind its `norm` over x [B, C, T, H, W], in pieces
     of a size that suits each of them: memory does not grow with T, and no convolution is called on
     too little at once."""
-    pieces, ending = [x], lambda piece, state: last(piece, state, norm)
+    pieces, ending, is_first = [x], lambda piece, state: last(piece, state, norm), not state
     for run, growth in (*((level, level.growth) for level in levels), (ending, 1)):
-        pieces = map(lambda piece, run=run: run(piece, state), regroup(pieces, growth))
+        pieces = map(lambda piece, run=run: run(piece, state), regroup(pieces, growth, is_first))
     return [piece for piece in pieces if piece.shape[2]]
 
 

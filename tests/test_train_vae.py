@@ -1,8 +1,10 @@
 """The autoencoder: causal, chunkable, fitted; runs: resumed, refused, equal on two ranks."""
 import json
 import math
+import re
 import resource
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,6 +60,18 @@ def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monk
     with torch.no_grad():
         assert torch.allclose(model.encode(video)[0], mean, atol=1e-12)
         assert torch.allclose(model.decode(mean), decoded, atol=1e-12)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_large_blocks_are_given_back_from_between_small_ones():
+    def held():                                                  # MiB
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    V.keep_memory()
+    before = held()
+    blocks = [torch.ones(n) for n in (3 * 2**20, 2**10) * 10]    # 12 MiB and 4 KiB, by turns
+    assert held() - before > 100
+    blocks = blocks[1::2]
+    assert held() - before < 20
 
 
 def test_gradients_of_the_fused_norm():
