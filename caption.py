@@ -78,8 +78,8 @@ from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
                           open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
-                       is_finished, last_step, load_step, lr_at, optimizer_tensors, option_parser,
-                       prefetch, read_config, read_header, read_tensors, restore_optimizer, setup,
+                       is_finished, last_step, load_step, lr_at, moved, optimizer_tensors,
+                       option_parser, prefetch, read_config, read_header, read_tensors, restore_optimizer, setup,
                        start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
@@ -200,7 +200,8 @@ def rotary(positions, stack, prompts=None):
         turns = turns * (share + (1 - share) / factor)
     angles = positions[..., None].float() * turns
     if stack.sections:
-        axis = torch.arange(3, device=i.device).repeat_interleave(torch.tensor(stack.sections))
+        axis = torch.tensor([axis for axis in range(3) for _ in range(stack.sections[axis])],
+                            device=i.device)
         angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
     return angles.cos(), angles.sin()
 
@@ -268,9 +269,12 @@ class Layer(nn.Module):
         if bias is not None and bias.is_floating_point():                # scores in float32, too
             q, k, v = q.float(), k.float(), v.float()
         # One new query sees all that the cache holds; several are a text's beginning: a square.
-        o = F.scaled_dot_product_attention(
-            q, k, v, bias, scale=stack.scale, enable_gqa=q.shape[1] != k.shape[1],
-            is_causal=stack.causal and q.shape[2] > 1 and bias is None)
+        is_causal, n = stack.causal and q.shape[2] > 1 and bias is None, q.shape[2]
+        if n == 1:                       # those of the same keys side by side: with a mask a GPU
+            q = q.reshape(*k.shape[:2], -1, k.shape[3])      # would copy the keys for each head
+        o = F.scaled_dot_product_attention(q, k, v, bias, scale=stack.scale, is_causal=is_causal,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        o = o.reshape(len(x), -1, n, k.shape[3])                         # [B, A, n, E]
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
 
     def mlp(self, x, image):
@@ -296,6 +300,7 @@ class Cache:
 
     def __init__(self):
         self.kept, self.lengths, self.room, self.rows, self.start = {}, [], 0, None, 0
+        self.place, self.where = None, None      # rows, and where they go on, on the device
         self.prefix, self.first = None, {}       # ids that all prompts begin with, and their part
 
     def aim(self, rows=None, start=0, n=1):
@@ -304,14 +309,16 @@ class Cache:
         for row in rows or ():
             self.lengths += [0] * (row + 1 - len(self.lengths))
         self.room = max(self.room, start + n, *(length + 1 for length in self.lengths))
-        self.where = None if rows else torch.tensor(self.lengths)
 
     def mask(self, n, window, device):
-        """bool: which keys the queries to come see; None where it goes without saying."""
+        """bool: which keys the queries to come see; None where it goes without saying. For all
+        layers at once, since each index that comes from the host makes a GPU wait."""
+        self.place = torch.tensor(self.rows or range(len(self.lengths)), device=device)
         if self.rows is None:
             if len(set(self.lengths)) == 1 and not window:
                 return None
-            at = self.where.to(device)[:, None, None, None]
+            self.where = torch.tensor(self.lengths, device=device)
+            at = self.where[:, None, None, None]
             keys = torch.arange(max(self.lengths) + 1, device=device)
         elif not self.start and not 0 < window < n:
             return None
@@ -331,19 +338,18 @@ class Cache:
 
     def add(self, layer, k, v):
         """Puts k, v [B, KV, new, E] after what is there; returns views of all, [B, KV, all, E]."""
-        both, rows = self.fit(layer, k[None]), self.rows
-        if rows is None:
+        both, place = self.fit(layer, k[None]), self.place
+        if self.rows is None:
             n = max(self.lengths) + 1
             if min(self.lengths) == n - 1:           # one slice, and nothing looked up
                 both[0, :, :, n - 1:n], both[1, :, :, n - 1:n] = k, v
             else:
-                place = torch.arange(k.shape[0])
                 both[0, place, :, self.where] = k[:, :, 0]
                 both[1, place, :, self.where] = v[:, :, 0]
             return both[0, :, :, :n], both[1, :, :, :n]
         end = self.start + k.shape[2]
-        both[0, rows, :, self.start:end], both[1, rows, :, self.start:end] = k, v
-        return (k, v) if not self.start else (both[0, rows, :, :end], both[1, rows, :, :end])
+        both[0, place, :, self.start:end], both[1, place, :, self.start:end] = k, v
+        return (k, v) if not self.start else (both[0, place, :, :end], both[1, place, :, :end])
 
     def keep(self, rows):
         """Forgets all rows but these."""
@@ -729,7 +735,7 @@ class Batch(NamedTuple):
     blank: torch.Tensor     # bool [B, L]: the decoder reads PAD there
 
     def to(self, device):
-        return Batch(self.keys, *(tensor.to(device) for tensor in self[1:]))
+        return Batch(self.keys, *(moved(tensor, device) for tensor in self[1:]))
 
 
 def lay_over(view, other, ground):
@@ -2537,8 +2543,8 @@ def tune(args, run):
         keys, reads, answers = drawn
         loss = answer_loss(model, model.requests(keys, reads), answers)
         (loss / sum(map(len, answers)) * len(keys) / args.batch).backward()
-        count = torch.tensor(float(sum(map(len, answers))))
-        return ({"loss": torch.stack([loss.detach().cpu(), count])},
+        count = loss.new_full((), sum(map(len, answers)))
+        return ({"loss": torch.stack([loss.detach(), count])},
                 take_step(model, optimizer, lr_at(step, args)), keys)
 
     @torch.no_grad()

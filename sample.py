@@ -477,6 +477,7 @@ class Sampler:
         self.part = Parts(openers, args.offload)
         vae, self.vae_config = self.part("vae")
         self.stride, self.time_stride, self.z_dim = vae.stride, vae.time_stride, vae.z_dim
+        del vae                          # or --offload would hold it beside the denoiser
         model = self.part("denoiser")
         self.patch, self.kind = model.dit.patch, model.kind
         self.mean, self.std = normaliser(self.vae_config)
@@ -723,7 +724,8 @@ class CodeSampler(Sampler):
         label = None
         if not self.model and "w" in dict(self.prior.norm.named_children()):
             n = self.prior.norm.w.in_features
-            label = torch.tensor([class_number(wish["prompt"], n) for wish in wishes])
+            label = torch.tensor([class_number(wish["prompt"], n) for wish in wishes],
+                                 device=self.device)
         bar = lambda steps: tqdm(steps, desc="sample", unit="code", disable=self.args.quiet)
         if self.model:
             texts = [self.read(wish["prompt"]) for wish in wishes]
@@ -974,7 +976,8 @@ def sample(args, folder):
 def rewritten(args, wishes, device):
     """--rewrite: the wishes with their prompts as a language model writes them out, like captions
     that the run was trained on where its data lies here; `asked` keeps what was given."""
-    lm, texts, config = open_vlm(args.rewrite, device), {}, config_of(args.name)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # as captions are made
+    lm, texts, config = open_vlm(args.rewrite, device, dtype), {}, config_of(args.name)
     data = config["args"].get("name") if config else None
     is_here = data and (dataset_dir(data) / "manifest.json").is_file()
     rows = open_dataset(dataset_dir(data)) if is_here else []
@@ -1135,9 +1138,8 @@ def gathered(n, width, rows):
     for i, row in rows:
         found[i] = row
     if torch.distributed.is_initialized():
-        found = found.cuda() if torch.distributed.get_backend() == "nccl" else found
         torch.distributed.all_reduce(found)
-    return found.cpu()
+    return found
 
 
 def real_clips(args):

@@ -60,7 +60,7 @@ from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_datas
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
                        epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
-                       optimizer_tensors, option_parser, read_config, read_header, read_log,
+                       moved, optimizer_tensors, option_parser, read_config, read_header, read_log,
                        read_tensors, restore_optimizer, setup, sheet_frames, split_rows, start_run,
                        sum_over_ranks, take_step, to_frames, training_options)
 
@@ -306,8 +306,8 @@ def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
 
 def ddpm_at(tables, n):
     """{name: float32, of the shape of n} at the steps n (int64), and n itself."""
-    found = {name: table.to(n.device, torch.float32)[n] for name, table in tables.items()}
-    return {"n": n, **found}
+    stacked = torch.stack([table.float() for table in tables.values()])
+    return {"n": n, **dict(zip(tables, moved(stacked, n.device)[:, n]))}
 
 
 def ddpm_bits(eps, v, x0, x, c):
@@ -817,7 +817,8 @@ class GPT(nn.Module):
         if self.classes:                                     # behind the last one: no class, zeros
             told = F.one_hot(told, self.classes + 1)[:, :-1].to(x)
         last = first + x.shape[1]
-        index = np.unravel_index(np.arange(first, last), self.shape)
+        index = np.stack(np.unravel_index(np.arange(first, last), self.shape))
+        index = moved(torch.from_numpy(index), x.device)
         tables, blocks = self.attn_stack.pos_embd.emb.values(), self.attn_stack.attn_nets
         x = x + torch.cat([table[i] for table, i in zip(tables, index)], -1)
         mask = sparse_mask(self.shape, x.device)[first:last, :last] if self.sparse else None
@@ -940,9 +941,8 @@ class Row:
     axes: torch.Tensor = None
 
     def to(self, device):
-        moved = {key: value.to(device) for key, value in vars(self).items()
-                 if isinstance(value, torch.Tensor)}
-        return Row(**{**vars(self), **moved})
+        return Row(**{key: moved(value, device) if isinstance(value, torch.Tensor) else value
+                      for key, value in vars(self).items()})
 
     def table_times(self, t):
         """[R] from the clips' times t [B]: where anything is given, a last row at t = 0."""
@@ -1614,7 +1614,7 @@ class CountedTexts(dict):
         return torch.empty(int(mask.sum()) if self.encoder.tables else mask.numel(), 0)
 
 
-def open_texts(args, folder, data, options, is_new, train_rows, held_out):
+def open_texts(args, folder, data, options, is_new, train_rows, held_out, device):
     """(tokenizer, embeddings, labels): the one of them that the network reads, by which its options
     are filled in, and None for the others."""
     if options.get("classes"):
@@ -1625,7 +1625,7 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out):
         options["classes"] = len(labels) + (options["kind"] != "gpt")    # the last one: no class
         return None, None, labels
     if args.text_encoder:
-        encoder, rows = open_text_encoder(args.text_encoder), train_rows + held_out
+        encoder, rows = open_text_encoder(args.text_encoder, device), train_rows + held_out
         width, wanted = encoder.embed.embedding_dim, (options.get("clip") or [0])[0]
         wanted = wanted or (0 if is_new else options.get("text_dim", 0))
         if wanted not in (0, width):
@@ -1651,7 +1651,7 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out):
     return None, None, None
 
 
-def open_stage(args, folder, begun):
+def open_stage(args, folder, begun, device="cpu"):
     """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of
     the run's config.json the network is made of, the weights to begin with or None). begun: that
     config, of a run that goes on."""
@@ -1679,7 +1679,7 @@ def open_stage(args, folder, begun):
     fit_latents(args, options, is_new, vae, name, [
         part.shape[key] for part in clips for key in (part.keys if kind == "gpt" else part.shape)])
     classes = options.get("classes")
-    told = open_texts(args, folder, data, options, is_new, train_rows, held_out)
+    told = open_texts(args, folder, data, options, is_new, train_rows, held_out, device)
     if weights and options.get("classes") != classes:        # another table of them, then
         weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
     if kind == "gpt":
@@ -1746,7 +1746,9 @@ def add_gradients(model, step, loaded, lengths, args, device):
     for keys, *tensors in loaded:
         # dropout, of networks that have it, is a row's own on whatever rank
         torch.manual_seed(int(rng(args.seed, "dropout", step, keys[0]).integers(2**62)))
-        losses, binned, t = losses_of(model, *(x.to(device) for x in tensors), dtype=args.dtype)
+        row, *tensors = tensors
+        losses, binned, t = losses_of(model, row.to(device), *(moved(x, device) for x in tensors),
+                                      dtype=args.dtype)
         (losses.sum() / n_clips).backward()
         by_t += by_time(binned, t) * (len(keys) / len(binned))           # in clips
     full, even = evenness(lengths, args.row_tokens)
@@ -1782,7 +1784,7 @@ def train(args, folder):
         if is_finished(saved_at, args):
             return
         begun = saved_at and read_config(folder, "denoiser")
-    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun)
+    vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
     cost = estimate(args, about["model"], clips, plan, device)
     print_cost(args, cost, clips, held_out, device)

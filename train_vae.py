@@ -79,11 +79,19 @@ def setup(args, parts=None, option=None):
     if name == "cuda":
         if not torch.cuda.is_available():
             refuse("--device cuda: torch sees no CUDA device here; use --device cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        mine, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if mine >= here:
+            refuse(f"rank {mine} of this machine has no GPU, there are {here}: start fewer ranks, "
+                   "or give --device cpu")
+        torch.cuda.set_device(mine)
+        # `fit` learns with deterministic kernels; cuBLAS asks for this before its first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "cpu":
         keep_memory()
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+        # figures go over gloo: on the way over NCCL they would wait for the GPU
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return rank, world, torch.device(name)
 
 
@@ -145,10 +153,27 @@ def sum_over_ranks(*values):
     """Python floats summed over all ranks."""
     if not torch.distributed.is_initialized():
         return values
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64)
     torch.distributed.all_reduce(total)
     return tuple(total.tolist())
+
+
+def moved(x, device):
+    """A CPU's tensor on the device. From pinned memory a GPU fetches it in its turn; else the host
+    would wait here until the GPU has done all that it was given."""
+    if device.type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def fetched(x):
+    """(x on the CPU, what to call before it is read): the GPU goes on meanwhile. `.item()` would
+    wait for all that it was given since, too."""
+    if not x.is_cuda:
+        return x, lambda: None
+    x, is_there = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    is_there.record()
+    return x, is_there.synchronize
 
 
 def sum_gradients(model):
@@ -466,18 +491,23 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
     stop, unchecked = threading.Event(), []
     signal.signal(signal.SIGTERM, lambda *_: stop.set())     # then save, and leave with status 143
     clock, counted = began, start        # since when, and from which step, the pace is measured
+    mode = "error" if torch.cuda.is_initialized() else "default"         # of torch's determinism
     bar = tqdm(total=args.steps, initial=start, desc=Path(sys.argv[0]).stem, unit="step",
                disable=rank > 0)
     for step, data in prefetch(batch, start, args.steps):
+        torch.set_deterministic_debug_mode(mode)
         figures, norm, keys = learn(step, data)
+        torch.set_deterministic_debug_mode("default")        # samples are drawn with cumsum
+        norm, wait = fetched(norm)
         done, is_last = step + 1, step + 1 == args.steps
         is_evaluated = done % args.eval_every == 0 or is_last
         is_logged = done % args.log_every == 0 or is_evaluated
         is_stopped, = sum_over_ranks(float(stop.is_set()))       # all ranks leave at one step
         is_saved = done % args.save_every == 0 or is_last or is_stopped
-        unchecked.append((norm, step, keys))
+        unchecked.append((norm, wait, step, keys))
         while len(unchecked) > (0 if is_logged or is_saved else 1):
-            size, at, clips = unchecked.pop(0)     # a step late: a GPU need not be waited for
+            size, wait, at, clips = unchecked.pop(0)         # a step late: the GPU is never idle
+            wait()
             if not math.isfinite(size.item()):     # later checkpoints would be spoilt
                 refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
                        f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
@@ -1428,12 +1458,13 @@ def follow_codes(book, found, keys, seed, step):
     """The codebook's step: averages, and restarts from positions drawn by clip, on all ranks."""
     flat = torch.cat([z.movedim(1, -1).flatten(0, 3) for _, _, _, z, _, _ in found])
     book.follow(flat, torch.cat([codes.flatten() for *_, codes, _ in found]))
-    offered = []
+    offered, is_shared = [], torch.distributed.is_initialized()
     for group, _, _, z, _, _ in found:
         for i, positions in zip(group, z.movedim(1, -1).flatten(1, 3)):
             picked = rng(seed, "restart", step, keys[i]).permutation(len(positions))[:64]
-            offered.append((keys[i], positions[torch.from_numpy(picked).to(z.device)].cpu()))
-    if torch.distributed.is_initialized():
+            part = positions[moved(torch.from_numpy(picked), z.device)]
+            offered.append((keys[i], part.cpu() if is_shared else part))
+    if is_shared:
         lists = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(lists, offered)
         offered = [pair for part in lists for pair in part]
@@ -1641,7 +1672,7 @@ def learn(args, step, data, parts, optimizers, perceptual):
     """One step from `data` (keys, clips of all ranks, videos, noises); returns what `fit` wants."""
     keys, n_clips, videos, noises = data
     model, device = parts["model"], next(parts["model"].parameters()).device
-    found = reconstruct(model, [v.to(device) for v in videos], [n.to(device) for n in noises])
+    found = reconstruct(model, *([moved(x, device) for x in each] for each in (videos, noises)))
     terms = {name: term / n_clips for name, term in losses(found, perceptual).items()}
     loss = terms["l1"] + terms["mse"] + terms.get("perceptual", 0.0)
     total = loss + (args.kl if model.bottleneck is None else 1.0) * terms["latent"]

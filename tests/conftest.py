@@ -17,6 +17,7 @@ HAS_GPU = HAS_DRIVER and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # Threads that wait sleep: spinning, two processes on two cores are tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # before any test's first product
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -165,7 +165,7 @@ def step_side(side, i, dtype, device, repeats, home):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def step():
-        is_half = side == "ours" and dtype == "bf16"
+        is_half = dtype == "bf16" and (side == "ours" or device != "cpu")    # as one would run it
         with torch.autocast(torch.device(device).type, torch.bfloat16, is_half):
             outs = forward()
         sum(out.float().square().mean() for out in outs).backward()
@@ -183,7 +183,8 @@ def bench(argv):
                         help="steps of each (%(default)s)")
     args = parser.parse_args(argv)
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
-          f"{torch.get_num_threads()} threads; theirs fp32, ours {args.dtype}")
+          f"{torch.get_num_threads()} threads; theirs "
+          f"{'fp32' if args.device == 'cpu' else args.dtype}, ours {args.dtype}")
     print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
     with tempfile.TemporaryDirectory() as home:
         for i, (name, *_) in enumerate(STEPS):
@@ -235,7 +236,7 @@ def coder_side(side, dim, shape, name, device, repeats, home):
     calls = {"encode": lambda: model.encode(video)[0] if is_ours else
              model.encode(video).latent_dist.mean,
              "decode": lambda: model.decode(z).clamp(-1, 1) if is_ours else model.decode(z).sample}
-    before, times = settled(), []
+    before, times = settled() if device == "cpu" else torch.cuda.memory_allocated() / 2**20, []
     with torch.no_grad():
         for _ in range(1 + repeats):
             sync()
@@ -245,7 +246,7 @@ def coder_side(side, dim, shape, name, device, repeats, home):
             times.append(time.perf_counter() - began)
     peak = memory("VmHWM") - before
     if device != "cpu":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+        peak = torch.cuda.max_memory_allocated() / 2**20 - before
     np.save(f"{home}/{side}.npy", out.cpu().numpy())
     return float(np.median(times[1:])), peak
 

@@ -20,9 +20,9 @@ import train_vae
 ROOT = Path(__file__).resolve().parents[1]
 OFTEN = ["--log_every", "1", "--save_every", "2", "--keep", "99"]
 VAE = ["train_vae.py", "demo", "--steps", "3", "--eval_every", "3", "--size", "16", "--frames", "5",
-       *OFTEN]
+       "--device", "cpu", *OFTEN]
 DIT = ["train_dit.py", "demo", "--steps", "6", "--eval_every", "6", "--row_tokens", "256",
-       "--batch_tokens", "768", *OFTEN]              # three rows: the ranks get two and one
+       "--batch_tokens", "768", "--device", "cpu", *OFTEN]              # three rows: the ranks get two and one
 
 
 def alone(folder, command):
