@@ -16,6 +16,7 @@ import os
 from types import SimpleNamespace
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     import triton
@@ -29,6 +30,7 @@ except ImportError:  # stand-ins, so that files with kernels import; backend() n
 # there. With AVX2 alone that way is slower.
 IS_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 CHOICES = ("auto", "triton", "torch")
+_kept = WeakTensorKeyDictionary()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels take
 
 
@@ -84,6 +86,17 @@ def row_tiles(width, most):
     columns = power_of_2(width)
     rows = min(max(2048 // columns, 1), most)
     return rows, columns, min(max(columns * rows // 512, 4), 16)
+
+
+def kept(x, make, *key):
+    """make(), once for each key while tensor x lives as it is: every layer of a step asks for the
+    same table of its bounds, and to start the dozen small kernels that it takes costs more than
+    the work."""
+    found = _kept.setdefault(x, {})
+    key = (x._version, *key)
+    if key not in found:
+        found[key] = make()
+    return found[key]
 
 
 def tile_table(cu, block, n_rows):

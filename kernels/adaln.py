@@ -25,7 +25,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from kernels import check, row_tiles, tile_table, tl, triton, use_triton
+from kernels import check, kept, row_tiles, tile_table, tl, triton, use_triton
 
 TILE = 64  # tokens whose table gradients one program sums
 
@@ -199,16 +199,21 @@ def _triton_forward(x, y, gate, shift, scale, rows, eps):
     return r, h, stats
 
 
+def _by_row(rows, R):
+    """(the tokens in the order of their rows, tiles of them, each row's first tile)"""
+    ordered, order = torch.sort(rows, stable=True)
+    row_numbers = torch.arange(R + 1, device=rows.device, dtype=torch.int32)
+    tiles = tile_table(torch.searchsorted(ordered, row_numbers), TILE, len(rows))
+    return order, tiles, torch.searchsorted(tiles[:, 0].contiguous(), row_numbers)
+
+
 def _triton_backward(dh, dr, r, y, gate, scale, rows, stats):
-    (N, D), R = r.shape, len(scale)
+    D, R = r.shape[1], len(scale)
     gated = y is not None
     dx = r.new_empty(r.shape)
     dy = r.new_empty(r.shape if gated else 0)
     dshift, dscale, dgate = (scale.new_empty((R, D) if n < 2 or gated else 0) for n in range(3))
-    ordered, order = torch.sort(rows, stable=True)
-    row_numbers = torch.arange(R + 1, device=rows.device, dtype=torch.int32)
-    tiles = tile_table(torch.searchsorted(ordered, row_numbers), TILE, N)
-    first_tile = torch.searchsorted(tiles[:, 0].contiguous(), row_numbers)
+    order, tiles, first_tile = kept(rows, lambda: _by_row(rows, R), R)
     partial = r.new_empty((len(tiles), 3, D), dtype=torch.float32)
     y, gate, dr = (y, gate, dr) if gated else (r, scale, dh)  # pointers that are not followed
     _backward_kernel[(len(tiles),)](

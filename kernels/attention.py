@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import IS_WIDE, check, power_of_2, tile_table, tl, triton, use_triton
+from kernels import IS_WIDE, check, kept, power_of_2, tile_table, tl, triton, use_triton
 
 LOG2_E = 1.4426950408889634
 
@@ -411,7 +411,8 @@ def _config(E, dtype):
 
 def _tiles(cu, n_rows, block):
     """The tile table of a packed row, the null clip behind the last being a run of its own."""
-    return tile_table(F.pad(cu, (0, 1), value=n_rows), block, n_rows)
+    return kept(cu, lambda: tile_table(F.pad(cu, (0, 1), value=n_rows), block, n_rows),
+                n_rows, block)
 
 
 def _triton_forward(q, k, v, cu_q, cu_k, scale):

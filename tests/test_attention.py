@@ -229,6 +229,19 @@ def test_tile_table():
                      [4, 14, 14], [4, 14, 14]]
 
 
+def test_layers_share_a_tile_table(monkeypatch):
+    """Forward and backward of two layers make one table; of bounds that changed they make another."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("NANOSORA_KERNELS", "triton")
+    made, tile_table = [], MODULE.tile_table
+    monkeypatch.setattr(MODULE, "tile_table", lambda *args: made.append(args) or tile_table(*args))
+    bounds, x = cu([5, 9]), make([5, 9], [5, 9], 1, 16)[0].requires_grad_()
+    for n in (1, 2):
+        attention(*[attention(x, x, x, bounds, bounds)] * 3, bounds, bounds).sum().backward()
+        assert len(made) == n
+        bounds[1] += 1
+
+
 def launch_all():
     """Every kernel at the widths that we ship, for the compile test."""
     lengths = torch.tensor([0, 100, 256], dtype=torch.int32)
