@@ -79,8 +79,8 @@ from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_
                           open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
                        is_finished, last_step, load_step, lr_at, moved, optimizer_tensors,
-                       option_parser, prefetch, read_config, read_header, read_tensors, restore_optimizer, setup,
-                       start_run, take_step, training_options)
+                       option_parser, prefetch, read_config, read_header, read_tensors,
+                       restore_optimizer, setup, start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
