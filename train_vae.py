@@ -491,7 +491,7 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
     stop, unchecked = threading.Event(), []
     signal.signal(signal.SIGTERM, lambda *_: stop.set())     # then save, and leave with status 143
     clock, counted = began, start        # since when, and from which step, the pace is measured
-    mode = "error" if torch.cuda.is_initialized() else "default"         # of torch's determinism
+    mode = "warn" if torch.cuda.is_initialized() else "default"          # of torch's determinism
     bar = tqdm(total=args.steps, initial=start, desc=Path(sys.argv[0]).stem, unit="step",
                disable=rank > 0)
     for step, data in prefetch(batch, start, args.steps):
