@@ -113,7 +113,7 @@ def bench_case(kind, layers, dim, shapes, device):
 
 
 def step_seconds(step, repeats):
-    """The median seconds of a training step, after three to warm up."""
+    """The seconds of training steps, after three to warm up."""
     times = []
     for _ in range(3 + repeats):
         sync()
@@ -121,12 +121,15 @@ def step_seconds(step, repeats):
         step()
         sync()
         times.append(time.perf_counter() - began)
-    return float(np.median(times[3:]))
+    return times[3:]
 
 
 def sync():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+ROUNDS = "processes of each, by turns (%(default)s)"
 
 
 def alone(function, side, *rest):
@@ -137,6 +140,16 @@ def alone(function, side, *rest):
     done = subprocess.run([sys.executable, __file__, function.__name__, json.dumps([side, *rest])],
                           env=env, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def by_turns(rounds, function, *rest):
+    """[(median seconds, most MiB) of theirs, of ours]: each round a process of either."""
+    found = {"theirs": [], "ours": []}
+    for _ in range(rounds):
+        for side, rows in found.items():
+            rows.append(alone(function, side, *rest))
+    return [(float(np.median([s for times, _ in rows for s in times])), max(mib for _, mib in rows))
+            for rows in found.values()]
 
 
 def distance(home):
@@ -153,7 +166,7 @@ STEPS = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
 
 
 def step_side(side, i, dtype, device, repeats, home):
-    """Seconds of a training step of STEPS[i]; what it puts out goes to home/SIDE.npy."""
+    """(Seconds of training steps of STEPS[i], 0); what it puts out goes to home/SIDE.npy."""
     if side == "ours":
         V.keep_memory()
     kind, layers, dim, shapes = STEPS[i][1:]
@@ -171,7 +184,7 @@ def step_side(side, i, dtype, device, repeats, home):
         sum(out.float().square().mean() for out in outs).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return step_seconds(step, repeats)
+    return step_seconds(step, repeats), 0
 
 
 def bench(argv):
@@ -181,6 +194,7 @@ def bench(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=V.number(int, 1), default=5,
                         help="steps of each (%(default)s)")
+    parser.add_argument("--rounds", type=V.number(int, 1), default=1, help=ROUNDS)
     args = parser.parse_args(argv)
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads; theirs "
@@ -188,8 +202,8 @@ def bench(argv):
     print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
     with tempfile.TemporaryDirectory() as home:
         for i, (name, *_) in enumerate(STEPS):
-            a, b = (alone(step_side, side, i, args.dtype, args.device, args.repeats, home)
-                    for side in ("theirs", "ours"))
+            (a, _), (b, _) = by_turns(args.rounds, step_side, i, args.dtype, args.device,
+                                      args.repeats, home)
             print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {distance(home):11.1e}", flush=True)
 
 
@@ -223,7 +237,7 @@ def settled():
 
 
 def coder_side(side, dim, shape, name, device, repeats, home):
-    """(Median seconds, peak MiB above what was held before) of a call; its output to home/SIDE.npy."""
+    """(Seconds of calls, peak MiB above what was held before); the output goes to home/SIDE.npy."""
     is_ours = side == "ours"
     torch.set_num_threads(2)
     if is_ours:
@@ -248,7 +262,7 @@ def coder_side(side, dim, shape, name, device, repeats, home):
     if device != "cpu":
         peak = torch.cuda.max_memory_allocated() / 2**20 - before
     np.save(f"{home}/{side}.npy", out.cpu().numpy())
-    return float(np.median(times[1:])), peak
+    return times[1:], peak
 
 
 class Theirs(torch.nn.Module):
@@ -347,6 +361,7 @@ def bench_autoencoder(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=V.number(int, 1), default=3,
                         help="calls of each (%(default)s)")
+    parser.add_argument("--rounds", type=V.number(int, 1), default=1, help=ROUNDS)
     parser.add_argument("--dims", type=V.number(int, 8), nargs="+", default=[32, 96],
                         help="base widths (%(default)s)")
     parser.add_argument("--footage", help="data set to learn from, in the place of the table (none)")
@@ -366,9 +381,8 @@ def bench_autoencoder(argv):
              for name in ("encode", "decode")]
     with tempfile.TemporaryDirectory() as home:
         for dim, shape, name in cases:
-            (a, before), (b, after) = (
-                alone(coder_side, side, dim, shape, name, args.device, args.repeats, home)
-                for side in ("theirs", "ours"))
+            (a, before), (b, after) = by_turns(args.rounds, coder_side, dim, shape, name,
+                                               args.device, args.repeats, home)
             title = f"dim {dim}, {' x '.join(map(str, shape))}, {name}"
             print(f"{title:34} {a:9.3f} {b:8.3f} {b / a:6.2f} {before:11.0f} {after:9.0f} "
                   f"{after / before:6.2f} {distance(home):11.1e}", flush=True)
@@ -451,8 +465,7 @@ def bench_sampling(argv):
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the denoisers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=V.number(int, 1), default=3, help="(%(default)s)")
-    parser.add_argument("--rounds", type=V.number(int, 1), default=2,
-                        help="processes of each, by turns (%(default)s)")
+    parser.add_argument("--rounds", type=V.number(int, 1), default=2, help=ROUNDS)
     args = parser.parse_args(argv)
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads; 8 steps of UniPC, guidance 5")
@@ -461,14 +474,8 @@ def bench_sampling(argv):
     with tempfile.TemporaryDirectory() as home:
         save_pipeline(Path(home))
         for video in VIDEOS:
-            found = {"theirs": [], "ours": []}
-            for _ in range(args.rounds):
-                for side, rows in found.items():
-                    rows.append(alone(sampling_side, side, home, video, args.device, args.dtype,
-                                      args.repeats))
-            a, b = (float(np.median([s for times, _ in found[side] for s in times]))
-                    for side in ("theirs", "ours"))
-            m, n = (max(mib for _, mib in found[side]) for side in ("theirs", "ours"))
+            (a, m), (b, n) = by_turns(args.rounds, sampling_side, home, video, args.device,
+                                      args.dtype, args.repeats)
             away = np.abs(np.load(f"{home}/ours.npy").astype(int) - np.load(f"{home}/theirs.npy")).max()
             print(f"{'{} frames of {} x {}'.format(*video):24} {a:9.2f} {b:8.2f} {b / a:6.2f} "
                   f"{m:11.0f} {n:9.0f} {n / m:6.2f} {away:7d}", flush=True)

@@ -1,6 +1,8 @@
 """The demo end to end with real files, at fewer steps; kills; wrong input: each script as people run it."""
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
 import random
@@ -45,16 +47,17 @@ def run(folder, command, status=0):
     return out, err
 
 
-def run_here(folder, command, capsys, monkeypatch):
-    """(status, stderr) of a command in this process, without the seconds that a new one imports."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", command)
-    capsys.readouterr()
-    try:
-        status = importlib.import_module(command[0][:-3]).main(command[1:]) or 0
-    except SystemExit as end:
-        status = end.code
-    return status, capsys.readouterr().err
+def run_here(folder, command, status=0):
+    """(stdout, stderr) of a command in this process, without the seconds that a new one imports."""
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out, (
+            contextlib.redirect_stderr(io.StringIO())) as err, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        try:
+            found = importlib.import_module(command[0][:-3]).main(command[1:]) or 0
+        except SystemExit as end:
+            found = end.code
+    assert found == status, f"{command}: {found}\n{err.getvalue()[-3000:]}"
+    return out.getvalue(), err.getvalue()
 
 
 def log(folder, name):
@@ -73,7 +76,7 @@ def demo(tmp_path_factory):
     """A folder in which every stage has run, unbroken."""
     folder = tmp_path_factory.mktemp("demo")
     for command in STAGES.values():
-        run(folder, command)
+        run_here(folder, command)
     return folder
 
 
@@ -126,8 +129,8 @@ def test_the_denoiser_learns_and_shows_it(demo):
 
 def test_an_estimate_is_a_table_that_writes_nothing(demo):
     before = sorted(demo.rglob("*"))
-    out, _ = run(demo, ["train_dit.py", "demo", "--run", "planned", "--estimate", "--steps", "3600",
-                        "--price_per_hour", "2"])
+    out, _ = run_here(demo, ["train_dit.py", "demo", "--run", "planned", "--estimate", "--steps",
+                             "3600", "--price_per_hour", "2"])
     assert sorted(demo.rglob("*")) == before
     seconds = float(re.search(r"^a step +([\d.]+) s: .* TFLOP/s measured on", out, re.M)[1])
     hours, price = re.search(r"^3600 steps +([\d.]+) hours, ([\d.]+) in", out, re.M).groups()
@@ -145,8 +148,8 @@ def test_a_run_says_how_well_it_goes(demo):
 
 
 def test_sample_writes_what_was_asked_for(demo):
-    out, _ = run(demo, ["sample.py", "demo", "--prompt", "a red circle moves left", "--size", "36x44",
-                        "--frames", "11", "--fps", "8", "--steps", "3"])
+    out, _ = run_here(demo, ["sample.py", "demo", "--prompt", "a red circle moves left", "--size",
+                             "36x44", "--frames", "11", "--fps", "8", "--steps", "3"])
     path = demo / out.strip()
     assert path.suffix == ".mp4" and path.with_suffix(".png").exists()
     with av.open(str(path)) as file:
@@ -161,7 +164,7 @@ def test_sample_writes_what_was_asked_for(demo):
 
 
 def test_eval_writes_its_shares(demo):
-    run(demo, ["sample.py", "demo", "--eval", "demo", "--n_eval", "2", "--steps", "2"])
+    run_here(demo, ["sample.py", "demo", "--eval", "demo", "--n_eval", "2", "--steps", "2"])
     result = json.loads((demo / "runs/demo/eval.json").read_text())
     assert set(result) == {"seen", "left_out"}
     for part in result.values():
@@ -169,12 +172,12 @@ def test_eval_writes_its_shares(demo):
         assert all(0 <= part[key] <= 1 for key in part if key != "n")
 
 
-def test_finished_stages_end_at_once_and_change_nothing(demo, capsys, monkeypatch):
+def test_finished_stages_end_at_once_and_change_nothing(demo):
     before = digests(demo)
-    for name, command in STAGES.items():
+    for command in STAGES.values():
         begun = time.time()
-        assert run_here(demo, command, capsys, monkeypatch)[0] == 0, name
-        assert time.time() - begun < 20
+        run_here(demo, command)
+        assert time.time() - begun < 20, command
     assert digests(demo) == before
 
 
@@ -189,7 +192,7 @@ def test_killed_at_any_time_each_stage_finishes_with_the_same_bytes(demo, tmp_pa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        run(tmp_path, command)
+        run_here(tmp_path, command)
     assert digests(tmp_path) == digests(demo)
 
 
@@ -223,10 +226,8 @@ def test_sigterm_saves_and_leaves_with_143(demo):
     (["sample.py", "demo", "--prompt", "x", "--steps", "0"], "steps"),
     (["sample.py", "nothing", "--prompt", "x"], "nothing"),
 ])
-def test_wrong_input_is_one_line_and_status_2(demo, command, says, capsys, monkeypatch):
-    status, err = run_here(demo, command, capsys, monkeypatch)
-    assert status == 2
-    lines = err.strip().splitlines()
+def test_wrong_input_is_one_line_and_status_2(demo, command, says):
+    lines = run_here(demo, command, status=2)[1].strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(command[0]) and says in lines[0]
 
 
@@ -234,7 +235,7 @@ def test_a_run_of_another_version_is_refused(demo, tmp_path):
     (tmp_path / "run").mkdir()
     config = json.loads((demo / "runs/demo/config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps({**config, "format": 99}))
-    _, err = run(demo, ["sample.py", str(tmp_path / "run"), "--prompt", "x"], status=2)
+    _, err = run_here(demo, ["sample.py", str(tmp_path / "run"), "--prompt", "x"], status=2)
     assert "99" in err and len(err.strip().splitlines()) == 1
 
 
