@@ -98,8 +98,8 @@ def setup(args, parts=None, option=None):
 def keep_memory():
     """Tells torch and glibc, before the first tensor is made, to take blocks from 8 MiB on as huge
     pages of their own and to keep what is smaller when it is freed. The kernel clears every page
-    that it hands out, 4 KiB at a time unless told so: a fifth of a training step on a CPU. Blocks of
-    all sizes in one heap leave holes in it, a third of what is used."""
+    that it hands out, by 4 KiB unless told otherwise: a fifth of a training step on a CPU. Blocks
+    of all sizes in one heap leave holes in it, a third of what is used."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -161,7 +161,7 @@ def sum_over_ranks(*values):
 def moved(x, device):
     """A CPU's tensor on the device. From pinned memory a GPU fetches it in its turn; else the host
     would wait here until the GPU has done all that it was given."""
-    if device.type != "cuda" or x.is_cuda:
+    if torch.device(device).type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
