@@ -313,16 +313,17 @@ class Cache:
     def mask(self, n, window, device):
         """bool: which keys the queries to come see; None where it goes without saying. For all
         layers at once, since each index that comes from the host makes a GPU wait."""
-        self.place = torch.tensor(self.rows or range(len(self.lengths)), device=device)
         if self.rows is None:
             if len(set(self.lengths)) == 1 and not window:
                 return None
+            self.place = torch.arange(len(self.lengths), device=device)
             self.where = torch.tensor(self.lengths, device=device)
             at = self.where[:, None, None, None]
             keys = torch.arange(max(self.lengths) + 1, device=device)
-        elif not self.start and not 0 < window < n:
-            return None
         else:
+            self.place = torch.tensor(self.rows, device=device)
+            if not self.start and not 0 < window < n:
+                return None
             keys = torch.arange(self.start + n, device=device)
             at = keys[self.start:, None]
         return (keys <= at) & (keys > at - (window or len(keys) + 1))

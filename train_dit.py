@@ -1651,7 +1651,7 @@ def open_texts(args, folder, data, options, is_new, train_rows, held_out, device
     return None, None, None
 
 
-def open_stage(args, folder, begun, device="cpu"):
+def open_stage(args, folder, begun, device):
     """All that training reads: (autoencoder, its config, training Clips, held-out Clips, what of
     the run's config.json the network is made of, the weights to begin with or None). begun: that
     config, of a run that goes on."""
@@ -1743,10 +1743,9 @@ def add_gradients(model, step, loaded, lengths, args, device):
     """Learns from this rank's loaded rows of a step; returns their part of the log's figures.
     lengths: of the clips in each row of all ranks."""
     n_clips, by_t = sum(map(len, lengths)), torch.zeros(4, 2, device=device)
-    for keys, *tensors in loaded:
+    for keys, row, *tensors in loaded:
         # dropout, of networks that have it, is a row's own on whatever rank
         torch.manual_seed(int(rng(args.seed, "dropout", step, keys[0]).integers(2**62)))
-        row, *tensors = tensors
         losses, binned, t = losses_of(model, row.to(device), *(moved(x, device) for x in tensors),
                                       dtype=args.dtype)
         (losses.sum() / n_clips).backward()

@@ -887,9 +887,9 @@ def regroup(pieces, growth, is_first):
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        room = int(max(ROOM, min(2 * frame, 2 * ROOM)) / growth // max(1, frame))
+        room = max(1, int(max(ROOM, min(2 * frame, 2 * ROOM)) / growth // max(1, frame)))
         while piece.shape[2]:
-            most = piece.shape[2] if torch.is_grad_enabled() else 1 if is_first else max(1, room)
+            most = piece.shape[2] if torch.is_grad_enabled() else 1 if is_first else room
             part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
             held, n = held + [part], n + part.shape[2]
             if n == most:
