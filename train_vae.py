@@ -96,14 +96,14 @@ def setup(args, parts=None, option=None):
 
 
 def keep_memory():
-    """Tells torch and glibc, before the first tensor is made, to take blocks from 8 MiB on as huge
+    """Tells torch and glibc, before the first tensor is made, to take blocks from 2 MiB on as huge
     pages of their own and to keep what is smaller when it is freed. The kernel clears every page
     that it hands out, by 4 KiB unless told otherwise: a fifth of a training step on a CPU. Blocks
     of all sizes in one heap leave holes in it, a third of what is used."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**23)                                  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**21)                                  # M_MMAP_THRESHOLD
         libc.mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never
 
 
@@ -714,11 +714,64 @@ class Conv3d(nn.Conv3d):
     def forward(self, x, taps=None):
         """taps: how many of the kernel's last taps in time x is for, where not for all."""
         weight = self.weight if taps is None else self.weight[:, :, -taps:]
-        if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or (
-                not torch.backends.mkldnn.is_available()):
-            return F.conv3d(x, weight, self.bias, self.stride, self.padding, self.dilation)
-        return torch.mkldnn_convolution(x, weight, self.bias, self.padding, self.stride,
-                                        self.dilation, 1)
+        return convolve(x, weight, self.bias, self.stride, self.padding)
+
+
+def convolve(x, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1)):
+    if takes_onednn(x):
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
+def takes_onednn(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and (
+        torch.backends.mkldnn.is_available())
+
+
+def convolve_pairs(frames, weight, bias, room=2**18):
+    """The convolution of 2 n + 2 frames [B, C, H, W] on a CPU with a kernel [D, C, 3, 3, 3], padded
+    in space: [B, D, 2 n, H, W]. Two frames take four products of a frame in the place of six
+    (Winograd's F(2, 3) over time: Lavin and Gray, arXiv 1509.09308), `room` numbers of as many rows
+    at once, so that sums stay in the cache. No gradients."""
+    (B, C, H, W), (first, centre, last) = frames[0].shape, weight.unbind(2)
+    kernels = weight.new_empty(4, len(weight), 3, 3, C).permute(0, 1, 4, 2, 3)
+    kernels[0], kernels[3] = first, last
+    torch.add(first, last, out=kernels[1]).div_(2)
+    torch.sub(kernels[1], centre, alpha=0.5, out=kernels[2])
+    kernels[1].add_(centre, alpha=0.5)
+    n = -(-H // -(-H * W * B * C // room))
+    rows = weight.new_zeros(B, n + 2, W, C).permute(0, 3, 1, 2)
+    out = weight.new_empty(B, len(frames) - 2, H, W, len(weight)).permute(0, 4, 1, 2, 3)
+    for t, top in itertools.product(range(0, len(frames) - 2, 2), range(0, H, n)):
+        end = min(H, top + n)
+        above, below = max(0, top - 1), min(H, end + 1)           # a row of zeros lies beyond
+        a, b, c, d = (frame[:, :, above:below] for frame in frames[t:t + 4])
+        part = rows[:, :, :end - top + 2]
+        inner = part[:, :, above - top + 1:below - top + 1]
+        part[:, :, 0], part[:, :, -1] = 0, 0
+
+        def product(i, combine, one, other, bias=None):
+            combine(one, other, out=inner)
+            return torch.mkldnn_convolution(part, kernels[i], bias, (0, 1), (1, 1), (1, 1), 1)
+
+        even, odd = out[:, :, t, top:end], out[:, :, t + 1, top:end]
+        both, differ = product(1, torch.add, b, c, bias), product(2, torch.sub, c, b)
+        torch.add(both, differ, out=even).add_(product(0, torch.sub, a, c))
+        torch.sub(both, differ, out=odd).sub_(product(3, torch.sub, b, d))
+    return out
+
+
+def convolve_doubled(x, weight, bias):
+    """The convolution with a kernel [D, C, 1, 3, 3], padded in space, of each pixel repeated two by
+    two: [B, C, T, H, W] to [B, D, T, 2 H, 2 W]. A pixel of the result sees 2 x 2 of x, by sums of
+    the kernel's taps: 4 products in the place of 9."""
+    B, _, T, H, W = x.shape
+    sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # side, of x, of it
+    kernel = torch.einsum("pik,qjl,octkl->pqoctij", sums, sums, weight).flatten(0, 2)
+    y = convolve(x, kernel, None, padding=(0, 1, 1)).unflatten(1, (2, 2, -1))
+    y = torch.stack([y[:, p, q, :, :, p:p + H, q:q + W] for p in (0, 1) for q in (0, 1)], -1)
+    y = y.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(B, -1, T, 2 * H, 2 * W)
+    return y + bias.view(-1, 1, 1, 1)
 
 
 class CausalConv3d(Conv3d):
@@ -729,9 +782,15 @@ class CausalConv3d(Conv3d):
     def __init__(self, c_in, c_out, kernel):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         super().__init__(c_in, c_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.in_pairs = kernel == (3, 3, 3) and min(c_in, c_out) >= 32     # where it is faster
 
     def forward(self, x, state, norm=None):
         past, before = self.kernel_size[0] - 1, state.get(self)
+        if before is not None and self.in_pairs and x.shape[2] % 2 == 0 and (
+                x[0, 0, 0].numel() >= 256 and takes_onednn(x) and not torch.is_grad_enabled()):
+            x = NormSiLU.apply(x, norm.gamma, None, 0)
+            state[self] = x if x.shape[2] == past else x[:, :, -past:].clone()
+            return convolve_pairs([*before.unbind(2), *x.unbind(2)], self.weight, self.bias)
         if norm is not None and not norm.groups:
             x = NormSiLU.apply(x, norm.gamma, before, past)
         else:
@@ -846,9 +905,7 @@ class Up(nn.Module):
                 rest = rest.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
             x = torch.cat([start, rest], 2)
         state[self] = True
-        if self.space:
-            x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
-        return self.conv(x)
+        return convolve_doubled(x, self.conv.weight, self.conv.bias) if self.space else self.conv(x)
 
 
 class Level(nn.Module):
@@ -881,13 +938,12 @@ class Level(nn.Module):
 
 def regroup(pieces, growth, is_first):
     """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
-    times as many numbers of them: about ROOM of these, or two frames' of at most ROOM each; never
-    less than a frame. A clip's first frame comes alone, for a third of another's products.
-    Gradients want the whole at once."""
+    times as many numbers of them: about ROOM of these, an even number of frames. A clip's first
+    frame comes alone, for a third of another's products. Gradients want the whole at once."""
     held, n = [], 0
     for piece in pieces:
         frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        room = max(1, int(max(ROOM, min(2 * frame, 2 * ROOM)) / growth // max(1, frame)))
+        room = max(2, int(ROOM / growth // max(1, frame)) // 2 * 2)
         while piece.shape[2]:
             most = piece.shape[2] if torch.is_grad_enabled() else 1 if is_first else room
             part, piece = piece[:, :, :most - n], piece[:, :, most - n:]

@@ -63,6 +63,43 @@ def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monk
         assert torch.allclose(model.decode(mean), decoded, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape, room", [((1, 32, 4, 16, 16), 2**18), ((2, 33, 6, 17, 20), 5000),
+                                         ((1, 40, 8, 5, 9), 1)])
+def test_frames_by_pairs_are_the_convolution(shape, room):
+    x, weight, bias = torch.randn(shape), torch.randn(37, shape[1], 3, 3, 3), torch.randn(37)
+    exact = torch.nn.functional.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
+    found = V.convolve_pairs(x.unbind(2), weight, bias, room)
+    assert found.shape == exact.shape and (found - exact).abs().max() < 3e-6 * exact.abs().max()
+
+
+def test_a_large_clip_by_pairs_gives_the_same_in_chunks_and_with_gradients(monkeypatch):
+    model = shaken(dict(dim=32, mults=(1, 2), downs=("s",), n_res=1, z_dim=4, residual=False)).float()
+    video, calls, by_pairs = torch.randn(1, 3, 11, 32, 48), [], V.convolve_pairs
+    monkeypatch.setattr(V, "convolve_pairs", lambda frames, *rest: (
+        calls.append(len(frames)), by_pairs(frames, *rest))[1])
+    mean, _ = model.encode(video)                                # with gradients: all at once
+    decoded = model.decode(mean)
+    assert not calls
+    with torch.no_grad():
+        assert (model.encode(video)[0] - mean).abs().max() < 1e-5 * mean.abs().max()
+        most = len(calls)
+        for chunk in (11, 4, 3):
+            found = torch.cat(list(V.decode_long(model, mean, chunk)), 2)
+            assert (found - decoded).abs().max() < 1e-5 * decoded.abs().max()
+        assert 0 < most < len(calls) and max(calls) > 4          # more than a pair at once, too
+
+
+def test_a_convolution_of_repeated_pixels_is_of_sums_of_its_taps():
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+                       for shape in ((2, 3, 2, 4, 5), (6, 3, 1, 3, 3), (6,)))
+    double = torch.nn.functional.interpolate(x, scale_factor=(1, 2, 2))
+    plain = torch.nn.functional.conv3d(double, weight, bias, padding=(0, 1, 1))
+    found = V.convolve_doubled(x, weight, bias)
+    assert torch.allclose(found, plain, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((y**3).sum(), (x, weight, bias)) for y in (found, plain))):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_large_blocks_are_given_back_from_between_small_ones():
     """In a process of its own, whose heap has no room from before."""
