@@ -59,6 +59,7 @@ from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_datas
                           refuse, rng, run_dir, where, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
+SMALL = 2**21           # bytes, see `keep_memory`
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # ------------------------------------------------------------------------------------------------
@@ -66,9 +67,10 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # ------------------------------------------------------------------------------------------------
 
 
-def setup(args, parts=None, option=None):
+def setup(args, parts=None, option=None, most=2**25):
     """Returns (rank, world, device); joins torchrun's process group where there is one. `parts`:
-    of how many parts a step consists, by which option; no rank may be left without."""
+    of how many parts a step consists, by which option; no rank may be left without. `most`: as
+    `keep_memory` has it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if parts is not None and parts < world:
         refuse(f"{option}: a step of {parts} cannot be shared by {world} ranks: raise it")
@@ -88,22 +90,23 @@ def setup(args, parts=None, option=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "cpu":
-        keep_memory()
+        keep_memory(most)
     if world > 1 and not torch.distributed.is_initialized():
         # figures go over gloo: on the way over NCCL they would wait for the GPU
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return rank, world, torch.device(name)
 
 
-def keep_memory():
-    """Tells torch and glibc, before the first tensor is made, to take blocks from 2 MiB on as huge
-    pages of their own and to keep what is smaller when it is freed. The kernel clears every page
-    that it hands out, by 4 KiB unless told otherwise: a fifth of a training step on a CPU. Blocks
-    of all sizes in one heap leave holes in it, a third of what is used."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+def keep_memory(most=2**25):
+    """Tells glibc, before the first tensor is made, to keep freed blocks of up to `most` bytes: the
+    kernel clears every page that it hands out, a fifth of a training step on a CPU. Where blocks of
+    all sizes would leave holes in one heap, half of what coding long clips holds, `most` is SMALL,
+    and what is larger has huge pages of its own, of which fewer are cleared and mapped."""
+    if most == SMALL:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # of torch
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**21)                                  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, most)                                   # M_MMAP_THRESHOLD
         libc.mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never
 
 
@@ -1667,7 +1670,7 @@ def held_out_bank(model, clips, rows, seed, n=48):
 
 def evaluate_run(args):
     """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
-    _, _, device = setup(args)
+    _, _, device = setup(args, most=SMALL)
     folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     rows = split_rows(open_dataset(folder), args.name)[1]
     model, config = load_autoencoder(name, device)
@@ -1975,7 +1978,7 @@ def read_header(path):
 
 
 def encode(args):
-    rank, world, device = setup(args)
+    rank, world, device = setup(args, most=SMALL)
     folder = dataset_dir(args.name)
     rows = open_dataset(folder)
     model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)

@@ -136,7 +136,7 @@ def alone(function, side, *rest):
     """What function(side, *rest) of this file returns, in a process of its own: theirs has memory as
     Python starts, ours as our scripts have it."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-           "THP_MEM_ALLOC_ENABLE": str(int(side == "ours"))}
+           "THP_MEM_ALLOC_ENABLE": str(int(side == "ours" and function is coder_side))}
     done = subprocess.run([sys.executable, __file__, function.__name__, json.dumps([side, *rest])],
                           env=env, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -480,5 +480,5 @@ def bench_sampling(argv):
 if __name__ == "__main__":
     told = json.loads(sys.argv[2])
     if told[0] == "ours":
-        V.keep_memory()
+        V.keep_memory(V.SMALL if sys.argv[1] == "coder_side" else 2**25)
     print(json.dumps(globals()[sys.argv[1]](*told)))

@@ -21,7 +21,7 @@ import prepare_data as P
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
-    "prepare": ["prepare_data.py", "demo", "--demo_files", "48", "--shard_sources", "16"],
+    "prepare": ["prepare_data.py", "demo", "--demo_files", "24", "--shard_sources", "8"],
     "vae": ["train_vae.py", "demo", "--steps", "30", "--eval_every", "15", "--save_every", "10",
             "--warmup", "5"],
     "encode": ["train_vae.py", "demo", "--encode"],
@@ -82,7 +82,7 @@ def demo(tmp_path_factory):
 
 def test_prepare_keeps_every_shot(demo):
     rows = P.open_dataset(demo / "data/demo")
-    plan = {file["name"]: file for file in P.demo_files(48)}
+    plan = {file["name"]: file for file in P.demo_files(24)}
     assert len(rows) >= 0.995 * sum(len(file["shots"]) for file in plan.values())
     captioned = [row for row in rows if any(c["source"] != "demo-captioner" for c in row["captions"])]
     assert 0.4 < len(captioned) / len(rows) < 0.6
@@ -188,7 +188,7 @@ def test_killed_at_any_time_each_stage_finishes_with_the_same_bytes(demo, tmp_pa
     chance = random.Random(int(os.environ.get("KILL_SEED", "1")))
     for name, command in STAGES.items():
         process = start(tmp_path, command)
-        time.sleep(chance.uniform(3.0, 7.0))
+        time.sleep(chance.uniform(2.5, 5.5))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
