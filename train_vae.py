@@ -721,6 +721,7 @@ class Conv3d(nn.Conv3d):
 
 
 def convolve(x, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1)):
+    """torch's conv3d, or where it takes x, oneDNN's."""
     if takes_onednn(x):
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
@@ -768,13 +769,15 @@ def convolve_doubled(x, weight, bias):
     """The convolution with a kernel [D, C, 1, 3, 3], padded in space, of each pixel repeated two by
     two: [B, C, T, H, W] to [B, D, T, 2 H, 2 W]. A pixel of the result sees 2 x 2 of x, by sums of
     the kernel's taps: 4 products in the place of 9."""
-    B, _, T, H, W = x.shape
-    sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # side, of x, of it
-    kernel = torch.einsum("pik,qjl,octkl->pqoctij", sums, sums, weight).flatten(0, 2)
-    y = convolve(x, kernel, None, padding=(0, 1, 1)).unflatten(1, (2, 2, -1))
-    y = torch.stack([y[:, p, q, :, :, p:p + H, q:q + W] for p in (0, 1) for q in (0, 1)], -1)
-    y = y.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6).reshape(B, -1, T, 2 * H, 2 * W)
-    return y + bias.view(-1, 1, 1, 1)
+    def of_both(kernel, axis):                           # what an even pixel sees, and an odd one
+        a, b, c = kernel.unbind(axis)
+        return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
+
+    (B, _, T, H, W), kernel = x.shape, of_both(of_both(weight, -2), -1).flatten(0, 2)
+    y = convolve(x, kernel, bias.repeat(4)).unflatten(1, (2, 2, -1))        # odd x, odd y, D
+    y = torch.stack([y[:, i, j, :, :, j:j + H, i:i + W] for j in (0, 1) for i in (0, 1)], -1)
+    y = y.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6)                # [B, D, T, H, 2, W, 2]
+    return y.reshape(B, -1, T, 2 * H, 2 * W)
 
 
 class CausalConv3d(Conv3d):
@@ -790,9 +793,9 @@ class CausalConv3d(Conv3d):
     def forward(self, x, state, norm=None):
         past, before = self.kernel_size[0] - 1, state.get(self)
         if before is not None and self.in_pairs and x.shape[2] % 2 == 0 and (
-                x[0, 0, 0].numel() >= 256 and takes_onednn(x) and not torch.is_grad_enabled()):
-            x = NormSiLU.apply(x, norm.gamma, None, 0)
-            state[self] = x if x.shape[2] == past else x[:, :, -past:].clone()
+                x.shape[3] * x.shape[4] >= 256 and takes_onednn(x) and not torch.is_grad_enabled()):
+            x, given = (x if norm is None else NormSiLU.apply(x, norm.gamma, None, 0)), x
+            state[self] = x[:, :, -past:].clone() if x is given or x.shape[2] > past else x
             return convolve_pairs([*before.unbind(2), *x.unbind(2)], self.weight, self.bias)
         if norm is not None and not norm.groups:
             x = NormSiLU.apply(x, norm.gamma, before, past)

@@ -72,9 +72,12 @@ def test_frames_by_pairs_are_the_convolution(shape, room):
     assert found.shape == exact.shape and (found - exact).abs().max() < 3e-6 * exact.abs().max()
 
 
-def test_a_large_clip_by_pairs_gives_the_same_in_chunks_and_with_gradients(monkeypatch):
-    model = shaken(dict(dim=32, mults=(1, 2), downs=("s",), n_res=1, z_dim=4, residual=False)).float()
-    video, calls, by_pairs = torch.randn(1, 3, 11, 32, 48), [], V.convolve_pairs
+@pytest.mark.parametrize("options, size", [
+    (dict(mults=(1, 2), downs=("s",), z_dim=4, residual=False), (32, 48)),
+    (dict(mults=(1,), downs=(), z_dim=48, patch=4), (64, 96))])      # a layer without a norm, too
+def test_large_clips_by_pairs_equal_chunks_and_the_way_of_gradients(options, size, monkeypatch):
+    model = shaken(dict(dim=32, n_res=1, **options)).float()
+    video, calls, by_pairs = torch.randn(1, 3, 11, *size), [], V.convolve_pairs
     monkeypatch.setattr(V, "convolve_pairs", lambda frames, *rest: (
         calls.append(len(frames)), by_pairs(frames, *rest))[1])
     mean, _ = model.encode(video)                                # with gradients: all at once
