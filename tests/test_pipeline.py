@@ -83,7 +83,7 @@ def demo(tmp_path_factory):
 def test_prepare_keeps_every_shot(demo):
     rows = P.open_dataset(demo / "data/demo")
     plan = {file["name"]: file for file in P.demo_files(24)}
-    assert len(rows) >= 0.995 * sum(len(file["shots"]) for file in plan.values())
+    assert len(rows) >= sum(len(file["shots"]) for file in plan.values()) - 1    # of 192
     captioned = [row for row in rows if any(c["source"] != "demo-captioner" for c in row["captions"])]
     assert 0.4 < len(captioned) / len(rows) < 0.6
     for row in rows[::97]:
