@@ -100,8 +100,8 @@ def setup(args, parts=None, option=None, most=2**25):
 def keep_memory(most=2**25):
     """Tells glibc, before the first tensor is made, to keep freed blocks of up to `most` bytes: the
     kernel clears every page that it hands out, a fifth of a training step on a CPU. Where blocks of
-    all sizes would leave holes in one heap, half of what coding long clips holds, `most` is SMALL,
-    and what is larger has huge pages of its own, of which fewer are cleared and mapped."""
+    all sizes would leave holes in one heap, a third of what coding long clips holds, `most` is
+    SMALL, and what is larger has huge pages of its own, of which fewer are mapped and cleared."""
     if most == SMALL:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # of torch
     libc = ctypes.CDLL(None)
