@@ -59,7 +59,6 @@ from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_datas
                           refuse, rng, run_dir, where, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
-SMALL = 2**21           # bytes, see `keep_memory`
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # ------------------------------------------------------------------------------------------------
@@ -67,9 +66,9 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # ------------------------------------------------------------------------------------------------
 
 
-def setup(args, parts=None, option=None, most=2**25):
+def setup(args, parts=None, option=None, codes=False):
     """Returns (rank, world, device); joins torchrun's process group where there is one. `parts`:
-    of how many parts a step consists, by which option; no rank may be left without. `most`: as
+    of how many parts a step consists, by which option; no rank may be left without. `codes`: as
     `keep_memory` has it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if parts is not None and parts < world:
@@ -90,23 +89,23 @@ def setup(args, parts=None, option=None, most=2**25):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "cpu":
-        keep_memory(most)
+        keep_memory(codes)
     if world > 1 and not torch.distributed.is_initialized():
         # figures go over gloo: on the way over NCCL they would wait for the GPU
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return rank, world, torch.device(name)
 
 
-def keep_memory(most=2**25):
-    """Tells glibc, before the first tensor is made, to keep freed blocks of up to `most` bytes: the
-    kernel clears every page that it hands out, a fifth of a training step on a CPU. Where blocks of
-    all sizes would leave holes in one heap, a third of what coding long clips holds, `most` is
-    SMALL, and what is larger has huge pages of its own, of which fewer are mapped and cleared."""
-    if most == SMALL:
+def keep_memory(codes=False):
+    """Tells glibc, before the first tensor is made, to keep what is freed: the kernel clears every
+    page that it hands out, a fifth of a training step on a CPU. With `codes`, where blocks of all
+    sizes in one heap would leave holes, a third of what coding long clips holds, blocks from 2 MiB
+    on are huge pages of their own, of which fewer are mapped and cleared."""
+    if codes:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # of torch
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, most)                                   # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**21 if codes else 2**25)              # M_MMAP_THRESHOLD
         libc.mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never
 
 
@@ -714,10 +713,8 @@ class Conv3d(nn.Conv3d):
     """On a CPU always oneDNN's convolution: torch takes another for a chunk of a single clip, which
     was 2 to 13 times slower here."""
 
-    def forward(self, x, taps=None):
-        """taps: how many of the kernel's last taps in time x is for, where not for all."""
-        weight = self.weight if taps is None else self.weight[:, :, -taps:]
-        return convolve(x, weight, self.bias, self.stride, self.padding)
+    def forward(self, x):
+        return convolve(x, self.weight, self.bias, self.stride, self.padding)
 
 
 def convolve(x, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1)):
@@ -728,8 +725,7 @@ def convolve(x, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1)):
 
 
 def takes_onednn(x):
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and (
-        torch.backends.mkldnn.is_available())
+    return HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()
 
 
 def convolve_pairs(frames, weight, bias, room=2**18):
@@ -744,7 +740,7 @@ def convolve_pairs(frames, weight, bias, room=2**18):
     torch.sub(kernels[1], centre, alpha=0.5, out=kernels[2])
     kernels[1].add_(centre, alpha=0.5)
     n = -(-H // -(-H * W * B * C // room))
-    rows = weight.new_zeros(B, n + 2, W, C).permute(0, 3, 1, 2)
+    rows = weight.new_empty(B, n + 2, W, C).permute(0, 3, 1, 2)
     out = weight.new_empty(B, len(frames) - 2, H, W, len(weight)).permute(0, 4, 1, 2, 3)
     for t, top in itertools.product(range(0, len(frames) - 2, 2), range(0, H, n)):
         end = min(H, top + n)
@@ -773,11 +769,11 @@ def convolve_doubled(x, weight, bias):
         a, b, c = kernel.unbind(axis)
         return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
 
-    (B, _, T, H, W), kernel = x.shape, of_both(of_both(weight, -2), -1).flatten(0, 2)
+    (*_, H, W), kernel = x.shape, of_both(of_both(weight, -2), -1).flatten(0, 2)
     y = convolve(x, kernel, bias.repeat(4)).unflatten(1, (2, 2, -1))        # odd x, odd y, D
-    y = torch.stack([y[:, i, j, :, :, j:j + H, i:i + W] for j in (0, 1) for i in (0, 1)], -1)
-    y = y.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 5, 4, 6)                # [B, D, T, H, 2, W, 2]
-    return y.reshape(B, -1, T, 2 * H, 2 * W)
+    y = torch.stack([y[:, i, j, :, :, j:j + H, i:i + W].permute(0, 2, 3, 4, 1)
+                     for j in (0, 1) for i in (0, 1)], -1)                  # [B, T, H, W, D, 4]
+    return from_blocks(y.flatten(4), len(weight), 1, 2)
 
 
 class CausalConv3d(Conv3d):
@@ -794,8 +790,9 @@ class CausalConv3d(Conv3d):
         past, before = self.kernel_size[0] - 1, state.get(self)
         if before is not None and self.in_pairs and x.shape[2] % 2 == 0 and (
                 x.shape[3] * x.shape[4] >= 256 and takes_onednn(x) and not torch.is_grad_enabled()):
-            x, given = (x if norm is None else NormSiLU.apply(x, norm.gamma, None, 0)), x
-            state[self] = x[:, :, -past:].clone() if x is given or x.shape[2] > past else x
+            x = x if norm is None else NormSiLU.apply(x, norm.gamma, None, 0)
+            is_own = norm is not None and x.shape[2] == past     # all of it, and nobody else's
+            state[self] = x if is_own else x[:, :, -past:].clone()
             return convolve_pairs([*before.unbind(2), *x.unbind(2)], self.weight, self.bias)
         if norm is not None and not norm.groups:
             x = NormSiLU.apply(x, norm.gamma, before, past)
@@ -809,7 +806,7 @@ class CausalConv3d(Conv3d):
             state[self] = last if torch.is_grad_enabled() else (
                 last.clone() if before is None else before.copy_(last))
         if before is None and x.shape[2] == past + 1:        # before a first frame all is zero
-            return super().forward(x[:, :, past:], 1)
+            return convolve(x[:, :, past:], self.weight[:, :, -1:], self.bias, padding=self.padding)
         return super().forward(x)
 
 
@@ -1673,7 +1670,7 @@ def held_out_bank(model, clips, rows, seed, n=48):
 
 def evaluate_run(args):
     """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
-    _, _, device = setup(args, most=SMALL)
+    _, _, device = setup(args, codes=True)
     folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     rows = split_rows(open_dataset(folder), args.name)[1]
     model, config = load_autoencoder(name, device)
@@ -1981,7 +1978,7 @@ def read_header(path):
 
 
 def encode(args):
-    rank, world, device = setup(args, most=SMALL)
+    rank, world, device = setup(args, codes=True)
     folder = dataset_dir(args.name)
     rows = open_dataset(folder)
     model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)

@@ -480,5 +480,5 @@ def bench_sampling(argv):
 if __name__ == "__main__":
     told = json.loads(sys.argv[2])
     if told[0] == "ours":
-        V.keep_memory(V.SMALL if sys.argv[1] == "coder_side" else 2**25)
+        V.keep_memory(codes=sys.argv[1] == "coder_side")
     print(json.dumps(globals()[sys.argv[1]](*told)))

@@ -109,7 +109,7 @@ def test_large_blocks_are_given_back_from_between_small_ones():
     code = """
 import pathlib, re, torch, train_vae
 held = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-train_vae.keep_memory(train_vae.SMALL)
+train_vae.keep_memory(codes=True)
 before = held()
 blocks = [torch.ones(n) for n in (3 * 2**20, 2**10) * 10]        # 12 MiB and 4 KiB, by turns
 most = held()
