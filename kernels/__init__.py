@@ -23,7 +23,8 @@ try:
     import triton.language as tl
     HAS_TRITON = True
 except ImportError:  # stand-ins, so that files with kernels import; backend() never picks them
-    triton, tl = SimpleNamespace(jit=lambda fn: fn), SimpleNamespace(constexpr=None)
+    jit = lambda fn=None, **options: fn or (lambda fn: fn)
+    triton, tl = SimpleNamespace(jit=jit), SimpleNamespace(constexpr=None)
     HAS_TRITON = False
 
 # On AMD's CPUs with AVX-512 MKL leaves half of it unused: products go to oneDNN as convolutions

@@ -12,12 +12,15 @@ Backward: turn the gradient back (by -a_i) to dz; then
 
     dw = sum over tokens of dz x^         dx = rstd * (w dz - x^ mean(w dz x^))
 
-Layout: q, k [N, A, E], any strides but the last (1), so parts of a packed [N, 3, A, E] are read in
-place; outputs are fresh and contiguous. coords float32 [N, 3]; freqs float32 [E/2] (0 = this pair
-stays), axes int32 [E/2] in 0..2. Coordinates and frequencies get no gradient. Angles are float32:
-at coordinates of 10^4 they are right to about 10^-3. Saved for backward: q and k as they came.
+Layout: q, k [N, A, E], of any stride over N (others are copied), so parts of a packed [N, 3, A, E]
+are read in place; outputs are fresh and contiguous. coords float32 [N, 3]; freqs float32 [E/2] (0 =
+this pair stays), axes int32 [E/2] in 0..2. Coordinates and frequencies get no gradient. Angles are
+float32: at coordinates of 10^4 they are right to about 10^-3. Saved for backward: q and k as they
+came.
 
-Measured: not yet on a GPU.
+Measured on an H100 (a copy: 2961 GB/s), bfloat16, GB/s of the bytes that must move for q and k,
+forward / backward: 32768 x 24 x 128 1420 / 1432, 16384 x 16 x 72 1067 / 693. Angles are computed
+anew for each head, which costs more than the bytes.
 """
 
 from typing import Optional
@@ -101,14 +104,14 @@ def _turn(z, cos, sin, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x, out, coords, freqs, axes, weight, N, x_row, x_head, eps, A: tl.constexpr,
+def _forward_kernel(x, out, coords, freqs, axes, weight, N, x_row, eps, A: tl.constexpr,
                     E: tl.constexpr, NORMED: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_W: tl.constexpr):
     """BLOCK_M tokens a program, all heads of each side by side."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_W)
     ok = (token < N)[:, None] & (col < A * E)[None, :]
-    at = token[:, None] * x_row + ((col // E).to(tl.int64) * x_head + col % E)[None, :]
+    at = token[:, None] * x_row + col[None, :]
     z = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
     if NORMED:
         rstd = tl.rsqrt(tl.sum(z * z, 1) / (A * E) + eps)
@@ -120,7 +123,7 @@ def _forward_kernel(x, out, coords, freqs, axes, weight, N, x_row, x_head, eps, 
 
 
 @triton.jit
-def _backward_kernel(dout, x, coords, freqs, axes, weight, dx, partial, N, x_row, x_head, eps,
+def _backward_kernel(dout, x, coords, freqs, axes, weight, dx, partial, N, x_row, eps,
                      A: tl.constexpr, E: tl.constexpr, NORMED: tl.constexpr, TOKENS: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
     """TOKENS tokens a program, BLOCK_M at a time: dx, and their part of the weight's gradient."""
@@ -138,7 +141,7 @@ def _backward_kernel(dout, x, coords, freqs, axes, weight, dx, partial, N, x_row
         grad = tl.load(dout + out_at, mask=ok, other=0.0).to(tl.float32)
         grad = _turn(grad, cos, -sin, BLOCK_M, BLOCK_W)
         if NORMED:
-            at = token[:, None] * x_row + ((col // E).to(tl.int64) * x_head + col % E)[None, :]
+            at = token[:, None] * x_row + col[None, :]
             z = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
             rstd = tl.rsqrt(tl.sum(z * z, 1) / (A * E) + eps)[:, None]
             z = z * rstd
@@ -160,7 +163,7 @@ def _triton_forward(x, coords, freqs, axes, weight, eps):
     config = _config(A * E)
     if N:
         _forward_kernel[(triton.cdiv(N, config["BLOCK_M"]),)](
-            x, out, coords, freqs, axes, freqs if weight is None else weight, N, *x.stride()[:2],
+            x, out, coords, freqs, axes, freqs if weight is None else weight, N, x.stride(0),
             eps, A, E, NORMED=weight is not None, **config)
     return out
 
@@ -173,7 +176,7 @@ def _triton_backward(dout, x, coords, freqs, axes, weight, eps):
     if N:
         _backward_kernel[(n_programs,)](
             dout, x, coords, freqs, axes, freqs if weight is None else weight, dx, partial, N,
-            *x.stride()[:2], eps, A, E, NORMED=weight is not None, TOKENS=TOKENS, **_config(A * E))
+            x.stride(0), eps, A, E, NORMED=weight is not None, TOKENS=TOKENS, **_config(A * E))
     # torch's sum runs in a fixed order
     return dx, x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
@@ -251,7 +254,7 @@ def qk_norm_rope(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e
         fits = x is None or (x.shape == (q.shape[1] * q.shape[2],) and x.device == q.device)
         check(fits, name, x, f"None or [{q.shape[1] * q.shape[2]}] on {q.device}")
     if use_triton(q):
-        q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+        q, k = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k))
         return _qk_norm_rope(q, k, coords, freqs, axes, q_weight, k_weight, eps)
     wide = torch.promote_types(q.dtype, torch.float32)
     angle = (coords.to(wide).index_select(1, axes) * freqs)[:, None]

@@ -1,6 +1,7 @@
 """`python train_dit.py bench`, `train_vae.py bench` and `sample.py bench`: ours beside diffusers',
 equal weights, in one run."""
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -21,29 +22,29 @@ import train_dit as D
 import train_vae as V
 
 
-def wan(layers, dim):
+def wan(layers, dim, heads):
     """(diffusers' WanTransformer3DModel, our DiT of the same weights)."""
-    peer = WanTransformer3DModel(num_attention_heads=dim // 64, attention_head_dim=64,
+    peer = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=dim // heads,
                                  ffn_dim=4 * dim, num_layers=layers, text_dim=256, in_channels=16,
                                  out_channels=16)
     shake(peer)
-    config = dict(num_layers=layers, num_attention_heads=dim // 64, ffn_dim=4 * dim)
+    config = dict(num_layers=layers, num_attention_heads=heads, ffn_dim=4 * dim)
     options = D.wan_options(peer.state_dict(), config, "diffusers")
     ours = D.DiT(**options)
     ours.load_state_dict(D.from_published(peer.state_dict(), "diffusers", ours))
     return peer, ours
 
 
-def dit(layers, dim, side):
+def dit(layers, dim, heads, side):
     """(diffusers' DiTTransformer2DModel, our DiT of the same weights)."""
-    peer = DiTTransformer2DModel(num_attention_heads=dim // 64, attention_head_dim=64,
+    peer = DiTTransformer2DModel(num_attention_heads=heads, attention_head_dim=dim // heads,
                                  in_channels=4, out_channels=8, num_layers=layers,
                                  sample_size=side, norm_eps=1e-6).eval()
     shake(peer)
     for block in peer.transformer_blocks:                # one embedder for all, as in DiT's code
         block.norm1.emb = peer.transformer_blocks[0].norm1.emb
     peer.transformer_blocks[0].norm1.emb.time_proj.downscale_freq_shift = 0
-    ours = D.DiT(4, dim, layers, dim // 64, (1, 2, 2), out_channels=8, classes=1001, own_table=True,
+    ours = D.DiT(4, dim, layers, heads, (1, 2, 2), out_channels=8, classes=1001, own_table=True,
                positions="sincos", grid=(side // 2, side // 2))
     theirs, state = peer.state_dict(), {"pos_embed": ours.pos_embed}
     names = [(r"pos_embed.proj", "embed"), (r"proj_out_1", "head_modulation"),
@@ -77,39 +78,41 @@ def shake(model):
             p.copy_(torch.randn_like(p) * (0.02 if p.dim() > 1 else 0.1)
                     + (p.mean() if p.dim() < 2 else 0))
 
-def bench_case(kind, layers, dim, shapes, device):
-    """(their step's forward, ours: functions without arguments that return the outputs, one a clip;
-    the two models). Theirs takes the clips padded to the largest, or each alone."""
+
+def bench_case(side, kind, layers, dim, heads, shapes, device):
+    """(the model of `side`, its step's forward: a function that returns the outputs, one a clip).
+    Theirs takes the clips padded to the largest, or each alone."""
     torch.manual_seed(1)
     is_wan = kind == "wan"
-    peer, ours = wan(layers, dim) if is_wan else dit(layers, dim, shapes[0][2])
-    peer, ours = peer.to(device), ours.to(device)
+    with torch.device(device):
+        both = wan(layers, dim, heads) if is_wan else dit(layers, dim, heads, shapes[0][2])
+    model = both[side == "ours"].to(device)
     channels = 16 if is_wan else 4
-    clips = [torch.randn(channels, *shape, device=device) for shape in shapes]
+    clips = [torch.randn(channels, *shape).to(device) for shape in shapes]
     largest = [max(sides) for sides in zip(*shapes)]
     padded = torch.zeros(len(clips), channels, *largest, device=device)
     for b, clip in enumerate(clips):
         padded[(b, slice(None), *(slice(n) for n in clip.shape[1:]))] = clip
-    times = torch.randint(0, 1000, (len(clips),), device=device)
-    texts = [torch.randn(20 + b, 256, device=device) for b in range(len(clips))]
+    times = torch.randint(0, 1000, (len(clips),)).to(device)
+    texts = [torch.randn(20 + b, 256).to(device) for b in range(len(clips))]
     row = D.lay_out([tuple(clip.shape) for clip in clips], [None] * len(clips),
-                    [[]] * len(clips), None, ours.patch).to(device)
+                    [[]] * len(clips), None, (1, 2, 2)).to(device)
     row.labels = times
     packed, row.cu_text = D.fill_texts(texts) if is_wan else (None, None)
 
     def theirs(alone=False):
         if not is_wan:
-            return list(peer(padded[:, :, 0], times, class_labels=times).sample[:, :, None])
+            return list(model(padded[:, :, 0], times, class_labels=times).sample[:, :, None])
         if not alone:
-            return list(peer(padded, times, packed.view(len(clips), -1, 256)).sample)
-        return [peer(clip[None], t[None], text[None]).sample[0] for clip, t, text
+            return list(model(padded, times, packed.view(len(clips), -1, 256)).sample)
+        return [model(clip[None], t[None], text[None]).sample[0] for clip, t, text
                 in zip(clips, times, packed.view(len(clips), -1, 256))]
 
-    def mine():
-        out = ours(D.patchify(clips, ours.patch), times.float(), row, packed)
-        return D.unpatchify(out, [(ours.out_channels, *shape) for shape in shapes], ours.patch)
+    def mine(alone=False):
+        out = model(D.patchify(clips, model.patch), times.float(), row, packed)
+        return D.unpatchify(out, [(model.out_channels, *shape) for shape in shapes], model.patch)
 
-    return peer, ours, theirs, mine
+    return model, mine if side == "ours" else theirs
 
 
 def step_seconds(step, repeats):
@@ -159,37 +162,50 @@ def distance(home):
 
 
 MIXED = [(4, 8, 8), (4, 16, 12), *((frames, 16, 16) for frames in (5, 7, 9, 11, 13, 16))]
-STEPS = [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, [(1, 32, 32)] * 32),
-         ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, [(8, 16, 16)] * 8),
-         ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, [(8, 32, 32)] * 2),
-         ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, MIXED)]
+STEPS = {"cpu": [("DiT-S/2, 32 x 256 tokens", "dit", 12, 384, 6, [(1, 32, 32)] * 32),
+                 ("Wan, 6 x 384, 8 x 512 tokens", "wan", 6, 384, 6, [(8, 16, 16)] * 8),
+                 ("Wan, 6 x 384, 2 x 2048 tokens", "wan", 6, 384, 6, [(8, 32, 32)] * 2),
+                 ("Wan, 6 x 384, 64 to 1024 tokens", "wan", 6, 384, 6, MIXED)],
+         "cuda": [("DiT-XL/2, 128 x 256 tokens", "dit", 28, 1152, 16, [(1, 32, 32)] * 128),
+                  ("DiT-XL/2, 8 x 4096 tokens", "dit", 28, 1152, 16, [(1, 128, 128)] * 8),
+                  ("DiT-XL/2, 2 x 16384 tokens", "dit", 28, 1152, 16, [(1, 256, 256)] * 2),
+                  ("Wan, 12 x 1536, 64 to 1024 tokens", "wan", 12, 1536, 12, MIXED * 8)]}
 
 
 def step_side(side, i, dtype, device, repeats, home):
-    """(Seconds of training steps of STEPS[i], 0); what it puts out goes to home/SIDE.npy."""
-    kind, layers, dim, shapes = STEPS[i][1:]
-    peer, ours, theirs, mine = bench_case(kind, layers, dim, shapes, device)
-    model, forward = (ours, mine) if side == "ours" else (peer, theirs)
-    with torch.no_grad():
-        outs = theirs(alone=True) if forward is theirs and kind == "wan" else forward()
-    np.save(f"{home}/{side}.npy", torch.cat([out.flatten() for out in outs]).cpu().numpy())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    """(Seconds of training steps of STEPS[device][i], the most MiB of GPU memory that they take); what
+    it puts out goes to home/SIDE.npy. On a GPU either's blocks are compiled."""
+    is_cuda, name = device != "cpu", STEPS[device][i][1]
+    is_half = dtype == "bf16" and (side == "ours" or is_cuda)            # as one would run it
+    precision = functools.partial(torch.autocast, torch.device(device).type, torch.bfloat16, is_half)
+    model, forward = bench_case(side, *STEPS[device][i][1:], device)
+    with torch.no_grad(), precision():
+        outs = forward(alone=name == "wan")
+    outs = torch.cat([out.flatten() for out in outs]).float()
+    np.save(f"{home}/{side}.npy", outs.cpu().numpy())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=is_cuda or None)
+    for module in model.children() if is_cuda else ():
+        for block in module if isinstance(module, torch.nn.ModuleList) else ():
+            block.compile()
 
     def step():
-        is_half = dtype == "bf16" and (side == "ours" or device != "cpu")    # as one would run it
-        with torch.autocast(torch.device(device).type, torch.bfloat16, is_half):
+        with precision():
             outs = forward()
         sum(out.float().square().mean() for out in outs).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return step_seconds(step, repeats), 0
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    return step_seconds(step, repeats), torch.cuda.max_memory_allocated() / 2**20 if is_cuda else 0
 
 
 def bench(argv):
     """Prints a table: a step of ours and of diffusers' with equal weights, in one run."""
     parser = V.option_parser("A training step beside diffusers' (which must be installed)")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"],
+                        help="of ours, on a GPU of both")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        choices=STEPS)
     parser.add_argument("--repeats", type=V.number(int, 1), default=5,
                         help="steps of each (%(default)s)")
     parser.add_argument("--rounds", type=V.number(int, 1), default=1, help=ROUNDS)
@@ -197,12 +213,14 @@ def bench(argv):
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads; theirs "
           f"{'fp32' if args.device == 'cpu' else args.dtype}, ours {args.dtype}")
-    print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}")
+    print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'theirs MiB':>11} {'ours MiB':>9} "
+          f"{'difference':>11}")
     with tempfile.TemporaryDirectory() as home:
-        for i, (name, *_) in enumerate(STEPS):
-            (a, _), (b, _) = by_turns(args.rounds, step_side, i, args.dtype, args.device,
+        for i, (name, *_) in enumerate(STEPS[args.device]):
+            (a, m), (b, n) = by_turns(args.rounds, step_side, i, args.dtype, args.device,
                                       args.repeats, home)
-            print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {distance(home):11.1e}", flush=True)
+            print(f"{name:34} {a:9.3f} {b:9.3f} {b / a:6.2f} {m:11.0f} {n:9.0f} {distance(home):11.1e}",
+                  flush=True)
 
 
 # ---- autoencoders
@@ -396,7 +414,7 @@ def texts():
 
 def save_pipeline(folder):
     """A Wan folder as diffusers writes it: 6 layers of width 384, an autoencoder of width 32."""
-    wan(6, 384)[0].save_pretrained(folder / "transformer")
+    wan(6, 384, 6)[0].save_pretrained(folder / "transformer")
     torch.manual_seed(0)
     diffusers.AutoencoderKLWan(base_dim=32, z_dim=16).save_pretrained(folder / "vae")
     diffusers.UniPCMultistepScheduler(

@@ -45,6 +45,17 @@ def test_matches_float64(backend, dtype, len_q, len_k, heads, width):
     compare(len_q, len_k, heads, width, dtype)
 
 
+@pytest.mark.parametrize("width", [40, 72, 128])
+def test_tiles_of_a_hopper_gpu(monkeypatch, width):
+    """Larger ones, of which only a clip's last is masked."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("NANOSORA_KERNELS", "triton")
+    monkeypatch.setattr(MODULE, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(MODULE, "_config", MODULE._config.__wrapped__)
+    assert not MODULE._config("dq", width, torch.bfloat16, torch.device(DEVICE))["MASKED"]
+    compare([150, 64, 1], [130, 70, 64], 1, width, torch.bfloat16)
+
+
 def test_long_clip(backend):
     compare([1023], [1023], 1, 64, torch.bfloat16)
 
@@ -242,14 +253,19 @@ def test_layers_share_a_tile_table(monkeypatch):
         bounds[1] += 1
 
 
-def launch_all():
+def launch_all(dtypes=(torch.bfloat16, torch.float32), widths=(32, 64, 72, 128)):
     """Every kernel at the widths that we ship, for the compile test."""
     lengths = torch.tensor([0, 100, 256], dtype=torch.int32)
-    for dtype in (torch.bfloat16, torch.float32):
-        for width in (32, 64, 72, 128):
+    for dtype in dtypes:
+        for width in widths:
             q, k, v = torch.empty(256, 3, 4, width, dtype=dtype).unbind(1)
             o, lse = MODULE._triton_forward(q, k, v, lengths, lengths, 0.1)
             MODULE._triton_backward(o, q, k, v, o, lse, lengths, lengths, 0.1)
+
+
+def launch_on_hopper():
+    MODULE._is_hopper = lambda device: True
+    launch_all([torch.bfloat16], MODULE.HOPPER)
 
 
 @pytest.mark.slow
@@ -259,3 +275,9 @@ def test_compiles_without_spills(arch):
     allowed = 160 if arch == 80 else 32
     stack = stack_bytes("test_attention", arch)
     assert not {name: size for name, size in stack.items() if size > allowed}
+
+
+@pytest.mark.slow
+def test_tiles_for_hopper_compile_without_spills():
+    stack = stack_bytes("test_attention", 90, "launch_on_hopper")
+    assert len(stack) == 9 and not any(stack.values()), stack

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import caption
 import train_dit as D
+from conftest import DEVICE
 from kernels.attention import reference
 
 OPTIONS = dict(channels=5, vocab=300, dim=48, depth=2, heads=2, patch=(1, 1, 1), text=(32, 1, 2),
@@ -198,15 +199,16 @@ def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_saved_bytes_are_what_a_forward_pass_saves(backend, dtype):
-    row = D.lay_out([(5, 2, 4, 10)] * 2, [8.0] * 2, [[5] * 40, [2] * 24], 4, (1, 1, 1))
-    model, x0 = shaken(), torch.randn(int(row.cu[-1]), 5)
+    device = DEVICE if backend == "triton" else "cpu"
+    row = D.lay_out([(5, 2, 4, 10)] * 2, [8.0] * 2, [[5] * 40, [2] * 24], 4, (1, 1, 1)).to(device)
+    model, x0 = shaken().to(device), torch.randn(int(row.cu[-1]), 5, device=device)
     own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(x):
         saved[x.untyped_storage().data_ptr()] = x            # alive: no address comes twice
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        D.clip_losses(model, row, x0, torch.randn_like(x0), torch.rand(2), dtype)
+        D.clip_losses(model, row, x0, torch.randn_like(x0), torch.rand(2, device=device), dtype)
     copies = [sorted(p.shape) for p in model.parameters()]    # of weights, which autocast makes
     found = sum(x.untyped_storage().nbytes() for at, x in saved.items()
                 if at not in own and sorted(x.shape) not in copies)
