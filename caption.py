@@ -539,13 +539,21 @@ def begin(decoder, cache, slots, rows):
             cache.fit(layer, both)[:, slots, :, :start] = both
     else:
         start = 0
-    x, places, image = side_by_side([row.request for row in rows])
-    cache.aim(slots, start, x.shape[1] - start)
-    h = decoder(x[:, start:], places[..., start:], cache,
-                None if image is None else image[:, start:], torch.tensor(lengths, device=x.device))
-    for slot, length in zip(slots, lengths):
-        cache.lengths[slot] = length
-    return h[range(len(rows)), [length - start - 1 for length in lengths]]
+    cache.aim(slots, start, max(lengths) - start)            # room for all of them
+    # a GPU wants all at once; on a CPU what is computed of a few hundred tokens stays in its cache
+    most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
+    for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):
+        slots, rows = zip(*part)
+        x, places, image = side_by_side([row.request for row in rows])
+        counts = [len(row.request.ids) for row in rows]
+        cache.aim(slots, start, x.shape[1] - start)
+        h = decoder(x[:, start:], places[..., start:], cache,
+                    None if image is None else image[:, start:],
+                    torch.tensor(counts, device=x.device))
+        last.append(h[range(len(rows)), [count - start - 1 for count in counts]])
+        for slot, count in zip(slots, counts):
+            cache.lengths[slot] = count
+    return torch.cat(last)
 
 
 def choose(logits, draws, temperature, top_p, vocab):

@@ -952,6 +952,7 @@ class Row:
 TIME_UNIT = 3.0              # rotary units a second: about one a latent frame at 12 frames/s
 
 
+@functools.lru_cache(maxsize=64)
 def clip_coords(shape, fps, time_stride, patch, offset=0.0):
     """float32 [n, 3] of a clip's tokens: the time at the centre of the frames that a latent frame
     covers (the first one frame, the others time_stride each), and the patch's centre in cells.
@@ -1164,7 +1165,8 @@ class Clips:
         if is_dropped or not captions:
             return [EOS] if self.embeddings is None else self.embeddings[""]
         weights = np.array([c["weight"] for c in captions], dtype=np.float64)
-        picked = captions[int(random.choice(len(captions), p=weights / weights.sum()))]["text"]
+        picked = captions[0 if len(captions) < 2 else int(
+            random.choice(len(captions), p=weights / weights.sum()))]["text"]
         if self.embeddings is not None:
             return self.embeddings[picked]
         return encode_text(self.tokenizer, picked)
@@ -1172,7 +1174,7 @@ class Clips:
     def told(self, key, seed, step, drop):
         """The clip's values of the run's conditions, None with chance `drop`."""
         about, score = self.about[key], self.rows[self.about[key]["clip"]]["scores"]
-        if rng(seed, "conditions", step, key).random() < drop:
+        if not self.conditions or rng(seed, "conditions", step, key).random() < drop:
             return [None] * len(self.conditions)
         known = {"seconds": about["fps"] and about["frames"] / about["fps"], "fps": about["fps"],
                  "height": about["crop"][2], "width": about["crop"][3],
