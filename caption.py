@@ -238,6 +238,30 @@ class Layer(nn.Module):
                     nn.Linear(f.in_features, stack.expert, False),
                     nn.Linear(stack.expert, f.out_features, False))
                 for name, f in self.named_children() if isinstance(f, nn.Linear)})
+        self.joined = {}                         # what `join` makes, by the names of its parts
+
+    def join(self):
+        """Lays the weights of q, k and v end to end, and those of gate and up, of which they become
+        views: one product in the place of several, where calls cost as much as what they read."""
+        for names in ("q", "k", "v"), ("gate", "up"):
+            parts = [getattr(self, name) for name in names]
+            if self.stack.expert or self.stack.width > 2048 or None in parts:
+                continue
+            sizes = [f.out_features for f in parts]
+            whole = nn.utils.skip_init(self.stack.linear, self.stack.width, sum(sizes),
+                                       parts[0].bias is not None)
+            for kind in [name for name, _ in whole.named_parameters()]:
+                every = torch.cat([getattr(f, kind) for f in parts])
+                setattr(whole, kind, nn.Parameter(every, requires_grad=False))
+                for f, part in zip(parts, every.split(sizes)):
+                    getattr(f, kind).data = part
+            self.joined[names] = whole
+
+    def project(self, names, x, image):
+        """What several of the linear layers make of x."""
+        if names not in self.joined:
+            return [self.linear(name, x, image) for name in names]
+        return self.joined[names](x).split([getattr(self, name).out_features for name in names], -1)
 
     def linear(self, name, x, image):
         """One of the linear layers, of which rows of images (bool [B, N]) may have their own."""
@@ -253,7 +277,7 @@ class Layer(nn.Module):
 
     def attend(self, x, turn, cu, cache, bias, image):
         stack = self.stack
-        q, k, v = (self.linear(name, x, image) for name in "qkv")
+        q, k, v = self.project(("q", "k", "v"), x, image)
         q, k, v = (y.unflatten(-1, (-1, stack.head_dim)) for y in (q, k, v))
         if stack.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -278,9 +302,11 @@ class Layer(nn.Module):
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
 
     def mlp(self, x, image):
-        act, up = ACTS[self.stack.act], self.linear("up", x, image)
-        h = act(up) if self.gate is None else act(self.linear("gate", x, image)) * up
-        return self.linear("down", h, image)
+        act = ACTS[self.stack.act]
+        if self.gate is None:
+            return self.linear("down", act(self.linear("up", x, image)), image)
+        gate, up = self.project(("gate", "up"), x, image)
+        return self.linear("down", act(gate) * up, image)
 
     def forward(self, x, turn=None, cu=None, cache=None, bias=None, image=None):
         """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' (cos, sin), and
@@ -539,7 +565,7 @@ def begin(decoder, cache, slots, rows):
             cache.fit(layer, both)[:, slots, :, :start] = both
     else:
         start = 0
-    cache.aim(slots, start, max(lengths) - start)            # room for all of them
+    cache.aim(slots, start, max(lengths) - start + min(len(rows[0].draws), 128))     # room for all
     # a GPU wants all at once; on a CPU what is computed of a few hundred tokens stays in its cache
     most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
     for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):
@@ -2218,10 +2244,11 @@ def stop_ids(folder, config, tokens, names):
     return {i for i in flat if i is not None}
 
 
-def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None):
+def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, learns=False):
     """The VLM of a published folder; its family and sizes are read from there. Weights are mapped
-    from the files. An unknown family is refused with what was missing; so is one that does not see
-    where one that `sees` is wanted, or the other way round."""
+    from the files, but those that `join` lays anew where nothing `learns`. An unknown family is
+    refused with what was missing; so is one that does not see where one that `sees` is wanted, or
+    the other way round."""
     path = Path(path)
     config = read_published(path / "config.json")
     made_by = (config.get("architectures") or ["?"])[0]
@@ -2251,6 +2278,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
+    for layer in model.modules():
+        if isinstance(layer, Layer) and not learns:
+            layer.join()
     model.tokens = Tokens(Path(tokenizer or path))
     if plan.tower is None:
         mark = next((m for m in CHATS if m in model.tokens.template or model.tokens.id(m)), "USER:")
@@ -2466,7 +2496,7 @@ class LoRA(nn.Module):
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
     to the decoder's layers, or all but the towers."""
-    model = open_vlm(init, device, dtype, tokenizer, sees=True)
+    model = open_vlm(init, device, dtype, tokenizer, sees=True, learns=True)
     if tune == "lora":
         torch.manual_seed(0)
         for layer in model.decoder.layers:

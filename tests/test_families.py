@@ -224,6 +224,18 @@ def test_choose():
     assert set(token.tolist()) == {1}
 
 
+@pytest.mark.parametrize("folder", [LLAVA, QWEN])                    # the second has biases of q, k, v
+def test_joined_layers_are_the_layers(folder):
+    joined, apart = c.open_vlm(folder), c.open_vlm(folder, learns=True)
+    assert all(torch.equal(a, b) for a, b in zip(joined.state_dict().values(),
+                                                 apart.state_dict().values(), strict=True))
+    x = torch.randn(2, 7, joined.plan.stack.width, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(joined.decoder.layers, apart.decoder.layers):
+        assert a.q.weight.data_ptr() == a.joined["q", "k", "v"].weight.data_ptr()
+        assert not b.joined and len(a.joined) == 2
+        torch.testing.assert_close(a(x), b(x))
+
+
 def test_stop_marks_and_chat_templates(tmp_path):
     model = c.open_vlm(QWEN)
     assert model.plan.prompt == c.CHATML and model.stop == {406, 408}
