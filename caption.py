@@ -24,7 +24,7 @@ frames of a clip alike; never mirrored, since a caption may say left or right.
 
     python caption.py demo --train --paste 0.1   # two minutes on two cores, after prepare_data.py
     python caption.py demo                       # captions the clips that have none: seconds
-    python caption.py demo --train --run quick --steps 20                # a look, under a minute
+    python caption.py demo --train --run quick --steps 10                # a look, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
     torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5 --frames fps:1
     python caption.py mine --train --init ~/llava-1.5-7b --tune lora --run mine-llava

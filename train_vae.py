@@ -17,7 +17,7 @@ same numbers as in one piece. No statistic runs over time or space, for the same
     python train_vae.py demo                     # a minute on two cores
     python train_vae.py demo --encode            # seconds
     python train_vae.py demo --eval              # seconds
-    python train_vae.py demo --run quick --steps 20                      # a look, under a minute
+    python train_vae.py demo --run quick --steps 10                      # a look, under a minute
     torchrun --nproc_per_node 8 -- train_vae.py mine --model vae-b --size 256   # one node
 
 Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.

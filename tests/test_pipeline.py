@@ -22,7 +22,7 @@ import prepare_data as P
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
     "prepare": ["prepare_data.py", "demo", "--demo_files", "26", "--shard_sources", "9"],
-    "vae": ["train_vae.py", "demo", "--steps", "30", "--eval_every", "15", "--save_every", "10",
+    "vae": ["train_vae.py", "demo", "--steps", "20", "--eval_every", "10", "--save_every", "5",
             "--warmup", "5"],
     "encode": ["train_vae.py", "demo", "--encode"],
     "captioner": ["caption.py", "demo", "--train", "--steps", "16", "--eval_every", "8",
