@@ -6,11 +6,11 @@ For a clip with queries Q [L, E], keys K and values V [S, E], per head:
     dV = P^T dO          dP = dO V^T      delta = rowsum(dO * O)      dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q
 
-Layout: q [N, A, E], k and v [M, A, E] (N, M packed rows, A heads, E head dim); any stride but the
-last, which is 1, so views of a packed [N, 3, A, E] projection are read in place. cu_q, cu_k int32
-[B+1]: clip b holds rows cu[b] to cu[b+1]. Rows from cu_q[-1] on (the null clip that fills a row up)
-get zeros out and zero gradients; so do the queries of a clip without keys. What other clips hold,
-NaN included, reaches no result.
+Layout: q [N, A, E], k and v [M, A, E] (N, M packed rows, A heads, E head dim); the last stride is
+1, and where E is a multiple of 8 so are the others (else they are copied): views of a packed
+[N, 3, A, E] projection are read in place. cu_q, cu_k int32 [B+1]: clip b holds rows cu[b] to
+cu[b+1]. Rows from cu_q[-1] on (the null clip that fills a row up) get zeros out and zero gradients;
+so do the queries of a clip without keys. What other clips hold, NaN included, reaches no result.
 
 Limits: E <= 256; float32, bfloat16 and float16 (float64 on the torch path). float32 products are
 exact to float32, not TF32, and slow on a GPU.
