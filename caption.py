@@ -549,6 +549,7 @@ def begin(decoder, cache, slots, rows):
     """Reads the prompts of `rows` into their slots of the cache; their last hidden states [B, D].
     What all prompts begin with is read once."""
     lengths = [len(row.request.ids) for row in rows]
+    cache.aim(slots, 0, max(lengths) + min(len(rows[0].draws), 128))         # room, made but once
     if cache.prefix is None:
         texts = [[str(i) for i in row.request.ids] for row in rows]
         shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
@@ -560,12 +561,10 @@ def begin(decoder, cache, slots, rows):
             cache.first = {layer: both[:, slots[:1], :, :n] for layer, both in cache.kept.items()}
     start = len(cache.prefix)
     if start and all(row.request.ids[:start] == cache.prefix for row in rows):
-        cache.aim(slots, start)
         for layer, both in cache.first.items():
             cache.fit(layer, both)[:, slots, :, :start] = both
     else:
         start = 0
-    cache.aim(slots, start, max(lengths) - start + min(len(rows[0].draws), 128))     # room for all
     # a GPU wants all at once; on a CPU what is computed of a few hundred tokens stays in its cache
     most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
     for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):

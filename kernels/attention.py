@@ -601,9 +601,9 @@ def attention(q, k, v, cu_q, cu_k, scale=None):
     """Softmax attention inside each clip of a packed row, o [N, A, E].
 
     q [N, A, E]; k, v [M, A, E]; cu_q, cu_k int32 [B+1], first 0, ascending, cu_q[-1] <= N, cu_k[-1]
-    <= M; scale: 1/sqrt(E) if None. Raises ValueError naming the argument whose shape, dtype or
-    device does not fit. (Online softmax: Milakov and Gimelshein 2018; tiles and recomputation: Dao
-    et al. 2022.)
+    <= M; scale: above 0; 1/sqrt(E) if None. Raises ValueError naming the argument whose shape,
+    dtype, device or value does not fit. (Online softmax: Milakov and Gimelshein 2018; tiles and
+    recomputation: Dao et al. 2022.)
     """
     check(q.dim() == 3, "q", q, "[N, A, E]")
     check(q.dtype.is_floating_point and q.shape[2] <= 256, "q", q, "floating point with E <= 256")
