@@ -224,16 +224,33 @@ def test_choose():
     assert set(token.tolist()) == {1}
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (2, 16), (33,)])  # few rows and more
+@pytest.mark.parametrize("outs, bias", [(12, True), (16, False), (7, True)])         # 7: in no parts
+def test_products_of_few_rows(shape, outs, bias):
+    torch.manual_seed(0)
+    layer, x = c.FewRows(24, outs, bias), torch.randn(*shape, 24)
+    with torch.no_grad():
+        y = layer(x)
+    torch.testing.assert_close(y, layer(x).detach())
+    assert y.shape == (*shape, outs)
+    assert y.is_contiguous()                     # or attention would leave its fast way
+
+
 @pytest.mark.parametrize("folder", [LLAVA, QWEN])                    # the second has biases of q, k, v
 def test_joined_layers_are_the_layers(folder):
-    joined, apart = c.open_vlm(folder), c.open_vlm(folder, learns=True)
-    assert all(torch.equal(a, b) for a, b in zip(joined.state_dict().values(),
-                                                 apart.state_dict().values(), strict=True))
-    x = torch.randn(2, 7, joined.plan.stack.width, generator=torch.Generator().manual_seed(0))
-    for a, b in zip(joined.decoder.layers, apart.decoder.layers):
-        assert a.q.weight.data_ptr() == a.joined["q", "k", "v"].weight.data_ptr()
-        assert not b.joined and len(a.joined) == 2
-        torch.testing.assert_close(a(x), b(x))
+    many, one, apart = (c.open_vlm(folder, batch=n) for n in (32, 1, 0))
+    for model in (many, one):
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
+                                                     apart.state_dict().values(), strict=True))
+    random, width = torch.Generator().manual_seed(0), apart.plan.stack.width
+    for a, b, plain in zip(many.decoder.layers, one.decoder.layers, apart.decoder.layers):
+        assert [len(layer.joined) for layer in (a, b, plain)] == [2, 4, 0]
+        for shape in (2, 7), (5, 1), (1, 1):
+            x = torch.randn(*shape, width, generator=random)
+            with torch.no_grad():
+                torch.testing.assert_close(a(x), plain(x))
+                torch.testing.assert_close(b(x), plain(x))
+    assert not any(layer.columns for layer in (one.tower.layers if one.tower else ()))
 
 
 def test_stop_marks_and_chat_templates(tmp_path):
