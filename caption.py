@@ -642,7 +642,7 @@ def choose(logits, draws, temperature, top_p, vocab):
     return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=0.0, top_p=1.0,
              seed=0, vocab=None):
     """Yields (request, ids, mean log-probability) of each request as its text ends: at a token of
