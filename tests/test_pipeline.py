@@ -22,8 +22,8 @@ import prepare_data as P
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {
     "prepare": ["prepare_data.py", "demo", "--demo_files", "26", "--shard_sources", "9"],
-    "vae": ["train_vae.py", "demo", "--steps", "20", "--eval_every", "10", "--save_every", "5",
-            "--warmup", "5"],
+    "vae": ["train_vae.py", "demo", "--steps", "12", "--eval_every", "6", "--save_every", "3",
+            "--warmup", "3"],
     "encode": ["train_vae.py", "demo", "--encode"],
     "captioner": ["caption.py", "demo", "--train", "--steps", "16", "--eval_every", "8",
                   "--save_every", "4", "--log_every", "4"],
