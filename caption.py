@@ -230,7 +230,7 @@ class FewRows(Linear):
             return super().forward(x)
         y = torch.bmm(self.weight.unflatten(0, (parts, -1)),
                       rows.T.expand(parts, *rows.T.shape)).flatten(0, 1).T.contiguous()   # [N, M]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class Columns(nn.Module):

@@ -224,7 +224,7 @@ def test_choose():
     assert set(token.tolist()) == {1}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (2, 16), (33,)])  # few rows and more
+@pytest.mark.parametrize("shape", [(0,), (1, 1), (5, 1), (2, 16), (33,)])            # and more
 @pytest.mark.parametrize("outs, bias", [(12, True), (16, False), (7, True)])         # 7: in no parts
 def test_products_of_few_rows(shape, outs, bias):
     torch.manual_seed(0)
