@@ -298,7 +298,7 @@ class Layer(nn.Module):
 
     def whole(self, names, x):
         """The layer that `join` made of those of these names, if it takes as many rows as x."""
-        return self.joined.get(names) if not self.columns or x[..., 0].numel() == 1 else None
+        return self.joined.get(names) if not self.columns or x.numel() == x.shape[-1] else None
 
     def project(self, names, x, image):
         """What several of the linear layers make of x."""
