@@ -223,27 +223,26 @@ class FewRows(Linear):
     of the weights, some for each thread."""
 
     def forward(self, x):
-        rows, threads = x.reshape(-1, self.in_features), torch.get_num_threads()      # [N, K]
+        threads = torch.get_num_threads()
         parts = math.gcd(self.out_features, 4 * threads)
-        if (torch.is_grad_enabled() or len(rows) > 32 or parts < threads or x.device.type != "cpu"
-                or not x.dtype == self.weight.dtype == torch.float32):
+        if (torch.is_grad_enabled() or x.numel() > 32 * self.in_features or parts < threads
+                or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32):
             return super().forward(x)
+        rows = x.reshape(-1, self.in_features)                                        # [N, K]
         y = torch.bmm(self.weight.unflatten(0, (parts, -1)),
                       rows.T.expand(parts, *rows.T.shape)).flatten(0, 1).T.contiguous()   # [N, M]
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class Columns(nn.Module):
-    """What linear layers together make of one row: their weights lie by columns, a part for each
-    thread, which a CPU reads 1.5 times as fast as `nn.Linear` or more."""
+    """What a linear layer of weight [M, K] makes of one row: its weights lie by columns, a part for
+    each thread, which a CPU reads 1.5 times as fast as `nn.Linear` or more."""
 
-    def __init__(self, layers):
+    def __init__(self, weight, bias=None):
         super().__init__()
-        weight = torch.cat([f.weight.detach() for f in layers]).T                    # [K, M]
-        parts = math.gcd(len(weight), torch.get_num_threads())
-        self.weight = weight.contiguous().view(parts, -1, weight.shape[1])
-        self.bias = (None if layers[0].bias is None else
-                     torch.cat([f.bias.detach() for f in layers]))
+        parts = math.gcd(weight.shape[1], torch.get_num_threads())
+        self.weight = weight.T.contiguous().view(parts, -1, len(weight))             # [., K / ., M]
+        self.bias = bias
 
     def forward(self, x):
         y = torch.bmm(x.view(len(self.weight), 1, -1), self.weight).sum(0)           # [1, M]
@@ -284,17 +283,17 @@ class Layer(nn.Module):
         self.columns = columns
         for names in ("q", "k", "v"), ("out",), ("gate", "up"), ("down",):
             parts = [getattr(self, name) for name in names]
-            if self.stack.expert or self.stack.width > 2048 or None in parts:
+            if self.stack.expert or self.stack.width > 2048 or None in parts or not (
+                    columns or parts[1:]):
                 continue
+            every = {kind: torch.cat([getattr(f, kind).detach() for f in parts])
+                     for kind, _ in parts[0].named_parameters()}
             if columns:
-                self.joined[names] = Columns(parts)
-            elif parts[1:]:
-                self.joined[names] = whole = nn.utils.skip_init(
-                    self.stack.linear, self.stack.width, sum(f.out_features for f in parts),
-                    parts[0].bias is not None)
-                for kind, _ in list(whole.named_parameters()):
-                    setattr(whole, kind, nn.Parameter(torch.cat([getattr(f, kind) for f in parts]),
-                                                      requires_grad=False))
+                self.joined[names] = Columns(**every)
+                continue
+            whole = nn.utils.skip_init(self.stack.linear, *every["weight"].T.shape, "bias" in every)
+            whole.load_state_dict(every, assign=True)
+            self.joined[names] = whole.requires_grad_(False)
 
     def whole(self, names, x):
         """The layer that `join` made of those of these names, if it takes as many rows as x."""
@@ -2557,7 +2556,7 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
 def open_captioner(path, device, dtype, tokenizer=None, batch=32):
     """The VLM of a published folder, or of a run that taught one further."""
     if "kind" not in read_published(path / "config.json"):
-        return open_vlm(path, device, dtype, tokenizer, True, batch)
+        return open_vlm(path, device, dtype, tokenizer, sees=True, batch=batch)
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
                        config["args"]["tokenizer"])

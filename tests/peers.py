@@ -210,10 +210,10 @@ def bench(argv):
                         help="steps of each (%(default)s)")
     parser.add_argument("--rounds", type=V.number(int, 1), default=1, help=ROUNDS)
     args = parser.parse_args(argv)
+    is_cuda = args.device != "cpu"
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}, {args.device}, "
           f"{torch.get_num_threads()} threads; theirs "
-          f"{'fp32' if args.device == 'cpu' else args.dtype}, ours {args.dtype}")
-    is_cuda = args.device != "cpu"
+          f"{args.dtype if is_cuda else 'fp32'}, ours {args.dtype}")
     print(f"{'step':34} {'theirs s':>9} {'ours s':>9} {'ratio':>6} {'difference':>11}"
           + " theirs MiB ours MiB" * is_cuda)
     with tempfile.TemporaryDirectory() as home:
