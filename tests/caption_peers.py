@@ -41,22 +41,27 @@ def bench(argv):
     parser.add_argument("--repeats", type=V.number(int, 1), default=2, help="of each (%(default)s)")
     parser.add_argument("--clips", type=V.number(int, 1), nargs="+", default=[1, 16],
                         help="how many at a time (1 16)")
+    parser.add_argument("--frames", type=V.number(int, 1), nargs="+", default=[1, 4],
+                        help="clips have 1 to as many frames, in turn (1 4)")
     parser.add_argument("--new", type=V.number(int, 1), default=64, help="tokens (%(default)s)")
     args = parser.parse_args(argv)
     V.keep_memory()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, "
           f"{torch.get_num_threads()} threads; {args.new} new tokens, best of {args.repeats}")
-    print(f"{'clips':24} {'theirs tok/s':>12} {'ours tok/s':>12} {'ratio':>6}  same tokens")
+    print(f"{'clips, frames of each':21} {'tokens in':>11} {'theirs tok/s':>12} {'ours tok/s':>12} "
+          f"{'ratio':>6}  same tokens")
     with tempfile.TemporaryDirectory() as folder:
         peer = make(folder)
         random = np.random.default_rng(0)
-        for n in args.clips:
+        for n, most in [(n, most) for n in args.clips for most in args.frames if most <= n]:
             ours = C.open_vlm(folder, batch=n)
-            frames = [random.integers(0, 255, (224, 224, 3), np.uint8) for _ in range(n)]
-            asked = ["what is seen in this frame of the clip? " * (1 + i % 4) for i in range(n)]
-            reads = [ours.read(ours.prompt(q), [frame]) for q, frame in zip(asked, frames)]
-            pixels = torch.stack([read[1][0] for read in reads])
-            rows = [[i for k in read[0] for i in ([384] * 256 if k < 0 else [k])] for read in reads]
+            clips = [random.integers(0, 255, (1 + i % most, 224, 224, 3), np.uint8)
+                     for i in range(n)]
+            asked = ["what is seen in this clip? " * (1 + i % 4) for i in range(n)]
+            reads = [ours.read(ours.prompt(q), frames) for q, frames in zip(asked, clips)]
+            pixels = torch.stack([picture for read in reads for picture in read[1]])
+            rows = [[i for k in ids for i in ([384] * 256 * len(seen) if k < 0 else [k])]
+                    for ids, seen, _ in reads]
             longest = max(map(len, rows))
             ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -81,5 +86,7 @@ def bench(argv):
                     times.setdefault(fn, []).append(time.perf_counter() - began)
             a, b = (n * args.new / min(times[fn]) for fn in (theirs, mine))
             same = np.mean([x == y for x, y in zip(outs[theirs], outs[mine])])
-            label = f"{n}" if n == 1 else f"{n}, {min(map(len, rows))} to {longest} tokens in"
-            print(f"{label:24} {a:12.1f} {b:12.1f} {b / a:6.2f}  {same:.0%}", flush=True)
+            label = f"{n}, 1" + (f" to {most}" if most > 1 else "")
+            tokens = " to ".join(map(str, sorted({min(map(len, rows)), longest})))
+            print(f"{label:21} {tokens:>11} {a:12.1f} {b:12.1f} {b / a:6.2f}  {same:.0%}",
+                  flush=True)
