@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from side_by_side import pytest_runtestloop  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # asked of the driver and not of torch: the variable must stand before anything imports triton

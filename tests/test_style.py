@@ -1,12 +1,18 @@
 """What a reader relies on: one order of imports, options that are read and explained, short functions
-and lines, and a README whose commands, options and line counts are those of the scripts."""
+and lines, a README whose commands, options and line counts are those of the scripts; and how the suite runs."""
 import argparse
 import ast
 import importlib
+import os
 import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+import side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["prepare_data", "train_vae", "caption", "train_dit", "sample"]
@@ -103,3 +109,23 @@ def test_readme_has_the_scripts_lines_about():
         files = [ROOT / f"{name}.py"] if name in STAGES else ROOT.glob("kernels/*.py")
         actual = sum(len(file.read_text().splitlines()) for file in files)
         assert abs(int(lines) - actual) <= 0.03 * actual, f"README: {name} has {actual} lines"
+
+
+def test_two_processes_share_the_suite(tmp_path):
+    """Each test runs once, in one of two processes; what fails or is skipped in either is told."""
+    for name in "abcd":
+        (tmp_path / f"test_{name}.py").write_text(
+            "import os, pathlib, time, pytest\n"
+            "@pytest.mark.parametrize('i', range(3))\n"
+            "def test_it(i):\n"
+            f"    with open('{tmp_path}/pids', 'a') as file: print(os.getpid(), file=file)\n"
+            "    time.sleep(0.5)\n"
+            f"    if i == 2 and '{name}' in 'ad': pytest.skip('why not')\n"
+            f"    assert (i, '{name}') not in [(1, 'a'), (1, 'd')]\n")
+    env = {key: value for key, value in os.environ.items() if key != side_by_side.PLACE}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "side_by_side", "-rs", "."],
+                          cwd=tmp_path, env=dict(env, PYTHONPATH=str(ROOT / "tests")), text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "2 failed, 8 passed, 2 skipped" in done.stdout, done.stdout
+    assert done.stdout.count("SKIPPED [1]") == 2 and "assert (1, 'a')" in done.stdout
+    assert sorted(Counter((tmp_path / "pids").read_text().split()).values()) == [6, 6]
