@@ -29,9 +29,9 @@ class Second:
         self.config, self.reports = config, open(folder / "reports", "w+")
         self.out = open(folder / "out", "w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *config.invocation_params.args, "-p",
-             "no:cacheprovider"], cwd=config.invocation_params.dir, stdout=self.out,
-            stderr=self.out, env=dict(os.environ, **{PLACE: str(folder)}))
+            [sys.executable, "-m", "pytest", *config.invocation_params.args],
+            cwd=config.invocation_params.dir, stdout=self.out, stderr=self.out,
+            env=dict(os.environ, **{PLACE: str(folder)}))
 
     def pass_on(self):
         """Reports here what it has written since the last call."""
@@ -82,8 +82,9 @@ def pytest_runtestloop(session):
         config.pluginmanager.register(Reporter(config, Path(folder)))
         run_files(session, files[::-1], Path(folder))            # the longest first
         return True
-    if len(files) < 4 or os.cpu_count() == 1 or Path("/proc/driver/nvidia/version").exists() or (
-            session.testsfailed or config.option.collectonly or config.option.usepdb
+    option = config.option
+    if (len(files) < 4 or os.cpu_count() == 1 or Path("/proc/driver/nvidia/version").exists()
+            or session.testsfailed or option.collectonly or option.usepdb or option.basetemp
             or config.pluginmanager.hasplugin("xdist")):
         return None                                              # pytest's own loop
     with tempfile.TemporaryDirectory() as folder:
