@@ -209,6 +209,33 @@ def test_rows_do_not_depend_on_their_batch():
         assert model.decoder.logits(h)[0, -1].argmax() == ids[i]
 
 
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize("lengths, is_apart", [((5, 40, 17), True), ((38, 40, 37), False)])
+def test_rows_of_other_lengths(window, lengths, is_apart, monkeypatch):
+    """Where one of the texts is long each sees its own keys alone; all say what they say alone."""
+    torch.manual_seed(0)
+    stack = c.Stack(16, 2, 4, kv_heads=2, causal=True, norm="rms", glu=True, window=window)
+    decoder, mask, seen = c.Decoder(stack, 50), c.Cache.mask, []
+
+    def spy(self, *more):
+        bias = mask(self, *more)
+        seen.append((self.rows is None and len(self.lengths) > 1, self.apart))
+        return bias
+    monkeypatch.setattr(c.Cache, "mask", spy)
+    ids = [torch.randint(50, (n,)).tolist() for n in lengths]
+    texts = [c.Request(f"{n}", i, decoder.read(i).detach(), torch.arange(n)) for n, i in
+             zip(lengths, ids)]
+    alone = {text.key: next(c.generate(decoder, [text], 1, 12)) for text in texts}
+    for text, tokens, score in c.generate(decoder, texts, 3, 12):
+        _, wanted, mean = alone[text.key]
+        assert tokens == wanted and score == pytest.approx(mean, abs=1e-5)
+    steps = [apart for is_step, apart in seen if is_step]
+    assert len(steps) == 11 and all(
+        (apart is not None) == (is_apart or window > 0) for apart in steps)
+    if window:
+        assert all(keys.stop - keys.start <= 8 for keys in steps[-1])
+
+
 def test_choose():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0, 9.0]]).repeat(2000, 1)
     assert c.choose(logits[:1], None, 0, 1.0, 5)[0].item() == 4
