@@ -283,8 +283,9 @@ class Layer(nn.Module):
         self.columns = columns
         for names in ("q", "k", "v"), ("out",), ("gate", "up"), ("down",):
             parts = [getattr(self, name) for name in names]
-            if self.stack.expert or self.stack.width > 2048 or None in parts or not (
-                    columns or parts[1:]):
+            is_plain = all(isinstance(f, nn.Linear) for f in parts)      # no LoRA's, all there
+            if self.stack.expert or self.stack.width > 2048 or not (
+                    is_plain and (columns or parts[1:])):
                 continue
             every = {kind: torch.cat([getattr(f, kind).detach() for f in parts])
                      for kind, _ in parts[0].named_parameters()}
@@ -339,13 +340,13 @@ class Layer(nn.Module):
         is_causal, n = stack.causal and q.shape[2] > 1 and bias is None, q.shape[2]
         if n == 1:                       # those of the same keys side by side: with a mask a GPU
             q = q.reshape(*k.shape[:2], -1, k.shape[3])      # would copy the keys for each head
+        see = functools.partial(F.scaled_dot_product_attention, scale=stack.scale,
+                                enable_gqa=q.shape[1] != k.shape[1])
         if cache is not None and cache.apart:
-            o = torch.cat([F.scaled_dot_product_attention(
-                q[i:i + 1], k[i:i + 1, :, keys], v[i:i + 1, :, keys], scale=stack.scale)
-                for i, keys in enumerate(cache.apart)])
+            o = torch.cat([see(q[i:i + 1], k[i:i + 1, :, keys], v[i:i + 1, :, keys])
+                           for i, keys in enumerate(cache.apart)])
         else:
-            o = F.scaled_dot_product_attention(q, k, v, bias, scale=stack.scale, is_causal=is_causal,
-                                               enable_gqa=q.shape[1] != k.shape[1])
+            o = see(q, k, v, bias, is_causal=is_causal)
         o = o.reshape(len(x), -1, n, k.shape[3])                         # [B, A, n, E]
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
 
@@ -2272,9 +2273,18 @@ class VLM(nn.Module):
             after = int(parts[-1].max()) + 1
         return torch.cat(parts, 1)
 
+    def join(self, batch):
+        """Joins the layers' weights to write so many texts at a time; what learns has no copies."""
+        weight = self.decoder.embed.weight
+        columns = batch == 1 and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+        for name, layer in self.named_modules():
+            if isinstance(layer, Layer) and not layer.joined:
+                layer.join(columns and name.startswith("decoder"))
+
     @torch.no_grad()
     def write(self, requests, batch=1, most=512, temperature=0.0, top_p=1.0, seed=0):
         """Yields (key, text, mean log-probability) as answers end."""
+        self.join(batch)
         own = {name: self.tokens.id(name) for name in self.plan.stop}
         names = [name for name, i in own.items() if i is None or self.tokens.decode([i])]
 
@@ -2299,11 +2309,10 @@ def stop_ids(folder, config, tokens, names):
     return {i for i in flat if i is not None}
 
 
-def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, batch=32):
-    """The VLM of a published folder; its family and sizes are read from there. Weights are mapped
-    from the files, but for what `join` copies for a `batch` of texts at a time (0: it learns). An
-    unknown family is refused with what was missing; so is one that does not see where one that
-    `sees` is wanted, or the other way round."""
+def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None):
+    """The VLM of a published folder; its family and sizes are read from there, its weights mapped
+    from the files. An unknown family is refused with what was missing; so is one that does not see
+    where one that `sees` is wanted, or the other way round."""
     path = Path(path)
     config = read_published(path / "config.json")
     made_by = (config.get("architectures") or ["?"])[0]
@@ -2333,10 +2342,6 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
-    columns = batch == 1 and (torch.device(device).type, dtype) == ("cpu", torch.float32)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Layer) and batch:
-            layer.join(columns and name.startswith("decoder"))
     model.tokens = Tokens(Path(tokenizer or path))
     if plan.tower is None:
         mark = next((m for m in CHATS if m in model.tokens.template or model.tokens.id(m)), "USER:")
@@ -2425,8 +2430,8 @@ def vlm_writer(name, folder, rows, args, device):
     takes videos, or else frame by frame; a language model then makes one caption of several."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer, args.batch)
-    lm = open_vlm(args.lm, device, dtype, sees=False, batch=args.batch) if args.lm else None
+    vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
+    lm = open_vlm(args.lm, device, dtype, sees=False) if args.lm else None
     is_video = bool(vlm.plan.frames) and not lm
     rule = args.frames or ("uniform", vlm.plan.frames if is_video else 4 if lm else 1)
     if rule != ("uniform", 1) and not is_video and not lm:
@@ -2552,7 +2557,7 @@ class LoRA(nn.Module):
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
     to the decoder's layers, or all but the towers."""
-    model = open_vlm(init, device, dtype, tokenizer, sees=True, batch=0)
+    model = open_vlm(init, device, dtype, tokenizer, sees=True)
     if tune == "lora":
         torch.manual_seed(0)
         for layer in model.decoder.layers:
@@ -2566,10 +2571,10 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     return model
 
 
-def open_captioner(path, device, dtype, tokenizer=None, batch=32):
+def open_captioner(path, device, dtype, tokenizer=None):
     """The VLM of a published folder, or of a run that taught one further."""
     if "kind" not in read_published(path / "config.json"):
-        return open_vlm(path, device, dtype, tokenizer, sees=True, batch=batch)
+        return open_vlm(path, device, dtype, tokenizer, sees=True)
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
                        config["args"]["tokenizer"])

@@ -977,7 +977,7 @@ def rewritten(args, wishes, device):
     """--rewrite: the wishes with their prompts as a language model writes them out, like captions
     that the run was trained on where its data lies here; `asked` keeps what was given."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # as captions are made
-    lm, texts, config = open_vlm(args.rewrite, device, dtype, batch=1), {}, config_of(args.name)
+    lm, texts, config = open_vlm(args.rewrite, device, dtype), {}, config_of(args.name)
     data = config["args"].get("name") if config else None
     is_here = data and (dataset_dir(data) / "manifest.json").is_file()
     rows = open_dataset(dataset_dir(data)) if is_here else []

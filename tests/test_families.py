@@ -265,8 +265,9 @@ def test_products_of_few_rows(shape, outs, bias):
 
 @pytest.mark.parametrize("folder", [LLAVA, QWEN])                    # the second has biases of q, k, v
 def test_joined_layers_are_the_layers(folder):
-    many, one, apart = (c.open_vlm(folder, batch=n) for n in (32, 1, 0))
-    for model in (many, one):
+    many, one, apart = (c.open_vlm(folder) for _ in range(3))
+    for model, batch in (many, 32), (one, 1):
+        model.join(batch)
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
                                                      apart.state_dict().values(), strict=True))
     random, width = torch.Generator().manual_seed(0), apart.plan.stack.width
