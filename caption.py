@@ -48,6 +48,7 @@ Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 202
 """
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import html
@@ -76,7 +77,8 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
-                          open_dataset, read_rows, refuse, rng, run_dir, write_rows, write_text)
+                          open_dataset, read_rows, refuse, rng, run_dir, sole, write_rows,
+                          write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
                        is_finished, last_step, load_step, lr_at, moved, optimizer_tensors,
                        option_parser, prefetch, read_config, read_header, read_tensors,
@@ -162,12 +164,16 @@ class Stack:
     window: int = 0             # how many tokens each one sees, itself included; 0: all
     scaling: tuple = ()         # of rotary positions, Llama 3.1's: factor, low, high, old length
     sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
+    longest: int = 0            # tokens beyond which positions would be scaled: refused; 0: any
     trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
     expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
     linear: type = nn.Linear    # train_vae's Linear is faster where layers are wide
 
     def __post_init__(self):
         heads, shared = self.heads, self.kv_heads or self.heads
+        if not all(isinstance(n, int) and n > 0 for n in (self.width, heads, shared)):
+            raise ValueError(f"width {self.width}, heads {heads}, kv_heads {shared}: they must be "
+                             "numbers above 0")
         if (not self.head and self.width % (2 * heads)) or heads % shared:
             raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
                              "must cut width into even parts, and kv_heads must divide heads")
@@ -555,7 +561,8 @@ class Decoder(nn.Module):
 
     def read(self, ids):
         """Ids, a list or nested lists, as vectors."""
-        return self.embed(torch.tensor(ids, device=self.embed.weight.device)) * self.scales[0]
+        return self.embed(torch.tensor(ids, dtype=torch.long,
+                                       device=self.embed.weight.device)) * self.scales[0]
 
     def forward(self, x, positions, cache=None, image=None, prompts=None):
         """x [B, L, D] at positions [L] or [B, L] (with sections [3, B, L]) -> hidden states
@@ -617,7 +624,8 @@ def begin(decoder, cache, slots, rows):
             decoder(first.x[None, :n], first.positions[..., None, :n], cache)
             cache.first = {layer: both[:, slots[:1], :, :n] for layer, both in cache.kept.items()}
     start = len(cache.prefix)
-    if start and all(row.request.ids[:start] == cache.prefix for row in rows):
+    if start and all(len(row.request.ids) > start and row.request.ids[:start] == cache.prefix
+                     for row in rows):
         for layer, both in cache.first.items():
             cache.fit(layer, both)[:, slots, :, :start] = both
     else:
@@ -1080,13 +1088,14 @@ def in_groups(items, n):
 def caption_shard(load, write, scorer, rows, path, args, bar):
     """Writes the captions of one shard's `rows` to `path`, by way of path.part, and those that
     will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
-    part, keys = Path(f"{path}.part"), [row["key"] for row in rows]
-    first = resume(part, keys, args.batch)
-    bar.update(first)
-    todo, waiting, done = rows[first:], iter(keys[first:]), {}
-    pairs = ((todo[i], loaded) for i, loaded in
-             prefetch(lambda i: load(todo[i]), 0, len(todo), ahead=args.batch))
+    part, keys = part_path(path, args), [row["key"] for row in rows]
     with open(part, "a", encoding="utf-8") as file:
+        sole(file)
+        first = resume(part, keys, args.batch)
+        bar.update(first)
+        todo, waiting, done = rows[first:], iter(keys[first:]), {}
+        pairs = ((todo[i], loaded) for i, loaded in
+                 prefetch(lambda i: load(todo[i]), 0, len(todo), ahead=args.batch))
         key = next(waiting, None)
         for name, text, prompt, scores in write(pairs):
             scores = {**scores, **(scorer(name, text) if scorer else {})}
@@ -1100,12 +1109,28 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                 file.flush()
                 bar.update()
                 key = next(waiting, None)
-    written = read_rows(part)
-    rejected = [row for row in written if "rejected" in row]
-    if rejected:
-        write_rows(rejected_path(path), rejected)
-    write_rows(path, [row for row in written if "rejected" not in row])
-    part.unlink()
+        written = read_rows(part)
+        rejected = [row for row in written if "rejected" in row]
+        if rejected:
+            write_rows(rejected_path(path), rejected)
+        else:
+            rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
+        write_rows(path, [row for row in written if "rejected" not in row])
+        remove_parts(path)
+
+
+def part_path(path, args):
+    """Where captions wait for the rest of their shard: named by what shapes them, so that no file
+    holds those of two commands."""
+    shape = {name: value for name, value in vars(args).items()
+             if name not in ("name", "all", "eval", "device", "where", "skip_clips")}
+    text = json.dumps(shape, sort_keys=True)
+    return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.part")
+
+
+def remove_parts(path):
+    for part in path.parent.glob(f"{path.name}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def rejected_path(path):
@@ -1123,6 +1148,8 @@ def caption(args):
     if is_own and (args.lm or args.frames or args.prompt):
         refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
     run = args.source or (run if is_own else f"{run}-{args.style}")
+    if run in {caption["source"] for row in rows for caption in row["captions"]}:
+        refuse(f"{run} is what {folder} calls captions of its own: give another --source")
     load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
     scorer = Scorer(args, folder, rows, device) if args.clip else None
     shards = {}
@@ -1133,7 +1160,7 @@ def caption(args):
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
         if holds(path, [row["key"] for row in shards[shard]]):
-            Path(f"{path}.part").unlink(missing_ok=True)
+            remove_parts(path)
         else:
             todo.append((path, shards[shard]))
     wanted = [row for shard in sorted(shards) for row in shards[shard]]
@@ -1145,12 +1172,15 @@ def caption(args):
     if rank:
         return
     files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
-    texts = {row["key"]: row["caption"] for path in files for row in read_rows(path)}
+    keys = {row["key"] for row in wanted}
+    texts = {row["key"]: row["caption"] for path in files for row in read_rows(path)
+             if row["key"] in keys}
     if wanted and (todo or not sheet.exists()):
         shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
         write_sheet(sheet, folder, shown, [texts.get(row["key"], "(rejected)") for row in shown])
-    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}; look at {sheet}",
-          file=sys.stderr)
+    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
+          + f", the others' captions rejected ({rejected_path(files[0]).name}, …)" * (
+              len(texts) < len(wanted)) + f"; look at {sheet}" * sheet.exists(), file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
 
@@ -1255,10 +1285,11 @@ def evaluate(path, rows, texts):
 
 def read_published(path):
     """The object in a published JSON file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        refuse(f"{path} is missing, or holds no JSON")
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    refuse(f"{path} is missing, or holds no JSON object")
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
@@ -1614,22 +1645,29 @@ class Tokens:
         if path is None:
             refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
                    "--tokenizer names a folder that has one")
+        try:
+            if path.suffix == ".model":
+                self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            else:
+                self.table = (tokenizers.Tokenizer.from_file(str(path)) if path.suffix == ".json"
+                              else qwen_tokenizer(path))
+        except Exception as error:       # the libraries raise nothing narrower
+            refuse(f"{path} is no tokenizer: {error}")
+        self.first = []
         if path.suffix == ".json":
-            self.table = tokenizers.Tokenizer.from_file(str(path))
             self.table.no_truncation()
             self.table.no_padding()
             self.first = self.table.encode("").ids
-        elif path.suffix == ".model":
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        elif self.pieces:
             added = told.get("added_tokens_decoder", {})
             self.added = {token["content"]: int(i) for i, token in added.items()}
+            if (folder / "added_tokens.json").exists():
+                self.added |= read_published(folder / "added_tokens.json")
             self.first = [self.pieces.bos_id()] if told.get("add_bos_token", True) else []
-        else:
-            self.table, self.first = qwen_tokenizer(path), []
 
     def __len__(self):
         if self.pieces:
-            return max(self.pieces.get_piece_size(), *(i + 1 for i in self.added.values()))
+            return max([self.pieces.get_piece_size(), *(i + 1 for i in self.added.values())])
         return self.table.get_vocab_size()
 
     def id(self, token):
@@ -1683,12 +1721,13 @@ def language_stack(config, **more):
     kind = config.get("model_type")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     law = rope.get("rope_type", rope.get("type", "default"))
-    if law not in ("default", "llama3", "mrope") or config.get("use_sliding_window") \
+    if law not in ("default", "llama3", "mrope", "dynamic") or config.get("use_sliding_window") \
             or config.get("attention_bias"):
         raise ValueError(f"rope_scaling {law}, attention_bias and use_sliding_window: known are "
                          "plain and llama3 positions, none of the others")
     scaling = [rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
                "original_max_position_embeddings")] if law == "llama3" else ()
+    longest = config["max_position_embeddings"] if law == "dynamic" else 0
     window = config.get("sliding_window") if kind in ("mistral", "omnilmm") else 0
     return Stack(**{**dict(
         width=config["hidden_size"], depth=config["num_hidden_layers"],
@@ -1698,6 +1737,7 @@ def language_stack(config, **more):
         eps=config.get("rms_norm_eps", 1e-6), act=config.get("hidden_act", "silu"),
         head=config.get("head_dim") or 0, bias=False,
         qkv_bias=str(kind).startswith("qwen2"), qk_norm=kind == "qwen3", window=window or 0,
+        longest=longest,
         scaling=tuple(scaling), sections=tuple(rope.get("mrope_section", ())), linear=FewRows),
         **more})
 
@@ -2189,7 +2229,7 @@ class VLM(nn.Module):
 
     def prompt(self, question):
         """The text that the model is asked with: a NUL stands for what it sees."""
-        return self.plan.prompt.replace("{q}", question)
+        return self.plan.prompt.replace("{q}", question.replace("\0", ""))
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
         """(ids with -1 for what is seen, pixels, seconds of two frames if it is a video) of a
@@ -2245,6 +2285,9 @@ class VLM(nn.Module):
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
+        if 0 < self.plan.stack.longest < len(ids):
+            refuse(f"a prompt of {len(ids)} tokens: this model's positions are read as published "
+                   f"up to {self.plan.stack.longest} alone: give fewer frames")
         x, image = self.decoder.read([max(0, i) for i in ids]), torch.tensor(ids) < 0
         if blocks:
             x[image.to(x.device)] = torch.cat(blocks).to(x)
@@ -2338,11 +2381,15 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
     found = to_ours(weights, model, plan.names)
-    found.setdefault("decoder.head.weight", found.get("decoder.embed.weight"))
+    tied = {**(config.get("text_config") or {}), **config}.get("tie_word_embeddings", True)
+    if tied and "decoder.embed.weight" in found:
+        found.setdefault("decoder.head.weight", found["decoder.embed.weight"])
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
     model.tokens = Tokens(Path(tokenizer or path))
+    if plan.slot and model.tokens.id(plan.slot) is None:
+        refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
     if plan.tower is None:
         mark = next((m for m in CHATS if m in model.tokens.template or model.tokens.id(m)), "USER:")
         plan.prompt, end = CHATS[mark]
@@ -2393,8 +2440,8 @@ def fault(text, style):
         return "repeated"
     if not fewest <= len(words) <= most:
         return "length"
-    latin = sum(letter.isascii() for letter in text if letter.isalpha())
-    return None if latin > 0.8 * sum(map(str.isalpha, text)) else "language"
+    letters = [unicodedata.name(letter, "") for letter in text if letter.isalpha()]
+    return None if sum("LATIN" in name for name in letters) > 0.8 * len(letters) else "language"
 
 
 def pick_frames(rule, folder, row):
@@ -2421,8 +2468,42 @@ def pick_frames(rule, folder, row):
 
 def text_option(value):
     """A prompt that is given as text, or as a text file's path."""
-    is_path = len(value) < 256 and Path(value).is_file()
-    return Path(value).read_text(encoding="utf-8").strip() if is_path else value
+    text = value
+    if os.path.isfile(value):
+        try:
+            text = Path(value).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            refuse(f"{value} is no text in UTF-8")
+    elif value.endswith(".txt"):
+        refuse(f"{value} is missing")
+    return text.strip() or refuse(f"'{value}' holds no text to ask with")
+
+
+def asked(args, is_video):
+    """The question about a clip."""
+    ask = text_option(args.prompt) if args.prompt else STYLES[args.style][0]
+    return ask.replace("{what}", "video" if is_video else "image")
+
+
+def ways_of(vlm, name, args, lm=None):
+    """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
+    is_video = bool(vlm.plan.frames) and not lm
+    rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
+    if rule != ["uniform", 1] and not is_video and not lm:
+        refuse(f"{name} sees one frame at a time: " + (
+            "leave --frames out" if args.train else "give --lm DIR, which makes one caption of "
+            "several, or --frames uniform:1"))
+    return is_video, rule, asked(args, is_video)
+
+
+def look(vlm, prompt, is_video, rule, folder, row):
+    """(What `vlm` reads of a clip, the times of its frames in s): once of a video, or a frame
+    (of a still the one) at a time."""
+    frames, times = pick_frames(rule, folder, row)
+    if not (is_video and row["fps"]):
+        return [vlm.read(prompt, [frame]) for frame in frames], times
+    gap = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0         # frames may repeat
+    return [vlm.read(prompt, frames, True, 2 * gap)], times
 
 
 def vlm_writer(name, folder, rows, args, device):
@@ -2432,25 +2513,14 @@ def vlm_writer(name, folder, rows, args, device):
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
     lm = open_vlm(args.lm, device, dtype, sees=False) if args.lm else None
-    is_video = bool(vlm.plan.frames) and not lm
-    rule = args.frames or ("uniform", vlm.plan.frames if is_video else 4 if lm else 1)
-    if rule != ("uniform", 1) and not is_video and not lm:
-        refuse(f"{name} sees one frame at a time: give --lm DIR, which makes one caption of "
-               "several, or --frames uniform:1")
-    ask = text_option(args.prompt or STYLES[args.style][0])
-    question = ask.replace("{what}", "video" if is_video else "image")
-    told = text_option(args.summary or SUMMARY).replace("{ask}", ask.replace("{what}", "video"))
+    is_video, rule, question = ways_of(vlm, name, args, lm)
+    told = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
 
     def load(row):
-        frames, times = pick_frames(rule, folder, row)
-        prompt = vlm.prompt(question)
-        if is_video and row["fps"]:
-            gap = times[1] - times[0] if times[1:] else 1.0
-            return [vlm.read(prompt, frames, True, 2 * gap)], times
-        return [vlm.read(prompt, [frame]) for frame in frames], times
+        return look(vlm, vlm.prompt(question), is_video, rule, folder, row)
 
     def notes(pairs):
         """(key, times, texts, mean log-probability) of a clip when all its frames have theirs."""
@@ -2505,6 +2575,9 @@ class Scorer:
 
     def __init__(self, args, folder, rows, device):
         config, weights = read_published(Path(args.clip, "config.json")), read_tensors(args.clip)
+        if not {"vision_config", "projection_dim"} <= config.keys():
+            refuse(f"{args.clip} is no CLIP of images and texts: its config.json lacks "
+                   "vision_config or projection_dim")
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text, sight = open_text_encoder(args.clip, device), config["vision_config"]
         self.size, width = sight.get("image_size", 224), config["projection_dim"]
@@ -2518,7 +2591,10 @@ class Scorer:
         sights = {name: t for name, t in weights.items() if not name.startswith("text_model.")}
         self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")],
                                    r"logit_scale\.weight", torch.float32, device, args.clip)
-        self.head = read_tensors(args.aesthetics) if args.aesthetics else None
+        self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
+        shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
+        if shapes not in ({}, {"weight": [1, width], "bias": [1]}):
+            refuse(f"{args.aesthetics} holds {shapes}: weight [1, {width}] and bias [1] are wanted")
 
     def __call__(self, key, text):
         return self.score(pick_frames(("uniform", 4), self.folder, self.rows[key])[0], text)
@@ -2554,6 +2630,10 @@ class LoRA(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+TUNED = {"connector": r"connector\..*|tower\.merge\..*",           # Qwen2-VL's is in the tower
+         "lora": r".*\.[a-z]+\.(up|down)\.weight", "all": r"(?!tower\.(?!merge)|video_tower).*"}
+
+
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
     to the decoder's layers, or all but the towers."""
@@ -2564,10 +2644,8 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
             for name, f in list(layer.named_children()):
                 if isinstance(f, nn.Linear):
                     setattr(layer, name, LoRA(f, rank).to(device, dtype))
-    wanted = {"connector": r"connector\..*|tower\.merge\..*", "all": r"(?!tower|video_tower).*",
-              "lora": r".*\.[a-z]+\.(up|down)\.weight"}[tune]
     for name, p in model.named_parameters():
-        p.requires_grad_(bool(re.fullmatch(wanted, name)) and ".base." not in name)
+        p.requires_grad_(bool(re.fullmatch(TUNED[tune], name)) and ".base." not in name)
     return model
 
 
@@ -2578,8 +2656,11 @@ def open_captioner(path, device, dtype, tokenizer=None):
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
                        config["args"]["tokenizer"])
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in
-                           load_file(step / "model.safetensors").items()}, strict=False)
+    saved = load_file(step / "model.safetensors")
+    if saved.keys() != learnt(model).keys():
+        refuse(f"{step} was saved of another model than {config['args']['init']}")
+    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in saved.items()},
+                          strict=False)
     return model
 
 
@@ -2613,6 +2694,7 @@ def tune(args, run):
     is_done, step = is_finished(last_step(run), args), 0
     if not is_done:                                  # what is refused leaves no run behind
         model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer)
+        is_video, rule, question = ways_of(model, args.init, args)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
         "init": args.init, "tune": args.tune, "rank": args.rank}})
     if is_done:
@@ -2622,18 +2704,17 @@ def tune(args, run):
         step, saved = load_step(checkpoint)
         model.load_state_dict(saved["model"], strict=False)
         restore_optimizer(optimizer, model, saved["optimizer"])
-    stream, is_video = Stream(rows, args.seed), bool(model.plan.frames)
-    rule = args.frames or ("uniform", model.plan.frames or 1)
-    ask = text_option(args.prompt or STYLES[args.style][0])
-    ask = ask.replace("{what}", "video" if is_video else "image")
+    stream = Stream(rows, args.seed)
+
+    def ids_of(caption):
+        return model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
+    # a step's loss is its tokens' sum over this constant, on however many ranks
+    length = np.mean([len(ids_of(caption)) for row in rows for caption in row["captions"]])
 
     def read(row, caption):
-        frames, times = pick_frames(rule, folder, row)
-        ids = model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
-        prompt = model.prompt(caption.get("prompt") or ask)
-        gap = 2 * (times[1] - times[0]) if times[1:] else 2.0
-        frames = frames if is_video else frames[:1]
-        return row["key"], model.read(prompt, frames, is_video, gap), ids
+        prompt = model.prompt(caption.get("prompt") or question)
+        (first, *_), _ = look(model, prompt, is_video, rule, folder, row)
+        return row["key"], first, ids_of(caption)
 
     def batch(step):
         drawn = stream.take(step * args.batch, args.batch)[rank::world]
@@ -2642,7 +2723,7 @@ def tune(args, run):
     def learn(step, drawn):
         keys, reads, answers = drawn
         loss = answer_loss(model, model.requests(keys, reads), answers)
-        (loss / sum(map(len, answers)) * len(keys) / args.batch).backward()
+        (loss / (args.batch * length)).backward()
         count = loss.new_full((), sum(map(len, answers)))
         return ({"loss": torch.stack([loss.detach(), count])},
                 take_step(model, optimizer, lr_at(step, args)), keys)
@@ -2666,11 +2747,11 @@ def tune(args, run):
 
 
 def frame_rule(text):
-    """argparse type: (kind, number) of uniform:N, fps:X, key:N."""
+    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
     match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
     if not match or not float(match[2] or match[4]):
         raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
-    return match[1] or match[3], float(match[4]) if match[4] else int(match[2])
+    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
 
 
 def parse(argv=None):
@@ -2712,11 +2793,19 @@ def parse(argv=None):
     add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
     add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
     add("--tune", default="connector", choices=["connector", "lora", "all"],
-        help="what of --init learns (%(default)s)")
+        help="what of --init learns (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 unless told")
     add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
     args = parser.parse_args(argv)
+    if args.init:
+        parser.set_defaults(lr={"connector": 1e-3, "lora": 2e-4, "all": 2e-5}[args.tune])
+        args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
+    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train")):
+        if getattr(args, name) and not getattr(args, other):
+            refuse(f"--{name} goes with --{other}")
+    if args.source and not re.fullmatch(r"[\w.-]+", args.source):
+        refuse(f"--source {args.source}: letters, digits, '.', '-' and '_' are what it may hold")
     return args
 
 

@@ -142,6 +142,15 @@ def sweep(folder):
             part.unlink()
 
 
+def sole(file):
+    """Locks an open file for this process, or refuses, where another one writes it."""
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"{file.name}: another process is writing it: wait for its end")
+
+
 def rng(*key):
     """numpy Generator (Philox) keyed by the sha256 of `key`, any strings and integers: the same
     draws whatever else was drawn before, on any machine. rng(seed, "noise", step, clip_key)"""

@@ -373,7 +373,8 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     own = c.own_captions(data, list(rows.values()))
     assert sum(bool(row["captions"]) for row in own) == len(rows) - len(said)
     # a file cut in the middle of a line, at any block, ends with the same bytes
-    path, part = files[1], Path(f"{files[1]}.part")
+    again = ["set", "--vlm", "learnt", "--batch", "3"]
+    path, part = files[1], c.part_path(files[1], c.parse(again))
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         part.write_bytes(whole[:cut])
@@ -384,11 +385,16 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     for cut in (len(whole) // 2, len(whole)):
         path.unlink()
         part.write_bytes(whole[:cut])
-        quick(home, "set", "--vlm", "learnt", "--batch", 3, monkeypatch=monkeypatch)
+        quick(home, *again, monkeypatch=monkeypatch)
         assert path.read_bytes() == whole and not part.exists()
     part.write_text('{"key": "of other clips"}\n')
     path.unlink()
-    quick(home, "set", "--vlm", "learnt", "--all", monkeypatch=monkeypatch)
+    with open(part, "a") as file:                            # another process is at it
+        prepare_data.sole(file)
+        with pytest.raises(SystemExit):
+            quick(home, *again, "--all", monkeypatch=monkeypatch)
+        assert "another process" in capsys.readouterr().err and not path.exists()
+    quick(home, *again, "--all", monkeypatch=monkeypatch)
     assert sum(len(open(path).readlines()) for path in files) == len(rows)
 
 

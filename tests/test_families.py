@@ -2,6 +2,7 @@
 batches, draws, captions of real shards with all that stands beside them, and teaching one further."""
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -149,6 +150,14 @@ def test_sentencepiece_alone_gives_the_same_ids(tmp_path):
         assert whole.decode(whole.encode(text)).strip() == pieces.decode(pieces.encode(text)).strip() \
             or "<" in text
     assert whole.first == pieces.first == [1] and len(whole) == len(pieces) == 386
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    added = told.pop("added_tokens_decoder")                 # older folders have a file of them
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "added_tokens.json").unlink(missing_ok=True)
+    assert len(c.Tokens(folder)) == 384
+    (folder / "added_tokens.json").write_text(json.dumps(
+        {token["content"]: int(i) for i, token in added.items()}))
+    assert c.Tokens(folder).encode("a <image>") == whole.encode("a <image>")
     assert pieces.id("<image>") == 384 and pieces.id("</s>") == 2 and pieces.id("nothing") is None
     (folder / "tokenizer.model").unlink()
     with pytest.raises(SystemExit):
@@ -164,11 +173,27 @@ def test_folders_that_are_refused(tmp_path, capsys):
     assert "unexpected" in line("more", QWEN, rename=lambda name: name.replace("norm.", "nrm."))
     assert "is [420, 64], not [421, 64]" in line("size", QWEN, {"vocab_size": 421})
     assert "select strategy full" in line("take", LLAVA, {"vision_feature_select_strategy": "full"})
+    assert "kv_heads 3" in line("heads", QWEN, {"num_key_value_heads": 3})
+    assert "must be numbers above 0" in line("null", QWEN, {"num_attention_heads": None})
+    assert "decoder.head.weight is missing" in line(
+        "headless", LLAVA, {"tie_word_embeddings": False}, drop=("language_model.lm_head.weight",))
+    assert "embed.weight is missing" in line("nothing", QWEN, drop=("model.embed_tokens.weight",
+                                                                    "lm_head.weight"))
+    assert "has no <image>" in refused(capsys, LLAVA, "cpu", torch.float32, QWEN, call=c.open_vlm)
+    folder = changed(tmp_path / "dynamic", QWEN, {
+        "rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 40})
+    model = c.open_vlm(folder)                               # plain positions, up to there
+    assert answers(model) == answers(c.open_vlm(QWEN))
+    assert "up to 40 alone" in refused(capsys, "", [5] * 41, [], None, [], call=model.request)
     folder = changed(tmp_path / "sizes", QWEN)
     (folder / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 64}')
     assert "'num_hidden_layers' is missing" in refused(capsys, folder, call=c.open_vlm)
-    (folder / "config.json").write_text("{")
-    assert "holds no JSON" in refused(capsys, folder, call=c.open_vlm)
+    for text in ("{", "[]"):
+        (folder / "config.json").write_text(text)
+        assert "holds no JSON object" in refused(capsys, folder, call=c.open_vlm)
+    folder = changed(tmp_path / "spoilt", QWEN)
+    (folder / "tokenizer.json").write_text("{")
+    assert "is no tokenizer" in refused(capsys, folder, call=c.open_vlm)
     folder = changed(tmp_path / "torn", QWEN)
     whole = (folder / "model.safetensors").read_bytes()
     for part in (whole[:len(whole) // 2], whole[:4], b""):
@@ -187,6 +212,10 @@ def requests_of(model, texts):
     return [model.request(text, *model.read(model.prompt(text)), []) for text in texts]
 
 
+def answers_of(model, request, most=9):
+    return next(c.generate(model.decoder, [request], 1, most))[1]
+
+
 def test_rows_do_not_depend_on_their_batch():
     """Greedy and drawn: alone, in batches with rows that end and are replaced, with a shared
     beginning or none; all text as recomputed without a cache."""
@@ -201,7 +230,13 @@ def test_rows_do_not_depend_on_their_batch():
                 model.decoder, requests_of(model, texts), batch, 9, stop={7, 260}, **how)}
             assert found == alone
         assert len({tuple(ids) for ids, _ in alone.values()}) > 1
-    request = requests_of(model, texts)[3]
+    shared = list(range(40, 70))                             # and one that is their beginning alone
+    texts = [model.request(str(n), ids, [], None, []) for n, ids in enumerate(
+        ([*shared, 5, 6], [*shared, 7], shared[:29], shared))]
+    alone = [answers_of(model, text) for text in texts]
+    found = {request.key: ids for request, ids, _ in c.generate(model.decoder, texts, 2, 9)}
+    assert [found[str(n)] for n in range(4)] == alone
+    request = requests_of(model, [f"{'tell me more ' * 3}about 3"])[0]
     (_, ids, _), = c.generate(model.decoder, [request], 1, 9)
     for i in range(9):
         whole = torch.tensor([request.ids + ids[:i]])
@@ -324,6 +359,28 @@ def test_frames_by_rule(home):
         assert len(frames) >= 1 and frames[0].shape == (40, 56, 3)
 
 
+def test_a_question_may_hold_anything():
+    """What a model said may be asked of the next: a NUL stands for what is seen in prompts only."""
+    model = c.open_vlm(LLAVA)
+    ids, pixels, _ = model.read(model.prompt("a \0 b"), [np.zeros((30, 30, 3), np.uint8)])
+    assert ids.count(-1) == len(pixels) == 1
+
+
+@pytest.mark.parametrize("frames, fps, rule, seconds", [
+    (13, 8, ["uniform", 8], 2 * 1.5 / 7), (3, 8, ["uniform", 8], 2 * 0.25 / 7),
+    (1, 8, ["uniform", 8], 2.0), (1, None, ["uniform", 8], None)])
+def test_a_video_is_looked_at(monkeypatch, frames, fps, rule, seconds):
+    """In training and captioning alike: its frames at their mean distance; a still is a picture."""
+    class Seer:
+        def read(self, prompt, frames, is_video=False, seconds=None):
+            return len(frames), is_video, seconds
+    monkeypatch.setattr(c, "clip_frames", lambda folder, row, at: np.zeros((len(at), 4, 4, 3), np.uint8))
+    row = {"frames": frames, "fps": fps}
+    (read,), _ = c.look(Seer(), "", True, rule, None, row)
+    assert read[:2] == ((1 if frames == 1 else 8), fps is not None)
+    assert read[2] == (pytest.approx(seconds) if seconds else None)
+
+
 def test_captions_summaries_scores_and_rejects(home, quick, tmp_path, monkeypatch):
     clip = clip_folder(tmp_path / "clip")
     head = {"weight": torch.randn(1, 24), "bias": torch.ones(1)}
@@ -354,10 +411,17 @@ def test_captions_summaries_scores_and_rejects(home, quick, tmp_path, monkeypatc
     assert path.stat().st_mtime_ns == before
     path.unlink()
     lost = reject.read_bytes() if reject.exists() else None
-    Path(f"{path}.part").write_bytes(kept[:len(kept) // 2])
+    part, other = (c.part_path(path, c.parse([str(each) for each in (*options, *more)]))
+                   for more in ((), ("--seed", 5)))
+    part.write_bytes(kept[:len(kept) // 2])
+    other.write_bytes(kept.replace(b"caption", b"begun otherwise"))
     quick(*options)
-    assert path.read_bytes() == kept and not Path(f"{path}.part").exists()
+    assert path.read_bytes() == kept and not part.exists() and not other.exists()
     assert lost is None or reject.read_bytes() == lost
+    path.unlink()                                            # none of the next ones is rejected
+    monkeypatch.setattr(c, "fault", lambda text, style: None)
+    quick(*options)
+    assert not reject.exists() and len(path.read_bytes()) > len(kept)
 
 
 def clip_folder(folder):
@@ -389,6 +453,7 @@ def clip_folder(folder):
 def test_faults_and_tidy():
     good = "A red block slides to the right over a grey floor, slowly, in soft light."
     assert c.fault(good, "long") is None and c.fault(good, "short") is None
+    assert c.fault("Một khối màu đỏ trượt sang phải trên nền xám, chậm rãi.", "short") is None
     for text, reason in (("", "empty"), ("...!", "empty"), ("I'm sorry, I cannot see this.", "refusal"),
                          ("a red block moves " * 9, "repeated"), ("Well done.", "length"),
                          ("aaaaaaaaaaaaaaaaaaaa one two three four five six seven", "repeated"),
@@ -412,6 +477,23 @@ def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
     assert "none of uniform:8" in line("set", "--vlm", LLAVA, "--frames", "fps:0")
     assert "config.json is missing" in line("set", "--vlm", LLAVA, "--lm", tmp_path / "no")
     assert "--top_p" in line("set", "--vlm", LLAVA, "--top_p", 0)
+    for options, says in (("--eval", "--all"), ("--aesthetics x", "--clip"), ("--summary x", "--lm"),
+                          ("--init x", "--train")):
+        assert f"goes with {says}" in line("set", "--vlm", LLAVA, *options.split())
+    assert "may hold" in line("set", "--vlm", LLAVA, "--source", "a/b")
+    assert "calls captions of its own" in line("set", "--vlm", LLAVA, "--source", "meta")
+    assert "leave --frames out" in line("set", "--train", "--init", LLAVA, "--frames", "uniform:4")
+    for text, says in ((b" \n", "holds no text"), (b"\xe9", "no text in UTF-8"), (None, "is missing")):
+        path = tmp_path / "ask.txt"
+        path.unlink(missing_ok=True)
+        if text:
+            path.write_bytes(text)
+        assert says in line("set", "--vlm", LLAVA, "--prompt", path)
+    assert c.text_option("问" * 200) == "问" * 200           # too long for a file's name
+    assert "is no CLIP" in line("set", "--vlm", LLAVA, "--clip", QWEN)
+    torch.save({"weight": torch.randn(1, 9), "bias": torch.ones(1)}, tmp_path / "head.pth")
+    assert "[1, 24]" in line("set", "--vlm", LLAVA, "--clip", clip_folder(tmp_path / "clip"),
+                             "--aesthetics", tmp_path / "head.pth")
 
 
 # -- teaching --------------------------------------------------------------------------------------
@@ -421,7 +503,11 @@ def test_a_published_captioner_learns(home, quick, tune):
     """Its loss falls, only what is named changes, a run that is killed goes on bit for bit."""
     options = ["set", "--train", "--init", LLAVA, "--tune", tune, "--steps", 6, "--batch", 2, "--lr",
                0.003, "--warmup", 1, "--save_every", 2, "--eval_every", 3, "--log_every", 1,
-               "--style", "tags", "--run"]
+               "--style", "tags", "--frames", "uniform:1", "--run"]
+    rates = dict(connector=1e-3, lora=2e-4, all=2e-5)        # unless --lr is given
+    assert c.parse(["set", "--train", "--init", "x", "--tune", tune]).lr == rates[tune]
+    assert all(re.fullmatch(c.TUNED[how], "tower.merge.0.weight") for how in ("connector", "all"))
+    assert not re.fullmatch(c.TUNED["all"], "tower.layers.0.q.weight")
     if tune == "lora":
         process = subprocess.Popen([sys.executable, str(ROOT / "caption.py"), *map(str, options),
                                     "broken-lora"], cwd=home, stderr=subprocess.DEVNULL,
@@ -433,6 +519,7 @@ def test_a_published_captioner_learns(home, quick, tune):
         process.wait()
         quick(*options, "broken-lora")
     quick(*options, f"whole-{tune}")
+    quick(*options, f"whole-{tune}")                         # is done
     log = [json.loads(line) for line in open(home / f"runs/whole-{tune}/log.jsonl")]
     assert log[-1]["held_out"] < log[2]["held_out"] and len(log) == 6
     learnt = load_file(home / f"runs/whole-{tune}/step-000006/model.safetensors")
@@ -474,11 +561,12 @@ def test_two_ranks_caption_and_teach_as_one(home):
     for world in (1, 2):
         on_ranks(home, world, "set", "--vlm", LLAVA, "--lm", QWEN, "--all", "--frames", "uniform:2",
                  "--max_tokens", 6, "--source", f"on{world}")
-        on_ranks(home, world, "set", "--train", "--init", LLAVA, "--tune", "lora", "--steps", 2,
-                 "--batch", 2, "--log_every", 1, "--eval_every", 2, "--run", f"on{world}")
+        on_ranks(home, world, "set", "--train", "--init", LLAVA, "--tune", "connector", "--steps",
+                 4, "--warmup", 1, "--batch", 2, "--log_every", 1, "--eval_every", 2, "--run", f"on{world}")
     files = [sorted(home.glob(f"data/set/*captions-on{world}.jsonl")) for world in (1, 2)]
     assert len(files[0]) >= 3
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
     logs = [[json.loads(line) for line in open(home / f"runs/on{world}/log.jsonl")] for world in (1, 2)]
     for one, two in zip(*logs):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
