@@ -57,6 +57,7 @@ import json
 import math
 import os
 import re
+import string
 import sys
 import unicodedata
 from collections import Counter
@@ -136,7 +137,8 @@ def pad(lists):
 # ------------------------------------------------------------------------------------------------
 
 
-ACTS = {"gelu": F.gelu, "gelu_new": functools.partial(F.gelu, approximate="tanh"), "silu": F.silu,
+TANH = functools.partial(F.gelu, approximate="tanh")
+ACTS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH, "silu": F.silu,
         "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
@@ -1344,10 +1346,16 @@ CLIP_KEYS = [
     (r"layers.(\d+).up", r"text_model.encoder.layers.\1.mlp.fc1"),
     (r"layers.(\d+).down", r"text_model.encoder.layers.\1.mlp.fc2")]
 CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_scale|"
-                r"(text|visual)_projection\.weight")
+                r"(text|visual)_projection\.weight|text_model\.head\..*|logit_bias")
 CLIP_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
                      num_attention_heads=8, max_position_embeddings=77, vocab_size=49408,
                      hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
+SIGLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=32000,
+              num_attention_heads=12, max_position_embeddings=64, image_size=224, patch_size=16,
+              hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)       # of both its towers
+
+
+PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 def clean_prompt(text):
@@ -1377,7 +1385,8 @@ def distance_buckets(n, buckets, furthest):
 class TextEncoder(nn.Module):
     """A frozen text encoder, as `open_text_encoder` makes it. T5's and UMT5's add a table's row to
     the scores by the distance of two tokens (T5: the first layer's table in all, UMT5: each its
-    own); CLIP's is causal and adds positions. `hash` names it in files' names."""
+    own); CLIP's is causal and adds positions; SigLIP's adds them, reads all that pads a text, and
+    knows lower case without punctuation. `hash` names it in files' names."""
 
     def __init__(self, stack, vocab, positions=0, tables=0, buckets=32, furthest=128):
         super().__init__()
@@ -1407,6 +1416,7 @@ class TextEncoder(nn.Module):
         """Sets `split`, text -> ids, and the ids before a text, after it, and of padding."""
         tokens, is_clip = Tokens(folder), self.position is not None
         marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
+        marks = 2 * ["</s>"] if self.is_siglip else marks
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             told = read_published(folder / name).get("pad_token") if (folder / name).exists() else 0
             marks[-1] = told["content"] if isinstance(told, dict) else told or marks[-1]
@@ -1416,8 +1426,10 @@ class TextEncoder(nn.Module):
         self.split = tokens.encode
 
     def pooled(self, ids, hidden):
-        """[B, D]: CLIP's hidden state at the first end of each text. Configs that say 2, which is
-        not its id, mean the largest id."""
+        """[B, D]: CLIP's hidden state at the first end of each text, SigLIP's at the last token.
+        CLIP's configs that say 2, which is not its end's id, mean the largest id."""
+        if self.is_siglip:
+            return hidden[:, -1]
         is_end = ids == (ids.amax(1, True) if self.end == 2 else self.end)
         return hidden[torch.arange(len(ids)), is_end.int().argmax(1)]
 
@@ -1427,7 +1439,10 @@ class TextEncoder(nn.Module):
         if self.position is not None and most > self.max_length:
             raise ValueError(f"max_length {most}: this encoder has {self.max_length} positions")
         for text in texts:
-            ids = self.begin + self.split(clean_prompt(text) if self.is_wan else text)
+            text = clean_prompt(text) if self.is_wan else text
+            if self.is_siglip:
+                text = " ".join(text.translate(PUNCTUATION).lower().split())
+            ids = self.begin + self.split(text)
             rows.append(ids[:most - 1] + [self.after])
         mask = torch.arange(most) < torch.tensor([[len(row)] for row in rows])
         padded = [row + [self.padding] * (most - len(row)) for row in rows]
@@ -1468,18 +1483,20 @@ def make_text_encoder(config):
         shape = dict(tables=stack.depth if kind == "umt5" else 1,
                      buckets=config["relative_attention_num_buckets"],
                      furthest=config.get("relative_attention_max_distance", 128))
-    elif kind in ("clip", "clip_text_model"):
-        config = {**CLIP_DEFAULTS, **config.get("text_config", config)}
+    elif kind in ("clip", "clip_text_model", "siglip"):
+        config = {**(SIGLIP if kind == "siglip" else CLIP_DEFAULTS),
+                  **config.get("text_config", config)}
         stack = Stack(config["hidden_size"], config["num_hidden_layers"],
-                      config["num_attention_heads"], ffn=config["intermediate_size"], causal=True,
-                      act=config["hidden_act"], eps=config["layer_norm_eps"])
+                      config["num_attention_heads"], ffn=config["intermediate_size"],
+                      act=config["hidden_act"], eps=config["layer_norm_eps"],
+                      causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
     else:
         raise ValueError(f"model_type {kind}, feed_forward_proj {config.get('feed_forward_proj')}: "
-                         "known are t5 and umt5 with gated-gelu, clip and clip_text_model")
+                         "known are t5 and umt5 with gated-gelu, clip, clip_text_model and siglip")
     with torch.device("meta"):
         model = TextEncoder(stack, config["vocab_size"], **shape)
-    model.end = config.get("eos_token_id")
+    model.end, model.is_siglip = config.get("eos_token_id"), kind == "siglip"
     return model, f"{stack} {shape}"
 
 
@@ -2569,28 +2586,58 @@ def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
     return tidy(text) or prompt
 
 
+class Probe(nn.Module):
+    """SigLIP's head (2303.15343): a learnt query reads a picture's tokens, [B, N, D] to [B, D]."""
+
+    def __init__(self, stack):
+        super().__init__()
+        self.stack, D = stack, stack.width
+        self.probe, self.layernorm = nn.Embedding(1, D), stack.make_norm()
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D) for _ in range(4))
+        self.up, self.down = nn.Linear(D, stack.ffn), nn.Linear(stack.ffn, D)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.stack.heads, -1)).transpose(1, 2) for y in (
+            self.q(self.probe.weight).expand(len(x), 1, -1), self.k(x), self.v(x)))
+        x = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        return x + self.down(ACTS[self.stack.act](self.up(self.layernorm(x))))
+
+
 class Scorer:
-    """Of a clip and its caption, by a CLIP folder: the mean cosine of four frames and the text; and
-    with LAION's linear head (a file of weight [1, D] and bias [1]) the frames' mean aesthetics."""
+    """Of a clip and its caption, by a CLIP or SigLIP folder: the mean cosine of four frames and the
+    text; and with LAION's linear head (weight [1, D] and bias [1]) the frames' mean aesthetics."""
 
     def __init__(self, args, folder, rows, device):
         config, weights = read_published(Path(args.clip, "config.json")), read_tensors(args.clip)
-        if not {"vision_config", "projection_dim"} <= config.keys():
+        self.is_siglip = config.get("model_type") == "siglip"
+        if "vision_config" not in config or not (self.is_siglip or "projection_dim" in config):
             refuse(f"{args.clip} is no CLIP of images and texts: its config.json lacks "
                    "vision_config or projection_dim")
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
-        self.text, sight = open_text_encoder(args.clip, device), config["vision_config"]
-        self.size, width = sight.get("image_size", 224), config["projection_dim"]
+        self.text = open_text_encoder(args.clip, device)
+        sight = {**(SIGLIP if self.is_siglip else {"image_size": 224}), **config["vision_config"]}
+        self.size, read = sight["image_size"], self.text.embed.embedding_dim
         with torch.device("meta"):
             model = nn.Module()
-            model.tower = clip_sight(sight, -1, keep_cls=True, post=True)()
-            model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
-            model.textual = nn.Linear(self.text.embed.embedding_dim, width, bias=False)
-        names = ((r"^visual_projection\.", "visual."), (r"^text_projection\.", "textual."),
-                 CLIP_TOWER)
-        sights = {name: t for name, t in weights.items() if not name.startswith("text_model.")}
-        self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")],
-                                   r"logit_scale\.weight", torch.float32, device, args.clip)
+            if self.is_siglip:
+                stack = Stack(*(sight[name] for name in ("hidden_size", "num_hidden_layers",
+                                                         "num_attention_heads")), linear=Linear,
+                              ffn=sight["intermediate_size"], act=sight["hidden_act"],
+                              eps=sight["layer_norm_eps"])
+                model.tower = Sight(stack, sight["patch_size"], (self.size // sight["patch_size"])
+                                    ** 2, bias=True, post=True)
+                model.visual, width = Probe(stack), stack.width
+            else:
+                model.tower, width = clip_sight(sight, -1, True, True)(), config["projection_dim"]
+                model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
+            model.textual = nn.Linear(read, width, bias=self.is_siglip)
+        names = ((r"^vision_model\.head\.attention\.", "visual.attn."), CLIP_TOWER,
+                 (r"^(visual_projection|vision_model\.head)\.", "visual."),
+                 (r"^(text_projection|text_model\.head)\.", "textual."))
+        sights = {name: t for name, t in weights.items()
+                  if not re.match(r"text_model\.(?!head)|logit_", name)}
+        self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")], "-",
+                                   torch.float32, device, args.clip)
         self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
         shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
         if shapes not in ({}, {"weight": [1, width], "bias": [1]}):
@@ -2601,8 +2648,10 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, frames, text):
-        x = torch.stack([crop(frame, self.size)[0][0] for frame in frames]).to(self.device)
-        seen = F.normalize(self.model.visual(self.model.tower(x)[:, 0]), dim=-1)
+        fit = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
+        x = torch.stack([fit(frame, self.size)[0][0] for frame in frames]).to(self.device)
+        x = self.model.tower(x)                      # of CLIP's the first token, of SigLIP's all
+        seen = F.normalize(self.model.visual(x if self.is_siglip else x[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)
         said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
         found = {"clip": (seen @ said[0]).mean().item()}
@@ -2789,7 +2838,7 @@ def parse(argv=None):
         help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
-    add("--clip", metavar="DIR", help="CLIP folder that scores text against frames (none)")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
     add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
     add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
     add("--tune", default="connector", choices=["connector", "lora", "all"],

@@ -1527,7 +1527,7 @@ def add_settings(parser):
         help="prompts of each kind, or real clips (%(default)s)")
     add("--data", help="data set of the real clips and their captions")
     add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
-    add("--clip", metavar="DIR", help="CLIP folder that compares a video with its prompt")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: compares a video with its prompt")
 
 
 def main(argv=None):

@@ -450,6 +450,73 @@ def clip_folder(folder):
     return folder
 
 
+def published(name, layer):
+    """One of torch's encoder layers under SigLIP's names."""
+    found, state = {}, layer.state_dict()
+    for kind in ("weight", "bias"):
+        for part, each in zip("qkv", state[f"self_attn.in_proj_{kind}"].chunk(3)):
+            found[f"{name}.self_attn.{part}_proj.{kind}"] = each
+        for theirs, ours in (("self_attn.out_proj", "self_attn.out_proj"), ("linear1", "mlp.fc1"),
+                             ("linear2", "mlp.fc2"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
+            found[f"{name}.{ours}.{kind}"] = state[f"{theirs}.{kind}"]
+    return found
+
+
+def test_siglip_scores_as_torchs_own_layers_do(tmp_path):
+    """A folder of random weights against nn.TransformerEncoderLayer and nn.MultiheadAttention."""
+    torch.manual_seed(0)
+    D, gelu, tensors = 32, torch.nn.GELU("tanh"), {}
+    sight, text = ([torch.nn.TransformerEncoderLayer(D, 4, 64, 0, gelu, 1e-6, True, True).eval()
+                    for _ in range(2)] for _ in range(2))
+    for part, layers in ("vision_model", sight), ("text_model", text):
+        for i, layer in enumerate(layers):
+            for weight in layer.parameters():
+                torch.nn.init.normal_(weight, std=0.3)
+            tensors |= published(f"{part}.encoder.layers.{i}", layer)
+    patch, probe = torch.nn.Conv2d(3, D, 7, 7), torch.randn(1, 1, D)
+    reader, fc1, fc2 = torch.nn.MultiheadAttention(D, 4, batch_first=True), *(
+        torch.nn.Linear(*shape) for shape in ((D, 64), (64, D)))
+    said, words = torch.nn.Linear(D, D), torch.randn(386, D)
+    places, order = torch.randn(16, D), torch.randn(12, D)
+    norms = [torch.nn.LayerNorm(D, eps=1e-6) for _ in range(3)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    for name, module in {
+            "vision_model.embeddings.patch_embedding": patch, "vision_model.head.attention": reader,
+            "vision_model.head.mlp.fc1": fc1, "vision_model.head.mlp.fc2": fc2, "text_model.head": said,
+            "vision_model.post_layernorm": norms[0], "vision_model.head.layernorm": norms[1],
+            "text_model.final_layer_norm": norms[2]}.items():
+        tensors |= {f"{name}.{key}": t for key, t in module.state_dict().items()}
+    tensors |= {"vision_model.head.probe": probe, "text_model.embeddings.token_embedding.weight": words,
+                "vision_model.embeddings.position_embedding.weight": places,
+                "text_model.embeddings.position_embedding.weight": order,
+                "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    sizes = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "siglip", "vision_config": sizes | {"image_size": 28, "patch_size": 7},
+        "text_config": sizes | {"vocab_size": 386, "max_position_embeddings": 12}}))
+    shutil.copy(LLAVA / "tokenizer.model", tmp_path / "spiece.model")
+    scorer = c.Scorer(c.argparse.Namespace(clip=tmp_path, aesthetics=None), None, [], torch.device("cpu"))
+    ids, mask = scorer.text.ids(["A red, moving Block!"])
+    assert torch.equal(ids, scorer.text.ids(["a red moving block"])[0]) and ids[0, -1] == 2
+    assert ids.shape == (1, 12) and mask.sum() <= 12
+    frames = np.random.default_rng(0).integers(0, 255, (3, 40, 60, 3), np.uint8)
+    with torch.no_grad():
+        x = patch(torch.stack([c.squash(f, 28, c.HALF)[0][0] for f in frames])).flatten(2).mT + places
+        for layer in sight:
+            x = layer(x)
+        x = norms[0](x)
+        x = reader(probe.expand(3, 1, D), x, x)[0]
+        x = (x + fc2(gelu(fc1(norms[1](x)))))[:, 0]
+        y = words[ids] + order
+        for layer in text:
+            y = layer(y)
+        y = said(norms[2](y)[:, -1])
+        wanted = torch.cosine_similarity(x, y).mean().item()
+    assert scorer.score(frames, "A red, moving Block!")["clip"] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_faults_and_tidy():
     good = "A red block slides to the right over a grey floor, slowly, in soft light."
     assert c.fault(good, "long") is None and c.fault(good, "short") is None
