@@ -77,8 +77,8 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
-from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, json_line, number,
-                          open_dataset, read_rows, refuse, rng, run_dir, sole, write_rows,
+from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_sole, json_line,
+                          number, open_dataset, read_rows, refuse, rng, run_dir, write_rows,
                           write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
                        is_finished, last_step, load_step, lr_at, moved, optimizer_tensors,
@@ -1088,11 +1088,12 @@ def in_groups(items, n):
 
 
 def caption_shard(load, write, scorer, rows, path, args, bar):
-    """Writes the captions of one shard's `rows` to `path`, by way of path.part, and those that
+    """Writes the captions of one shard's `rows` to `path`, by way of `part_path`, and those that
     will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
     part, keys = part_path(path, args), [row["key"] for row in rows]
     with open(part, "a", encoding="utf-8") as file:
-        sole(file)
+        if not is_sole(file):
+            refuse(f"{part}: another process writes these captions: wait for its end")
         first = resume(part, keys, args.batch)
         bar.update(first)
         todo, waiting, done = rows[first:], iter(keys[first:]), {}
@@ -1118,7 +1119,8 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
         else:
             rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
         write_rows(path, [row for row in written if "rejected" not in row])
-        remove_parts(path)
+        part.unlink()
+    remove_parts(path)
 
 
 def part_path(path, args):
@@ -1131,8 +1133,11 @@ def part_path(path, args):
 
 
 def remove_parts(path):
+    """Removes what other commands began of a shard that is done, but for those at work."""
     for part in path.parent.glob(f"{path.name}.*.part"):
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError), open(part) as file:
+            if is_sole(file):
+                part.unlink()
 
 
 def rejected_path(path):
@@ -1180,9 +1185,10 @@ def caption(args):
     if wanted and (todo or not sheet.exists()):
         shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
         write_sheet(sheet, folder, shown, [texts.get(row["key"], "(rejected)") for row in shown])
+    others = f", the others' captions in shard-*.rejected-captions-{run}.jsonl"
     print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
-          + f", the others' captions rejected ({rejected_path(files[0]).name}, …)" * (
-              len(texts) < len(wanted)) + f"; look at {sheet}" * sheet.exists(), file=sys.stderr)
+          + others * (len(texts) < len(wanted)) + f"; look at {sheet}" * sheet.exists(),
+          file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
 
@@ -1353,8 +1359,6 @@ CLIP_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=
 SIGLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=32000,
               num_attention_heads=12, max_position_embeddings=64, image_size=224, patch_size=16,
               hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)       # of both its towers
-
-
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
@@ -2758,7 +2762,7 @@ def tune(args, run):
     def ids_of(caption):
         return model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
     # a step's loss is its tokens' sum over this constant, on however many ranks
-    length = np.mean([len(ids_of(caption)) for row in rows for caption in row["captions"]])
+    length = np.mean([len(ids_of(caption)) for row in rows[:1000] for caption in row["captions"]])
 
     def read(row, caption):
         prompt = model.prompt(caption.get("prompt") or question)

@@ -137,18 +137,18 @@ def atomic(path):
 def sweep(folder):
     """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock)."""
     for part in Path(folder).glob(".*.tmp*") if fcntl else ():
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+        with contextlib.suppress(FileNotFoundError), open(part, "rb") as file:
+            if is_sole(file):
+                part.unlink()
 
 
-def sole(file):
-    """Locks an open file for this process, or refuses, where another one writes it."""
-    if fcntl:
-        try:
+def is_sole(file):
+    """Locks an open file for this process; False where another one holds it."""
+    with contextlib.suppress(BlockingIOError):
+        if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse(f"{file.name}: another process is writing it: wait for its end")
+        return True
+    return False
 
 
 def rng(*key):

@@ -390,7 +390,7 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     part.write_text('{"key": "of other clips"}\n')
     path.unlink()
     with open(part, "a") as file:                            # another process is at it
-        prepare_data.sole(file)
+        assert prepare_data.is_sole(file)
         with pytest.raises(SystemExit):
             quick(home, *again, "--all", monkeypatch=monkeypatch)
         assert "another process" in capsys.readouterr().err and not path.exists()
