@@ -1149,16 +1149,13 @@ def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
-    config = run_dir(vlm) / "config.json"
-    config = read_published(config) if config.exists() else {"kind": "captioner", "model": {}}
+    config = read_published(run_dir(vlm) / "config.json", {"kind": "captioner", "model": {}})
     is_own = "kind" in config and "init" not in config.get("model", {})
     if is_own and (args.lm or args.frames or args.prompt):
         refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
     run = args.source or (run if is_own else f"{run}-{args.style}")
     if run in {caption["source"] for row in rows for caption in row["captions"]}:
         refuse(f"{run} is what {folder} calls captions of its own: give another --source")
-    load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
-    scorer = Scorer(args, folder, rows, device) if args.clip else None
     shards = {}
     for row in rows:
         if args.all or not row["captions"]:
@@ -1171,6 +1168,9 @@ def caption(args):
         else:
             todo.append((path, shards[shard]))
     wanted = [row for shard in sorted(shards) for row in shards[shard]]
+    if todo:
+        load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
+        scorer = Scorer(args, folder, rows, device) if args.clip else None
     with tqdm(total=sum(len(mine) for _, mine in todo), desc="caption", unit="clip",
               disable=rank > 0) as bar:
         for path, mine in todo:
@@ -1291,8 +1291,10 @@ def evaluate(path, rows, texts):
 # ================================================================================================
 
 
-def read_published(path):
-    """The object in a published JSON file."""
+def read_published(path, missing=None):
+    """The object in a published JSON file; `missing`, if given, where there is no such file."""
+    if missing is not None and not path.exists():
+        return missing
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -1422,7 +1424,7 @@ class TextEncoder(nn.Module):
         marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
         marks = 2 * ["</s>"] if self.is_siglip else marks
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            told = read_published(folder / name).get("pad_token") if (folder / name).exists() else 0
+            told = read_published(folder / name, {}).get("pad_token")
             marks[-1] = told["content"] if isinstance(told, dict) else told or marks[-1]
         *self.begin, self.after, self.padding = map(tokens.id, marks)
         if None in (*self.begin, self.after, self.padding):
@@ -1658,8 +1660,7 @@ class Tokens:
     rare signs, so that its pieces come first.)"""
 
     def __init__(self, folder):
-        told = folder / "tokenizer_config.json"
-        told = read_published(told) if told.exists() else {}
+        told = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = str(told.get("chat_template", "")), None, {}
         names = "spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken"
         path = next((folder / name for name in names if (folder / name).exists()), None)
@@ -1681,9 +1682,8 @@ class Tokens:
             self.first = self.table.encode("").ids
         elif self.pieces:
             added = told.get("added_tokens_decoder", {})
-            self.added = {token["content"]: int(i) for i, token in added.items()}
-            if (folder / "added_tokens.json").exists():
-                self.added |= read_published(folder / "added_tokens.json")
+            self.added = {**{token["content"]: int(i) for i, token in added.items()},
+                          **read_published(folder / "added_tokens.json", {})}
             self.first = [self.pieces.bos_id()] if told.get("add_bos_token", True) else []
 
     def __len__(self):
@@ -2365,8 +2365,7 @@ class VLM(nn.Module):
 
 def stop_ids(folder, config, tokens, names):
     """Ids that end an answer: the folder's, and the family's marks that are tokens."""
-    told = folder / "generation_config.json"
-    told = read_published(told) if told.exists() else {}
+    told = read_published(folder / "generation_config.json", {})
     found = [each.get("eos_token_id") for each in (config, config.get("text_config", {}), told)]
     found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
     flat = [i for each in found for i in (each if isinstance(each, list) else [each])]
