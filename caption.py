@@ -166,7 +166,6 @@ class Stack:
     window: int = 0             # how many tokens each one sees, itself included; 0: all
     scaling: tuple = ()         # of rotary positions, Llama 3.1's: factor, low, high, old length
     sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
-    longest: int = 0            # tokens beyond which positions would be scaled: refused; 0: any
     trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
     expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
     linear: type = nn.Linear    # train_vae's Linear is faster where layers are wide
@@ -905,9 +904,14 @@ def open_tokenizer(path, texts=None, vocab=None):
         barrier()
     if not path.exists():
         refuse(f"{path} is missing: train the run (again)")
+    return tokenizer_of(tokenizers.Tokenizer.from_file, path)
+
+
+def tokenizer_of(read, path):
+    """What `read` makes of a tokenizer's file; refuses what it can't read."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:           # the library raises nothing narrower
+        return read(str(path))
+    except Exception as error:           # the libraries raise nothing narrower
         refuse(f"{path} is no tokenizer: {error}")
 
 
@@ -1479,6 +1483,13 @@ def wan_config(weights):
                 relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu")
 
 
+def clip_stack(config, depth, **more):
+    """The Stack of one of CLIP's or SigLIP's towers."""
+    return Stack(config["hidden_size"], depth, config["num_attention_heads"],
+                 ffn=config["intermediate_size"], act=config["hidden_act"],
+                 eps=config["layer_norm_eps"], **more)
+
+
 def make_text_encoder(config):
     """(TextEncoder without weights, a text that says what it computes) of a published config."""
     kind = config.get("model_type")
@@ -1492,10 +1503,7 @@ def make_text_encoder(config):
     elif kind in ("clip", "clip_text_model", "siglip"):
         config = {**(SIGLIP if kind == "siglip" else CLIP_DEFAULTS),
                   **config.get("text_config", config)}
-        stack = Stack(config["hidden_size"], config["num_hidden_layers"],
-                      config["num_attention_heads"], ffn=config["intermediate_size"],
-                      act=config["hidden_act"], eps=config["layer_norm_eps"],
-                      causal=kind != "siglip")
+        stack = clip_stack(config, config["num_hidden_layers"], causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
     else:
         raise ValueError(f"model_type {kind}, feed_forward_proj {config.get('feed_forward_proj')}: "
@@ -1667,20 +1675,16 @@ class Tokens:
         if path is None:
             refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
                    "--tokenizer names a folder that has one")
-        try:
-            if path.suffix == ".model":
-                self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            else:
-                self.table = (tokenizers.Tokenizer.from_file(str(path)) if path.suffix == ".json"
-                              else qwen_tokenizer(path))
-        except Exception as error:       # the libraries raise nothing narrower
-            refuse(f"{path} is no tokenizer: {error}")
         self.first = []
         if path.suffix == ".json":
+            self.table = tokenizer_of(tokenizers.Tokenizer.from_file, path)
             self.table.no_truncation()
             self.table.no_padding()
             self.first = self.table.encode("").ids
-        elif self.pieces:
+        elif path.suffix != ".model":
+            self.table = tokenizer_of(qwen_tokenizer, path)
+        else:
+            self.pieces = tokenizer_of(sentencepiece.SentencePieceProcessor, path)
             added = told.get("added_tokens_decoder", {})
             self.added = {**{token["content"]: int(i) for i, token in added.items()},
                           **read_published(folder / "added_tokens.json", {})}
@@ -1717,7 +1721,7 @@ def qwen_tokenizer(path):
     """Qwen 1's byte-level BPE from its list of tokens by rank: any two tokens that together are a
     third one merge, those of lowest rank first."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in
-             (line.split() for line in path.read_text().splitlines() if line)}
+             (line.split() for line in Path(path).read_text().splitlines() if line)}
     part = tokenizers.pre_tokenizers
     alphabet = part.ByteLevel.alphabet()             # bytes that are letters stand for themselves
     order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
@@ -1737,18 +1741,22 @@ def qwen_tokenizer(path):
     return table
 
 
+def rope_of(config):
+    """(The law of a published config's rotary positions, what it says of them.)"""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return rope.get("rope_type", rope.get("type", "default")), rope
+
+
 def language_stack(config, **more):
     """The Stack of a published language model's config."""
     kind = config.get("model_type")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    law = rope.get("rope_type", rope.get("type", "default"))
+    law, rope = rope_of(config)
     if law not in ("default", "llama3", "mrope", "dynamic") or config.get("use_sliding_window") \
             or config.get("attention_bias"):
         raise ValueError(f"rope_scaling {law}, attention_bias and use_sliding_window: known are "
                          "plain and llama3 positions, none of the others")
     scaling = [rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
                "original_max_position_embeddings")] if law == "llama3" else ()
-    longest = config["max_position_embeddings"] if law == "dynamic" else 0
     window = config.get("sliding_window") if kind in ("mistral", "omnilmm") else 0
     return Stack(**{**dict(
         width=config["hidden_size"], depth=config["num_hidden_layers"],
@@ -1758,7 +1766,6 @@ def language_stack(config, **more):
         eps=config.get("rms_norm_eps", 1e-6), act=config.get("hidden_act", "silu"),
         head=config.get("head_dim") or 0, bias=False,
         qkv_bias=str(kind).startswith("qwen2"), qk_norm=kind == "qwen3", window=window or 0,
-        longest=longest,
         scaling=tuple(scaling), sections=tuple(rope.get("mrope_section", ())), linear=FewRows),
         **more})
 
@@ -1802,6 +1809,12 @@ def stretch(places, rows, cols, antialias=False):
     return square.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(places.dtype)
 
 
+def gather(q, k, v, heads):
+    """Attention of queries [B, n, D] to keys and values [B, N, D] by so many heads: [B, n, D]."""
+    q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class Resampler(nn.Module):
     """n learned queries read a picture's tokens: [B, N, wide] to [B, n, D]. `grid` makes the keys'
     positions: the queries' own table, stretched, or (adaptive) sines of column and row."""
@@ -1829,9 +1842,7 @@ class Resampler(nn.Module):
         x = self.norm_kv(self.kv(x))
         q = self.norm_q(self.query.weight) + self.position.weight
         q, k, v = self.q(q).expand(len(x), -1, -1), self.k(x + self.grid(rows, cols, x)), self.v(x)
-        q, k, v = (y.unflatten(-1, (self.stack.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(self.post(self.out(o)))
+        return self.proj(self.post(self.out(gather(q, k, v, self.stack.heads))))
 
 
 class GluHead(nn.Module):
@@ -1916,6 +1927,7 @@ class Plan:
     frames: int = 0             # of a video, where the model takes videos; 0: frame by frame
     video_slot: str = ""
     rate: float = 1.0           # of a video's places in time, a second
+    longest: int = 0            # tokens beyond which positions would be scaled: refused; 0: any
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -1945,8 +1957,7 @@ def clip_sight(config, last, keep_cls=False, post=False):
     c = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
              image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5) | config
     depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
-    stack = Stack(c["hidden_size"], depth, c["num_attention_heads"], ffn=c["intermediate_size"],
-                  act=c["hidden_act"], eps=c["layer_norm_eps"], linear=Linear)
+    stack = clip_stack(c, depth, linear=Linear)
     return functools.partial(Sight, stack, c["patch_size"], (c["image_size"] // c["patch_size"])**2,
                              cls=True, keep_cls=keep_cls, pre=True, post=post)
 
@@ -2306,9 +2317,9 @@ class VLM(nn.Module):
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
-        if 0 < self.plan.stack.longest < len(ids):
+        if 0 < self.plan.longest < len(ids):
             refuse(f"a prompt of {len(ids)} tokens: this model's positions are read as published "
-                   f"up to {self.plan.stack.longest} alone: give fewer frames")
+                   f"up to {self.plan.longest} alone: give fewer frames")
         x, image = self.decoder.read([max(0, i) for i in ids]), torch.tensor(ids) < 0
         if blocks:
             x[image.to(x.device)] = torch.cat(blocks).to(x)
@@ -2386,6 +2397,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
     weights = read_tensors(path)
     try:
         plan = FAMILIES[kind](config, weights, path)
+        text = config.get("text_config") or config
+        if rope_of(text)[0] == "dynamic":
+            plan.longest = text["max_position_embeddings"]
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and not any(
                 "vision_tower" in name for name in weights):
@@ -2600,9 +2614,8 @@ class Probe(nn.Module):
         self.up, self.down = nn.Linear(D, stack.ffn), nn.Linear(stack.ffn, D)
 
     def forward(self, x):
-        q, k, v = (y.unflatten(-1, (self.stack.heads, -1)).transpose(1, 2) for y in (
-            self.q(self.probe.weight).expand(len(x), 1, -1), self.k(x), self.v(x)))
-        x = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        q = self.q(self.probe.weight).expand(len(x), 1, -1)
+        x = self.out(gather(q, self.k(x), self.v(x), self.stack.heads)[:, 0])
         return x + self.down(ACTS[self.stack.act](self.up(self.layernorm(x))))
 
 
@@ -2620,15 +2633,13 @@ class Scorer:
         self.text = open_text_encoder(args.clip, device)
         sight = {**(SIGLIP if self.is_siglip else {"image_size": 224}), **config["vision_config"]}
         self.size, read = sight["image_size"], self.text.embed.embedding_dim
+        self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
         with torch.device("meta"):
             model = nn.Module()
             if self.is_siglip:
-                stack = Stack(*(sight[name] for name in ("hidden_size", "num_hidden_layers",
-                                                         "num_attention_heads")), linear=Linear,
-                              ffn=sight["intermediate_size"], act=sight["hidden_act"],
-                              eps=sight["layer_norm_eps"])
-                model.tower = Sight(stack, sight["patch_size"], (self.size // sight["patch_size"])
-                                    ** 2, bias=True, post=True)
+                stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
+                places = (self.size // sight["patch_size"])**2
+                model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
                 model.visual, width = Probe(stack), stack.width
             else:
                 model.tower, width = clip_sight(sight, -1, True, True)(), config["projection_dim"]
@@ -2651,8 +2662,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, frames, text):
-        fit = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
-        x = torch.stack([fit(frame, self.size)[0][0] for frame in frames]).to(self.device)
+        x = torch.stack([self.picture(frame, self.size)[0][0] for frame in frames]).to(self.device)
         x = self.model.tower(x)                      # of CLIP's the first token, of SigLIP's all
         seen = F.normalize(self.model.visual(x if self.is_siglip else x[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)

@@ -203,6 +203,12 @@ def test_layouts_of_weights_agree(tmp_path):
     assert [len(x) for x in wan.encode(curly)] == wan.ids(curly)[1].sum(1).tolist()
 
 
+@pytest.mark.parametrize("folder, name", [("clip-text", "7c0ad9b3"), ("t5-v1_1-encoder", "03110841")])
+def test_encoded_texts_keep_their_names(folder, name):
+    """Files that were written are found again, whatever Stack learns to say of other models."""
+    assert c.open_text_encoder(ROOT / "tests" / "fixtures" / folder / "encoder").hash == name
+
+
 def test_text_encoder_refusals(tmp_path, capsys):
     tensors = load_file(FIXTURES / "wan-umt5" / "model.safetensors")
     lost = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
