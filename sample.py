@@ -24,6 +24,7 @@ Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interv
 Lin 2023 (rescaled, 2305.08891); Ma 2024 (SiT, 2401.08740); beside each sampler its own.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import html
@@ -254,12 +255,23 @@ def flow_points(args, how, shift):
     return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times   # it takes log alpha
 
 
+def skipped(args, strength):
+    """Steps of the sampler that a change by this strength leaves out."""
+    return min(args.steps - 1, round(args.steps * (1 - strength)))
+
+
+def count_steps(args, strength=1.0):
+    """How often `trajectory` yields."""
+    n = args.steps - skipped(args, strength)
+    return n // 3 + 1 if args.sampler == "dpm-fast" else n
+
+
 def trajectory(args, how, read, noise, start, strength, shift, draw):
     """The generator of x that the options ask for. read(x, network's time, time on the path or
     (alpha, sigma)) -> (velocity, x_0, noise, variance's share); noise, start: tokens [N, C*P],
     start None but for video to video, where only this share of the steps, `strength`, is made;
     shift: a float, or [N, 1]; draw(i): fresh noise."""
-    skip = min(args.steps - 1, round(args.steps * (1 - strength)))
+    skip = skipped(args, strength)
     if how.path in STEPPED:
         told, alpha, sigma = (each[skip:] for each in stepped_points(args, how))
         at = lambda i: (alpha[i].to(noise), sigma[i].to(noise))
@@ -467,6 +479,28 @@ class Story:
         return min(total, self.wish["frames"]) if len(self.pieces) == 1 else total
 
 
+def todo_of(wish):
+    """[(role, prompt)] of the parts of a wish that a model makes, one after another."""
+    prompt, extend = wish["prompt"], wish.get("extend", 0)
+    first = "change" if wish.get("strength") else None if wish.get("video") else "new"
+    todo = [(first, prompt)] if first else []
+    todo += [("before" if extend < 0 else "after", prompt)] * abs(extend)
+    todo += [("after", then) for then in wish.get("then", ())]
+    return todo + ([("between", prompt)] if wish.get("loop") or wish.get("to") else [])
+
+
+def groups_of(wishes):
+    """[(share of the way from noise, k, numbers of the wishes)]: whose part k is made in one row;
+    what changes a video has steps of its own."""
+    groups, todos = {}, [todo_of(wish) for wish in wishes]
+    for k in range(max(map(len, todos))):
+        for i, todo in enumerate(todos):
+            if k < len(todo):
+                strength = wishes[i]["strength"] if todo[k][0] == "change" else 1.0
+                groups.setdefault((strength, k, todo[k][0] == "change"), []).append(i)
+    return [(strength, k, members) for (strength, k, _), members in groups.items()]
+
+
 class Sampler:
     """A model, ready to make videos of wishes; see `wish_of` for what these hold."""
 
@@ -474,7 +508,7 @@ class Sampler:
         openers, about = (open_run(args, config, device) if config else
                           open_foreign(args, device))
         self.args, self.device, self.about = args, device, about
-        self.part = Parts(openers, args.offload)
+        self.part, self.bar = Parts(openers, args.offload), None
         vae, self.vae_config = self.part("vae")
         self.stride, self.time_stride, self.z_dim = vae.stride, vae.time_stride, vae.z_dim
         del vae                          # or --offload would hold it beside the denoiser
@@ -521,18 +555,12 @@ class Sampler:
         C, T, H, W = self.latent_shape(wish["frames"], wish["height"], wish["width"])
         files = {name: read_media(wish[name], wish["fps"], H * self.stride, W * self.stride)
                  for name in GIVEN_FILES if wish.get(name)}
-        prompt, extend = wish["prompt"], wish.get("extend", 0)
-        todo = [("before" if extend < 0 else "after", prompt)] * abs(extend)
-        todo += [("after", then) for then in wish.get("then", ())]
-        todo += [("between", prompt)] if wish.get("loop") or wish.get("to") else []
+        todo = todo_of(wish)
         if wish.get("strength"):
             video = files["video"][:1 + (T - 1) * self.time_stride]
             T = 1 + (len(video) - 1) // self.time_stride
             files["video"] = video[:1 + (T - 1) * self.time_stride]
             wish = {**wish, "frames": min(len(files["video"]), wish["frames"])}
-            todo.insert(0, ("change", prompt))
-        elif "video" not in files:
-            todo.insert(0, ("new", prompt))
         story = Story(wish, (C, T, H, W), 1 + (T - 1) * self.time_stride, todo, files)
         if "video" in files and not wish.get("strength"):
             story.pieces.append(Piece(len(files["video"]), frames=files["video"]))
@@ -612,19 +640,23 @@ class Sampler:
         prompts = {wish["negative"]: 0 for wish in wishes}
         prompts |= {prompt: 0 for story in stories for _, prompt in story.todo}
         texts = {prompt: self.part("text")(prompt) for prompt in prompts}
-        n = max(len(story.todo) for story in stories)
-        with tqdm(desc="sample", unit="step", disable=self.args.quiet) as progress:
-            for k in range(n):
-                now = [story for story in stories if k < len(story.todo)]
-                groups = {}                                  # what changes has steps of its own
-                for story in now:
-                    is_changed = story.todo[k][0] == "change"
-                    groups.setdefault(is_changed and story.wish["strength"], []).append(story)
-                for group in groups.values():
-                    jobs = [self.job(story, k, texts) for story in group]
-                    for story, z in zip(group, self.denoise(jobs, progress)):
-                        self.add(story, story.todo[k][0], z)
+        with self.shown([wishes]) as bar:
+            for strength, k, members in groups_of([story.wish for story in stories]):
+                group = [stories[i] for i in members]
+                jobs = [self.job(story, k, texts) for story in group]
+                for story, z in zip(group, self.denoise(jobs, bar)):
+                    self.add(story, story.todo[k][0], z)
         return stories
+
+    def shown(self, batches):
+        """The bar of a whole call where there is one, or one of these batches."""
+        return self.progress(batches) if self.bar is None else contextlib.nullcontext(self.bar)
+
+    def progress(self, batches):
+        """A progress bar of the steps that these batches of wishes take in all."""
+        total = sum(count_steps(self.args, group[0]) for wishes in batches
+                    for group in groups_of(wishes))
+        return tqdm(desc="sample", unit="step", total=total, disable=self.args.quiet)
 
     def add(self, story, role, z):
         """Puts what was made in its place; of its frames not those that its neighbours have."""
@@ -671,8 +703,6 @@ def read_media(path, fps, height, width):
     """uint8 [T, height, width, 3] of a video at `fps`, or of a still: scaled to cover, and cut
     about the centre."""
     path = Path(path)
-    if not path.is_file():
-        refuse(f"{path}: no such file")
     try:
         if path.suffix.lower() in STILLS and not is_animated(path):
             return fit(read_still(path), height, width)
@@ -696,7 +726,7 @@ class CodeSampler(Sampler):
     one."""
 
     def __init__(self, args, device, config=None):
-        self.args, self.device, self.model, vae = args, device, None, args.vae
+        self.args, self.device, self.model, vae, self.bar = args, device, None, args.vae, None
         if config:
             self.model, self.read, _ = load_denoiser(args.name, device, config)
             vae = own_vae(args, config)
@@ -726,7 +756,12 @@ class CodeSampler(Sampler):
             n = self.prior.norm.w.in_features
             label = torch.tensor([class_number(wish["prompt"], n) for wish in wishes],
                                  device=self.device)
-        bar = lambda steps: tqdm(steps, desc="sample", unit="code", disable=self.args.quiet)
+
+        def bar(steps):
+            with self.shown([wishes]) as shown:
+                for step in steps:
+                    yield step
+                    shown.update()
         if self.model:
             texts = [self.read(wish["prompt"]) for wish in wishes]
             videos = sample_codes(self.model, self.vae, texts, draws, self.args.temperature, bar)
@@ -738,6 +773,10 @@ class CodeSampler(Sampler):
             stories.append(Story(wish, None, len(frames), [], {}))
             stories[-1].pieces.append(Piece(len(frames), frames=frames))
         return stories
+
+    def progress(self, batches):
+        total = len(batches) * math.prod(self.prior.shape)
+        return tqdm(desc="sample", unit="code", total=total, disable=self.args.quiet)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -769,6 +808,11 @@ def wish_of(args, row):
     if wish.get("video") and not has("extend", "then", "to", "loop", "strength"):
         refuse("--video FILE: say what is to come of it: --extend, --then, --to, --loop or "
                "--strength")
+    for name in has(*GIVEN_FILES):
+        path = Path(wish[name[2:]])
+        if not path.is_file():
+            refuse(f"{name} {path} is a folder: name a file in it" if path.is_dir() else
+                   f"{name} {path}: no such file")
     return wish
 
 
@@ -943,6 +987,28 @@ def write_page(folder):
         rendering="pixelated" if max(sides) < 200 else "auto"))
 
 
+def not_learnt(wishes, data, labels=None):
+    """What of the wishes lies outside of the data that a run learnt from, as texts."""
+    found, known = [], set(data["words"])
+    for name, unit, values in (
+            ("side", " px", [wish[side] for wish in wishes for side in ("height", "width")]),
+            ("frames", " frames a part", [wish["frames"] for wish in wishes]),
+            ("fps", " frames/s", [wish["fps"] for wish in wishes if wish["frames"] > 1])):
+        low, high = data[f"{name}_range"] or (None, None)
+        off = sorted({value for value in values if low and not low <= value <= high})
+        if off:
+            found.append(f"{', '.join(f'{value:g}' for value in off[:4])}{unit} (it learnt "
+                         f"{low:g}{f' to {high:g}' if high > low else ''})")
+    texts = [text for wish in wishes for text in (wish["prompt"], *wish.get("then", ()))]
+    if not data["text"]:
+        return found + ["prompts (it learnt without text)"] * (not labels and any(texts))
+    words = dict.fromkeys(re.findall(r"\w+", " ".join(texts).lower()))
+    words = [word for word in words if word not in known and not (     # Chinese: by character
+        word[0] > "\u3000" and all(letter in known for letter in word))]
+    more = f" and {len(words) - 8} more" if len(words) > 8 else ""
+    return found + [f"the word{'s' * (len(words) > 1)} {', '.join(words[:8])}{more}"] * bool(words)
+
+
 def sample(args, folder):
     rank, world, device = setup(args)
     args.quiet = rank > 0
@@ -951,19 +1017,26 @@ def sample(args, folder):
         {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
         for prompt in args.prompt for i in range(args.n)]
     wishes = rewritten(args, wishes, device) if args.rewrite else wishes
+    data = sampler.about.get("data")
+    strange = not_learnt(wishes, data, sampler.about.get("labels")) if data and rank == 0 else ()
+    if strange:
+        print(f"warning: outside of what {args.name} learnt, expect less: {'; '.join(strange)}",
+              file=sys.stderr)
     stems = [stem_of(wish) for wish in wishes]
     if args.prompts or len(set(stems)) < len(stems):
         stems = [f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
     batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
     rows, out = [], Path(args.out) if args.out else folder / "samples"
-    for batch in batches[rank::world]:
-        # whole batches: what a video shares a row with must not depend on where a run was stopped
-        if args.prompts and all(is_made(sampler, wishes[i], out / stems[i], args) for i in batch):
-            continue
-        for i, story in zip(batch, sampler([wishes[i] for i in batch])):
-            path, shown = write_story(sampler, story, out / stems[i], args)
-            rows.append((shown, f"{wishes[i]['prompt']} (seed {wishes[i]['seed']})"))
-            print(path, flush=True)
+    # whole batches: what a video shares a row with must not depend on where a run was stopped
+    batches = [batch for batch in batches[rank::world] if not args.prompts or not all(
+        is_made(sampler, wishes[i], out / stems[i], args) for i in batch)]
+    with sampler.progress([[wishes[i] for i in batch] for batch in batches]) as sampler.bar:
+        for batch in batches:
+            for i, story in zip(batch, sampler([wishes[i] for i in batch])):
+                path, shown = write_story(sampler, story, out / stems[i], args)
+                rows.append((shown, f"{wishes[i]['prompt']} (seed {wishes[i]['seed']})"))
+                tqdm.write(str(path), sys.stdout)
+                sys.stdout.flush()
     barrier()
     if rank == 0:
         if 1 < len(rows) <= 64:
@@ -1277,7 +1350,8 @@ def open_run(args, config, device):
             "text": lambda: open_reader(folder, config, device)}, {
         "kind": "own", "weights": str(last_checkpoint(folder)), "autoencoder": wanted["hash"],
         "conditions": config["args"].get("conditions", ()), "shift": config["args"]["shift"],
-        "labels": config.get("labels"), "takes": bool(config["args"].get("given"))}
+        "labels": config.get("labels"), "takes": bool(config["args"].get("given")),
+        "data": config.get("data")}
 
 
 def class_number(prompt, n):
@@ -1409,6 +1483,10 @@ def resolve(args, about, how, stride):
              **KINDS[about["kind"]]}
     if about["kind"] == "own" and how.path in STEPPED:
         known["sampler"] = "ddim"
+    data = about.get("data")
+    if data:                             # what the run learnt most often
+        known |= {"size": tuple(data["size"]), "fps": data["fps"] or known["fps"]}
+        known["seconds"] = data["frames"] / known["fps"]
     if args.frames or args.seconds:
         known = {name: value for name, value in known.items() if name not in ("frames", "seconds")}
     for name, value in known.items():
@@ -1456,10 +1534,13 @@ def add_wishes(parser):
     add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
         "captions of the run's data (none)")
     add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
-    add("--size", type=size_of, help="HxW, px (32x48; of a published model its own)")
-    add("--seconds", type=number(float, 0.001), help="length, s, of each part (1.3)")
+    add("--size", type=size_of, help="HxW, px (the run's most frequent, or "
+        "32x48; of a published model its own)")
+    add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
+        "frequent, or 1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
-    add("--fps", type=number(float, 0.1), help="frames a second (10; Wan 16, TI2V 24)")
+    add("--fps", type=number(float, 0.1), help="frames a second (the run's most frequent, or 10; "
+        "Wan 16, TI2V 24)")
     add("--motion", type=number(float, 0),
         help="motion score to ask for, of a run trained with --conditions motion (none)")
     add("--n", type=number(int, 1), default=1,

@@ -353,9 +353,59 @@ def test_a_wrong_row_of_prompts_is_named_by_its_line(row, says, tmp_path, capsys
     assert end.value.code == 2 and "list.jsonl, line 3: " in line and says in line
 
 
+DATA = {"size": [40, 36], "frames": 9, "fps": 12.5, "sizes": [[40, 36, 7]], "frames_range": [5, 17],
+        "fps_range": [12.5, 25], "side_range": [36, 64], "text": True, "words": ["a", "b", "square", "狗"]}
+
+
+@pytest.fixture
+def learnt(inside):
+    """The tiny run, which tells what data it learnt from."""
+    path = inside / "runs/tiny/config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), "data": DATA}))
+    yield inside
+    path.write_text(before)
+
+
+def test_defaults_are_the_datas_and_what_is_outside_of_them_is_said(learnt, tmp_path, capsys):
+    call = lambda *options: [S.main(["tiny", "--steps", "2", "--device", "cpu", "--out", str(tmp_path),
+                                     *options]), capsys.readouterr().err][1]
+    err = call("--prompt", "a square", "狗狗", "--n", "2", "--batch", "3")
+    wish = json.loads((tmp_path / "a-square-s1.json").read_text())["wish"]
+    assert (wish["height"], wish["width"], wish["frames"], wish["fps"]) == (40, 36, 9, 12.5)
+    assert "warning" not in err and "4/4" in err             # two batches of two steps
+    err = call("--prompt", "a zebra runs", "--size", "40x96", "--frames", "33", "--fps", "30")
+    line, = [line for line in err.splitlines() if "warning" in line]
+    for part in ("96 px (it learnt 36 to 64)", "33 frames a part (it learnt 5 to 17)",
+                 "30 frames/s (it learnt 12.5 to 25)", "the words zebra, runs"):
+        assert part in line
+    wish = dict(prompt="a", height=40, width=40, frames=9, fps=25.0)
+    assert S.not_learnt([wish], {**DATA, "text": False}) == ["prompts (it learnt without text)"]
+
+
+def test_the_bar_counts_what_the_sampler_yields(inside):
+    """In every sampler, in a chain, and where a video is changed: it ends at its total."""
+    for options in (["--sampler", "euler"], ["--sampler", "sde"], ["--sampler", "unipc"], ["--extend", "2"]):
+        args = S.parse_options(["tiny", "--prompt", "a", "--steps", "4", "--frames", "5", "--device", "cpu",
+                                *options])
+        sampler = S.open_sampler(args, torch.device("cpu"))
+        wishes = [S.wish_of(args, {"prompt": "a"})]
+        with sampler.progress([wishes]) as sampler.bar:
+            sampler(wishes)
+            assert sampler.bar.n == sampler.bar.total == 4 * (3 if "--extend" in options else 1)
+    args.sampler, args.steps, args.extend = "euler", 8, 0
+    assert S.count_steps(args, 0.5) == 4 and S.count_steps(args, 0.01) == 1
+    for args.steps in (6, 7, 8):                             # orders 3, 2 and 1; each yields once
+        args.sampler, points = "dpm-fast", S.level_grid(args.steps)[1:]
+        x = torch.zeros(1)
+        yields = list(S.dpm_fast(lambda x, i: (x,), x, *points))
+        assert len(yields) == S.count_steps(args)
+
+
 @pytest.mark.parametrize("options, says", [
     (["--video", "x.mp4"], "what is to come"), (["--strength", "0.5"], "name it by --video"),
-    (["--image", "nowhere.png"], "no such file"), (["--sampler", "ddpm"], "--sampler ddpm"),
+    (["--image", "nowhere.png"], "no such file"),
+    (["--image", "runs"], "--image runs is a folder"), (["--sampler", "ddpm"], "--sampler ddpm"),
     (["--video", "a", "--image", "b", "--extend", "1"], "do not go together"),
     (["--prompts", "nowhere.jsonl"], "no such file"), (["--eval", "fid"], "--detector"),
     (["--vae", "tiny"], "denoiser")])
