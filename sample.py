@@ -3,8 +3,9 @@
 In:   runs/NAME (train_dit.py) and the autoencoder that it was trained with; or published weights:
       DiT, SiT and U-ViT files, VideoGPT's, Wan folders in either layout.
 Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still: .png; of a task
-      its name and a hash behind the seed), .png (a sheet of its frames), .json (all that it takes
-      to make it again); index.html plays them all; runs/NAME/eval*.json and eval-*.png (--eval).
+      its name; of settings that are not the run's own a hash behind the seed), .png (a sheet of
+      its frames), .json (all that it takes to make it again); index.html plays them all, sheet.png
+      has the newest 64; runs/NAME/eval*.json and eval-*.png (--eval).
 
 The idea: start from noise and follow the learned velocity from t = 1 to t = 0, each step guided:
 away from what the model does without a caption, towards what it does with it. Prompts, sizes and
@@ -30,11 +31,15 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import shlex
 import sys
+import tempfile
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -50,7 +55,7 @@ from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_stric
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
-                          render_shot, rng, write_text, write_video)
+                          render_shot, rng, sweep, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, count_texts, ddim,
                        ddpm_at, ddpm_tables, flow_grid, generate_codes, guide, interpolant,
                        interval, load_denoiser, load_gpt, load_published, open_reader,
@@ -514,6 +519,7 @@ class Sampler:
         del vae                          # or --offload would hold it beside the denoiser
         model = self.part("denoiser")
         self.patch, self.kind = model.dit.patch, model.kind
+        self.width = max(min(p.shape) for p in model.dit.parameters() if p.ndim == 2)
         self.mean, self.std = normaliser(self.vae_config)
         resolve(args, about, model.objective, self.stride)
 
@@ -741,6 +747,7 @@ class CodeSampler(Sampler):
                      *(n * self.vae.stride for n in shape[1:])]
         self.about = {"weights": str(args.name), "autoencoder": str(vae)}
         args.frames, args.size = args.frames or self.size[0], args.size or tuple(self.size[1:])
+        args.usual |= {"frames": self.size[0], "size": self.size[1:], "fps": 8.0, "negative": ""}
         args.fps, args.negative, args.batch = args.fps or 8.0, "", args.batch or 8
         if args.frames > self.size[0] or any(a > b for a, b in zip(args.size, self.size[1:])):
             refuse(f"{args.name} makes at most {self.size[0]} frames of "
@@ -798,6 +805,9 @@ def wish_of(args, row):
         1, round(seconds * wish["fps"]))
     wish = {name: value for name, value in wish.items() if value not in (None, False, 0, []) or
             name in ("prompt", "seed", "negative")}
+    if re.search("[\ud800-\udfff]", "".join([wish["prompt"], wish["negative"] or "",
+                                              *wish.get("then", ())])):
+        refuse(f"{wish['prompt']!a} is no text in UTF-8")
     has = lambda *names: [f"--{name}" for name in names if wish.get(name)]
     for both in (("video", "image"), ("video", "last"), ("to", "loop"), ("strength", "to"),
                  ("strength", "loop")):
@@ -822,10 +832,19 @@ def read_prompts(args):
     path, wishes, known = Path(args.prompts), [], (*WISHES, "size", "seconds", "frames")
     if not path.is_file():
         refuse(f"--prompts {path}: no such file")
+    if path.suffix.lower() in (".csv", ".tsv", ".json"):
+        refuse(f"--prompts {path}: want .jsonl, a line {{\"prompt\": \"a boat\"}} a video, or text, a "
+               "prompt a line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        lines = ["\0"]
+    if any("\0" in line for line in lines):
+        refuse(f"--prompts {path} is no text in UTF-8: save it so")
     parser = option_parser(__doc__)
     add_wishes(parser)
     parser.error = lambda why: refuse(f"--prompts {path}, line {i}: {why}")
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -834,6 +853,8 @@ def read_prompts(args):
             parser.error(error)
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             parser.error("want a dict with a prompt, a text")
+        if {"frames", "seconds"} <= {*row}:
+            parser.error("frames and seconds both give the length: leave one out")
         if {*row} - {*known}:
             parser.error(f"{', '.join(sorted({*row} - {*known}))}: known are {', '.join(known)}")
         row = {name: value for name, value in row.items() if value is not None}
@@ -842,21 +863,58 @@ def read_prompts(args):
         read = vars(parser.parse_args([args.name, *words]))
         row = {name: read[name] for name in row} | {"prompt": row["prompt"]}
         wishes.append(wish_of(args, row))
-    return wishes
+    return wishes or refuse(f"--prompts {path} holds no prompt")
 
 
-def stem_of(wish):
-    """The name of a video's files: of its prompt, its seed and, by a hash, what else it is of."""
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", wish["prompt"]).strip("-")[:60] or "empty"
-    task = {name: wish[name] for name in TASKS if name in wish}
-    return "-".join([slug, f"s{wish['seed']}", *task, *([hash_of(task)] if task else [])])
+HOW = ("sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift", "eta",
+       "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")
+
+
+def settings_of(wish, args):
+    """What of a wish and of the options is not as the model has it unless told: {name: value}."""
+    usual, plain = args.usual, lambda value: list(value) if isinstance(value, tuple) else value
+    now = {name: plain(getattr(args, name)) for name in HOW} | {
+        name: args.told[name] for name in ("vae", "text_encoder", "heads") if name in args.told}
+    now |= {name: wish.get(name) for name in (*WISHES, "frames") if name not in ("prompt", "seed")}
+    now["size"], length = [wish["height"], wish["width"]], usual.get("frames") or max(
+        1, round((usual.get("seconds") or 0) * usual["fps"]))
+    return {name: value for name, value in now.items() if value is not None and
+            value != (length if name == "frames" else plain(usual.get(name)))}
+
+
+def stem_of(wish, args):
+    """The name of a video's files: of its prompt, in whatever script, its seed and, by a hash,
+    everything that is not as usual. File systems count bytes: of the prompt 120 stay."""
+    text = unicodedata.normalize("NFC", wish["prompt"])
+    text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
+    slug = re.sub("-+", "-", text).strip("-")[:60].encode()[:120].decode(errors="ignore")
+    settings = settings_of(wish, args)
+    return "-".join([slug or "empty", f"s{wish['seed']}", *[name for name in TASKS if name in wish],
+                     *([hash_of(settings)] if settings else [])])
+
+
+def read_facts(path):
+    """The dict of a sample's JSON file; {} where there is none, or it cannot be read."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {"file": None}
+
+
+def path_of(sampler, wish, path, args):
+    """`path`; or, where a JSON file describes something else by that name, such as a sample of an
+    older checkpoint, the same with a hash of all that this sample is of."""
+    facts = json.loads(json.dumps(facts_of(sampler, wish, args)))
+    now = {name: facts[name] for name in ("wish", "how", "weights", "autoencoder")}
+    there = read_facts(path.with_suffix(".json"))
+    is_free = not there or all(there.get(name) == value for name, value in now.items())
+    return path if is_free else path.with_name(f"{path.name}-{hash_of(now)}")
 
 
 def facts_of(sampler, wish, args):
     """All that it takes to make a video again."""
-    how = {name: getattr(args, name) for name in (
-        "sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift", "eta",
-        "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")}
+    how = {name: getattr(args, name) for name in HOW}
     known = {name: sampler.about.get(name) for name in ("weights", "autoencoder")}
     options = [str(args.name), "--prompt", wish["prompt"], "--size",
                f"{wish['height']}x{wish['width']}", "--frames", str(wish["frames"])]
@@ -888,9 +946,9 @@ def save_frames(path, frames, fps, args):
     return path.with_suffix(f".{args.format}")
 
 
-def write_story(sampler, story, path, args):
-    """Writes a story's video while it is decoded, its sheet and, last, its JSON file; returns (the
-    video's path, frames for a sheet)."""
+def write_story(sampler, story, path, args, wish):
+    """Writes a story's video while it is decoded, its sheet and, last, its JSON file, of `wish` as
+    it was asked for; returns the video's path."""
     n, shown, means = story.count(), [], []
     wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
 
@@ -908,12 +966,13 @@ def write_story(sampler, story, path, args):
         video = save_frames(path, look(), story.wish["fps"], args)
         label = f"{story.wish['prompt']} (seed {story.wish['seed']})"
         contact_sheet(path.with_suffix(".png"), [(shown, label)])
-    facts = facts_of(sampler, story.wish, args) | {"file": video.name, "n_frames": n}
+    facts = facts_of(sampler, wish, args) | {
+        "file": video.name, "n_frames": n, "settings": settings_of(wish, args)}
     if len(story.pieces) > 2:
         plot_drift(path.with_name(f"{path.name}-drift.png"), story, np.array(means))
         facts["drift"] = drift(story, np.array(means))
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    return video, shown
+    return video
 
 
 def drift(story, means):
@@ -941,50 +1000,153 @@ def plot_drift(path, story, means, width=640, height=240):
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ margin: 24px; background: #16181c; color: #d6d8dc; font: 14px/1.45 system-ui, sans-serif }}
-h1 {{ font-size: 18px; font-weight: 600 }}
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ margin: 16px; background: #16181c; color: #d6d8dc; font: 14px/1.45 system-ui, sans-serif }}
+h1 {{ font-size: 18px; font-weight: 600; overflow-wrap: anywhere }}
 button {{ font: 13px system-ui, sans-serif; margin-left: 8px; padding: 3px 10px; color: inherit;
   background: #2b2f37; border: 1px solid #454b57; border-radius: 4px }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 16px }}
-figure {{ margin: 0; background: #22252b; border-radius: 6px; overflow: hidden }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px }}
+.wide {{ overflow-x: auto; margin-bottom: 24px }}
+th {{ font-weight: 400; text-align: left; vertical-align: top; padding: 0 8px 6px 0;
+  min-width: 120px; max-width: 220px }}
+td {{ vertical-align: top; padding: 0 12px 12px 0; min-width: 200px }}
+figure {{ margin: 0 0 8px; background: #22252b; border-radius: 6px; overflow: hidden }}
 video, img {{ display: block; width: 100%; aspect-ratio: 3 / 2; object-fit: contain;
   image-rendering: {rendering}; background: #000 }}
 figcaption {{ padding: 8px 10px }}
+.prompt {{ display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
+  overflow: hidden; overflow-wrap: anywhere; cursor: pointer }}
+.open {{ display: block }}
 small {{ color: #8d939e; display: block; overflow-wrap: anywhere }}
 a {{ color: #8ab4f8 }}</style></head><body>
 <h1>{title}: {count} <button onclick="for (const v of document.querySelectorAll('video'))
- {{ v.currentTime = 0; v.play() }}">play all from the start</button></h1>
-<main>
+ v.currentTime = 0">play all from the start</button></h1>
 {figures}
-</main></body></html>
+<script>
+const visible = new IntersectionObserver(entries => {{ for (const entry of entries)
+  entry.isIntersecting ? entry.target.play().catch(() => {{}}) : entry.target.pause() }});
+for (const video of document.querySelectorAll('video')) visible.observe(video);
+for (const prompt of document.querySelectorAll('.prompt'))
+  prompt.onclick = () => prompt.classList.toggle('open');
+</script></body></html>
 """
 
 
-def write_page(folder):
-    """folder/index.html: every sample there that has its JSON file, with prompt and settings."""
-    figures, sides = [], [64]
-    for path in sorted(folder.glob("*.json")):
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        wish, how, name = facts["wish"], facts["how"], html.escape(facts["file"])
-        sides.append(wish["width"])
-        kind = Path(facts["file"]).suffix
-        shows = f'<video src="{name}" autoplay muted loop playsinline controls></video>' \
-            if kind == ".mp4" else f'<img src="{name if kind else f"{name}/00000.png"}" alt="">'
-        tasks = [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
-                 f"{key} {Path(str(value)).name}" for key, value in wish.items() if key in TASKS]
-        settings = [f"seed {wish['seed']}", f"{facts['n_frames']} frames of {wish['height']}x"
-                    f"{wish['width']} at {wish['fps']:g}/s", *tasks]
-        if how["steps"]:
-            settings += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
-        figures.append(f"<figure>{shows}<figcaption>{html.escape(wish['prompt'] or '(no prompt)')}"
-                       f"<small>{html.escape(', '.join(settings))}</small><small><a href="
-                       f'"{html.escape(path.name)}">settings</a></small></figcaption></figure>')
-    title = html.escape(str(folder.parent if folder.name == "samples" else folder))
-    count = f"{len(figures)} sample{'s' * (len(figures) != 1)}"
+def plain(text):
+    """HTML of a text: what is markup escaped, what does not print (escape sequences, line breaks,
+    marks that turn the direction of writing) a space."""
+    return html.escape("".join(c if c.isprintable() else " " for c in str(text)))
+
+
+def prompt_of(wish):
+    text = plain(wish["prompt"] or "(no prompt)")
+    return f'<div class="prompt" title="{text}">{text}</div>'
+
+
+def read_samples(folder):
+    """([(JSON file, facts, settings, as texts)], the newest first, of the samples in a folder whose
+    video or picture is there; names of .json files that are none of a sample's)."""
+    found, others = [], []
+    for path in folder.glob("[!.]*.json"):       # those with a dot in front are being written
+        facts = read_facts(path)
+        try:
+            age, settings = -path.stat().st_mtime_ns, texts_of(facts)
+            prompt, name = facts["wish"]["prompt"], facts["file"]
+            if Path(name).name != name or not isinstance(prompt, str):
+                raise ValueError(path)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError):
+            others.append(path.name)
+            continue
+        if (folder / facts["file"]).exists():
+            found.append((age, path, facts, settings))
+    return [row for _, *row in sorted(found, key=lambda row: row[:2])], sorted(others)
+
+
+def texts_of(facts):
+    """Texts for people: what a sample is of, but for its prompt and its seed."""
+    wish, how, more = facts["wish"], facts["how"], facts.get("settings", {})
+    texts = [f"{facts['n_frames']} frames of {wish['height']}x{wish['width']} at {wish['fps']:g}/s"]
+    texts += [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
+              f"{key} {Path(str(value)).name}" for key, value in wish.items() if key in TASKS]
+    if how["steps"]:
+        texts += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
+    texts += [f"{key} {value}" for key, value in more.items() if key not in (
+        *TASKS, "size", "frames", "fps", "sampler", "steps", "cfg", "crf", "format")]
+    checkpoint = Path(str(facts.get("weights"))).name
+    return (*texts, *[checkpoint] * checkpoint.startswith("step-"))
+
+
+def figure(path, facts, settings, with_prompt=True):
+    """HTML of a sample."""
+    name, kind = quote(facts["file"]), Path(facts["file"]).suffix
+    shows = f'<video src="{name}" preload="metadata" muted loop playsinline controls></video>' \
+        if kind == ".mp4" else f'<img src="{name if kind else f"{name}/00000.png"}" alt="">'
+    about = ", ".join([f"seed {facts['wish']['seed']}", *settings])
+    return (f"<figure>{shows}<figcaption>{prompt_of(facts['wish']) if with_prompt else ''}"
+            f'<small>{plain(about)}</small><small><a href="{quote(path.name)}">settings</a></small>'
+            "</figcaption></figure>")
+
+
+def write_page(folder, samples):
+    """folder/index.html: every sample, the newest first; prompts that were sampled with several
+    settings in a table, a row a prompt, a column a setting."""
+    prompts = {}
+    for row in samples:
+        prompts.setdefault(row[1]["wish"]["prompt"], {}).setdefault(row[2], []).append(row)
+    grid = {prompt: by for prompt, by in prompts.items() if len(by) > 1}
+    columns, parts = list(dict.fromkeys(settings for by in grid.values() for settings in by)), []
+    if grid:
+        common = set.intersection(*map(set, columns))
+        names = [", ".join(text for text in settings if text not in common) or "otherwise the same"
+                 for settings in columns]
+        rows = [f"<th></th>{''.join(f'<th>{plain(name)}</th>' for name in names)}"]
+        for by in grid.values():
+            wish = next(iter(by.values()))[0][1]["wish"]
+            cells = ["".join(figure(*row, with_prompt=False) for row in by.get(settings, ()))
+                     for settings in columns]
+            rows.append(f"<th>{prompt_of(wish)}</th>" + "".join(f"<td>{x}</td>" for x in cells))
+        table = "\n".join(f"<tr>{row}</tr>" for row in rows)
+        parts.append(f'<div class="wide"><table>\n{table}\n</table></div>')
+    singles = [figure(*row) for row in samples if row[1]["wish"]["prompt"] not in grid]
+    parts += [f"<main>\n{chr(10).join(singles)}\n</main>"] * bool(singles)
+    width = max([64, *(facts["wish"]["width"] for _, facts, _ in samples)])
     write_text(folder / "index.html", PAGE.format(
-        title=title, count=count, figures="\n".join(figures),
-        rendering="pixelated" if max(sides) < 200 else "auto"))
+        title=plain(folder.parent if folder.name == "samples" else folder),
+        count=f"{len(samples)} sample{'s' * (len(samples) != 1)}", figures="\n".join(parts),
+        rendering="pixelated" if width < 200 else "auto"))
+
+
+def frames_of_sheet(path, is_still):
+    """The frames on a sample's own sheet, as `contact_sheet` lays out one row of squares of 96 px;
+    of a still the picture."""
+    with Image.open(path) as sheet:
+        sheet = sheet.convert("RGB")
+    if is_still:
+        return [np.asarray(sheet)]
+    return [np.asarray(sheet.crop((12 + left, 8, 108 + left, sheet.height - 42)))
+            for left in range(0, sheet.width - 120, 100)]
+
+
+def finish(out, most=64):
+    """index.html and sheet.png of all samples in a folder, whichever call made them."""
+    samples, others = read_samples(out)
+    if not samples:
+        return
+    write_page(out, samples)
+    rows, newest = [], [row for row in samples[:most] if row[0].with_suffix(".png").is_file()]
+    for path, facts, _ in newest:
+        with contextlib.suppress(OSError):       # one that cannot be read
+            rows.append((frames_of_sheet(path.with_suffix(".png"), facts["n_frames"] == 1),
+                         f"{facts['wish']['prompt']} (seed {facts['wish']['seed']})"))
+    if len(rows) > 1:
+        contact_sheet(out / "sheet.png", rows)
+    if others:
+        print(f"{out}: {', '.join(map(ascii, others[:4]))}{', …' * (len(others) > 4)}: not of "
+              "samples, left alone", file=sys.stderr)
+    sheet = f"; sheet.png the newest {len(rows)}" if len(rows) > 1 else ""
+    print(f"{out / 'index.html'} shows the {len(samples)} samples of this folder{sheet}",
+          file=sys.stderr)
 
 
 def not_learnt(wishes, data, labels=None):
@@ -1017,33 +1179,47 @@ def sample(args, folder):
         {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
         for prompt in args.prompt for i in range(args.n)]
     wishes = rewritten(args, wishes, device) if args.rewrite else wishes
+    if any("motion" in wish for wish in wishes) and "motion" not in (
+            sampler.about.get("conditions") or ()):
+        refuse(f"--motion: {args.name} has no use for it, it was not trained with --conditions "
+               "motion: leave it out")
     data = sampler.about.get("data")
     strange = not_learnt(wishes, data, sampler.about.get("labels")) if data and rank == 0 else ()
     if strange:
         print(f"warning: outside of what {args.name} learnt, expect less: {'; '.join(strange)}",
               file=sys.stderr)
-    stems = [stem_of(wish) for wish in wishes]
-    if args.prompts or len(set(stems)) < len(stems):
+    stems = [stem_of(wish, args) for wish in wishes]
+    if args.prompts or len({stem.casefold() for stem in stems}) < len(stems):
         stems = [f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
     batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
-    rows, out = [], Path(args.out) if args.out else folder / "samples"
+    out = out_of(args, folder)
+    paths = [path_of(sampler, wish, out / stem, args) for wish, stem in zip(wishes, stems)]
     # whole batches: what a video shares a row with must not depend on where a run was stopped
     batches = [batch for batch in batches[rank::world] if not args.prompts or not all(
-        is_made(sampler, wishes[i], out / stems[i], args) for i in batch)]
-    with sampler.progress([[wishes[i] for i in batch] for batch in batches]) as sampler.bar:
-        for batch in batches:
-            for i, story in zip(batch, sampler([wishes[i] for i in batch])):
-                path, shown = write_story(sampler, story, out / stems[i], args)
-                rows.append((shown, f"{wishes[i]['prompt']} (seed {wishes[i]['seed']})"))
-                tqdm.write(str(path), sys.stdout)
-                sys.stdout.flush()
+        is_made(sampler, wishes[i], paths[i], args) for i in batch)]
+    todo = [[wishes[i] for i in batch] for batch in batches]
+    check_memory(sampler, todo)
+    sweep(out)
+    try:
+        with sampler.progress(todo) as sampler.bar:
+            for batch in batches:
+                for i, story in zip(batch, sampler([wishes[i] for i in batch])):
+                    path = write_story(sampler, story, paths[i], args, wishes[i])
+                    tqdm.write(str(path), sys.stdout)
+                    sys.stdout.flush()
+    except KeyboardInterrupt:
+        if rank == 0:
+            finish(out)
+        raise
     barrier()
     if rank == 0:
-        if 1 < len(rows) <= 64:
-            contact_sheet(out / "sheet.png", rows)
-        write_page(out)
-        print(f"{out / 'index.html'}: all of them", file=sys.stderr)
+        finish(out)
     barrier()
+
+
+def out_of(args, folder):
+    """The folder that samples go to."""
+    return Path(args.out) if args.out else folder / "samples"
 
 
 def rewritten(args, wishes, device):
@@ -1062,11 +1238,12 @@ def rewritten(args, wishes, device):
 
 
 def is_made(sampler, wish, path, args):
-    """Whether a sample's JSON file, which is written last, says just what would be made now."""
-    path = path.with_suffix(".json")
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Whether a sample is there, and its JSON file, which is written last, says just what would be
+    made now."""
+    facts = read_facts(path.with_suffix(".json"))
     now = json.loads(json.dumps(facts_of(sampler, wish, args)))
-    return all(facts.get(name) == value for name, value in now.items())
+    return all(facts.get(name) == value for name, value in now.items()) and (
+        path.parent / str(facts.get("file"))).exists()
 
 
 def made(sampler, wishes, args, rank=0, world=1):
@@ -1324,7 +1501,81 @@ def config_of(name):
     return read_config(path, "denoiser") if is_run(path) else None
 
 
+def check_weights(path, what):
+    """Refuses a file that does not begin as weights do: .pt and its like are ZIPs or pickles, of a
+    .safetensors a dict follows 8 bytes."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head[:2] != b"PK" and head[:1] != b"\x80" and head[8:] != b"{":
+            refuse(f"{what} {path} is no file of weights, nor a run's or a published folder")
+
+
+def check_out(folder):
+    """Refuses a folder that cannot be made or written to, before any work; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        refuse(f"cannot write to {folder}: {there}: {error.strerror}: name another by --out")
+
+
+def memory(device):
+    """Bytes of memory: of the GPU what is free, else of this machine, or of this container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(
+        os, "sysconf") else []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=math.inf)
+
+
+def decoder_bytes(vae, z_dim, device):
+    """What the decoder's largest layer reads and writes, bytes a latent's cell, measured on few."""
+    most, cells = [0], (4, 8, 8)
+
+    def see(module, inputs, output):
+        tensors = [x for x in (*inputs, output) if torch.is_tensor(x)]
+        most.append(sum(x.numel() * x.element_size() for x in tensors))
+    hooks = [part.register_forward_hook(see) for part in vae.modules() if not list(part.children())]
+    with torch.no_grad():
+        vae.decode(torch.zeros(1, z_dim, *cells, device=device), {})
+    for hook in hooks:
+        hook.remove()
+    return max(most) / math.prod(cells)
+
+
+def check_memory(sampler, batches):
+    """Says of what is large how many tokens and GiB it takes; refuses what cannot fit. A token of
+    the denoiser takes some 36 floats of its width, a cell 16 times its decoder's largest layer:
+    measured on the demo from 256x256 to 512x512 px, where that is up to a third too much."""
+    if not hasattr(sampler, "width") or not batches:         # of codes the sizes are the model's
+        return
+    args, n_tok, n_cells = sampler.args, 0, 0
+    for batch in batches:
+        shapes = [sampler.latent_shape(wish["frames"], wish["height"], wish["width"])[1:]
+                  for wish in batch]
+        parts = [1 + (len(todo_of(wish)) > 1 or "video" in wish) for wish in batch]
+        n_tok = max(n_tok, sum(n * math.prod(shape) for n, shape in zip(parts, shapes))
+                    // math.prod(sampler.patch) * (1 + (args.cfg != 1)))
+        n_cells = max([n_cells, *(min(T, args.chunk) * H * W for T, H, W in shapes)])
+    size = 36 * 4 * sampler.width * n_tok
+    if n_cells > 2**13:
+        size = max(size, 16 * n_cells * decoder_bytes(sampler.part("vae")[0], sampler.z_dim,
+                                                      sampler.device))
+    there, says = memory(sampler.device), f"{n_tok:,} tokens a row, about {size / 2**30:.3g} GiB"
+    if size > there:
+        refuse(f"{says} beside the weights, of {there / 2**30:.3g} GiB here: give a smaller --size, "
+               "--seconds, --fps, --batch or --chunk")
+    if n_tok > 100_000 or size > there / 4:
+        print(f"{args.name}: {says}, of {there / 2**30:.3g} GiB here", file=sys.stderr)
+
+
 def open_sampler(args, device):
+    check_weights(args.name, "model")
+    check_weights(args.vae or "", "--vae")
     config = config_of(args.name)
     is_codes = config["model"].get("kind") == "gpt" if config else args.name.endswith(".ckpt")
     return (CodeSampler if is_codes else Sampler)(args, device, config)
@@ -1386,7 +1637,8 @@ def open_foreign(args, device):
                 f"{path} reads CLIP's tokens: name its folder by --text_encoder")), device)
             return lambda prompt: encoder.encode([prompt])[0]
         return lambda prompt: class_number(prompt, options["classes"] - 1)
-    about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout}
+    about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout,
+             "reads_text": kind == "wan" or bool(options.get("clip"))}
     openers = {"denoiser": open_denoiser, "text": open_text,
                "vae": lambda: load_autoencoder(vae, device),
                "image": lambda: open_image_encoder(path, device)}
@@ -1487,12 +1739,20 @@ def resolve(args, about, how, stride):
     if data:                             # what the run learnt most often
         known |= {"size": tuple(data["size"]), "fps": data["fps"] or known["fps"]}
         known["seconds"] = data["frames"] / known["fps"]
+    args.usual |= {"size": (about.get("cells", 0) * stride,) * 2} | known
     if args.frames or args.seconds:
         known = {name: value for name, value in known.items() if name not in ("frames", "seconds")}
     for name, value in known.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.size = args.size or (about["cells"] * stride,) * 2
+    uses = {"text_encoder": about.get("reads_text"), "heads": about["kind"] != "own",
+            "temperature": False, "eta": args.sampler == "ddim", "form": args.sampler == "sde",
+            "norm": args.sampler == "sde", "spacing": how.path in STEPPED and
+            args.sampler in ("ddim", "dpm++", "unipc")}
+    for name in uses:
+        if name in args.told and not uses[name]:
+            refuse(f"--{name}: {args.name}, by {args.sampler}, has no use for it: leave it out")
     may = STEPPED_SAMPLERS if how.path in STEPPED else FLOW_SAMPLERS
     if args.sampler not in may or (args.sampler == "dpm-fast" and how.path != "sd"):
         refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {how.path}: "
@@ -1506,8 +1766,8 @@ def resolve(args, about, how, stride):
 
 def size_of(text):
     match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or min(int(match[1]), int(match[2])) < 2:
-        raise argparse.ArgumentTypeError(f"'{text}' is not HxW in px, such as 32x48")
+    if not match or not all(2 <= int(side) <= 16384 for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not HxW, 2 to 16384 px each, such as 32x48")
     return int(match[1]), int(match[2])
 
 
@@ -1518,8 +1778,11 @@ def parse_options(argv=None):
     args = parser.parse_args(argv)
     if not (args.prompt or args.prompts or args.eval):
         refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
+    if args.frames and args.seconds:
+        refuse("--frames and --seconds both give the length: leave one out")
     told = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     args.told, args.quiet = told, False
+    args.usual = {name: parser.get_default(name) for name in vars(args)}
     return args
 
 
@@ -1539,13 +1802,13 @@ def add_wishes(parser):
     add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
         "frequent, or 1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
-    add("--fps", type=number(float, 0.1), help="frames a second (the run's most frequent, or 10; "
+    add("--fps", type=number(float, 0.1, 1000), help="frames a second (the run's most frequent, or 10; "
         "Wan 16, TI2V 24)")
     add("--motion", type=number(float, 0),
         help="motion score to ask for, of a run trained with --conditions motion (none)")
     add("--n", type=number(int, 1), default=1,
         help="videos a prompt, seeds counting up (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (%(default)s)")
     add = parser.add_argument_group("from images and videos (of a run trained with "
                                     "--given)").add_argument
     add("--image", metavar="FILE", help="the first frame")
@@ -1575,7 +1838,8 @@ def add_settings(parser):
     add("--norm", type=number(float, 0), default=1.0, help="its strength (%(default)s)")
     add("--spacing", choices=["linspace", "leading", "trailing", "karras"], default="linspace",
         help="of ddim, dpm++ and unipc on paths in steps (%(default)s)")
-    add("--cfg", type=number(float, 0), help="guidance, 1: none (3; published: 1.4 to 5)")
+    add("--cfg", type=number(float, 0, 100),
+        help="guidance, 0 to 100, 1: none (3; published: 1.4 to 5)")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
         metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
     add("--cfg_channels", type=number(int, 1),
@@ -1619,7 +1883,13 @@ def main(argv=None):
     path = model_path(args.name)
     folder = path if is_run(path) else Path("runs", path.stem)
     folder = Path(args.out) if args.eval and args.out else folder
-    {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
+    out = folder if args.eval else out_of(args, folder)
+    check_out(out)
+    try:
+        {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
+    except KeyboardInterrupt:
+        print(f"sample.py: stopped; what is finished stays in {out}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
