@@ -833,8 +833,8 @@ def read_prompts(args):
     if not path.is_file():
         refuse(f"--prompts {path}: no such file")
     if path.suffix.lower() in (".csv", ".tsv", ".json"):
-        refuse(f"--prompts {path}: want .jsonl, a line {{\"prompt\": \"a boat\"}} a video, or text, a "
-               "prompt a line")
+        refuse(f"--prompts {path}: want text, a prompt a line, or .jsonl, a dict a line such as "
+               '{"prompt": "a boat"}')
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -1567,7 +1567,7 @@ def check_memory(sampler, batches):
                                                       sampler.device))
     there, says = memory(sampler.device), f"{n_tok:,} tokens a row, about {size / 2**30:.3g} GiB"
     if size > there:
-        refuse(f"{says} beside the weights, of {there / 2**30:.3g} GiB here: give a smaller --size, "
+        refuse(f"{says} beside the weights, of {there / 2**30:.3g} GiB here: give less --size, "
                "--seconds, --fps, --batch or --chunk")
     if n_tok > 100_000 or size > there / 4:
         print(f"{args.name}: {says}, of {there / 2**30:.3g} GiB here", file=sys.stderr)
@@ -1802,8 +1802,8 @@ def add_wishes(parser):
     add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
         "frequent, or 1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
-    add("--fps", type=number(float, 0.1, 1000), help="frames a second (the run's most frequent, or 10; "
-        "Wan 16, TI2V 24)")
+    add("--fps", type=number(float, 0.1, 1000),
+        help="frames a second, to 1000 (the run's most frequent, or 10; Wan 16, TI2V 24)")
     add("--motion", type=number(float, 0),
         help="motion score to ask for, of a run trained with --conditions motion (none)")
     add("--n", type=number(int, 1), default=1,

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -269,7 +270,8 @@ def test_a_prompt_to_turn_away_from_takes_the_place_of_the_empty_one(inside):
 def test_every_sample_has_its_recipe_and_the_recipe_makes_it_again(inside, tmp_path, monkeypatch):
     S.main(["tiny", "--prompt", "it's a", "--seed", "4", "--frames", "6", "--fps", "7", "--size", "33x38",
             "--steps", "3", "--sampler", "heun", "--out", str(tmp_path), "--device", "cpu"])
-    facts = json.loads((tmp_path / "it-s-a-s4.json").read_text())
+    path, = tmp_path.glob("it-s-a-s4-????????.json")
+    facts = json.loads(path.read_text())
     assert facts["n_frames"] == 6 and facts["how"]["sampler"] == "heun" and facts["autoencoder"] == "abc"
     program, script, *options = shlex.split(facts["command"])
     S.main([*options, "--out", str(tmp_path / "again")])
@@ -278,7 +280,7 @@ def test_every_sample_has_its_recipe_and_the_recipe_makes_it_again(inside, tmp_p
     frames = list(P.Video(first))
     assert len(frames) == 6 and (frames[0].width, frames[0].height) == (38, 32)      # H.264: even
     page = (tmp_path / "index.html").read_text()
-    assert 'src="it-s-a-s4.mp4"' in page and "it&#x27;s a" in page and "http" not in page
+    assert f'src="{path.stem}.mp4"' in page and "it&#x27;s a" in page and "http" not in page
 
 
 def test_a_rewritten_prompt_and_what_was_asked_are_both_kept(inside, tmp_path):
@@ -294,17 +296,18 @@ def test_a_rewritten_prompt_and_what_was_asked_are_both_kept(inside, tmp_path):
 def test_other_formats(form, inside, tmp_path):
     S.main(["tiny", "--prompt", "a", "--frames", "3", "--steps", "2", "--format", form, "--out",
             str(tmp_path), "--device", "cpu"])
+    path, = tmp_path.glob("a-s0-*.json")
     if form == "png":
-        assert sorted(p.name for p in (tmp_path / "a-s0").iterdir()) == [f"{i:05d}.png" for i in range(3)]
+        assert sorted(p.name for p in path.with_suffix("").iterdir()) == [f"{i:05d}.png" for i in range(3)]
     else:
-        with Image.open(tmp_path / f"a-s0.{form}") as picture:
+        with Image.open(path.with_suffix(f".{form}")) as picture:
             assert picture.n_frames == 3 and picture.size == (48, 32)
             picture.seek(2)
             picture.load()
             assert picture.info["duration"] == 100
     S.main(["tiny", "--prompt", "b", "--frames", "1", "--steps", "2", "--out", str(tmp_path), "--device",
             "cpu"])
-    with Image.open(tmp_path / "b-s0.png") as picture:
+    with Image.open(next(tmp_path.glob("b-s0-*.png"))) as picture:
         assert picture.size == (48, 32)
 
 
@@ -326,12 +329,16 @@ def test_prompts_of_a_file_are_shared_out_and_never_made_twice(inside, tmp_path)
     same = lambda folder: all((tmp_path / "whole" / n).read_bytes() == (tmp_path / folder / n).read_bytes()
                               for n in names)
     assert same("two")
-    for name in ("00001-a-square-s0.json", "00003-c-s0.json", "00003-c-s0.mp4"):
-        (tmp_path / "two" / name).unlink()                   # as if killed before these were whole
-    kept = (tmp_path / "two" / "00004-d-s0.mp4").stat().st_mtime_ns
+    one = lambda name: next((tmp_path / "two").glob(name))
+    for name in ("00001-a-square-s0-*.json", "00003-c-s0-*.json", "00003-c-s0-*.mp4"):
+        one(name).unlink()                                   # as if killed before these were whole
+    kept = one("00004-d-s0-*.mp4").stat().st_mtime_ns
     S.main([*common, "--out", str(tmp_path / "two")])
-    assert same("two") and (tmp_path / "two" / "00004-d-s0.mp4").stat().st_mtime_ns == kept
-    assert json.loads((tmp_path / "two/00003-c-s0.json").read_text())["n_frames"] == 9
+    assert same("two") and one("00004-d-s0-*.mp4").stat().st_mtime_ns == kept
+    assert json.loads(one("00003-c-s0-*.json").read_text())["n_frames"] == 9
+    one("00000-a-s3-*.mp4").unlink()                         # a removed video is made again
+    S.main([*common, "--out", str(tmp_path / "two")])
+    assert same("two") and one("00004-d-s0-*.mp4").stat().st_mtime_ns == kept
     (tmp_path / "list.txt").write_text("a\n\nb\n")
     args = S.parse_options(["tiny", "--prompts", str(tmp_path / "list.txt")])
     args.size, args.fps, args.frames = (32, 32), 10.0, 5
@@ -371,7 +378,7 @@ def test_defaults_are_the_datas_and_what_is_outside_of_them_is_said(learnt, tmp_
     call = lambda *options: [S.main(["tiny", "--steps", "2", "--device", "cpu", "--out", str(tmp_path),
                                      *options]), capsys.readouterr().err][1]
     err = call("--prompt", "a square", "狗狗", "--n", "2", "--batch", "3")
-    wish = json.loads((tmp_path / "a-square-s1.json").read_text())["wish"]
+    wish = json.loads(next(tmp_path.glob("a-square-s1-*.json")).read_text())["wish"]
     assert (wish["height"], wish["width"], wish["frames"], wish["fps"]) == (40, 36, 9, 12.5)
     assert "warning" not in err and "4/4" in err             # two batches of two steps
     err = call("--prompt", "a zebra runs", "--size", "40x96", "--frames", "33", "--fps", "30")
@@ -402,10 +409,135 @@ def test_the_bar_counts_what_the_sampler_yields(inside):
         assert len(yields) == S.count_steps(args)
 
 
+def test_names_tell_settings_apart_and_nothing_is_overwritten(learnt, tmp_path, capsys, monkeypatch):
+    """As usual: a plain name, given or not; else a hash of what differs. What another JSON file
+    describes stays, of an older checkpoint or of no sample; prompts keep letters of any script."""
+    call = lambda *options: [S.main(["tiny", "--device", "cpu", "--out", str(tmp_path), *options]),
+                             Path(capsys.readouterr().out.strip())][1]
+    monkeypatch.setitem(S.KINDS["own"], "steps", 2)          # as usual, here
+    plain = call("--prompt", "a")
+    same = call("--prompt", "a", "--size", "40x36", "--fps", "12.5", "--frames", "9", "--steps", "2")
+    assert plain.name == same.name == "a-s0.mp4"
+    others = [call("--prompt", "a", *map(str, options)) for options in (
+        ["--steps", 3], ["--cfg", 2], ["--size", "36x40"], ["--frames", 5], ["--fps", 25], ["--crf", 20],
+        ["--negative", "b"], ["--vae", "tiny-vae"], ["--format", "gif"], ["--cfg_interval", 0.1, 0.9])]
+    assert len({path.stem for path in others} | {"a-s0"}) == 11
+    before = plain.read_bytes()
+    facts = json.loads((tmp_path / "a-s0.json").read_text())
+    for strange in ({**facts, "weights": "runs/tiny/step-000000"}, {"mine": 1}):
+        (tmp_path / "a-s0.json").write_text(json.dumps(strange))
+        other = call("--prompt", "a")
+        assert other.name.startswith("a-s0-") and other == call("--prompt", "a")
+        assert json.loads((tmp_path / "a-s0.json").read_text()) == strange
+        assert plain.read_bytes() == before
+    (tmp_path / "a-s0.json").write_text("{")                 # describes nothing
+    assert call("--prompt", "a") == plain
+    args = S.parse_options(["x", "--prompt", "", "--fps", "10", "--size", "32x32", "--frames", "5"])
+    args.usual |= {"fps": 10.0, "frames": 5, "size": [32, 32]}
+    stem = lambda prompt: S.stem_of(S.wish_of(args, {"prompt": prompt}), args)
+    assert stem("红色的圆, \x1b[31m向左!") == "红色的圆-31m向左-s0" and stem("हिन्दी में") == "हिन्दी-में-s0"
+    assert stem("cafe\u0301 <b>") == "café-b-s0" and stem("🙂/..") == "empty-s0"
+    assert len(stem("猫" * 300).encode()) <= 123 and stem("x" * 300) == "x" * 60 + "-s0"
+
+
+def test_the_page_shows_the_samples_that_are_there(learnt, tmp_path, capsys, monkeypatch):
+    """The newest first, escaped, in a table where settings share a prompt; what is being written, is
+    damaged or is somebody else's is left alone; the sheet has what the page has, from several calls."""
+    call = lambda *options: S.main(["tiny", "--device", "cpu", "--steps", "2", "--frames", "5", "--out",
+                                    str(tmp_path), *options])
+    sheet, made = S.contact_sheet, {}
+    monkeypatch.setattr(S, "contact_sheet", lambda path, rows: [
+        made.update({label: (frames, label)}) for frames, label in rows if path.name != "sheet.png"] +
+        [sheet(path, rows)])
+    call("--prompt", "a")
+    for name, text in ((".a-s0.1-ab.tmp.json", ""), ("bad.json", "{"), ("list.json", "[1]"), (
+            "sheet.json", '{"file": "sheet.png", "wish": {}}'), ("up.json", json.dumps({**json.loads(
+                next(tmp_path.glob("a-s0-*.json")).read_text()), "file": "../a.mp4"}))):
+        (tmp_path / name).write_text(text)
+    call("--prompt", "<i>b</i> \x1b[31m\u202e" + "long " * 99, "--seed", "3")
+    err = capsys.readouterr().err
+    assert "'bad.json', 'list.json', 'sheet.json', 'up.json': not of samples" in err
+    assert "shows the 2 samples of this folder; sheet.png the newest 2" in err
+    page = (tmp_path / "index.html").read_text()
+    assert page.index("i-b-i-31m-long") < page.index('src="a-s0') and "<table>" not in page
+    assert "&lt;i&gt;b&lt;/i&gt;" in page and "<i>" not in page
+    assert not {"\x1b", "\u202e"} & {*page} and "viewport" in page and "IntersectionObserver" in page
+    sheet(tmp_path / "again.png", [*made.values()][::-1])
+    one, other = (np.asarray(Image.open(tmp_path / name)) for name in ("sheet.png", "again.png"))
+    assert len(made) == 2 and np.array_equal(one, other)
+    call("--prompt", "a", "--cfg", "1", "--n", "2")
+    page = (tmp_path / "index.html").read_text()
+    table = page[page.index("<table>"):page.index("</table>")]
+    assert table.count("<tr>") == 2 and table.count("<td>") == 2 and table.count("<video") == 3
+    assert "<th>guidance 1.0, cfg 1.0</th>" in table or "<th>guidance 1.0</th>" in table
+    next(tmp_path.glob("i-b*.mp4")).unlink()
+    call("--prompt", "a")
+    assert "i-b-i" not in (tmp_path / "index.html").read_text()
+
+
+def test_ctrl_c_keeps_what_is_finished(inside, tmp_path, capsys, monkeypatch):
+    denoise, calls = S.Sampler.denoise, []
+
+    def stop(*at):
+        calls.append(at)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return denoise(*at)
+    monkeypatch.setattr(S.Sampler, "denoise", stop)
+    with pytest.raises(SystemExit) as end:
+        S.main(["tiny", "--prompt", "a", "b", "c", "--batch", "1", "--steps", "2", "--frames", "5",
+                "--device", "cpu", "--out", str(tmp_path)])
+    assert end.value.code == 130 and "stopped" in capsys.readouterr().err.splitlines()[-1]
+    assert len([*tmp_path.glob("*.mp4")]) == 1 and "1 sample" in (tmp_path / "index.html").read_text()
+    assert not [*tmp_path.glob(".*")]
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("list.csv", b"prompt\na\n", "want .jsonl"), ("list.txt", "a\n".encode("utf-16"), "UTF-8"),
+    ("list.txt", "a\n".encode("utf-16-le"), "UTF-8"), ("list.txt", b" \n\n", "holds no prompt"),
+    ("list.jsonl", b"", "holds no prompt"), ("list.jsonl", b'{"prompt": "\\ud83d"}', "UTF-8"),
+    ("list.jsonl", b'{"prompt": "a", "frames": 5, "seconds": 1}', "both give the length")])
+def test_wrong_files_of_prompts(name, content, says, inside, tmp_path, capsys):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        S.main(["tiny", "--prompts", str(tmp_path / name), "--device", "cpu", "--out", str(tmp_path / "out")])
+    line, = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and says in line and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_model_is_refused(inside, tmp_path, capsys):
+    (tmp_path / "notes.pt").write_text("eggs")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    for options in ([str(tmp_path / "notes.pt")], [str(tmp_path / "picture.png")], [
+            "tiny", "--vae", str(tmp_path / "notes.pt")], ["tiny", "--vae", str(tmp_path / "picture.png")]):
+        with pytest.raises(SystemExit) as end:
+            S.main([*options, "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "out")])
+        line, = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and "no file of weights" in line
+
+
+def test_what_is_large_is_said_and_what_cannot_fit_refused(inside, tmp_path, capsys, monkeypatch):
+    call = lambda *options: S.main(["tiny", "--prompt", "a", "--steps", "2", "--device", "cpu", "--out",
+                                    str(tmp_path / "out"), *options])
+    for options in (["--seconds", "100000"], ["--size", "16000x16000"], ["--fps", "1000", "--seconds", "9999"]):
+        with pytest.raises(SystemExit) as end:
+            call(*options)
+        line, = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and "tokens a row" in line and "GiB here" in line
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(S, "memory", lambda device: 2**20)
+    call("--frames", "5")
+    assert "tokens a row, about 0.000" in capsys.readouterr().err and S.memory("cpu") == 2**20
+
+
 @pytest.mark.parametrize("options, says", [
     (["--video", "x.mp4"], "what is to come"), (["--strength", "0.5"], "name it by --video"),
     (["--image", "nowhere.png"], "no such file"),
-    (["--image", "runs"], "--image runs is a folder"), (["--sampler", "ddpm"], "--sampler ddpm"),
+    (["--image", "runs"], "--image runs is a folder"), (["--cfg", "1e30"], "--cfg"),
+    (["--text_encoder", "x"], "no use"), (["--motion", "3"], "no use"), (["--eta", "0.5"], "no use"),
+    (["--frames", "9", "--seconds", "1"], "both give"), (["--size", "100000x100000"], "--size"),
+    (["--fps", "1000000"], "--fps"), (["--out", "runs/tiny/config.json"], "cannot write"),
+    (["--out", "/proc/samples"], "cannot write"), (["--sampler", "ddpm"], "--sampler ddpm"),
     (["--video", "a", "--image", "b", "--extend", "1"], "do not go together"),
     (["--prompts", "nowhere.jsonl"], "no such file"), (["--eval", "fid"], "--detector"),
     (["--vae", "tiny"], "denoiser")])
