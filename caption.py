@@ -88,6 +88,7 @@ from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, ch
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
+FEWEST = 300        # captioned clips to learn from; with 34 a baby was called a cake
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -938,6 +939,27 @@ def held_out_loss(model, rows, frames, texts, size=64):
     return total / count
 
 
+def frequency_loss(learnt, held_out):
+    """Nats a token of guessing the tokens of held-out captions by how frequent they are in those
+    that are learnt from (both: lists of ids), one added to each count; what was never seen counts
+    as one token more."""
+    counts = Counter(itertools.chain.from_iterable(learnt))
+    total = counts.total() + len(counts) + 1
+    lost = [math.log(total / (counts[token] + 1)) for ids in held_out for token in ids]
+    return sum(lost) / len(lost)
+
+
+def report(folder, step, loss, by_frequency):
+    """Prints the held-out loss beside `frequency_loss`; both, as the log has them."""
+    tqdm.write(f"{folder}: step {step}: held-out loss {loss:.3f} nats a token, guessing by word "
+               f"frequency {by_frequency:.3f}", file=sys.stderr)
+    if loss >= by_frequency:
+        tqdm.write(f"{folder}: the captioner is no better than guessing words by their frequency: "
+                   "do not use its captions; it wants more captioned clips, or --vlm DIR",
+                   file=sys.stderr)
+    return {"held_out": loss, "held_out_by_frequency": by_frequency}
+
+
 def describe(model, tokenizer, x, most):
     """[(caption, mean log-probability)] of frames uint8 [B, n, S, S, 3]."""
     x = to_input(x.to(model.words.weight.device))
@@ -951,15 +973,29 @@ def write_sheet(path, folder, rows, captions):
         for row, caption in zip(rows, captions)])
 
 
-def captioned(args):
-    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata."""
+WITHOUT = ("Put captions beside the files (NAME.txt; prepare_data.py --meta reads others), use a "
+           "published captioner (--vlm DIR), or leave this stage out and learn without captions")
+
+
+def captioned(args, run):
+    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata. A new
+    captioner of one's own is refused FEWEST clips or less, but for --few, which is only a
+    permission: it is no part of what a run was begun with."""
+    is_allowed = vars(args).pop("few") or args.init or (run / "config.json").exists()
     folder = dataset_dir(args.name)
     rows = chosen(own_captions(folder, open_dataset(folder)), args)
     rows = [row for row in rows if row["captions"]]
     learnt = [row for row in rows if row["split"] == "train"]
     if not learnt:
-        refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
-    held_out = [row for row in rows if row["split"] != "train"] or learnt[:16]
+        refuse(f"{folder} has no captioned clip in its training split. {WITHOUT}")
+    if len(learnt) < FEWEST and not is_allowed:
+        refuse(f"{folder}: {len(learnt)} captioned clips are too few to train a captioner on, at "
+               f"least {FEWEST} are wanted. {WITHOUT}, or train it all the same (--few)")
+    held_out = [row for row in rows if row["split"] != "train"]
+    if not held_out:
+        print(f"{folder} holds out no captioned clip: the held-out loss is that of clips that are "
+              "learnt from", file=sys.stderr)
+        held_out = learnt[:16]
     return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
 
 
@@ -972,7 +1008,7 @@ def pick_caption(row, args, step):
 
 def train(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
-    folder, learnt, held_out = captioned(args)
+    folder, learnt, held_out = captioned(args, run)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
                                  "model": MODELS[args.model]})
     sheet = run / "samples" / f"step-{args.steps:06d}.png"
@@ -1012,8 +1048,10 @@ def train(args, run):
         norm = take_step(model, optimizer, lr_at(step, args))
         return {"loss": loss.detach(), "words": words.detach()}, norm, keys
 
+    by_frequency = frequency_loss([ids[1:] for ids in captions], [
+        texts(row["captions"][0]["text"])[1:] for row in held_out])
     fit(args, run, step, batch, learn,
-        lambda done: {"held_out": held_out_loss(model, held_out, frames, texts)},
+        lambda done: report(run, done, held_out_loss(model, held_out, frames, texts), by_frequency),
         lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0 and not sheet.exists():
         shown = held_out[:24]
@@ -1131,7 +1169,7 @@ def part_path(path, args):
     """Where captions wait for the rest of their shard: named by what shapes them, so that no file
     holds those of two commands."""
     shape = {name: value for name, value in vars(args).items()
-             if name not in ("name", "all", "eval", "device", "where", "skip_clips")}
+             if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
     text = json.dumps(shape, sort_keys=True)
     return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.part")
 
@@ -2752,7 +2790,7 @@ def answer_loss(model, requests, answers):
 def tune(args, run):
     """Teaches a published captioner the captions, or the answers to the questions beside them."""
     rank, world, device = setup(args, args.batch, "--batch")
-    folder, rows, held_out = captioned(args)
+    folder, rows, held_out = captioned(args, run)
     is_done, step = is_finished(last_step(run), args), 0
     if not is_done:                                  # what is refused leaves no run behind
         model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer)
@@ -2771,7 +2809,9 @@ def tune(args, run):
     def ids_of(caption):
         return model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
     # a step's loss is its tokens' sum over this constant, on however many ranks
-    length = np.mean([len(ids_of(caption)) for row in rows[:1000] for caption in row["captions"]])
+    answers = [ids_of(caption) for row in rows[:1000] for caption in row["captions"]]
+    length = np.mean([len(ids) for ids in answers])
+    by_frequency = frequency_loss(answers, [ids_of(row["captions"][0]) for row in held_out[:64]])
 
     def read(row, caption):
         prompt = model.prompt(caption.get("prompt") or question)
@@ -2797,7 +2837,7 @@ def tune(args, run):
             key, asked, ids = read(row, row["captions"][0])
             total += answer_loss(model, model.requests([key], [asked]), [ids]).item()
             count += len(ids)
-        return {"held_out": total / count}
+        return report(run, done, total / count, by_frequency)
 
     fit(args, run, step, batch, learn, held_out_nats,
         lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
@@ -2821,6 +2861,8 @@ def parse(argv=None):
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
     add("--train", action="store_true", help="train a captioner; else one captions the clips")
+    add("--few", action="store_true", help="with --train: learn from fewer captioned clips than "
+        f"{FEWEST} all the same")
     add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
     add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
     add("--all", action="store_true", help="caption every clip, also those that have a caption")
@@ -2863,7 +2905,7 @@ def parse(argv=None):
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
-    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train")):
+    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train", "few train")):
         if getattr(args, name) and not getattr(args, other):
             refuse(f"--{name} goes with --{other}")
     if args.source and not re.fullmatch(r"[\w.-]+", args.source):

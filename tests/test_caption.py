@@ -346,12 +346,15 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     """Nine in ten captions of clips without one are right; the files are as DESIGN has them."""
     options = ["--steps", 120, "--batch", 16, "--save_every", 50, "--warmup", 20, "--eval_every", 120,
                "--max_tokens", 24]
-    quick(home, "set", "--train", "--run", "learnt", *options, monkeypatch=monkeypatch)
+    quick(home, "set", "--train", "--few", "--run", "learnt", *options, monkeypatch=monkeypatch)
     folder, data = home / "runs" / "learnt", home / "data" / "set"
     config = json.loads((folder / "config.json").read_text())
     assert config["kind"] == "captioner" and config["model"] == TINY
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     assert log[-1]["step"] == 120 and log[-1]["held_out"] < 0.2
+    # beside it what guessing by frequency loses
+    assert "held-out loss" in (said := capsys.readouterr().err) and "no better" not in said
+    assert 1.5 < log[-1]["held_out_by_frequency"] < 3
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-000100", "step-000120"]
     with c.Image.open(folder / "samples" / "step-000120.png") as sheet:
         assert sheet.size[0] > 200
@@ -407,7 +410,7 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
 def test_training_resumes_bit_for_bit_after_kill(home, monkeypatch, capsys):
     """kill -9 at some step, the same command again: the same losses and weights as unbroken."""
     monkeypatch.chdir(home)
-    options = ["set", "--train", "--steps", "9", "--batch", "4", "--save_every", "3", "--eval_every",
+    options = ["set", "--train", "--few", "--steps", "9", "--batch", "4", "--save_every", "3", "--eval_every",
                "5", "--log_every", "1", "--max_tokens", "16"]
     broken = run(home, *options, "--run", "broken")
     until = time.time() + 60
@@ -464,7 +467,21 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     rows = prepare_data.open_dataset(home / "data" / "set")
     (tmp_path / "all").write_text("\n".join(row["key"] for row in rows if row["split"] == "train"))
     assert "no captioned clip" in line("set", "--train", "--skip_clips", tmp_path / "all")
+    few = line("set", "--train", "--run", "few")
+    assert "captioned clips are too few" in few and "--vlm DIR" in few and "--few" in few
+    assert not (home / "runs" / "few").exists()
+    assert "--few goes with --train" in line("set", "--few")
 
+
+def test_guessing_by_frequency(capsys):
+    """Counts 3, 1 and one more each, and one for what was never seen: 4/7, 2/7, 1/7."""
+    loss = c.frequency_loss([[5, 5], [5, 6]], [[5, 6, 9, 9]])
+    assert loss == pytest.approx(-np.log([4 / 7, 2 / 7, 1 / 7, 1 / 7]).mean())
+    assert c.report("run", 7, 1.0, 2.0) == {"held_out": 1.0, "held_out_by_frequency": 2.0}
+    assert "step 7: held-out loss 1.000" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1 and "2.000" in said
+    c.report("run", 7, 2.0, 2.0)
+    assert "no better than guessing" in capsys.readouterr().err
 
 @pytest.mark.parametrize("text, says", [(None, "missing"), ("{", "no tokenizer")])
 def test_a_tokenizer_that_is_lost_or_torn_ends_in_one_line(tmp_path, capsys, text, says):
