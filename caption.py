@@ -2905,7 +2905,8 @@ def parse(argv=None):
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
-    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train", "few train")):
+    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
+                                       "few train")):
         if getattr(args, name) and not getattr(args, other):
             refuse(f"--{name} goes with --{other}")
     if args.source and not re.fullmatch(r"[\w.-]+", args.source):
