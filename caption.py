@@ -82,12 +82,13 @@ from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_so
                           write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
                        is_finished, last_step, load_step, lr_at, moved, optimizer_tensors,
-                       option_parser, prefetch, read_config, read_header, read_tensors,
+                       option_parser, prefetch, read_config, read_header, read_log, read_tensors,
                        restore_optimizer, setup, start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
+TEMPERATURES = 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0      # see `certainty`
 FEWEST = 300        # captioned clips to learn from; with 34 a baby was called a cake
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
@@ -873,6 +874,12 @@ def draw_batch(rows, frames, texts, args, step, others):
                  torch.from_numpy(np.stack(jitters)), noise, pad(ids), pad(blanks))
 
 
+def caption_loss(logits, ids):
+    """Nats, summed over all tokens, of logits [B, L, vocab] for the ids [B, L + 1]."""
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD,
+                           reduction="sum")
+
+
 def losses(model, x, ids, blank=None):
     """(Caption loss, summed over all tokens; words' loss, summed over clips and vocabulary), nats.
     x float [B, n, 3, S, S], as the tower takes it; ids int64 [B, L + 1]; blank bool [B, L]."""
@@ -880,8 +887,7 @@ def losses(model, x, ids, blank=None):
     if blank is not None:
         read = read.masked_fill(blank & (read != BOS), PAD)
     logits, words = model(x, read)
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD,
-                           reduction="sum")
+    loss = caption_loss(logits, ids)
     holds = torch.zeros_like(words).scatter_(1, wanted, 1.0)
     holds[:, :len(SPECIAL)] = 0
     about = F.binary_cross_entropy_with_logits(words, holds, reduction="sum")
@@ -928,15 +934,34 @@ def word_prior(model, texts):
 
 @torch.no_grad()
 def held_out_loss(model, rows, frames, texts, size=64):
-    """Nats a token over held-out clips as they are, each with its first caption."""
-    total, count, device = 0.0, 0, model.words.weight.device
+    """(Nats a token over held-out clips as they are, each with its first caption; the one of
+    TEMPERATURES at which they are the fewest: a model that is too sure of itself wants a high
+    one.)"""
+    totals, count, device = [0.0] * len(TEMPERATURES), 0, model.words.weight.device
     for i in range(0, len(rows), size):
         part = rows[i:i + size]
         x = torch.from_numpy(np.stack([frames(row["key"]) for row in part])).to(device)
         ids = pad([texts(row["captions"][0]["text"]) for row in part]).to(device)
-        total += losses(model, to_input(x), ids)[0].item()
+        logits = model(to_input(x), ids[:, :-1])[0]
+        totals = [total + caption_loss(logits / t, ids).item()
+                  for total, t in zip(totals, TEMPERATURES)]
         count += (ids[:, 1:] != PAD).sum().item()
-    return total / count
+    return totals[0] / count, TEMPERATURES[int(np.argmin(totals))]
+
+
+@torch.no_grad()
+def certainty(model, x, others, ids, temperature):
+    """How sure the captioner is of captions ids [B, L + 1] of clips x float [B, n, 3, S, S]: [B] in
+    0..1, the geometric mean of the tokens' probabilities. Weighed by what they lose where the clip
+    is another, `others` [B, K, n, 3, S, S]: what any clip's caption holds says nothing. At the
+    temperature that fits the held-out clips: a model that knows 30 clips by heart is quite sure of
+    whatever it says of others. (Agreement of varied views sorts right from wrong less well.)"""
+    def logprobs(x):
+        logits = model(x, ids[:, :-1])[0] / temperature
+        return -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], ignore_index=PAD,
+                                reduction="none")                        # [B, L]
+    weights = (ids[:, 1:] != PAD) * 0.01 - sum(map(logprobs, others.unbind(1))) / others.shape[1]
+    return ((weights * logprobs(x)).sum(1) / weights.sum(1)).exp()
 
 
 def frequency_loss(learnt, held_out):
@@ -973,8 +998,8 @@ def write_sheet(path, folder, rows, captions):
         for row, caption in zip(rows, captions)])
 
 
-WITHOUT = ("Put captions beside the files (NAME.txt; prepare_data.py --meta reads others), use a "
-           "published captioner (--vlm DIR), or leave this stage out and learn without captions")
+WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
+           "leave this stage out: train_dit.py learns without captions, too")
 
 
 def captioned(args, run):
@@ -990,7 +1015,7 @@ def captioned(args, run):
         refuse(f"{folder} has no captioned clip in its training split. {WITHOUT}")
     if len(learnt) < FEWEST and not is_allowed:
         refuse(f"{folder}: {len(learnt)} captioned clips are too few to train a captioner on, at "
-               f"least {FEWEST} are wanted. {WITHOUT}, or train it all the same (--few)")
+               f"least {FEWEST} are wanted. {WITHOUT}. --few trains it all the same")
     held_out = [row for row in rows if row["split"] != "train"]
     if not held_out:
         print(f"{folder} holds out no captioned clip: the held-out loss is that of clips that are "
@@ -1050,8 +1075,12 @@ def train(args, run):
 
     by_frequency = frequency_loss([ids[1:] for ids in captions], [
         texts(row["captions"][0]["text"])[1:] for row in held_out])
-    fit(args, run, step, batch, learn,
-        lambda done: report(run, done, held_out_loss(model, held_out, frames, texts), by_frequency),
+
+    def evaluate(done):
+        loss, temperature = held_out_loss(model, held_out, frames, texts)
+        return {**report(run, done, loss, by_frequency), "temperature": temperature}
+
+    fit(args, run, step, batch, learn, evaluate,
         lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0 and not sheet.exists():
         shown = held_out[:24]
@@ -1111,15 +1140,30 @@ def own_writer(name, folder, rows, args, device):
     what was loaded) yields (key, caption, prompt, scores) in any order."""
     model, tokenizer, config = load_captioner(name, device)
     frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
+    most, temperature = config["args"]["max_tokens"], run_temperature(run_dir(name))
+    others = {row["key"]: to_input(torch.from_numpy(frames(row["key"])).to(device))
+              for row in Stream(rows, 0).take(0, min(5, len(rows)))}
 
     def write(pairs):
         for group in in_groups(pairs, args.batch):
-            views = torch.from_numpy(np.stack([view for _, view in group]))
-            said = describe(model, tokenizer, views, config["args"]["max_tokens"])
-            yield from ((row["key"], text, "", {"logprob": score})
-                        for (row, _), (text, score) in zip(group, said))
+            x = to_input(torch.from_numpy(np.stack([view for _, view in group])).to(device))
+            said = model.generate(x, most)
+            ids = pad([[BOS, *ids, EOS] for ids, _ in said]).to(device)
+            four = torch.stack([torch.stack(
+                [other for key, other in others.items() if key != row["key"]][:4] or [view])
+                for (row, _), view in zip(group, x)])
+            sure = certainty(model, x, four, ids, temperature).tolist()
+            yield from ((row["key"], tokenizer.decode(ids).strip(), "",
+                         {"logprob": score, "sure": sure})
+                        for (row, _), (ids, score), sure in zip(group, said, sure))
 
     return lambda row: frames(row["key"]), write
+
+
+def run_temperature(run):
+    """The temperature that the run's log ends with; 1 of runs that knew none."""
+    rows = read_log(run) if (run / "log.jsonl").exists() else []
+    return rows[-1].get("temperature", 1.0) if rows else 1.0
 
 
 def in_groups(items, n):
@@ -1144,7 +1188,8 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
         key = next(waiting, None)
         for name, text, prompt, scores in write(pairs):
             scores = {**scores, **(scorer(name, text) if scorer else {})}
-            reason = fault(text, args.style) if prompt else None
+            reason = fault(text, args.style) if prompt else (
+                "unsure" if scores["sure"] < args.sure else None if text else "empty")
             done[name] = json_line({
                 "key": name, "caption": text, "prompt": prompt, "scores": {
                     score: round(value, 4) for score, value in scores.items()},
@@ -1191,6 +1236,13 @@ def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
+    missing = sum(args.all or not row["captions"] for row in rows)
+    if not missing:
+        return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing is to "
+                     "be done (--all captions them too)", file=sys.stderr)
+    if not args.vlm and not run_dir(vlm).exists():
+        refuse(f"{folder}: {missing} clips have no caption, and no captioner has been trained "
+               f"({run_dir(vlm)}). Train one (--train). {WITHOUT}")
     config = read_published(run_dir(vlm) / "config.json", {"kind": "captioner", "model": {}})
     is_own = "kind" in config and "init" not in config.get("model", {})
     if is_own and (args.lm or args.frames or args.prompt):
@@ -1221,15 +1273,20 @@ def caption(args):
     if rank:
         return
     files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
+    files += filter(Path.exists, map(rejected_path, files.copy()))
     keys = {row["key"] for row in wanted}
-    texts = {row["key"]: row["caption"] for path in files for row in read_rows(path)
-             if row["key"] in keys}
+    said = {row["key"]: row for path in files for row in read_rows(path) if row["key"] in keys}
+    texts = {key: row["caption"] for key, row in said.items() if "rejected" not in row}
     if wanted and (todo or not sheet.exists()):
         shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
-        write_sheet(sheet, folder, shown, [texts.get(row["key"], "(rejected)") for row in shown])
-    others = f", the others' captions in shard-*.rejected-captions-{run}.jsonl"
+        write_sheet(sheet, folder, shown, [
+            texts.get(row["key"], "(rejected) " + said[row["key"]]["caption"]) for row in shown])
+    reasons = Counter(row["rejected"] for row in said.values() if "rejected" in row)
+    others = "; " + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) + (
+        f", see shard-*.rejected-captions-{run}.jsonl")
     print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
-          + others * (len(texts) < len(wanted)) + f"; look at {sheet}" * sheet.exists(),
+          + others * bool(reasons), file=sys.stderr)
+    print(f"look at {sheet}; take these captions back: rm {folder}/shard-*captions-{run}.jsonl",
           file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
@@ -2887,6 +2944,9 @@ def parse(argv=None):
     add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
     add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
         "uniform:8, for --lm uniform:4, else uniform:1)")
+    add("--sure", type=number(float, 0, 1), default=0.7, metavar="P", help="a captioner of one's "
+        "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
+        "(%(default)s; 0: none)")
     add("--source", help="what the data set calls these captions (the folder's name and the style)")
     add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy (%(default)s)")
     add("--top_p", type=number(float, 1e-6, 1), default=1.0,

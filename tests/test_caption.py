@@ -471,6 +471,65 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     assert "captioned clips are too few" in few and "--vlm DIR" in few and "--few" in few
     assert not (home / "runs" / "few").exists()
     assert "--few goes with --train" in line("set", "--few")
+    none = line("set")
+    assert "no captioner has been trained (runs/set-captioner)" in none and "--vlm DIR" in none
+    monkeypatch.setattr(c, "open_dataset", lambda folder: [row for row in rows if row["captions"]])
+    c.main(["set"])                                  # nothing to do is no mistake
+    assert "nothing is to be done" in capsys.readouterr().err
+
+
+def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys):
+    """A captioner that learnt the captions of other clips guesses colour and way: it is told by
+    its held-out clips. What it wrote is taken back by the line that it prints, to the letter."""
+    def swapped(folder):
+        rows = prepare_data.open_dataset(folder)
+        mine = [row for row in rows if row["captions"]]
+        order = np.random.default_rng(0).permutation(len(mine))
+        captions = [mine[i]["captions"] for i in order]
+        for row, other in zip(mine, captions):
+            row["captions"] = other
+        return rows
+    monkeypatch.setattr(c, "open_dataset", swapped)
+    quick(home, "set", "--train", "--few", "--run", "lies", "--steps", 80, "--batch", 16, "--warmup", 10,
+          "--max_tokens", 24, monkeypatch=monkeypatch)
+    log = [json.loads(line) for line in open(home / "runs" / "lies" / "log.jsonl")]
+    assert log[-1]["temperature"] in c.TEMPERATURES
+    monkeypatch.setattr(c, "open_dataset", prepare_data.open_dataset)
+    capsys.readouterr()
+    quick(home, "set", "--vlm", "lies", monkeypatch=monkeypatch)
+    said, data = capsys.readouterr().err, home / "data" / "set"
+    rejected = [row for path in data.glob("shard-*.rejected-captions-lies.jsonl")
+                for row in prepare_data.read_rows(path)]
+    kept = [row for path in data.glob("shard-*.captions-lies.jsonl")
+            for row in prepare_data.read_rows(path)]
+    assert len(rejected) > 9 * len(kept) and f"{len(rejected)} unsure" in said
+    assert all(row["rejected"] == "unsure" and row["scores"]["sure"] < 0.7 for row in rejected)
+    assert all(row["scores"]["sure"] >= 0.7 for row in kept)
+    others = sorted(path for path in data.iterdir() if "captions-lies" not in path.name)
+    back = re.search(r"take these captions back: (rm .*)", said)[1]
+    subprocess.run(back, shell=True, cwd=home, check=True)
+    assert not list(data.glob("shard-*captions-lies*"))
+    assert others == sorted(path for path in data.iterdir() if path.suffix != ".png"
+                            or "lies" not in path.name)
+    assert "lies" not in {caption["source"] for row in prepare_data.open_dataset(data)
+                          for caption in row["captions"]}
+    quick(home, "set", "--vlm", "lies", "--sure", 0, monkeypatch=monkeypatch)
+    assert not list(data.glob("shard-*.rejected-captions-lies*"))
+    subprocess.run(back, shell=True, cwd=home, check=True)
+
+
+def test_certainty_is_the_probability_of_the_tokens_that_need_the_clip():
+    model, x = fresh(), torch.randn(2, 4, 3, 32, 32)
+    ids, others = torch.tensor([[1, 7, 9, 2], [1, 7, 2, 0]]), torch.randn(2, 3, 4, 3, 32, 32)
+    found = c.certainty(model, x, others, ids, 2.0)
+    for i, wanted in enumerate(([7, 9, 2], [7, 2])):
+        def logprobs(clip):
+            logits = model(clip[None], torch.tensor([[1, *wanted[:-1]]]))[0][0] / 2
+            return logits.log_softmax(-1).gather(1, torch.tensor(wanted)[:, None])[:, 0].detach()
+        weights = 0.01 - torch.stack([logprobs(other) for other in others[i]]).mean(0)
+        sure = (weights * logprobs(x[i])).sum() / weights.sum()
+        assert found[i].item() == pytest.approx(sure.exp().item(), rel=1e-4)
+    assert c.run_temperature(Path("no such run")) == 1.0
 
 
 def test_guessing_by_frequency(capsys):

@@ -27,7 +27,7 @@ STAGES = {
     "encode": ["train_vae.py", "demo", "--encode"],
     "captioner": ["caption.py", "demo", "--train", "--few", "--steps", "16", "--eval_every", "8",
                   "--save_every", "4", "--log_every", "4"],
-    "caption": ["caption.py", "demo"],
+    "caption": ["caption.py", "demo", "--sure", "0"],
     "dit": ["train_dit.py", "demo", "--steps", "16", "--eval_every", "8", "--save_every", "4"],
 }
 
