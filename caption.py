@@ -2944,7 +2944,7 @@ def parse(argv=None):
     add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
     add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
         "uniform:8, for --lm uniform:4, else uniform:1)")
-    add("--sure", type=number(float, 0, 1), default=0.7, metavar="P", help="a captioner of one's "
+    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="a captioner of one's "
         "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
         "(%(default)s; 0: none)")
     add("--source", help="what the data set calls these captions (the folder's name and the style)")
