@@ -4,8 +4,9 @@ In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BPE of the captions),
                             log.jsonl, samples/ (held-out frames and what it says), step-000100/
       data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
-                            "scores": {"logprob": mean over the tokens, …}}; beside it
-                            shard-00000.rejected-captions-RUN.jsonl, those that will not do;
+                            "scores": {"logprob": mean over the tokens, "sure": --sure, …}};
+                            beside it shard-00000.rejected-captions-RUN.jsonl, those that will
+                            not do, each with its reason in "rejected";
                             data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
       data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
                             text encoder reads them; HASH8 names the encoder
@@ -35,7 +36,12 @@ makes room for the next clip; clips are decoded ahead, in threads; ranks share t
 
 A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
 from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
-goes on with the same command; a shard that is done is left alone until its file is removed.
+goes on with the same command; a shard that is done is left alone until its file is removed. Look at
+data/NAME/captions-RUN.png; `rm data/NAME/shard-*captions-RUN.jsonl` takes a bad run of them back.
+
+A captioner of one's own wants hundreds of captioned clips: one that knew 64 by heart called a baby
+a fish. Fewer than 300 are refused (--few allows them; --init, which only adapts a published one,
+takes any number). The log has its held-out loss beside that of guessing by word frequency.
 
 Axes: B clips, n frames of a clip, S their side in px, N visual tokens, L text tokens, D width,
 A heads, E head dim. Layers are pre-norm; rotary positions count all visual tokens as one place.
@@ -89,7 +95,7 @@ PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
 TEMPERATURES = 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0      # see `certainty`
-FEWEST = 300        # captioned clips to learn from; with 34 a baby was called a cake
+FEWEST = 300        # captioned clips to learn from; with 64 a baby was called a fish
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -954,7 +960,7 @@ def certainty(model, x, others, ids, temperature):
     """How sure the captioner is of captions ids [B, L + 1] of clips x float [B, n, 3, S, S]: [B] in
     0..1, the geometric mean of the tokens' probabilities. Weighed by what they lose where the clip
     is another, `others` [B, K, n, 3, S, S]: what any clip's caption holds says nothing. At the
-    temperature that fits the held-out clips: a model that knows 30 clips by heart is quite sure of
+    temperature that fits the held-out clips: a model that knows its clips by heart is quite sure of
     whatever it says of others. (Agreement of varied views sorts right from wrong less well.)"""
     def logprobs(x):
         logits = model(x, ids[:, :-1])[0] / temperature
