@@ -71,13 +71,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -775,6 +776,20 @@ def letterbox(frame, size):
     return square
 
 
+def frames_of(folder, row, some=None):
+    """The frames of a row's clip, or of them those numbered in `some`; refuses by its name a clip
+    that cannot be read or has lost some."""
+    try:
+        frames = list(clip_frames(folder, row, some))
+        if len(frames) == (row["frames"] if some is None else len(some)):
+            return frames
+        error = f"{len(frames)} frames came"
+    except (av.FFmpegError, OSError, ValueError, LookupError) as found:
+        error = found
+    refuse(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read ({error}): "
+           "prepare the data set again")
+
+
 class Frames:
     """Clips as the captioner sees them: of each at most 4 n frames, evenly spread, in squares.
     The last ones used are kept, as many as fit `mib`."""
@@ -790,7 +805,7 @@ class Frames:
         row = self.rows[key]
         wanted = set(spread(min(4 * self.n, row["frames"]), row["frames"]).tolist())
         return np.stack([letterbox(frame, self.size)
-                         for frame in clip_frames(self.folder, row, wanted)])
+                         for frame in frames_of(self.folder, row, wanted)])
 
     def __call__(self, key, start=0.075, stop=0.925):
         """uint8 [n, S, S, 3] from a part of the clip, given in shares of its length: unless told
@@ -1000,7 +1015,7 @@ def describe(model, tokenizer, x, most):
 def write_sheet(path, folder, rows, captions):
     """Four frames of each clip above its caption."""
     contact_sheet(path, [
-        (list(clip_frames(folder, row, set(spread(4, row["frames"]).tolist()))), caption)
+        (frames_of(folder, row, set(spread(4, row["frames"]).tolist())), caption)
         for row, caption in zip(rows, captions)])
 
 
@@ -1114,8 +1129,11 @@ def load_captioner(name, device="cpu"):
     run = run_dir(name)
     config, step = finished(run)
     tokenizer = open_tokenizer(run / "tokenizer.json")
-    model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
-    model.load_state_dict(load_file(step / "model.safetensors"))
+    try:
+        model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
+        model.load_state_dict(load_file(step / "model.safetensors"))
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        refuse(f"{step} is damaged, or {run / 'config.json'}: {error}")
     return model.to(device).eval().requires_grad_(False), tokenizer, config
 
 
@@ -1260,6 +1278,8 @@ def caption(args):
     for row in rows:
         if args.all or not row["captions"]:
             shards.setdefault(row["shard"], []).append(row)
+    if not os.access(folder, os.W_OK):
+        refuse(f"{folder} cannot be written to: captions are kept beside its shards")
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
@@ -1405,6 +1425,20 @@ def read_published(path, missing=None):
         if isinstance(found, dict):
             return found
     refuse(f"{path} is missing, or holds no JSON object")
+
+
+@contextlib.contextmanager
+def read_as_config(where):
+    """Refuses what a published config does not hold, or holds in another form than the published
+    models of its family: what breaks in here breaks by its values."""
+    try:
+        yield
+    except KeyError as error:
+        refuse(f"{where}: {error} is missing, of the config or of the weights")
+    except ValueError as error:
+        refuse(f"{where}: {error}")
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+        refuse(f"{where}: its config.json holds what does not fit: {error}")
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
@@ -1628,13 +1662,9 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
         where, tokens = path / "text_encoder", path / "tokenizer"
     elif not (path / "config.json").exists():
         refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
-    try:
+    with read_as_config(where):
         model, facts = make_text_encoder(wan_config(weights) if weights else
                                          read_published(where / "config.json"))
-    except KeyError as error:
-        refuse(f"{where}: {error} is missing, of the sizes or of the config")
-    except ValueError as error:
-        refuse(f"{where}: {error}")
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
@@ -2490,13 +2520,13 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
     where one that `sees` is wanted, or the other way round."""
     path = Path(path)
     config = read_published(path / "config.json")
-    made_by = (config.get("architectures") or ["?"])[0]
-    kind = config.get("model_type") or made_by
-    kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
-    if kind not in FAMILIES:
-        refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
-    weights = read_tensors(path)
-    try:
+    with read_as_config(path):
+        made_by = (config.get("architectures") or ["?"])[0]
+        kind = config.get("model_type") or made_by
+        kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
+        if kind not in FAMILIES:
+            refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
+        weights = read_tensors(path)
         plan = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
@@ -2508,10 +2538,6 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
             weights |= {name: beside[name] for name in beside if "vision_model." in name}
         with torch.device("meta"):
             model = VLM(plan)
-    except KeyError as error:
-        refuse(f"{path}: {error} is missing, of the config or of the weights")
-    except ValueError as error:
-        refuse(f"{path}: {error}")
     if sees is not None and sees != (plan.tower is not None):
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
@@ -2530,7 +2556,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
         plan.prompt, end = CHATS[mark]
         plan.prompt += "<think>\n\n</think>\n\n" * (model.tokens.id("<think>") is not None)
         plan.stop = (end,)
-    model.stop = stop_ids(path, config, model.tokens, plan.stop)
+    with read_as_config(path):
+        model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
 
 
@@ -2592,12 +2619,12 @@ def pick_frames(rule, folder, row):
         at = np.linspace(0, n - 1, int(value)).astype(int)
     elif kind == "key":
         small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"))
-                          for frame in clip_frames(folder, row)]).astype(np.float32)
+                          for frame in frames_of(folder, row)]).astype(np.float32)
         change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
         at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
                              + change[-1] / value / 2)
     at = at.clip(max=n - 1).tolist()
-    found = dict(zip(sorted(set(at)), clip_frames(folder, row, set(at))))
+    found = dict(zip(sorted(set(at)), frames_of(folder, row, set(at))))
     return [found[i] for i in at], [i / fps for i in at]
 
 

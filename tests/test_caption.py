@@ -543,6 +543,58 @@ def test_guessing_by_frequency(capsys):
     c.report("run", 7, 2.0, 2.0)
     assert "no better than guessing" in capsys.readouterr().err
 
+def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_path):
+    """A clip whose bytes are others', or that lost its end; a checkpoint; a folder of others."""
+    data = tmp_path / "data" / "set"
+    shutil.copytree(home / "data" / "set", data, ignore=shutil.ignore_patterns("*captions-*"))
+    quick(tmp_path, "set", "--train", "--few", "--run", "short", "--steps", 1, "--batch", 2, "--warmup",
+          0, monkeypatch=monkeypatch)
+    def line(*args):
+        return refused(tmp_path, monkeypatch, capsys, *args)
+    rows = [row for row in prepare_data.open_dataset(data) if not row["captions"] and row["fps"]]
+    tar = data / f"{rows[0]['shard']}.tar"
+    whole = tar.read_bytes()
+    for start in (0, rows[0]["length"] // 3):
+        tar.write_bytes(whole)
+        with open(tar, "r+b") as file:
+            file.seek(rows[0]["offset"] + start)
+            file.write(b"\0" * (rows[0]["length"] - start))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            c.main(["set", "--vlm", "short"])
+        said, = re.findall(r"\S+\.tar: the clip .*", capsys.readouterr().err)      # beside the bar
+        assert left.value.code == 2 and said.startswith(f"data/set/{tar.name}")
+        assert rows[0]["key"] in said
+    tar.write_bytes(whole)
+    with monkeypatch.context() as patch:                 # who tests as root may write anywhere
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        assert "data/set cannot be written to" in line("set", "--vlm", "short")
+    model = tmp_path / "runs" / "short" / "step-000001" / "model.safetensors"
+    os.truncate(model, model.stat().st_size // 2)
+    assert "step-000001 is damaged" in line("set", "--vlm", "short")
+
+
+@pytest.mark.parametrize("name", ["vlm-llava15", "vlm-qwen2", "wan-umt5"])
+def test_configs_of_any_value_end_in_one_line(tmp_path, capsys, name):
+    """Each value of a published config.json in another form: it opens, or is refused in a line."""
+    shutil.copytree(FIXTURES / name, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config, refused = json.loads(path.read_text()), 0
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part, key in [(part, key) for part in parts for key in part]:
+        old = part[key]
+        for value in ("x", [], {"a": 1}):
+            part[key] = value
+            path.write_text(json.dumps(config))
+            try:
+                (c.open_text_encoder if name == "wan-umt5" else c.open_vlm)(tmp_path / "model")
+            except SystemExit as end:
+                assert end.code == 2 and capsys.readouterr().err.count("\n") == 1
+                refused += 1
+        part[key] = old
+    assert refused > 20
+
+
 @pytest.mark.parametrize("text, says", [(None, "missing"), ("{", "no tokenizer")])
 def test_a_tokenizer_that_is_lost_or_torn_ends_in_one_line(tmp_path, capsys, text, says):
     path = tmp_path / "tokenizer.json"
