@@ -2948,8 +2948,8 @@ def frame_rule(text):
 
 def parse(argv=None):
     parser = option_parser(__doc__)
-    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl takes "
-                     "the captions of RUN back.")
+    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl "
+                     "takes the captions of RUN back.")
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
     add("--train", action="store_true", help="train a captioner; else one captions the clips")
