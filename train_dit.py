@@ -2,8 +2,9 @@
 
 In:   data/NAME/ with latents (train_vae.py --encode) and captions (the metadata's, caption.py's).
 Out:  runs/NAME/  config.json, tokenizer.json (byte-level BPE of the captions), log.jsonl,
-                  samples/ (videos' frames at each evaluation), loss.png,
-                  step-000100/ (model, ema, optimizer: safetensors; state.json)
+                  samples/ (videos' frames at each evaluation), loss.png (from the first one on),
+                  step-000100/ (model, ema, optimizer: safetensors; state.json),
+                  best.safetensors (ema at the lowest held-out loss: what is sampled)
 
 The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a
 transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own
@@ -42,11 +43,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
                      open_tokenizer, train_tokenizer)
@@ -58,7 +60,7 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
-                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
+                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint, last_step,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
                        moved, optimizer_tensors, option_parser, read_config, read_header, read_log,
                        read_tensors, restore_optimizer, setup, sheet_frames, split_rows, start_run,
@@ -1377,6 +1379,9 @@ def check_estimate(cost, folder):
 # ------------------------------------------------------------------------------------------------
 
 
+BEST = "best.safetensors"    # the averaged weights of the lowest held-out loss so far
+
+
 def clip_losses(model, row, x0, noise, t, dtype):
     """[B]: each clip's squared error, its own mean over tokens and channels; what is given, and
     the null clip, do not count."""
@@ -1428,6 +1433,21 @@ def held_out_loss(model, bank, device, dtype):
     bits = {"bits_per_dim": losses.mean().item() / math.log(2)} if model.kind == "gpt" else {}
     return {"held_out": losses.mean().item(), "held_out_by_t": (sums / counts).tolist(),
             "held_out_by_shape": by_shape, **bits}
+
+
+def zero_loss(model, bank):
+    """The held-out loss of a model that knows nothing: of zeros, which a new one returns and which
+    are the mean of latents and noise; of codes in nats, of guessing by how frequent each is."""
+    if model.kind == "gpt":
+        counts = torch.cat([codes.flatten() for *_, codes in bank]).bincount().double()
+        share = counts[counts > 0] / counts.sum()
+        return -(share * share.log()).sum().item()
+    width = 2 if model.objective.prediction == "ddpm" else 1             # noise, and its variance
+
+    def zeros(x, t, row):
+        return torch.zeros(len(x), width * x.shape[1])
+    zeros.kind, zeros.objective = model.kind, model.objective
+    return held_out_loss(zeros, bank, torch.device("cpu"), "fp32")["held_out"]
 
 
 def guide(with_prompt, without, scale, channels=None):
@@ -1538,31 +1558,143 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     contact_sheet(path, rows)
 
 
-def plot_losses(folder, width=640, height=360):
-    """loss.png: the training loss, the held-out loss and, thin, that by time, on a log scale."""
-    log = read_log(folder)
-    held = [row for row in log if "held_out" in row]
-    lines = [("training", (170, 170, 170), 2, [(row["step"], row["loss"]) for row in log]),
-             ("held out", (40, 90, 220), 2, [(row["step"], row["held_out"]) for row in held])]
-    for i, colour in enumerate(((20, 150, 60), (230, 160, 0), (220, 80, 30), (150, 40, 150))):
-        points = [(row["step"], row["held_out_by_t"][i]) for row in held]
-        lines.append((f"t {i / 4:g} to {(i + 1) / 4:g}", colour, 1, points))
-    lines = [(*line, [(x, y) for x, y in points if y > 0]) for *line, points in lines]   # no NaN
-    values = [value for *_, points in lines for _, value in points]
-    low, high, last = math.log(min(values)), math.log(max(values)), max(r["step"] for r in log)
-    image = Image.new("RGB", (width, height), "white")
+GREY, BLUE, RED = (170, 170, 170), (40, 90, 220), (200, 30, 30)
+COLOURS = (BLUE, (220, 80, 30), (20, 150, 60), (150, 40, 150), (230, 160, 0), (0, 150, 170))
+
+
+def ticks(low, high, most=8):
+    """Round numbers from low to high: at most `most`, a step of 1, 2 or 5 powers of ten apart; over
+    more than a factor of 8 (low > 0) these steps themselves."""
+    if low > 0 and high > 8 * low:
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        return [m * 10.0**e for e in tens for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    least = math.floor(math.log10(max(high - low, 1e-9) / most))
+    step = next(m * 10.0**e for e in range(least, least + 3) for m in (1, 2, 5)
+                if (high - low) / (m * 10.0**e) <= most)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def draw_curves(path, curves, levels, unit, width=860, height=500):
+    """A PNG of curves (name, colour, line width, [(step, loss)], whether to mark the lowest point)
+    over labelled axes, losses on a log scale; levels (name, colour, loss) are dashed lines."""
+    curves = [(*head, [(x, y) for x, y in points if y and y > 0], mark)      # no null, no NaN
+              for *head, points, mark in curves]
+    levels = [level for level in levels if level[2] and level[2] > 0]
+    values = [y for *_, points, _ in curves for _, y in points] + [level[2] for level in levels]
+    if not values:
+        return
+    last = max(1, *(x for *_, points, _ in curves for x, _ in points))
+    low, high = 0.97 * min(values), 1.03 * max(values)
+    image, left, top, right, bottom = Image.new("RGB", (width, height), "white"), 70, 64, 24, 48
     draw = ImageDraw.Draw(image)
-    place = lambda step, value: (60 + (width - 80) * step / last, height - 30 - (height - 60)
-                                 * (math.log(value) - low) / max(1e-9, high - low))
-    left = 60
-    for name, colour, wide, points in [(f"0 to {last} steps", "black", 1, []), *lines]:
-        draw.line([place(*point) for point in points], fill=colour, width=wide)
-        draw.text((left, height - 20), name, fill=colour)
-        left += draw.textlength(name) + 14
-    for value in (math.exp(low), math.exp((low + high) / 2), math.exp(high)):
-        draw.text((8, place(0, value)[1] - 6), f"{value:.3f}", fill="black")
-    with atomic(Path(folder) / "loss.png") as path:
-        image.save(path, "PNG")
+    across = lambda step: left + (width - left - right) * step / last
+    down = lambda value: height - bottom - (height - top - bottom) * (
+        math.log(value / low) / math.log(high / low))
+    for value in ticks(low, high):
+        draw.line([(left - 4, down(value)), (width - right, down(value))], fill=(230, 230, 230))
+        draw.text((left - 8, down(value)), f"{value:.4g}", fill="black", anchor="rm")
+    for step in ticks(0, last):
+        draw.line([(across(step), height - bottom), (across(step), height - bottom + 4)], "black")
+        draw.text((across(step), height - bottom + 6), f"{step:g}", fill="black", anchor="ma")
+    draw.line([(left, top), (left, height - bottom), (width - right, height - bottom)], "black")
+    draw.text(((left + width - right) / 2, height - 8), "optimizer steps", "black", anchor="mb")
+    draw.text((8, top - 16), unit, fill="black")
+    for name, colour, value in levels:
+        for x in range(left, width - right, 12):
+            draw.line([(x, down(value)), (min(x + 6, width - right), down(value))], colour)
+    for _, colour, wide, points, is_marked in curves:
+        draw.line([(across(x), down(y)) for x, y in points], colour, wide)
+        for x, y in [min(points, key=lambda point: point[1])] if is_marked and points else ():
+            draw.ellipse([across(x) - 5, down(y) - 5, across(x) + 5, down(y) + 5], outline=colour,
+                         width=2)
+            draw.text((min(across(x), width - 110), down(y) + 8), f"{y:.4g} at step {x}", colour,
+                      anchor="ma")
+    x, y = 8, 6
+    for name, colour in [(head[0], head[1]) for head in (*curves, *levels)]:
+        if x + 26 + draw.textlength(name) > width:
+            x, y = 8, y + 14
+        draw.line([(x, y + 6), (x + 14, y + 6)], colour, 3)
+        draw.text((x + 18, y), name, "black")
+        x += 34 + draw.textlength(name)
+    with atomic(path) as part:
+        image.save(part, "PNG")
+
+
+def loss_unit(config):
+    """What the losses of a run are, in words."""
+    return "loss: nats a code" if config["model"].get("kind") == "gpt" else (
+        f"loss: mean squared error of the {objective_of(config['args']).prediction}")
+
+
+def plot_losses(folder, log=None):
+    """loss.png: training and held-out loss, the lowest of this marked, and the level of a model
+    that knows nothing; thin, the held-out loss by time."""
+    log = read_log(folder) if log is None else log
+    held = [row for row in log if "held_out" in row]
+    curves = [("training", GREY, 2, [(r["step"], r.get("loss")) for r in log], False)]
+    for i, colour in enumerate(COLOURS[1:5]):
+        curves.append((f"held out, t {i / 4:g} to {(i + 1) / 4:g}", colour, 1,
+                       [(row["step"], row["held_out_by_t"][i]) for row in held], False))
+    curves.append(("held out", BLUE, 3, [(r["step"], r["held_out"]) for r in held], True))
+    draw_curves(Path(folder) / "loss.png", curves, [
+        ("a model that knows nothing", RED, held[-1].get("held_out_zero"))] if held else [],
+        loss_unit(read_config(folder, "denoiser")))
+
+
+def rising(log):
+    """A line on a held-out loss that has just risen for the third evaluation in a row, or None."""
+    held = [(row["step"], row["held_out"]) for row in log if row.get("held_out") is not None]
+    fall = next((i for i in range(1, len(held)) if not held[-i][1] > held[-i - 1][1]), len(held))
+    if fall != 4:                                            # three rises: not more, or it was said
+        return None
+    (step, lowest), (last, now) = held[-4], held[-1]
+    mean = lambda a, b: np.mean([r["loss"] for r in log if a < r["step"] <= b and r.get("loss")])
+    before, after = mean(2 * step - last, step), mean(step, last)
+    text = (f"held-out loss has risen for three evaluations, since step {step} ({lowest:.4f} to "
+            f"{now:.4f}): ")
+    if after > before:
+        return text + (f"so has the training loss ({before:.4f} to {after:.4f}), the run diverges; "
+                       "a lower --lr or a longer --warmup helps")
+    return text + ("the model memorises its training clips. More clips, fewer --steps or a smaller "
+                   f"--model help; the weights of the lowest loss are kept ({BEST})")
+
+
+def keep_best(folder, done, held_out, state):
+    """Keeps the averaged weights `state` of a step beside the checkpoints if no earlier evaluation
+    had as low a held-out loss. One file, written at once: checkpoints fall on other steps."""
+    path = Path(folder) / BEST
+    was = best_of(folder) or {"step": done}
+    if was["step"] < done and not held_out < was["held_out"] or not math.isfinite(held_out):
+        return                           # a step beyond: of what was killed after its checkpoint
+    about = {"nanosora": json.dumps({"held_out": held_out, "step": done}, sort_keys=True)}
+    try:
+        with atomic(path) as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, about)
+    except (OSError, SafetensorError) as error:
+        refuse(f"{path} could not be saved ({error}): make room and run the same command again")
+
+
+def best_of(folder):
+    """{"held_out", "step"} of the weights of a run's lowest held-out loss; None: it has none."""
+    path = Path(folder) / BEST
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["nanosora"])
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        refuse(f"{path} is damaged: remove it, and the run's last checkpoint is taken")
+
+
+def averaged_weights(folder, which="best"):
+    """(file, name) of a run's averaged weights to sample or begin with: those of the lowest
+    held-out loss, of a run older than these, or by "last", the last checkpoint's. The name is of a
+    step's folder: the file of the best is written anew as the run goes on."""
+    best = best_of(folder) if which == "best" else None
+    if best is None:
+        last = last_checkpoint(folder)
+        return last / "ema.safetensors", str(last)
+    return Path(folder) / BEST, str(Path(folder) / f"step-{best['step']:06d}")
 
 
 def start_from(args, begun):
@@ -1574,7 +1706,7 @@ def start_from(args, begun):
     path = model_path(args.init)
     if is_run(path):
         config = read_config(path, "denoiser")
-        weights = load_file(last_checkpoint(path) / "ema.safetensors")
+        weights = read_tensors(averaged_weights(path)[0])
         return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
     kind = {"dit": args.model.split("-")[0], "uvit": "uvit", "gpt": "gpt"}.get(layout, "wan")
@@ -1783,6 +1915,10 @@ def train(args, folder):
     if is_begun:
         saved_at = start_run(folder, config)
         if is_finished(saved_at, args):
+            drawn, log = folder / "loss.png", folder / "log.jsonl"
+            if rank == 0 and log.exists() and not (     # killed after its last checkpoint, perhaps
+                    drawn.exists() and drawn.stat().st_mtime >= log.stat().st_mtime):
+                plot_losses(folder)
             return
         begun = saved_at and read_config(folder, "denoiser")
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
@@ -1810,6 +1946,7 @@ def train(args, folder):
         if isinstance(block, BLOCKS):
             block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
+    zero = zero_loss(model, bank)
 
     def batch(step):
         """This rank's rows of a step, and the lengths of the clips in all of its rows."""
@@ -1831,7 +1968,13 @@ def train(args, folder):
     def evaluate(done):
         sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
                         folder / "samples" / f"step-{done:06d}.png", args.shift)
-        return held_out_loss(ema, bank, device, args.dtype)
+        figures = {**held_out_loss(ema, bank, device, args.dtype), "held_out_zero": zero}
+        keep_best(folder, done, figures["held_out"], merged(ema))
+        log = [*read_log(folder), {"step": done, **figures}]
+        plot_losses(folder, log)
+        if line := rising(log):
+            tqdm.write(f"{folder}: {line}", file=sys.stderr)
+        return figures
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
         "model": model.state_dict(), "ema": merged(ema),
@@ -1844,13 +1987,19 @@ def train(args, folder):
     barrier()
 
 
-def load_denoiser(name, device="cpu", config=None):
-    """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
+def load_denoiser(name, device="cpu", config=None, which="best"):
+    """(model in eval mode, prompt -> what lay_out takes, config) of a run's best checkpoint, or of
+    its last."""
     folder = model_path(name)
     config = config or read_config(folder, "denoiser")
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
-    model.load_state_dict(load_file(last_checkpoint(folder) / "ema.safetensors"))
+    file, step = averaged_weights(folder, which)
+    last = last_step(folder)
+    if last and last.name > Path(step).name:
+        print(f"{folder}: of its steps to {int(last.name[5:])}, {int(step[-6:])} has the lowest "
+              "held-out loss, and its weights are taken", file=sys.stderr)
+    model.load_state_dict(read_tensors(file))
     read = open_reader(folder, config, device)
     return model.to(device).eval().requires_grad_(False), read, config
 

@@ -168,6 +168,47 @@ def test_a_finished_run_opens_nothing_and_one_without_a_checkpoint_begins_again(
     assert len(opened) == 2
 
 
+def test_a_run_shows_how_it_goes_and_its_best_weights_are_sampled(
+        home, monkeypatch, capsys):
+    """loss.png from the first evaluation on, and again where a finished run has none; what is
+    sampled is what had the lowest held-out loss, while training goes on from the last checkpoint."""
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(D.MODELS, "video-tiny", dict(
+        kind="video", dim=24, depth=1, heads=2, patch=(1, 1, 1), rope_base=100.0, text=(16, 1, 2)))
+    losses, run, measure = iter([3.0, 1.0, 1.5, 2.0, 2.5]), home / "runs/shown", D.held_out_loss
+
+    def held_out_loss(model, *rest):
+        found = measure(model, *rest)                        # also that of zeros, as it is
+        return {**found, "held_out": next(losses)} if isinstance(model, torch.nn.Module) else found
+    monkeypatch.setattr(D, "held_out_loss", held_out_loss)
+    command = ["set", "--vae", "set-vae", "--model", "video-tiny", "--row_tokens", "256",
+               "--batch_tokens", "256", "--eval_every", "1", "--save_every", "1", "--keep", "1",
+               "--schedule", "constant", "--run", "shown", "--steps"]
+    D.main([*command, "1"])
+    (run / "loss.png").unlink()
+    D.main([*command, "1"])                                  # killed before it drew
+    first = (run / "loss.png").read_bytes()
+    D.main([*command, "5"])
+    log = D.read_log(run)
+    assert (run / "loss.png").read_bytes() != first
+    assert len({row["held_out_zero"] for row in log}) == 1 and log[0]["held_out_zero"] > 1
+    assert "since step 2" in capsys.readouterr().err
+    assert D.best_of(run) == {"step": 2, "held_out": 1.0} and [
+        path.name for path in run.glob("step-*")] == ["step-000005"]
+    last = load_file(run / "step-000005/ema.safetensors")
+    best = D.load_denoiser("shown")[0].state_dict()
+    assert "has the lowest" in capsys.readouterr().err
+    final = D.load_denoiser("shown", which="last")[0].state_dict()
+    assert all(torch.equal(final[name], last[name]) for name in last)
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+    common = ["shown", "--prompt", "dark", "--size", "32x32", "--frames", "5", "--steps", "1"]
+    for which, step in (("best", 2), ("last", 5)):
+        sample.main([*common, "--checkpoint", which, "--out", str(run / which)])
+        facts = json.loads(next((run / which).glob("*.json")).read_text())
+        assert facts["weights"] == f"runs/shown/step-{step:06d}"
+    assert "--checkpoint last" in facts["command"]
+
+
 def test_an_estimate_encodes_no_captions(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(home)
     for path in (home / "data/set").glob("*.text-*"):
