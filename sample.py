@@ -50,9 +50,9 @@ from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
                           render_shot, rng, write_text, write_video)
-from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights, count_texts,
-                       ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide, interpolant,
-                       interval, load_denoiser, load_gpt, load_published, open_reader,
+from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
+                       count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
+                       interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
                        open_text_encoder, read_output, runge_kutta, sample_codes, target,
                        token_shift)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,

@@ -1,7 +1,8 @@
 """Stage 4: latents + captions -> a denoiser on packed space-time patches.
 
 In:   data/NAME/ with latents (train_vae.py --encode) and captions (the metadata's, caption.py's).
-Out:  runs/NAME/  config.json, tokenizer.json (byte-level BPE of the captions), log.jsonl,
+Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and words that are learnt:
+                  data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
                   samples/ (videos' frames at each evaluation), loss.png (from the first one on),
                   step-000100/ (model, ema, optimizer: safetensors; state.json),
                   best.safetensors (ema at the lowest held-out loss: what is sampled)
@@ -16,6 +17,7 @@ The models gpt-* (VideoGPT's prior) learn the codes of a VQ or FSQ autoencoder, 
 
     python train_dit.py demo                     # three minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
+    python train_dit.py compare demo quick       # both logs in one picture, and a table
     python train_dit.py mine --model video-b --estimate --price_per_hour 2        # before a run
     torchrun --nproc_per_node 8 -- train_dit.py mine --model video-b --row_tokens 16384
 
@@ -35,6 +37,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -1069,6 +1072,7 @@ class Clips:
                 refuse(f"{path} holds nothing to give: run `python train_vae.py "
                        f"{Path(folder).name} --encode` again")
             self.time_stride, self.is_codes = header["time_stride"], "codes" in header
+            self.stride = header["stride"]
             file = safe_open(path, "pt")
             for key, about in (header["clips"] | (header["alone"] if given else {})).items():
                 if about["clip"] not in self.rows:
@@ -1182,6 +1186,55 @@ class Clips:
                  "height": about["crop"][2], "width": about["crop"][3],
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
+
+
+def words_of(text):
+    """The lower-case words of a caption or prompt; of Chinese and Japanese each character."""
+    single = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    return re.findall(f"[{single}]|[^\\W{single}]+", text.lower())
+
+
+def data_summary(clips):
+    """config["data"] of a run, which tells what it learns: size [h, w] in px, frames and fps (None:
+    a still), as they are most frequent together; sizes [[h, w, clips]], the 50 most frequent;
+    frames_range, fps_range and side_range (of either side, px), [min, max]; grid_range, of latents
+    [T', H', W']; text, whether it reads captions; words, the 20,000 most frequent of them."""
+    shapes = [clips.shape[key][1:] for key in clips.keys]
+    sizes = [tuple(side * clips.stride for side in shape[1:]) for shape in shapes]
+    about = [clips.about[key] for key in clips.keys]
+    frames, rates = ([each[name] for each in about] for name in ("frames", "fps"))
+    spread = lambda values: [min(values), max(values)] if values else None
+    (size, n, fps), _ = Counter(zip(sizes, frames, rates)).most_common(1)[0]
+    is_told = bool(clips.tokenizer) or clips.embeddings is not None
+    texts = [caption["text"] for row in clips.rows.values() for caption in row["captions"]]
+    words = Counter(word for text in texts if is_told for word in words_of(text))
+    return {
+        "size": list(size), "frames": n, "fps": fps,
+        "sizes": [[*size, count] for size, count in Counter(sizes).most_common(50)],
+        "frames_range": spread(frames), "fps_range": spread([rate for rate in rates if rate]),
+        "side_range": spread([side for size in sizes for side in size]),
+        "grid_range": [[pick(axis) for axis in zip(*shapes)] for pick in (min, max)],
+        "text": is_told and any(texts),
+        "words": sorted(word for word, _ in words.most_common(20_000))}
+
+
+def advise(args, clips, plan):
+    """Says what of a data set is little for this command, or that it has no captions."""
+    n_rows, n_clips, rank = len(plan.epoch(0)), len(clips.keys), int(os.environ.get("RANK", 0))
+    say = lambda line: rank or print(f"{args.name}: {line}", file=sys.stderr)
+    if (clips.tokenizer or clips.embeddings is not None) and not any(
+            row["captions"] for row in clips.rows.values()):
+        say("no clip has a caption: the model learns without text, and prompts will do nothing")
+    if n_clips < 4 * n_rows:
+        wanted = -(-4 * max(clips.lengths) // 256) * 256
+        say(f"a row of {args.row_tokens} tokens holds {n_clips / n_rows:.1f} clips on average: for "
+            f"four take --row_tokens {wanted} --batch_tokens "
+            f"{-(-args.batch_tokens // wanted) * wanted}, or shorter or smaller clips")
+    if n_rows < 10:
+        times = args.steps * args.batch_tokens / args.row_tokens / n_rows
+        say(f"all {n_clips} clips fill {n_rows} rows, and {args.steps} steps show each {times:.3g} "
+            "times: watch the held-out loss; more clips or fewer --steps keep the model from "
+            "memorising them")
 
 
 def encode_text(tokenizer, text, most=256):
@@ -1641,6 +1694,20 @@ def plot_losses(folder, log=None):
         loss_unit(read_config(folder, "denoiser")))
 
 
+def redraw(folder):
+    """Draws loss.png where it is older than the log: the run was killed after its last step."""
+    drawn, log = Path(folder) / "loss.png", Path(folder) / "log.jsonl"
+    if log.exists() and not (drawn.exists() and drawn.stat().st_mtime >= log.stat().st_mtime):
+        plot_losses(folder)
+
+
+def show_progress(folder, log):
+    """Draws the log of a run so far, and says when it memorises."""
+    plot_losses(folder, log)
+    if line := rising(log):
+        tqdm.write(f"{folder}: {line}", file=sys.stderr)
+
+
 def rising(log):
     """A line on a held-out loss that has just risen for the third evaluation in a row, or None."""
     held = [(row["step"], row["held_out"]) for row in log if row.get("held_out") is not None]
@@ -1704,6 +1771,8 @@ def start_from(args, begun):
     if begun or not args.init:
         return begun and begun["model"], begun and begun["layout"], None
     path = model_path(args.init)
+    if not path.exists():
+        refuse(f"--init {args.init}: no such file or folder, and no such run ({path})")
     if is_run(path):
         config = read_config(path, "denoiser")
         weights = read_tensors(averaged_weights(path)[0])
@@ -1790,8 +1859,11 @@ def open_stage(args, folder, begun, device):
     the run's config.json the network is made of, the weights to begin with or None). begun: that
     config, of a run that goes on."""
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
-    train_rows, held_out = split_rows(chosen(open_dataset(data), args), data)
+    train_rows, held_out = split_rows(chosen(open_dataset(data), args), data, folder)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
+    if begun and begun["vae"]["hash"] != vae_config["hash"]:
+        refuse(f"{folder} learns latents of autoencoder {begun['vae']['hash']}, and {name} now is "
+               f"{vae_config['hash']}: name the first one by --vae, or start another --run")
     is_new, preset = options is None, MODELS[args.model]
     options = {"kind": "video", **(options or preset)}
     kind, patch = options["kind"], options.get("patch", 1)
@@ -1829,7 +1901,7 @@ def open_stage(args, folder, begun, device):
     for part in clips:
         part.read_as(kind, *told, args.conditions)
     about = {"model": options, "layout": layout, "labels": told[-1],
-             "vae": {"run": name, "hash": vae_config["hash"]}}
+             "vae": {"run": name, "hash": vae_config["hash"]}, "data": data_summary(clips[0])}
     return vae, vae_config, *clips, about, weights
 
 
@@ -1915,16 +1987,13 @@ def train(args, folder):
     if is_begun:
         saved_at = start_run(folder, config)
         if is_finished(saved_at, args):
-            drawn, log = folder / "loss.png", folder / "log.jsonl"
-            if rank == 0 and log.exists() and not (     # killed after its last checkpoint, perhaps
-                    drawn.exists() and drawn.stat().st_mtime >= log.stat().st_mtime):
-                plot_losses(folder)
-            return
+            return redraw(folder) if rank == 0 else None
         begun = saved_at and read_config(folder, "denoiser")
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
     cost = estimate(args, about["model"], clips, plan, device)
     print_cost(args, cost, clips, held_out, device)
+    advise(args, clips, plan)
     if args.estimate:
         return
     if not is_begun:
@@ -1970,10 +2039,7 @@ def train(args, folder):
                         folder / "samples" / f"step-{done:06d}.png", args.shift)
         figures = {**held_out_loss(ema, bank, device, args.dtype), "held_out_zero": zero}
         keep_best(folder, done, figures["held_out"], merged(ema))
-        log = [*read_log(folder), {"step": done, **figures}]
-        plot_losses(folder, log)
-        if line := rising(log):
-            tqdm.write(f"{folder}: {line}", file=sys.stderr)
+        show_progress(folder, [*read_log(folder), {"step": done, **figures}])
         return figures
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
@@ -1985,6 +2051,56 @@ def train(args, folder):
         plot_losses(folder)
         check_estimate(cost, folder)
     barrier()
+
+
+def learnt_tokens(log, batch_tokens):
+    """(clips' tokens, seconds of training) of a log: its rows tell of the steps since the last."""
+    steps = np.diff([0, *(row["step"] for row in log)])
+    full, seconds = ([row.get(name) or 0.0 for row in log] for name in ("fullness", "step_s"))
+    return batch_tokens * float(steps @ full), float(steps @ seconds)
+
+
+def compare(names):
+    """Prints a table of runs' logs, and draws them into one picture beside the first of them."""
+    if not names or names[0].startswith("-"):
+        refuse("usage: python train_dit.py compare RUN [RUN ...]")
+    curves, levels, units, rows, differ = [], [], [], [], {}
+    for i, name in enumerate(names):
+        folder = model_path(name)
+        config = read_config(folder, "denoiser")
+        log = read_log(folder) if (folder / "log.jsonl").exists() else []
+        held = [(r["step"], r["held_out"]) for r in log if r.get("held_out") is not None]
+        if not held:
+            refuse(f"{folder} has not been evaluated yet: there is nothing to compare")
+        options, colour = config["args"], COLOURS[i % len(COLOURS)]
+        name = name.encode("latin-1", "replace").decode("latin-1")       # as the font can
+        faint = tuple((255 + part) // 2 for part in colour)
+        curves += [(f"{name}, training", faint, 1, [(r["step"], r.get("loss")) for r in log], 0),
+                   (f"{name}, held out", colour, 3, held, True)]
+        zero = next((r["held_out_zero"] for r in log[::-1] if r.get("held_out_zero")), None)
+        levels.append((f"{name}, a model that knows nothing", colour, zero))
+        units.append(loss_unit(config))
+        step, best = min(held, key=lambda point: (not math.isfinite(point[1]), point[1]))
+        tokens, seconds = learnt_tokens(log, options.get("batch_tokens") or 0)
+        rows.append([names[i], log[-1]["step"], f"{tokens / 1e6:.2f}M", f"{seconds / 60:.1f} min",
+                     f"{best:.4f}", step, f"{held[-1][1]:.4f}", f"{zero:.4f}" if zero else "-"])
+        differ.setdefault("data set", []).append(options.get("name"))
+        for key in ("where", "skip_clips", "objective", "path", "weighting", "seed",
+                    "row_tokens", "shape", "stills"):
+            differ.setdefault(f"--{key}", []).append(options.get(key))
+        differ.setdefault("autoencoder", []).append(config["vae"]["hash"])
+    head = ["run", "steps", "tokens", "time", "best held out", "at step", "last", "knows nothing"]
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(str(cell).ljust(wide) if i == 0 else str(cell).rjust(wide)
+                        for i, (cell, wide) in enumerate(zip(row, widths))))
+    if unlike := [name for name, values in differ.items() if any(v != values[0] for v in values)]:
+        print(f"held-out losses are of other clips, times or targets, since the runs differ in "
+              f"{', '.join(unlike)}", file=sys.stderr)
+    path = model_path(names[0]).parent / "compare.png"
+    levels = levels[:1] if len({level[2] for level in levels}) == 1 else levels
+    draw_curves(path, curves, levels, " and ".join(sorted(set(units))))
+    print(f"{path}: the curves of {len(names)} runs", file=sys.stderr)
 
 
 def load_denoiser(name, device="cpu", config=None, which="best"):
@@ -2124,11 +2240,15 @@ def dit_options(state, heads=None):
     """The options of a DiT or SiT whose published state dict this is: all but the heads can be read
     off it, and these are 64 wide in every published size but XL."""
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    heads = heads or (16 if dim == 1152 else dim // 64)
+    if not heads or dim % heads:
+        refuse(f"a DiT of width {dim} needs to be told its heads, by --heads: "
+               f"{f'{heads} do not divide it' if heads else 'they are not 64 wide'}")
     side = round(state["pos_embed"].shape[1] ** 0.5)
     return dict(
         channels=channels, dim=dim, patch=(1, patch, patch), own_table=True, positions="sincos",
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        heads=heads or (16 if dim == 1152 else dim // 64), grid=(side, side),
+        heads=heads, grid=(side, side),
         ffn=len(state["blocks.0.mlp.fc1.bias"]),
         out_channels=len(state["final_layer.linear.bias"]) // patch**2,
         classes=len(state["y_embedder.embedding_table.weight"]))
@@ -2369,6 +2489,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:
         return bench("bench", argv[1:])
+    if argv[:1] == ["compare"]:
+        return compare(argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     if args.export:
