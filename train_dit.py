@@ -61,7 +61,7 @@ from kernels.attention import attention
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
-                          run_dir)
+                          run_dir, sweep)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
                        epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint, last_step,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
@@ -1734,6 +1734,7 @@ def keep_best(folder, done, held_out, state):
     if was["step"] < done and not held_out < was["held_out"] or not math.isfinite(held_out):
         return                           # a step beyond: of what was killed after its checkpoint
     about = {"nanosora": json.dumps({"held_out": held_out, "step": done}, sort_keys=True)}
+    sweep(folder)                        # what a kill in here left
     try:
         with atomic(path) as part:
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, about)
@@ -2497,8 +2498,10 @@ def main(argv=None):
         return export(args, folder)
     train(args, folder)
     if not args.estimate:
-        print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
-              file=sys.stderr)
+        best = best_of(folder)
+        text = best and f", best at step {best['step']} (held-out loss {best['held_out']:.4f})"
+        print(f"{folder}: trained{text or ''}; look at {folder / 'samples'} and "
+              f"{folder / 'loss.png'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

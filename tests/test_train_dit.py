@@ -313,8 +313,10 @@ def test_ticks_are_round_and_few():
 
 def test_the_best_weights_are_those_of_the_lowest_held_out_loss(tmp_path):
     """Kept beside the checkpoints; what a killed run left of later steps does not count."""
+    (tmp_path / ".best.1-aa.tmp.safetensors").write_bytes(b"of a writer that was killed")
     for step, loss in ((10, 2.0), (20, math.nan), (30, 1.0), (40, 1.5)):
         D.keep_best(tmp_path, step, loss, {"w": torch.tensor([float(step)])})
+    assert [path.name for path in tmp_path.iterdir()] == [D.BEST]
     (tmp_path / "step-000040").mkdir()
     assert D.best_of(tmp_path) == {"step": 30, "held_out": 1.0}
     file, name = D.averaged_weights(tmp_path)
@@ -328,3 +330,7 @@ def test_the_best_weights_are_those_of_the_lowest_held_out_loss(tmp_path):
     assert stop.value.code == 2
     (tmp_path / D.BEST).unlink()
     assert D.averaged_weights(tmp_path)[1] == str(tmp_path / "step-000040")
+
+
+def test_words_are_lower_case_and_single_in_scripts_without_spaces():
+    assert D.words_of("A dog's 2 Straße, 猫が走る!") == ["a", "dog", "s", "2", "straße", *"猫が走る"]
