@@ -2019,8 +2019,11 @@ def encode_shard(model, config, folder, shard, rows, args, device):
 
 def read_header(path):
     """The header of a latents file; refuses a format that this version does not know."""
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata().get("nanosora", "{}"))
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("nanosora", "{}"))
+    except (SafetensorError, ValueError) as error:
+        refuse(f"{path} is damaged ({error}): remove it and encode again")
     if header.get("format") != RUN_FORMAT:
         refuse(f"{path} has format {header.get('format')}, this version reads {RUN_FORMAT}: remove "
                "it and encode again")

@@ -145,6 +145,12 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
     assert "prepare smaller" in line("--model", "uvit", "--heads", "2", "--init",
                                      str(published("uvit", tmp_path)))
     assert "no such file" in line("--model", "dit", "--init", "nosuch.pt")
+    latents = next((home / "data/set").glob("*.latents-*"))
+    whole = latents.read_bytes()
+    for bad in (whole[:len(whole) // 2], whole[:4], b"{}"):
+        latents.write_bytes(bad)
+        assert "encode again" in (told := line("--vae", "set-vae")) and str(latents.name) in told
+    latents.write_bytes(whole)
     assert "needs to be told its heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
 
 
