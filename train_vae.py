@@ -428,13 +428,13 @@ class MuonAdamW:
         torch._foreach_addcdiv_(found, first, roots, [-lr / (1 - beta1**n) for n in steps])
 
     def muon(self, alike, group):
-        """alike: parameters of one shape, as matrices."""
+        """alike: parameters that are matrices of one shape."""
         for p in alike:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         grads, kept = [p.grad for p in alike], [self.state[p]["momentum"] for p in alike]
         torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
-        x = torch.stack(torch._foreach_lerp(grads, kept, group["momentum"])).flatten(2)
+        x = torch.stack([u.flatten(1) for u in torch._foreach_lerp(grads, kept, group["momentum"])])
         is_tall = x.shape[1] > x.shape[2]
         x = x.transpose(1, 2) if is_tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -443,10 +443,11 @@ class MuonAdamW:
         for _ in range(5):                          # Newton-Schulz towards the nearest orthogonal
             square = x @ x.transpose(1, 2)
             x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-        x = (x.transpose(1, 2) if is_tall else x).float().reshape(-1, *alike[0].shape)
+        x = (x.transpose(1, 2) if is_tall else x).float()
         torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
         size = 0.2 * max(alike[0].flatten(1).shape) ** 0.5
-        torch._foreach_add_(alike, list(x), alpha=-group["lr"] * size)
+        torch._foreach_add_(alike, [u.view_as(p) for u, p in zip(x, alike)],
+                            alpha=-group["lr"] * size)
 
 
 def take_step(model, optimizer, lr, clip=1.0):
@@ -863,16 +864,21 @@ def from_blocks(x, C, time, space):
     return x.reshape(B, C, T * time, H * space, W * space)
 
 
+def resized(x, n):
+    """The last axis with n channels: runs of them are averaged, or each is repeated."""
+    times = n // x.shape[-1]
+    return x.repeat_interleave(times, -1) if times else x.unflatten(-1, (n, -1)).mean(-1)
+
+
 def fold(x, c_out, time, space):
     """[B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]: each block of pixels becomes
-    channels, and runs of channels are averaged."""
-    return to_blocks(x, time, space).unflatten(-1, (c_out, -1)).mean(-1).permute(0, 4, 1, 2, 3)
+    channels, which are averaged, or repeated where a level makes more of them than it folds."""
+    return resized(to_blocks(x, time, space), c_out).permute(0, 4, 1, 2, 3)
 
 
 def unfold(x, c_out, time, space):
-    """The way back: channels are repeated and become blocks of pixels."""
-    times = c_out * time * space**2 // x.shape[1]
-    x = x.permute(0, 2, 3, 4, 1).repeat_interleave(times, -1)
+    """The way back: channels are repeated, or averaged, and become blocks of pixels."""
+    x = resized(x.permute(0, 2, 3, 4, 1), c_out * time * space**2)
     return from_blocks(x, c_out, time, space)
 
 

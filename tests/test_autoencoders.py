@@ -320,6 +320,24 @@ def test_eval_prints_figures_with_their_protocol(place, tmp_path, capsys):
     assert Path("runs/plain/eval.png").exists()
 
 
+@pytest.mark.parametrize("name", V.MODELS)
+def test_every_preset_learns_encodes_and_decodes(place, name, monkeypatch):
+    """By the commands; narrower, all else as it is."""
+    preset = V.MODELS[name]
+    small = dict(preset, dim=8, **({"dec_dim": 16} if "dec_dim" in preset else {}),
+                 **({"groups": 4} if "groups" in preset else {}))
+    monkeypatch.setitem(V.MODELS, name, small)
+    V.main(["demo", "--run", f"preset-{name}", "--model", name, *SMALL, "--steps", "1",
+            "--eval_every", "1"])
+    V.main(["demo", "--encode", "--vae", f"preset-{name}"])
+    model, config = V.load_autoencoder(f"preset-{name}")
+    latents = load_file(V.latents_path("data/demo", "shard-00000", config["hash"]))
+    z = next(x for key, x in latents.items() if ":" not in key)[None, :model.z_dim].float()
+    with torch.no_grad():
+        video = torch.cat(list(V.decode_long(model, z)), 2)
+    assert video.shape[2] == 1 + (z.shape[2] - 1) * model.time_stride and video.isfinite().all()
+
+
 def test_a_published_autoencoder_without_a_slash_is_evaluated_twice(place):
     (place / "image-vae").symlink_to(FIXTURES / "sd-vae")
     for _ in range(2):                           # the first must not stand in the second's way
