@@ -41,7 +41,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -55,8 +55,8 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import IS_WIDE
-from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, read_clip,
-                          refuse, rng, run_dir, where, write_rows, write_text)
+from prepare_data import (atomic, contact_sheet, dataset_dir, drawn_split, number, open_dataset,
+                          read_clip, refuse, rng, run_dir, where, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -195,9 +195,9 @@ def read_config(folder, kind):
         refuse(f"{folder} is no run (it has no config.json): train one first, or name another")
     try:
         config = json.loads(path.read_text())
-        found = config["format"], config["kind"]
+        found, _ = (config["format"], config["kind"]), dict(config["args"])
     except (ValueError, KeyError, TypeError):
-        refuse(f"{path} is damaged: it does not hold a run's format and kind")
+        refuse(f"{path} is damaged: it does not hold a run's format, kind and args")
     if found[0] != RUN_FORMAT:
         refuse(f"{folder} has run format {found[0]}, this version reads {RUN_FORMAT}")
     if found[1] != kind:
@@ -229,7 +229,7 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, {
-            "format": RUN_FORMAT, **config, "git": git.stdout.strip() or None,
+            "format": RUN_FORMAT, "split": "files", **config, "git": git.stdout.strip() or None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
@@ -347,7 +347,16 @@ def restore_optimizer(optimizer, model, tensors):
 
 def read_log(folder):
     """The rows of log.jsonl, without a torn last line."""
-    return [json.loads(line) for line in open(Path(folder) / "log.jsonl") if line.endswith("\n")]
+    path, rows = Path(folder) / "log.jsonl", []
+    with open(path, errors="replace") as file:
+        for n, line in enumerate(file, 1):
+            if line.endswith("\n"):
+                try:
+                    row = json.loads(line)
+                    rows.append({**row, "step": int(row["step"])})
+                except (ValueError, KeyError, TypeError):
+                    refuse(f"{path}: line {n} is damaged: remove it, and run the command again")
+    return rows
 
 
 def lr_at(step, args):
@@ -419,13 +428,13 @@ class MuonAdamW:
         torch._foreach_addcdiv_(found, first, roots, [-lr / (1 - beta1**n) for n in steps])
 
     def muon(self, alike, group):
-        """alike: parameters of one shape, as matrices."""
+        """alike: parameters that are matrices of one shape."""
         for p in alike:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         grads, kept = [p.grad for p in alike], [self.state[p]["momentum"] for p in alike]
         torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
-        x = torch.stack(torch._foreach_lerp(grads, kept, group["momentum"])).flatten(2)
+        x = torch.stack([u.flatten(1) for u in torch._foreach_lerp(grads, kept, group["momentum"])])
         is_tall = x.shape[1] > x.shape[2]
         x = x.transpose(1, 2) if is_tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -434,10 +443,11 @@ class MuonAdamW:
         for _ in range(5):                          # Newton-Schulz towards the nearest orthogonal
             square = x @ x.transpose(1, 2)
             x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-        x = (x.transpose(1, 2) if is_tall else x).float().reshape(-1, *alike[0].shape)
+        x = (x.transpose(1, 2) if is_tall else x).float()
         torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
         size = 0.2 * max(alike[0].flatten(1).shape) ** 0.5
-        torch._foreach_add_(alike, list(x), alpha=-group["lr"] * size)
+        torch._foreach_add_(alike, [u.view_as(p) for u, p in zip(x, alike)],
+                            alpha=-group["lr"] * size)
 
 
 def take_step(model, optimizer, lr, clip=1.0):
@@ -854,16 +864,21 @@ def from_blocks(x, C, time, space):
     return x.reshape(B, C, T * time, H * space, W * space)
 
 
+def resized(x, n):
+    """The last axis with n channels: runs of them are averaged, or each is repeated."""
+    times = n // x.shape[-1]
+    return x.repeat_interleave(times, -1) if times else x.unflatten(-1, (n, -1)).mean(-1)
+
+
 def fold(x, c_out, time, space):
     """[B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]: each block of pixels becomes
-    channels, and runs of channels are averaged."""
-    return to_blocks(x, time, space).unflatten(-1, (c_out, -1)).mean(-1).permute(0, 4, 1, 2, 3)
+    channels, which are averaged, or repeated where a level makes more of them than it folds."""
+    return resized(to_blocks(x, time, space), c_out).permute(0, 4, 1, 2, 3)
 
 
 def unfold(x, c_out, time, space):
-    """The way back: channels are repeated and become blocks of pixels."""
-    times = c_out * time * space**2 // x.shape[1]
-    x = x.permute(0, 2, 3, 4, 1).repeat_interleave(times, -1)
+    """The way back: channels are repeated, or averaged, and become blocks of pixels."""
+    x = resized(x.permute(0, 2, 3, 4, 1), c_out * time * space**2)
     return from_blocks(x, c_out, time, space)
 
 
@@ -1646,18 +1661,59 @@ def latent_statistics(model, videos):
     return mean.mean(1).tolist(), std.tolist()
 
 
-def split_rows(rows, folder):
-    """(training rows, held-out rows): by the data set's own split, or else every clip whose key's
-    hash falls into a twentieth (at least one). Refuses a data set that has nothing to train on."""
+def split_rows(rows, folder, run=None):
+    """(training rows, held-out rows): by the data set's own split. One that prepare_data.py drew,
+    or none, is brought to five files at least (`draw_held_out`); but a run from before that rule
+    keeps what it began with. Refuses a data set that has nothing to train on."""
     held = [row for row in rows if row["split"] != "train"]
-    if not held:
-        order = epoch_order(rows, lambda row: row["key"], "held out", 0)
-        held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
+    is_drawn = all(row["split"] == drawn_split(row.get("source", row["key"])) for row in rows)
+    if run and has_older_split(run):
+        if not held:
+            order = epoch_order(rows, lambda row: row["key"], "held out", 0)
+            held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
+    elif is_drawn or not held:
+        held = draw_held_out(rows, held, folder)
     keys = {row["key"] for row in held}
     train = [row for row in rows if row["key"] not in keys]
     if not train:
         refuse(f"{folder} has no clip in its training split")
     return train, held or train
+
+
+def has_older_split(run):
+    try:
+        config = json.loads(Path(run, "config.json").read_text())
+        return "kind" in config and "split" not in config
+    except (OSError, ValueError):
+        return False
+
+
+def draw_held_out(rows, held, folder):
+    """`held` with more of the rows, by hash: five files, of a set without a split a twentieth, of
+    at most a quarter of the clips. Where these are too few files, shots, and of fewer than two
+    shots clips, which resemble what is learnt from; a line says so."""
+    held = held if len(held) <= len(rows) / 4 else []        # a long file, or nearly all there is
+    for what in ("files", "shots", "clips"):
+        unit_of = {"files": lambda row: row.get("source", row["key"]), "clips": lambda r: r["key"],
+                   "shots": lambda r: f"{r.get('source', r['key'])}|{r.get('shot_start')}"}[what]
+        sizes = Counter(map(unit_of, rows))
+        taken = set(map(unit_of, held))
+        wanted = 5 if held else max(5, len(sizes) // 20)
+        if len(taken) >= wanted and what == "files":
+            return held
+        n = sum(sizes[unit] for unit in taken)
+        for unit in epoch_order(sizes, str, "held out", 0):
+            if len(taken) < wanted and unit not in taken and n + sizes[unit] <= len(rows) / 4:
+                taken, n = taken | {unit}, n + sizes[unit]
+        if len(taken) == wanted if what == "files" else len(taken) > 1:
+            break
+    if not taken and len(rows) > 1:                          # two or three clips
+        taken = {min(sizes)}
+    if not int(os.environ.get("RANK", 0)):
+        why = "" if what == "files" else ", since five files are more than a quarter of the clips"
+        print(f"{folder}: held out are {len(taken)} of {len(sizes)} {what}{why}", file=sys.stderr)
+    return epoch_order([row for row in rows if unit_of(row) in taken], lambda row: row["key"],
+                       "held out", 0)
 
 
 def held_out_bank(model, clips, rows, seed, n=48):
@@ -1672,7 +1728,7 @@ def evaluate_run(args):
     """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
     _, _, device = setup(args, codes=True)
     folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
-    rows = split_rows(open_dataset(folder), args.name)[1]
+    rows = split_rows(open_dataset(folder), args.name, model_path(name))[1]
     model, config = load_autoencoder(name, device)
     shown, bank = held_out_bank(model, ClipCache(folder), rows, args.seed, args.n_eval)
     opened = {key: open_detector(getattr(args, key), device, f"--{key}")
@@ -1769,7 +1825,7 @@ def open_parts(args, options, device):
 def train(args, folder):
     rank, world, device = setup(args, args.batch, "--batch")
     rows = chosen(open_dataset(dataset_dir(args.name)), args)
-    train_rows, held_out = split_rows(rows, args.name)
+    train_rows, held_out = split_rows(rows, args.name, folder)
     is_begun = last_step(folder) is not None                 # then --init need not be opened
     options, weights = (read_config(folder, "vae")["model"], None) if is_begun else begin(args)
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})
@@ -1969,8 +2025,11 @@ def encode_shard(model, config, folder, shard, rows, args, device):
 
 def read_header(path):
     """The header of a latents file; refuses a format that this version does not know."""
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata().get("nanosora", "{}"))
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("nanosora", "{}"))
+    except (SafetensorError, ValueError) as error:
+        refuse(f"{path} is damaged ({error}): remove it and encode again")
     if header.get("format") != RUN_FORMAT:
         refuse(f"{path} has format {header.get('format')}, this version reads {RUN_FORMAT}: remove "
                "it and encode again")

@@ -420,8 +420,9 @@ def test_names_tell_settings_apart_and_nothing_is_overwritten(learnt, tmp_path, 
     assert plain.name == same.name == "a-s0.mp4"
     others = [call("--prompt", "a", *map(str, options)) for options in (
         ["--steps", 3], ["--cfg", 2], ["--size", "36x40"], ["--frames", 5], ["--fps", 25], ["--crf", 20],
-        ["--negative", "b"], ["--vae", "tiny-vae"], ["--format", "gif"], ["--cfg_interval", 0.1, 0.9])]
-    assert len({path.stem for path in others} | {"a-s0"}) == 11
+        ["--negative", "b"], ["--vae", "tiny-vae"], ["--format", "gif"], ["--cfg_interval", 0.1, 0.9],
+        ["--checkpoint", "last"])]
+    assert len({path.stem for path in others} | {"a-s0"}) == 12
     before = plain.read_bytes()
     facts = json.loads((tmp_path / "a-s0.json").read_text())
     for strange in ({**facts, "weights": "runs/tiny/step-000000"}, {"mine": 1}):

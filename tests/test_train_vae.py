@@ -162,6 +162,8 @@ def test_fold_and_unfold_are_inverse_where_nothing_is_averaged():
     assert folded.shape == (1, 32, 2, 2, 2)
     assert torch.equal(V.unfold(folded, 4, 2, 2), x)
     assert torch.equal(V.fold(x, 16, 2, 2), folded.view(1, 16, 2, 2, 2, 2).mean(2))
+    more = V.fold(x, 8, 1, 1)                    # a level that grows without a fold repeats
+    assert torch.equal(more, x.repeat_interleave(2, 1)) and torch.equal(V.unfold(more, 4, 1, 1), x)
 
 
 def test_the_linear_code_is_fitted_in_closed_form():
