@@ -1147,8 +1147,8 @@ def finish(out, most=64):
         print(f"{out}: {', '.join(map(ascii, others[:4]))}{', …' * (len(others) > 4)}: not of "
               "samples, left alone", file=sys.stderr)
     sheet = f"; sheet.png the newest {len(rows)}" if len(rows) > 1 else ""
-    print(f"{out / 'index.html'} shows the {len(samples)} samples of this folder{sheet}",
-          file=sys.stderr)
+    print(f"{out / 'index.html'} shows the {len(samples)} sample{'s' * (len(samples) > 1)} of this "
+          f"folder{sheet}", file=sys.stderr)
 
 
 def not_learnt(wishes, data, labels=None):
