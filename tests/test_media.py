@@ -250,6 +250,36 @@ def test_near_duplicates(tmp_path):
     assert strip == [{key: row[key] for key in ("key", "of")} for row in twins]
 
 
+def test_pieces_of_one_shot_are_duplicates_by_their_pixels_alone(tmp_path):
+    """A slow shot's hashes are alike, its pieces differ; a slide's pieces are the same."""
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/slow.mp4", scenery(1, 75, (0.12, 0)), fps=25, crf="10")
+    encode(tmp_path / "in/slide.mp4", [scenery(2, 1)[0]] * 75, fps=25, crf="10")
+    run(tmp_path, "set", "--videos", "in", "--max_seconds", 1, "--workers", 1)
+    rows = [{**row, "shard": "shard-00000"} for row in row_lines(
+        tmp_path / "data/set/shard-00000.jsonl")]
+    slow = [row for row in rows if row["source"] == "slow.mp4"]
+    assert pd.near_duplicates(slow, 0.15), "the test has lost its point"
+    assert [(r["key"].split("-")[0], r["of"].split("-")[0]) for r in row_lines(
+        tmp_path / "data/set/duplicates.jsonl")] == [("slide", "slide")] * 2
+    kept = [pd.read_clip(tmp_path / "data/set", row).astype(float) for row in slow]
+    assert min(np.abs(a - b).mean() for a, b in zip(kept, kept[1:])) > 1
+
+
+@needs_shared
+def test_no_piece_of_a_real_shot_is_lost(tmp_path):
+    run(tmp_path, "set", "--videos", SHARED / "train", "--max_side", 96, "--max_seconds", 1)
+    rows = {row["key"]: row | {"shard": "shard-00000"} for row in row_lines(
+        tmp_path / "data/set/shard-00000.jsonl")}
+    assert len(rows) > 150
+    for one in row_lines(tmp_path / "data/set/duplicates.jsonl"):
+        a, b = (pd.read_clip(tmp_path / "data/set", rows[one[k]]).astype(float)
+                for k in ("key", "of"))
+        n = min(len(a), len(b))
+        assert rows[one["key"]]["source"] != rows[one["of"]]["source"] or \
+            np.abs(a[:n] - b[:n]).mean() <= 1
+
+
 def test_plain_clips_are_told_apart_by_colour(tmp_path):
     """Light above dark: their hashes are equal. A smaller copy of one is found all the same."""
     (tmp_path / "in").mkdir()
