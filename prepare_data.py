@@ -1078,6 +1078,7 @@ def bare(name):
     return name
 
 
+ROW_REASONS = ("missing video", "several videos of this name", "malformed metadata row")
 BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError)    # what readers raise
 
 
@@ -1564,11 +1565,12 @@ def near_duplicates(rows, near, same=lambda a, b: True):
             i, j = known[a], known[a + 1 + k]
             pairs.setdefault(i, []).append((float(apart[k]), j))
             pairs.setdefault(j, []).append((float(apart[k]), i))
-    order = sorted(pairs, key=lambda i: (-rows[i]["width"] * rows[i]["height"],
+    order = sorted(pairs, key=lambda i: (not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"],
                                          -rows[i]["length"], i))
     kept, found = set(), []
     for i in order:
-        twins = sorted(pair for pair in pairs[i] if pair[1] in kept)
+        twins = [] if rows[i].get("is_fixed") else sorted(
+            pair for pair in pairs[i] if pair[1] in kept)
         twin = next((pair for pair in twins if same(rows[i], rows[pair[1]])), None)
         if twin:
             found.append((rows[i], rows[twin[1]], twin[0]))
@@ -1800,20 +1802,74 @@ def prepare(args):
             report(folder, root)
 
 
+def has_manifest(folder):
+    return (folder / "manifest.json").is_file()
+
+
 def is_done(folder, number):
     return all((folder / f"shard-{number:05d}.{suffix}").is_file() for suffix in SUFFIXES)
+
+
+def settle(folder, plan):
+    """[{key, of, distance}] of the duplicates, which leave the tars; their rows stay, marked.
+    joining.json holds the decision until the manifest is written: a killed run goes on with it.
+    Shards of a manifest keep their bytes, whatever is added to them."""
+    path, names = folder / "joining.json", [f"shard-{n:05d}" for n in range(len(plan["shards"]))]
+    before = read_json(folder / "manifest.json")["shards"] if has_manifest(folder) else ()
+    if path.exists():
+        duplicates = read_json(path)["duplicates"]
+    else:
+        duplicates = read_rows(folder / "duplicates.jsonl") if before else []
+        lost, seen, rows = {one["key"] for one in duplicates}, {}, []
+        for name in names:
+            for row in read_rows(folder / f"{name}.jsonl"):
+                row |= {"shard": name, "is_fixed": name in before}
+                if row["key"] in lost:
+                    continue
+                of = seen.setdefault(hashlib.sha256(read_member(folder, row)).digest(), row["key"])
+                if of == row["key"] or row["is_fixed"]:
+                    rows.append(row)
+                else:
+                    duplicates.append({"key": row["key"], "of": of, "distance": 0})
+        duplicates += [{"key": row["key"], "of": of["key"], "distance": round(apart, 4)}
+                       for row, of, apart in near_duplicates(
+                           rows, plan["options"]["near"], functools.partial(is_duplicate, folder))]
+        write_text(path, json.dumps({"format": FORMAT, "duplicates": duplicates}))
+    of = {one["key"]: one["of"] for one in duplicates}
+    for name in names:
+        if name not in before:
+            leave_out(folder, name, of)
+    return duplicates
+
+
+def leave_out(folder, name, of):
+    """Takes the clips of a shard that `of` names out of its tar, and marks their rows. The tar is
+    first: of a tar without them the same bytes come again."""
+    rows = read_rows(folder / f"{name}.jsonl")
+    mine, places = {row["key"] for row in rows if "duplicate_of" not in row} & of.keys(), {}
+    if not mine:
+        return
+    with tarfile.open(folder / f"{name}.tar", "r:") as old, atomic(folder / f"{name}.tar") as part, \
+            tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for one in old:
+            key, suffix = one.name.split(".")
+            if key not in mine:
+                place = add_member(tar, one.name, old.extractfile(one))
+                places |= {} if suffix == "json" else {key: place}
+    for row in rows:
+        row["offset"], row["length"] = places.get(row["key"], (None, None))
+        row |= {"duplicate_of": of[row["key"]]} if row["key"] in mine else {}
+    write_rows(folder / f"{name}.jsonl", rows)
 
 
 def finish(folder, plan, database):
     """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
     Whoever comes second writes the same bytes."""
-    seen, duplicates, rows, shards, reasons = {}, [], [], {}, Counter()
+    duplicates, rows, shards, reasons = settle(folder, plan), [], {}, Counter()
+    twins = {row["key"] for row in duplicates}
     for name in (f"shard-{n:05d}" for n in range(len(plan["shards"]))):
-        for row in read_rows(folder / f"{name}.jsonl"):
-            rows.append({**row, "shard": name})
-            of = seen.setdefault(hashlib.sha256(read_member(folder, rows[-1])).digest(), row["key"])
-            if of != row["key"]:
-                duplicates.append({"key": row["key"], "of": of, "distance": 0})
+        rows += [{**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")
+                 if row["key"] not in twins]
         shards[name] = {}
         for suffix in SUFFIXES:
             with open(folder / f"{name}.{suffix}", "rb") as file:
@@ -1827,16 +1883,9 @@ def finish(folder, plan, database):
             reasons[one["reason"]] += 1
             yield one
 
-    exact = {one["key"] for one in duplicates}
-    duplicates += [{"key": row["key"], "of": of["key"], "distance": round(apart, 4)}
-                   for row, of, apart in near_duplicates(
-                       [row for row in rows if row["key"] not in exact], plan["options"]["near"],
-                       functools.partial(is_duplicate, folder))]
     write_rows(folder / "duplicates.jsonl", duplicates)
     write_rows(folder / "rejected.jsonl", rejects())
-    twins = {row["key"] for row in duplicates}
-    shown = [row for row in rows if row["key"] not in twins]
-    shown = [shown[len(shown) * i // 36] for i in range(36)] if len(shown) > 36 else shown
+    shown = [rows[len(rows) * i // 36] for i in range(36)] if len(rows) > 36 else rows
     contact_sheet(folder / "contact.png", [sheet_row(folder, row) for row in shown])
     counts = {"sources": len(plan["sources"]), "clips": len(rows), "duplicates": len(duplicates),
               "stills": sum(row["fps"] is None for row in rows),
@@ -1853,9 +1902,14 @@ def finish(folder, plan, database):
          "shards": shards}, indent=1) + "\n")
     sweep(folder)
     (folder / "facts.db").unlink(missing_ok=True)
-    print(f"{folder}: {len(rows)} clips ({counts['seconds']:.0f} s, {counts['captioned_clips']} "
-          f"captioned) of {len(plan['sources'])} files; {reasons.total()} rejects in "
-          f"rejected.jsonl, {len(duplicates)} duplicates; look at {folder / 'contact.png'}")
+    (folder / "joining.json").unlink(missing_ok=True)
+    n_rows = sum(n for reason, n in reasons.items() if reason in ROW_REASONS)
+    n_lost, n_twins = reasons.total() - n_rows, len(duplicates)
+    print(f"{folder}: {len(rows)} clips kept of {len(rows) + n_lost + n_twins}: {n_lost} rejected, "
+          f"{n_twins} near-duplicates (rejected.jsonl, duplicates.jsonl); {counts['seconds']:.0f} "
+          f"s, {counts['captioned_clips']} captioned"
+          + f"; {n_rows} rows of metadata rejected" * bool(n_rows)
+          + f"; look at {folder / 'contact.png'}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -2003,7 +2057,7 @@ def report(folder, root):
     contact_sheet(folder / "report/kept.png", [
         sheet_row(folder, row) for row in rows[::max(1, len(rows) // 36)][:36]])
     contact_sheet(folder / "report/duplicates.png", [
-        (sheet_row(folder, every[one["of"]], 2)[0] + sheet_row(folder, every[one["key"]], 2)[0],
+        (sheet_row(folder, every[one["of"]], 1)[0] + glimpse(root, every[one["key"]]),
          f"{one['distance']} {one['key']} of {one['of']}") for one in twins[:36]])
     shown = [one for reason in sorted({one["reason"] for one in rejects})
              for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -264,16 +265,60 @@ def test_pieces_of_one_shot_are_duplicates_by_their_pixels_alone(tmp_path):
         tmp_path / "data/set/duplicates.jsonl")] == [("slide", "slide")] * 2
     kept = [pd.read_clip(tmp_path / "data/set", row).astype(float) for row in slow]
     assert min(np.abs(a - b).mean() for a, b in zip(kept, kept[1:])) > 1
+    with tarfile.open(tmp_path / "data/set/shard-00000.tar") as tar:    # row, tar, count agree
+        inside = {name.split(".")[0] for name in tar.getnames()}
+    manifest = json.loads((tmp_path / "data/set/manifest.json").read_text())
+    assert inside == {row["key"] for row in pd.open_dataset(tmp_path / "data/set")} == {
+        row["key"] for row in rows if "duplicate_of" not in row} and len(inside) == 4
+    assert manifest["counts"]["clips"] == 4 and manifest["counts"]["duplicates"] == 2
+    for lost in (row for row in rows if "duplicate_of" in row):
+        assert lost["offset"] is None and lost["duplicate_of"] in inside
+
+
+def test_joining_goes_on_after_a_kill_at_each_rename(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for n in range(4):
+        encode(tmp_path / f"in/{n}.mp4", scenery(n % 2, 30), fps=25, crf="10")
+    monkeypatch.chdir(tmp_path)
+    options = ["--videos", "in", "--shard_sources", "2", "--workers", "1"]
+    run(tmp_path, "set", *options)
+    want = bytes_of(tmp_path / "data/set")
+    assert len(row_lines(tmp_path / "data/set/duplicates.jsonl")) == 2
+    run(tmp_path, "cut", *options, "--part", "1/2"), run(tmp_path, "cut", *options, "--part", "2/2")
+    assert bytes_of(tmp_path / "data/cut") == want
+    shutil.rmtree(tmp_path / "data/cut")
+    replace, left = os.replace, 0
+
+    def failing(*paths):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyError("killed")
+        replace(*paths)
+
+    monkeypatch.setattr(pd, "finish", lambda *_: None)
+    pd.main(["cut", *options])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "replace", failing)
+    for n_renames in range(9):
+        left = n_renames % 3 if n_renames < 8 else 99
+        try:
+            pd.main(["cut", *options])
+        except KeyError:
+            continue
+    assert bytes_of(tmp_path / "data/cut") == want
 
 
 @needs_shared
 def test_no_piece_of_a_real_shot_is_lost(tmp_path):
-    run(tmp_path, "set", "--videos", SHARED / "train", "--max_side", 96, "--max_seconds", 1)
-    rows = {row["key"]: row | {"shard": "shard-00000"} for row in row_lines(
-        tmp_path / "data/set/shard-00000.jsonl")}
+    for name, near in (("set", 0.15), ("all", 0)):
+        run(tmp_path, name, "--videos", SHARED / "train", "--max_side", 96, "--max_seconds", 1,
+            "--near", near)
+    rows = {row["key"]: row for row in pd.open_dataset(tmp_path / "data/all")}
     assert len(rows) > 150
     for one in row_lines(tmp_path / "data/set/duplicates.jsonl"):
-        a, b = (pd.read_clip(tmp_path / "data/set", rows[one[k]]).astype(float)
+        a, b = (pd.read_clip(tmp_path / "data/all", rows[one[k]]).astype(float)
                 for k in ("key", "of"))
         n = min(len(a), len(b))
         assert rows[one["key"]]["source"] != rows[one["of"]]["source"] or \
