@@ -1201,9 +1201,12 @@ def seconds(value):
     return total
 
 
-def beside(source, texts):
-    """Facts of the formats without --meta: `texts` {suffix: text} are the files NAME.txt (caption)
-    and NAME.json (our keys) beside the source; its folder is its label, and may name its split."""
+def beside(source, texts, is_caption_alone=False):
+    """Facts without --meta: `texts` {suffix: text} are the files NAME.txt (caption) and NAME.json
+    (our keys) beside the source; its folder is its label, and may name its split. Without a
+    --format the caption alone counts."""
+    if is_caption_alone:
+        return [read_fact({"caption": " ".join(texts.get(".txt", "").split())})]
     folders, more = source.split("/")[:-1], {}
     folders = [name for name in folders if Path(name).suffix not in ARCHIVES]
     with contextlib.suppress(ValueError):
@@ -1419,7 +1422,7 @@ def clips_of(root, source, facts, options, beat=lambda: None):
     """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
         path, texts = located(root, source)
-        facts = beside(source, texts) if options["format"] in BESIDE else facts
+        facts = facts if options["meta"] else beside(source, texts, options["format"] is None)
         if path.suffix.lower() in STILLS and not is_animated(path):
             row = still_row(path, source, facts, options)
             lost = failure(row, options)
@@ -1831,9 +1834,12 @@ def settle(folder, plan):
                     rows.append(row)
                 else:
                     duplicates.append({"key": row["key"], "of": of, "distance": 0})
-        duplicates += [{"key": row["key"], "of": of["key"], "distance": round(apart, 4)}
-                       for row, of, apart in near_duplicates(
-                           rows, plan["options"]["near"], functools.partial(is_duplicate, folder))]
+        near = {row["key"]: (of["key"], apart) for row, of, apart in near_duplicates(
+            rows, plan["options"]["near"], functools.partial(is_duplicate, folder))}
+        for one in duplicates:                         # equal to one that is itself left out
+            one["of"], one["distance"] = near.get(one["of"], (one["of"], one["distance"]))
+        duplicates += [{"key": key, "of": of, "distance": round(apart, 4)}
+                       for key, (of, apart) in near.items()]
         write_text(path, json.dumps({"format": FORMAT, "duplicates": duplicates}))
     of = {one["key"]: one["of"] for one in duplicates}
     for name in names:
@@ -2295,9 +2301,9 @@ def parse_options(argv=None):
         help="videos that 'demo' renders, 1 to 999 (%(default)s)")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("shots (fixed at the first start, like all below)").add_argument
-    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix); folder: "
-        "NAME.txt beside a file is its caption, its folder's name its label; webdataset, bair: the "
-        "same of files in tars, of records")
+    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix). Without "
+        "--meta NAME.txt beside a file is its caption; folder: and its folder's name its label; "
+        "webdataset, bair: the same of files in tars, of records")
     add("--split", choices=["shots", "seconds", "none"], default="shots", help="what clips are: "
         "shots, lengths of --max_seconds, or whole files (%(default)s)")
     add("--min_shot", type=real, default=0.3, metavar="S",

@@ -394,6 +394,19 @@ def test_metadata_forms(tmp_path):
         (12, 6.0, 32, 24), (3, 6.0, 32, 24)]
 
 
+def test_captions_beside_the_files_need_no_option(tmp_path):
+    (tmp_path / "in/cats").mkdir(parents=True)
+    for name in "ab":
+        encode(tmp_path / f"in/cats/{name}.mp4", shot(RED if name == "a" else BLUE, 12))
+    (tmp_path / "in/cats/a.txt").write_text("[a cat]\n walks\n")
+    done = run(tmp_path, "set", "--videos", "in", "--near", 0)
+    got = {r["source"]: r for r in pd.open_dataset(tmp_path / "data/set")}
+    assert [c["text"] for c in got["cats/a.mp4"]["captions"]] == ["[a cat] walks"]
+    assert got["cats/b.mp4"]["captions"] == [] and got["cats/a.mp4"]["label"] is None
+    assert "2 clips kept of 2: 0 rejected, 0 near-duplicates" in done.stdout
+    assert "1 captioned" in done.stdout
+
+
 # -- the folder ------------------------------------------------------------------------------------
 
 def test_shards_are_webdataset(made):
