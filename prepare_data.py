@@ -52,6 +52,7 @@ import operator
 import os
 import re
 import runpy
+import shutil
 import signal
 import sqlite3
 import struct
@@ -64,7 +65,6 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from multiprocessing import connection
 from pathlib import Path
@@ -127,6 +127,8 @@ def atomic(path):
         try:
             yield part
             with open(part, "rb+") as written:
+                is_sole(written)                       # another file, where a library renamed its
+                os.chmod(part, os.fstat(lock.fileno()).st_mode & 0o777)     # own, of mode 0600
                 os.fsync(written.fileno())
             os.replace(part, path)
         except BaseException:
@@ -1630,6 +1632,25 @@ def die_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@contextlib.contextmanager
+def deaf_children():
+    """Processes started inside hear no Ctrl-C, from their first instruction on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def interrupted(*_):
+    """The first Ctrl-C ends what is open, the second at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 class Job:
     """A shard in work: its process, the source that it is at, and what went wrong so far."""
 
@@ -1643,7 +1664,8 @@ class Job:
         self.at, self.since, self.frames = None, time.monotonic(), 0
         self.process = context.Process(target=make_shard, daemon=True, args=(
             folder, self.number, root, self.sources, database, options, self.bad, end))
-        self.process.start()
+        with deaf_children():
+            self.process.start()
         end.close()
 
     def check(self, timeout, bar):
@@ -1733,8 +1755,9 @@ def blocks(sources, most, mib):
 
 
 def make_plan(args, folder, root):
-    """What the data set is made of, fixed at the first start in plan.json: the sorted sources, the
-    shards, the options that shape the result. Refuses to go on with anything else."""
+    """(plan, whether it is new): what the data set is made of, as plan.json holds it: the sorted
+    sources, the shards, the options that shape the result. New files become further shards, with
+    what --meta now says of them; anything else that differs from the start is refused."""
     options = {name: getattr(args, name) for name in args.shaping}
     options["meta"] = None
     if args.meta:
@@ -1743,33 +1766,63 @@ def make_plan(args, folder, root):
             with open(one, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         options["meta"] = digest.hexdigest()
-    path, plan = folder / "plan.json", None
-    if path.exists():
-        plan = read_json(path)
-        for name, value in options.items():
-            before = plan["options"].get(name)
-            if before != value:
-                before = "another file, or none" if name == "meta" else before
-                refuse(f"{folder} was begun with --{name} {before}: use that, or another NAME")
-        if (folder / "manifest.json").exists():
-            return plan
+    told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
+    plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, n_others = find_sources(root, folder, args.format)
-    if not sources:
-        refuse(f"no videos or stills under {root} ({n_others} other files)")
     if plan is None:
+        if not sources:
+            refuse(f"no videos or stills under {root} ({n_others} other files)")
         print(f"{len(sources)} files under {root}; {n_others} others passed over", file=sys.stderr)
-        plan = {"format": FORMAT, "options": options, "sources": sources,
-                "shards": blocks(sources, args.shard_sources, args.shard_mib)}
-        write_text(path, json.dumps(plan))
-    elif plan["sources"] != sources:
-        changed = {tuple(source) for source in plan["sources"]} ^ set(map(tuple, sources))
-        refuse(f"{root} is not what {folder} was begun with ({min(changed)[0]} came, went or "
-               "changed): prepare it under another NAME")
-    return plan
+        return {"format": FORMAT, "options": options, "told": told, "sources": sources,
+                "shards": blocks(sources, args.shard_sources, args.shard_mib)}, True
+    before, now = dict(map(tuple, plan["sources"])), dict(map(tuple, sources))
+    began = {**told, **plan.get("told", {})}
+    is_other = os.path.abspath(began["videos"]) != os.path.abspath(args.videos)
+    lost = [name for name in before if now.get(name, None if is_other or not is_finished(
+        folder, plan) else before[name]) != before[name]]
+    if lost:
+        refuse(f"{folder} was begun with --videos {began['videos']}" + (
+            f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
+            "only be added); use that, or another NAME")
+    new = [source for source in sources if source[0] not in before]
+    for name, value in options.items():
+        was = plan["options"].get(name)
+        if was != value and not (name == "meta" and was and value and new):
+            if name == "meta":
+                was = began["meta"] if was and plan.get("told") else "another file" if was else None
+                value = f"{args.meta}, whose rows changed" if was == told["meta"] else args.meta
+            refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
+                   "NAME")
+    if not new or args.finish or (folder / "joining.json").exists():    # a join ends first
+        return plan, False
+    print(f"{len(new)} new files under {root} are added to {folder}, as further shards; what is "
+          "there stays as it is", file=sys.stderr)
+    n = len(before)
+    return {**plan, "options": options, "told": told, "sources": plan["sources"] + new, "shards":
+            plan["shards"] + [[n + first, n + stop] for first, stop in blocks(
+                new, args.shard_sources, args.shard_mib)]}, True
+
+
+def is_finished(folder, plan):
+    """Whether the manifest holds all shards of the plan."""
+    return has_manifest(folder) and \
+        len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
+
+
+def claim(lock, first, n, wait=False):
+    """Locks bytes of an open file for this process: False where another one holds one of them."""
+    with contextlib.suppress(BlockingIOError, PermissionError):
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), n, first)
+        return True
+    return False
+
+
+SPAN = 2**40            # bytes of .lock that stand for all shards; the next one for joining them
 
 
 def prepare(args):
-    """The whole stage for one data set: plan, shards, and, once all are there, the end."""
+    """The whole stage for one data set. A first attempt that made no shard leaves no folder."""
     folder, root = dataset_dir(args.name), Path(args.videos)
     if not root.is_dir():
         refuse(f"--videos {root} is not a folder")
@@ -1778,14 +1831,37 @@ def prepare(args):
         if not args.meta_files:
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
-    sweep(folder)
-    plan = make_plan(args, folder, root)
-    if (folder / "manifest.json").exists():
-        read_json(folder / "manifest.json")
+    plan, is_new = make_plan(args, folder, root)
+    if not is_new and is_finished(folder, plan):
         print(f"{folder} is finished; nothing to do")
         return report(folder, root) if args.report else None
-    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
+    had = [path.exists() for path in (folder, folder.parent)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (part, n_parts), is_ours = args.part, False
+    try:
+        with open(folder / ".lock", "ab") as lock:
+            first = (part - 1) * SPAN // n_parts       # parts of one run share the file
+            is_ours = args.finish or claim(lock, first, part * SPAN // n_parts - first)
+            if not is_ours:
+                refuse(f"another process prepares {folder}: wait for it, or stop it")
+            make_shards(args, folder, root, plan, is_new, lock)
+    except BaseException:
+        if is_ours and not had[0] and n_parts == 1 and not any(folder.glob("shard-*.jsonl")):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                had[1] or folder.parent.rmdir()
+        raise
+
+
+def make_shards(args, folder, root, plan, is_new, lock):
+    """Makes this process's shards and, once all are there, joins them."""
+    sweep(folder)
     database = (folder / "facts.db").absolute() if args.meta else None
+    if is_new:
+        if database:
+            database.unlink(missing_ok=True)           # of fewer files
+        write_text(folder / "plan.json", json.dumps(plan))
+    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
@@ -1799,10 +1875,12 @@ def prepare(args):
                f"is {left[0]}: run its part first")
     if left:
         print(f"this part of {folder} is done; {len(left)} shards are left to others")
-    else:
+        return
+    claim(lock, SPAN, 1, wait=True)
+    if not is_finished(folder, plan):
         finish(folder, plan, database)
-        if args.report:
-            report(folder, root)
+    if args.report:
+        report(folder, root)
 
 
 def has_manifest(folder):
@@ -2219,8 +2297,10 @@ def make_demo(folder, n_files, n_workers):
     todo = [file for file in files if file["name"] not in there]
     if todo:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(n_workers, context, initializer=die_with_parent) as pool:
-            work = pool.map(render_file, [folder] * len(todo), todo)
+        with deaf_children():
+            pool = context.Pool(min(n_workers, len(todo)), die_with_parent)
+        with pool:                                     # is ended, not waited for, on an error
+            work = pool.imap(functools.partial(render_file, folder), todo)
             list(tqdm(work, total=len(todo), unit="file", desc="demo videos"))
     write_rows(folder / "captions.jsonl", rows)
 
@@ -2357,4 +2437,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nprepare_data.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

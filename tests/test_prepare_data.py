@@ -492,6 +492,113 @@ def test_killed_at_any_moment_and_resumed(made, n_kills):
     shutil.rmtree(made / "data/killed")
 
 
+def test_new_files_are_added_and_what_is_there_keeps_its_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/b.mp4", shot(RED, 12))
+    meta = tmp_path / "m.jsonl"
+    meta.write_text('{"video": "b.mp4", "caption": "b"}\n')
+    options = ["--videos", "in", "--meta", "m.jsonl"]
+    run(tmp_path, "set", *options)
+    before = bytes_of(tmp_path / "data/set")
+    shutil.copy(tmp_path / "in/b.mp4", tmp_path / "in/a.mp4")           # sorts before, is the same
+    encode(tmp_path / "in/c.mp4", shot(BLUE, 12))
+    meta.write_text(meta.read_text() + '{"video": "c.mp4", "caption": "c"}\n')
+    done = run(tmp_path, "set", *options)
+    assert "2 new files under in are added to data/set" in done.stderr
+    assert "2 clips kept of 3: 0 rejected, 1 near-duplicates" in done.stdout
+    after = bytes_of(tmp_path / "data/set")
+    assert all(after[n] == h for n, h in before.items() if n.startswith("shard-00000"))
+    assert [(r["source"], r["captions"][0]["text"]) for r in pd.open_dataset(
+        tmp_path / "data/set")] == [("b.mp4", "b"), ("c.mp4", "c")]
+    assert "nothing to do" in run(tmp_path, "set", *options).stdout
+    shutil.move(tmp_path / "in", tmp_path / "moved")                    # the same files elsewhere
+    assert "nothing to do" in run(tmp_path, "set", "--videos", "moved", *options[2:]).stdout
+    (tmp_path / "other").mkdir()
+    encode(tmp_path / "other/b.mp4", shot(BLUE, 30))
+    wrong = run(tmp_path, "set", "--videos", "other", *options[2:], check=False)
+    assert wrong.returncode == 2 and "--videos in, not other" in wrong.stderr
+    meta.write_text("\n" + meta.read_text())
+    wrong = run(tmp_path, "set", "--videos", "moved", *options[2:], check=False)
+    assert wrong.returncode == 2 and "--meta m.jsonl, not m.jsonl, whose rows" in wrong.stderr
+    shutil.copy(meta, tmp_path / "other.jsonl")
+    wrong = run(tmp_path, "set", "--videos", "moved", "--meta", "other.jsonl", check=False)
+    assert wrong.returncode == 2 and "--meta m.jsonl, not other.jsonl" in wrong.stderr
+
+
+@pytest.mark.skipif(pd.fcntl is None, reason="no locks")
+def test_a_second_process_is_refused_and_parts_are_not(slow):
+    command = [sys.executable, str(SCRIPT), "locked", "--videos", "videos"]
+    quiet = {"cwd": slow, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+    def wait_for_work():
+        while not list((slow / "data/locked").glob(".shard-*.tar")):
+            assert going.poll() is None
+            time.sleep(0.02)
+
+    going = subprocess.Popen(command, **quiet)
+    wait_for_work()
+    for more in ([], ["--part", "2/2"]):
+        done = run(slow, "locked", "--videos", "videos", *more, check=False)
+        assert done.returncode == 2 and "another process prepares data/locked" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    going.kill(), going.wait()
+    going = subprocess.Popen([*command, "--part", "1/2"], **quiet)
+    wait_for_work()
+    done = run(slow, "locked", "--videos", "videos", "--part", "2/2")
+    assert "left to others" in done.stdout
+    assert run(slow, "locked", "--videos", "videos", check=False).returncode == 2
+    going.kill(), going.wait()
+
+
+def interrupt(folder, ready, *options, n=1):
+    """(status, stderr) of the script after n Ctrl-C, sent as a terminal does, to all processes."""
+    going = subprocess.Popen([sys.executable, str(SCRIPT), *options], cwd=folder, text=True,
+                             stderr=subprocess.PIPE, start_new_session=True)
+    while not ready():
+        assert going.poll() is None, going.stderr.read()
+        time.sleep(0.02)
+    for k in range(n):
+        os.killpg(going.pid, signal.SIGINT)
+        time.sleep(0.05)
+    return going.wait(10), going.stderr.read()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_in_one_line_and_leaves_no_empty_folder(slow, tmp_path):
+    status, error = interrupt(slow, lambda: list((slow / "data/stop").glob(".shard-*.tar")),
+                              "stop", "--videos", "videos")
+    assert status == 130 and error.endswith("stopped; the same command goes on\n")
+    assert "Traceback" not in error and not (slow / "data/stop").exists()
+    for n in (1, 2):                                                    # while the demo renders
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        status, error = interrupt(folder, lambda: len(list((folder / "data/demo-videos").glob(
+            "demo-*.mp4"))) > 2, "demo", n=n)
+        assert status in (130, *([-signal.SIGINT] if n == 2 else [])), error
+        assert "Traceback" not in error
+
+
+def test_a_failed_first_attempt_leaves_no_folder(made):
+    (made / "wrong.csv").write_text("a,b\n1,2\n")
+    done = run(made, "new/set", "--videos", "videos", "--meta", "wrong.csv", check=False)
+    assert done.returncode == 2 and not (made / "new").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+def test_files_have_the_umasks_modes(made, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        with pd.atomic(tmp_path / "x.bin") as part:                     # as safetensors writes
+            other = tmp_path / "own"
+            other.touch(mode=0o600)
+            os.replace(other, part)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x.bin").stat().st_mode & 0o777 == 0o640
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in (
+        made / "data/set").iterdir())
+
+
 def worker_of(parent):
     """Process id of a shard's process, child of `parent`, or None."""
     for path in Path("/proc").glob("[0-9]*"):
@@ -634,7 +741,7 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
     shutil.copytree(made / "data/set", made / "data/set2")
     (made / "data/set2/manifest.json").unlink()
     plan = json.loads((made / "data/set2/plan.json").read_text())
-    plan["sources"] = plan["sources"][1:]
+    plan["sources"][0][0] = "gone.mp4"
     (made / "data/set2/plan.json").write_text(json.dumps(plan))
     for name, arguments in wrong.items():
         with pytest.raises(SystemExit) as stop:
@@ -642,6 +749,8 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         lines = [line for line in error.splitlines() if "others passed over" not in line]
         assert stop.value.code == 2 and len(lines) == 1, (name, error)
+        if name == "other sources":
+            assert "gone.mp4 went or changed" in error
         if name == "changed":
             assert "--crf 18" in error
     for folder in (tmp_path / "nowhere", tmp_path / "none", tmp_path / "other", tmp_path / "torn"):
