@@ -41,6 +41,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import io
@@ -1090,8 +1091,8 @@ def read_metadata(paths, form, sources, database):
     whose video is missing, without a source, with its reason and the name of its video."""
     with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
         store.executescript("pragma journal_mode=off; pragma synchronous=off; "
-                            "create table rows(source, number, note, row)")
-        store.executemany("insert into rows values(?, ?, ?, ?)",
+                            "create table rows(source, number, note, detail, row)")
+        store.executemany("insert into rows values(?, ?, ?, ?, ?)",
                           placed_rows(paths, form, sources))
         store.execute("create index by_source on rows(source)")
         store.commit()
@@ -1101,7 +1102,8 @@ def placed_rows(paths, form, sources):
     """Yields what `read_metadata` stores. A row names its file by relative path, or by a file name
     or stem that only one source has."""
     _, rows, names, reader = FORMATS[form]
-    places, n, is_right = {}, 0, False
+    places, n, is_right, columns_found = {}, 0, False, ()
+    missing, is_placed = None, not sources
     for source in sources:
         for name in {source, source.rsplit("/", 1)[-1], bare(source)}:
             places[name] = source if name == source or name not in places else None
@@ -1111,32 +1113,40 @@ def placed_rows(paths, form, sources):
         name = os.path.normpath(name).replace(os.sep, "/") if "./" in name else name
         for key in (name, name.rsplit("/", 1)[-1], bare(name)):
             if key in places:
-                return places[key], "several videos of this name"
+                return places[key], "" if places[key] else "several videos of this name"
         return None, "missing video"
 
     for path in paths:
         words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem) if word in SPLITS}
         split = words.pop() if len(words) == 1 else None
         for n, row in enumerate((rows or file_rows)(path), n + 1):
+            columns_found = columns_found or isinstance(row, dict) and tuple(filter(None, row))
             try:
                 name = str(next(filter(None, map(row.get, names)), None) or row[names[0]])
                 source, reason = place(name)
                 is_right = is_right or bool(read_row(row, reader, split))
-            except BAD_ROW:
-                yield None, n, "malformed metadata row", None
+            except BAD_ROW as error:
+                yield None, n, "malformed metadata row", \
+                    "cut off, or not of its format" if row is None else fault(error), None
             else:
-                yield (None, n, reason, name) if source is None else \
-                    (source, n, split, json.dumps(row))
+                is_placed = is_placed or reason != "missing video"
+                missing = missing or name
+                yield (None, n, reason, None, name) if source is None else \
+                    (source, n, split, None, json.dumps(row))
     if not is_right:
-        refuse(f"no row of {paths[0]} reads as --format {form}: is it another's, or does its first "
-               "line not name the columns?")
+        refuse(f"no row of {paths[0]} reads as --format {form}: its columns are "
+               f"{', '.join(columns_found or ()) or 'none'}; one of {', '.join(names)} must name "
+               "the video")
+    if not is_placed:
+        refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
+               f"{sources[0]}")
 
 
-def query(database, source):
-    """Yields (number, note, row) of the stored rows of a source; of None, the rejects."""
+def query(database, source, names="number, note, row"):
+    """Yields `names` of the stored rows of a source; of None, the rejects."""
     address = f"{Path(database).absolute().as_uri()}?immutable=1"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
-        yield from store.execute("select number, note, row from rows where source is ? "
+        yield from store.execute(f"select {names} from rows where source is ? "
                                  "order by rowid", [source])
 
 
@@ -1146,9 +1156,14 @@ def facts_of(database, form, source):
     for n, split, row in query(database, source):
         try:
             facts += read_row(json.loads(row), FORMATS[form][3], split)
-        except BAD_ROW:
-            rejects.append(rejection(None, "malformed metadata row", figure=n))
+        except BAD_ROW as error:
+            rejects.append(rejection(None, "malformed metadata row", figure=n, detail=fault(error)))
     return facts, rejects
+
+
+def fault(error):
+    """What one of BAD_ROW says, for people."""
+    return f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
 def read_row(row, reader, split):
@@ -1167,9 +1182,11 @@ def read_fact(row, split=None):
     texts = [texts] if isinstance(texts, str) else texts
     named, label = str(row.get("split") or "").lower(), row.get("label")
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
-        raise ValueError("times")
-    if named and named not in SPLITS or not all(isinstance(text, str) for text in texts):
-        raise ValueError("split or caption")
+        raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < end")
+    if named and named not in SPLITS:
+        raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a caption is no text")
     fact = {"start": start, "end": end, "captions": [t.strip() for t in texts if t.strip()],
             "split": SPLITS.get(named, split), "label": None if label in (None, "") else str(label)}
     fact |= {"frames": frames} if isinstance(frames, list) else {}
@@ -1240,9 +1257,9 @@ def told(source, facts, start, end):
         {name: value for f in mine for name, value in f.get("scores", {}).items()}
 
 
-def rejection(source, reason, start=None, end=None, figure=None, threshold=None):
+def rejection(source, reason, start=None, end=None, figure=None, threshold=None, detail=None):
     return {"source": source, "shot_start": start, "shot_end": end, "reason": reason,
-            "figure": figure, "threshold": threshold}
+            "figure": figure, "threshold": threshold, **({"detail": detail} if detail else {})}
 
 
 # -- clips: what to cut, what to leave out, the second pass ----------------------------------------
@@ -1961,8 +1978,8 @@ def finish(folder, plan, database):
 
     def rejects():
         parts = (read_rows(folder / f"{name}.rejected.jsonl") for name in shards)
-        missing = query(database, None) if database else ()
-        lost = (rejection(name, reason, figure=n) for n, reason, name in missing)
+        missing = query(database, None, "number, note, row, detail") if database else ()
+        lost = (rejection(name, reason, figure=n, detail=why) for n, reason, name, why in missing)
         for one in itertools.chain(lost, *parts):
             reasons[one["reason"]] += 1
             yield one
@@ -2096,7 +2113,15 @@ def where(rows, text):
         test = test_of(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, SyntaxError, KeyError):
         refuse(f"'{text}' is not of the kind: flow > 0.1 and not (text > 0.05 or split == 'test')")
-    return [row for row in rows if test(row)]
+    found = [row for row in rows if test(row)]
+    if rows and not found:
+        values = {name: [value for row in rows if (value := row["scores"].get(
+            name, row.get(name))) is not None] for name in sorted(known & set(
+                re.findall(r"\w+", text)))}
+        refuse(f"'{text}' holds for none of the {len(rows)} clips: " + "; ".join(
+            f"{name} runs from {min(v)} to {max(v)}" if v else f"{name} is never known"
+            for name, v in values.items()))
+    return found
 
 
 def read_clip(folder, row):
@@ -2318,6 +2343,27 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def nearest(parser, message):
+    """argparse's message, with the known name that is most like the unknown one."""
+    choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+    option = re.search(r"unrecognized arguments: (--\w+)", message)
+    if not choice and not option:
+        return message
+    known = re.findall(r"\w+", choice[2]) if choice else parser._option_string_actions
+    near = difflib.get_close_matches((choice or option)[1], known, 1, 0.5)
+    return message + f"; did you mean {near[0]}?" * bool(near)
+
+
+def check_bounds(args):
+    """Refuses bounds that no clip can pass."""
+    ends = [name[4:] for name in vars(args) if name.startswith("min_")]
+    for name in ends:
+        low, high = getattr(args, f"min_{name}"), getattr(args, f"max_{name}", None)
+        if name not in ("shot", "side") and None not in (low, high) and low > high and \
+                (high or name != "seconds"):
+            refuse(f"--min_{name} {low:g} is above --max_{name} {high:g}: no clip could pass")
+
+
 def part_of(text):
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -2358,7 +2404,7 @@ def add_filters(parser):
 def parse_options(argv=None):
     """The options; `shaping` lists those that change the result, which plan.json holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
+    parser.error = lambda message: refuse(nearest(parser, message))
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     cores = max(1, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))   # ranks share them
     whole, real = number(int, 0), number(float, 0)
@@ -2398,9 +2444,9 @@ def parse_options(argv=None):
     add = parser.add_argument_group("caps").add_argument
     add("--crop", action="store_true", help="cut black borders off")
     add("--max_side", type=whole, default=0, metavar="PX",
-        help="longer side, px; larger clips are scaled down; 0: no limit (%(default)s)")
-    add("--max_fps", type=real, default=0.0, metavar="FPS", help="frames a second; faster clips "
-        "keep every 2nd, 3rd, … frame; 0: no limit (%(default)s)")
+        help="longer side, px, 8 or more; larger clips are scaled down; 0: no limit (%(default)s)")
+    add("--max_fps", type=number(float, 0, 1000), default=0.0, metavar="FPS", help="frames a second, to 1000; faster "
+        "clips keep every 2nd, 3rd, … frame; 0: no limit (%(default)s)")
     add("--max_seconds", type=real, default=20.0, metavar="S",
         help="longer shots are cut into equal pieces, s; 0: no limit (%(default)s)")
     add("--crf", type=number(int, 0, 51), default=18, metavar="Q",
@@ -2427,8 +2473,14 @@ def main(argv=None):
         refuse("--videos DIR is needed: the folder that holds the videos")
     if args.name == "bench":            # what only measures is no part of this script
         return runpy.run_path(str(Path(__file__).parent / "tests/bench_data.py"))["bench"](args)
+    check_bounds(args)
+    if 0 < args.max_side < 8:
+        refuse(f"--max_side {args.max_side}: a latent covers 8 px, so 8 or more (0: no limit)")
     if args.meta and not args.format:
         args.format = args.meta.suffix.lower().lstrip(".")
+    if args.meta and args.format not in {*FORMATS, *BESIDE}:
+        refuse(f"--meta {args.meta}: its suffix tells no format, so give --format, one of "
+               f"{' '.join(FORMATS)}")
     if bool(args.meta) != (args.format in FORMATS):
         refuse(f"--meta goes with one of --format {' '.join(FORMATS)}, and only with these")
     if args.split == "seconds" and not args.max_seconds:

@@ -218,11 +218,12 @@ def test_where(capsys):
             "flow>=-1 and not (text>0.1)": "a"}.items():
         assert "".join(row["key"] for row in pd.where(rows, text)) == want, text
     for text in ("", "flow", "flow >", "flow > 0.1 and", "(flow > 1", "flow > 1)", "speed > 1",
-                 "flow > x", "__import__('os')", "flow > 1; 2", "flow = 1", "1 < flow"):
+                 "flow > 100", "flow > x", "__import__('os')", "flow > 1; 2", "flow = 1", "1 < flow"):
         with pytest.raises(SystemExit) as stop:
             pd.where(rows, text)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and len(error.splitlines()) == 1, (text, error)
+        assert text != "flow > 100" or "none of the 3 clips: flow runs from 0.05 to 0.2" in error
 
 
 # -- near-duplicates, copies -----------------------------------------------------------------------

@@ -299,6 +299,10 @@ def test_every_bad_file_is_named(made):
     short = rejects["short.mp4"]
     assert (short["shot_start"], short["shot_end"], short["figure"], short["threshold"]) == (
         0.0, 0.25, 0.25, 0.5)
+    detail = [row["detail"] for row in row_lines(made / "data/set/rejected.jsonl")
+              if row["reason"] == "malformed metadata row"]
+    assert sorted(detail)[:2] == ["cut off, or not of its format", "no column 'video'"]
+    assert "start 3, end 2: not 0 <= start < end" in detail and "split 'maybe'" in detail[2] + detail[3]
     manifest = json.loads((made / "data/set/manifest.json").read_text())
     assert manifest["counts"]["rejected"]["malformed metadata row"] == 4
     every = {path.relative_to(made / "videos").as_posix() for path in (made / "videos").rglob("*.*")
@@ -724,7 +728,14 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
             path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change
                             else path.read_text()[:40])
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "others.csv").write_text("video,caption\nelse.mp4,a\n")
+    (tmp_path / "meta.dat").touch()
     prepared = [*OPTIONS]
+    said = {"columns": "its columns are a, b; one of video, path, file", "no match": "names else.mp4",
+            "bounds": "--min_seconds 5 is above --max_seconds 2", "flow": "--max_flow 2",
+            "small": "8 or more", "fps": "0 to 1000", "option": "did you mean --videos?",
+            "choice": "did you mean panda70m?", "other sources": "gone.mp4 went or changed",
+            "changed": "--crf 18, not 20", "no suffix": "tells no format"}
     wrong = {
         "no folder": ["x", "--videos", "nowhere"],
         "no videos": ["x", "--videos", tmp_path / "none"],
@@ -736,6 +747,13 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         "meta": ["x", "--videos", "videos", "--meta", "nowhere.csv"],
         "form": ["x", "--videos", "videos", "--meta", "meta.jsonl", "--format", "folder"],
         "columns": ["x", "--videos", "videos", "--meta", tmp_path / "columns.csv"],
+        "no match": ["x", "--videos", "videos", "--meta", tmp_path / "others.csv"],
+        "no suffix": ["x", "--videos", "videos", "--meta", tmp_path / "meta.dat"],
+        "bounds": ["x", "--videos", "videos", "--min_seconds", 5, "--max_seconds", 2],
+        "flow": ["x", "--videos", "videos", "--min_flow", 5, "--max_flow", 2],
+        "small": ["x", "--videos", "videos", "--max_side", 7],
+        "fps": ["x", "--videos", "videos", "--max_fps", 1000000],
+        "option": ["x", "--video", "videos"], "choice": ["x", "--format", "panda70"],
         "changed": ["set", *prepared, "--crf", 20], "other sources": ["set2", *prepared],
         "format": [tmp_path / "other", *prepared], "plan": [tmp_path / "torn", *prepared]}
     shutil.copytree(made / "data/set", made / "data/set2")
@@ -749,10 +767,7 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         lines = [line for line in error.splitlines() if "others passed over" not in line]
         assert stop.value.code == 2 and len(lines) == 1, (name, error)
-        if name == "other sources":
-            assert "gone.mp4 went or changed" in error
-        if name == "changed":
-            assert "--crf 18" in error
+        assert said.get(name, "") in error, (name, error)
     for folder in (tmp_path / "nowhere", tmp_path / "none", tmp_path / "other", tmp_path / "torn"):
         with pytest.raises(SystemExit) as stop:
             pd.open_dataset(folder)
