@@ -53,6 +53,7 @@ import operator
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -1157,7 +1158,8 @@ def facts_of(database, form, source):
         try:
             facts += read_row(json.loads(row), FORMATS[form][3], split)
         except BAD_ROW as error:
-            rejects.append(rejection(None, "malformed metadata row", figure=n, detail=fault(error)))
+            rejects.append(rejection(None, "malformed metadata row", figure=n,
+                                     detail=fault(error)))
     return facts, rejects
 
 
@@ -1182,7 +1184,8 @@ def read_fact(row, split=None):
     texts = [texts] if isinstance(texts, str) else texts
     named, label = str(row.get("split") or "").lower(), row.get("label")
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
-        raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < end")
+        raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < "
+                         "end")
     if named and named not in SPLITS:
         raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
     if not all(isinstance(text, str) for text in texts):
@@ -1524,8 +1527,8 @@ def same_pixels(folder, a, b):
 
 @functools.lru_cache(256)
 def closer_look(folder, shard, offset, length, n_frames, fps, width, height):
-    """float32 [4, 4, LOOK, LOOK]: luma less its median of a clip's 4 moments, whole and without 4, 8
-    and 12% on every side, as for the hash."""
+    """float32 [4, 4, LOOK, LOOK]: luma less its median of a clip's 4 moments, whole and without 4,
+    8 and 12% on every side, as for the hash."""
     row = {"shard": shard, "offset": offset, "length": length, "fps": fps, "width": width,
            "height": height}
     at = np.linspace(0, n_frames - 1, 4).round().astype(int).tolist()
@@ -1539,7 +1542,8 @@ def closer_look(folder, shard, offset, length, n_frames, fps, width, height):
 
 def is_duplicate(folder, a, b):
     """Whether two clips whose hashes are alike show the same. Pieces of one shot: the same pixels.
-    Others, one perhaps cropped: the same structure, or the same but for a small part that stands still (a logo)."""
+    Others, one perhaps cropped: the same structure, or the same but for a small part that
+    stands still (a logo)."""
     if all(a[name] == b[name] for name in ("source", "shot_start", "shot_end")):
         return same_pixels(folder, a, b)
     x, y = (closer_look(folder, *(row[name] for name in (
@@ -1587,8 +1591,8 @@ def near_duplicates(rows, near, same=lambda a, b: True):
             i, j = known[a], known[a + 1 + k]
             pairs.setdefault(i, []).append((float(apart[k]), j))
             pairs.setdefault(j, []).append((float(apart[k]), i))
-    order = sorted(pairs, key=lambda i: (not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"],
-                                         -rows[i]["length"], i))
+    order = sorted(pairs, key=lambda i: (
+        not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"], -rows[i]["length"], i))
     kept, found = set(), []
     for i in order:
         twins = [] if rows[i].get("is_fixed") else sorted(
@@ -1806,7 +1810,7 @@ def make_plan(args, folder, root):
         was = plan["options"].get(name)
         if was != value and not (name == "meta" and was and value and new):
             if name == "meta":
-                was = began["meta"] if was and plan.get("told") else "another file" if was else None
+                was = was and (began["meta"] if plan.get("told") else "another file")
                 value = f"{args.meta}, whose rows changed" if was == told["meta"] else args.meta
             refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
                    "NAME")
@@ -1950,7 +1954,8 @@ def leave_out(folder, name, of):
     mine, places = {row["key"] for row in rows if "duplicate_of" not in row} & of.keys(), {}
     if not mine:
         return
-    with tarfile.open(folder / f"{name}.tar", "r:") as old, atomic(folder / f"{name}.tar") as part, \
+    with tarfile.open(folder / f"{name}.tar", "r:") as old, \
+            atomic(folder / f"{name}.tar") as part, \
             tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for one in old:
             key, suffix = one.name.split(".")
@@ -2011,6 +2016,46 @@ def finish(folder, plan, database):
           f"s, {counts['captioned_clips']} captioned"
           + f"; {n_rows} rows of metadata rejected" * bool(n_rows)
           + f"; look at {folder / 'contact.png'}")
+    if rows:
+        print(next_steps(dataset_name(folder), rows, Path("/dev/nvidiactl").exists()))
+
+
+def dataset_name(folder):
+    """The inverse of `dataset_dir`, as a shell takes it."""
+    return shlex.quote(folder.name if folder.parent == Path("data") else f"./{folder}"
+                       if len(folder.parts) == 1 else str(folder))
+
+
+def next_steps(name, rows, has_gpu):
+    """What the clips are to the next stages, and their commands. A latent covers 4 x 8 x 8, after
+    a first frame of its own; on a processor video-xs takes each as a token, on a GPU video-s takes
+    2 x 2. Windows of the autoencoder are as large and long as half of the clips, at most 64 px and
+    9 frames (GPU: 128, 17). --encode cuts clips above --max_cells, and a row holds four of the
+    largest pieces."""
+    side, length, cells, least, batch, patch = (128, 17, 16384, 8192, 65536, 2) if has_gpu else \
+        (64, 9, 2048, 2048, 2048, 1)
+    n_tokens, largest = 0, 0
+    for row in rows:
+        long = 1 + (row["frames"] - 1) // 4
+        h, w = (max(1, row[one] // 8) for one in ("height", "width"))
+        cells = max(cells, h * w)                      # a frame of latents at least
+        area = max(1, h // patch) * max(1, w // patch)
+        n_tokens += long * area
+        largest = max(largest, min(long, max(1, cells // (h * w))) * area)
+    side = min(side, int(np.median([max(row["width"], row["height"]) for row in rows])) // 8 * 8)
+    length = min(length, int(np.median([row["frames"] for row in rows]) - 1) // 4 * 4 + 1)
+    per_row = max(least, -(-4 * largest // 256) * 256)
+    vae, dit = ("vae-s", "video-s") if has_gpu else ("vae-xs", "video-xs")
+    more = f" --max_cells {cells}" if cells != 2048 else ""
+    is_told = any(row["captions"] for row in rows)
+    seconds_long = sum(row["end"] - row["start"] for row in rows)
+    return (f"{len(rows)} clips, {seconds_long:.0f} s, {n_tokens} tokens of {dit}; next ("
+            + ("" if is_told else "without captions it learns without text; ")
+            + "the last one with --estimate tells the hours):\n"
+            f"python train_vae.py {name} --model {vae} --size {max(8, side)} --frames {length}\n"
+            f"python train_vae.py {name} --encode{more}\n"
+            f"python train_dit.py {name} --model {dit} --row_tokens {per_row} --batch_tokens "
+            f"{per_row * max(1, batch // per_row)}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -2445,8 +2490,9 @@ def parse_options(argv=None):
     add("--crop", action="store_true", help="cut black borders off")
     add("--max_side", type=whole, default=0, metavar="PX",
         help="longer side, px, 8 or more; larger clips are scaled down; 0: no limit (%(default)s)")
-    add("--max_fps", type=number(float, 0, 1000), default=0.0, metavar="FPS", help="frames a second, to 1000; faster "
-        "clips keep every 2nd, 3rd, … frame; 0: no limit (%(default)s)")
+    add("--max_fps", type=number(float, 0, 1000), default=0.0, metavar="FPS",
+        help="frames a second, to 1000; faster clips keep every 2nd, 3rd, … frame; 0: no limit "
+        "(%(default)s)")
     add("--max_seconds", type=real, default=20.0, metavar="S",
         help="longer shots are cut into equal pieces, s; 0: no limit (%(default)s)")
     add("--crf", type=number(int, 0, 51), default=18, metavar="Q",

@@ -582,6 +582,36 @@ def test_ctrl_c_ends_in_one_line_and_leaves_no_empty_folder(slow, tmp_path):
         assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("has_gpu, size, n_frames", [
+    (False, (54, 96), 50), (False, (720, 1280), 250), (True, (360, 640), 250), (False, (8, 8), 1)])
+def test_the_next_commands_fit_the_data(has_gpu, size, n_frames, monkeypatch):
+    """As pasted, they parse, and a row holds four of the largest pieces."""
+    import train_dit
+    import train_vae
+    row = {"frames": n_frames, "height": size[0], "width": size[1], "start": 0, "end": 2,
+           "captions": []}
+    head, *lines = pd.next_steps("mine", [row] * 7, has_gpu).splitlines()
+    assert head.startswith("7 clips, 14 s, ") and "without text" in head
+    assert [line.split()[:3] for line in lines] == [
+        ["python", f"{stage}.py", "mine"] for stage in ("train_vae", "train_vae", "train_dit")]
+    known = {name: Path(module.__file__).read_text() for name, module in (
+        ("train_vae.py", train_vae), ("train_dit.py", train_dit))}
+    for line in lines:
+        assert all(f'"{word}"' in known[line.split()[1]] for word in line.split()
+                   if word.startswith("--") or word.startswith(("vae-", "video-")))
+    words = " ".join(lines).split()
+    told = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
+    cells, row_tokens = int(told.get("--max_cells", 2048)), int(told["--row_tokens"])
+    h, w = (side // 8 for side in size)
+    pieces = train_vae.pieces("k", n_frames, h * w, cells, 4)
+    longest = max(1 + (n - 1) // 4 for _, _, n in pieces)
+    patch = 2 if has_gpu else 1
+    assert row_tokens >= 4 * longest * (h // patch) * (w // patch)
+    assert int(told["--batch_tokens"]) % row_tokens == 0
+    window = int(told["--size"]), int(told["--frames"])
+    assert window[0] % 8 == 0 and window[0] <= max(size) and window[1] <= n_frames
+
+
 def test_a_failed_first_attempt_leaves_no_folder(made):
     (made / "wrong.csv").write_text("a,b\n1,2\n")
     done = run(made, "new/set", "--videos", "videos", "--meta", "wrong.csv", check=False)
