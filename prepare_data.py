@@ -41,6 +41,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import io
@@ -52,6 +53,8 @@ import operator
 import os
 import re
 import runpy
+import shlex
+import shutil
 import signal
 import sqlite3
 import struct
@@ -64,7 +67,6 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from multiprocessing import connection
 from pathlib import Path
@@ -127,6 +129,8 @@ def atomic(path):
         try:
             yield part
             with open(part, "rb+") as written:
+                is_sole(written)                       # another file, where a library renamed its
+                os.chmod(part, os.fstat(lock.fileno()).st_mode & 0o777)     # own, of mode 0600
                 os.fsync(written.fileno())
             os.replace(part, path)
         except BaseException:
@@ -1078,6 +1082,7 @@ def bare(name):
     return name
 
 
+ROW_REASONS = ("missing video", "several videos of this name", "malformed metadata row")
 BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError)    # what readers raise
 
 
@@ -1087,8 +1092,8 @@ def read_metadata(paths, form, sources, database):
     whose video is missing, without a source, with its reason and the name of its video."""
     with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
         store.executescript("pragma journal_mode=off; pragma synchronous=off; "
-                            "create table rows(source, number, note, row)")
-        store.executemany("insert into rows values(?, ?, ?, ?)",
+                            "create table rows(source, number, note, detail, row)")
+        store.executemany("insert into rows values(?, ?, ?, ?, ?)",
                           placed_rows(paths, form, sources))
         store.execute("create index by_source on rows(source)")
         store.commit()
@@ -1098,7 +1103,8 @@ def placed_rows(paths, form, sources):
     """Yields what `read_metadata` stores. A row names its file by relative path, or by a file name
     or stem that only one source has."""
     _, rows, names, reader = FORMATS[form]
-    places, n, is_right = {}, 0, False
+    places, n, is_right, columns_found = {}, 0, False, ()
+    missing, is_placed = None, not sources
     for source in sources:
         for name in {source, source.rsplit("/", 1)[-1], bare(source)}:
             places[name] = source if name == source or name not in places else None
@@ -1108,32 +1114,40 @@ def placed_rows(paths, form, sources):
         name = os.path.normpath(name).replace(os.sep, "/") if "./" in name else name
         for key in (name, name.rsplit("/", 1)[-1], bare(name)):
             if key in places:
-                return places[key], "several videos of this name"
+                return places[key], "" if places[key] else "several videos of this name"
         return None, "missing video"
 
     for path in paths:
         words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem) if word in SPLITS}
         split = words.pop() if len(words) == 1 else None
         for n, row in enumerate((rows or file_rows)(path), n + 1):
+            columns_found = columns_found or isinstance(row, dict) and tuple(filter(None, row))
             try:
                 name = str(next(filter(None, map(row.get, names)), None) or row[names[0]])
                 source, reason = place(name)
                 is_right = is_right or bool(read_row(row, reader, split))
-            except BAD_ROW:
-                yield None, n, "malformed metadata row", None
+            except BAD_ROW as error:
+                yield None, n, "malformed metadata row", \
+                    "cut off, or not of its format" if row is None else fault(error), None
             else:
-                yield (None, n, reason, name) if source is None else \
-                    (source, n, split, json.dumps(row))
+                is_placed = is_placed or reason != "missing video"
+                missing = missing or name
+                yield (None, n, reason, None, name) if source is None else \
+                    (source, n, split, None, json.dumps(row))
     if not is_right:
-        refuse(f"no row of {paths[0]} reads as --format {form}: is it another's, or does its first "
-               "line not name the columns?")
+        refuse(f"no row of {paths[0]} reads as --format {form}: its columns are "
+               f"{', '.join(columns_found or ()) or 'none'}; one of {', '.join(names)} must name "
+               "the video")
+    if not is_placed:
+        refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
+               f"{sources[0]}")
 
 
-def query(database, source):
-    """Yields (number, note, row) of the stored rows of a source; of None, the rejects."""
+def query(database, source, names="number, note, row"):
+    """Yields `names` of the stored rows of a source; of None, the rejects."""
     address = f"{Path(database).absolute().as_uri()}?immutable=1"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
-        yield from store.execute("select number, note, row from rows where source is ? "
+        yield from store.execute(f"select {names} from rows where source is ? "
                                  "order by rowid", [source])
 
 
@@ -1143,9 +1157,15 @@ def facts_of(database, form, source):
     for n, split, row in query(database, source):
         try:
             facts += read_row(json.loads(row), FORMATS[form][3], split)
-        except BAD_ROW:
-            rejects.append(rejection(None, "malformed metadata row", figure=n))
+        except BAD_ROW as error:
+            rejects.append(rejection(None, "malformed metadata row", figure=n,
+                                     detail=fault(error)))
     return facts, rejects
+
+
+def fault(error):
+    """What one of BAD_ROW says, for people."""
+    return f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
 def read_row(row, reader, split):
@@ -1164,9 +1184,12 @@ def read_fact(row, split=None):
     texts = [texts] if isinstance(texts, str) else texts
     named, label = str(row.get("split") or "").lower(), row.get("label")
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
-        raise ValueError("times")
-    if named and named not in SPLITS or not all(isinstance(text, str) for text in texts):
-        raise ValueError("split or caption")
+        raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < "
+                         "end")
+    if named and named not in SPLITS:
+        raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a caption is no text")
     fact = {"start": start, "end": end, "captions": [t.strip() for t in texts if t.strip()],
             "split": SPLITS.get(named, split), "label": None if label in (None, "") else str(label)}
     fact |= {"frames": frames} if isinstance(frames, list) else {}
@@ -1200,9 +1223,12 @@ def seconds(value):
     return total
 
 
-def beside(source, texts):
-    """Facts of the formats without --meta: `texts` {suffix: text} are the files NAME.txt (caption)
-    and NAME.json (our keys) beside the source; its folder is its label, and may name its split."""
+def beside(source, texts, is_caption_alone=False):
+    """Facts without --meta: `texts` {suffix: text} are the files NAME.txt (caption) and NAME.json
+    (our keys) beside the source; its folder is its label, and may name its split. Without a
+    --format the caption alone counts."""
+    if is_caption_alone:
+        return [read_fact({"caption": " ".join(texts.get(".txt", "").split())})]
     folders, more = source.split("/")[:-1], {}
     folders = [name for name in folders if Path(name).suffix not in ARCHIVES]
     with contextlib.suppress(ValueError):
@@ -1238,9 +1264,9 @@ def told(source, facts, start, end):
         {name: value for f in mine for name, value in f.get("scores", {}).items()}
 
 
-def rejection(source, reason, start=None, end=None, figure=None, threshold=None):
+def rejection(source, reason, start=None, end=None, figure=None, threshold=None, detail=None):
     return {"source": source, "shot_start": start, "shot_end": end, "reason": reason,
-            "figure": figure, "threshold": threshold}
+            "figure": figure, "threshold": threshold, **({"detail": detail} if detail else {})}
 
 
 # -- clips: what to cut, what to leave out, the second pass ----------------------------------------
@@ -1422,7 +1448,7 @@ def clips_of(root, source, facts, options, beat=lambda: None):
     """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
         path, texts = located(root, source)
-        facts = beside(source, texts) if options["format"] in BESIDE else facts
+        facts = facts if options["meta"] else beside(source, texts, options["format"] is None)
         if path.suffix.lower() in STILLS and not is_animated(path):
             row = still_row(path, source, facts, options)
             lost = failure(row, options)
@@ -1493,13 +1519,53 @@ def video_hash(samples):
     return [*found, colours.astype(np.uint8).tobytes().hex()]
 
 
-def near_duplicates(rows, near):
+LOOK = 32               # side of the pictures that a closer look compares
+
+
+def same_pixels(folder, a, b):
+    """Whether two pieces of one shot show the same: no frame differs by more than a level on
+    average. The first that does ends the decoding."""
+    return all(np.abs(x.astype(np.int16) - y).mean() <= 1
+               for x, y in zip(clip_frames(folder, a), clip_frames(folder, b)))
+
+
+@functools.lru_cache(256)
+def closer_look(folder, shard, offset, length, n_frames, fps, width, height):
+    """float32 [4, 4, LOOK, LOOK]: luma less its median of a clip's 4 moments, whole and without 4,
+    8 and 12% on every side, as for the hash."""
+    row = {"shard": shard, "offset": offset, "length": length, "fps": fps, "width": width,
+           "height": height}
+    at = np.linspace(0, n_frames - 1, 4).round().astype(int).tolist()
+    seen = dict(zip(sorted(set(at)), clip_frames(folder, row, set(at))))
+    seen = {k: Image.fromarray(frame).convert("L") for k, frame in seen.items()}
+    looks = np.stack([[np.asarray(seen[k].resize((LOOK, LOOK), Image.Resampling.BOX, (
+        *(side * cut for side in seen[k].size), *(side * (1 - cut) for side in seen[k].size))),
+        np.float32) for k in at] for cut in (0, 0.04, 0.08, 0.12)])
+    return looks - np.median(looks, (2, 3), keepdims=True)
+
+
+def is_duplicate(folder, a, b):
+    """Whether two clips whose hashes are alike show the same. Pieces of one shot: the same pixels.
+    Others, one perhaps cropped: the same structure, or the same but for a small part that
+    stands still (a logo)."""
+    if all(a[name] == b[name] for name in ("source", "shot_start", "shot_end")):
+        return same_pixels(folder, a, b)
+    x, y = (closer_look(folder, *(row[name] for name in (
+        "shard", "offset", "length", "frames", "fps", "width", "height"))) for row in (a, b))
+    for one, other in (*zip(x, y[:1].repeat(4, 0)), *zip(x[:1].repeat(4, 0), y)):
+        size = math.sqrt(float((one * one).sum()) * float((other * other).sum()))
+        if (one * other).sum() > 0.97 * size or (np.abs(one - other) > 20).any(0).mean() < 0.05:
+            return True
+    return False
+
+
+def near_duplicates(rows, near, same=lambda a, b: True):
     """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
     hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the
     one with the most pixels stays, then the one with the most bytes, then the first; each is
     compared with those that stay only, so that likeness does not creep from clip to clip. Chroma
     must be about the same, unless one is grey; and since many clips share the hash of a plain
-    picture, all colours must be the same there."""
+    picture, all colours must be the same there. `same` looks closer at a pair that passes."""
     known = sorted((i for i, row in enumerate(rows) if row.get("hash")),
                    key=lambda i: rows[i]["end"] - rows[i]["start"])
     if not known or not near:
@@ -1529,13 +1595,15 @@ def near_duplicates(rows, near):
             i, j = known[a], known[a + 1 + k]
             pairs.setdefault(i, []).append((float(apart[k]), j))
             pairs.setdefault(j, []).append((float(apart[k]), i))
-    order = sorted(pairs, key=lambda i: (-rows[i]["width"] * rows[i]["height"],
-                                         -rows[i]["length"], i))
+    order = sorted(pairs, key=lambda i: (
+        not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"], -rows[i]["length"], i))
     kept, found = set(), []
     for i in order:
-        twins = [pair for pair in pairs[i] if pair[1] in kept]
-        if twins:
-            found.append((rows[i], rows[min(twins)[1]], min(twins)[0]))
+        twins = [] if rows[i].get("is_fixed") else sorted(
+            pair for pair in pairs[i] if pair[1] in kept)
+        twin = next((pair for pair in twins if same(rows[i], rows[pair[1]])), None)
+        if twin:
+            found.append((rows[i], rows[twin[1]], twin[0]))
         else:
             kept.add(i)
     return found
@@ -1589,6 +1657,25 @@ def die_with_parent():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@contextlib.contextmanager
+def deaf_children():
+    """Processes started inside hear no Ctrl-C, from their first instruction on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def interrupted(*_):
+    """The first Ctrl-C ends what is open, the second at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 class Job:
     """A shard in work: its process, the source that it is at, and what went wrong so far."""
 
@@ -1602,7 +1689,8 @@ class Job:
         self.at, self.since, self.frames = None, time.monotonic(), 0
         self.process = context.Process(target=make_shard, daemon=True, args=(
             folder, self.number, root, self.sources, database, options, self.bad, end))
-        self.process.start()
+        with deaf_children():
+            self.process.start()
         end.close()
 
     def check(self, timeout, bar):
@@ -1692,8 +1780,9 @@ def blocks(sources, most, mib):
 
 
 def make_plan(args, folder, root):
-    """What the data set is made of, fixed at the first start in plan.json: the sorted sources, the
-    shards, the options that shape the result. Refuses to go on with anything else."""
+    """(plan, whether it is new): what the data set is made of, as plan.json holds it: the sorted
+    sources, the shards, the options that shape the result. New files become further shards, with
+    what --meta now says of them; anything else that differs from the start is refused."""
     options = {name: getattr(args, name) for name in args.shaping}
     options["meta"] = None
     if args.meta:
@@ -1702,33 +1791,63 @@ def make_plan(args, folder, root):
             with open(one, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         options["meta"] = digest.hexdigest()
-    path, plan = folder / "plan.json", None
-    if path.exists():
-        plan = read_json(path)
-        for name, value in options.items():
-            before = plan["options"].get(name)
-            if before != value:
-                before = "another file, or none" if name == "meta" else before
-                refuse(f"{folder} was begun with --{name} {before}: use that, or another NAME")
-        if (folder / "manifest.json").exists():
-            return plan
+    told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
+    plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, n_others = find_sources(root, folder, args.format)
-    if not sources:
-        refuse(f"no videos or stills under {root} ({n_others} other files)")
     if plan is None:
+        if not sources:
+            refuse(f"no videos or stills under {root} ({n_others} other files)")
         print(f"{len(sources)} files under {root}; {n_others} others passed over", file=sys.stderr)
-        plan = {"format": FORMAT, "options": options, "sources": sources,
-                "shards": blocks(sources, args.shard_sources, args.shard_mib)}
-        write_text(path, json.dumps(plan))
-    elif plan["sources"] != sources:
-        changed = {tuple(source) for source in plan["sources"]} ^ set(map(tuple, sources))
-        refuse(f"{root} is not what {folder} was begun with ({min(changed)[0]} came, went or "
-               "changed): prepare it under another NAME")
-    return plan
+        return {"format": FORMAT, "options": options, "told": told, "sources": sources,
+                "shards": blocks(sources, args.shard_sources, args.shard_mib)}, True
+    before, now = dict(map(tuple, plan["sources"])), dict(map(tuple, sources))
+    began = {**told, **plan.get("told", {})}
+    is_other = os.path.abspath(began["videos"]) != os.path.abspath(args.videos)
+    lost = [name for name in before if now.get(name, None if is_other or not is_finished(
+        folder, plan) else before[name]) != before[name]]
+    if lost:
+        refuse(f"{folder} was begun with --videos {began['videos']}" + (
+            f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
+            "only be added); use that, or another NAME")
+    new = [source for source in sources if source[0] not in before]
+    for name, value in options.items():
+        was = plan["options"].get(name)
+        if was != value and not (name == "meta" and was and value and new):
+            if name == "meta":
+                was = was and (began["meta"] if plan.get("told") else "another file")
+                value = f"{args.meta}, whose rows changed" if was == told["meta"] else args.meta
+            refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
+                   "NAME")
+    if not new or args.finish or (folder / "joining.json").exists():    # a join ends first
+        return plan, False
+    print(f"{len(new)} new files under {root} are added to {folder}, as further shards; what is "
+          "there stays as it is", file=sys.stderr)
+    n = len(before)
+    return {**plan, "options": options, "told": told, "sources": plan["sources"] + new, "shards":
+            plan["shards"] + [[n + first, n + stop] for first, stop in blocks(
+                new, args.shard_sources, args.shard_mib)]}, True
+
+
+def is_finished(folder, plan):
+    """Whether the manifest holds all shards of the plan."""
+    return has_manifest(folder) and \
+        len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
+
+
+def claim(lock, first, n, wait=False):
+    """Locks bytes of an open file for this process: False where another one holds one of them."""
+    with contextlib.suppress(BlockingIOError, PermissionError):
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), n, first)
+        return True
+    return False
+
+
+SPAN = 2**40            # bytes of .lock that stand for all shards; the next one for joining them
 
 
 def prepare(args):
-    """The whole stage for one data set: plan, shards, and, once all are there, the end."""
+    """The whole stage for one data set. A first attempt that made no shard leaves no folder."""
     folder, root = dataset_dir(args.name), Path(args.videos)
     if not root.is_dir():
         refuse(f"--videos {root} is not a folder")
@@ -1737,14 +1856,37 @@ def prepare(args):
         if not args.meta_files:
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
-    sweep(folder)
-    plan = make_plan(args, folder, root)
-    if (folder / "manifest.json").exists():
-        read_json(folder / "manifest.json")
+    plan, is_new = make_plan(args, folder, root)
+    if not is_new and is_finished(folder, plan):
         print(f"{folder} is finished; nothing to do")
         return report(folder, root) if args.report else None
-    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
+    had = [path.exists() for path in (folder, folder.parent)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (part, n_parts), is_ours = args.part, False
+    try:
+        with open(folder / ".lock", "ab") as lock:
+            first = (part - 1) * SPAN // n_parts       # parts of one run share the file
+            is_ours = args.finish or claim(lock, first, part * SPAN // n_parts - first)
+            if not is_ours:
+                refuse(f"another process prepares {folder}: wait for it, or stop it")
+            make_shards(args, folder, root, plan, is_new, lock)
+    except BaseException:
+        if is_ours and not had[0] and n_parts == 1 and not any(folder.glob("shard-*.jsonl")):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                had[1] or folder.parent.rmdir()
+        raise
+
+
+def make_shards(args, folder, root, plan, is_new, lock):
+    """Makes this process's shards and, once all are there, joins them."""
+    sweep(folder)
     database = (folder / "facts.db").absolute() if args.meta else None
+    if is_new:
+        if database:
+            database.unlink(missing_ok=True)           # of fewer files
+        write_text(folder / "plan.json", json.dumps(plan))
+    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
@@ -1758,26 +1900,86 @@ def prepare(args):
                f"is {left[0]}: run its part first")
     if left:
         print(f"this part of {folder} is done; {len(left)} shards are left to others")
-    else:
+        return
+    claim(lock, SPAN, 1, wait=True)
+    if not is_finished(folder, plan):
         finish(folder, plan, database)
-        if args.report:
-            report(folder, root)
+    if args.report:
+        report(folder, root)
+
+
+def has_manifest(folder):
+    return (folder / "manifest.json").is_file()
 
 
 def is_done(folder, number):
     return all((folder / f"shard-{number:05d}.{suffix}").is_file() for suffix in SUFFIXES)
 
 
+def settle(folder, plan):
+    """[{key, of, distance}] of the duplicates, which leave the tars; their rows stay, marked.
+    joining.json holds the decision until the manifest is written: a killed run goes on with it.
+    Shards of a manifest keep their bytes, whatever is added to them."""
+    path, names = folder / "joining.json", [f"shard-{n:05d}" for n in range(len(plan["shards"]))]
+    before = read_json(folder / "manifest.json")["shards"] if has_manifest(folder) else ()
+    if path.exists():
+        duplicates = read_json(path)["duplicates"]
+    else:
+        duplicates = read_rows(folder / "duplicates.jsonl") if before else []
+        lost, seen, rows = {one["key"] for one in duplicates}, {}, []
+        for name in names:
+            for row in read_rows(folder / f"{name}.jsonl"):
+                row |= {"shard": name, "is_fixed": name in before}
+                if row["key"] in lost:
+                    continue
+                of = seen.setdefault(hashlib.sha256(read_member(folder, row)).digest(), row["key"])
+                if of == row["key"] or row["is_fixed"]:
+                    rows.append(row)
+                else:
+                    duplicates.append({"key": row["key"], "of": of, "distance": 0})
+        near = {row["key"]: (of["key"], apart) for row, of, apart in near_duplicates(
+            rows, plan["options"]["near"], functools.partial(is_duplicate, folder))}
+        for one in duplicates:                         # equal to one that is itself left out
+            one["of"], one["distance"] = near.get(one["of"], (one["of"], one["distance"]))
+        duplicates += [{"key": key, "of": of, "distance": round(apart, 4)}
+                       for key, (of, apart) in near.items()]
+        write_text(path, json.dumps({"format": FORMAT, "duplicates": duplicates}))
+    of = {one["key"]: one["of"] for one in duplicates}
+    for name in names:
+        if name not in before:
+            leave_out(folder, name, of)
+    return duplicates
+
+
+def leave_out(folder, name, of):
+    """Takes the clips of a shard that `of` names out of its tar, and marks their rows. The tar is
+    first: of a tar without them the same bytes come again."""
+    rows = read_rows(folder / f"{name}.jsonl")
+    mine, places = {row["key"] for row in rows if "duplicate_of" not in row} & of.keys(), {}
+    if not mine:
+        return
+    with tarfile.open(folder / f"{name}.tar", "r:") as old, \
+            atomic(folder / f"{name}.tar") as part, \
+            tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for one in old:
+            key, suffix = one.name.split(".")
+            if key not in mine:
+                place = add_member(tar, one.name, old.extractfile(one))
+                places |= {} if suffix == "json" else {key: place}
+    for row in rows:
+        row["offset"], row["length"] = places.get(row["key"], (None, None))
+        row |= {"duplicate_of": of[row["key"]]} if row["key"] in mine else {}
+    write_rows(folder / f"{name}.jsonl", rows)
+
+
 def finish(folder, plan, database):
     """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
     Whoever comes second writes the same bytes."""
-    seen, duplicates, rows, shards, reasons = {}, [], [], {}, Counter()
+    duplicates, rows, shards, reasons = settle(folder, plan), [], {}, Counter()
+    twins = {row["key"] for row in duplicates}
     for name in (f"shard-{n:05d}" for n in range(len(plan["shards"]))):
-        for row in read_rows(folder / f"{name}.jsonl"):
-            rows.append({**row, "shard": name})
-            of = seen.setdefault(hashlib.sha256(read_member(folder, rows[-1])).digest(), row["key"])
-            if of != row["key"]:
-                duplicates.append({"key": row["key"], "of": of, "distance": 0})
+        rows += [{**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")
+                 if row["key"] not in twins]
         shards[name] = {}
         for suffix in SUFFIXES:
             with open(folder / f"{name}.{suffix}", "rb") as file:
@@ -1785,21 +1987,15 @@ def finish(folder, plan, database):
 
     def rejects():
         parts = (read_rows(folder / f"{name}.rejected.jsonl") for name in shards)
-        missing = query(database, None) if database else ()
-        lost = (rejection(name, reason, figure=n) for n, reason, name in missing)
+        missing = query(database, None, "number, note, row, detail") if database else ()
+        lost = (rejection(name, reason, figure=n, detail=why) for n, reason, name, why in missing)
         for one in itertools.chain(lost, *parts):
             reasons[one["reason"]] += 1
             yield one
 
-    exact = {one["key"] for one in duplicates}
-    duplicates += [{"key": row["key"], "of": of["key"], "distance": round(apart, 4)}
-                   for row, of, apart in near_duplicates(
-                       [row for row in rows if row["key"] not in exact], plan["options"]["near"])]
     write_rows(folder / "duplicates.jsonl", duplicates)
     write_rows(folder / "rejected.jsonl", rejects())
-    twins = {row["key"] for row in duplicates}
-    shown = [row for row in rows if row["key"] not in twins]
-    shown = [shown[len(shown) * i // 36] for i in range(36)] if len(shown) > 36 else shown
+    shown = [rows[len(rows) * i // 36] for i in range(36)] if len(rows) > 36 else rows
     contact_sheet(folder / "contact.png", [sheet_row(folder, row) for row in shown])
     counts = {"sources": len(plan["sources"]), "clips": len(rows), "duplicates": len(duplicates),
               "stills": sum(row["fps"] is None for row in rows),
@@ -1816,9 +2012,54 @@ def finish(folder, plan, database):
          "shards": shards}, indent=1) + "\n")
     sweep(folder)
     (folder / "facts.db").unlink(missing_ok=True)
-    print(f"{folder}: {len(rows)} clips ({counts['seconds']:.0f} s, {counts['captioned_clips']} "
-          f"captioned) of {len(plan['sources'])} files; {reasons.total()} rejects in "
-          f"rejected.jsonl, {len(duplicates)} duplicates; look at {folder / 'contact.png'}")
+    (folder / "joining.json").unlink(missing_ok=True)
+    n_rows = sum(n for reason, n in reasons.items() if reason in ROW_REASONS)
+    n_lost, n_twins = reasons.total() - n_rows, len(duplicates)
+    print(f"{folder}: {len(rows)} clips kept of {len(rows) + n_lost + n_twins}: {n_lost} rejected, "
+          f"{n_twins} near-duplicates (rejected.jsonl, duplicates.jsonl); {counts['seconds']:.0f} "
+          f"s, {counts['captioned_clips']} captioned"
+          + f"; {n_rows} rows of metadata rejected" * bool(n_rows)
+          + f"; look at {folder / 'contact.png'}")
+    if rows:
+        print(next_steps(dataset_name(folder), rows, Path("/dev/nvidiactl").exists()))
+
+
+def dataset_name(folder):
+    """The inverse of `dataset_dir`, as a shell takes it."""
+    return shlex.quote(folder.name if folder.parent == Path("data") else f"./{folder}"
+                       if len(folder.parts) == 1 else str(folder))
+
+
+def next_steps(name, rows, has_gpu):
+    """What the clips are to the next stages, and their commands. A latent covers 4 x 8 x 8, after
+    a first frame of its own; on a processor video-xs takes each as a token, on a GPU video-s takes
+    2 x 2. Windows of the autoencoder are as large and long as half of the clips, at most 64 px and
+    9 frames (GPU: 128, 17). --encode cuts clips above --max_cells, and a row holds four of the
+    largest pieces."""
+    side, length, cells, least, batch, patch = (128, 17, 16384, 8192, 65536, 2) if has_gpu else \
+        (64, 9, 2048, 2048, 2048, 1)
+    n_tokens, largest = 0, 0
+    for row in rows:
+        long = 1 + (row["frames"] - 1) // 4
+        h, w = (max(1, row[one] // 8) for one in ("height", "width"))
+        cells = max(cells, h * w)                      # a frame of latents at least
+        area = max(1, h // patch) * max(1, w // patch)
+        n_tokens += long * area
+        largest = max(largest, min(long, max(1, cells // (h * w))) * area)
+    side = min(side, int(np.median([max(row["width"], row["height"]) for row in rows])) // 8 * 8)
+    length = min(length, int(np.median([row["frames"] for row in rows]) - 1) // 4 * 4 + 1)
+    per_row = max(least, -(-4 * largest // 256) * 256)
+    vae, dit = ("vae-s", "video-s") if has_gpu else ("vae-xs", "video-xs")
+    more = f" --max_cells {cells}" if cells != 2048 else ""
+    is_told = any(row["captions"] for row in rows)
+    seconds_long = sum(row["end"] - row["start"] for row in rows)
+    return (f"{len(rows)} clips, {seconds_long:.0f} s, {n_tokens} tokens of {dit}; next ("
+            + ("" if is_told else "without captions it learns without text; ")
+            + "the last one with --estimate tells the hours):\n"
+            f"python train_vae.py {name} --model {vae} --size {max(8, side)} --frames {length}\n"
+            f"python train_vae.py {name} --encode{more}\n"
+            f"python train_dit.py {name} --model {dit} --row_tokens {per_row} --batch_tokens "
+            f"{per_row * max(1, batch // per_row)}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -1921,7 +2162,15 @@ def where(rows, text):
         test = test_of(ast.parse(text.strip(), mode="eval").body)
     except (ValueError, SyntaxError, KeyError):
         refuse(f"'{text}' is not of the kind: flow > 0.1 and not (text > 0.05 or split == 'test')")
-    return [row for row in rows if test(row)]
+    found = [row for row in rows if test(row)]
+    if rows and not found:
+        values = {name: [value for row in rows if (value := row["scores"].get(
+            name, row.get(name))) is not None] for name in sorted(known & set(
+                re.findall(r"\w+", text)))}
+        refuse(f"'{text}' holds for none of the {len(rows)} clips: " + "; ".join(
+            f"{name} runs from {min(v)} to {max(v)}" if v else f"{name} is never known"
+            for name, v in values.items()))
+    return found
 
 
 def read_clip(folder, row):
@@ -1966,7 +2215,7 @@ def report(folder, root):
     contact_sheet(folder / "report/kept.png", [
         sheet_row(folder, row) for row in rows[::max(1, len(rows) // 36)][:36]])
     contact_sheet(folder / "report/duplicates.png", [
-        (sheet_row(folder, every[one["of"]], 2)[0] + sheet_row(folder, every[one["key"]], 2)[0],
+        (sheet_row(folder, every[one["of"]], 1)[0] + glimpse(root, every[one["key"]]),
          f"{one['distance']} {one['key']} of {one['of']}") for one in twins[:36]])
     shown = [one for reason in sorted({one["reason"] for one in rejects})
              for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
@@ -2122,8 +2371,10 @@ def make_demo(folder, n_files, n_workers):
     todo = [file for file in files if file["name"] not in there]
     if todo:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(n_workers, context, initializer=die_with_parent) as pool:
-            work = pool.map(render_file, [folder] * len(todo), todo)
+        with deaf_children():
+            pool = context.Pool(min(n_workers, len(todo)), die_with_parent)
+        with pool:                                     # is ended, not waited for, on an error
+            work = pool.imap(functools.partial(render_file, folder), todo)
             list(tqdm(work, total=len(todo), unit="file", desc="demo videos"))
     write_rows(folder / "captions.jsonl", rows)
 
@@ -2139,6 +2390,27 @@ def number(kind, low, high=math.inf):
         return value
     parse.__name__ = kind.__name__
     return parse
+
+
+def nearest(parser, message):
+    """argparse's message, with the known name that is most like the unknown one."""
+    choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+    option = re.search(r"unrecognized arguments: (--\w+)", message)
+    if not choice and not option:
+        return message
+    known = re.findall(r"\w+", choice[2]) if choice else parser._option_string_actions
+    near = difflib.get_close_matches((choice or option)[1], known, 1, 0.5)
+    return message + f"; did you mean {near[0]}?" * bool(near)
+
+
+def check_bounds(args):
+    """Refuses bounds that no clip can pass."""
+    ends = [name[4:] for name in vars(args) if name.startswith("min_")]
+    for name in ends:
+        low, high = getattr(args, f"min_{name}"), getattr(args, f"max_{name}", None)
+        if name not in ("shot", "side") and None not in (low, high) and low > high and \
+                (high or name != "seconds"):
+            refuse(f"--min_{name} {low:g} is above --max_{name} {high:g}: no clip could pass")
 
 
 def part_of(text):
@@ -2181,7 +2453,7 @@ def add_filters(parser):
 def parse_options(argv=None):
     """The options; `shaping` lists those that change the result, which plan.json holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
+    parser.error = lambda message: refuse(nearest(parser, message))
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     cores = max(1, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))   # ranks share them
     whole, real = number(int, 0), number(float, 0)
@@ -2204,9 +2476,9 @@ def parse_options(argv=None):
         help="videos that 'demo' renders, 1 to 999 (%(default)s)")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("shots (fixed at the first start, like all below)").add_argument
-    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix); folder: "
-        "NAME.txt beside a file is its caption, its folder's name its label; webdataset, bair: the "
-        "same of files in tars, of records")
+    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix). Without "
+        "--meta NAME.txt beside a file is its caption; folder: and its folder's name its label; "
+        "webdataset, bair: the same of files in tars, of records")
     add("--split", choices=["shots", "seconds", "none"], default="shots", help="what clips are: "
         "shots, lengths of --max_seconds, or whole files (%(default)s)")
     add("--min_shot", type=real, default=0.3, metavar="S",
@@ -2221,9 +2493,10 @@ def parse_options(argv=None):
     add = parser.add_argument_group("caps").add_argument
     add("--crop", action="store_true", help="cut black borders off")
     add("--max_side", type=whole, default=0, metavar="PX",
-        help="longer side, px; larger clips are scaled down; 0: no limit (%(default)s)")
-    add("--max_fps", type=real, default=0.0, metavar="FPS", help="frames a second; faster clips "
-        "keep every 2nd, 3rd, … frame; 0: no limit (%(default)s)")
+        help="longer side, px, 8 or more; larger clips are scaled down; 0: no limit (%(default)s)")
+    add("--max_fps", type=number(float, 0, 1000), default=0.0, metavar="FPS",
+        help="frames a second, to 1000; faster clips keep every 2nd, 3rd, … frame; 0: no limit "
+        "(%(default)s)")
     add("--max_seconds", type=real, default=20.0, metavar="S",
         help="longer shots are cut into equal pieces, s; 0: no limit (%(default)s)")
     add("--crf", type=number(int, 0, 51), default=18, metavar="Q",
@@ -2243,15 +2516,21 @@ def main(argv=None):
     if not args.name.strip("./"):
         refuse(f"'{args.name}' cannot be a data set's name")
     if args.name == "demo" and not args.videos:
-        args.videos, args.format, args.near = str(dataset_dir("demo-videos")), "jsonl", 0.0
+        args.videos, args.format = str(dataset_dir("demo-videos")), "jsonl"
         args.meta = Path(args.videos, "captions.jsonl")
         make_demo(Path(args.videos), args.demo_files, args.workers)
     if not args.videos:
         refuse("--videos DIR is needed: the folder that holds the videos")
     if args.name == "bench":            # what only measures is no part of this script
         return runpy.run_path(str(Path(__file__).parent / "tests/bench_data.py"))["bench"](args)
+    check_bounds(args)
+    if 0 < args.max_side < 8:
+        refuse(f"--max_side {args.max_side}: a latent covers 8 px, so 8 or more (0: no limit)")
     if args.meta and not args.format:
         args.format = args.meta.suffix.lower().lstrip(".")
+    if args.meta and args.format not in {*FORMATS, *BESIDE}:
+        refuse(f"--meta {args.meta}: its suffix tells no format, so give --format, one of "
+               f"{' '.join(FORMATS)}")
     if bool(args.meta) != (args.format in FORMATS):
         refuse(f"--meta goes with one of --format {' '.join(FORMATS)}, and only with these")
     if args.split == "seconds" and not args.max_seconds:
@@ -2260,4 +2539,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nprepare_data.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -217,11 +218,12 @@ def test_where(capsys):
             "flow>=-1 and not (text>0.1)": "a"}.items():
         assert "".join(row["key"] for row in pd.where(rows, text)) == want, text
     for text in ("", "flow", "flow >", "flow > 0.1 and", "(flow > 1", "flow > 1)", "speed > 1",
-                 "flow > x", "__import__('os')", "flow > 1; 2", "flow = 1", "1 < flow"):
+                 "flow > 100", "flow > x", "__import__('os')", "flow > 1; 2", "flow = 1", "1 < flow"):
         with pytest.raises(SystemExit) as stop:
             pd.where(rows, text)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and len(error.splitlines()) == 1, (text, error)
+        assert text != "flow > 100" or "none of the 3 clips: flow runs from 0.05 to 0.2" in error
 
 
 # -- near-duplicates, copies -----------------------------------------------------------------------
@@ -248,6 +250,80 @@ def test_near_duplicates(tmp_path):
     strip = [{key: row[key] for key in ("key", "of")} for row in row_lines(
         tmp_path / "data/again/duplicates.jsonl")]
     assert strip == [{key: row[key] for key in ("key", "of")} for row in twins]
+
+
+def test_pieces_of_one_shot_are_duplicates_by_their_pixels_alone(tmp_path):
+    """A slow shot's hashes are alike, its pieces differ; a slide's pieces are the same."""
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/slow.mp4", scenery(1, 75, (0.12, 0)), fps=25, crf="10")
+    encode(tmp_path / "in/slide.mp4", [scenery(2, 1)[0]] * 75, fps=25, crf="10")
+    run(tmp_path, "set", "--videos", "in", "--max_seconds", 1, "--workers", 1)
+    rows = [{**row, "shard": "shard-00000"} for row in row_lines(
+        tmp_path / "data/set/shard-00000.jsonl")]
+    slow = [row for row in rows if row["source"] == "slow.mp4"]
+    assert pd.near_duplicates(slow, 0.15), "the test has lost its point"
+    assert [(r["key"].split("-")[0], r["of"].split("-")[0]) for r in row_lines(
+        tmp_path / "data/set/duplicates.jsonl")] == [("slide", "slide")] * 2
+    kept = [pd.read_clip(tmp_path / "data/set", row).astype(float) for row in slow]
+    assert min(np.abs(a - b).mean() for a, b in zip(kept, kept[1:])) > 1
+    with tarfile.open(tmp_path / "data/set/shard-00000.tar") as tar:    # row, tar, count agree
+        inside = {name.split(".")[0] for name in tar.getnames()}
+    manifest = json.loads((tmp_path / "data/set/manifest.json").read_text())
+    assert inside == {row["key"] for row in pd.open_dataset(tmp_path / "data/set")} == {
+        row["key"] for row in rows if "duplicate_of" not in row} and len(inside) == 4
+    assert manifest["counts"]["clips"] == 4 and manifest["counts"]["duplicates"] == 2
+    for lost in (row for row in rows if "duplicate_of" in row):
+        assert lost["offset"] is None and lost["duplicate_of"] in inside
+
+
+def test_joining_goes_on_after_a_kill_at_each_rename(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for n in range(4):
+        encode(tmp_path / f"in/{n}.mp4", scenery(n % 2, 30), fps=25, crf="10")
+    monkeypatch.chdir(tmp_path)
+    options = ["--videos", "in", "--shard_sources", "2", "--workers", "1"]
+    run(tmp_path, "set", *options)
+    want = bytes_of(tmp_path / "data/set")
+    assert len(row_lines(tmp_path / "data/set/duplicates.jsonl")) == 2
+    run(tmp_path, "cut", *options, "--part", "1/2"), run(tmp_path, "cut", *options, "--part", "2/2")
+    assert bytes_of(tmp_path / "data/cut") == want
+    shutil.rmtree(tmp_path / "data/cut")
+    replace, left = os.replace, 0
+
+    def failing(*paths):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyError("killed")
+        replace(*paths)
+
+    monkeypatch.setattr(pd, "finish", lambda *_: None)
+    pd.main(["cut", *options])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "replace", failing)
+    for n_renames in range(9):
+        left = n_renames % 3 if n_renames < 8 else 99
+        try:
+            pd.main(["cut", *options])
+        except KeyError:
+            continue
+    assert bytes_of(tmp_path / "data/cut") == want
+
+
+@needs_shared
+def test_no_piece_of_a_real_shot_is_lost(tmp_path):
+    for name, near in (("set", 0.15), ("all", 0)):
+        run(tmp_path, name, "--videos", SHARED / "train", "--max_side", 96, "--max_seconds", 1,
+            "--near", near)
+    rows = {row["key"]: row for row in pd.open_dataset(tmp_path / "data/all")}
+    assert len(rows) > 150
+    for one in row_lines(tmp_path / "data/set/duplicates.jsonl"):
+        a, b = (pd.read_clip(tmp_path / "data/all", rows[one[k]]).astype(float)
+                for k in ("key", "of"))
+        n = min(len(a), len(b))
+        assert rows[one["key"]]["source"] != rows[one["of"]]["source"] or \
+            np.abs(a[:n] - b[:n]).mean() <= 1
 
 
 def test_plain_clips_are_told_apart_by_colour(tmp_path):

@@ -299,6 +299,10 @@ def test_every_bad_file_is_named(made):
     short = rejects["short.mp4"]
     assert (short["shot_start"], short["shot_end"], short["figure"], short["threshold"]) == (
         0.0, 0.25, 0.25, 0.5)
+    detail = [row["detail"] for row in row_lines(made / "data/set/rejected.jsonl")
+              if row["reason"] == "malformed metadata row"]
+    assert sorted(detail)[:2] == ["cut off, or not of its format", "no column 'video'"]
+    assert "start 3, end 2: not 0 <= start < end" in detail and "split 'maybe'" in detail[2] + detail[3]
     manifest = json.loads((made / "data/set/manifest.json").read_text())
     assert manifest["counts"]["rejected"]["malformed metadata row"] == 4
     every = {path.relative_to(made / "videos").as_posix() for path in (made / "videos").rglob("*.*")
@@ -394,6 +398,19 @@ def test_metadata_forms(tmp_path):
         (12, 6.0, 32, 24), (3, 6.0, 32, 24)]
 
 
+def test_captions_beside_the_files_need_no_option(tmp_path):
+    (tmp_path / "in/cats").mkdir(parents=True)
+    for name in "ab":
+        encode(tmp_path / f"in/cats/{name}.mp4", shot(RED if name == "a" else BLUE, 12))
+    (tmp_path / "in/cats/a.txt").write_text("[a cat]\n walks\n")
+    done = run(tmp_path, "set", "--videos", "in", "--near", 0)
+    got = {r["source"]: r for r in pd.open_dataset(tmp_path / "data/set")}
+    assert [c["text"] for c in got["cats/a.mp4"]["captions"]] == ["[a cat] walks"]
+    assert got["cats/b.mp4"]["captions"] == [] and got["cats/a.mp4"]["label"] is None
+    assert "2 clips kept of 2: 0 rejected, 0 near-duplicates" in done.stdout
+    assert "1 captioned" in done.stdout
+
+
 # -- the folder ------------------------------------------------------------------------------------
 
 def test_shards_are_webdataset(made):
@@ -401,7 +418,8 @@ def test_shards_are_webdataset(made):
     for path in sorted((made / "data/set").glob("shard-*.tar")):
         with tarfile.open(path) as tar:
             members = tar.getmembers()
-            named = {row["key"]: row for row in row_lines(path.with_suffix(".jsonl"))}
+            named = {row["key"]: row for row in row_lines(path.with_suffix(".jsonl"))
+                     if "duplicate_of" not in row}
             assert len(members) == 2 * len(named)
             for media, text in zip(members[::2], members[1::2]):
                 key, extension = media.name.split(".")
@@ -476,6 +494,143 @@ def test_killed_at_any_moment_and_resumed(made, n_kills):
     run(made, "killed", *OPTIONS)
     assert bytes_of(made / "data/killed") == bytes_of(made / "data/set")
     shutil.rmtree(made / "data/killed")
+
+
+def test_new_files_are_added_and_what_is_there_keeps_its_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/b.mp4", shot(RED, 12))
+    meta = tmp_path / "m.jsonl"
+    meta.write_text('{"video": "b.mp4", "caption": "b"}\n')
+    options = ["--videos", "in", "--meta", "m.jsonl"]
+    run(tmp_path, "set", *options)
+    before = bytes_of(tmp_path / "data/set")
+    shutil.copy(tmp_path / "in/b.mp4", tmp_path / "in/a.mp4")           # sorts before, is the same
+    encode(tmp_path / "in/c.mp4", shot(BLUE, 12))
+    meta.write_text(meta.read_text() + '{"video": "c.mp4", "caption": "c"}\n')
+    done = run(tmp_path, "set", *options)
+    assert "2 new files under in are added to data/set" in done.stderr
+    assert "2 clips kept of 3: 0 rejected, 1 near-duplicates" in done.stdout
+    after = bytes_of(tmp_path / "data/set")
+    assert all(after[n] == h for n, h in before.items() if n.startswith("shard-00000"))
+    assert [(r["source"], r["captions"][0]["text"]) for r in pd.open_dataset(
+        tmp_path / "data/set")] == [("b.mp4", "b"), ("c.mp4", "c")]
+    assert "nothing to do" in run(tmp_path, "set", *options).stdout
+    shutil.move(tmp_path / "in", tmp_path / "moved")                    # the same files elsewhere
+    assert "nothing to do" in run(tmp_path, "set", "--videos", "moved", *options[2:]).stdout
+    (tmp_path / "other").mkdir()
+    encode(tmp_path / "other/b.mp4", shot(BLUE, 30))
+    wrong = run(tmp_path, "set", "--videos", "other", *options[2:], check=False)
+    assert wrong.returncode == 2 and "--videos in, not other" in wrong.stderr
+    meta.write_text("\n" + meta.read_text())
+    wrong = run(tmp_path, "set", "--videos", "moved", *options[2:], check=False)
+    assert wrong.returncode == 2 and "--meta m.jsonl, not m.jsonl, whose rows" in wrong.stderr
+    shutil.copy(meta, tmp_path / "other.jsonl")
+    wrong = run(tmp_path, "set", "--videos", "moved", "--meta", "other.jsonl", check=False)
+    assert wrong.returncode == 2 and "--meta m.jsonl, not other.jsonl" in wrong.stderr
+
+
+@pytest.mark.skipif(pd.fcntl is None, reason="no locks")
+def test_a_second_process_is_refused_and_parts_are_not(slow):
+    command = [sys.executable, str(SCRIPT), "locked", "--videos", "videos"]
+    quiet = {"cwd": slow, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+    def wait_for_work():
+        while not list((slow / "data/locked").glob(".shard-*.tar")):
+            assert going.poll() is None
+            time.sleep(0.02)
+
+    going = subprocess.Popen(command, **quiet)
+    wait_for_work()
+    for more in ([], ["--part", "2/2"]):
+        done = run(slow, "locked", "--videos", "videos", *more, check=False)
+        assert done.returncode == 2 and "another process prepares data/locked" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    going.kill(), going.wait()
+    going = subprocess.Popen([*command, "--part", "1/2"], **quiet)
+    wait_for_work()
+    done = run(slow, "locked", "--videos", "videos", "--part", "2/2")
+    assert "left to others" in done.stdout
+    assert run(slow, "locked", "--videos", "videos", check=False).returncode == 2
+    going.kill(), going.wait()
+
+
+def interrupt(folder, ready, *options, n=1):
+    """(status, stderr) of the script after n Ctrl-C, sent as a terminal does, to all processes."""
+    going = subprocess.Popen([sys.executable, str(SCRIPT), *options], cwd=folder, text=True,
+                             stderr=subprocess.PIPE, start_new_session=True)
+    while not ready():
+        assert going.poll() is None, going.stderr.read()
+        time.sleep(0.02)
+    for k in range(n):
+        os.killpg(going.pid, signal.SIGINT)
+        time.sleep(0.05)
+    return going.wait(10), going.stderr.read()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_in_one_line_and_leaves_no_empty_folder(slow, tmp_path):
+    status, error = interrupt(slow, lambda: list((slow / "data/stop").glob(".shard-*.tar")),
+                              "stop", "--videos", "videos")
+    assert status == 130 and error.endswith("stopped; the same command goes on\n")
+    assert "Traceback" not in error and not (slow / "data/stop").exists()
+    for n in (1, 2):                                                    # while the demo renders
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        status, error = interrupt(folder, lambda: len(list((folder / "data/demo-videos").glob(
+            "demo-*.mp4"))) > 2, "demo", n=n)
+        assert status in (130, *([-signal.SIGINT] if n == 2 else [])), error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("has_gpu, size, n_frames", [
+    (False, (54, 96), 50), (False, (720, 1280), 250), (True, (360, 640), 250), (False, (8, 8), 1)])
+def test_the_next_commands_fit_the_data(has_gpu, size, n_frames, monkeypatch):
+    """As pasted, they parse, and a row holds four of the largest pieces."""
+    import train_dit
+    import train_vae
+    row = {"frames": n_frames, "height": size[0], "width": size[1], "start": 0, "end": 2,
+           "captions": []}
+    head, *lines = pd.next_steps("mine", [row] * 7, has_gpu).splitlines()
+    assert head.startswith("7 clips, 14 s, ") and "without text" in head
+    assert [line.split()[:3] for line in lines] == [
+        ["python", f"{stage}.py", "mine"] for stage in ("train_vae", "train_vae", "train_dit")]
+    known = {name: Path(module.__file__).read_text() for name, module in (
+        ("train_vae.py", train_vae), ("train_dit.py", train_dit))}
+    for line in lines:
+        assert all(f'"{word}"' in known[line.split()[1]] for word in line.split()
+                   if word.startswith("--") or word.startswith(("vae-", "video-")))
+    words = " ".join(lines).split()
+    told = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
+    cells, row_tokens = int(told.get("--max_cells", 2048)), int(told["--row_tokens"])
+    h, w = (side // 8 for side in size)
+    pieces = train_vae.pieces("k", n_frames, h * w, cells, 4)
+    longest = max(1 + (n - 1) // 4 for _, _, n in pieces)
+    patch = 2 if has_gpu else 1
+    assert row_tokens >= 4 * longest * (h // patch) * (w // patch)
+    assert int(told["--batch_tokens"]) % row_tokens == 0
+    window = int(told["--size"]), int(told["--frames"])
+    assert window[0] % 8 == 0 and window[0] <= max(size) and window[1] <= n_frames
+
+
+def test_a_failed_first_attempt_leaves_no_folder(made):
+    (made / "wrong.csv").write_text("a,b\n1,2\n")
+    done = run(made, "new/set", "--videos", "videos", "--meta", "wrong.csv", check=False)
+    assert done.returncode == 2 and not (made / "new").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+def test_files_have_the_umasks_modes(made, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        with pd.atomic(tmp_path / "x.bin") as part:                     # as safetensors writes
+            other = tmp_path / "own"
+            other.touch(mode=0o600)
+            os.replace(other, part)
+    finally:
+        os.umask(mask)
+    assert (tmp_path / "x.bin").stat().st_mode & 0o777 == 0o640
+    assert all(path.stat().st_mode & 0o777 == 0o666 & ~mask for path in (
+        made / "data/set").iterdir())
 
 
 def worker_of(parent):
@@ -603,7 +758,14 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
             path.write_text(json.dumps({**json.loads(path.read_text()), **change}) if change
                             else path.read_text()[:40])
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "others.csv").write_text("video,caption\nelse.mp4,a\n")
+    (tmp_path / "meta.dat").touch()
     prepared = [*OPTIONS]
+    said = {"columns": "its columns are a, b; one of video, path, file", "no match": "names else.mp4",
+            "bounds": "--min_seconds 5 is above --max_seconds 2", "flow": "--max_flow 2",
+            "small": "8 or more", "fps": "0 to 1000", "option": "did you mean --videos?",
+            "choice": "did you mean panda70m?", "other sources": "gone.mp4 went or changed",
+            "changed": "--crf 18, not 20", "no suffix": "tells no format"}
     wrong = {
         "no folder": ["x", "--videos", "nowhere"],
         "no videos": ["x", "--videos", tmp_path / "none"],
@@ -615,12 +777,19 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         "meta": ["x", "--videos", "videos", "--meta", "nowhere.csv"],
         "form": ["x", "--videos", "videos", "--meta", "meta.jsonl", "--format", "folder"],
         "columns": ["x", "--videos", "videos", "--meta", tmp_path / "columns.csv"],
+        "no match": ["x", "--videos", "videos", "--meta", tmp_path / "others.csv"],
+        "no suffix": ["x", "--videos", "videos", "--meta", tmp_path / "meta.dat"],
+        "bounds": ["x", "--videos", "videos", "--min_seconds", 5, "--max_seconds", 2],
+        "flow": ["x", "--videos", "videos", "--min_flow", 5, "--max_flow", 2],
+        "small": ["x", "--videos", "videos", "--max_side", 7],
+        "fps": ["x", "--videos", "videos", "--max_fps", 1000000],
+        "option": ["x", "--video", "videos"], "choice": ["x", "--format", "panda70"],
         "changed": ["set", *prepared, "--crf", 20], "other sources": ["set2", *prepared],
         "format": [tmp_path / "other", *prepared], "plan": [tmp_path / "torn", *prepared]}
     shutil.copytree(made / "data/set", made / "data/set2")
     (made / "data/set2/manifest.json").unlink()
     plan = json.loads((made / "data/set2/plan.json").read_text())
-    plan["sources"] = plan["sources"][1:]
+    plan["sources"][0][0] = "gone.mp4"
     (made / "data/set2/plan.json").write_text(json.dumps(plan))
     for name, arguments in wrong.items():
         with pytest.raises(SystemExit) as stop:
@@ -628,8 +797,7 @@ def test_wrong_input_is_one_line(made, tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         lines = [line for line in error.splitlines() if "others passed over" not in line]
         assert stop.value.code == 2 and len(lines) == 1, (name, error)
-        if name == "changed":
-            assert "--crf 18" in error
+        assert said.get(name, "") in error, (name, error)
     for folder in (tmp_path / "nowhere", tmp_path / "none", tmp_path / "other", tmp_path / "torn"):
         with pytest.raises(SystemExit) as stop:
             pd.open_dataset(folder)
