@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, count_
                        token_shift)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
                        is_run, last_checkpoint, load_autoencoder, model_path, normaliser,
-                       open_detector, option_parser, read_config, read_tensors, setup,
+                       open_detector, option_parser, read_config, read_tensors, save_file, setup,
                        sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -57,12 +57,13 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir)
-from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
+from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
                        epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
-                       moved, optimizer_tensors, option_parser, read_config, read_header, read_log,
-                       read_tensors, restore_optimizer, setup, sheet_frames, split_rows, start_run,
-                       sum_over_ranks, take_step, to_frames, training_options)
+                       moved, one_run, optimizer_tensors, option_parser, read_config, read_header,
+                       read_log, read_tensors, restore_optimizer, save_file, setup, sheet_frames,
+                       split_rows, start_run, sum_over_ranks, take_step, to_frames,
+                       training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1547,7 +1548,7 @@ def plot_losses(folder, width=640, height=360):
     for i, colour in enumerate(((20, 150, 60), (230, 160, 0), (220, 80, 30), (150, 40, 150))):
         points = [(row["step"], row["held_out_by_t"][i]) for row in held]
         lines.append((f"t {i / 4:g} to {(i + 1) / 4:g}", colour, 1, points))
-    lines = [(*line, [(x, y) for x, y in points if y > 0]) for *line, points in lines]   # no NaN
+    lines = [(*line, [(x, y) for x, y in points if y and y > 0]) for *line, points in lines]
     values = [value for *_, points in lines for _, value in points]
     low, high, last = math.log(min(values)), math.log(max(values)), max(r["step"] for r in log)
     image = Image.new("RGB", (width, height), "white")
@@ -1774,12 +1775,15 @@ def build(args, options, weights, vae):
     return model
 
 
+@one_run
 def train(args, folder):
     rows_a_step = args.batch_tokens // args.row_tokens
     rank, world, device = setup(args, rows_a_step, "--batch_tokens")
     config, begun, saved_at = {"kind": "denoiser", "args": vars(args)}, None, None
     is_begun = (folder / "config.json").exists() and not args.estimate
     barrier()                                                # before the first rank makes it
+    if not args.estimate:
+        claim(folder)
     if is_begun:
         saved_at = start_run(folder, config)
         if is_finished(saved_at, args):
