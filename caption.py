@@ -65,6 +65,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -78,7 +79,7 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_sole, json_line,
-                          number, open_dataset, read_rows, refuse, rng, run_dir, write_rows,
+                          number, open_dataset, read_rows, refuse, rng, run_dir, script, write_rows,
                           write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim,
                        fit, is_finished, last_step, load_step, lr_at, moved, one_run,
@@ -2889,4 +2890,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -35,6 +35,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_stric
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
-                          render_shot, rng, write_text, write_video)
+                          render_shot, rng, script, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, count_texts, ddim,
                        ddpm_at, ddpm_tables, flow_grid, generate_codes, guide, interpolant,
                        interval, load_denoiser, load_gpt, load_published, open_reader,
@@ -1542,4 +1543,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ from kernels.attention import attention
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
-                          run_dir)
+                          run_dir, script)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
                        epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
@@ -2235,4 +2236,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -24,7 +24,6 @@ Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
 Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
 """
-import argparse
 import contextlib
 import ctypes
 import hashlib
@@ -48,6 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,9 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import IS_WIDE
-from prepare_data import (atomic, contact_sheet, dataset_dir, is_sole, number, open_dataset,
-                          read_clip, refuse, rng, run_dir, sweep, where, write_rows, write_text)
+from prepare_data import (Parser, atomic, contact_sheet, dataset_dir, is_sole, number,
+                          open_dataset, read_clip, refuse, rng, run_dir, script, sweep, where,
+                          writable, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -134,9 +135,7 @@ class Linear(nn.Linear):
 
 def option_parser(doc):
     """An argparse parser that refuses wrong options in one line, status 2."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
-    return parser
+    return Parser(description=doc.splitlines()[0], allow_abbrev=False)
 
 
 def bench(function, argv, file="peers.py", beside="diffusers"):
@@ -330,12 +329,18 @@ def read_tensors(path):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
             if unknown:
                 refuse(f"{path} holds more than weights: {', '.join(sorted(unknown))}")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
         refuse(f"{path}: no such file")
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError,
-            torch.serialization.pickle.UnpicklingError) as error:
+    except SafetensorError as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
+    except Exception as error:   # torch's on foreign bytes are of any kind, and advise to unpickle
+        why = getattr(error, "strerror", None) or (
+            "it is no file of tensors, or cut short" if path.stat().st_size else "it is empty")
+        refuse(f"{path} cannot be read as weights: {why}")
+    if not isinstance(found, dict):
+        refuse(f"{path} cannot be read as weights: it holds no names")
+    return found
 
 
 def last_checkpoint(folder):
@@ -1994,6 +1999,7 @@ def evaluate_run(args):
     keys = [row["key"] for row in shown]
     out = model_path(name)
     out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
+    writable(out)
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
     result = evaluate(model, bank, keys, out / "eval.png", {key: detectors[key] for key in opened})
@@ -2160,6 +2166,9 @@ def is_run(folder):
 
 def model_path(name):
     """Where the model of this name lies: among the runs, or else as a path."""
+    is_file = Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+    if is_file and not Path(name).exists() and not run_dir(name).exists():
+        refuse(f"{name}: no such file")
     return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
 
 
@@ -2295,6 +2304,9 @@ def encode(args):
     rank, world, device = setup(args, codes=True)
     folder = dataset_dir(args.name)
     rows = open_dataset(folder)
+    writable(folder)
+    if rank == 0:
+        sweep(folder)
     model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)
     shards = {shard: list(each) for shard, each in
               itertools.groupby(rows, lambda row: row["shard"])}
@@ -2569,7 +2581,10 @@ def load_published(path):
         if not (path / "config.json").exists():
             refuse(f"{path} holds no autoencoder: neither a run nor a published folder "
                    f"(config.json with weights, {' or '.join(WAN_FILES)})")
-        config = json.loads((path / "config.json").read_text())
+        try:
+            config = dict(json.loads((path / "config.json").read_text()))
+        except (ValueError, TypeError):
+            refuse(f"{path / 'config.json'} is damaged: it is no JSON object")
     weights = read_tensors(path)
     if "state_dict" in weights:
         model, options = load_videogpt(path, weights)
@@ -2654,4 +2669,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

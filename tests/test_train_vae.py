@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import prepare_data
 import train_vae as V
 
 TINY = dict(dim=8, mults=(1, 2), downs=("t", "st"), n_res=1, patch=2, z_dim=4, linear=True)
@@ -480,6 +481,82 @@ def test_a_start_that_fails_leaves_no_folder_but_what_is_there(tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         V.one_run(train)(None, tmp_path / "file")
     assert stop.value.code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("notes.txt", b"embeddings follow\n", "no file of tensors"),
+    ("page.pt", b"<html>not found</html>", "no file of tensors"),
+    ("picture.png", b"\x89PNG\r\n\x1a\n" + bytes(99), "no file of tensors"),
+    ("empty.pt", b"", "it is empty"), ("zip.pt", b"PK\x03\x04" + bytes(99), "no file of tensors"),
+    ("cut.safetensors", None, "cannot be read as weights"), ("cut.pt", None, "no file of tensors"),
+    ("list.pt", [1], "no names"), ("nosuch.pt", ..., "no such file"),
+    ("folder", ..., "is no run")])
+def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, capsys, name, data, says):
+    path = tmp_path / name
+    if isinstance(data, list):
+        torch.save(data, path)
+    elif data is None:
+        (save_file if name.endswith("safetensors") else torch.save)({"a": torch.ones(999)}, path)
+        path.write_bytes(path.read_bytes()[:-500])
+    elif data is not ...:
+        path.write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        V.load_autoencoder(str(path))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1, err
+    assert says in err and name in err and "weights_only" not in err and "pickle" not in err
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--modle", "vae-s"], "--modle is not an option: did you mean --model?"),
+    (["--Log-Every=3"], "--Log-Every is not an option: did you mean --log_every?"),
+    (["--zzzz"], "--zzzz is not an option: --help names them"),
+    (["--model", "VAE_S"], "--model VAE_S: did you mean vae-s?"),
+    (["--model", "Wan2.1"], "--model Wan2.1: did you mean wan-2.1?"),
+    (["--bottleneck", "qqq"], "invalid choice: 'qqq'"),
+    (["more"], "unrecognized arguments: more")])
+def test_mistyped_names_are_told_the_nearest(capsys, argv, says):
+    with pytest.raises(SystemExit) as stop:
+        V.parse_options(["demo", *argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and says in err
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", "train_vae", "caption", "train_dit", "sample"])
+@pytest.mark.parametrize("change, says", [
+    ("sys.modules['av'] = None", "av is not installed: pip install -r requirements.txt"),
+    ("sys.version_info = (3, 10, 2)", "Python 3.11 or newer is needed, this is 3.10")])
+def test_what_is_not_installed_is_said_in_one_line(stage, change, says):
+    path = Path(V.__file__).with_name(f"{stage}.py")
+    code = f"import runpy, sys; {change}; sys.argv = ['{stage}.py']; runpy.run_path({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr == f"{stage}.py: {says}\n"
+
+
+def test_ctrl_c_outside_of_a_step_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.script(main)
+    assert stop.value.code == 130 and len(capsys.readouterr().err.split("\n")) == 3
+
+
+def test_what_cannot_be_written_is_refused_before_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    prepare_data.writable(tmp_path / "new" / "folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):
+            prepare_data.writable(folder)
+        assert "cannot be written: not a directory" in capsys.readouterr().err
+
+    def full(**_):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(prepare_data.tempfile, "TemporaryFile", full)
+    with pytest.raises(SystemExit):
+        prepare_data.writable(tmp_path)
+    assert "read-only file system" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
 def test_a_machine_without_git_trains(tmp_path, monkeypatch):
