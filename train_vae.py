@@ -335,7 +335,7 @@ def read_tensors(path):
     except SafetensorError as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
     except Exception as error:   # torch's on foreign bytes are of any kind, and advise to unpickle
-        why = getattr(error, "strerror", None) or (
+        why = error.strerror if isinstance(error, PermissionError) else (
             "it is no file of tensors, or cut short" if path.stat().st_size else "it is empty")
         refuse(f"{path} cannot be read as weights: {why}")
     if not isinstance(found, dict):
