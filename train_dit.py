@@ -1667,6 +1667,9 @@ def open_stage(args, folder, begun, device):
     kind, patch = options["kind"], options.get("patch", 1)
     if "dim" not in options:
         refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
+    if options.get("image_dim"):
+        refuse(f"--model {args.model} reads an image beside the text, of which training gives none: "
+               "take a model without one, such as wan-14b")
     for size in {"dim", "depth", "heads"} & set(preset):
         if options[size] != preset[size]:
             refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
