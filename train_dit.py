@@ -1668,7 +1668,7 @@ def open_stage(args, folder, begun, device):
     if "dim" not in options:
         refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
     if options.get("image_dim"):
-        refuse(f"--model {args.model} reads an image beside the text, of which training gives none: "
+        refuse(f"--model {args.model} reads an image beside the text, and training gives none: "
                "take a model without one, such as wan-14b")
     for size in {"dim", "depth", "heads"} & set(preset):
         if options[size] != preset[size]:
