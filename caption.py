@@ -4,8 +4,9 @@ In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BPE of the captions),
                             log.jsonl, samples/ (held-out frames and what it says), step-000100/
       data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
-                            "scores": {"logprob": mean over the tokens, …}}; beside it
-                            shard-00000.rejected-captions-RUN.jsonl, those that will not do;
+                            "scores": {"logprob": mean over the tokens, "sure": --sure, …}};
+                            beside it shard-00000.rejected-captions-RUN.jsonl, those that will
+                            not do, each with its reason in "rejected";
                             data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
       data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
                             text encoder reads them; HASH8 names the encoder
@@ -35,7 +36,12 @@ makes room for the next clip; clips are decoded ahead, in threads; ranks share t
 
 A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
 from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
-goes on with the same command; a shard that is done is left alone until its file is removed.
+goes on with the same command; a shard that is done is left alone until its file is removed. Look at
+data/NAME/captions-RUN.png; `rm data/NAME/shard-*captions-RUN.jsonl` takes a bad run of them back.
+
+A captioner of one's own wants hundreds of captioned clips: one that knew 64 by heart called a baby
+a fish. Fewer than 300 are refused (--few allows them; --init, which only adapts a published one,
+takes any number). The log has its held-out loss beside that of guessing by word frequency.
 
 Axes: B clips, n frames of a clip, S their side in px, N visual tokens, L text tokens, D width,
 A heads, E head dim. Layers are pre-norm; rotary positions count all visual tokens as one place.
@@ -66,13 +72,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
+import av
 import numpy as np
 import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -81,15 +88,16 @@ from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_sole, json_line,
                           number, open_dataset, read_rows, refuse, rng, run_dir, script, write_rows,
                           write_text)
-from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim,
-                       fit, is_finished, last_step, load_step, lr_at, moved, one_run,
-                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_tensors, restore_optimizer, save_file, setup, start_run, take_step,
-                       training_options)
+from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim, fit,
+                       is_finished, last_step, load_step, lr_at, moved, one_run, optimizer_tensors,
+                       option_parser, prefetch, read_config, read_header, read_log, read_tensors,
+                       restore_optimizer, save_file, setup, start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
+TEMPERATURES = 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0      # see `certainty`
+FEWEST = 300        # captioned clips to learn from; with 64 a baby was called a fish
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -769,6 +777,20 @@ def letterbox(frame, size):
     return square
 
 
+def frames_of(folder, row, some=None):
+    """The frames of a row's clip, or of them those numbered in `some`; refuses by its name a clip
+    that cannot be read or has lost some."""
+    try:
+        frames = list(clip_frames(folder, row, some))
+        if len(frames) == (row["frames"] if some is None else len(some)):
+            return frames
+        error = f"{len(frames)} frames came"
+    except (av.FFmpegError, OSError, ValueError, LookupError) as found:
+        error = found
+    refuse(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read ({error}): "
+           "prepare the data set again")
+
+
 class Frames:
     """Clips as the captioner sees them: of each at most 4 n frames, evenly spread, in squares.
     The last ones used are kept, as many as fit `mib`."""
@@ -784,7 +806,7 @@ class Frames:
         row = self.rows[key]
         wanted = set(spread(min(4 * self.n, row["frames"]), row["frames"]).tolist())
         return np.stack([letterbox(frame, self.size)
-                         for frame in clip_frames(self.folder, row, wanted)])
+                         for frame in frames_of(self.folder, row, wanted)])
 
     def __call__(self, key, start=0.075, stop=0.925):
         """uint8 [n, S, S, 3] from a part of the clip, given in shares of its length: unless told
@@ -874,6 +896,12 @@ def draw_batch(rows, frames, texts, args, step, others):
                  torch.from_numpy(np.stack(jitters)), noise, pad(ids), pad(blanks))
 
 
+def caption_loss(logits, ids):
+    """Nats, summed over all tokens, of logits [B, L, vocab] for the ids [B, L + 1]."""
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD,
+                           reduction="sum")
+
+
 def losses(model, x, ids, blank=None):
     """(Caption loss, summed over all tokens; words' loss, summed over clips and vocabulary), nats.
     x float [B, n, 3, S, S], as the tower takes it; ids int64 [B, L + 1]; blank bool [B, L]."""
@@ -881,8 +909,7 @@ def losses(model, x, ids, blank=None):
     if blank is not None:
         read = read.masked_fill(blank & (read != BOS), PAD)
     logits, words = model(x, read)
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD,
-                           reduction="sum")
+    loss = caption_loss(logits, ids)
     holds = torch.zeros_like(words).scatter_(1, wanted, 1.0)
     holds[:, :len(SPECIAL)] = 0
     about = F.binary_cross_entropy_with_logits(words, holds, reduction="sum")
@@ -929,15 +956,55 @@ def word_prior(model, texts):
 
 @torch.no_grad()
 def held_out_loss(model, rows, frames, texts, size=64):
-    """Nats a token over held-out clips as they are, each with its first caption."""
-    total, count, device = 0.0, 0, model.words.weight.device
+    """(Nats a token over held-out clips as they are, each with its first caption; the one of
+    TEMPERATURES at which they are the fewest: a model that is too sure of itself wants a high
+    one.)"""
+    totals, count, device = [0.0] * len(TEMPERATURES), 0, model.words.weight.device
     for i in range(0, len(rows), size):
         part = rows[i:i + size]
         x = torch.from_numpy(np.stack([frames(row["key"]) for row in part])).to(device)
         ids = pad([texts(row["captions"][0]["text"]) for row in part]).to(device)
-        total += losses(model, to_input(x), ids)[0].item()
+        logits = model(to_input(x), ids[:, :-1])[0]
+        totals = [total + caption_loss(logits / t, ids).item()
+                  for total, t in zip(totals, TEMPERATURES)]
         count += (ids[:, 1:] != PAD).sum().item()
-    return total / count
+    return totals[0] / count, TEMPERATURES[int(np.argmin(totals))]
+
+
+@torch.no_grad()
+def certainty(model, x, others, ids, temperature):
+    """How sure the captioner is of captions ids [B, L + 1] of clips x float [B, n, 3, S, S]: [B] in
+    0..1, the geometric mean of the tokens' probabilities. Weighed by what they lose where the clip
+    is another, `others` [B, K, n, 3, S, S]: what any clip's caption holds says nothing. At the
+    temperature that fits the held-out clips: a model that knows its clips by heart is quite sure of
+    whatever it says of others. (Agreement of varied views sorts right from wrong less well.)"""
+    def logprobs(x):
+        logits = model(x, ids[:, :-1])[0] / temperature
+        return -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], ignore_index=PAD,
+                                reduction="none")                        # [B, L]
+    weights = (ids[:, 1:] != PAD) * 0.01 - sum(map(logprobs, others.unbind(1))) / others.shape[1]
+    return ((weights * logprobs(x)).sum(1) / weights.sum(1)).exp()
+
+
+def frequency_loss(learnt, held_out):
+    """Nats a token of guessing the tokens of held-out captions by how frequent they are in those
+    that are learnt from (both: lists of ids), one added to each count; what was never seen counts
+    as one token more."""
+    counts = Counter(itertools.chain.from_iterable(learnt))
+    total = counts.total() + len(counts) + 1
+    lost = [math.log(total / (counts[token] + 1)) for ids in held_out for token in ids]
+    return sum(lost) / len(lost)
+
+
+def report(folder, step, loss, by_frequency):
+    """Prints the held-out loss beside `frequency_loss`; both, as the log has them."""
+    tqdm.write(f"{folder}: step {step}: held-out loss {loss:.3f} nats a token, guessing by word "
+               f"frequency {by_frequency:.3f}", file=sys.stderr)
+    if loss >= by_frequency:
+        tqdm.write(f"{folder}: the captioner is no better than guessing words by their frequency: "
+                   "do not use its captions; it wants more captioned clips, or --vlm DIR",
+                   file=sys.stderr)
+    return {"held_out": loss, "held_out_by_frequency": by_frequency}
 
 
 def describe(model, tokenizer, x, most):
@@ -949,19 +1016,33 @@ def describe(model, tokenizer, x, most):
 def write_sheet(path, folder, rows, captions):
     """Four frames of each clip above its caption."""
     contact_sheet(path, [
-        (list(clip_frames(folder, row, set(spread(4, row["frames"]).tolist()))), caption)
+        (frames_of(folder, row, set(spread(4, row["frames"]).tolist())), caption)
         for row, caption in zip(rows, captions)])
 
 
-def captioned(args):
-    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata."""
+WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
+           "leave this stage out: train_dit.py learns without captions, too")
+
+
+def captioned(args, run):
+    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata. A new
+    captioner of one's own is refused FEWEST clips or less, but for --few, which is only a
+    permission: it is no part of what a run was begun with."""
+    is_allowed = vars(args).pop("few") or args.init or (run / "config.json").exists()
     folder = dataset_dir(args.name)
     rows = chosen(own_captions(folder, open_dataset(folder)), args)
     rows = [row for row in rows if row["captions"]]
     learnt = [row for row in rows if row["split"] == "train"]
     if not learnt:
-        refuse(f"{folder} has no captioned clip in its training split: give prepare_data.py --meta")
-    held_out = [row for row in rows if row["split"] != "train"] or learnt[:16]
+        refuse(f"{folder} has no captioned clip in its training split. {WITHOUT}")
+    if len(learnt) < FEWEST and not is_allowed:
+        refuse(f"{folder}: {len(learnt)} captioned clips are too few to train a captioner on, at "
+               f"least {FEWEST} are wanted. {WITHOUT}. --few trains it all the same")
+    held_out = [row for row in rows if row["split"] != "train"]
+    if not held_out:
+        print(f"{folder} holds out no captioned clip: the held-out loss is that of clips that are "
+              "learnt from", file=sys.stderr)
+        held_out = learnt[:16]
     return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
 
 
@@ -975,7 +1056,7 @@ def pick_caption(row, args, step):
 @one_run
 def train(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
-    folder, learnt, held_out = captioned(args)
+    folder, learnt, held_out = captioned(args, run)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
                                  "model": MODELS[args.model]})
     sheet = run / "samples" / f"step-{args.steps:06d}.png"
@@ -1015,8 +1096,14 @@ def train(args, run):
         norm = take_step(model, optimizer, lr_at(step, args))
         return {"loss": loss.detach(), "words": words.detach()}, norm, keys
 
-    fit(args, run, step, batch, learn,
-        lambda done: {"held_out": held_out_loss(model, held_out, frames, texts)},
+    by_frequency = frequency_loss([ids[1:] for ids in captions], [
+        texts(row["captions"][0]["text"])[1:] for row in held_out])
+
+    def evaluate(done):
+        loss, temperature = held_out_loss(model, held_out, frames, texts)
+        return {**report(run, done, loss, by_frequency), "temperature": temperature}
+
+    fit(args, run, step, batch, learn, evaluate,
         lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0 and not sheet.exists():
         shown = held_out[:24]
@@ -1044,8 +1131,11 @@ def load_captioner(name, device="cpu"):
     run = run_dir(name)
     config, step = finished(run)
     tokenizer = open_tokenizer(run / "tokenizer.json")
-    model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
-    model.load_state_dict(load_file(step / "model.safetensors"))
+    try:
+        model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
+        model.load_state_dict(load_file(step / "model.safetensors"))
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        refuse(f"{step} is damaged, or {run / 'config.json'}: {error}")
     return model.to(device).eval().requires_grad_(False), tokenizer, config
 
 
@@ -1076,15 +1166,30 @@ def own_writer(name, folder, rows, args, device):
     what was loaded) yields (key, caption, prompt, scores) in any order."""
     model, tokenizer, config = load_captioner(name, device)
     frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
+    most, temperature = config["args"]["max_tokens"], run_temperature(run_dir(name))
+    others = {row["key"]: to_input(torch.from_numpy(frames(row["key"])).to(device))
+              for row in Stream(rows, 0).take(0, min(5, len(rows)))}
 
     def write(pairs):
         for group in in_groups(pairs, args.batch):
-            views = torch.from_numpy(np.stack([view for _, view in group]))
-            said = describe(model, tokenizer, views, config["args"]["max_tokens"])
-            yield from ((row["key"], text, "", {"logprob": score})
-                        for (row, _), (text, score) in zip(group, said))
+            x = to_input(torch.from_numpy(np.stack([view for _, view in group])).to(device))
+            said = model.generate(x, most)
+            ids = pad([[BOS, *ids, EOS] for ids, _ in said]).to(device)
+            four = torch.stack([torch.stack(
+                [other for key, other in others.items() if key != row["key"]][:4] or [view])
+                for (row, _), view in zip(group, x)])
+            sure = certainty(model, x, four, ids, temperature).tolist()
+            yield from ((row["key"], tokenizer.decode(ids).strip(), "",
+                         {"logprob": score, "sure": sure})
+                        for (row, _), (ids, score), sure in zip(group, said, sure))
 
     return lambda row: frames(row["key"]), write
+
+
+def run_temperature(run):
+    """The temperature that the run's log ends with; 1 of runs that knew none."""
+    rows = read_log(run) if (run / "log.jsonl").exists() else []
+    return rows[-1].get("temperature", 1.0) if rows else 1.0
 
 
 def in_groups(items, n):
@@ -1109,7 +1214,8 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
         key = next(waiting, None)
         for name, text, prompt, scores in write(pairs):
             scores = {**scores, **(scorer(name, text) if scorer else {})}
-            reason = fault(text, args.style) if prompt else None
+            reason = fault(text, args.style) if prompt else (
+                "unsure" if scores["sure"] < args.sure else None if text else "empty")
             done[name] = json_line({
                 "key": name, "caption": text, "prompt": prompt, "scores": {
                     score: round(value, 4) for score, value in scores.items()},
@@ -1134,7 +1240,7 @@ def part_path(path, args):
     """Where captions wait for the rest of their shard: named by what shapes them, so that no file
     holds those of two commands."""
     shape = {name: value for name, value in vars(args).items()
-             if name not in ("name", "all", "eval", "device", "where", "skip_clips")}
+             if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
     text = json.dumps(shape, sort_keys=True)
     return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.part")
 
@@ -1156,6 +1262,13 @@ def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
+    missing = sum(args.all or not row["captions"] for row in rows)
+    if not missing:
+        return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing is to "
+                     "be done (--all captions them too)", file=sys.stderr)
+    if not args.vlm and not run_dir(vlm).exists():
+        refuse(f"{folder}: {missing} clips have no caption, and no captioner has been trained "
+               f"({run_dir(vlm)}). Train one (--train). {WITHOUT}")
     config = read_published(run_dir(vlm) / "config.json", {"kind": "captioner", "model": {}})
     is_own = "kind" in config and "init" not in config.get("model", {})
     if is_own and (args.lm or args.frames or args.prompt):
@@ -1167,6 +1280,8 @@ def caption(args):
     for row in rows:
         if args.all or not row["captions"]:
             shards.setdefault(row["shard"], []).append(row)
+    if not os.access(folder, os.W_OK):
+        refuse(f"{folder} cannot be written to: captions are kept beside its shards")
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
@@ -1186,15 +1301,20 @@ def caption(args):
     if rank:
         return
     files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
+    files += filter(Path.exists, map(rejected_path, files.copy()))
     keys = {row["key"] for row in wanted}
-    texts = {row["key"]: row["caption"] for path in files for row in read_rows(path)
-             if row["key"] in keys}
+    said = {row["key"]: row for path in files for row in read_rows(path) if row["key"] in keys}
+    texts = {key: row["caption"] for key, row in said.items() if "rejected" not in row}
     if wanted and (todo or not sheet.exists()):
         shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
-        write_sheet(sheet, folder, shown, [texts.get(row["key"], "(rejected)") for row in shown])
-    others = f", the others' captions in shard-*.rejected-captions-{run}.jsonl"
+        write_sheet(sheet, folder, shown, [
+            texts.get(row["key"], "(rejected) " + said[row["key"]]["caption"]) for row in shown])
+    reasons = Counter(row["rejected"] for row in said.values() if "rejected" in row)
+    others = "; " + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) + (
+        f", see shard-*.rejected-captions-{run}.jsonl")
     print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
-          + others * (len(texts) < len(wanted)) + f"; look at {sheet}" * sheet.exists(),
+          + others * bool(reasons), file=sys.stderr)
+    print(f"look at {sheet}; take these captions back: rm {folder}/shard-*captions-{run}.jsonl",
           file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
@@ -1307,6 +1427,20 @@ def read_published(path, missing=None):
         if isinstance(found, dict):
             return found
     refuse(f"{path} is missing, or holds no JSON object")
+
+
+@contextlib.contextmanager
+def read_as_config(where):
+    """Refuses what a published config does not hold, or holds in another form than the published
+    models of its family: what breaks in here breaks by its values."""
+    try:
+        yield
+    except KeyError as error:
+        refuse(f"{where}: {error} is missing, of the config or of the weights")
+    except ValueError as error:
+        refuse(f"{where}: {error}")
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+        refuse(f"{where}: its config.json holds what does not fit: {error}")
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
@@ -1530,13 +1664,9 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
         where, tokens = path / "text_encoder", path / "tokenizer"
     elif not (path / "config.json").exists():
         refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
-    try:
+    with read_as_config(where):
         model, facts = make_text_encoder(wan_config(weights) if weights else
                                          read_published(where / "config.json"))
-    except KeyError as error:
-        refuse(f"{where}: {error} is missing, of the sizes or of the config")
-    except ValueError as error:
-        refuse(f"{where}: {error}")
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
@@ -2392,13 +2522,13 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
     where one that `sees` is wanted, or the other way round."""
     path = Path(path)
     config = read_published(path / "config.json")
-    made_by = (config.get("architectures") or ["?"])[0]
-    kind = config.get("model_type") or made_by
-    kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
-    if kind not in FAMILIES:
-        refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
-    weights = read_tensors(path)
-    try:
+    with read_as_config(path):
+        made_by = (config.get("architectures") or ["?"])[0]
+        kind = config.get("model_type") or made_by
+        kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
+        if kind not in FAMILIES:
+            refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
+        weights = read_tensors(path)
         plan = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
@@ -2410,10 +2540,6 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
             weights |= {name: beside[name] for name in beside if "vision_model." in name}
         with torch.device("meta"):
             model = VLM(plan)
-    except KeyError as error:
-        refuse(f"{path}: {error} is missing, of the config or of the weights")
-    except ValueError as error:
-        refuse(f"{path}: {error}")
     if sees is not None and sees != (plan.tower is not None):
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
@@ -2432,7 +2558,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None)
         plan.prompt, end = CHATS[mark]
         plan.prompt += "<think>\n\n</think>\n\n" * (model.tokens.id("<think>") is not None)
         plan.stop = (end,)
-    model.stop = stop_ids(path, config, model.tokens, plan.stop)
+    with read_as_config(path):
+        model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
 
 
@@ -2494,12 +2621,12 @@ def pick_frames(rule, folder, row):
         at = np.linspace(0, n - 1, int(value)).astype(int)
     elif kind == "key":
         small = np.stack([np.asarray(Image.fromarray(frame).resize((16, 16)).convert("L"))
-                          for frame in clip_frames(folder, row)]).astype(np.float32)
+                          for frame in frames_of(folder, row)]).astype(np.float32)
         change = np.cumsum([0, *np.abs(np.diff(small, axis=0)).mean((1, 2)) + 1e-3])
         at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
                              + change[-1] / value / 2)
     at = at.clip(max=n - 1).tolist()
-    found = dict(zip(sorted(set(at)), clip_frames(folder, row, set(at))))
+    found = dict(zip(sorted(set(at)), frames_of(folder, row, set(at))))
     return [found[i] for i in at], [i / fps for i in at]
 
 
@@ -2757,7 +2884,7 @@ def tune(args, run):
     """Teaches a published captioner the captions, or the answers to the questions beside them."""
     rank, world, device = setup(args, args.batch, "--batch")
     claim(run)
-    folder, rows, held_out = captioned(args)
+    folder, rows, held_out = captioned(args, run)
     is_done, step = is_finished(last_step(run), args), 0
     if not is_done:                                  # what is refused leaves no run behind
         model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer)
@@ -2776,7 +2903,9 @@ def tune(args, run):
     def ids_of(caption):
         return model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
     # a step's loss is its tokens' sum over this constant, on however many ranks
-    length = np.mean([len(ids_of(caption)) for row in rows[:1000] for caption in row["captions"]])
+    answers = [ids_of(caption) for row in rows[:1000] for caption in row["captions"]]
+    length = np.mean([len(ids) for ids in answers])
+    by_frequency = frequency_loss(answers, [ids_of(row["captions"][0]) for row in held_out[:64]])
 
     def read(row, caption):
         prompt = model.prompt(caption.get("prompt") or question)
@@ -2802,7 +2931,7 @@ def tune(args, run):
             key, asked, ids = read(row, row["captions"][0])
             total += answer_loss(model, model.requests([key], [asked]), [ids]).item()
             count += len(ids)
-        return {"held_out": total / count}
+        return report(run, done, total / count, by_frequency)
 
     fit(args, run, step, batch, learn, held_out_nats,
         lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
@@ -2823,9 +2952,13 @@ def frame_rule(text):
 
 def parse(argv=None):
     parser = option_parser(__doc__)
+    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl "
+                     "takes the captions of RUN back.")
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
     add("--train", action="store_true", help="train a captioner; else one captions the clips")
+    add("--few", action="store_true", help="with --train: learn from fewer captioned clips than "
+        f"{FEWEST} all the same")
     add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
     add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
     add("--all", action="store_true", help="caption every clip, also those that have a caption")
@@ -2850,6 +2983,9 @@ def parse(argv=None):
     add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
     add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
         "uniform:8, for --lm uniform:4, else uniform:1)")
+    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="a captioner of one's "
+        "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
+        "(%(default)s; 0: none)")
     add("--source", help="what the data set calls these captions (the folder's name and the style)")
     add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy (%(default)s)")
     add("--top_p", type=number(float, 1e-6, 1), default=1.0,
@@ -2868,7 +3004,8 @@ def parse(argv=None):
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
-    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train")):
+    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
+                                       "few train")):
         if getattr(args, name) and not getattr(args, other):
             refuse(f"--{name} goes with --{other}")
     if args.source and not re.fullmatch(r"[\w.-]+", args.source):

@@ -1282,16 +1282,20 @@ def beside(source, texts):
         return [read_fact(row, split)]
 
 
+def drawn_split(source):
+    """The split of a file of which no metadata name one, drawn by its name: one in twenty 'val'."""
+    draw = int(hashlib.sha256(os.fsencode(source)).hexdigest()[8:16], 16) % 20
+    return "train" if draw else "val"
+
+
 def told(source, facts, start, end):
     """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
-    hold at least half of the clip, or speak of the whole file. The split of a file of which no
-    fact names one is drawn by its name: one in twenty 'val', the rest 'train'."""
+    hold at least half of the clip, or speak of the whole file."""
     mine = [f for f in facts if f["start"] is None
             or min(end, f["end"]) - max(start, f["start"]) >= (end - start) / 2 - 1e-6]
-    draw = int(hashlib.sha256(os.fsencode(source)).hexdigest()[8:16], 16) % 20
     splits = [f["split"] for f in [*mine, *facts] if f["split"]]
     labels = [f["label"] for f in mine if f["label"] is not None]
-    return {"split": (splits or ["train" if draw else "val"])[0], "label": (labels or [None])[0],
+    return {"split": (splits or [drawn_split(source)])[0], "label": (labels or [None])[0],
             "captions": [{"text": text, "source": "meta", "weight": 1.0,
                           **{key: f[key] for key in ("prompt",) if key in f}}
                          for f in mine for text in f["captions"]]}, \

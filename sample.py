@@ -51,13 +51,13 @@ from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
                           render_shot, rng, script, write_text, write_video)
-from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, count_texts, ddim,
-                       ddpm_at, ddpm_tables, flow_grid, generate_codes, guide, interpolant,
-                       interval, load_denoiser, load_gpt, load_published, open_reader,
+from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
+                       count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
+                       interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
                        open_text_encoder, read_output, runge_kutta, sample_codes, target,
                        token_shift)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
-                       is_run, last_checkpoint, load_autoencoder, model_path, normaliser,
+                       is_run, load_autoencoder, model_path, normaliser,
                        open_detector, option_parser, read_config, read_tensors, save_file, setup,
                        sheet_frames, to_frames, to_tensor)
 
@@ -699,7 +699,7 @@ class CodeSampler(Sampler):
     def __init__(self, args, device, config=None):
         self.args, self.device, self.model, vae = args, device, None, args.vae
         if config:
-            self.model, self.read, _ = load_denoiser(args.name, device, config)
+            self.model, self.read, _ = load_denoiser(args.name, device, config, args.checkpoint)
             vae = own_vae(args, config)
         elif not vae:
             refuse(f"{args.name} predicts codes: name the VQ-VAE that they are of by --vae FILE")
@@ -710,7 +710,8 @@ class CodeSampler(Sampler):
             refuse(f"--vae {vae} has {self.vae.n_codes} codes, {args.name} knows {len(codes)}")
         self.size = [self.vae.first + (shape[0] - 1) * self.vae.time_stride,
                      *(n * self.vae.stride for n in shape[1:])]
-        self.about = {"weights": str(args.name), "autoencoder": str(vae)}
+        weights = config and averaged_weights(model_path(args.name), args.checkpoint)[1]
+        self.about = {"weights": weights or str(args.name), "autoencoder": str(vae)}
         args.frames, args.size = args.frames or self.size[0], args.size or tuple(self.size[1:])
         args.fps, args.negative, args.batch = args.fps or 8.0, "", args.batch or 8
         if args.frames > self.size[0] or any(a > b for a, b in zip(args.size, self.size[1:])):
@@ -818,7 +819,7 @@ def facts_of(sampler, wish, args):
     options = [str(args.name), "--prompt", wish["prompt"], "--size",
                f"{wish['height']}x{wish['width']}", "--frames", str(wish["frames"])]
     own = {name: value for name, value in args.told.items() if name in how or name in (
-        "vae", "text_encoder", "heads", "chunk", "device", "offload")}
+        "vae", "checkpoint", "text_encoder", "heads", "chunk", "device", "offload")}
     for name, value in {**{name: wish[name] for name in WISHES[1:] if name in wish}, **own}.items():
         many = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         options += [f"--{name}", *map(str, many)]
@@ -1274,9 +1275,10 @@ def open_run(args, config, device):
             refuse(f"run {folder} was trained on latents of autoencoder {wanted['hash']}, {name} "
                    f"is {found['hash']}: name the right one by --vae")
         return vae, found
-    return {"denoiser": lambda: load_denoiser(folder, device, config)[0], "vae": open_vae,
-            "text": lambda: open_reader(folder, config, device)}, {
-        "kind": "own", "weights": str(last_checkpoint(folder)), "autoencoder": wanted["hash"],
+    return {"denoiser": lambda: load_denoiser(folder, device, config, args.checkpoint)[0],
+            "vae": open_vae, "text": lambda: open_reader(folder, config, device)}, {
+        "kind": "own", "weights": averaged_weights(folder, args.checkpoint)[1],
+        "autoencoder": wanted["hash"],
         "conditions": config["args"].get("conditions", ()), "shift": config["args"]["shift"],
         "labels": config.get("labels"), "takes": bool(config["args"].get("given"))}
 
@@ -1507,6 +1509,8 @@ def add_settings(parser):
     add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")
     add = parser.add_argument_group("where and in what").add_argument
     add("--vae", help="autoencoder: a run, or published (the one that the model was trained with)")
+    add("--checkpoint", choices=["best", "last"], default="best",
+        help="of a run: of the lowest held-out loss, or the last (%(default)s)")
     add("--text_encoder", help="folder of published weights' text encoder (their own folder)")
     add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
     add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples; --eval: runs/NAME)")

@@ -1,9 +1,11 @@
 """Stage 4: latents + captions -> a denoiser on packed space-time patches.
 
 In:   data/NAME/ with latents (train_vae.py --encode) and captions (the metadata's, caption.py's).
-Out:  runs/NAME/  config.json, tokenizer.json (byte-level BPE of the captions), log.jsonl,
-                  samples/ (videos' frames at each evaluation), loss.png,
-                  step-000100/ (model, ema, optimizer: safetensors; state.json)
+Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and words that are learnt:
+                  data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
+                  samples/ (videos' frames at each evaluation), loss.png (from the first one on),
+                  step-000100/ (model, ema, optimizer: safetensors; state.json),
+                  best.safetensors (ema at the lowest held-out loss: what is sampled)
 
 The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a
 transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own
@@ -15,6 +17,7 @@ The models gpt-* (VideoGPT's prior) learn the codes of a VQ or FSQ autoencoder, 
 
     python train_dit.py demo                     # three minutes on two cores
     python train_dit.py demo --run quick --steps 10 --eval_every 10      # a look, under a minute
+    python train_dit.py compare demo quick       # both logs in one picture, and a table
     python train_dit.py mine --model video-b --estimate --price_per_hour 2        # before a run
     torchrun --nproc_per_node 8 -- train_dit.py mine --model video-b --row_tokens 16384
 
@@ -34,6 +37,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,11 +47,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
                      open_tokenizer, train_tokenizer)
@@ -57,9 +61,9 @@ from kernels.attention import attention
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
-                          run_dir, script)
+                          run_dir, script, sweep)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
-                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
+                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint, last_step,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
                        moved, one_run, optimizer_tensors, option_parser, read_config, read_header,
                        read_log, read_tensors, restore_optimizer, save_file, setup, sheet_frames,
@@ -1069,6 +1073,7 @@ class Clips:
                 refuse(f"{path} holds nothing to give: run `python train_vae.py "
                        f"{Path(folder).name} --encode` again")
             self.time_stride, self.is_codes = header["time_stride"], "codes" in header
+            self.stride = header["stride"]
             file = safe_open(path, "pt")
             for key, about in (header["clips"] | (header["alone"] if given else {})).items():
                 if about["clip"] not in self.rows:
@@ -1182,6 +1187,55 @@ class Clips:
                  "height": about["crop"][2], "width": about["crop"][3],
                  "motion": score.get("motion")}
         return [known[name] for name in self.conditions]
+
+
+def words_of(text):
+    """The lower-case words of a caption or prompt; of Chinese and Japanese each character."""
+    single = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    return re.findall(f"[{single}]|[^\\W{single}]+", text.lower())
+
+
+def data_summary(clips):
+    """config["data"] of a run, which tells what it learns: size [h, w] in px, frames and fps (None:
+    a still), as they are most frequent together; sizes [[h, w, clips]], the 50 most frequent;
+    frames_range, fps_range and side_range (of either side, px), [min, max]; grid_range, of latents
+    [T', H', W']; text, whether it reads captions; words, the 20,000 most frequent of them."""
+    shapes = [clips.shape[key][1:] for key in clips.keys]
+    sizes = [tuple(side * clips.stride for side in shape[1:]) for shape in shapes]
+    about = [clips.about[key] for key in clips.keys]
+    frames, rates = ([each[name] for each in about] for name in ("frames", "fps"))
+    spread = lambda values: [min(values), max(values)] if values else None
+    (size, n, fps), _ = Counter(zip(sizes, frames, rates)).most_common(1)[0]
+    is_told = bool(clips.tokenizer) or clips.embeddings is not None
+    texts = [caption["text"] for row in clips.rows.values() for caption in row["captions"]]
+    words = Counter(word for text in texts if is_told for word in words_of(text))
+    return {
+        "size": list(size), "frames": n, "fps": fps,
+        "sizes": [[*size, count] for size, count in Counter(sizes).most_common(50)],
+        "frames_range": spread(frames), "fps_range": spread([rate for rate in rates if rate]),
+        "side_range": spread([side for size in sizes for side in size]),
+        "grid_range": [[pick(axis) for axis in zip(*shapes)] for pick in (min, max)],
+        "text": is_told and any(texts),
+        "words": sorted(word for word, _ in words.most_common(20_000))}
+
+
+def advise(args, clips, plan):
+    """Says what of a data set is little for this command, or that it has no captions."""
+    n_rows, n_clips, rank = len(plan.epoch(0)), len(clips.keys), int(os.environ.get("RANK", 0))
+    say = lambda line: rank or print(f"{args.name}: {line}", file=sys.stderr)
+    if (clips.tokenizer or clips.embeddings is not None) and not any(
+            row["captions"] for row in clips.rows.values()):
+        say("no clip has a caption: the model learns without text, and prompts will do nothing")
+    if n_clips < 4 * n_rows:
+        wanted = -(-4 * max(clips.lengths) // 256) * 256
+        say(f"a row of {args.row_tokens} tokens holds {n_clips / n_rows:.1f} clips on average: for "
+            f"four take --row_tokens {wanted} --batch_tokens "
+            f"{-(-args.batch_tokens // wanted) * wanted}, or shorter or smaller clips")
+    if n_rows < 10:
+        times = args.steps * args.batch_tokens / args.row_tokens / n_rows
+        say(f"all {n_clips} clips fill {n_rows} rows, and {args.steps} steps show each {times:.3g} "
+            "times: watch the held-out loss; more clips or fewer --steps keep the model from "
+            "memorising them")
 
 
 def encode_text(tokenizer, text, most=256):
@@ -1379,6 +1433,9 @@ def check_estimate(cost, folder):
 # ------------------------------------------------------------------------------------------------
 
 
+BEST = "best.safetensors"    # the averaged weights of the lowest held-out loss so far
+
+
 def clip_losses(model, row, x0, noise, t, dtype):
     """[B]: each clip's squared error, its own mean over tokens and channels; what is given, and
     the null clip, do not count."""
@@ -1430,6 +1487,21 @@ def held_out_loss(model, bank, device, dtype):
     bits = {"bits_per_dim": losses.mean().item() / math.log(2)} if model.kind == "gpt" else {}
     return {"held_out": losses.mean().item(), "held_out_by_t": (sums / counts).tolist(),
             "held_out_by_shape": by_shape, **bits}
+
+
+def zero_loss(model, bank):
+    """The held-out loss of a model that knows nothing: of zeros, which a new one returns and which
+    are the mean of latents and noise; of codes in nats, of guessing by how frequent each is."""
+    if model.kind == "gpt":
+        counts = torch.cat([codes.flatten() for *_, codes in bank]).bincount().double()
+        share = counts[counts > 0] / counts.sum()
+        return -(share * share.log()).sum().item()
+    width = 2 if model.objective.prediction == "ddpm" else 1             # noise, and its variance
+
+    def zeros(x, t, row):
+        return torch.zeros(len(x), width * x.shape[1])
+    zeros.kind, zeros.objective = model.kind, model.objective
+    return held_out_loss(zeros, bank, torch.device("cpu"), "fp32")["held_out"]
 
 
 def guide(with_prompt, without, scale, channels=None):
@@ -1540,31 +1612,158 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     contact_sheet(path, rows)
 
 
-def plot_losses(folder, width=640, height=360):
-    """loss.png: the training loss, the held-out loss and, thin, that by time, on a log scale."""
-    log = read_log(folder)
-    held = [row for row in log if "held_out" in row]
-    lines = [("training", (170, 170, 170), 2, [(row["step"], row["loss"]) for row in log]),
-             ("held out", (40, 90, 220), 2, [(row["step"], row["held_out"]) for row in held])]
-    for i, colour in enumerate(((20, 150, 60), (230, 160, 0), (220, 80, 30), (150, 40, 150))):
-        points = [(row["step"], row["held_out_by_t"][i]) for row in held]
-        lines.append((f"t {i / 4:g} to {(i + 1) / 4:g}", colour, 1, points))
-    lines = [(*line, [(x, y) for x, y in points if y and y > 0]) for *line, points in lines]
-    values = [value for *_, points in lines for _, value in points]
-    low, high, last = math.log(min(values)), math.log(max(values)), max(r["step"] for r in log)
-    image = Image.new("RGB", (width, height), "white")
+GREY, BLUE, RED = (170, 170, 170), (40, 90, 220), (200, 30, 30)
+COLOURS = (BLUE, (220, 80, 30), (20, 150, 60), (150, 40, 150), (230, 160, 0), (0, 150, 170))
+
+
+def ticks(low, high, most=8):
+    """Round numbers from low to high: at most `most`, a step of 1, 2 or 5 powers of ten apart; over
+    more than a factor of 8 (low > 0) these steps themselves."""
+    if low > 0 and high > 8 * low:
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        return [m * 10.0**e for e in tens for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    least = math.floor(math.log10(max(high - low, 1e-9) / most))
+    step = next(m * 10.0**e for e in range(least, least + 3) for m in (1, 2, 5)
+                if (high - low) / (m * 10.0**e) <= most)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def draw_curves(path, curves, levels, unit, width=860, height=500):
+    """A PNG of curves (name, colour, line width, [(step, loss)], whether to mark the lowest point)
+    over labelled axes, losses on a log scale; levels (name, colour, loss) are dashed lines."""
+    curves = [(*head, [(x, y) for x, y in points if y and y > 0], mark)      # no null, no NaN
+              for *head, points, mark in curves]
+    levels = [level for level in levels if level[2] and level[2] > 0]
+    values = [y for *_, points, _ in curves for _, y in points] + [level[2] for level in levels]
+    if not values:
+        return
+    last = max(1, *(x for *_, points, _ in curves for x, _ in points))
+    low, high = 0.97 * min(values), 1.03 * max(values)
+    image, left, top, right, bottom = Image.new("RGB", (width, height), "white"), 70, 64, 24, 48
     draw = ImageDraw.Draw(image)
-    place = lambda step, value: (60 + (width - 80) * step / last, height - 30 - (height - 60)
-                                 * (math.log(value) - low) / max(1e-9, high - low))
-    left = 60
-    for name, colour, wide, points in [(f"0 to {last} steps", "black", 1, []), *lines]:
-        draw.line([place(*point) for point in points], fill=colour, width=wide)
-        draw.text((left, height - 20), name, fill=colour)
-        left += draw.textlength(name) + 14
-    for value in (math.exp(low), math.exp((low + high) / 2), math.exp(high)):
-        draw.text((8, place(0, value)[1] - 6), f"{value:.3f}", fill="black")
-    with atomic(Path(folder) / "loss.png") as path:
-        image.save(path, "PNG")
+    across = lambda step: left + (width - left - right) * step / last
+    down = lambda value: height - bottom - (height - top - bottom) * (
+        math.log(value / low) / math.log(high / low))
+    for value in ticks(low, high):
+        draw.line([(left - 4, down(value)), (width - right, down(value))], fill=(230, 230, 230))
+        draw.text((left - 8, down(value)), f"{value:.4g}", fill="black", anchor="rm")
+    for step in ticks(0, last):
+        draw.line([(across(step), height - bottom), (across(step), height - bottom + 4)], "black")
+        draw.text((across(step), height - bottom + 6), f"{step:g}", fill="black", anchor="ma")
+    draw.line([(left, top), (left, height - bottom), (width - right, height - bottom)], "black")
+    draw.text(((left + width - right) / 2, height - 8), "optimizer steps", "black", anchor="mb")
+    draw.text((8, top - 16), unit, fill="black")
+    for name, colour, value in levels:
+        for x in range(left, width - right, 12):
+            draw.line([(x, down(value)), (min(x + 6, width - right), down(value))], colour)
+    for _, colour, wide, points, is_marked in curves:
+        draw.line([(across(x), down(y)) for x, y in points], colour, wide)
+        for x, y in [min(points, key=lambda point: point[1])] if is_marked and points else ():
+            draw.ellipse([across(x) - 5, down(y) - 5, across(x) + 5, down(y) + 5], outline=colour,
+                         width=2)
+            draw.text((min(across(x), width - 110), down(y) + 8), f"{y:.4g} at step {x}", colour,
+                      anchor="ma")
+    x, y = 8, 6
+    for name, colour in [(head[0], head[1]) for head in (*curves, *levels)]:
+        if x + 26 + draw.textlength(name) > width:
+            x, y = 8, y + 14
+        draw.line([(x, y + 6), (x + 14, y + 6)], colour, 3)
+        draw.text((x + 18, y), name, "black")
+        x += 34 + draw.textlength(name)
+    with atomic(path) as part:
+        image.save(part, "PNG")
+
+
+def loss_unit(config):
+    """What the losses of a run are, in words."""
+    return "loss: nats a code" if config["model"].get("kind") == "gpt" else (
+        f"loss: mean squared error of the {objective_of(config['args']).prediction}")
+
+
+def plot_losses(folder, log=None):
+    """loss.png: training and held-out loss, the lowest of this marked, and the level of a model
+    that knows nothing; thin, the held-out loss by time."""
+    log = read_log(folder) if log is None else log
+    held = [row for row in log if "held_out" in row]
+    curves = [("training", GREY, 2, [(r["step"], r.get("loss")) for r in log], False)]
+    for i, colour in enumerate(COLOURS[1:5]):
+        curves.append((f"held out, t {i / 4:g} to {(i + 1) / 4:g}", colour, 1,
+                       [(row["step"], row["held_out_by_t"][i]) for row in held], False))
+    curves.append(("held out", BLUE, 3, [(r["step"], r["held_out"]) for r in held], True))
+    draw_curves(Path(folder) / "loss.png", curves, [
+        ("a model that knows nothing", RED, held[-1].get("held_out_zero"))] if held else [],
+        loss_unit(read_config(folder, "denoiser")))
+
+
+def redraw(folder):
+    """Draws loss.png where it is older than the log: the run was killed after its last step."""
+    drawn, log = Path(folder) / "loss.png", Path(folder) / "log.jsonl"
+    if log.exists() and not (drawn.exists() and drawn.stat().st_mtime >= log.stat().st_mtime):
+        plot_losses(folder)
+
+
+def show_progress(folder, log):
+    """Draws the log of a run so far, and says when it memorises."""
+    plot_losses(folder, log)
+    if line := rising(log):
+        tqdm.write(f"{folder}: {line}", file=sys.stderr)
+
+
+def rising(log):
+    """A line on a held-out loss that has just risen for the third evaluation in a row, or None."""
+    held = [(row["step"], row["held_out"]) for row in log if row.get("held_out") is not None]
+    fall = next((i for i in range(1, len(held)) if not held[-i][1] > held[-i - 1][1]), len(held))
+    if fall != 4:                                            # three rises: not more, or it was said
+        return None
+    (step, lowest), (last, now) = held[-4], held[-1]
+    mean = lambda a, b: np.mean([r["loss"] for r in log if a < r["step"] <= b and r.get("loss")])
+    before, after = mean(2 * step - last, step), mean(step, last)
+    text = (f"held-out loss has risen for three evaluations, since step {step} ({lowest:.4f} to "
+            f"{now:.4f}): ")
+    if after > before:
+        return text + (f"so has the training loss ({before:.4f} to {after:.4f}), the run diverges; "
+                       "a lower --lr or a longer --warmup helps")
+    return text + ("the model memorises its training clips. More clips, fewer --steps or a smaller "
+                   f"--model help; the weights of the lowest loss are kept ({BEST})")
+
+
+def keep_best(folder, done, held_out, state):
+    """Keeps the averaged weights `state` of a step beside the checkpoints if no earlier evaluation
+    had as low a held-out loss. One file, written at once: checkpoints fall on other steps."""
+    path = Path(folder) / BEST
+    was = best_of(folder) or {"step": done}
+    if was["step"] < done and not held_out < was["held_out"] or not math.isfinite(held_out):
+        return                           # a step beyond: of what was killed after its checkpoint
+    about = {"nanosora": json.dumps({"held_out": held_out, "step": done}, sort_keys=True)}
+    sweep(folder)                        # what a kill in here left
+    try:
+        with atomic(path) as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, about)
+    except (OSError, SafetensorError) as error:
+        refuse(f"{path} could not be saved ({error}): make room and run the same command again")
+
+
+def best_of(folder):
+    """{"held_out", "step"} of the weights of a run's lowest held-out loss; None: it has none."""
+    path = Path(folder) / BEST
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["nanosora"])
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        refuse(f"{path} is damaged: remove it, and the run's last checkpoint is taken")
+
+
+def averaged_weights(folder, which="best"):
+    """(file, name) of a run's averaged weights to sample or begin with: those of the lowest
+    held-out loss, of a run older than these, or by "last", the last checkpoint's. The name is of a
+    step's folder: the file of the best is written anew as the run goes on."""
+    best = best_of(folder) if which == "best" else None
+    if best is None:
+        last = last_checkpoint(folder)
+        return last / "ema.safetensors", str(last)
+    return Path(folder) / BEST, str(Path(folder) / f"step-{best['step']:06d}")
 
 
 def start_from(args, begun):
@@ -1574,9 +1773,11 @@ def start_from(args, begun):
     if begun or not args.init:
         return begun and begun["model"], begun and begun["layout"], None
     path = model_path(args.init)
+    if not path.exists():
+        refuse(f"--init {args.init}: no such file or folder, and no such run ({path})")
     if is_run(path):
         config = read_config(path, "denoiser")
-        weights = load_file(last_checkpoint(path) / "ema.safetensors")
+        weights = read_tensors(averaged_weights(path)[0])
         return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
     kind = {"dit": args.model.split("-")[0], "uvit": "uvit", "gpt": "gpt"}.get(layout, "wan")
@@ -1660,8 +1861,11 @@ def open_stage(args, folder, begun, device):
     the run's config.json the network is made of, the weights to begin with or None). begun: that
     config, of a run that goes on."""
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
-    train_rows, held_out = split_rows(chosen(open_dataset(data), args), data)
+    train_rows, held_out = split_rows(chosen(open_dataset(data), args), data, folder)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
+    if begun and begun["vae"]["hash"] != vae_config["hash"]:
+        refuse(f"{folder} learns latents of autoencoder {begun['vae']['hash']}, and {name} now is "
+               f"{vae_config['hash']}: name the first one by --vae, or start another --run")
     is_new, preset = options is None, MODELS[args.model]
     options = {"kind": "video", **(options or preset)}
     kind, patch = options["kind"], options.get("patch", 1)
@@ -1702,7 +1906,7 @@ def open_stage(args, folder, begun, device):
     for part in clips:
         part.read_as(kind, *told, args.conditions)
     about = {"model": options, "layout": layout, "labels": told[-1],
-             "vae": {"run": name, "hash": vae_config["hash"]}}
+             "vae": {"run": name, "hash": vae_config["hash"]}, "data": data_summary(clips[0])}
     return vae, vae_config, *clips, about, weights
 
 
@@ -1791,12 +1995,13 @@ def train(args, folder):
     if is_begun:
         saved_at = start_run(folder, config)
         if is_finished(saved_at, args):
-            return
+            return redraw(folder) if rank == 0 else None
         begun = saved_at and read_config(folder, "denoiser")
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
     cost = estimate(args, about["model"], clips, plan, device)
     print_cost(args, cost, clips, held_out, device)
+    advise(args, clips, plan)
     if args.estimate:
         return
     if not is_begun:
@@ -1818,6 +2023,7 @@ def train(args, folder):
         if isinstance(block, BLOCKS):
             block.compile()
     vae, bank = vae.to(device), held_out_bank(held_out, args.seed)
+    zero = zero_loss(model, bank)
 
     def batch(step):
         """This rank's rows of a step, and the lengths of the clips in all of its rows."""
@@ -1839,7 +2045,10 @@ def train(args, folder):
     def evaluate(done):
         sample_held_out(ema, vae, vae_config, held_out, held_out.keys[:6], args.seed,
                         folder / "samples" / f"step-{done:06d}.png", args.shift)
-        return held_out_loss(ema, bank, device, args.dtype)
+        figures = {**held_out_loss(ema, bank, device, args.dtype), "held_out_zero": zero}
+        keep_best(folder, done, figures["held_out"], merged(ema))
+        show_progress(folder, [*read_log(folder), {"step": done, **figures}])
+        return figures
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
         "model": model.state_dict(), "ema": merged(ema),
@@ -1852,13 +2061,69 @@ def train(args, folder):
     barrier()
 
 
-def load_denoiser(name, device="cpu", config=None):
-    """(model in eval mode, prompt -> what lay_out takes, config) of a run's newest checkpoint."""
+def learnt_tokens(log, batch_tokens):
+    """(clips' tokens, seconds of training) of a log: its rows tell of the steps since the last."""
+    steps = np.diff([0, *(row["step"] for row in log)])
+    full, seconds = ([row.get(name) or 0.0 for row in log] for name in ("fullness", "step_s"))
+    return batch_tokens * float(steps @ full), float(steps @ seconds)
+
+
+def compare(names):
+    """Prints a table of runs' logs, and draws them into one picture beside the first of them."""
+    if not names or names[0].startswith("-"):
+        refuse("usage: python train_dit.py compare RUN [RUN ...]")
+    curves, levels, units, rows, differ = [], [], [], [], {}
+    for i, name in enumerate(names):
+        folder = model_path(name)
+        config = read_config(folder, "denoiser")
+        log = read_log(folder) if (folder / "log.jsonl").exists() else []
+        held = [(r["step"], r["held_out"]) for r in log if r.get("held_out") is not None]
+        if not held:
+            refuse(f"{folder} has not been evaluated yet: there is nothing to compare")
+        options, colour = config["args"], COLOURS[i % len(COLOURS)]
+        name = name.encode("latin-1", "replace").decode("latin-1")       # as the font can
+        faint = tuple((255 + part) // 2 for part in colour)
+        curves += [(f"{name}, training", faint, 1, [(r["step"], r.get("loss")) for r in log], 0),
+                   (f"{name}, held out", colour, 3, held, True)]
+        zero = next((r["held_out_zero"] for r in log[::-1] if r.get("held_out_zero")), None)
+        levels.append((f"{name}, a model that knows nothing", colour, zero))
+        units.append(loss_unit(config))
+        step, best = min(held, key=lambda point: (not math.isfinite(point[1]), point[1]))
+        tokens, seconds = learnt_tokens(log, options.get("batch_tokens") or 0)
+        rows.append([names[i], log[-1]["step"], f"{tokens / 1e6:.2f}M", f"{seconds / 60:.1f} min",
+                     f"{best:.4f}", step, f"{held[-1][1]:.4f}", f"{zero:.4f}" if zero else "-"])
+        differ.setdefault("data set", []).append(options.get("name"))
+        for key in ("where", "skip_clips", "objective", "path", "weighting", "seed",
+                    "row_tokens", "shape", "stills"):
+            differ.setdefault(f"--{key}", []).append(options.get(key))
+        differ.setdefault("autoencoder", []).append(config["vae"]["hash"])
+    head = ["run", "steps", "tokens", "time", "best held out", "at step", "last", "knows nothing"]
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(str(cell).ljust(wide) if i == 0 else str(cell).rjust(wide)
+                        for i, (cell, wide) in enumerate(zip(row, widths))))
+    if unlike := [name for name, values in differ.items() if any(v != values[0] for v in values)]:
+        print(f"held-out losses are of other clips, times or targets, since the runs differ in "
+              f"{', '.join(unlike)}", file=sys.stderr)
+    path = model_path(names[0]).parent / "compare.png"
+    levels = levels[:1] if len({level[2] for level in levels}) == 1 else levels
+    draw_curves(path, curves, levels, " and ".join(sorted(set(units))))
+    print(f"{path}: the curves of {len(names)} runs", file=sys.stderr)
+
+
+def load_denoiser(name, device="cpu", config=None, which="best"):
+    """(model in eval mode, prompt -> what lay_out takes, config) of a run's best checkpoint, or of
+    its last."""
     folder = model_path(name)
     config = config or read_config(folder, "denoiser")
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
-    model.load_state_dict(load_file(last_checkpoint(folder) / "ema.safetensors"))
+    file, step = averaged_weights(folder, which)
+    last = last_step(folder)
+    if last and last.name > Path(step).name:
+        print(f"{folder}: of its steps to {int(last.name[5:])}, {int(step[-6:])} has the lowest "
+              "held-out loss, and its weights are taken", file=sys.stderr)
+    model.load_state_dict(read_tensors(file))
     read = open_reader(folder, config, device)
     return model.to(device).eval().requires_grad_(False), read, config
 
@@ -1983,11 +2248,15 @@ def dit_options(state, heads=None):
     """The options of a DiT or SiT whose published state dict this is: all but the heads can be read
     off it, and these are 64 wide in every published size but XL."""
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    heads = heads or (16 if dim == 1152 else dim // 64)
+    if not heads or dim % heads:
+        refuse(f"a DiT of width {dim} needs to be told its heads, by --heads: "
+               f"{f'{heads} do not divide it' if heads else 'they are not 64 wide'}")
     side = round(state["pos_embed"].shape[1] ** 0.5)
     return dict(
         channels=channels, dim=dim, patch=(1, patch, patch), own_table=True, positions="sincos",
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        heads=heads or (16 if dim == 1152 else dim // 64), grid=(side, side),
+        heads=heads, grid=(side, side),
         ffn=len(state["blocks.0.mlp.fc1.bias"]),
         out_channels=len(state["final_layer.linear.bias"]) // patch**2,
         classes=len(state["y_embedder.embedding_table.weight"]))
@@ -2228,14 +2497,18 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:
         return bench("bench", argv[1:])
+    if argv[:1] == ["compare"]:
+        return compare(argv[1:])
     args = parse_options(argv)
     folder = run_dir(args.run or Path(args.name).name)
     if args.export:
         return export(args, folder)
     train(args, folder)
     if not args.estimate:
-        print(f"{folder}: trained; look at {folder / 'samples'} and {folder / 'loss.png'}",
-              file=sys.stderr)
+        best = best_of(folder)
+        text = best and f", best at step {best['step']} (held-out loss {best['held_out']:.4f})"
+        print(f"{folder}: trained{text or ''}; look at {folder / 'samples'} and "
+              f"{folder / 'loss.png'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -57,7 +56,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import IS_WIDE
-from prepare_data import (Parser, atomic, contact_sheet, dataset_dir, is_sole, number,
+from prepare_data import (Parser, atomic, contact_sheet, dataset_dir, drawn_split, is_sole, number,
                           open_dataset, read_clip, refuse, rng, run_dir, script, sweep, where,
                           writable, write_rows, write_text)
 
@@ -196,9 +195,9 @@ def read_config(folder, kind):
         refuse(f"{folder} is no run (it has no config.json): train one first, or name another")
     try:
         config = json.loads(path.read_text())
-        found = config["format"], config["kind"]
+        found, _ = (config["format"], config["kind"]), dict(config["args"])
     except (ValueError, KeyError, TypeError):
-        refuse(f"{path} is damaged: it does not hold a run's format and kind")
+        refuse(f"{path} is damaged: it does not hold a run's format, kind and args")
     if found[0] != RUN_FORMAT:
         refuse(f"{folder} has run format {found[0]}, this version reads {RUN_FORMAT}")
     if found[1] != kind:
@@ -280,7 +279,7 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
     elif rank == 0:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         write_config(folder, {
-            "format": RUN_FORMAT, **config, "git": git_revision(),
+            "format": RUN_FORMAT, "split": "files", **config, "git": git_revision(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
@@ -493,13 +492,15 @@ def restore_optimizer(optimizer, model, tensors):
 
 def read_log(folder):
     """The rows of log.jsonl, without a torn last line; what is no number is None."""
-    path = Path(folder) / "log.jsonl"
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    try:
-        return [json.loads(line, parse_constant=lambda _: None) for line in lines
-                if line.endswith("\n")]
-    except ValueError:
-        refuse(f"{path} has a damaged row: remove that line")
+    path, rows = Path(folder) / "log.jsonl", []
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            refuse(f"{path}: line {n} is damaged: remove it, and run the command again")
+    return rows
 
 
 def finite(value):
@@ -1963,18 +1964,59 @@ def latent_statistics(model, videos):
     return mean.mean(1).tolist(), std.tolist()
 
 
-def split_rows(rows, folder):
-    """(training rows, held-out rows): by the data set's own split, or else every clip whose key's
-    hash falls into a twentieth (at least one). Refuses a data set that has nothing to train on."""
+def split_rows(rows, folder, run=None):
+    """(training rows, held-out rows): by the data set's own split. One that prepare_data.py drew,
+    or none, is brought to five files at least (`draw_held_out`); but a run from before that rule
+    keeps what it began with. Refuses a data set that has nothing to train on."""
     held = [row for row in rows if row["split"] != "train"]
-    if not held:
-        order = epoch_order(rows, lambda row: row["key"], "held out", 0)
-        held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
+    is_drawn = all(row["split"] == drawn_split(row.get("source", row["key"])) for row in rows)
+    if run and has_older_split(run):
+        if not held:
+            order = epoch_order(rows, lambda row: row["key"], "held out", 0)
+            held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
+    elif is_drawn or not held:
+        held = draw_held_out(rows, held, folder)
     keys = {row["key"] for row in held}
     train = [row for row in rows if row["key"] not in keys]
     if not train:
         refuse(f"{folder} has no clip in its training split")
     return train, held or train
+
+
+def has_older_split(run):
+    try:
+        config = json.loads(Path(run, "config.json").read_text())
+        return "kind" in config and "split" not in config
+    except (OSError, ValueError):
+        return False
+
+
+def draw_held_out(rows, held, folder):
+    """`held` with more of the rows, by hash: five files, of a set without a split a twentieth, of
+    at most a quarter of the clips. Where these are too few files, shots, and of fewer than two
+    shots clips, which resemble what is learnt from; a line says so."""
+    held = held if len(held) <= len(rows) / 4 else []        # a long file, or nearly all there is
+    for what in ("files", "shots", "clips"):
+        unit_of = {"files": lambda row: row.get("source", row["key"]), "clips": lambda r: r["key"],
+                   "shots": lambda r: f"{r.get('source', r['key'])}|{r.get('shot_start')}"}[what]
+        sizes = Counter(map(unit_of, rows))
+        taken = set(map(unit_of, held))
+        wanted = 5 if held else max(5, len(sizes) // 20)
+        if len(taken) >= wanted and what == "files":
+            return held
+        n = sum(sizes[unit] for unit in taken)
+        for unit in epoch_order(sizes, str, "held out", 0):
+            if len(taken) < wanted and unit not in taken and n + sizes[unit] <= len(rows) / 4:
+                taken, n = taken | {unit}, n + sizes[unit]
+        if len(taken) == wanted if what == "files" else len(taken) > 1:
+            break
+    if not taken and len(rows) > 1:                          # two or three clips
+        taken = {min(sizes)}
+    if not int(os.environ.get("RANK", 0)):
+        why = "" if what == "files" else ", since five files are more than a quarter of the clips"
+        print(f"{folder}: held out are {len(taken)} of {len(sizes)} {what}{why}", file=sys.stderr)
+    return epoch_order([row for row in rows if unit_of(row) in taken], lambda row: row["key"],
+                       "held out", 0)
 
 
 def held_out_bank(model, clips, rows, seed, n=48):
@@ -1989,7 +2031,7 @@ def evaluate_run(args):
     """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
     _, _, device = setup(args, codes=True)
     folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
-    rows = split_rows(open_dataset(folder), args.name)[1]
+    rows = split_rows(open_dataset(folder), args.name, model_path(name))[1]
     model, config = load_autoencoder(name, device)
     shown, bank = held_out_bank(model, ClipCache(folder), rows, args.seed, args.n_eval)
     opened = {key: open_detector(getattr(args, key), device, f"--{key}")
@@ -2089,7 +2131,7 @@ def train(args, folder):
     rank, world, device = setup(args, args.batch, "--batch")
     claim(folder)
     rows = chosen(open_dataset(dataset_dir(args.name)), args)
-    train_rows, held_out = split_rows(rows, args.name)
+    train_rows, held_out = split_rows(rows, args.name, folder)
     is_begun = last_step(folder) is not None                 # then --init need not be opened
     options, weights = (read_config(folder, "vae")["model"], None) if is_begun else begin(args)
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})
@@ -2292,8 +2334,11 @@ def encode_shard(model, config, folder, shard, rows, args, device):
 
 def read_header(path):
     """The header of a latents file; refuses a format that this version does not know."""
-    with safe_open(path, "pt") as file:
-        header = json.loads(file.metadata().get("nanosora", "{}"))
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("nanosora", "{}"))
+    except (SafetensorError, ValueError) as error:
+        refuse(f"{path} is damaged ({error}): remove it and encode again")
     if header.get("format") != RUN_FORMAT:
         refuse(f"{path} has format {header.get('format')}, this version reads {RUN_FORMAT}: remove "
                "it and encode again")

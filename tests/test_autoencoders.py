@@ -180,6 +180,49 @@ def test_a_bank_of_a_set_without_a_split_is_chosen_by_hash():
     assert [row["key"] for row in V.split_rows(official, "x")[1]] == ["k0", "k1", "k2"]
 
 
+def test_few_held_out_clips_become_five_files_or_shots(tmp_path, capsys):
+    """Whole files, so that no shot is on both sides; shots or clips where files are few; an official
+    split, and that of a run from before, stay."""
+    def made(n_files, n_shots=1, n_pieces=1):
+        return [{"key": f"f{i}-{k}-{j}", "source": f"f{i}.mp4", "shot_start": float(k),
+                 "split": prepare_data.drawn_split(f"f{i}.mp4")}
+                for i in range(n_files) for k in range(n_shots) for j in range(n_pieces)]
+
+    def units(rows, *names):
+        train, held = V.split_rows(rows, "x")
+        sides = [{tuple(row[name] for name in names) for row in part} for part in (train, held)]
+        assert not sides[0] & sides[1] and len(train) + len(held) == len(rows)
+        assert V.split_rows(rows[::-1], "x")[0] == train[::-1]
+        return len(sides[1])
+    drawn = {row["source"] for row in made(25, 4) if row["split"] == "val"}
+    assert 0 < len(drawn) < 5 and units(made(25, 4), "source") == 5
+    assert drawn < {row["source"] for row in V.split_rows(made(25, 4), "x")[1]}
+    assert "5 of 25 files" in capsys.readouterr().err
+    assert units(made(7, 8, 2), "source", "shot_start") >= 5
+    assert "shots, since five files" in capsys.readouterr().err
+    assert units(made(1, 1, 20), "key") == 5 and units(made(1, 1, 3), "key") == 1
+    assert units(made(10), "source") == 2
+    assert made(1)[0]["split"] == "val"                      # a draw that leaves nothing to learn
+    one = V.split_rows(made(1), "x")
+    assert one[0] == one[1] == made(1)
+    large = [{**row, "split": "train"} for row in made(400)]
+    assert units(large, "source") == 20
+    uneven = large[:25] + [{**large[0], "key": f"long{i}", "shot_start": float(i)}
+                           for i in range(500)]
+    train, held = V.split_rows(uneven, "x")
+    assert len(held) <= len(uneven) / 4
+    official = [{**row, "split": "val" if row["source"] == "f24.mp4" else "train"}
+                for row in made(25)]
+    assert official[-1]["split"] != made(25)[-1]["split"]
+    assert [row["key"] for row in V.split_rows(official, "x")[1]] == ["f24-0-0"]
+    for run, more, n in (("old", {}, len(drawn)), ("new", {"split": "files"}, 5)):
+        (tmp_path / run).mkdir()
+        V.write_config(tmp_path / run, {"format": 1, "kind": "vae", "args": {}, **more})
+        assert len(V.split_rows(made(25), "x", tmp_path / run)[1]) == n
+    V.start_run(tmp_path / "made", {"kind": "vae", "args": {}})
+    assert not V.has_older_split(tmp_path / "made") and V.has_older_split(tmp_path / "old")
+
+
 # ---- commands
 
 def log(run):

@@ -346,12 +346,15 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     """Nine in ten captions of clips without one are right; the files are as DESIGN has them."""
     options = ["--steps", 120, "--batch", 16, "--save_every", 50, "--warmup", 20, "--eval_every", 120,
                "--max_tokens", 24]
-    quick(home, "set", "--train", "--run", "learnt", *options, monkeypatch=monkeypatch)
+    quick(home, "set", "--train", "--few", "--run", "learnt", *options, monkeypatch=monkeypatch)
     folder, data = home / "runs" / "learnt", home / "data" / "set"
     config = json.loads((folder / "config.json").read_text())
     assert config["kind"] == "captioner" and config["model"] == TINY
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     assert log[-1]["step"] == 120 and log[-1]["held_out"] < 0.2
+    # beside it what guessing by frequency loses
+    assert "held-out loss" in (said := capsys.readouterr().err) and "no better" not in said
+    assert 1.5 < log[-1]["held_out_by_frequency"] < 3
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-000100", "step-000120"]
     with c.Image.open(folder / "samples" / "step-000120.png") as sheet:
         assert sheet.size[0] > 200
@@ -407,7 +410,7 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
 def test_training_resumes_bit_for_bit_after_kill(home, monkeypatch, capsys):
     """kill -9 at some step, the same command again: the same losses and weights as unbroken."""
     monkeypatch.chdir(home)
-    options = ["set", "--train", "--steps", "9", "--batch", "4", "--save_every", "3", "--eval_every",
+    options = ["set", "--train", "--few", "--steps", "9", "--batch", "4", "--save_every", "3", "--eval_every",
                "5", "--log_every", "1", "--max_tokens", "16"]
     broken = run(home, *options, "--run", "broken")
     until = time.time() + 60
@@ -464,6 +467,132 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     rows = prepare_data.open_dataset(home / "data" / "set")
     (tmp_path / "all").write_text("\n".join(row["key"] for row in rows if row["split"] == "train"))
     assert "no captioned clip" in line("set", "--train", "--skip_clips", tmp_path / "all")
+    few = line("set", "--train", "--run", "few")
+    assert "captioned clips are too few" in few and "--vlm DIR" in few and "--few" in few
+    assert not (home / "runs" / "few").exists()
+    assert "--few goes with --train" in line("set", "--few")
+    none = line("set")
+    assert "no captioner has been trained (runs/set-captioner)" in none and "--vlm DIR" in none
+    mine = [row for row in c.own_captions(home / "data" / "set", rows) if row["captions"]]
+    monkeypatch.setattr(c, "open_dataset", lambda folder: mine)
+    c.main(["set"])                                  # nothing to do is no mistake
+    assert "nothing is to be done" in capsys.readouterr().err
+
+
+def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys):
+    """A captioner that learnt the captions of other clips guesses colour and way: it is told by
+    its held-out clips. What it wrote is taken back by the line that it prints, to the letter."""
+    def swapped(folder):
+        rows = prepare_data.open_dataset(folder)
+        mine = [row for row in rows if row["captions"]]
+        order = np.random.default_rng(0).permutation(len(mine))
+        captions = [mine[i]["captions"] for i in order]
+        for row, other in zip(mine, captions):
+            row["captions"] = other
+        return rows
+    monkeypatch.setattr(c, "open_dataset", swapped)
+    quick(home, "set", "--train", "--few", "--run", "lies", "--steps", 80, "--batch", 16, "--warmup", 10,
+          "--max_tokens", 24, monkeypatch=monkeypatch)
+    log = [json.loads(line) for line in open(home / "runs" / "lies" / "log.jsonl")]
+    assert log[-1]["temperature"] in c.TEMPERATURES
+    monkeypatch.setattr(c, "open_dataset", prepare_data.open_dataset)
+    capsys.readouterr()
+    quick(home, "set", "--vlm", "lies", monkeypatch=monkeypatch)
+    said, data = capsys.readouterr().err, home / "data" / "set"
+    rejected = [row for path in data.glob("shard-*.rejected-captions-lies.jsonl")
+                for row in prepare_data.read_rows(path)]
+    kept = [row for path in data.glob("shard-*.captions-lies.jsonl")
+            for row in prepare_data.read_rows(path)]
+    assert len(rejected) > 9 * len(kept) and f"{len(rejected)} unsure" in said
+    assert all(row["rejected"] == "unsure" and row["scores"]["sure"] < 0.75 for row in rejected)
+    assert all(row["scores"]["sure"] >= 0.75 for row in kept)
+    others = sorted(path for path in data.iterdir() if "captions-lies" not in path.name)
+    back = re.search(r"take these captions back: (rm .*)", said)[1]
+    subprocess.run(back, shell=True, cwd=home, check=True)
+    assert not list(data.glob("shard-*captions-lies*"))
+    assert others == sorted(path for path in data.iterdir() if path.suffix != ".png"
+                            or "lies" not in path.name)
+    assert "lies" not in {caption["source"] for row in prepare_data.open_dataset(data)
+                          for caption in row["captions"]}
+    quick(home, "set", "--vlm", "lies", "--sure", 0, monkeypatch=monkeypatch)
+    assert not list(data.glob("shard-*.rejected-captions-lies*"))
+    subprocess.run(back, shell=True, cwd=home, check=True)
+
+
+def test_certainty_is_the_probability_of_the_tokens_that_need_the_clip():
+    model, x = fresh(), torch.randn(2, 4, 3, 32, 32)
+    ids, others = torch.tensor([[1, 7, 9, 2], [1, 7, 2, 0]]), torch.randn(2, 3, 4, 3, 32, 32)
+    found = c.certainty(model, x, others, ids, 2.0)
+    for i, wanted in enumerate(([7, 9, 2], [7, 2])):
+        def logprobs(clip):
+            logits = model(clip[None], torch.tensor([[1, *wanted[:-1]]]))[0][0] / 2
+            return logits.log_softmax(-1).gather(1, torch.tensor(wanted)[:, None])[:, 0].detach()
+        weights = 0.01 - torch.stack([logprobs(other) for other in others[i]]).mean(0)
+        sure = (weights * logprobs(x[i])).sum() / weights.sum()
+        assert found[i].item() == pytest.approx(sure.exp().item(), rel=1e-4)
+    assert c.run_temperature(Path("no such run")) == 1.0
+
+
+def test_guessing_by_frequency(capsys):
+    """Counts 3, 1 and one more each, and one for what was never seen: 4/7, 2/7, 1/7."""
+    loss = c.frequency_loss([[5, 5], [5, 6]], [[5, 6, 9, 9]])
+    assert loss == pytest.approx(-np.log([4 / 7, 2 / 7, 1 / 7, 1 / 7]).mean())
+    assert c.report("run", 7, 1.0, 2.0) == {"held_out": 1.0, "held_out_by_frequency": 2.0}
+    assert "step 7: held-out loss 1.000" in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1 and "2.000" in said
+    c.report("run", 7, 2.0, 2.0)
+    assert "no better than guessing" in capsys.readouterr().err
+
+def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_path):
+    """A clip whose bytes are others', or that lost its end; a checkpoint; a folder of others."""
+    data = tmp_path / "data" / "set"
+    shutil.copytree(home / "data" / "set", data, ignore=shutil.ignore_patterns("*captions-*"))
+    quick(tmp_path, "set", "--train", "--few", "--run", "short", "--steps", 1, "--batch", 2, "--warmup",
+          0, monkeypatch=monkeypatch)
+    def line(*args):
+        return refused(tmp_path, monkeypatch, capsys, *args)
+    rows = [row for row in prepare_data.open_dataset(data) if not row["captions"] and row["fps"]]
+    tar = data / f"{rows[0]['shard']}.tar"
+    whole = tar.read_bytes()
+    for start in (0, rows[0]["length"] // 3):
+        tar.write_bytes(whole)
+        with open(tar, "r+b") as file:
+            file.seek(rows[0]["offset"] + start)
+            file.write(b"\0" * (rows[0]["length"] - start))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            c.main(["set", "--vlm", "short"])
+        said, = re.findall(r"\S+\.tar: the clip .*", capsys.readouterr().err)      # beside the bar
+        assert left.value.code == 2 and said.startswith(f"data/set/{tar.name}")
+        assert rows[0]["key"] in said
+    tar.write_bytes(whole)
+    with monkeypatch.context() as patch:                 # who tests as root may write anywhere
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        assert "data/set cannot be written to" in line("set", "--vlm", "short")
+    model = tmp_path / "runs" / "short" / "step-000001" / "model.safetensors"
+    os.truncate(model, model.stat().st_size // 2)
+    assert "step-000001 is damaged" in line("set", "--vlm", "short")
+
+
+@pytest.mark.parametrize("name", ["vlm-llava15", "vlm-qwen2", "wan-umt5"])
+def test_configs_of_any_value_end_in_one_line(tmp_path, capsys, name):
+    """Each value of a published config.json in another form: it opens, or is refused in a line."""
+    shutil.copytree(FIXTURES / name, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config, refused = json.loads(path.read_text()), 0
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part, key in [(part, key) for part in parts for key in part]:
+        old = part[key]
+        for value in ("x", [], {"a": 1}):
+            part[key] = value
+            path.write_text(json.dumps(config))
+            try:
+                (c.open_text_encoder if name == "wan-umt5" else c.open_vlm)(tmp_path / "model")
+            except SystemExit as end:
+                assert end.code == 2 and capsys.readouterr().err.count("\n") == 1
+                refused += 1
+        part[key] = old
+    assert refused > 20
 
 
 @pytest.mark.parametrize("text, says", [(None, "missing"), ("{", "no tokenizer")])

@@ -25,9 +25,9 @@ STAGES = {
     "vae": ["train_vae.py", "demo", "--steps", "12", "--eval_every", "6", "--save_every", "3",
             "--warmup", "3"],
     "encode": ["train_vae.py", "demo", "--encode"],
-    "captioner": ["caption.py", "demo", "--train", "--steps", "16", "--eval_every", "8",
+    "captioner": ["caption.py", "demo", "--train", "--few", "--steps", "16", "--eval_every", "8",
                   "--save_every", "4", "--log_every", "4"],
-    "caption": ["caption.py", "demo"],
+    "caption": ["caption.py", "demo", "--sure", "0"],
     "dit": ["train_dit.py", "demo", "--steps", "16", "--eval_every", "8", "--save_every", "4"],
 }
 
@@ -244,6 +244,7 @@ def test_docstring_commands_run(demo):
     for script, name in (("train_vae.py", "psnr"), ("caption.py", "loss"), ("train_dit.py", "held_out")):
         command = re.search(rf"python ({script} demo [^#\n]*--run quick [^#\n]*?)(?:  |\n)",
                             (ROOT / script).read_text())[1].split()
+        command += ["--few"] * (script == "caption.py")      # of a small demo
         begun = time.time()
         run(demo, command)
         assert time.time() - begun < 60

@@ -1,6 +1,7 @@
 """Published weights of each system, begun from, trained, sampled and written back, on real files."""
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -135,15 +136,53 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
     assert "reads an image" in line("--model", "wan-i2v-14b")
     state = D.read_tensors(path)
     torch.save({k: v for k, v in state.items() if k != "blocks.0.attn.proj.bias"}, tmp_path / "a.pt")
-    assert "blocks.0.attn.proj.bias" in line("--model", "dit", "--init", str(tmp_path / "a.pt"))
+    assert "blocks.0.attn.proj.bias" in line("--model", "dit", "--heads", "4", "--init", str(tmp_path / "a.pt"))
     torch.save({**state, "more": torch.ones(1)}, tmp_path / "b.pt")
-    assert "hold more" in line("--model", "dit", "--init", str(tmp_path / "b.pt"))
+    assert "hold more" in line("--model", "dit", "--heads", "4", "--init", str(tmp_path / "b.pt"))
     other = D.DiT(4, 48, 1, 4, (1, 2, 2), out_channels=8, classes=3, own_table=True,
                   positions="sincos", grid=(4, 4))
     torch.save(D.to_published(other.state_dict(), "dit", other), tmp_path / "c.pt")
-    assert "4 channels" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
+    assert "4 channels" in line("--model", "dit", "--heads", "4", "--init", str(tmp_path / "c.pt"))
     assert "prepare smaller" in line("--model", "uvit", "--heads", "2", "--init",
                                      str(published("uvit", tmp_path)))
+    assert "no such file" in line("--model", "dit", "--init", "nosuch.pt")
+    latents = next((home / "data/set").glob("*.latents-*"))
+    whole = latents.read_bytes()
+    for bad in (whole[:len(whole) // 2], whole[:4], b"{}"):
+        latents.write_bytes(bad)
+        assert "encode again" in (told := line("--vae", "set-vae")) and str(latents.name) in told
+    latents.write_bytes(whole)
+    assert "needs to be told its heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
+
+
+def test_a_run_does_not_go_on_with_another_autoencoders_latents(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(D.MODELS, "sit-tiny", dict(
+        kind="sit", dim=24, depth=1, heads=2, patch=(1, 2, 2), own_table=True, positions="sincos",
+        classes=3))
+    command = ["set", "--vae", "set-vae", "--model", "sit-tiny", "--run", "faithful",
+               "--row_tokens", "64", "--batch_tokens", "64", "--steps"]
+    D.main([*command, "1"])
+    opened = D.load_autoencoder
+
+    def other(name, *device):
+        vae, config = opened(name, *device)
+        for path in (home / "data/set").glob(f"*.latents-{config['hash']}.*"):
+            shutil.copy(path, str(path).replace(config["hash"], "0ther000"))
+        return vae, {**config, "hash": "0ther000"}
+    monkeypatch.setattr(D, "load_autoencoder", other)
+    with pytest.raises(SystemExit) as stop:
+        D.main([*command, "2"])
+    assert stop.value.code == 2
+    assert "start another --run" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(D, "load_autoencoder", opened)
+    config = D.read_config(home / "runs/faithful", "denoiser")
+    for name in ("data", "split"):                           # as runs before these were
+        del config[name]
+    train_vae.write_config(home / "runs/faithful", config)
+    D.main([*command, "2"])
+    assert D.read_log(home / "runs/faithful")[-1]["step"] == 2
+    assert "data" not in D.read_config(home / "runs/faithful", "denoiser")
 
 
 def test_a_finished_run_opens_nothing_and_one_without_a_checkpoint_begins_again(
@@ -157,7 +196,7 @@ def test_a_finished_run_opens_nothing_and_one_without_a_checkpoint_begins_again(
                str(ENCODER), "--row_tokens", "64", "--batch_tokens", "64", "--run", "done",
                "--steps", "1", "--lr", "0"]
     D.main(command)
-    assert len(opened) == 1
+    assert opened.count(path) == 1
     shutil.rmtree(home / "runs/done/step-000001")
     D.main(command)
     D.main(["set", "--run", "done", "--export", str(tmp_path / "back.safetensors")])
@@ -166,7 +205,104 @@ def test_a_finished_run_opens_nothing_and_one_without_a_checkpoint_begins_again(
     shutil.rmtree(path)
     monkeypatch.setattr(D, "open_text_encoder", None)
     D.main(command)
-    assert len(opened) == 2
+    assert opened.count(path) == 2
+
+
+def test_a_run_shows_how_it_goes_and_its_best_weights_are_sampled(
+        home, monkeypatch, capsys):
+    """loss.png from the first evaluation on, and again where a finished run has none; what is
+    sampled is what had the lowest held-out loss, while training goes on from the last checkpoint."""
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(D.MODELS, "video-tiny", dict(
+        kind="video", dim=24, depth=1, heads=2, patch=(1, 1, 1), rope_base=100.0, text=(16, 1, 2)))
+    losses, run, measure = iter([3.0, 1.0, 1.5, 2.0, 2.5]), home / "runs/shown", D.held_out_loss
+
+    def held_out_loss(model, *rest):
+        found = measure(model, *rest)                        # also that of zeros, as it is
+        return {**found, "held_out": next(losses)} if isinstance(model, torch.nn.Module) else found
+    monkeypatch.setattr(D, "held_out_loss", held_out_loss)
+    command = ["set", "--vae", "set-vae", "--model", "video-tiny", "--row_tokens", "256",
+               "--batch_tokens", "256", "--eval_every", "1", "--save_every", "1", "--keep", "1",
+               "--schedule", "constant", "--run", "shown", "--steps"]
+    D.main([*command, "1"])
+    (run / "loss.png").unlink()
+    D.main([*command, "1"])                                  # killed before it drew
+    first = (run / "loss.png").read_bytes()
+    D.main([*command, "5"])
+    log = D.read_log(run)
+    assert (run / "loss.png").read_bytes() != first
+    assert len({row["held_out_zero"] for row in log}) == 1 and log[0]["held_out_zero"] > 1
+    assert "since step 2" in capsys.readouterr().err
+    assert D.best_of(run) == {"step": 2, "held_out": 1.0} and [
+        path.name for path in run.glob("step-*")] == ["step-000005"]
+    last = load_file(run / "step-000005/ema.safetensors")
+    best = D.load_denoiser("shown")[0].state_dict()
+    assert "has the lowest" in capsys.readouterr().err
+    final = D.load_denoiser("shown", which="last")[0].state_dict()
+    assert all(torch.equal(final[name], last[name]) for name in last)
+    assert any(not torch.equal(best[name], last[name]) for name in last)
+    common = ["shown", "--prompt", "dark", "--size", "32x32", "--frames", "5", "--steps", "1"]
+    for which, step in (("best", 2), ("last", 5)):
+        sample.main([*common, "--checkpoint", which, "--out", str(run / which)])
+        facts = json.loads(next((run / which).glob("*.json")).read_text())
+        assert facts["weights"] == f"runs/shown/step-{step:06d}"
+    assert "--checkpoint last" in facts["command"]
+    data = json.loads((run / "config.json").read_text())["data"]
+    assert data == {
+        "size": [32, 32], "frames": 9, "fps": 9.0, "sizes": [[32, 32, 8]], "frames_range": [9, 9],
+        "fps_range": [9.0, 9.0], "side_range": [32, 32], "grid_range": [[3, 4, 4], [3, 4, 4]],
+        "text": True, "words": ["a", "bright", "dark", "video"]}
+
+
+def test_runs_are_compared_in_a_table_and_a_picture(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    for run, options, losses in (("one", {"seed": 0}, [2, 1, 3]), ("two", {"seed": 1}, [2, 1.5])):
+        (home / "runs" / run).mkdir()
+        train_vae.write_config(home / "runs" / run, {
+            "format": 1, "kind": "denoiser", "model": {}, "vae": {"hash": "aa"},
+            "args": {"batch_tokens": 1000, **options}})
+        train_vae.write_rows(home / "runs" / run / "log.jsonl", [
+            {"step": 100 * i + 100, "loss": loss, "held_out": loss, "fullness": 0.5, "step_s": 0.6,
+             "held_out_zero": 2.0} for i, loss in enumerate(losses)])
+    D.main(["compare", "one", "two"])
+    out, err = capsys.readouterr()
+    head, *rows = [re.split(r"  +", line.strip()) for line in out.splitlines()]
+    assert head == ["run", "steps", "tokens", "time", "best held out", "at step", "last",
+                    "knows nothing"]
+    assert rows == [["one", "300", "0.15M", "3.0 min", "1.0000", "200", "3.0000", "2.0000"],
+                    ["two", "200", "0.10M", "2.0 min", "1.5000", "200", "1.5000", "2.0000"]]
+    assert "differ in --seed" in err and Image.open(home / "runs/compare.png").size == (860, 500)
+    for line, names in (("usage", []), ("no run", ["one", "three"])):
+        with pytest.raises(SystemExit) as stop:
+            D.main(["compare", *names])
+        assert stop.value.code == 2 and line in capsys.readouterr().err
+    with open(home / "runs/two/log.jsonl", "a") as file:
+        file.write("{\"step\": 300, \n")
+    for text, line in ((None, "line 3 is damaged"), ('{"format": 1, "kind": "denoiser"}', "and args")):
+        if text:
+            (home / "runs/two/config.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            D.main(["compare", "two"])
+        assert stop.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_small_data_and_missing_captions_are_said(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    command = ["set", "--vae", "set-vae", "--run", "small", "--model", "video-xxs", "--estimate"]
+    D.main([*command, "--row_tokens", "64", "--batch_tokens", "64", "--steps", "40"])
+    err = capsys.readouterr().err
+    assert "holds 1.0 clips on average: for four take --row_tokens 256 --batch_tokens 256" in err
+    assert "all 8 clips fill 8 rows, and 40 steps show each 5 times" in err
+    assert "without text" not in err
+    opened = D.open_dataset
+    monkeypatch.setattr(D, "open_dataset", lambda folder: [
+        {**row, "captions": []} for row in opened(folder)])
+    D.main([*command, "--row_tokens", "256", "--batch_tokens", "256"])
+    err = capsys.readouterr().err
+    assert "learns without text" in err and "on average" not in err
+    D.main([*command[:-1], "--row_tokens", "256", "--batch_tokens", "256", "--steps", "1"])
+    data = json.loads((home / "runs/small/config.json").read_text())["data"]
+    assert data["text"] is False and data["words"] == []
 
 
 def test_an_estimate_encodes_no_captions(home, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import caption
 import train_dit as D
+import train_vae
 from conftest import DEVICE
 from kernels.attention import reference
 
@@ -261,3 +262,76 @@ def test_conditions_are_told_dropped_and_begin_without_effect():
     assert not torch.allclose(a, b)
     torch.nn.init.zeros_(model.dit.about.weight)
     torch.testing.assert_close(*(model(x0, t, row) for row in rows))
+
+
+# -- does it go well? ------------------------------------------------------------------------------
+
+
+def test_a_model_that_knows_nothing_has_the_loss_of_zeros():
+    """A new model returns zeros: its held-out loss is that level, whatever is predicted."""
+    row, x0, noise, t, _ = drawn(n_tokens=100)
+    bank = [(["a", "b", "c"], row, x0, noise, t)]
+    own = row.own
+    for objective, level in (
+            (D.Objective(), (noise - x0)[own].square()), (D.Objective("noise"), noise[own].square()),
+            (D.Objective("x"), x0[own].square())):
+        torch.manual_seed(0)
+        model = D.Denoiser(**OPTIONS)
+        model.objective = objective
+        found = D.zero_loss(model, bank)
+        assert found == D.held_out_loss(model, bank, torch.device("cpu"), "fp32")["held_out"]
+        clips = [level[row.rows[own] == b].mean().item() for b in range(3)]
+        assert found == pytest.approx(np.mean(clips), rel=1e-5)
+    model.kind = "gpt"
+    assert D.zero_loss(model, [([], row, torch.tensor([0, 0, 1, 3]))]) == pytest.approx(
+        1.5 * math.log(2))
+
+
+def log_of(held, train=None):
+    """A log of rows every 10 steps, evaluated at each."""
+    train = train or [1 / (1 + i) for i in range(len(held))]
+    return [{"step": 10 * i + 10, "loss": loss, "held_out": value}
+            for i, (value, loss) in enumerate(zip(held, train))]
+
+
+def test_three_rises_of_the_held_out_loss_are_said_once():
+    line = D.rising(log_of([5, 3, 4, 4.5, 5]))
+    assert "since step 20 (3.0000 to 5.0000)" in line and "memorises" in line
+    assert "fewer --steps" in line and D.BEST in line
+    assert "diverges" in D.rising(log_of([5, 3, 4, 4.5, 5], [1, 1, 2, 3, 4]))
+    for held in ([5, 3, 4, 4.5], [5, 3, 4, 4.5, 5, 6], [3, 4, 3.5, 4, 5], [5, 4, 3, 2], [],
+                 [5, 3, 4, None, 5], [5, 3, 4, math.nan, 5]):
+        assert D.rising(log_of(held)) is None, held
+
+
+def test_ticks_are_round_and_few():
+    assert D.ticks(0, 1100) == [0, 200, 400, 600, 800, 1000]
+    assert D.ticks(0.31, 1.62) == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6])
+    assert D.ticks(0.001, 0.03) == pytest.approx([0.001, 0.002, 0.005, 0.01, 0.02])
+    for low, high in ((0, 1), (3.1, 3.1001), (0.9, 6), (0, 999999), (0.5, 0.5 + 1e-12)):
+        assert len(D.ticks(low, high)) <= 9
+
+
+def test_the_best_weights_are_those_of_the_lowest_held_out_loss(tmp_path):
+    """Kept beside the checkpoints; what a killed run left of later steps does not count."""
+    (tmp_path / ".best.1-aa.tmp.safetensors").write_bytes(b"of a writer that was killed")
+    for step, loss in ((10, 2.0), (20, math.nan), (30, 1.0), (40, 1.5)):
+        D.keep_best(tmp_path, step, loss, {"w": torch.tensor([float(step)])})
+    assert [path.name for path in tmp_path.iterdir()] == [D.BEST]
+    train_vae.save_step(tmp_path, 40, {"ema": {"w": torch.tensor([40.0])}})
+    assert D.best_of(tmp_path) == {"step": 30, "held_out": 1.0}
+    file, name = D.averaged_weights(tmp_path)
+    assert D.read_tensors(file)["w"] == 30 and name == str(tmp_path / "step-000030")
+    assert D.averaged_weights(tmp_path, "last")[1] == str(tmp_path / "step-000040")
+    D.keep_best(tmp_path, 20, 1.2, {"w": torch.tensor([21.0])})      # it goes on from step 10
+    assert D.best_of(tmp_path) == {"step": 20, "held_out": 1.2}
+    (tmp_path / D.BEST).write_bytes(b"cut")
+    with pytest.raises(SystemExit) as stop:
+        D.averaged_weights(tmp_path)
+    assert stop.value.code == 2
+    (tmp_path / D.BEST).unlink()
+    assert D.averaged_weights(tmp_path)[1] == str(tmp_path / "step-000040")
+
+
+def test_words_are_lower_case_and_single_in_scripts_without_spaces():
+    assert D.words_of("A dog's 2 Straße, 猫が走る!") == ["a", "dog", "s", "2", "straße", *"猫が走る"]
