@@ -1989,9 +1989,7 @@ def train(args, folder):
     rank, world, device = setup(args, rows_a_step, "--batch_tokens")
     config, begun, saved_at = {"kind": "denoiser", "args": vars(args)}, None, None
     is_begun = (folder / "config.json").exists() and not args.estimate
-    barrier()                                                # before the first rank makes it
-    if not args.estimate:
-        claim(folder)
+    args.estimate or claim(folder)                           # ranks wait, before the first makes it
     if is_begun:
         saved_at = start_run(folder, config)
         if is_finished(saved_at, args):

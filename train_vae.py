@@ -355,21 +355,30 @@ def is_finished(checkpoint, args):
 def last_step(folder, also_optimizer=False):
     """The newest whole checkpoint's folder, or None where there is none; refuses a run all of whose
     checkpoints are damaged. A checkpoint is renamed to its name when it is on disk."""
-    found = sorted(Path(folder).glob("step-*"), reverse=True)
-    for path in found:
+    bad = []
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):
         files = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
                              for file in path.iterdir()))
-        if not damaged(path, files, also_optimizer):
+        what = damaged(path, files, also_optimizer)
+        if not what:
+            if bad and not int(os.environ.get("RANK", 0)):
+                say_once(f"{folder}: damaged: {', '.join(bad)}; goes on from {path.name}")
             return path
-    if found:
-        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(p.name for p in found)}):"
-               " put a copy in their place, or remove the folder")
+        bad.append(f"{path.name}/{what}")
+    if bad:
+        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(bad)}): put copies in "
+               "their place, or remove the folder")
+
+
+@lru_cache(64)
+def say_once(line):
+    print(line, file=sys.stderr)
 
 
 @lru_cache(64)
 def damaged(path, files, also_optimizer):
-    """The first of a checkpoint's files that is not as it was written, or ''; says so. Sums stand
-    in state.json; files of before are opened. An optimizer's is read only where it is used."""
+    """The first of a checkpoint's files that is not as it was written, or ''. Sums stand in
+    state.json; files of before are opened. An optimizer's is read only where it is used."""
     def is_fine(name):
         if name == "state.json":
             return state["step"] == int(path.name.split("-")[1]) and (
@@ -392,8 +401,6 @@ def damaged(path, files, also_optimizer):
             return ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         pass
-    if not int(os.environ.get("RANK", 0)):
-        print(f"{path} is damaged ({bad}): the checkpoint before it is used", file=sys.stderr)
     return bad
 
 
