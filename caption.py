@@ -71,6 +71,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import av
 import numpy as np
 import sentencepiece
@@ -79,18 +80,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_sole, json_line,
-                          number, open_dataset, read_rows, refuse, rng, run_dir, write_rows,
+                          number, open_dataset, read_rows, refuse, rng, run_dir, script, write_rows,
                           write_text)
-from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, fit,
-                       is_finished, last_step, load_step, lr_at, moved, optimizer_tensors,
+from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim, fit,
+                       is_finished, last_step, load_step, lr_at, moved, one_run, optimizer_tensors,
                        option_parser, prefetch, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, setup, start_run, take_step, training_options)
+                       restore_optimizer, save_file, setup, start_run, take_step, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -1052,6 +1053,7 @@ def pick_caption(row, args, step):
     return row["captions"][random.choice(len(weights), p=weights / weights.sum())]
 
 
+@one_run
 def train(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
     folder, learnt, held_out = captioned(args, run)
@@ -2877,9 +2879,11 @@ def answer_loss(model, requests, answers):
     return F.cross_entropy(decoder.logits(h).float(), wanted, reduction="sum")
 
 
+@one_run
 def tune(args, run):
     """Teaches a published captioner the captions, or the answers to the questions beside them."""
     rank, world, device = setup(args, args.batch, "--batch")
+    claim(run)
     folder, rows, held_out = captioned(args, run)
     is_done, step = is_finished(last_step(run), args), 0
     if not is_done:                                  # what is refused leaves no run behind
@@ -3023,4 +3027,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -71,6 +71,24 @@ from fractions import Fraction
 from multiprocessing import connection
 from pathlib import Path
 
+
+def tell_missing(kind, error, trace):
+    """sys.excepthook: one line where a package is not installed."""
+    name = (getattr(error, "name", None) or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and name in PACKAGES:
+        print(f"{Path(sys.argv[0]).name}: {name} is not installed: pip install -r "
+              "requirements.txt", file=sys.stderr, flush=True)
+        os._exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
+PACKAGES = "av numpy PIL safetensors sentencepiece tokenizers torch tqdm triton".split()
+sys.excepthook = tell_missing            # before the first of them is imported
+if sys.version_info < (3, 11):
+    print(f"{Path(sys.argv[0]).name}: Python 3.11 or newer is needed, this is "
+          f"{sys.version_info[0]}.{sys.version_info[1]}", file=sys.stderr)
+    sys.exit(2)
+
 import av
 import numpy as np
 import PIL
@@ -103,6 +121,51 @@ def refuse(message):
     """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses wrong options in one line, with the nearest name that there is."""
+
+    def error(self, message):
+        choice = re.fullmatch(r"argument (\S+?): invalid choice: '?(.*?)'? \(choose from (.*)\)",
+                              message)
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if choice:
+            near = nearest(choice[2], re.findall("[^', ]+", choice[3]))
+            message = f"{choice[1]} {choice[2]}: did you mean {near}?" if near else message
+        elif message.startswith("unrecognized") and (
+                bad := next((word for word in words if word.startswith("-")), "").split("=")[0]):
+            near = nearest(bad, self._option_string_actions)
+            message = f"{bad} is not an option: " + (f"did you mean {near}?" if near else
+                                                     "--help names them")
+        refuse(message)
+
+
+def nearest(word, names):
+    """The name that `word` is closest to, whatever its case and signs, or None."""
+    plain = lambda text: re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+    names = {plain(name): name for name in names}
+    return names.get(next(iter(difflib.get_close_matches(plain(word), names, 1)), None))
+
+
+def script(main):
+    """Runs a script's main; Ctrl-C ends it in one line, status 130."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def writable(folder):
+    """Refuses, before any work, a folder that cannot be written or made."""
+    place = next(each for each in (Path(folder), *Path(folder).absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        refuse(f"{folder} cannot be written: {(error.strerror or str(error)).lower()}"
+               + (f" ({place})" if place != Path(folder) else ""))
 
 
 def dataset_dir(name):
@@ -2392,17 +2455,6 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def nearest(parser, message):
-    """argparse's message, with the known name that is most like the unknown one."""
-    choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-    option = re.search(r"unrecognized arguments: (--\w+)", message)
-    if not choice and not option:
-        return message
-    known = re.findall(r"\w+", choice[2]) if choice else parser._option_string_actions
-    near = difflib.get_close_matches((choice or option)[1], known, 1, 0.5)
-    return message + f"; did you mean {near[0]}?" * bool(near)
-
-
 def check_bounds(args):
     """Refuses bounds that no clip can pass."""
     ends = [name[4:] for name in vars(args) if name.startswith("min_")]
@@ -2452,8 +2504,7 @@ def add_filters(parser):
 
 def parse_options(argv=None):
     """The options; `shaping` lists those that change the result, which plan.json holds."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: refuse(nearest(parser, message))
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     cores = max(1, len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))   # ranks share them
     whole, real = number(int, 0), number(float, 0)
@@ -2540,8 +2591,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, interrupted)
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nprepare_data.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    script(main)

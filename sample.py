@@ -41,11 +41,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -55,7 +56,7 @@ from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_stric
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
-                          render_shot, rng, sweep, write_text, write_video)
+                          render_shot, rng, script, sweep, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
@@ -63,7 +64,7 @@ from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averag
                        token_shift, words_of)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
                        is_run, load_autoencoder, model_path, normaliser,
-                       open_detector, option_parser, read_config, read_tensors, setup,
+                       open_detector, option_parser, read_config, read_tensors, save_file, setup,
                        sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
@@ -1897,4 +1898,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

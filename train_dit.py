@@ -42,12 +42,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -61,13 +61,14 @@ from kernels.attention import attention
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
-                          run_dir, sweep)
-from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, decode_long, ema_update,
+                          run_dir, script, sweep)
+from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
                        epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint, last_step,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
-                       moved, optimizer_tensors, option_parser, read_config, read_header, read_log,
-                       read_tensors, restore_optimizer, setup, sheet_frames, split_rows, start_run,
-                       sum_over_ranks, take_step, to_frames, training_options)
+                       moved, one_run, optimizer_tensors, option_parser, read_config, read_header,
+                       read_log, read_tensors, restore_optimizer, save_file, setup, sheet_frames,
+                       split_rows, start_run, sum_over_ranks, take_step, to_frames,
+                       training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1870,6 +1871,9 @@ def open_stage(args, folder, begun, device):
     kind, patch = options["kind"], options.get("patch", 1)
     if "dim" not in options:
         refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
+    if options.get("image_dim"):
+        refuse(f"--model {args.model} reads an image beside the text, and training gives none: "
+               "take a model without one, such as wan-14b")
     for size in {"dim", "depth", "heads"} & set(preset):
         if options[size] != preset[size]:
             refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
@@ -1979,12 +1983,13 @@ def build(args, options, weights, vae):
     return model
 
 
+@one_run
 def train(args, folder):
     rows_a_step = args.batch_tokens // args.row_tokens
     rank, world, device = setup(args, rows_a_step, "--batch_tokens")
     config, begun, saved_at = {"kind": "denoiser", "args": vars(args)}, None, None
     is_begun = (folder / "config.json").exists() and not args.estimate
-    barrier()                                                # before the first rank makes it
+    args.estimate or claim(folder)                           # ranks wait, before the first makes it
     if is_begun:
         saved_at = start_run(folder, config)
         if is_finished(saved_at, args):
@@ -2505,4 +2510,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

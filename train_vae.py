@@ -24,7 +24,7 @@ Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
 Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
 """
-import argparse
+import contextlib
 import ctypes
 import hashlib
 import itertools
@@ -38,25 +38,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
+import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from kernels import IS_WIDE
-from prepare_data import (atomic, contact_sheet, dataset_dir, drawn_split, number, open_dataset,
-                          read_clip, refuse, rng, run_dir, where, write_rows, write_text)
+from prepare_data import (Parser, atomic, contact_sheet, dataset_dir, drawn_split, is_sole, number,
+                          open_dataset, read_clip, refuse, rng, run_dir, script, sweep, where,
+                          writable, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -132,9 +134,7 @@ class Linear(nn.Linear):
 
 def option_parser(doc):
     """An argparse parser that refuses wrong options in one line, status 2."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
-    return parser
+    return Parser(description=doc.splitlines()[0], allow_abbrev=False)
 
 
 def bench(function, argv, file="peers.py", beside="diffusers"):
@@ -209,6 +209,58 @@ def write_config(folder, config):
     write_text(Path(folder) / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
+HELD = {}               # of this process's runs: (lock file, whether it made the run)
+
+
+def one_run(train):
+    """Wraps a stage's train(args, folder): when it leaves, the run is free for other processes, and
+    no folder stays behind in which nothing was made."""
+    @wraps(train)
+    def run(args, folder):
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            return train(args, folder)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            lock, is_new = HELD.pop(str(folder), (None, False))
+            if lock:
+                Path(lock.name).unlink(missing_ok=True)
+                if is_new and not any(Path(folder).glob("step-*")) and not read_log(folder):
+                    for name in ("config.json", "tokenizer.json", "log.jsonl"):
+                        Path(folder, name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):           # what others put there stays
+                        Path(folder).rmdir()
+                lock.close()
+    return run
+
+
+def claim(folder):
+    """Takes a run's folder for this process and its ranks, or refuses it on all of them."""
+    fault = "" if int(os.environ.get("RANK", 0)) or str(folder) in HELD else lock_run(Path(folder))
+    is_refused, = sum_over_ranks(float(bool(fault)))
+    if is_refused:
+        refuse(fault) if fault else sys.exit(2)
+
+
+def lock_run(folder):
+    """Holds folder/.lock until this process ends, however it does; what is against it, or ''."""
+    try:
+        is_new = not (folder / "config.json").exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            lock = open(folder / ".lock", "a")
+            if not is_sole(lock):
+                return (f"{folder} is in use by another process: wait until it ends, or name "
+                        "another --run")
+            with contextlib.suppress(FileNotFoundError):     # its last holder may have removed it
+                if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                    break
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror}; name another --run"
+    HELD[str(folder)] = lock, is_new
+    return ""
+
+
 def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
                                      "price_per_hour")):
     """Opens the run's folder, or makes it, and returns its last checkpoint's folder or None.
@@ -216,6 +268,7 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
     `config` holds "kind" and "args" and whatever else a loader needs. A run goes on only with the
     options that it began with, but for those in `resumable`: anything else is refused by name."""
     folder, rank = Path(folder), int(os.environ.get("RANK", 0))
+    claim(folder)
     if (folder / "config.json").exists():
         old = read_config(folder, config["kind"])
         for name in sorted(set(old["args"]) | set(config["args"])):
@@ -224,17 +277,21 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
                 refuse(f"{folder} was begun with --{name} {was}, not {now}: use another --run, "
                        "or remove the folder")
     elif rank == 0:
-        here = Path(__file__).resolve().parent
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, {
-            "format": RUN_FORMAT, "split": "files", **config, "git": git.stdout.strip() or None,
+            "format": RUN_FORMAT, "split": "files", **config, "git": git_revision(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
     barrier()
-    return last_step(folder)
+    return last_step(folder, also_optimizer=True)
+
+
+def git_revision():
+    """Of this code, or None: git may be missing, and this no repository."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                              capture_output=True, text=True).stdout.strip() or None
 
 
 STAND_INS = [           # classes in published checkpoints, read as data without their code
@@ -271,12 +328,18 @@ def read_tensors(path):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
             if unknown:
                 refuse(f"{path} holds more than weights: {', '.join(sorted(unknown))}")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
         refuse(f"{path}: no such file")
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError,
-            torch.serialization.pickle.UnpicklingError) as error:
+    except SafetensorError as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
+    except Exception as error:   # torch's on foreign bytes are of any kind, and advise to unpickle
+        why = error.strerror if isinstance(error, PermissionError) else (
+            "it is no file of tensors, or cut short" if path.stat().st_size else "it is empty")
+        refuse(f"{path} cannot be read as weights: {why}")
+    if not isinstance(found, dict):
+        refuse(f"{path} cannot be read as weights: it holds no names")
+    return found
 
 
 def last_checkpoint(folder):
@@ -289,36 +352,125 @@ def is_finished(checkpoint, args):
     return checkpoint is not None and int(checkpoint.name.split("-")[1]) >= args.steps
 
 
-def last_step(folder):
-    """The newest checkpoint's folder, or None. A checkpoint is renamed to its name when whole."""
-    return max(Path(folder).glob("step-*"), default=None)
+def last_step(folder, also_optimizer=False):
+    """The newest whole checkpoint's folder, or None where there is none; refuses a run all of whose
+    checkpoints are damaged. A checkpoint is renamed to its name when it is on disk."""
+    bad = []
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+        files = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                             for file in path.iterdir()))
+        what = damaged(path, files, also_optimizer)
+        if not what:
+            if bad and not int(os.environ.get("RANK", 0)):
+                say_once(f"{folder}: damaged: {', '.join(bad)}; goes on from {path.name}")
+            return path
+        bad.append(f"{path.name}/{what}")
+    if bad:
+        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(bad)}): put copies in "
+               "their place, or remove the folder")
 
 
-def save_step(folder, step, tensors, keep=2):
+@lru_cache(64)
+def say_once(line):
+    print(line, file=sys.stderr)
+
+
+@lru_cache(64)
+def damaged(path, files, also_optimizer):
+    """The first of a checkpoint's files that is not as it was written, or ''. Sums stand in
+    state.json; files of before are opened. An optimizer's is read only where it is used."""
+    def is_fine(name):
+        if name == "state.json":
+            return state["step"] == int(path.name.split("-")[1]) and (
+                sums[name] in (None, zlib.crc32(json.dumps(state).encode())))
+        if sums[name] is None:
+            with safe_open(path / name, "pt"):
+                return True
+        if "optimizer" in name and not also_optimizer:
+            return (path / name).exists()
+        return sum_of(path / name) == sums[name]
+
+    bad = "state.json"
+    try:
+        state = json.loads((path / bad).read_text())
+        sums = state.pop("sums", dict.fromkeys(name for name, *_ in files))
+        for bad in sums:
+            if not is_fine(bad):
+                break
+        else:
+            return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        pass
+    return bad
+
+
+def sum_of(path):
+    """CRC-32 of a file."""
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            total = zlib.crc32(part, total)
+    return total
+
+
+DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+          torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+          torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def save_file(tensors, path, metadata=None):
+    """Writes safetensors, the same bytes as the library's save_file, and returns their CRC-32. That
+    one renames another file over `path`: it takes no heed of the umask nor of a lock, and leaves
+    its own temporary file behind when killed."""
+    rank = {dtype: i for i, dtype in enumerate(DTYPES)}              # in the library's order
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header, at = {"__metadata__": metadata} if metadata else {}, 0
+    for name in names:
+        x = tensors[name]
+        size = x.numel() * x.element_size()
+        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
+                        "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    total = 0
+    with open(path, "wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *(
+                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                for name in names)):
+            file.write(part)
+            total = zlib.crc32(part, total)
+    return total
+
+
+def save_step(folder, step, tensors, keep=2, log=None):
     """Writes folder/step-000100/: one safetensors file for each of `tensors` {name: {key: tensor}},
-    and state.json. Everything is on disk before the folder gets its name, and only then do
-    checkpoints older than the last `keep` go; a disk that is full leaves them as they are."""
+    and state.json with their sums and `log`, see `Means`. Everything is on disk before the folder
+    gets its name, and only then do checkpoints older than the last `keep` go; a disk that is full
+    leaves them as they are."""
     if int(os.environ.get("RANK", 0)):
         return
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".step-{step:06d}.part"
     for stale in [*Path(folder).glob(".step-*.part"), *([final] if final.exists() else [])]:
         shutil.rmtree(stale)
+    state = {"step": step, **({"log": log} if log else {})}
+    sums = {"state.json": zlib.crc32(json.dumps(state).encode())}
     try:
         part.mkdir(parents=True)
         for name, group in tensors.items():
-            group = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(group, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step}))
+            sums[f"{name}.safetensors"] = save_file(group, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps({**state, "sums": sums}))
         for path in [*part.iterdir(), part]:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         refuse(f"step {step} could not be saved in {folder} ({error}); the checkpoint before it is "
                "whole: make room and run the same command again")
     part.rename(final)
-    for old in sorted(Path(folder).glob("step-*"))[:-keep]:
+    whole = [path for path in sorted(Path(folder).glob("step-*")) if path <= final]
+    for old in whole[:-keep]:                            # later ones are damaged, or we began there
         shutil.rmtree(old)
 
 
@@ -346,17 +498,25 @@ def restore_optimizer(optimizer, model, tensors):
 
 
 def read_log(folder):
-    """The rows of log.jsonl, without a torn last line."""
+    """The rows of log.jsonl, without a torn last line; what is no number is None."""
     path, rows = Path(folder) / "log.jsonl", []
-    with open(path, errors="replace") as file:
-        for n, line in enumerate(file, 1):
-            if line.endswith("\n"):
-                try:
-                    row = json.loads(line)
-                    rows.append({**row, "step": int(row["step"])})
-                except (ValueError, KeyError, TypeError):
-                    refuse(f"{path}: line {n} is damaged: remove it, and run the command again")
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            refuse(f"{path}: line {n} is damaged: remove it, and run the command again")
     return rows
+
+
+def finite(value):
+    """A value as strict JSON has it: None in the place of what is not finite."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def lr_at(step, args):
@@ -451,7 +611,9 @@ class MuonAdamW:
 
 
 def take_step(model, optimizer, lr, clip=1.0):
-    """Sums gradients over ranks, clips their norm, steps; returns the norm before clipping."""
+    """Sums gradients over ranks, clips their norm, steps; returns the norm before clipping. The
+    last moment at which a step can be dropped."""
+    STOP.agree()
     sum_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     for group in optimizer.param_groups:
@@ -475,83 +637,229 @@ def peak_mib():
     return round(held / 2**(20 if sys.platform == "darwin" else 10))
 
 
-def over_ranks(figures):
-    """{figure: number} over all ranks. What is a number is a rank's part of the sum; a tensor [2]
-    or [n, 2] holds sums and counts: their quotients count, None where nothing was counted."""
+def summed(figures):
+    """{figure: float64 tensor}: numbers or tensors of all ranks, added up."""
     parts = [torch.as_tensor(value).detach().cpu().double() for value in figures.values()]
+    if not parts:
+        return {}
     sums = sum_over_ranks(*torch.cat([part.flatten() for part in parts]).tolist())
-    found = {}
-    for name, part, total in zip(figures, parts, torch.tensor(sums, dtype=torch.float64).split(
-            [part.numel() for part in parts])):
-        means = [x / n if n else None for x, n in total.view(-1, 2).tolist()] if part.dim() else []
-        found[name] = total.item() if part.dim() == 0 else means if part.dim() > 1 else means[0]
-    return found
+    split = torch.tensor(sums, dtype=torch.float64).split([part.numel() for part in parts])
+    return {name: each.view(part.shape) for name, part, each in zip(figures, parts, split)}
+
+
+def quotients(total):
+    """Of sums and counts [2] or [n, 2] sum / count, None where nothing counts."""
+    means = [x / n if n else None for x, n in total.view(-1, 2).tolist()]
+    return means if total.dim() > 1 else means[0]
+
+
+class Means:
+    """Figures' means over the steps since the log's last row. Of a step each figure is a number,
+    this rank's part of the sum over ranks, or a tensor [2] or [n, 2] of sums and counts. The sums
+    are float64, in which float32 numbers add up alike in any order: a resumed run logs the same."""
+
+    def __init__(self, saved, is_new):
+        self.sums, self.is_new, self.found = {}, is_new, saved   # is_new: the next step begins anew
+        for name, (total, n) in saved.items():
+            total = torch.tensor(total, dtype=torch.float64)
+            self.sums[name] = total * (int(os.environ.get("RANK", 0)) == 0), n
+
+    def add(self, figures):
+        self.sums, self.is_new, self.found = {} if self.is_new else self.sums, False, None
+        for name, value in figures.items():
+            value, (total, n) = torch.as_tensor(value).detach(), self.sums.get(name, (0.0, 0))
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
+            total = total.to(value.device) if isinstance(total, torch.Tensor) else total
+            self.sums[name] = total + value.to(wide), n + 1
+
+    def gather(self):
+        """{figure: (sum over ranks, steps)} as a checkpoint keeps them. The first rank alone holds
+        the sums then; asked again without a step between, ranks do not wait for each other."""
+        if self.found is None:
+            found = summed({name: total for name, (total, _) in self.sums.items()})
+            self.__init__({name: (total.tolist(), self.sums[name][1])
+                           for name, total in found.items()}, self.is_new)
+        return self.found
+
+    def row(self):
+        """{figure: mean}; the next step begins anew."""
+        found, self.is_new = self.gather(), True
+        return {name: total / n if isinstance(total, float) else quotients(torch.tensor(
+            total, dtype=torch.float64)) for name, (total, n) in found.items()}
+
+
+class Stopped(BaseException):
+    """The run is to be saved as it was before the step in work, and left."""
+
+
+class Stop:
+    """Ctrl-C and SIGTERM while a run learns. While a step's gradients are made (`is_open`) nothing
+    has changed yet: a signal drops the step at once. All ranks agree upon that before the weights
+    change. A signal that comes later waits for the next step; a second Ctrl-C waits for nothing."""
+
+    def __init__(self):
+        self.status, self.is_open, self.is_agreed = 0, False, True
+
+    def __enter__(self):
+        self.__init__()
+        self.before = {number: signal.signal(number, self.caught)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.__init__()
+
+    def caught(self, number, _):
+        if self.status == 128 + number == 130:
+            os._exit(130)
+        self.status = 128 + number
+        if self.is_open:
+            self.is_open = False
+            raise Stopped
+
+    def begin(self):
+        """From here to `agree` nothing that is saved changes."""
+        self.is_open, self.is_agreed = True, False
+        if self.status:
+            self.is_open = False
+            raise Stopped
+
+    def agree(self):
+        """All ranks drop the step in work, or none; once a step."""
+        self.is_open = False
+        if not self.is_agreed:
+            self.is_agreed = True
+            is_130, is_143 = sum_over_ranks(*(float(self.status == n) for n in (130, 143)))
+            if is_130 or is_143:
+                self.status = 143 if is_143 else 130
+                raise Stopped
+
+
+STOP = Stop()
+
+
+def check_norms(unchecked, n_left, folder):
+    """Ends the run before what is not finite is saved."""
+    while len(unchecked) > n_left:                   # a step late: the GPU is never idle
+        size, wait, at, clips = unchecked.pop(0)
+        wait()
+        if not math.isfinite(size.item()):           # later checkpoints would be spoilt
+            refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
+                   f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
+                   "leaves clips out")
+
+
+class Log:
+    """log.jsonl of a run, which the first rank writes: a row each --log_every and --eval_every
+    steps and at the end. work: as `fit` has it."""
+
+    def __init__(self, args, folder, start, evaluate, work):
+        self.args, self.folder, self.evaluate, self.work = args, Path(folder), evaluate, work
+        self.rank, self.began = int(os.environ.get("RANK", 0)), time.time()
+        self.clock, self.counted = self.began, start # since when, and from which step, it is timed
+        rows = [row for row in read_log(folder) if row["step"] <= start]
+        state, saved = self.folder / f"step-{start:06d}" / "state.json", {}
+        if start and state.exists():
+            saved = json.loads(state.read_text()).get("log", {})
+        is_logged = any(row["step"] == start for row in rows)
+        self.means = Means(saved, is_logged)
+        self.is_due = bool(saved) and not is_logged and self.wants(start)[0]
+        barrier()                                    # before the first rank cuts what others read
+        if self.rank == 0:
+            sweep(folder)
+            sweep(self.folder / "samples")
+            write_rows(self.folder / "log.jsonl", rows)
+
+    def wants(self, done):
+        """(whether a row is due after so many steps, whether with held-out figures)"""
+        is_last = done == self.args.steps
+        is_evaluated = done % self.args.eval_every == 0 or is_last
+        return done % self.args.log_every == 0 or is_evaluated, is_evaluated
+
+    def write(self, done):
+        """Writes the row after step `done`, and returns it. Evaluating may be stopped, but for the
+        last time: then the row is written when the run goes on."""
+        row = dict(step=done, **self.means.row(), lr=lr_at(done - 1, self.args),
+                   seconds=round(time.time() - self.began, 2))
+        if done > self.counted:
+            step_s = (time.time() - self.clock) / (done - self.counted)
+            row["step_s"] = round(step_s, 5)
+            if self.work:
+                tokens, flops, peak = self.work
+                row["tokens_s"] = round(tokens / step_s)
+                row["mfu"] = round(flops / step_s / peak, 4) if peak else None
+        row["peak_mib"] = peak_mib()
+        if self.wants(done)[1] and self.rank == 0:
+            if done < self.args.steps:
+                STOP.begin()
+            row.update(self.evaluate(done))
+            STOP.is_open = False
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        self.clock, self.counted = time.time(), done
+        return row
 
 
 def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
     """The loop of every stage that trains, from step `start` to args.steps.
 
     batch(step): what this rank learns from, made ahead in threads. learn(step, data): adds up the
-    gradients, takes the step, and returns ({figure: this rank's part of it, see `over_ranks`}, the
+    gradients, takes the step, and returns ({figure: this rank's part of it, see `Means`}, the
     gradient's norm, the clips' keys). evaluate(done): {figure: float}, by the first rank.
     tensors(): what a checkpoint holds. work: (tokens a step, its FLOPs, the FLOP/s that all ranks
     together reach at most, or None), of which the log has tokens_s and mfu."""
-    rank, log, began = int(os.environ.get("RANK", 0)), Path(folder) / "log.jsonl", time.time()
-    if rank == 0:                        # rows past the checkpoint are cut
-        rows = read_log(folder) if log.exists() else []
-        write_rows(log, [row for row in rows if row["step"] <= start])
-    stop, unchecked = threading.Event(), []
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())     # then save, and leave with status 143
-    clock, counted = began, start        # since when, and from which step, the pace is measured
+    rank, unchecked, done = int(os.environ.get("RANK", 0)), [], start
+    log = Log(args, folder, start, evaluate, work)
     mode = "warn" if torch.cuda.is_initialized() else "default"          # of torch's determinism
     bar = tqdm(total=args.steps, initial=start, desc=Path(sys.argv[0]).stem, unit="step",
                disable=rank > 0)
-    for step, data in prefetch(batch, start, args.steps):
-        torch.set_deterministic_debug_mode(mode)
-        figures, norm, keys = learn(step, data)
-        torch.set_deterministic_debug_mode("default")        # samples are drawn with cumsum
-        norm, wait = fetched(norm)
-        done, is_last = step + 1, step + 1 == args.steps
-        is_evaluated = done % args.eval_every == 0 or is_last
-        is_logged = done % args.log_every == 0 or is_evaluated
-        is_stopped, = sum_over_ranks(float(stop.is_set()))       # all ranks leave at one step
-        is_saved = done % args.save_every == 0 or is_last or is_stopped
-        unchecked.append((norm, wait, step, keys))
-        while len(unchecked) > (0 if is_logged or is_saved else 1):
-            size, wait, at, clips = unchecked.pop(0)         # a step late: the GPU is never idle
-            wait()
-            if not math.isfinite(size.item()):     # later checkpoints would be spoilt
-                refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
-                       f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
-                       "leaves clips out")
-        worked = time.time() - clock     # without what comes below: evaluating and saving
-        if is_logged:
-            step_s = worked / (done - counted)
-            row = dict(step=done, **over_ranks(figures), grad_norm=norm.item(),
-                       lr=lr_at(step, args), seconds=round(time.time() - began, 2),
-                       step_s=round(step_s, 5), peak_mib=peak_mib())
-            if work:
-                tokens, flops, peak = work
-                row["tokens_s"] = round(tokens / step_s)
-                row["mfu"] = round(flops / step_s / peak, 4) if peak else None
-            worked, counted = 0.0, done
-            if is_evaluated and rank == 0:
-                row.update(evaluate(done))
+
+    def save(gathered):
+        since = time.time()
+        save_step(folder, done, tensors(), args.keep, gathered)
+        log.clock += time.time() - since
+
+    with STOP:
+        try:
+            with bar, contextlib.closing(prefetch(batch, start, args.steps)) as data:
+                if log.is_due:
+                    log.write(start)
+                for step in range(start, args.steps):
+                    STOP.begin()
+                    _, loaded = next(data)
+                    torch.set_deterministic_debug_mode(mode)
+                    figures, norm, keys = learn(step, loaded)
+                    STOP.agree()
+                    torch.set_deterministic_debug_mode("default")    # samples are drawn with cumsum
+                    log.means.add({**figures, "grad_norm": norm.detach() * (rank == 0)})
+                    done, is_logged = step + 1, log.wants(step + 1)[0]
+                    is_saved = done % args.save_every == 0 or done == args.steps
+                    unchecked.append((*fetched(norm), step, keys))
+                    check_norms(unchecked, 0 if is_logged or is_saved else 1, folder)
+                    if is_logged:
+                        row = log.write(done)
+                        bar.set_postfix_str(", ".join(
+                            f"{key} {row[key]:.4f}" for key in (*figures, "held_out", "psnr")
+                            if isinstance(row.get(key), float)))
+                    bar.update()
+                    if is_saved:
+                        save(log.means.gather())
+        except Stopped:
+            torch.set_deterministic_debug_mode("default")
+            with contextlib.suppress(Stopped):
+                STOP.agree()
+            check_norms(unchecked, 0, folder)
+            gathered = log.means.gather()
+            if done > start and not (Path(folder) / f"step-{done:06d}").exists():
+                save(gathered)
+            barrier()                        # torchrun kills who is not gone soon after the first
             if rank == 0:
-                with open(log, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            shown = [key for key, value in figures.items() if torch.as_tensor(value).dim() == 0]
-            bar.set_postfix_str(", ".join(f"{key} {row[key]:.4f}" for key in
-                                          (*shown, "held_out", "psnr") if key in row))
-        bar.update()
-        if is_saved:
-            save_step(folder, done, tensors(), args.keep)
-            if is_stopped and not is_last:
-                sys.exit(143)
-        clock = time.time() - worked
-    bar.close()
-
-
+                print(f"{folder}: stopped after step {done}"
+                      + (", saved: the same command goes on" if done else ""), file=sys.stderr)
+            sys.exit(STOP.status)
 def training_options(parser, **defaults):
     """Adds the options that all stages that train share; the defaults differ."""
     add = parser.add_argument_group("training").add_argument
@@ -631,13 +939,15 @@ class ClipCache:
 def prefetch(make, start, stop, ahead=4):
     """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread. These
     threads compute alone: OpenMP's helpers of their own would fight with the step's for cores."""
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {}
+    pool, waiting = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)), {}
+    try:
         for step in range(start, stop):
             for later in range(step, min(stop, step + ahead)):
                 if later not in waiting:
                     waiting[later] = pool.submit(make, later)
             yield step, waiting.pop(step).result()
+    finally:                                     # who leaves early waits for nothing else
+        pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1738,6 +2048,7 @@ def evaluate_run(args):
     keys = [row["key"] for row in shown]
     out = model_path(name)
     out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
+    writable(out)
     out.mkdir(parents=True, exist_ok=True)
     bank = [video.to(device) for video in bank]
     result = evaluate(model, bank, keys, out / "eval.png", {key: detectors[key] for key in opened})
@@ -1822,8 +2133,10 @@ def open_parts(args, options, device):
                    for name, part in parts.items()}, perceptual
 
 
+@one_run
 def train(args, folder):
     rank, world, device = setup(args, args.batch, "--batch")
+    claim(folder)
     rows = chosen(open_dataset(dataset_dir(args.name)), args)
     train_rows, held_out = split_rows(rows, args.name, folder)
     is_begun = last_step(folder) is not None                 # then --init need not be opened
@@ -1902,6 +2215,9 @@ def is_run(folder):
 
 def model_path(name):
     """Where the model of this name lies: among the runs, or else as a path."""
+    is_file = Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+    if is_file and not Path(name).exists() and not run_dir(name).exists():
+        refuse(f"{name}: no such file")
     return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
 
 
@@ -2040,6 +2356,9 @@ def encode(args):
     rank, world, device = setup(args, codes=True)
     folder = dataset_dir(args.name)
     rows = open_dataset(folder)
+    writable(folder)
+    if rank == 0:
+        sweep(folder)
     model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)
     shards = {shard: list(each) for shard, each in
               itertools.groupby(rows, lambda row: row["shard"])}
@@ -2314,7 +2633,10 @@ def load_published(path):
         if not (path / "config.json").exists():
             refuse(f"{path} holds no autoencoder: neither a run nor a published folder "
                    f"(config.json with weights, {' or '.join(WAN_FILES)})")
-        config = json.loads((path / "config.json").read_text())
+        try:
+            config = dict(json.loads((path / "config.json").read_text()))
+        except (ValueError, TypeError):
+            refuse(f"{path / 'config.json'} is damaged: it is no JSON object")
     weights = read_tensors(path)
     if "state_dict" in weights:
         model, options = load_videogpt(path, weights)
@@ -2399,4 +2721,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

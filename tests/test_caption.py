@@ -571,7 +571,7 @@ def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_pat
         assert "data/set cannot be written to" in line("set", "--vlm", "short")
     model = tmp_path / "runs" / "short" / "step-000001" / "model.safetensors"
     os.truncate(model, model.stat().st_size // 2)
-    assert "step-000001 is damaged" in line("set", "--vlm", "short")
+    assert "step-000001/model.safetensors" in line("set", "--vlm", "short")
 
 
 @pytest.mark.parametrize("name", ["vlm-llava15", "vlm-qwen2", "wan-umt5"])

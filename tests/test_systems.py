@@ -133,6 +133,7 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
         return capsys.readouterr().err.splitlines()[-1]
     assert "takes its sizes from --init" in line("--model", "dit")
     assert "text_encoder" in line("--model", "wan-1.3b")
+    assert "reads an image" in line("--model", "wan-i2v-14b")
     state = D.read_tensors(path)
     torch.save({k: v for k, v in state.items() if k != "blocks.0.attn.proj.bias"}, tmp_path / "a.pt")
     assert "blocks.0.attn.proj.bias" in line("--model", "dit", "--heads", "4", "--init", str(tmp_path / "a.pt"))

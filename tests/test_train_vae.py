@@ -2,6 +2,7 @@
 import json
 import math
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import prepare_data
 import train_vae as V
 
 TINY = dict(dim=8, mults=(1, 2), downs=("t", "st"), n_res=1, patch=2, z_dim=4, linear=True)
@@ -287,7 +290,7 @@ def loop(folder, learn, steps=6, evaluate=lambda done: {"held_out": 0.5}, work=N
 def test_the_loop_logs_evaluates_and_saves_when_it_should(tmp_path):
     loop(tmp_path, lambda step, data: ({"loss": torch.tensor(float(step))}, torch.tensor(1.0), []))
     rows = V.read_log(tmp_path)
-    assert [(row["step"], row["loss"]) for row in rows] == [(2, 1.0), (4, 3.0), (6, 5.0)]
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 0.5), (4, 2.5), (6, 4.5)]
     assert ["held_out" in row for row in rows] == [False, True, True]
     assert [p.name for p in sorted(tmp_path.glob("step-*"))] == [f"step-{n:06d}" for n in (2, 4, 6)]
 
@@ -309,8 +312,258 @@ def test_the_pace_is_that_of_the_steps_alone(tmp_path):
 
 
 def test_sums_and_counts_are_logged_as_means():
-    figures = {"loss": torch.tensor(2.0), "mean": (6, 4), "by_t": torch.tensor([[3., 2], [0, 0]])}
-    assert V.over_ranks(figures) == {"loss": 2.0, "mean": 1.5, "by_t": [1.5, None]}
+    """Over the steps since the last row; the same where the sums were saved on the way."""
+    steps = [{"loss": torch.tensor(x), "mean": (6 * x, 4), "by_t": torch.tensor([[x, 2], [0, 0]])}
+             for x in (1.0, 2.0, 6.0)]
+    whole, broken = V.Means({}, True), V.Means({}, True)
+    for i, figures in enumerate(steps):
+        whole.add(figures)
+        broken = V.Means(json.loads(json.dumps(broken.gather())), i == 0)
+        broken.add(figures)
+    assert whole.row() == broken.row() == {"loss": 3.0, "mean": 4.5, "by_t": [1.5, None]}
+    whole.add(steps[0])
+    assert whole.row()["loss"] == 1.0
+
+
+def counted(folder, steps=6, stop_at=None, evaluate=lambda done: {"held_out": 0.5}, number=signal.SIGINT):
+    """A run whose weight is the number of its steps; a signal comes amid one, once."""
+    weight, path = torch.zeros(1), Path(folder)
+    start = 0
+    if (last := V.last_step(path)) is not None:
+        start, saved = V.load_step(last)
+        weight.copy_(saved["model"]["a"])
+
+    def learn(step, data):
+        if step == stop_at:
+            signal.raise_signal(number)
+        V.STOP.agree()                                               # as take_step does
+        weight.add_(1)
+        return {"loss": torch.tensor(1 / (1 + step))}, weight[0] * 0.1, []
+    args = SimpleNamespace(steps=steps, eval_every=4, log_every=3, save_every=100, keep=9, lr=1e-3,
+                           warmup=0, schedule="cosine")
+    V.fit(args, path, start, lambda step: step, learn, evaluate, lambda: {"model": {"a": weight}})
+    return [{key: row.get(key) for key in ("step", "loss", "grad_norm", "held_out", "lr")}
+            for row in V.read_log(path)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop_at", [0, 2, 3, 4])
+def test_a_stopped_step_is_dropped_and_done_again(tmp_path, stop_at, number, capsys):
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as stop:
+        counted(tmp_path / "broken", stop_at=stop_at, number=number)
+    assert stop.value.code == 128 + number
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert capsys.readouterr().err.splitlines()[-1].count(f"stopped after step {stop_at}") == 1
+    last = V.last_step(tmp_path / "broken")
+    assert (last is None) == (stop_at == 0)
+    if last:
+        assert V.load_step(last)[1]["model"]["a"].item() == stop_at
+    assert counted(tmp_path / "broken") == counted(tmp_path / "whole")
+
+
+def test_a_stop_amid_evaluating_leaves_the_row_to_the_next_start(tmp_path):
+    def evaluate(done):
+        if done == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return {"held_out": 0.5}
+    with pytest.raises(SystemExit) as stop:
+        counted(tmp_path / "broken", evaluate=evaluate)
+    assert stop.value.code == 143 and [row["step"] for row in V.read_log(tmp_path / "broken")] == [3]
+    assert counted(tmp_path / "broken") == counted(tmp_path / "whole")
+
+
+def test_the_second_ctrl_c_ends_at_once(tmp_path):
+    code = """
+import os, signal, sys, time, train_vae as V
+def caught(*_):
+    signal.raise_signal(signal.SIGINT)                # the second, while the first one's is saved
+    time.sleep(60)
+with V.STOP:
+    V.STOP.begin()
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except V.Stopped:
+        caught()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(V.__file__).parent, timeout=50)
+    assert done.returncode == 130
+
+
+def test_the_log_is_strict_json(tmp_path):
+    loop(tmp_path, lambda step, data: ({"loss": torch.tensor(1.0)}, torch.tensor(1.0), []),
+         evaluate=lambda done: {"held_out": math.nan, "by_t": [math.inf, 1.0]})
+    text = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    row = V.read_log(tmp_path)[-1]
+    assert row["held_out"] is None and row["by_t"] == [None, 1.0]
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": NaN}\n')           # as they were
+    assert V.read_log(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_safetensors_are_the_librarys_bytes_in_the_file_that_was_opened(tmp_path):
+    kinds = list(V.DTYPES)
+    tensors = {f"{name}{i}": torch.ones(shape).to(kind) for i, kind in enumerate(kinds)
+               for name, shape in (("b", (2, 3)), ("a", ()), ("ü", (0, 4)))}
+    tensors["turned"] = torch.arange(6.0).view(2, 3).T
+    for metadata in (None, {"nanosora": json.dumps({"a": "é\n"})}):
+        path = tmp_path / "ours"
+        path.touch(0o644)
+        before = path.stat()
+        crc = V.save_file(tensors, path, metadata)
+        save_file(dict(tensors, turned=tensors["turned"].contiguous()), tmp_path / "theirs", metadata)
+        assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
+        assert (path.stat().st_ino, path.stat().st_mode) == (before.st_ino, before.st_mode)
+        assert crc == V.sum_of(path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, file, cut):
+    for step in (1, 2):
+        V.save_step(tmp_path, step, {"model": {"a": torch.ones(9)}, "optimizer": {"b": torch.ones(9)}},
+                    log={"loss": (0.5, 1)})
+    path = tmp_path / "step-000002" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data[:-5] if cut else data)
+    assert V.last_step(tmp_path, also_optimizer=True).name == "step-000001"
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "step-000002" in err and file in err
+    V.save_step(tmp_path, 2, {"model": {"a": torch.ones(9)}})
+    assert V.last_step(tmp_path).name == "step-000002"
+    for folder in tmp_path.glob("step-*"):
+        (folder / "state.json").write_text("")
+    with pytest.raises(SystemExit):
+        V.last_step(tmp_path)
+    assert "all of its checkpoints are damaged" in capsys.readouterr().err
+
+
+def test_checkpoints_of_before_have_no_sums(tmp_path):
+    for step in (1, 2):
+        V.save_step(tmp_path, step, {"model": {"a": torch.ones(9)}})
+        (tmp_path / f"step-{step:06d}/state.json").write_text(json.dumps({"step": step}))
+    assert V.last_step(tmp_path).name == "step-000002"
+    path = tmp_path / "step-000002/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert V.last_step(tmp_path).name == "step-000001"
+
+
+def test_one_process_at_a_time_has_a_run_and_a_kill_frees_it(tmp_path, capsys):
+    code = ("import sys, time, train_vae as V\nV.claim(sys.argv[1])\nprint('mine', flush=True)\n"
+            "time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], text=True,
+                             cwd=Path(V.__file__).parent, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "mine\n"
+    with pytest.raises(SystemExit) as stop:
+        V.claim(tmp_path / "run")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and "another process" in err
+    other.kill()
+    other.wait()
+    V.one_run(lambda args, folder: V.claim(folder))(None, tmp_path / "run")
+    assert str(tmp_path / "run") not in V.HELD
+
+
+def test_a_start_that_fails_leaves_no_folder_but_what_is_there(tmp_path, capsys):
+    def train(args, folder):
+        V.start_run(folder, {"kind": "vae", "args": {}})
+        V.refuse("no clips")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes").touch()
+    for name, left in (("a", None), ("b", ["notes"])):
+        with pytest.raises(SystemExit):
+            V.one_run(train)(None, tmp_path / name)
+        folder = tmp_path / name
+        assert ([p.name for p in folder.iterdir()] if folder.exists() else None) == left
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        V.one_run(train)(None, tmp_path / "file")
+    assert stop.value.code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, data, says", [
+    ("notes.txt", b"embeddings follow\n", "no file of tensors"),
+    ("page.pt", b"<html>not found</html>", "no file of tensors"),
+    ("picture.png", b"\x89PNG\r\n\x1a\n" + bytes(99), "no file of tensors"),
+    ("empty.pt", b"", "it is empty"), ("zip.pt", b"PK\x03\x04" + bytes(99), "no file of tensors"),
+    ("cut.safetensors", None, "cannot be read as weights"), ("cut.pt", None, "no file of tensors"),
+    ("list.pt", [1], "no names"), ("nosuch.pt", ..., "no such file"),
+    ("folder", ..., "is no run")])
+def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, capsys, name, data, says):
+    path = tmp_path / name
+    if isinstance(data, list):
+        torch.save(data, path)
+    elif data is None:
+        (save_file if name.endswith("safetensors") else torch.save)({"a": torch.ones(999)}, path)
+        path.write_bytes(path.read_bytes()[:-500])
+    elif data is not ...:
+        path.write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        V.load_autoencoder(str(path))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1, err
+    assert says in err and name in err and "weights_only" not in err and "pickle" not in err
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--modle", "vae-s"], "--modle is not an option: did you mean --model?"),
+    (["--Log-Every=3"], "--Log-Every is not an option: did you mean --log_every?"),
+    (["--zzzz"], "--zzzz is not an option: --help names them"),
+    (["--model", "VAE_S"], "--model VAE_S: did you mean vae-s?"),
+    (["--model", "Wan2.1"], "--model Wan2.1: did you mean wan-2.1?"),
+    (["--bottleneck", "qqq"], "invalid choice: 'qqq'"),
+    (["more"], "unrecognized arguments: more")])
+def test_mistyped_names_are_told_the_nearest(capsys, argv, says):
+    with pytest.raises(SystemExit) as stop:
+        V.parse_options(["demo", *argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and says in err
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", "train_vae", "caption", "train_dit", "sample"])
+@pytest.mark.parametrize("change, says", [
+    ("sys.modules['av'] = None", "av is not installed: pip install -r requirements.txt"),
+    ("sys.version_info = (3, 10, 2)", "Python 3.11 or newer is needed, this is 3.10")])
+def test_what_is_not_installed_is_said_in_one_line(stage, change, says):
+    path = Path(V.__file__).with_name(f"{stage}.py")
+    code = f"import runpy, sys; {change}; sys.argv = ['{stage}.py']; runpy.run_path({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr == f"{stage}.py: {says}\n"
+
+
+def test_ctrl_c_outside_of_a_step_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        prepare_data.script(main)
+    assert stop.value.code == 130 and len(capsys.readouterr().err.split("\n")) == 3
+
+
+def test_what_cannot_be_written_is_refused_before_work(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    prepare_data.writable(tmp_path / "new" / "folder")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit):
+            prepare_data.writable(folder)
+        assert "cannot be written: not a directory" in capsys.readouterr().err
+
+    def full(**_):
+        raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(prepare_data.tempfile, "TemporaryFile", full)
+    with pytest.raises(SystemExit):
+        prepare_data.writable(tmp_path)
+    assert "read-only file system" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_machine_without_git_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert V.start_run(tmp_path / "r", {"kind": "vae", "args": {}}) is None
+    assert json.loads((tmp_path / "r/config.json").read_text())["git"] is None
+    V.HELD.pop(str(tmp_path / "r"))[0].close()
 
 
 @pytest.mark.parametrize("bad", [2, 3])
