@@ -421,7 +421,7 @@ DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.
 def save_file(tensors, path, metadata=None):
     """Writes safetensors, the same bytes as the library's save_file, and returns their CRC-32. That
     one renames another file over `path`: it takes no heed of the umask nor of a lock, and leaves
-    its own temporary file behind when killed."""
+    its own temporary file behind when killed. `path` must be none that tensors are mapped from."""
     rank = {dtype: i for i, dtype in enumerate(DTYPES)}              # in the library's order
     names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header, at = {"__metadata__": metadata} if metadata else {}, 0
