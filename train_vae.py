@@ -378,7 +378,8 @@ def say_once(line):
 @lru_cache(64)
 def damaged(path, files, also_optimizer):
     """The first of a checkpoint's files that is not as it was written, or ''. Sums stand in
-    state.json; files of before are opened. An optimizer's is read only where it is used."""
+    state.json; files of before are opened, and weights that somebody put there without one. An
+    optimizer's is read only where it is used."""
     def is_fine(name):
         if name == "state.json":
             return state["step"] == int(path.name.split("-")[1]) and (
@@ -392,8 +393,10 @@ def damaged(path, files, also_optimizer):
 
     bad = "state.json"
     try:
-        state = json.loads((path / bad).read_text())
-        sums = state.pop("sums", dict.fromkeys(name for name, *_ in files))
+        there = dict.fromkeys(name for name, *_ in files)
+        is_weights = there and bad not in there and not also_optimizer
+        state = {} if is_weights else json.loads((path / bad).read_text())
+        sums = state.pop("sums", there)
         for bad in sums:
             if not is_fine(bad):
                 break
