@@ -7,6 +7,8 @@ import json
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +27,8 @@ STAGES = {
     "vae": ["train_vae.py", "demo", "--steps", "12", "--eval_every", "6", "--save_every", "3",
             "--warmup", "3"],
     "encode": ["train_vae.py", "demo", "--encode"],
-    "captioner": ["caption.py", "demo", "--train", "--few", "--steps", "16", "--eval_every", "8",
-                  "--save_every", "4", "--log_every", "4"],
+    "captioner": ["caption.py", "demo", "--train", "--paste", "0.1", "--few", "--steps", "16",
+                  "--eval_every", "8", "--save_every", "4", "--log_every", "4"],
     "caption": ["caption.py", "demo", "--sure", "0"],
     "dit": ["train_dit.py", "demo", "--steps", "16", "--eval_every", "8", "--save_every", "4"],
 }
@@ -250,3 +252,50 @@ def test_docstring_commands_run(demo):
         assert time.time() - begun < 60
         assert name in log(demo, "quick")[-1]
         os.rename(demo / "runs/quick", demo / f"runs/quick-{script[:-3]}")
+
+
+def readme_commands():
+    """The commands in the README's fenced blocks, split as a shell does; a block that begins with
+    '# with published files' is left out, and so are pip and pytest."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks if not block.startswith("# with published files\n")
+             for line in block.splitlines()]
+    commands = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+    assert {words[0] for words in commands} == {"python", "pip", "pytest"}
+    return [words[1:] for words in commands if words[0] == "python"]
+
+
+def shortened(command):
+    """A command with fewer steps and less to look at: as STAGES has it where it is one of those."""
+    script, name, *options = command
+    for stage in STAGES.values():
+        if stage[:len(command)] == command and not {"--train", "--encode"} & {*stage[len(command):]}:
+            return stage
+    few = ["--steps", "2"]
+    training = [*few, "--eval_every", "2", "--save_every", "2", "--warmup", "1"]
+    return command + {
+        "prepare_data.py": [], "caption.py": ["--sure", "0"],
+        "sample.py": few + ["--n_eval", "1"] * ("--eval" in options),
+        "train_vae.py": [] if "--encode" in options else training + ["--batch", "1"],
+        "train_dit.py": training + ["--row_tokens", "1024", "--batch_tokens", "1024"]}[script]
+
+
+def test_every_command_of_the_readme_runs(demo, tmp_path, monkeypatch):
+    """In the README's order, each as it stands there but for fewer steps; ~ is a folder with a few
+    videos and a csv of their captions."""
+    commands = readme_commands()
+    stages = [stage for stage in STAGES.values() if stage in map(shortened, commands)]
+    assert len(stages) == len(STAGES) and len(commands) > 25
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "videos").mkdir()
+    for n, file in enumerate((demo / "data/demo-videos").glob("*.mp4")):
+        if n < 8:
+            os.symlink(file, tmp_path / "videos" / file.name)
+    (tmp_path / "captions.csv").write_text("video,caption\n" + "".join(
+        f"{file.name},a shape moves\n" for file in sorted((tmp_path / "videos").iterdir())))
+    if not (demo / "tests").exists():
+        shutil.copytree(ROOT / "tests/demo", demo / "tests/demo")
+        shutil.copytree(ROOT / "tests/demo-vae", demo / "tests/demo-vae")
+    for command in commands:
+        run_here(demo, [os.path.expanduser(word) for word in shortened(command)])
+    assert len(list((demo / "runs/mine/samples").glob("*.mp4"))) == 1
