@@ -148,8 +148,15 @@ def nearest(word, names):
     return names.get(next(iter(difflib.get_close_matches(plain(word), names, 1)), None))
 
 
+def interrupted(*_):
+    """The first Ctrl-C ends what is open, the second at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 def script(main):
-    """Runs a script's main; Ctrl-C ends it in one line, status 130."""
+    """Runs a script's main; Ctrl-C ends it in one line, status 130, and a second one at once."""
+    signal.signal(signal.SIGINT, interrupted)
     try:
         return main()
     except KeyboardInterrupt:
@@ -157,15 +164,21 @@ def script(main):
         sys.exit(130)
 
 
-def writable(folder):
-    """Refuses, before any work, a folder that cannot be written or made."""
+def write_fault(folder):
+    """Why a folder cannot be written or made, or ''; makes nothing."""
     place = next(each for each in (Path(folder), *Path(folder).absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
-            pass
+            return ""
     except OSError as error:
-        refuse(f"{folder} cannot be written: {(error.strerror or str(error)).lower()}"
-               + (f" ({place})" if place != Path(folder) else ""))
+        return (error.strerror or str(error)).lower() + (
+            f" ({place})" if place != Path(folder) else "")
+
+
+def writable(folder):
+    """Refuses, before any work, a folder that cannot be written or made."""
+    if fault := write_fault(folder):
+        refuse(f"{folder} cannot be written: {fault}")
 
 
 def dataset_dir(name):
@@ -1733,12 +1746,6 @@ def deaf_children():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def interrupted(*_):
-    """The first Ctrl-C ends what is open, the second at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
 class Job:
     """A shard in work: its process, the source that it is at, and what went wrong so far."""
 
@@ -2590,5 +2597,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupted)
     script(main)

@@ -35,7 +35,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +55,7 @@ from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_stric
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
-                          render_shot, rng, script, sweep, write_text, write_video)
+                          render_shot, rng, script, sweep, write_fault, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
@@ -1512,16 +1511,6 @@ def check_weights(path, what):
             refuse(f"{what} {path} is no file of weights, nor a run's or a published folder")
 
 
-def check_out(folder):
-    """Refuses a folder that cannot be made or written to, before any work; makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        refuse(f"cannot write to {folder}: {there}: {error.strerror}: name another by --out")
-
-
 def memory(device):
     """Bytes of memory: of the GPU what is free, else of this machine, or of this container."""
     if device.type == "cuda":
@@ -1889,7 +1878,8 @@ def main(argv=None):
     folder = path if is_run(path) else Path("runs", path.stem)
     folder = Path(args.out) if args.eval and args.out else folder
     out = folder if args.eval else out_of(args, folder)
-    check_out(out)
+    if fault := write_fault(out):
+        refuse(f"cannot write to {out}: {fault}: name another by --out")
     try:
         {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
     except KeyboardInterrupt:

@@ -63,7 +63,7 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir, script, sweep)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
-                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint, last_step,
+                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
                        moved, one_run, optimizer_tensors, option_parser, read_config, read_header,
                        read_log, read_tensors, restore_optimizer, save_file, setup, sheet_frames,
@@ -2117,7 +2117,7 @@ def load_denoiser(name, device="cpu", config=None, which="best"):
     model = Denoiser(**config["model"])
     model.objective = objective_of(config["args"])
     file, step = averaged_weights(folder, which)
-    last = last_step(folder)
+    last = max(Path(folder).glob("step-*"), default=None)    # by name: it is not opened
     if last and last.name > Path(step).name:
         print(f"{folder}: of its steps to {int(last.name[5:])}, {int(step[-6:])} has the lowest "
               "held-out loss, and its weights are taken", file=sys.stderr)

@@ -863,6 +863,8 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
                 print(f"{folder}: stopped after step {done}"
                       + (", saved: the same command goes on" if done else ""), file=sys.stderr)
             sys.exit(STOP.status)
+
+
 def training_options(parser, **defaults):
     """Adds the options that all stages that train share; the defaults differ."""
     add = parser.add_argument_group("training").add_argument
