@@ -156,7 +156,8 @@ def interrupted(*_):
 
 def script(main):
     """Runs a script's main; Ctrl-C ends it in one line, status 130, and a second one at once."""
-    signal.signal(signal.SIGINT, interrupted)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # as a shell's background job has it
+        signal.signal(signal.SIGINT, interrupted)
     try:
         return main()
     except KeyboardInterrupt:

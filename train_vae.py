@@ -706,7 +706,8 @@ class Stop:
     def __enter__(self):
         self.__init__()
         self.before = {number: signal.signal(number, self.caught)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+                       for number in (signal.SIGINT, signal.SIGTERM)
+                       if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *_):

@@ -3,6 +3,7 @@ threads, and, where there is no GPU, Triton's interpreter, repaired. Helpers of 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 HAS_DRIVER = Path("/proc/driver/nvidia/version").exists()
 HAS_GPU = HAS_DRIVER and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 DEVICE = "cuda" if HAS_GPU else "cpu"
+# A suite in a shell's background ignores Ctrl-C, and so would the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Threads that wait sleep: spinning, two processes on two cores are tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # before any test's first product
