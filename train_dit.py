@@ -234,15 +234,17 @@ def runge_kutta(velocity, x, times, method="euler"):
         yield x
 
 
-def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
+def ddim(predict, x, alpha, sigma, eta=0.0, draw=None, ahead=None):
     """predict(x, i) -> (x_0, noise, …) at point i, where x is alpha x_0 + sigma noise (float64
     [n + 1] each): they are read off and mixed again for the next point, a share `eta` of the noise
-    anew, draw(i) (Song et al. 2021, 2010.02502)."""
+    anew, draw(i) (Song et al. 2021, 2010.02502). ahead: (alpha, sigma) [n] to mix them for
+    instead."""
+    ahead = ahead or (alpha[1:], sigma[1:])
     for i in range(len(alpha) - 1):
-        x0, noise, *_ = predict(x, i)
-        fresh = eta * sigma[i + 1] / sigma[i] * (1 - (alpha[i] / alpha[i + 1]).square()).sqrt()
-        kept = (sigma[i + 1].square() - fresh.square()).sqrt()
-        x = alpha[i + 1].to(x) * x0 + kept.to(x) * noise
+        (x0, noise, *_), (a, s) = predict(x, i), (each[i] for each in ahead)
+        fresh = eta * s / sigma[i] * (1 - (alpha[i] / a).square()).sqrt()
+        kept = (s.square() - fresh.square()).sqrt()
+        x = a.to(x) * x0 + kept.to(x) * noise
         x = x + fresh.to(x) * draw(i) if eta else x
         yield x
 
@@ -250,7 +252,7 @@ def ddim(predict, x, alpha, sigma, eta=0.0, draw=None):
 def flow_grid(n, shift=1.0, first=1.0, last=0.0):
     """float64 [n + 1] times of a straight path: n shifted ones evenly from `first` on towards
     `last`, which is not reached, then 0."""
-    times = torch.linspace(first, last, n + 1, dtype=torch.float64)[:-1]
+    times = torch.from_numpy(np.linspace(first, last, n + 1)[:-1])
     if torch.is_tensor(shift):
         times = times.view(-1, 1, 1).to(shift.device)
     times = shifted(times, shift)
