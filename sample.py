@@ -219,7 +219,8 @@ def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, o
         even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
         steps = {"linspace": torch.from_numpy(even).flip(0),
                  "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
-                 "trailing": 999 - torch.arange(n) * (1000 / n)}[spacing].round().long()
+                 "trailing": torch.from_numpy(1000 - np.arange(n) * (1000 / n)).round() - 1}[
+                     spacing].round().long()
         alpha, sigma = alpha[steps], sigma[steps]
     ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
     return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
