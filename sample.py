@@ -59,12 +59,12 @@ from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
-                       open_text_encoder, read_output, runge_kutta, sample_codes, target,
+                       open_text_encoder, read_output, runge_kutta, sample_codes, shifted, target,
                        token_shift, words_of)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
                        is_run, load_autoencoder, model_path, normaliser,
-                       open_detector, option_parser, read_config, read_tensors, save_file, setup,
-                       sheet_frames, to_frames, to_tensor)
+                       open_detector, option_parser, read_class, read_config, read_tensors,
+                       save_file, setup, sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after each of their steps, from noise to data
@@ -104,25 +104,27 @@ def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path
 
 def ddpm(predict, x, tables, draw):
     """Ancestral sampling over the kept steps of `tables` (ddpm_tables), the noisiest first; the
-    variance is the posterior's, or between that and beta by the share that the network tells."""
+    variance is beta, or between that and the posterior's by the share that the network tells."""
     n = len(tables["betas"])
     for i in range(n):
         x0, _, share = predict(x, i)
         c = ddpm_at(tables, torch.tensor(n - 1 - i))
-        least = c["posterior_log_variance_clipped"]
-        logvar = least if share is None else share * c["log_betas"] + (1 - share) * least
+        share = 1.0 if share is None else share
+        logvar = share * c["log_betas"] + (1 - share) * c["posterior_log_variance_clipped"]
         x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
         x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
         yield x
 
 
-def dpm_pp(predict, x, alpha, sigma):
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the x_0 of the step before gives its slope."""
+def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the x_0 of the step before gives its slope;
+    not in the last step of few (`lower`), to no noise, or with `euler`."""
     half_snr, n, before = (alpha / sigma).log(), len(alpha) - 1, None
     for i in range(n):
         x0, h = predict(x, i)[0], half_snr[i + 1] - half_snr[i]
         ahead = x0
-        if before is not None and (i < n - 1 or (n >= 15 and sigma[n].all())):
+        is_low = i == n - 1 and (euler or lower and n < 15 or not sigma[n].all())
+        if before is not None and order > 1 and not is_low:
             ahead = x0 + (h / (half_snr[i] - half_snr[i - 1]) / 2).to(x) * (x0 - before)
         x = (sigma[i + 1] / sigma[i]).to(x) * x - (alpha[i + 1] * torch.expm1(-h)).to(x) * ahead
         before = x0
@@ -157,38 +159,53 @@ def dpm_fast(predict, x, alpha, sigma):
         yield x
 
 
-def unipc(predict, x, alpha, sigma):
-    """UniPC of order 2 with B2(h) (Zhao et al. 2023, 2302.04867): each new x_0, before it takes
-    part in the next step, corrects the step that led to it."""
+def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
+    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0, before it takes part in
+    the next step, corrects the step that led to it, but for the steps `uncorrected`. kind: B(h) is
+    exp(-h) - 1 (bh2) or -h (bh1)."""
     half_snr, n = (alpha / sigma).log(), len(alpha) - 1
-    start, found, order = None, [], 0                # the sample each step began at, every x_0
+    start, found = None, []                      # the sample each step began at; x_0, latest first
+
+    def step(x, i, order, new=None):
+        """From point i to the next by the last `order` x_0; new: x_0 there, by which it is made
+        better."""
+        h = half_snr[i + 1] - half_snr[i]
+        b = torch.expm1(-h)
+        r = [(half_snr[i - k] - half_snr[i]) / h for k in range(1, order)]
+        slopes = [(found[k] - found[0]) / r[k - 1].to(x) for k in range(1, order)]
+        if new is not None:
+            r, slopes = [*r, torch.ones_like(h)], [*slopes, new - found[0]]
+        scale, total = b if kind == "bh2" else -h, 0.0
+        if len(r) == 1:
+            total = 0.5 * slopes[0]
+        elif r:
+            phi, rows, values = -b / h - 1, [], []
+            for k in range(len(r)):
+                rows.append(torch.stack([each ** k for each in r], -1))
+                values.append(phi * math.factorial(k + 1) / scale)
+                phi = -phi / h - 1 / math.factorial(k + 2)
+            weights = torch.linalg.solve(torch.stack(rows, -2), torch.stack(values, -1))
+            total = sum(w.to(x) * slope for w, slope in zip(weights.unbind(-1), slopes))
+        ahead = (alpha[i + 1] * b).to(x) * found[0]
+        ahead = ahead + (alpha[i + 1] * scale).to(x) * total if r else ahead
+        return (sigma[i + 1] / sigma[i]).to(x) * x - ahead
+
+    now = 0
     for i in range(n):
         x0 = predict(x, i)[0]
-        if i:
-            h = half_snr[i] - half_snr[i - 1]
-            b = torch.expm1(-h)
-            p, q = 0.0, torch.full_like(b, 0.5)
-            if order == 2:                           # of [[1, 1], [r, 1]] (p, q) = (b1, b2)
-                r = (half_snr[i - 2] - half_snr[i - 1]) / h
-                b1, b2 = (-b / h - 1) / b, 2 * ((-b / h - 1) / -h - 0.5) / b
-                p = (b1 - b2) / (1 - r)
-                q = b1 - p
-                p = (p / r).to(x) * (found[-2] - found[-1])
-            move = found[-1] + p + q.to(x) * (x0 - found[-1])
-            x = (sigma[i] / sigma[i - 1]).to(x) * start - (alpha[i] * b).to(x) * move
-        found, start, order = [*found[-1:], x0], x, min(2, n - i, i + 1)
-        h, ahead = half_snr[i + 1] - half_snr[i], x0
-        if order == 2:
-            r = (half_snr[i - 1] - half_snr[i]) / h
-            ahead = x0 + (found[0] - x0) / (2 * r).to(x)
-        x = (sigma[i + 1] / sigma[i]).to(x) * x - (alpha[i + 1] * torch.expm1(-h)).to(x) * ahead
+        if i and i - 1 not in uncorrected:
+            x = step(start, i - 1, now, x0)
+        found, start, now = [x0, *found[:order - 1]], x, min(order, n - i, i + 1)
+        x = step(x, i, now)
         yield x
 
 
-def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1):
+def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1,
+                 with_first=False):
     """(int64 [n] steps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of betas:
     "linspace", "leading" (from `offset` on) or "trailing" as diffusers names them, or "karras".
-    `final`: alpha and sigma of the last point, None: those of step 0."""
+    `final`: alpha and sigma of the last point, None: those of step 0. with_first: "linspace" goes
+    to step 0, as diffusers' DDIM has it."""
     tables = ddpm_tables(schedule, "", 1000, ends)
     alpha, sigma = tables["alpha"], tables["sigma"]
     if spacing == "karras":              # evenly in the 7th root of sigma / alpha
@@ -199,9 +216,11 @@ def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, o
         alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(place).round().long()
         sigma = alpha * ratio
     else:
-        steps = {"linspace": torch.linspace(0, 999, n + 1, dtype=torch.float64)[1:].flip(0),
+        even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
+        steps = {"linspace": torch.from_numpy(even).flip(0),
                  "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
-                 "trailing": 999 - torch.arange(n) * (1000 / n)}[spacing].round().long()
+                 "trailing": torch.from_numpy(1000 - np.arange(n) * (1000 / n)).round() - 1}[
+                     spacing].round().long()
         alpha, sigma = alpha[steps], sigma[steps]
     ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
     return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
@@ -237,7 +256,7 @@ STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
 
 def stepped_points(args, how):
     """(the network's times, alpha, sigma), float64 [steps + 1], on a path in 1000 steps."""
-    schedule, n = STEPPED[how.path], args.steps
+    schedule, n, is_ddim = STEPPED[how.path], args.steps, args.sampler == "ddim"
     if args.sampler == "dpm-fast":
         return level_grid(n, schedule)
     if args.sampler == "ddpm":
@@ -245,18 +264,51 @@ def stepped_points(args, how):
         told, alpha, sigma = (tables[name].flip(0) for name in ("timestep_map", "alpha", "sigma"))
         alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
     else:
-        told, alpha, sigma = stepped_grid(schedule, n, args.spacing)
+        told, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
     return (told + int(how.path == "sd")) / 1000, alpha, sigma
+
+
+def strides_back(schedule, n, told, spacing):
+    """(alpha, sigma) where diffusers' DDIM goes from the network's times `told`: a whole stride of
+    1000 // n steps, which is not always the next point."""
+    if spacing == "karras":
+        return None
+    tables = ddpm_tables(schedule)
+    steps = (1000 * told).round().long() - 1000 // n - int(schedule == "scaled_linear")
+    return tuple(torch.where(steps < 0, end, tables[name][steps.clamp(min=0)])
+                 for name, end in (("alpha", 1.0), ("sigma", 0.0)))
+
+
+def respread(times, rules):
+    """[n + 1] times as a folder's scheduler changes them: stretched to end at `terminal`, spread
+    evenly in the 7th root ("karras") or the logarithm ("exponential"), ending in `final` noise (-1:
+    the least that there is)."""
+    times, n = times.clone(), len(times) - 1
+    if rules.get("terminal") and n > 1:
+        times[:-1] = 1 - (1 - times[:-1]) * (1 - rules["terminal"]) / (1 - times[-2])
+    way = torch.linspace(0, 1, n, dtype=torch.float64)
+    if rules.get("spread") == "karras":
+        times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
+    elif rules.get("spread") == "exponential":
+        times[:-1] = torch.lerp(times[0].log(), times[-2].log(), way).exp()
+    final = rules.get("final", 0.0)
+    times[-1] = times[-2] if final < 0 else final
+    return times
 
 
 def flow_points(args, how, shift):
     """float64 [steps + 1] times on a straight or curved path; shift: a float, or [N, 1]."""
     low, high = interval(how, True)
     ends = args.ends
+    if args.grid in WAN_GRIDS:           # in the published codes' own order: floors hang on it
+        times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
+        times = respread(F.pad(times, (0, 1)), args.rules)
+        return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times
     if args.sampler == "sde":            # SiT's: the last step is one of its own
         first = 1 - 1e-3 * (args.form == "SBDM")
         ends = first, 0.04 - (first - 0.04) / max(1, args.steps - 1)
     times = low + (high - low) * flow_grid(args.steps, shift, *ends)
+    times = respread(times, args.rules) if args.rules else times
     return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times   # it takes log alpha
 
 
@@ -297,9 +349,11 @@ def trajectory(args, how, read, noise, start, strength, shift, draw):
         return ddpm(predict, x, {name: table[:len(alpha) - 1] for name, table in tables.items()},
                     draw)
     if args.sampler == "ddim":
-        return ddim(predict, x, alpha, sigma, args.eta, draw)
+        stride = how.path in STEPPED and strides_back(STEPPED[how.path], args.steps, told[
+            :len(alpha) - 1], args.spacing)
+        return ddim(predict, x, alpha, sigma, args.eta, draw, stride or None)
     return {"dpm++": dpm_pp, "unipc": unipc, "dpm-fast": dpm_fast}[args.sampler](
-        predict, x, alpha, sigma)
+        predict, x, alpha, sigma, **args.rules.get("solver", {}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -559,7 +613,9 @@ class Sampler:
             refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
                    "(train_dit.py --given)")
         C, T, H, W = self.latent_shape(wish["frames"], wish["height"], wish["width"])
-        files = {name: read_media(wish[name], wish["fps"], H * self.stride, W * self.stride)
+        raw = "image" if "reads_image" in self.about else None           # `give_image` scales it
+        files = {name: read_media(wish[name], wish["fps"], *((None, None) if name == raw else
+                                                             (H * self.stride, W * self.stride)))
                  for name in GIVEN_FILES if wish.get(name)}
         todo = todo_of(wish)
         if wish.get("strength"):
@@ -603,6 +659,8 @@ class Sampler:
         elif role == "after":
             z, n = self.context(pieces[-1], True)
             return [(z, -n / fps)], None
+        if "reads_image" in self.about:
+            return [], first
         ends = ((first, 0.0), (end, (story.n - 1) / fps))
         return [(self.encode(frame), at) for frame, at in ends if frame is not None], first
 
@@ -613,7 +671,8 @@ class Sampler:
         draws = gaussians("sample", wish["seed"], k, [wish["prompt"]], [story.shape])
         changed = (self.encode(story.files["video"]), wish["strength"]) if role == "change" else ()
         job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
-                  givens, self.told(wish), None if first is None else givens[0][0], *changed,
+                  givens, self.told(wish), givens[0][0] if givens and first is not None else None,
+                  *changed,
                   key=(wish["seed"], k, wish["prompt"]))
         return self.about["adapt"](self, job, first) if "adapt" in self.about else job
 
@@ -707,14 +766,15 @@ def fit(frame, height, width):
 
 def read_media(path, fps, height, width):
     """uint8 [T, height, width, 3] of a video at `fps`, or of a still: scaled to cover, and cut
-    about the centre."""
+    about the centre; as it is where height is None."""
     path = Path(path)
+    scaled = fit if height else lambda frame, *_: frame[None]
     try:
         if path.suffix.lower() in STILLS and not is_animated(path):
-            return fit(read_still(path), height, width)
+            return scaled(read_still(path), height, width)
         video, frames, stamps = Video(path), [], []
         for frame in video:
-            frames.append(fit(video.rgb(frame), height, width))
+            frames.append(scaled(video.rgb(frame), height, width))
             stamps.append((frame.pts or 0) * video.tick)
     except (Unreadable, *PICTURE_ERRORS) as error:
         refuse(f"{path} cannot be read: {error}")
@@ -1493,6 +1553,77 @@ WAN_NEGATIVE = (        # what the published pipeline guides away from
 WAN_ENDS = {            # of flow_grid, by layout and sampler
     ("diffusers", "unipc"): (1.0, 0.001), ("diffusers", "dpm++"): (0.999, 0.0),
     ("wan", "unipc"): (0.999, 0.0), ("wan", "dpm++"): (1.0, 0.0)}
+WAN_GRIDS = {           # the n times of n steps before the shift
+    ("diffusers", "unipc"): lambda n: np.linspace(1, 1 / 1000, n + 1)[:-1],
+    ("diffusers", "dpm++"): lambda n: (1 - np.linspace(1, 1 / 1000, n + 1))[:0:-1],
+    ("wan", "unipc"): lambda n: np.linspace(float(np.float32(0.999)), 0, n + 1)[:-1],
+    ("wan", "dpm++"): lambda n: np.linspace(1, 0, n + 1)[:-1]}
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+# Schedulers of diffusers' folders: {class: {key: the class's default}}; what a class has beside
+# these does not reach the times or steps of a flow. SCHEDULED: values that alone are read.
+FLOW = dict(num_train_timesteps=1000, use_dynamic_shifting=False, use_karras_sigmas=False,
+            use_exponential_sigmas=False, use_beta_sigmas=False)
+SOLVER = dict(FLOW, solver_order=2, prediction_type="epsilon", thresholding=False, flow_shift=1.0,
+              use_flow_sigmas=False, final_sigmas_type="zero", lower_order_final=True)
+SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": dict(
+        FLOW, shift=1.0, shift_terminal=0.0, invert_sigmas=False, stochastic_sampling=False),
+    "UniPCMultistepScheduler": dict(
+        SOLVER, predict_x0=True, solver_type="bh2", disable_corrector=[], solver_p="",
+        shift_terminal=0.0),
+    "DPMSolverMultistepScheduler": dict(
+        SOLVER, algorithm_type="dpmsolver++", solver_type="midpoint", euler_at_final=False,
+        use_lu_lambdas=False, beta_start=0.0001)}
+SCHEDULED = dict(
+    num_train_timesteps=[1000], use_dynamic_shifting=[False], use_beta_sigmas=[False],
+    invert_sigmas=[False], stochastic_sampling=[False], thresholding=[False], predict_x0=[True],
+    solver_p=[""], prediction_type=["flow_prediction"], use_flow_sigmas=[True],
+    algorithm_type=["dpmsolver++"], use_lu_lambdas=[False], solver_order=[1, 2, 3],
+    final_sigmas_type=["zero", "sigma_min"])
+SCHEDULED_BY = {                # of one class only
+    "UniPCMultistepScheduler": dict(
+        lower_order_final=[True], use_karras_sigmas=[False], use_exponential_sigmas=[False],
+        solver_type=["bh1", "bh2", "midpoint", "heun", "logrho"]),
+    "DPMSolverMultistepScheduler": dict(
+        solver_order=[1, 2], use_karras_sigmas=[False], use_exponential_sigmas=[False],
+        solver_type=["midpoint", "bh1", "bh2", "logrho"])}
+
+
+def read_scheduler(path, sampler):
+    """What a diffusers folder's scheduler says: {"sampler", "shift", "rules"}; {} where there is
+    none. What is not read is refused by name; where another `sampler` is asked for, the shift alone
+    is taken."""
+    pipeline = read_published(path / "model_index.json", {}).get("_class_name", PIPELINES[0])
+    if pipeline not in PIPELINES:
+        refuse(f"{path} is a {pipeline}, which is not read here: {', '.join(PIPELINES)} are")
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return {}
+    name, c, _ = read_class(file, SCHEDULERS)
+    own = {"FlowMatchEulerDiscreteScheduler": "euler", "UniPCMultistepScheduler": "unipc",
+           "DPMSolverMultistepScheduler": "dpm++"}[name]
+    shift = c["shift" if own == "euler" else "flow_shift"]
+    if not 0 < shift <= 1000:
+        refuse(f"{file}: a shift of {shift} is none: above 0, to 1000")
+    if sampler not in (None, own):
+        return {"sampler": own, "shift": shift}
+    for key, legal in {**SCHEDULED, **SCHEDULED_BY.get(name, {})}.items():
+        if key in c and c[key] not in legal:
+            refuse(f"{file}: {key} {json.dumps(c[key])[:40]} is not read here, only "
+                   f"{' or '.join(map(json.dumps, legal))}: name another way by --sampler")
+    solver, final = {}, 0.0
+    if own == "unipc":
+        solver = dict(order=c["solver_order"], uncorrected=c["disable_corrector"],
+                      kind="bh1" if c["solver_type"] == "bh1" else "bh2")
+    elif own == "dpm++":
+        solver = dict(order=c["solver_order"], lower=c["lower_order_final"],
+                      euler=c["euler_at_final"])
+    if c.get("final_sigmas_type") == "sigma_min":        # DPM's is that of DDPM's first step
+        final = -1.0 if own == "unipc" else (c["beta_start"] / (1 - c["beta_start"])) ** 0.5
+    spread = {"karras": c["use_karras_sigmas"], "exponential": c["use_exponential_sigmas"]}
+    return {"sampler": own, "shift": shift, "rules": dict(
+        solver=solver, final=final, terminal=c.get("shift_terminal"),
+        spread=next((way for way, is_on in spread.items() if is_on), ""))}
 
 
 def config_of(name):
@@ -1605,12 +1736,15 @@ def class_number(prompt, n):
 
 def open_foreign(args, device):
     """`open_run` of published weights."""
-    path, index = Path(args.name), Path(args.name) / "scheduler" / "scheduler_config.json"
+    path = Path(args.name)
+    scheduled = read_scheduler(path, args.sampler) if path.is_dir() else {}
     first = [load_published(path, args.heads)]               # it tells what all else depends on
     _, layout, options = first[0]
     kind = {"dit": "sit" if path.name.lower().startswith("sit") else "dit", "uvit": "uvit"}.get(
         layout, "wan")
-    how = {"dit": Objective("ddpm", "ddpm"), "uvit": Objective("noise", "sd")}
+    is_fixed = options.get("channels") == options.get("out_channels")     # no learned variance
+    how = {"dit": Objective("noise" if is_fixed else "ddpm", "ddpm"),
+           "uvit": Objective("noise", "sd")}
     inside = path / "vae" if (path / "vae").is_dir() else next(iter(sorted(path.glob(
         "Wan2.*_VAE.pth"))), None)
     vae = args.vae or inside or refuse(f"{path} has no autoencoder of its own: name it by --vae")
@@ -1641,25 +1775,45 @@ def open_foreign(args, device):
         refuse(f"{path} takes a first and a last frame (FLF2V), which is not known here: take an "
                "I2V or a TI2V")
     about |= {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "shift": 5.0}
-    if options["channels"] > options["out_channels"]:
+    n, n_out = options["channels"], options["out_channels"]
+    if n not in (n_out, 2 * n_out + 4):
+        refuse(f"{path} sees {n} channels of {n_out} (Fun-Control, VACE or another kin of Wan's), "
+               f"which is not read here: T2V has {n_out}, I2V {2 * n_out + 4}")
+    if n > n_out:
         about |= {"adapt": give_image, "kind": "i2v", "reads_image": bool(options["image_dim"])}
         about["shift"] = 3.0 if min(args.size or KINDS["i2v"]["size"]) <= 480 else 5.0
     elif options["channels"] == 48 or is_expanded(path):
         about |= {"adapt": give_image, "kind": "ti2v"}
-    if index.is_file():
-        about["shift"] = json.loads(index.read_text()).get("flow_shift", about["shift"])
-    return openers, about
+    return openers, about | scheduled
 
 
 def is_expanded(path):
     """Whether a diffusers folder says that a given first frame has a time of its own (TI2V)."""
-    index = path / "model_index.json"
-    return index.is_file() and bool(json.loads(index.read_text()).get("expand_timesteps"))
+    return bool(read_published(path / "model_index.json", {}).get("expand_timesteps"))
+
+
+def as_frame(picture, height, width, cell, layout):
+    """uint8 [h, w, 3] as a first frame [3, 1, height, width], -1 to 1: by Lanczos, or in Wan's own
+    layout by bicubic without a filter, as the codes of both do. They distort a picture of another
+    shape: here it is scaled to cover and cut about the centre if that costs a `cell`, px, or
+    more."""
+    sides = picture.shape[:2]
+    scale = max(height / sides[0], width / sides[1])
+    size = [max(want, round(side * scale)) for side, want in zip(sides, (height, width))]
+    if max(size[0] - height, size[1] - width) < cell:
+        size = [height, width]
+    if layout == "wan":
+        x = F.interpolate(to_tensor(picture[None])[None, :, 0], tuple(size), mode="bicubic")
+        return cut(x[0].movedim(0, -1)[None], {"height": height, "width": width}).movedim(-1, 0)
+    if tuple(size) != sides:
+        picture = np.array(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))
+    return to_tensor(cut(picture[None], {"height": height, "width": width}))
 
 
 def give_image(sampler, job, picture):
-    """A Job as Wan's published models take an image: TI2V as its first latent, clean; I2V as
-    channels beside the noise, with a mask, the frames after it grey, and 2.1's as tokens too."""
+    """A Job as Wan's published models take an image [1, h, w, 3]: TI2V as its first latent, clean;
+    I2V as channels beside the noise, with a mask, the frames after it grey, and 2.1's as tokens
+    too: these are of the picture itself, before it is scaled to the video."""
     if sampler.about["kind"] == "ti2v":
         return job._replace(givens=[])
     if picture is None:
@@ -1667,7 +1821,8 @@ def give_image(sampler, job, picture):
     _, T, H, W = job.shape
     video = torch.zeros(3, 1 + (T - 1) * sampler.time_stride, H * sampler.stride,
                         W * sampler.stride)
-    video[:, :1] = to_tensor(picture)
+    video[:, :1] = as_frame(picture[0], *video.shape[2:], sampler.stride * sampler.patch[1],
+                            sampler.about["layout"])
     with torch.no_grad():
         z = encode_long(sampler.part("vae")[0], video[None].to(sampler.device))[0][0].cpu()
     mask = torch.zeros(4, T, H, W)
@@ -1724,6 +1879,7 @@ def resolve(args, about, how, stride):
     """Fills in what the model decides, and refuses what it cannot do."""
     known = {"shift": about.get("shift", 1.0), "fps": 10.0, "negative": about.get("negative", ""),
              **KINDS[about["kind"]]}
+    known["sampler"] = about.get("sampler", known["sampler"])
     if about["kind"] == "own" and how.path in STEPPED:
         known["sampler"] = "ddim"
     data = about.get("data")
@@ -1752,8 +1908,12 @@ def resolve(args, about, how, stride):
     if args.apg and args.cfg_channels:
         args.cfg_channels = None                             # APG is over whole clips
     layout = about.get("layout")
-    args.ends = WAN_ENDS.get((layout, args.sampler), (1.0, 0.0))
-    args.whole_times = (layout, args.sampler) in WAN_ENDS
+    args.grid, args.rules = (layout, args.sampler), about.get("rules", {})
+    args.ends = WAN_ENDS.get(args.grid, (1.0, 0.0))
+    args.whole_times = args.grid in WAN_ENDS
+    if args.grid == ("diffusers", "euler") and args.steps > 1:
+        least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
+        args.ends = 1.0, least - (1 - least) / (args.steps - 1)
 
 
 def size_of(text):
@@ -1773,7 +1933,7 @@ def parse_options(argv=None):
     if args.frames and args.seconds:
         refuse("--frames and --seconds both give the length: leave one out")
     told = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    args.told, args.quiet = told, False
+    args.told, args.quiet, args.grid, args.rules = told, False, None, {}
     args.usual = {name: parser.get_default(name) for name in vars(args)}
     return args
 
