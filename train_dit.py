@@ -54,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from caption import (EOS, TextEmbeddings, TextTower, encode_captions, open_text_encoder,
-                     open_tokenizer, train_tokenizer)
+                     open_tokenizer, read_as_config, read_published, train_tokenizer)
 from kernels import backend
 from kernels.adaln import gate_residual_ln_modulate, ln_modulate
 from kernels.attention import attention
@@ -63,12 +63,12 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
                           run_dir, script, sweep)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
-                       epoch_order, fit, gaussians, is_finished, is_run, last_checkpoint,
+                       epoch_order, fit, gaussians, innermost, is_finished, is_run, last_checkpoint,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
-                       moved, one_run, optimizer_tensors, option_parser, read_config, read_header,
-                       read_log, read_tensors, restore_optimizer, save_file, setup, sheet_frames,
-                       split_rows, start_run, sum_over_ranks, take_step, to_frames,
-                       training_options)
+                       moved, one_run, optimizer_tensors, option_parser, plain, read_class,
+                       read_config, read_header, read_log, read_tensors, restore_optimizer,
+                       save_file, setup, sheet_frames, split_rows, start_run, sum_over_ranks,
+                       take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -2215,18 +2215,20 @@ def turn(tensor, how, patch, back=False):
 
 def from_published(published, layout, model):
     """The state dict of a DiT from that of a published file; refuses keys too many or too few."""
-    left, state = dict(published), {}
-    for ours, wanted in model.state_dict().items():
-        theirs, how = their_names(ours, layout)
-        lacks = [name for name in theirs if name not in left]
-        if lacks:
-            refuse(f"the weights have no {lacks[0]}: not this kind of model, or not whole")
-        state[ours] = turn(torch.cat([left.pop(name) for name in theirs]), how, model.patch)
-        if state[ours].shape != wanted.shape:
-            refuse(f"{theirs[0]}: {list(state[ours].shape)}, wanted {list(wanted.shape)}")
-    left = [key for key in left if not key.endswith("norm_added_q.weight")]  # diffusers' I2V files
-    if left:                                                         # hold it, nothing reads it
+    wanted = to_published(model.state_dict(), layout, model)
+    for name, tensor in wanted.items():
+        if name not in published:
+            refuse(f"the weights have no {name}: not this kind of model, or not whole")
+        if published[name].shape != tensor.shape:
+            refuse(f"{name}: {list(published[name].shape)}, wanted {list(tensor.shape)}")
+    left = [key for key in published if key not in wanted
+            and not key.endswith("norm_added_q.weight")]     # diffusers' I2V files hold it, and
+    if left:                                                 # nothing reads it
         refuse(f"the weights hold {min(left)}, which this kind of model has not")
+    state = {}
+    for ours in model.state_dict():
+        theirs, how = their_names(ours, layout)
+        state[ours] = turn(torch.cat([published[name] for name in theirs]), how, model.patch)
     return state
 
 
@@ -2242,39 +2244,83 @@ def to_published(state, layout, model):
     return published
 
 
+def count_blocks(state):
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
 def dit_options(state, heads=None):
     """The options of a DiT or SiT whose published state dict this is: all but the heads can be read
     off it, and these are 64 wide in every published size but XL."""
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    heads = heads or (16 if dim == 1152 else dim // 64)
+    heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
     if not heads or dim % heads:
         refuse(f"a DiT of width {dim} needs to be told its heads, by --heads: "
                f"{f'{heads} do not divide it' if heads else 'they are not 64 wide'}")
     side = round(state["pos_embed"].shape[1] ** 0.5)
     return dict(
         channels=channels, dim=dim, patch=(1, patch, patch), own_table=True, positions="sincos",
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        heads=heads, grid=(side, side),
+        depth=count_blocks(state), heads=heads, grid=(side, side),
         ffn=len(state["blocks.0.mlp.fc1.bias"]),
         out_channels=len(state["final_layer.linear.bias"]) // patch**2,
         classes=len(state["y_embedder.embedding_table.weight"]))
 
 
+# Published denoisers: {class: {key of config.json: the class's default}}. Sizes are read off the
+# weights too, which decide where a key is left out; the number of heads is nowhere else.
+CLASSES = {
+    "WanModel": dict(
+        model_type="t2v", patch_size=[1, 2, 2], text_len=512, in_dim=16, dim=2048, ffn_dim=8192,
+        freq_dim=256, text_dim=4096, out_dim=16, num_heads=16, num_layers=32,
+        window_size=[-1, -1], qk_norm=True, cross_attn_norm=True, eps=1e-6),
+    "WanTransformer3DModel": dict(
+        patch_size=[1, 2, 2], num_attention_heads=40, attention_head_dim=128, in_channels=16,
+        out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40,
+        cross_attn_norm=True, eps=1e-6, image_dim=0, added_kv_proj_dim=0, pos_embed_seq_len=0)}
+WAN_SIZES = {                   # of ours: the key of each class
+    "patch": ("patch_size", "patch_size"), "channels": ("in_dim", "in_channels"),
+    "dim": ("dim", None), "depth": ("num_layers", "num_layers"), "ffn": ("ffn_dim", "ffn_dim"),
+    "text_dim": ("text_dim", "text_dim"), "time_width": ("freq_dim", "freq_dim"),
+    "out_channels": ("out_dim", "out_channels"), "image_dim": (None, "image_dim"),
+    "image_tokens": (None, "pos_embed_seq_len")}
+WAN_ONLY = dict(text_len=512, window_size=[-1, -1], qk_norm=True, cross_attn_norm=True, eps=1e-6)
+
+
 def wan_options(state, config, layout):
-    """The options of a Wan denoiser from its config.json, and from its tensors what that lacks."""
-    embed, time_in, text, head, image, place = (
+    """The options of a Wan denoiser from its tensors, and from its config.json the heads."""
+    embed, time_in, text, head, image, place, up = (
         state.get(their_names(ours, layout)[0][0]) for ours in (
             "embed.weight", "time.0.weight", "text.0.weight", "head.bias", "image.0.weight",
-            "image_place"))
+            "image_place", "blocks.0.up.weight"))
+    lacks = [name for name, tensor, axes in (
+        ("patch embedding", embed, 5), ("time embedding", time_in, 2), ("text embedding", text, 2),
+        ("head's bias", head, 1), ("blocks", up, 2)) if tensor is None or tensor.dim() != axes]
+    if lacks:
+        refuse(f"the weights have no {lacks[0]} of a Wan model: not this kind, or not whole")
     patch = tuple(embed.shape[2:])
     return dict(
         channels=embed.shape[1], dim=embed.shape[0], patch=patch, positions="index",
-        depth=config.get("num_layers"), ffn=config["ffn_dim"], text_dim=text.shape[1],
+        depth=count_blocks(state), ffn=len(up), text_dim=text.shape[1],
         heads=config.get("num_attention_heads") or config["num_heads"],
         out_channels=len(head) // math.prod(patch),
         image_dim=0 if image is None else len(image),
         time_width=time_in.shape[1],
         image_tokens=0 if place is None else place.shape[1])
+
+
+def check_wan(options, layout, config, told, path):
+    """Refuses a config.json that contradicts the weights, or says what is not read here."""
+    for key, value in WAN_ONLY.items():
+        if config.get(key, value) != value:
+            refuse(f"{path}: {key} {config[key]} is not read here, only {value}")
+    for ours, keys in WAN_SIZES.items():
+        key, found = keys[layout == "diffusers"], options[ours]
+        if key in told and config[key] != (list(found) if ours == "patch" else found):
+            refuse(f"{path}: {key} is {config[key]}, and the weights have {found}")
+    dim, heads = options["dim"], options["heads"]
+    width = config.get("attention_head_dim") if "attention_head_dim" in told else dim // heads
+    if heads * width != dim or width % 2:
+        refuse(f"{path}: {heads} heads of {width} are no width of {dim}, which the weights have, "
+               "in heads of an even width")
 
 
 def uvit_options(state, heads, text_tokens, path):
@@ -2299,41 +2345,55 @@ def uvit_options(state, heads, text_tokens, path):
         time_mlp="time_embed.0.weight" in state)
 
 
+MARKS = ("x_embedder.proj.weight", "mid_block.mlp.fc1.weight", "patch_embedding.weight")
+
+
 def load_published(path, heads=None, text_tokens=77):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
     dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
     either layout, a U-ViT's .pth or training folder N.ckpt (its nnet_ema.pth), the checkpoint of a
-    VideoGPT's prior. heads, text_tokens: what the files of some do not tell."""
-    path, config, layout = Path(path), {}, "dit"
+    VideoGPT's prior; all in float32. heads, text_tokens: what the files of some do not tell."""
+    path, layout = Path(path), "dit"
     path = path / "nnet_ema.pth" if (path / "nnet_ema.pth").is_file() else path
     if path.is_dir():
+        refuse_experts(path)
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
             refuse(f"{path} has no config.json: not a published folder, nor a run")
-        config = json.loads((path / "config.json").read_text())
-        layout = {"WanModel": "wan", "WanTransformer3DModel": "diffusers"}.get(
-            config.get("_class_name"))
-        if layout is None:
-            refuse(f"{path} holds a {config.get('_class_name')}, which is not known here: WanModel "
-                   "and WanTransformer3DModel are")
-    state = read_tensors(path)
-    if "mid_block.mlp.fc1.weight" in state:
-        options = uvit_options(state, heads, text_tokens, path)
-        return filled(UViT, options, state, path), "uvit", options
-    if "hyper_parameters" in state:
-        model, options, _ = load_gpt(path, state)
+        name, config, told = read_class(path / "config.json", CLASSES)
+        layout = {"WanModel": "wan"}.get(name, "diffusers")
+    file = read_tensors(path)
+    if "hyper_parameters" in file:
+        model, options, _ = load_gpt(path, file)
         return model, "gpt", options
-    if layout == "dit":
-        state = state.get("ema", state)
-        if "x_embedder.proj.weight" not in state:
-            refuse(f"{path} has no x_embedder.proj.weight: no DiT, SiT, U-ViT or VideoGPT's prior")
-    options = dit_options(state, heads) if layout == "dit" else wan_options(state, config, layout)
+    state = plain(innermost(file), path, MARKS)
+    with read_as_config(path):
+        if "mid_block.mlp.fc1.weight" in state and innermost(file) is file:
+            options = uvit_options(state, heads, text_tokens, path)
+            return filled(UViT, options, state, path), "uvit", options
+        if layout == "dit" and "x_embedder.proj.weight" not in state:
+            refuse(f"{path} has no x_embedder.proj.weight: no DiT, SiT, U-ViT or VideoGPT's prior" +
+                   "; of Wan name the folder" * ("patch_embedding.weight" in state))
+        options = (dit_options(state, heads) if layout == "dit" else
+                   wan_options(state, config, layout))
+    if layout != "dit":
+        check_wan(options, layout, config, told, path / "config.json")
     with torch.device("meta"):
         model = DiT(**options)
     model.load_state_dict(from_published(state, layout, model), assign=True)
     if model.positions != "sincos":      # buffers that no file holds
         model.freqs, model.axes = rope_frequencies(options["dim"] // options["heads"], 10000.0)
     return model.eval(), layout, options
+
+
+def refuse_experts(path):
+    """Refuses the two networks of Wan 2.2's A14B, in either layout."""
+    index = read_published(path / "model_index.json", {})
+    second = index.get("transformer_2")
+    if (path / "transformer_2").is_dir() or isinstance(second, list) and any(second) or (
+            (path / "high_noise_model").is_dir() or (path / "low_noise_model").is_dir()):
+        refuse(f"{path} has two networks, for much noise and for little (Wan 2.2 A14B), which is "
+               "not read yet: take a Wan of one network, such as TI2V-5B")
 
 
 def filled(make, options, state, path):

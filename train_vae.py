@@ -32,6 +32,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import runpy
 import shutil
@@ -300,8 +301,34 @@ STAND_INS = [           # classes in published checkpoints, read as data without
     (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
-WEIGHT_FILES = [f"{stem}.{end}" for stem, end in (
-    ("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"), ("pytorch_model", "bin"))]
+WEIGHT_FILES = [("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"),
+                ("pytorch_model", "bin"), ("diffusion_pytorch_model", "bin")]
+VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, the best first
+
+
+def weight_file(folder):
+    """A published folder's file of weights, or the index of its shards, as each version names it:
+    diffusion_pytorch_model.safetensors, model.fp16.safetensors, ….safetensors.index.fp16.json."""
+    for variant in VARIANTS:
+        for form in ("{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"):
+            for stem, end in WEIGHT_FILES:
+                if (path := folder / form.format(stem, end, variant)).is_file():
+                    return path
+    names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
+    refuse(f"{folder} has no weights: none of {names}, of their .fp16 and .bf16 variants, nor an "
+           ".index.json")
+
+
+# What says that numbers have scales of their own (the last part of a name): fp8, int8, 4 bits.
+SCALES = {"scaled_fp8", "scale_weight", "weight_scale", "weight_scale_inv", "scale_input",
+          "input_scale", "comfy_quant", "SCB", "absmax", "quant_map", "qweight", "qzeros", "g_idx"}
+
+
+def refuse_scaled(names, path):
+    scaled = [name for name in names if str(name).rpartition(".")[2] in SCALES]
+    if scaled:
+        refuse(f"{path} holds {min(scaled)}: weights that are quantized with scales are not read, "
+               "only float32, bfloat16, float16 and plain float8: take such a file")
 
 
 def read_tensors(path):
@@ -310,18 +337,20 @@ def read_tensors(path):
     that a large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
-        files = [path / f"{name}{end}" for end in ("", ".index.json") for name in WEIGHT_FILES]
-        path = next(filter(Path.is_file, files), None) or refuse(
-            f"{path} has no weights: none of {', '.join(WEIGHT_FILES)}, nor an .index.json")
-    if path.name.endswith(".index.json"):
+        path = weight_file(path)
+    if path.suffix == ".json":
         try:
-            parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (ValueError, KeyError):
-            refuse(f"{path} is damaged: it does not map names to files")
+            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            is_near = all(Path(part).name == part and not part.endswith(".json") for part in parts)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            parts = is_near = ()
+        if not parts or not is_near:
+            refuse(f"{path} is damaged: it does not map names to files beside it")
         return {k: v for part in parts for k, v in read_tensors(path.with_name(part)).items()}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
+                refuse_scaled(file.keys(), path)
                 return {name: file.get_tensor(name) for name in file.keys()}
         with torch.serialization.safe_globals(STAND_INS):
             is_zip = zipfile.is_zipfile(path)
@@ -339,7 +368,90 @@ def read_tensors(path):
         refuse(f"{path} cannot be read as weights: {why}")
     if not isinstance(found, dict):
         refuse(f"{path} cannot be read as weights: it holds no names")
+    refuse_scaled(innermost(found), path)
     return found
+
+
+INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BEFORE = re.compile(r"((model|module|diffusion_model|net|ema|ema_model|dit|transformer|vae|"
+                    r"first_stage_model)\.)*")
+BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|conditioner|model_ema)"
+                    r"\.")                       # other networks of a checkpoint that holds several
+
+
+def plain(weights, path, marks):
+    """A network's published tensors in float32 under its own names. Half precision and fp8 without
+    scales are cast up; what a wrapper (torch.compile, DDP, Lightning, ComfyUI) puts before names is
+    taken off: whatever stands before one of `marks`, names that every network of a kind has."""
+    weights = {INSIDE.sub("", name): tensor for name, tensor in weights.items()}
+    before = {name[:-len(mark)] for name in weights for mark in marks if name.endswith(mark)}
+    prefix = min(filter(BEFORE.fullmatch, before), key=len, default="")
+    found = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+             if name.startswith(prefix) or not BESIDE.match(name)}
+    for name, tensor in found.items():
+        if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
+            kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+            refuse(f"{path}: {name} is {kind}, not floating-point numbers: this is quantized, or "
+                   "no file of weights alone")
+    return {name: tensor.float() for name, tensor in found.items()}
+
+
+def innermost(found):
+    """The state dict in a training checkpoint, the average before the weights that it is of."""
+    for key in ("ema", "ema_model", "model", "module", "state_dict"):
+        if isinstance(found.get(key), dict):
+            return innermost(found[key])
+    return found
+
+
+# What the values of a published config.json are made of, and how many may be: no network here has
+# more layers than this, and a list of as many ends before anything is made.
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
+         list: "a list"}
+
+
+def fits(value, default):
+    """Whether a value is of the same kind as the default: a list of the same kinds."""
+    if isinstance(default, list):
+        return isinstance(value, list) and len(value) <= 4096 and all(
+            fits(each, (default or [0.0])[0]) for each in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and abs(value) < 1e30
+    return isinstance(value, type(default)) and (
+        not isinstance(value, int) or min(default, 1) <= value <= 2**20)
+
+
+def read_class(path, classes, guess=None):
+    """(class, its values, the keys that it has) of a published config.json, one of `classes`
+    {class: {key: default}}: a key that it leaves out, or that is null, has its class's default.
+    Refuses other classes, values of other kinds, and what is quantized. guess: the class of one
+    that does not name any."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError
+    except FileNotFoundError:
+        refuse(f"{path}: no such file")
+    except (ValueError, RecursionError):
+        refuse(f"{path} is damaged: it is no JSON object")
+    name = config.get("_class_name") or (guess and guess(config))
+    if not isinstance(name, str) or name not in classes:
+        says = f"is of a {name}" if isinstance(name, str) else "names no _class_name"
+        refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
+    if config.get("quantization_config"):
+        how = config["quantization_config"]
+        how = how.get("quant_method") if isinstance(how, dict) else how
+        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
+               "float16 and plain float8: take a folder without quantization_config")
+    told = {key for key in classes[name] if config.get(key) is not None}
+    values = {**classes[name], **{key: config[key] for key in told}}
+    for key, default in classes[name].items():
+        if not fits(values[key], default):
+            what = KINDS[type(default)] + (f", as {default}" if default else "")
+            refuse(f"{path}: {key} is {json.dumps(config[key])[:60]}, which should be {what}")
+    return name, values, told
 
 
 def last_checkpoint(folder):
@@ -2550,6 +2662,59 @@ def published_names(model, layout):
     return found
 
 
+# Published autoencoders: {class: {key of config.json: the class's default}}.
+CLASSES = {
+    "AutoencoderKL": dict(
+        in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"], block_out_channels=[64], layers_per_block=1,
+        act_fn="silu", latent_channels=4, norm_num_groups=32, scaling_factor=0.18215,
+        shift_factor=0.0, latents_mean=[], latents_std=[], use_quant_conv=True,
+        use_post_quant_conv=True, mid_block_add_attention=True),
+    "AutoencoderKLWan": dict(
+        base_dim=96, decoder_base_dim=0, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
+        attn_scales=[], temperal_downsample=[False, True, True], latents_mean=WAN_MEAN_16,
+        latents_std=WAN_STD_16, is_residual=False, in_channels=3, out_channels=3, patch_size=0)}
+
+
+def guess_class(config):
+    """Of a config.json without a class's name."""
+    return next((name for key, name in (("block_out_channels", "AutoencoderKL"), (
+        "temperal_downsample", "AutoencoderKLWan")) if key in config), None)
+
+
+def check_class(name, config, n_tensors, path):
+    """Refuses, in one line, what a published autoencoder may be but ours is not."""
+    is_image = name == "AutoencoderKL"
+    levels = len(config["block_out_channels" if is_image else "dim_mult"])
+    n_res, z = (config[key] for key in (("layers_per_block", "latent_channels") if is_image else
+                                        ("num_res_blocks", "z_dim")))
+    if is_image:
+        only = dict(down_block_types=["DownEncoderBlock2D"] * levels, act_fn="silu",
+                    up_block_types=["UpDecoderBlock2D"] * levels, in_channels=3, out_channels=3,
+                    mid_block_add_attention=True, use_post_quant_conv=config["use_quant_conv"])
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        if widths and any(width % widths[0] for width in widths):
+            refuse(f"{path}: block_out_channels {widths}: only multiples of the first are read")
+        if any(width % groups for width in widths):
+            refuse(f"{path}: norm_num_groups {groups} does not divide block_out_channels {widths}")
+    else:
+        side = 3 * max(1, config["patch_size"])**2
+        only = dict(attn_scales=[], in_channels=side, out_channels=side)
+        if len(config["temperal_downsample"]) != levels - 1:
+            refuse(f"{path}: temperal_downsample has {len(config['temperal_downsample'])} values, "
+                   f"dim_mult {levels}: of the first there is one less")
+    for key, value in only.items():
+        if config[key] != value:
+            refuse(f"{path}: {key} {json.dumps(config[key])[:60]} is not read here, only "
+                   f"{json.dumps(value)[:60]}")
+    if not levels or 2 * levels * n_res > n_tensors:
+        refuse(f"{path}: {levels} levels of {n_res} blocks, and weights of {n_tensors} tensors: "
+               "they do not belong together")
+    for key in ("latents_mean", "latents_std"):
+        if len(config[key]) not in ((0, z) if is_image else (z,)):
+            refuse(f"{path}: {key} has {len(config[key])} values, the latents {z} channels")
+
+
 def load_names(model, names, weights, path):
     """Strict: every parameter is filled and every tensor used; singleton axes may differ."""
     state = model.state_dict()
@@ -2563,6 +2728,8 @@ def load_names(model, names, weights, path):
             refuse(f"{path}: {name} has shape {list(weights[name].shape)}, "
                    f"not {list(state[own].shape)}")
         state[own] = weights[name].float().reshape(state[own].shape)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
     model.load_state_dict(state)
 
 
@@ -2573,6 +2740,9 @@ def wan_options(weights, config):
         is_22 = any(name.startswith("encoder.downsamples.0.downsamples") for name in weights)
         z_dim, dec_dim = weights["conv2.weight"].shape[0], weights["decoder.head.0.gamma"].shape[0]
         dim, channels = weights["encoder.conv1.weight"].shape[:2]
+        if z_dim not in (16, 48):
+            refuse(f"latents of {z_dim} channels: Wan's autoencoders have 16 or 48, and files of "
+                   "others do not tell their mean and deviation")
         options = dict(WAN, dim=dim, z_dim=z_dim, patch=math.isqrt(channels // 3), residual=is_22)
         if is_22:
             options["dec_dim"] = dec_dim
@@ -2581,8 +2751,8 @@ def wan_options(weights, config):
     downs = tuple("st" if t else "s" for t in config["temperal_downsample"])
     options = dict(dim=config["base_dim"], mults=tuple(config["dim_mult"]), downs=downs,
                    n_res=config["num_res_blocks"], z_dim=config["z_dim"],
-                   dec_dim=config.get("decoder_base_dim"), patch=config.get("patch_size") or 1,
-                   residual=config.get("is_residual", False))
+                   dec_dim=config["decoder_base_dim"] or None, patch=config["patch_size"] or 1,
+                   residual=config["is_residual"])
     return options, "diffusers", config["latents_mean"], config["latents_std"]
 
 
@@ -2600,11 +2770,11 @@ def image_options(weights, config):
     widths = config["block_out_channels"]
     options = dict(dim=widths[0], mults=[width // widths[0] for width in widths],
                    downs=["s"] * (len(widths) - 1), n_res=config["layers_per_block"],
-                   z_dim=config["latent_channels"], groups=config.get("norm_num_groups", 32),
-                   residual=False, quant=config.get("use_quant_conv", True))
-    shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor", 0.18215)
-    n = options["z_dim"]
-    return options, "image", [shift] * n, [1 / scale] * n
+                   z_dim=config["latent_channels"], groups=config["norm_num_groups"],
+                   residual=False, quant=config["use_quant_conv"])
+    n, scale = options["z_dim"], config["scaling_factor"]
+    mean, std = config["latents_mean"], config["latents_std"] or [1.0] * n
+    return options, "image", mean or [config["shift_factor"]] * n, [each / scale for each in std]
 
 
 def load_videogpt(path, saved):
@@ -2624,6 +2794,7 @@ def load_videogpt(path, saved):
 
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+MARKS = ("encoder.conv1.weight", "encoder.conv_in.weight")
 
 
 def load_published(path):
@@ -2633,26 +2804,27 @@ def load_published(path):
     if (path / "vae" / "config.json").exists():
         path = path / "vae"
     path = next((path / name for name in WAN_FILES if (path / name).exists()), path)
-    config = None
+    name, config = None, None
     if path.is_dir():
         if not (path / "config.json").exists():
             refuse(f"{path} holds no autoencoder: neither a run nor a published folder "
                    f"(config.json with weights, {' or '.join(WAN_FILES)})")
-        try:
-            config = dict(json.loads((path / "config.json").read_text()))
-        except (ValueError, TypeError):
-            refuse(f"{path / 'config.json'} is damaged: it is no JSON object")
+        name, config, _ = read_class(path / "config.json", CLASSES, guess_class)
     weights = read_tensors(path)
-    if "state_dict" in weights:
+    if "hyper_parameters" in weights:
         model, options = load_videogpt(path, weights)
         mean, std = [0.0] * model.z_dim, [1.0] * model.z_dim
     else:
-        is_image = config is not None and "block_out_channels" in config
-        if not is_image and not ("encoder.conv1.weight" in weights if config is None else
-                                 "temperal_downsample" in config):
-            refuse(f"{path} is no autoencoder known here: Wan's, AutoencoderKL, VideoGPT's")
-        options, layout, mean, std = (image_options if is_image else wan_options)(weights, config)
-        model = Autoencoder(**options)
+        weights = plain(innermost(weights), path, MARKS)
+        if config:
+            check_class(name, config, len(weights), path / "config.json")
+        elif not {"encoder.conv1.weight", "conv2.weight", "decoder.head.0.gamma"} <= set(weights):
+            refuse(f"{path} is no autoencoder known here: a file is Wan's or VideoGPT's, a folder "
+                   f"with config.json {' or '.join(CLASSES)}")
+        read = image_options if name == "AutoencoderKL" else wan_options
+        options, layout, mean, std = read(weights, config)
+        with torch.device("meta"):
+            model = Autoencoder(**options)
         load_names(model, published_names(model, layout), weights, path)
     return model, {"model": options, "latents_mean": mean, "latents_std": std,
                    "hash": weights_hash(model, mean, std)}
