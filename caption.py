@@ -174,7 +174,7 @@ class Stack:
     post_norm: bool = False     # the norms come after attention and MLP, within the branches
     branch: float = 1.0         # each branch is times this
     window: int = 0             # how many tokens each one sees, itself included; 0: all
-    scaling: tuple = ()         # of rotary positions, Llama 3.1's: factor, low, high, old length
+    scaling: tuple = ()         # of rotary positions: factor; Llama 3.1's: low, high, length
     sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
     trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
     expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
@@ -188,6 +188,9 @@ class Stack:
         if (not self.head and self.width % (2 * heads)) or heads % shared:
             raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
                              "must cut width into even parts, and kv_heads must divide heads")
+        if self.sections and 2 * sum(self.sections) != self.head_dim:
+            raise ValueError(f"mrope_section {list(self.sections)}: the sum must be half of a "
+                             f"head's {self.head_dim}")
         if self.act not in ACTS:
             raise ValueError(f"activation {self.act} is not one of {', '.join(sorted(ACTS))}")
 
@@ -211,7 +214,9 @@ def rotary(positions, stack, prompts=None):
         alpha = 2 ** ((prompts / stack.trained).log2() + 1).ceil() - 1
         base = (base * alpha.clamp(min=1) ** (E / (E - 2)))[:, None, None]
     speeds = base ** (-i / E)
-    if stack.scaling:                                # long waves are stretched, short ones are not
+    if len(stack.scaling) == 1:                      # all waves are stretched alike
+        speeds = speeds / stack.scaling[0]
+    elif stack.scaling:                              # long waves are stretched, short ones are not
         factor, low, high, length = stack.scaling
         share = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         speeds = speeds * (share + (1 - share) / factor)
@@ -1459,6 +1464,8 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
             faults.append(f"{names[0]} is missing")
         elif (tensor := weights[there]).shape != parameter.shape:
             faults.append(f"{there} is {list(tensor.shape)}, not {list(parameter.shape)}")
+        elif not tensor.is_floating_point():
+            faults.append(f"{there} is {str(tensor.dtype)[6:]}, as quantized weights are")
         else:
             state[name] = tensor.to(device, dtype)
     faults += [f"{name} is unexpected" for name in sorted(weights)
@@ -1467,6 +1474,24 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
         refuse(f"{where}: " + "; ".join(faults[:8]) + f"; {len(faults)} in all" * (len(faults) > 8))
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+WRAPPED = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def published_tensors(path):
+    """`read_tensors`, also of shards without an index, and without what DDP, FSDP or torch.compile
+    put before names."""
+    path, files = Path(path), [path]
+    is_told = any(path.glob("*.index*.json")) or any(path.glob("*model.safetensors"))
+    if path.is_dir() and not is_told:
+        parts = next(filter(None, (sorted(path.glob(f"*model*-of-[0-9]*.{end}"))
+                                   for end in ("safetensors", "bin"))), [])
+        n = parts and int(re.search(r"-of-(\d+)", parts[0].name)[1])
+        if n and len(parts) != n:
+            refuse(f"{path} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest")
+        files = parts or files
+    return {WRAPPED.sub("", name): t for file in files for name, t in read_tensors(file).items()}
 
 
 T5_KEYS = [
@@ -1496,12 +1521,51 @@ CLIP_KEYS = [
     (r"layers.(\d+).down", r"text_model.encoder.layers.\1.mlp.fc2")]
 CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_scale|"
                 r"(text|visual)_projection\.weight|text_model\.head\..*|logit_bias")
-CLIP_DEFAULTS = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
-                     num_attention_heads=8, max_position_embeddings=77, vocab_size=49408,
-                     hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
-SIGLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, vocab_size=32000,
-              num_attention_heads=12, max_position_embeddings=64, image_size=224, patch_size=16,
-              hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)       # of both its towers
+# Of each class of configurations, what an absent key means: transformers' defaults, 4.36 to 5.24,
+# or those of the folder's own code. A null is a value, and no default takes its place.
+LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000,
+             num_attention_heads=32, num_key_value_heads=None, head_dim=None, hidden_act="silu",
+             rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048,
+             tie_word_embeddings=False)
+QWEN2 = LLAMA | dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+                     max_position_embeddings=32768)
+MISTRAL = LLAMA | dict(intermediate_size=14336, num_key_value_heads=8, sliding_window=4096,
+                       max_position_embeddings=131072)
+CLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+SIGLIP = CLIP | dict(patch_size=16, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+T5 = dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, vocab_size=32128,
+          relative_attention_num_buckets=32, relative_attention_max_distance=128,
+          layer_norm_epsilon=1e-6, feed_forward_proj="relu")
+DEFAULTS = {
+    "llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN2 | dict(head_dim=128),
+    "internlm2": LLAMA | dict(vocab_size=103168, bias=True),
+    "internlmxcomposer2": LLAMA | dict(vocab_size=103168, bias=True),
+    "CogVLMForCausalLM": LLAMA, "omnilmm": MISTRAL,
+    "minicpmv": LLAMA | dict(tie_word_embeddings=True, scale_emb=1, scale_depth=1, slice_mode=True,
+                             dim_model_base=1, query_num=64, max_slice_nums=9, scale_resolution=448,
+                             vision_encoder="vit_so400m_patch14_siglip_384.webli"),
+    "qwen": dict(hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, kv_channels=128,
+                 num_attention_heads=32, vocab_size=151936, layer_norm_epsilon=1e-6, rotary_pct=1.0,
+                 rotary_emb_base=10000, use_dynamic_ntk=True, use_logn_attn=True, no_bias=True,
+                 tie_word_embeddings=False),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), LLAMA | dict(
+        hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=152064, rms_norm_eps=1e-5, rope_theta=1e6,
+        max_position_embeddings=32768)),
+    "qwen2_vl's vision": dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, patch_size=14,
+                              hidden_act="quick_gelu", spatial_merge_size=2, temporal_patch_size=2),
+    "qwen2_5_vl's vision": dict(depth=32, hidden_size=3584, num_heads=16, intermediate_size=3420,
+                                patch_size=14, hidden_act="silu", spatial_merge_size=2,
+                                temporal_patch_size=2, window_size=112, tokens_per_second=4,
+                                fullatt_block_indexes=(7, 15, 23, 31)),
+    "clip's text": CLIP | dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8,
+                               max_position_embeddings=77, vocab_size=49408, eos_token_id=49407),
+    "siglip's text": SIGLIP | dict(max_position_embeddings=64, vocab_size=32000),
+    "t5": T5, "umt5": T5 | dict(d_ff=1024, num_layers=8, num_heads=6, vocab_size=250112,
+                                feed_forward_proj="gated-gelu")}
+CLIP_L = CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14,
+                     num_attention_heads=16)        # of a LLaVA without any vision_config
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
@@ -1630,21 +1694,26 @@ def clip_stack(config, depth, **more):
 def make_text_encoder(config):
     """(TextEncoder without weights, a text that says what it computes) of a published config."""
     kind = config.get("model_type")
-    if kind in ("t5", "umt5") and config["feed_forward_proj"] == "gated-gelu":
+    kind = "clip" if kind == "clip_text_model" else kind
+    if kind in ("t5", "umt5"):
+        config = DEFAULTS[kind] | config
+        if config["feed_forward_proj"] != "gated-gelu":
+            raise ValueError(f"feed_forward_proj {config['feed_forward_proj']} of a {kind}: known "
+                             "is gated-gelu, that of T5 v1.1 and UMT5")
         stack = Stack(config["d_model"], config["num_layers"], config["num_heads"],
                       ffn=config["d_ff"], norm="rms", glu=True, eps=config["layer_norm_epsilon"],
                       act="gelu_new", head=config["d_kv"], bias=False, scale=1.0)
         shape = dict(tables=stack.depth if kind == "umt5" else 1,
                      buckets=config["relative_attention_num_buckets"],
-                     furthest=config.get("relative_attention_max_distance", 128))
-    elif kind in ("clip", "clip_text_model", "siglip"):
-        config = {**(SIGLIP if kind == "siglip" else CLIP_DEFAULTS),
-                  **config.get("text_config", config)}
+                     furthest=config["relative_attention_max_distance"])
+    elif kind in ("clip", "siglip"):
+        config = {**DEFAULTS[f"{kind}'s text"], **config.get("text_config", config),
+                  **(config.get("text_config_dict") or {})}
         stack = clip_stack(config, config["num_hidden_layers"], causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
     else:
-        raise ValueError(f"model_type {kind}, feed_forward_proj {config.get('feed_forward_proj')}: "
-                         "known are t5 and umt5 with gated-gelu, clip, clip_text_model and siglip")
+        raise ValueError(f"model_type {kind}: known text encoders are t5 and umt5 with gated-gelu, "
+                         "clip, clip_text_model and siglip")
     with torch.device("meta"):
         model = TextEncoder(stack, config["vocab_size"], **shape)
     model.end, model.is_siglip = config.get("eos_token_id"), kind == "siglip"
@@ -1665,14 +1734,21 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
     elif not (path / "config.json").exists():
         refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
     with read_as_config(where):
-        model, facts = make_text_encoder(wan_config(weights) if weights else
-                                         read_published(where / "config.json"))
+        config = wan_config(weights) if weights else read_published(where / "config.json")
+        check_published(where, config)
+        model, facts = make_text_encoder(config)
+    if model.is_siglip and (model.embed.num_embeddings == 256000 or str(read_published(
+            tokens / "tokenizer_config.json", {}).get("tokenizer_class")).startswith("Gemma")):
+        refuse(f"{path} is a SigLIP 2, which is not known: SigLIP is")
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
-    load_strictly(model, weights or read_tensors(where),
-                  *patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED)),
-                  dtype, device, where)
+    weights = weights or published_tensors(where)
+    if is_clip and not any(name.startswith("text_model.") for name in weights):
+        weights = {re.sub("^(?=embeddings|encoder|final_layer_norm)", "text_model.", name): tensor
+                   for name, tensor in weights.items()}                  # transformers 5's names
+    patterns = patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED))
+    load_strictly(model, weights, *patterns, dtype, device, where)
     model.read_tokenizer(tokens)
     model.is_wan = is_wan
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
@@ -1795,6 +1871,24 @@ def to_ours(weights, model, names):
             for name, tensor in found.items()}
 
 
+def chat_template(folder, told):
+    """The Jinja text by which a folder's model is asked, "" where it has none: from the file that
+    its version of transformers writes; the default one of several."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8", errors="replace")
+    for each in (read_published(folder / "chat_template.json", {}), told,
+                 read_published(folder / "processor_config.json", {})):
+        found = each.get("chat_template") or ""
+        if isinstance(found, list):
+            found = {one["name"]: one["template"] for one in found}
+        if isinstance(found, dict):
+            found = found.get("default") or next(iter(found.values()), "")
+        if found:
+            return str(found)
+    return ""
+
+
 class Tokens:
     """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model or qwen.tiktoken. Every
     text begins with the ids in `first`. (T5's tokenizer.json may have lost the bytes that spell
@@ -1802,7 +1896,7 @@ class Tokens:
 
     def __init__(self, folder):
         told = read_published(folder / "tokenizer_config.json", {})
-        self.template, self.pieces, self.added = str(told.get("chat_template", "")), None, {}
+        self.template, self.pieces, self.added = chat_template(folder, told), None, {}
         names = "spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken"
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
@@ -1813,7 +1907,13 @@ class Tokens:
             self.table = tokenizer_of(tokenizers.Tokenizer.from_file, path)
             self.table.no_truncation()
             self.table.no_padding()
-            self.first = self.table.encode("").ids
+            text = self.table.encode("a", add_special_tokens=False).ids
+            ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
+            n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
+            self.first = ids[:n]
+            if told.get("tokenizer_class", "").startswith("LlamaTokenizer") and not told.get(
+                    "add_bos_token", True):
+                self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
             self.table = tokenizer_of(qwen_tokenizer, path)
         else:
@@ -1821,7 +1921,8 @@ class Tokens:
             added = told.get("added_tokens_decoder", {})
             self.added = {**{token["content"]: int(i) for i, token in added.items()},
                           **read_published(folder / "added_tokens.json", {})}
-            self.first = [self.pieces.bos_id()] if told.get("add_bos_token", True) else []
+            bos = self.pieces.bos_id()
+            self.first = [bos] if told.get("add_bos_token", True) and bos >= 0 else []
 
     def __len__(self):
         if self.pieces:
@@ -1880,27 +1981,33 @@ def rope_of(config):
     return rope.get("rope_type", rope.get("type", "default")), rope
 
 
+ROPES = {"default": (), "mrope": (), "dynamic": (), "linear": ("factor",), "llama3": (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 def language_stack(config, **more):
-    """The Stack of a published language model's config."""
+    """The Stack of a published language model's config, in which no default is missing."""
     kind = config.get("model_type")
     law, rope = rope_of(config)
-    if law not in ("default", "llama3", "mrope", "dynamic") or config.get("use_sliding_window") \
-            or config.get("attention_bias"):
-        raise ValueError(f"rope_scaling {law}, attention_bias and use_sliding_window: known are "
-                         "plain and llama3 positions, none of the others")
-    scaling = [rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
-               "original_max_position_embeddings")] if law == "llama3" else ()
-    window = config.get("sliding_window") if kind in ("mistral", "omnilmm") else 0
+    if law not in ROPES:
+        raise ValueError(f"rope_scaling {law} is not known: {', '.join(ROPES)} are")
+    for name in ("attention_bias", "mlp_bias", "bias", "use_sliding_window"):
+        if config.get(name):
+            raise ValueError(f"{name} is {config[name]}, which is not known of a {kind}")
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError("layer_types: only full_attention is known")
+    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
+        raise ValueError("partial_rotary_factor: only heads that turn whole are known")
+    window = config["sliding_window"] if kind in ("mistral", "omnilmm") else 0
     return Stack(**{**dict(
         width=config["hidden_size"], depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"], kv_heads=config.get("num_key_value_heads") or 0,
+        heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"] or 0,
         ffn=config["intermediate_size"], norm="rms", glu=True, causal=True,
-        rope=float(config.get("rope_theta") or rope.get("rope_theta", 1e4)),
-        eps=config.get("rms_norm_eps", 1e-6), act=config.get("hidden_act", "silu"),
-        head=config.get("head_dim") or 0, bias=False,
-        qkv_bias=str(kind).startswith("qwen2"), qk_norm=kind == "qwen3", window=window or 0,
-        scaling=tuple(scaling), sections=tuple(rope.get("mrope_section", ())), linear=FewRows),
-        **more})
+        rope=float(rope.get("rope_theta") or config["rope_theta"]), eps=config["rms_norm_eps"],
+        act=config["hidden_act"], head=config["head_dim"] or 0, bias=False,
+        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", window=window or 0,
+        scaling=tuple(rope[name] for name in ROPES[law]),
+        sections=tuple(rope.get("mrope_section", ())), linear=FewRows), **more})
 
 
 class Sight(nn.Module):
@@ -1919,6 +2026,7 @@ class Sight(nn.Module):
 
     def forward(self, pictures):
         (rows, cols), p = (side // self.size for side in pictures.shape[2:]), self.size
+        pictures = pictures[:, :, :rows * p, :cols * p]                  # a part of a patch is lost
         x = pictures.unflatten(3, (cols, p)).unflatten(2, (rows, p))     # [B, 3, h, p, w, p]
         x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         marks, places = self.position.weight.tensor_split([1 if self.cls else 0])
@@ -2077,18 +2185,49 @@ CHATML = "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n"
 CHATML_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
 ZEPHYR = "<|user|>\n{q}</s>\n<|assistant|>\n"
 INTERNLM = "[UNUSED_TOKEN_146]user\n{q}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
-CHATS = {   # a mark in a tokenizer's chat template or vocabulary: prompt, the end of a turn
-    "<|im_start|>": (CHATML, "<|im_end|>"),
-    "<|start_header_id|>": ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
-                            "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-    "[UNUSED_TOKEN_146]": (INTERNLM, "[UNUSED_TOKEN_145]"), "<|user|>": (ZEPHYR, "</s>"),
-    "[INST]": ("[INST] {q} [/INST]", "</s>"), "USER:": (VICUNA + "USER: {q} ASSISTANT:", "</s>")}
+LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
+           "<|start_header_id|>assistant<|end_header_id|>\n\n")
+CHATS = {   # name: what its Jinja text holds, a token that tells it alone, prompt, a turn's end
+    "chatml": (r"<\|im_start\|>", "<|im_start|>", CHATML, "<|im_end|>"),
+    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
+    "internlm": (r"\[UNUSED_TOKEN_146\]", "[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
+    "zephyr": (r"<\|user\|>\s*(\\n)?['\"] *\+ *\w+(\.content|\[['\"]content['\"]\]) *\+ *"
+               r"(eos_token|['\"]</s>)", None, ZEPHYR, "</s>"),
+    "mistral": (r"\[INST\]", None, "[INST] {q} [/INST]", "</s>"),
+    "llama2": (r"<<SYS>>", None, "[INST] {q} [/INST]", "</s>"),
+    "vicuna": (r"ASSISTANT:", None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
+
+
+def chat_of(text, id_of):
+    """(name, prompt, end of a turn) in CHATS by a chat template's text, with the system's part that
+    it puts first and its own spaces; or without any template by a token that the vocabulary has;
+    None where nothing tells it."""
+    if not text:
+        return next(((name, prompt, end) for name, (_, mark, prompt, end) in CHATS.items()
+                     if mark and id_of(mark) is not None), None)
+    found = [name for name, (pattern, *_) in CHATS.items() if re.search(pattern, text)]
+    found = found[:1] if set(found) == {"mistral", "llama2"} else found
+    if len(found) != 1:
+        return None
+    _, _, prompt, end = CHATS[found[0]]
+    text = text.replace("\\n", "\n")
+    if found == ["mistral"]:
+        for mark in re.findall(r"(?<=['\"])\s*\[/?INST\]\s*(?=['\"])", text):
+            prompt = re.sub(rf" *{re.escape(mark.strip())} *", mark, prompt)
+    elif found == ["vicuna"] and "A chat between" not in text:
+        prompt = prompt.removeprefix(VICUNA)
+    elif found == ["llama3"] and "Cutting Knowledge Date" in text:       # Llama 3.1's, its own date
+        prompt = ("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+                  "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>") + prompt
+    elif found == ["chatml"] and (system := re.search(
+            r"<\|im_start\|>system\n[^<>{}'\"]+<\|im_end\|>\n", text)):
+        prompt = system[0] + prompt
+    return found[0], prompt, end
 
 
 def clip_sight(config, last, keep_cls=False, post=False):
     """A CLIP tower that ends with hidden state `last` (-1, -2, …)."""
-    c = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-             image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5) | config
+    c = CLIP | config
     depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
     stack = clip_stack(c, depth, linear=Linear)
     return functools.partial(Sight, stack, c["patch_size"], (c["image_size"] // c["patch_size"])**2,
@@ -2177,24 +2316,42 @@ def plain_lm(c, weights, folder):
 
 def llava(c, weights, folder):
     """LLaVA-1.5 and Video-LLaVA, as their ports write them, and LLaVA's and Yi-VL's own layout."""
-    port, is_video = c.get("text_config"), c["model_type"] == "video_llava"
-    text = {"model_type": "llama", "rms_norm_eps": 1e-6, "hidden_size": 4096,
-            "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "vocab_size": 32000, **(port or c)}
-    stack = language_stack({**text, "model_type": text["model_type"].replace("llava", "llama")})
+    is_port = not any(name.startswith("mm_") for name in c)
+    is_video, projector = c["model_type"] == "video_llava", c.get("mm_projector_type", "linear")
+    text = (c.get("text_config") or {}) if is_port else c | {"model_type": "llama"}
+    kind = text.get("model_type", "llama")
+    if FAMILIES.get(kind) is not plain_lm:
+        raise ValueError(f"text_config is of a {kind}: known are " + ", ".join(
+            name for name, make in FAMILIES.items() if make is plain_lm))
+    text = DEFAULTS[kind] | {"model_type": kind} | text
+    stack = language_stack(text)
     last = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
     take = c.get("vision_feature_select_strategy", "default")
-    tower = c.get("vision_config") or sub_config(folder, c["mm_vision_tower"])
+    if is_port:
+        large = CLIP_L | {"image_size": 224 if is_video else 336}
+        tower = CLIP | v if (v := c.get("vision_config")) is not None else large
+    else:
+        tower = CLIP | sub_config(folder, c["mm_vision_tower"])
     size, wide, width = tower["image_size"], tower["hidden_size"], stack.width
-    layers = [(wide, width), "gelu", (width, width)]
-    if is_video and tower.get("add_time_attn"):
-        raise ValueError("add_time_attn: frames that see each other are not known")
-    if (take != "default" or not isinstance(last, int)
-            or c.get("mm_projector_type", "mlp2x_gelu") not in ("mlp2x_gelu", "mlp2x_gelu_Norm")):
-        raise ValueError(f"vision_feature_layer {last}, select strategy {take}, mm_projector_type "
-                         f"{c.get('mm_projector_type')}: known are one layer, default, mlp2x_gelu "
-                         "and mlp2x_gelu_Norm")
-    is_yi = "Norm" in c.get("mm_projector_type", "")
+    has_bias = c.get("multimodal_projector_bias", True)
+    layers = [(wide, width, has_bias), "gelu", (width, width, has_bias)]
+    told = dict(
+        add_time_attn=(tower.get("add_time_attn"), (None, False)),
+        vision_config=(tower.get("model_type", "clip_vision_model"), ("clip_vision_model", "clip")),
+        mm_video_tower=(c.get("mm_video_tower"), (None,)),
+        vision_feature_layer=(last, range(-99, 99)),
+        vision_feature_select_strategy=(f"select strategy {take}", ("select strategy default",)),
+        mm_vision_select_feature=(c.get("mm_vision_select_feature", "patch"), ("patch",)),
+        projector_hidden_act=(c.get("projector_hidden_act", "gelu"), ("gelu",)),
+        mm_projector_type=(is_port or projector, (True, "mlp2x_gelu", "mlp2x_gelu_Norm")),
+        mm_use_im_start_end=(c.get("mm_use_im_start_end", False), (False,)),
+        image_aspect_ratio=(c.get("image_aspect_ratio"), (None, "pad", "square")))
+    for name, (value, known) in told.items():
+        if value not in known:
+            raise ValueError(f"{name} is {value}: known of LLaVA-1.5's kind are " + (
+                "single layers" if isinstance(known, range) else
+                ", ".join(map(str, known)).replace("select strategy ", "")))
+    is_yi = projector.endswith("Norm")
     if is_yi:
         layers = [(wide, width), width, "gelu", (width, width), width]
     make = functools.partial(clip_sight, tower, last)
@@ -2204,8 +2361,8 @@ def llava(c, weights, folder):
         video_tower=make(keep_cls=True) if is_video else None,
         picture=functools.partial(pad_square if c.get("image_aspect_ratio") == "pad" else crop,
                                   size=size),
-        prompt=YI if is_yi else ("" if port else VICUNA) + "USER: \0\n{q} ASSISTANT:",
-        slot="<image>" if port else "", video_slot="<video>", frames=8 if is_video else 0,
+        prompt=YI if is_yi else ("" if is_port else VICUNA) + "USER: \0\n{q} ASSISTANT:",
+        slot="<image>" if is_port else "", video_slot="<video>", frames=8 if is_video else 0,
         stop=("###",) if is_yi else (), ignored=r"(video_)?tower\.(post|layers\.\d+)\..*",
         names=((r"^(?:model\.)?image_tower\.(image_tower\.)?(vision_model\.)?", "tower."),
                (r"^(?:model\.)?video_tower\.(video_tower\.)?(vision_model\.)?", "video_tower."),
@@ -2216,10 +2373,12 @@ def llava(c, weights, folder):
 
 def sub_config(folder, name):
     """config.json of a vision tower that a config names by a path within, or beside, its folder."""
-    path = next((path for path in (folder / name, folder.parent / name, Path(name))
-                 if (path / "config.json").exists()), None)
+    last = Path(name).name                       # 'openai/clip-vit-large-patch14-336' has two parts
+    path = next((path for path in (folder / name, folder.parent / name, Path(name), folder / last,
+                                   folder.parent / last) if (path / "config.json").exists()), None)
     if path is None:
-        raise ValueError(f"mm_vision_tower {name}: no such folder within or beside it")
+        raise ValueError(f"mm_vision_tower {name}: no folder {last} within or beside it: put that "
+                         "CLIP there")
     config = read_published(path / "config.json")
     return {**config.get("vision_config", config), "folder": str(path)}
 
@@ -2251,9 +2410,9 @@ def qwen_vl(c, weights, folder):
     v, heads = c["visual"], c["num_attention_heads"]
     stack = Stack(c["hidden_size"], c["num_hidden_layers"], heads, ffn=c["intermediate_size"] // 2,
                   norm="rms", glu=True, causal=True, rope=float(c["rotary_emb_base"]), act="silu",
-                  eps=c["layer_norm_epsilon"], head=c.get("kv_channels", 0), bias=False,
+                  eps=c["layer_norm_epsilon"], head=c["kv_channels"], bias=False,
                   qkv_bias=True, linear=FewRows, trained=c["seq_length"])
-    if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c.get("rotary_pct", 1) != 1:
+    if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c["rotary_pct"] != 1:
         raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
     tower = Stack(v["width"], v["layers"], v["heads"], ffn=int(v["width"] * v["mlp_ratio"]),
                   eps=1e-6, linear=Linear)
@@ -2273,8 +2432,10 @@ def qwen_vl(c, weights, folder):
 
 def cogvlm(c, weights, folder):
     v = c["vision_config"]
-    if "num_multi_query_heads" in c:
-        raise ValueError("num_multi_query_heads: CogVLM2 is not known yet")
+    if "num_multi_query_heads" in c or "model.vision.conv.weight" in weights:
+        raise ValueError("this is a CogVLM2, which is not known: CogVLM is")
+    if any("cross_vision" in name for name in weights):
+        raise ValueError("this is a CogAgent, which is not known: CogVLM is")
     stack = language_stack(c, expert=-1)
     tower = Stack(v["hidden_size"], v["num_hidden_layers"], v["num_heads"],
                   ffn=v["intermediate_size"], act=v["hidden_act"], eps=v["layer_norm_eps"],
@@ -2318,6 +2479,8 @@ def timm_sight(name, told, weights, prefix, **more):
 def minicpm_v(c, weights, folder):
     if "vision_config" in c:
         raise ValueError("vision_config: MiniCPM-V 2.5 and later are not known, 2.0 is")
+    if not c["slice_mode"]:
+        raise ValueError("slice_mode is false: only pictures in slices are known")
     tower, wide, patch = timm_sight(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
     stack = language_stack(c, branch=c["scale_depth"] / math.sqrt(c["num_hidden_layers"]))
     return Plan(
@@ -2346,30 +2509,37 @@ def omnilmm(c, weights, folder):
                *RESAMPLER))
 
 
+def image_processor(folder):
+    """What a folder says of its pictures, in the file of its version of transformers."""
+    new = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
+    return new | read_published(folder / "preprocessor_config.json", {})
+
+
 def qwen2_vl(c, weights, folder):
     """Qwen2-VL and Qwen2.5-VL."""
-    v, text = c["vision_config"], {**c, **c.get("text_config", {})}
     is_new = c["model_type"] == "qwen2_5_vl"
+    text = {**c, **(c.get("text_config") or {})}             # 4.45 to 4.51: all of it in one level
+    text["rope_parameters"] = {"mrope_section": (16, 24, 24), **rope_of(text)[1]}
+    v = DEFAULTS[f"{c['model_type']}'s vision"] | (c.get("vision_config") or {})
     stack = language_stack({**text, "model_type": "qwen2"})
     width, patch = v["hidden_size" if is_new else "embed_dim"], v["patch_size"]
-    tower = Stack(width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6,
+    tower = Stack(width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6, act=v["hidden_act"],
                   norm="rms" if is_new else "ln", glu=is_new,
-                  ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]),
-                  act=v.get("hidden_act", "quick_gelu"))
-    told = read_published(folder / "preprocessor_config.json")
-    size = told.get("size", {})
-    if (v.get("spatial_merge_size", 2), v.get("temporal_patch_size", 2)) != (2, 2):
+                  ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
+    told = image_processor(folder)
+    size = told.get("size") or {}
+    if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
     return Plan(
         stack, text["vocab_size"], tower=functools.partial(
-            QwenSight, tower, patch, stack.width, v.get("window_size", 0) if is_new else 0,
-            v.get("fullatt_block_indexes", ())),
+            QwenSight, tower, patch, stack.width, v["window_size"] if is_new else 0,
+            v["fullatt_block_indexes"] if is_new else ()),
         picture=functools.partial(
             qwen_rows, patch=patch, least=told.get("min_pixels") or size.get("shortest_edge", 3136),
-            most=told.get("max_pixels") or size.get("longest_edge", 12845056)),
+            most=told.get("max_pixels") or size.get("longest_edge", 1003520)),
         prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
         slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
-        rate=v.get("tokens_per_second", 1),
+        rate=v["tokens_per_second"] if is_new else 1,
         names=((r"^(?:model\.)?visual\.merger\.mlp\.", "tower.merge."),
                (r"^(?:model\.)?visual\.merger\.ln_q\.", "tower.post."),
                (r"^(?:model\.)?visual\.", "tower.")))
@@ -2394,6 +2564,10 @@ class VLM(nn.Module):
 
     def prompt(self, question):
         """The text that the model is asked with: a NUL stands for what it sees."""
+        if not self.plan.prompt:
+            what = "none that is known" if self.tokens.template else "missing"
+            refuse(f"{self.where}: its chat template is {what}: give --template NAME, one of "
+                   f"{', '.join(CHATS)}, or put its chat_template.jinja there")
         return self.plan.prompt.replace("{q}", question.replace("\0", ""))
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
@@ -2516,51 +2690,96 @@ def stop_ids(folder, config, tokens, names):
     return {i for i in flat if i is not None}
 
 
-def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None):
+def check_published(path, config):
+    """Refuses by its name a folder that is quantized, or of a class that does not write text."""
+    if not config and (path / "adapter_config.json").exists():
+        refuse(f"{path} holds a LoRA's additions alone: merge them into their model first")
+    for each in (config, config.get("text_config"), config.get("vision_config")):
+        how = each.get("quantization_config") if isinstance(each, dict) else None
+        if how:
+            how = how.get("quant_method", "?") if isinstance(how, dict) else how
+            refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, "
+                   "bfloat16 and float16: take a folder without quantization_config")
+
+
+def made_by(config):
+    """The class that a published config names first, or '?'."""
+    return ([*(config.get("architectures") or ()), "?"])[0]
+
+
+def kind_of(config):
+    """A published config's row of FAMILIES, or what it calls itself."""
+    made = made_by(config)
+    kind = config.get("model_type") or made
+    if made.startswith("InternLMXComposer2"):
+        return "internlmxcomposer2"
+    return {"llava_llama": "llava", "internlm2_5": "internlm2"}.get(kind, kind)
+
+
+def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, template=None):
     """The VLM of a published folder; its family and sizes are read from there, its weights mapped
     from the files. An unknown family is refused with what was missing; so is one that does not see
-    where one that `sees` is wanted, or the other way round."""
+    where one that `sees` is wanted, or the other way round. template: of CHATS, where the folder
+    does not tell it."""
     path = Path(path)
-    config = read_published(path / "config.json")
+    config = read_published(path / "config.json", *[{}] * (path / "adapter_config.json").exists())
     with read_as_config(path):
-        made_by = (config.get("architectures") or ["?"])[0]
-        kind = config.get("model_type") or made_by
-        kind = "internlmxcomposer2" if made_by.startswith("InternLMXComposer2") else kind
+        check_published(path, config)
+        kind, made = kind_of(config), made_by(config)
         if kind not in FAMILIES:
             refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
-        weights = read_tensors(path)
+        if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
+            refuse(f"{path} is of a {made}, which writes no text: the {kind} that does is read")
+        weights = published_tensors(path)
+        config = DEFAULTS.get(kind, {}) | config | {"model_type": kind}
         plan = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
-            plan.longest = text["max_position_embeddings"]
+            plan.longest = {**DEFAULTS.get(text.get("model_type"), LLAMA), **text}[
+                "max_position_embeddings"]
         tower = config.get("mm_vision_tower", "")
-        if kind == "llava" and "vision_config" not in config and not any(
+        if kind == "llava" and "vision_config" not in config and tower and not any(
                 "vision_tower" in name for name in weights):
-            beside = read_tensors(sub_config(path, tower)["folder"])     # perhaps all of a CLIP
-            weights |= {name: beside[name] for name in beside if "vision_model." in name}
+            beside = published_tensors(sub_config(path, tower)["folder"])    # perhaps all of a CLIP
+            weights |= {name: beside[name] for name in beside
+                        if "vision_model." in name or re.match(
+                            "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
         with torch.device("meta"):
             model = VLM(plan)
     if sees is not None and sees != (plan.tower is not None):
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
     found = to_ours(weights, model, plan.names)
-    tied = {**(config.get("text_config") or {}), **config}.get("tie_word_embeddings", True)
+    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     if tied and "decoder.embed.weight" in found:
         found.setdefault("decoder.head.weight", found["decoder.embed.weight"])
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
-    model.tokens = Tokens(Path(tokenizer or path))
+    model.where, model.tokens = path, Tokens(Path(tokenizer or path))
     if plan.slot and model.tokens.id(plan.slot) is None:
         refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-    if plan.tower is None:
-        mark = next((m for m in CHATS if m in model.tokens.template or model.tokens.id(m)), "USER:")
-        plan.prompt, end = CHATS[mark]
-        plan.prompt += "<think>\n\n</think>\n\n" * (model.tokens.id("<think>") is not None)
-        plan.stop = (end,)
+    set_prompt(plan, kind, model.tokens, template)
     with read_as_config(path):
         model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
+
+
+def set_prompt(plan, kind, tokens, name):
+    """How a language model, or a port of LLaVA, is asked: as `name` says, or its chat template; ''
+    where neither is known."""
+    is_port = kind in ("llava", "video_llava") and plan.slot and tokens.template
+    if not (name or plan.tower is None or is_port):
+        return                                       # captioners of one form only
+    chat = (name, *CHATS[name][2:]) if name else chat_of(tokens.template, tokens.id)
+    if is_port and chat and chat[0] == "vicuna" and not name:
+        return
+    _, prompt, end = chat or ("", "", None)
+    if plan.tower is None and prompt:
+        prompt += "<think>\n\n</think>\n\n" * (tokens.id("<think>") is not None)
+    elif prompt:
+        prompt = prompt.replace("{q}", "\0\n{q}")
+    plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2675,8 +2894,9 @@ def vlm_writer(name, folder, rows, args, device):
     takes videos, or else frame by frame; a language model then makes one caption of several."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer)
-    lm = open_vlm(args.lm, device, dtype, sees=False) if args.lm else None
+    vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer,
+                         None if args.lm else args.template)
+    lm = open_vlm(args.lm, device, dtype, sees=False, template=args.template) if args.lm else None
     is_video, rule, question = ways_of(vlm, name, args, lm)
     told = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
@@ -2754,14 +2974,15 @@ class Scorer:
     text; and with LAION's linear head (weight [1, D] and bias [1]) the frames' mean aesthetics."""
 
     def __init__(self, args, folder, rows, device):
-        config, weights = read_published(Path(args.clip, "config.json")), read_tensors(args.clip)
-        self.is_siglip = config.get("model_type") == "siglip"
-        if "vision_config" not in config or not (self.is_siglip or "projection_dim" in config):
-            refuse(f"{args.clip} is no CLIP of images and texts: its config.json lacks "
-                   "vision_config or projection_dim")
+        config = read_published(Path(args.clip, "config.json"))
+        self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
+        if kind not in ("clip", "siglip"):
+            refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: it is of a {kind}")
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
-        sight = {**(SIGLIP if self.is_siglip else {"image_size": 224}), **config["vision_config"]}
+        weights = published_tensors(args.clip)
+        sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
+                 **(config.get("vision_config_dict") or {})}
         self.size, read = sight["image_size"], self.text.embed.embedding_dim
         self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
         with torch.device("meta"):
@@ -2772,7 +2993,8 @@ class Scorer:
                 model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
                 model.visual, width = Probe(stack), stack.width
             else:
-                model.tower, width = clip_sight(sight, -1, True, True)(), config["projection_dim"]
+                model.tower = clip_sight(sight, -1, True, True)()
+                width = config.get("projection_dim", 512)
                 model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
             model.textual = nn.Linear(read, width, bias=self.is_siglip)
         names = ((r"^vision_model\.head\.attention\.", "visual.attn."), CLIP_TOWER,
@@ -2826,10 +3048,10 @@ TUNED = {"connector": r"connector\..*|tower\.merge\..*",           # Qwen2-VL's 
          "lora": r".*\.[a-z]+\.(up|down)\.weight", "all": r"(?!tower\.(?!merge)|video_tower).*"}
 
 
-def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
+def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None, template=None):
     """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
     to the decoder's layers, or all but the towers."""
-    model = open_vlm(init, device, dtype, tokenizer, sees=True)
+    model = open_vlm(init, device, dtype, tokenizer, True, template)
     if tune == "lora":
         torch.manual_seed(0)
         for layer in model.decoder.layers:
@@ -2841,13 +3063,13 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None):
     return model
 
 
-def open_captioner(path, device, dtype, tokenizer=None):
+def open_captioner(path, device, dtype, tokenizer=None, template=None):
     """The VLM of a published folder, or of a run that taught one further."""
-    if "kind" not in read_published(path / "config.json"):
-        return open_vlm(path, device, dtype, tokenizer, sees=True)
+    if "kind" not in read_published(path / "config.json", {}):
+        return open_vlm(path, device, dtype, tokenizer, True, template)
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
-                       config["args"]["tokenizer"])
+                       config["args"]["tokenizer"], config["args"].get("template"))
     saved = load_file(step / "model.safetensors")
     if saved.keys() != learnt(model).keys():
         refuse(f"{step} was saved of another model than {config['args']['init']}")
@@ -2887,7 +3109,8 @@ def tune(args, run):
     folder, rows, held_out = captioned(args, run)
     is_done, step = is_finished(last_step(run), args), 0
     if not is_done:                                  # what is refused leaves no run behind
-        model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer)
+        model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer,
+                           template=args.template)
         is_video, rule, question = ways_of(model, args.init, args)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
         "init": args.init, "tune": args.tune, "rank": args.rank}})
@@ -2991,6 +3214,8 @@ def parse(argv=None):
     add("--top_p", type=number(float, 1e-6, 1), default=1.0,
         help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
+    add("--template", choices=sorted(CHATS), metavar="NAME", help="how --lm, or else --vlm or "
+        "--init, is asked: " + ", ".join(CHATS) + " (as its folder's chat template says)")
     add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
     add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
     add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
