@@ -102,7 +102,8 @@ def extents(tensors):
 @pytest.fixture
 def fenced(monkeypatch):
     """Triton's kernels, and an error for each address read or written outside of the tensors that a
-    kernel was given: in the interpreter, which reads what lies there, or dies."""
+    kernel was given, in the interpreter, which reads what lies there, or dies; and for a number
+    that a kernel calls a multiple of 8 and that is none, which the interpreter ignores."""
     pytest.importorskip("triton")
     monkeypatch.setenv("NANOSORA_KERNELS", "triton")
     if HAS_GPU:
@@ -126,6 +127,11 @@ def fenced(monkeypatch):
         assert not at.size or (span.min() >= 0 and (at + np.uint64(size) <= end[span]).all()), (
             "an address outside of every tensor")
 
+    def promise(handle, key, values):
+        if key == "tt.divisibility":
+            assert not np.any(handle.data % np.min(values)), f"no multiples of {values}"
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", promise)
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", begin)

@@ -228,6 +228,10 @@ def test_nothing_outside_is_read_or_written(fenced, monkeypatch, is_hopper):
     dtype = torch.bfloat16 if is_hopper else torch.float32
     with_gradients(lambda *x: attention.attention(*x, cu([70, 1]), cu([65, 6])).float(),
                    *(randn(71, 1, 40).to(dtype) for _ in range(3)))
+    # heads of 12 lie 12 apart, no multiple of 8, and so may rows of heads of 16: these are copied
+    for width, apart in ((12, 12), (16, 17)):
+        with_gradients(lambda *x: attention.attention(*x, cu([5, 3]), cu([5, 3])),
+                       *randn(8, 3, 2, apart)[..., :width].unbind(1))
     latents = [randn(3, 2, 4, 6), randn(3, 1, 2, 2)]
     tokens = patchify.patchify(latents, (1, 2, 2))
     for a, b in zip(patchify.unpatchify(tokens, [z.shape for z in latents], (1, 2, 2)), latents):
