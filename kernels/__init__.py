@@ -3,8 +3,8 @@ usable alone.
 
 Each file holds the formula, a `reference` in plain torch, Triton kernels, an operator registered
 with torch.library (so that torch.compile(fullgraph=True) keeps it whole) and one or two public
-functions. Here is what they share: the choice of a backend, the checks, and the table that cuts
-runs of a packed row into tiles.
+functions. Here is what they share: the choice of a backend, the checks, the launch, the index
+vectors as the kernels read them, and the table that cuts runs of a packed row into tiles.
 
 NANOSORA_KERNELS picks the backend: `auto` (Triton on CUDA, torch elsewhere), `triton` or `torch`.
 TRITON_INTERPRET=1 in the environment, set before triton is imported, lets `triton` run on a CPU:
@@ -12,6 +12,7 @@ slow, for tests. triton itself is absent on macOS and Windows; there everything 
 path.
 """
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -89,15 +90,62 @@ def row_tiles(width, most):
     return rows, columns, min(max(columns * rows // 512, 4), 16)
 
 
+def launch(kernel, grid, *args, **options):
+    """kernel[grid](*args, **options) on its first argument's device, which need not be the current
+    one; nothing where the grid is empty."""
+    if 0 not in grid:
+        device = args[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[grid](*args, **options)
+
+
+def is_capturing(x):
+    """Whether what is launched now on x's device becomes part of a CUDA graph."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def kept(x, make, *key):
     """make(), once for each key while tensor x lives as it is: every layer of a step asks for the
     same table of its bounds, and to start the dozen small kernels that it takes costs more than
-    the work."""
-    found = _kept.setdefault(x, {})
-    key = (x._version, *key)
+    the work.
+
+    Tables of x as it was are dropped. A change that torch does not count (through x.data, numpy, a
+    kernel of one's own) is not noticed. Two cases keep nothing: a CUDA graph makes its tables
+    inside, so that a replay makes them of the bounds that x then holds; and tensors of
+    inference_mode, whose changes nobody counts.
+    """
+    if x.is_inference() or is_capturing(x):
+        return make()
+    version, found = _kept.get(x, (None, None))
+    if version != x._version:
+        found = {}
+        _kept[x] = x._version, found
     if key not in found:
         found[key] = make()
     return found[key]
+
+
+def check_numbers(name, numbers, most, ascend=False):
+    """Raises ValueError naming the first of `numbers` that is not in 0..most or, of the bounds of
+    runs, that does not ascend from 0."""
+    least = 0
+    for i, n in enumerate(numbers):
+        top = 0 if ascend and i == 0 else most
+        check(least <= n <= top, f"{name}[{i}]", n, f"in {least}..{top}")
+        least = n if ascend else 0
+
+
+def indices(name, x, most, ascend=False):
+    """An index vector x as the kernels read it: without gaps, each number in 0..most, and ascending
+    if it holds bounds. On a CPU the host sees the numbers, and names one that does not fit; on a
+    GPU it would have to wait for them, and they are clamped."""
+    def make():
+        if x.device.type == "cpu":
+            check_numbers(name, x.tolist(), most, ascend)
+        clamped = x.clamp(0, most)
+        return clamped.cummax(0).values if ascend else clamped
+
+    return kept(x, make, "indices", most, ascend)
 
 
 def tile_table(cu, block, n_rows):

@@ -27,7 +27,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from kernels import check, kept, power_of_2, tile_table, tl, triton, use_triton
+from kernels import (check, indices, kept, launch, power_of_2, tile_table, tl, triton,
+                     use_triton)
 
 TILE = 64  # tokens whose table gradients one program sums
 
@@ -134,10 +135,11 @@ def _backward_kernel(dh, dr, r, y, gate, scale, stats, order, tiles, dx, dy, par
         token = tl.load(order + place, mask=place < last, other=0)
         ok = (place < last)[:, None] & (col < D)[None, :]
         at = token[:, None] * D + col[None, :]
-        mean = tl.load(stats + token * 2)[:, None]
-        rstd = tl.load(stats + token * 2 + 1)[:, None]
+        # of places behind the last, zeros: token 0 stands there, and 0 * its NaN is NaN
+        mean = tl.load(stats + token * 2, mask=place < last, other=0.0)[:, None]
+        rstd = tl.load(stats + token * 2 + 1, mask=place < last, other=0.0)[:, None]
         z = tl.load(r + at, mask=ok, other=0.0).to(tl.float32)
-        normed = tl.where(ok, (z - mean) * rstd, 0.0)
+        normed = (z - mean) * rstd
         grad = tl.load(dh + at, mask=ok, other=0.0).to(tl.float32)
         sum_shift += tl.sum(grad, 0)
         sum_scale += tl.sum(grad * normed, 0)
@@ -192,16 +194,16 @@ def _config(D, is_forward):
 
 def _triton_forward(x, y, gate, shift, scale, rows, eps):
     N, D = x.shape
+    rows = indices("rows", rows, len(scale) - 1)
     h = x.new_empty(x.shape)
     r = x.new_empty(x.shape if y is not None else 0)
     stats = x.new_empty((N, 2), dtype=torch.float32)
     config = _config(D, True)
     gated = y is not None
     y, gate = (y, gate) if gated else (x, scale)  # pointers that are not followed
-    if N:
-        _forward_kernel[(triton.cdiv(N, config["BLOCK_M"]),)](
-            x, y, gate, shift, scale, rows, r, h, stats, N, D, gate.stride(0), shift.stride(0),
-            scale.stride(0), eps, GATED=gated, **config)
+    launch(_forward_kernel, (triton.cdiv(N, config["BLOCK_M"]),), x, y, gate, shift, scale, rows, r,
+           h, stats, N, D, gate.stride(0), shift.stride(0), scale.stride(0), eps, GATED=gated,
+           **config)
     return r, h, stats
 
 
@@ -219,14 +221,14 @@ def _triton_backward(dh, dr, r, y, gate, scale, rows, stats):
     dx = r.new_empty(r.shape)
     dy = r.new_empty(r.shape if gated else 0)
     dshift, dscale, dgate = (scale.new_empty((R, D) if n < 2 or gated else 0) for n in range(3))
+    rows = indices("rows", rows, R - 1)
     order, tiles, first_tile = kept(rows, lambda: _by_row(rows, R), R)
     partial = r.new_empty((len(tiles), 3, D), dtype=torch.float32)
     y, gate, dr = (y, gate, dr) if gated else (r, scale, dh)  # pointers that are not followed
-    _backward_kernel[(len(tiles),)](
-        dh, dr, r, y, gate, scale, stats, order, tiles, dx, dy, partial, D, gate.stride(0),
-        scale.stride(0), R, GATED=gated, **_config(D, False))
-    _sum_kernel[(R, triton.cdiv(D, 256))](
-        partial, first_tile, dshift, dscale, dgate, D, GATED=gated, BLOCK_D=256, num_warps=2)
+    launch(_backward_kernel, (len(tiles),), dh, dr, r, y, gate, scale, stats, order, tiles, dx, dy,
+           partial, D, gate.stride(0), scale.stride(0), R, GATED=gated, **_config(D, False))
+    launch(_sum_kernel, (R, triton.cdiv(D, 256)), partial, first_tile, dshift, dscale, dgate, D,
+           GATED=gated, BLOCK_D=256, num_warps=2)
     return dx, dy, dshift, dscale, dgate
 
 
@@ -286,11 +288,12 @@ def _dense(table):
 
 
 def _check(x, tables, rows):
-    check(x.dim() == 2 and x.dtype.is_floating_point, "x", x, "floating point [N, D]")
+    check(x.dim() == 2 and x.shape[1] > 0 and x.dtype.is_floating_point, "x", x,
+          "floating point [N, D] with D > 0")
     like = tables["shift"]
     for name, t in tables.items():
-        check(t.dim() == 2 and t.shape[1] == x.shape[1] and t.shape == like.shape, name, t,
-              f"[R, {x.shape[1]}], the same R in all tables")
+        check(t.dim() == 2 and t.shape[1] == x.shape[1] and t.shape == like.shape and len(t), name,
+              t, f"[R, {x.shape[1]}], the same R > 0 in all tables")
         check(t.dtype.is_floating_point and t.dtype == like.dtype and t.device == x.device, name, t,
               f"floating point on {x.device} like x, one dtype for all tables")
     check(rows.shape == x.shape[:1] and rows.dtype == torch.int32 and rows.device == x.device,

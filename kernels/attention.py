@@ -44,7 +44,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import IS_WIDE, check, kept, power_of_2, tile_table, tl, triton, use_triton
+from kernels import (FLOATS, IS_WIDE, check, check_numbers, indices, kept, launch, power_of_2,
+                     tile_table, tl, triton, use_triton)
 
 LOG2_E = 1.4426950408889634
 
@@ -89,7 +90,7 @@ def _rows(indices):
 
 
 @functools.lru_cache(maxsize=32)
-def _plan(cu_q, cu_k, device):
+def _plan(cu_q, cu_k, n_q, n_k, device):
     """Groups of clips with equal query length, each a tuple
 
     (clips, q rows, k rows to read, bias or None, written, k rows to write).
@@ -98,6 +99,8 @@ def _plan(cu_q, cu_k, device):
     neighbour's: 0 * NaN is NaN. `written` picks the keys that are no padding out of [clips * S];
     each is some clip's own, so dK needs no sum.
     """
+    check_numbers("cu_q", cu_q, n_q, ascend=True)
+    check_numbers("cu_k", cu_k, n_k, ascend=True)
     cu_q, cu_k = np.array(cu_q), np.array(cu_k)
     len_q, len_k = np.diff(cu_q), np.diff(cu_k)
     move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x
@@ -137,8 +140,12 @@ def _batch_forward(q, k, v, bias, scale):
     """One group, all [clips, A, L, E]: o and lse [clips, A, L]."""
     if q.device.type == "cpu":
         bias = None if bias is None else bias.to(q.dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+        if k.shape[2] < 16:  # with fewer keys than its vectors are wide it loses a query's NaN
+            nan = q.amax(-1) * 0
+            o, lse = o + nan[..., None], lse + nan
+        return o, lse
     s = (q @ k.transpose(2, 3)).float() * scale
     s = s if bias is None else s + bias
     lse = torch.logsumexp(s, -1)
@@ -220,7 +227,7 @@ def _torch_forward(q, k, v, cu_q, cu_k, scale):
     o = q.new_zeros(q.shape)
     lse = q.new_zeros(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
     for clips, q_rows, k_read, bias, _, _ in _plan(
-            tuple(cu_q.tolist()), tuple(cu_k.tolist()), q.device):
+            tuple(cu_q.tolist()), tuple(cu_k.tolist()), len(q), len(k), q.device):
         qg, kg, vg = _take(q, q_rows, clips), _take(k, k_read, clips), _take(v, k_read, clips)
         if _is_large(qg, kg, bias):
             og, lg = _clip_by_clip(_clip_forward, (qg, kg, vg), scale)
@@ -234,7 +241,7 @@ def _torch_forward(q, k, v, cu_q, cu_k, scale):
 def _torch_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for clips, q_rows, k_read, bias, written, k_write in _plan(
-            tuple(cu_q.tolist()), tuple(cu_k.tolist()), q.device):
+            tuple(cu_q.tolist()), tuple(cu_k.tolist()), len(q), len(k), q.device):
         dog, qg, og, lg = (_take(x, q_rows, clips) for x in (do, q, o, lse.T))
         kg, vg = (_take(x, k_read, clips) for x in (k, v))
         if _is_large(qg, kg, bias):
@@ -323,10 +330,10 @@ def _dot_add(p, x, x_tail, acc, acc_tail, TAIL: tl.constexpr):
 def _tile(tiles, cu, n_clips):
     """Tile program_id(0): its rows first..last, and the rows of the other side that its clip sees.
 
-    The run behind the last clip is the null clip, which sees nothing."""
+    The runs before the first and behind the last clip see nothing."""
     entry = tiles + tl.program_id(0) * 3
-    clip = tl.load(entry)
-    is_clip = clip < n_clips
+    clip = tl.load(entry) - 1
+    is_clip = (clip >= 0) & (clip < n_clips)
     lo = tl.load(cu + clip, mask=is_clip, other=0)
     hi = tl.load(cu + clip + 1, mask=is_clip, other=0)
     return tl.load(entry + 1), tl.load(entry + 2), lo, hi
@@ -515,36 +522,40 @@ def _config(kernel, E, dtype, device):
 
 
 def _tiles(cu, n_rows, block):
-    """The tile table of a packed row, the null clip behind the last being a run of its own."""
-    return kept(cu, lambda: tile_table(F.pad(cu, (0, 1), value=n_rows), block, n_rows),
-                n_rows, block)
+    """The tile table of a packed row; what lies before the first clip (nothing, if cu[0] is 0) is a
+    run of its own, and so is the null clip behind the last."""
+    def make():
+        return tile_table(F.pad(F.pad(cu, (0, 1), value=n_rows), (1, 0)), block, n_rows)
+
+    return kept(cu, make, n_rows, block)
 
 
 def _triton_forward(q, k, v, cu_q, cu_k, scale):
     N, A, E = q.shape
+    cu_q, cu_k = indices("cu_q", cu_q, N, ascend=True), indices("cu_k", cu_k, len(k), ascend=True)
     config = _config("forward", E, q.dtype, q.device)
     o = q.new_empty(q.shape)
     lse = q.new_empty((A, N), dtype=torch.float32)  # of powers of two
     tiles = _tiles(cu_q, N, config["BLOCK_M"])
-    _forward_kernel[(len(tiles), A)](
-        q, k, v, o, lse, tiles, cu_k, len(cu_k) - 1, scale * LOG2_E, *q.stride()[:2],
-        *k.stride()[:2], *v.stride()[:2], N, A, **config)
+    launch(_forward_kernel, (len(tiles), A), q, k, v, o, lse, tiles, cu_k, len(cu_k) - 1,
+           scale * LOG2_E, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], N, A, **config)
     return o, lse
 
 
 def _triton_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
     N, A, E = q.shape
+    cu_q, cu_k = indices("cu_q", cu_q, N, ascend=True), indices("cu_k", cu_k, len(k), ascend=True)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     strides = [s for x in (q, k, v, do) for s in x.stride()[:2]]
     config = _config("dq", E, q.dtype, q.device)
     tiles = _tiles(cu_q, N, config["BLOCK_M"])
-    _dq_kernel[(len(tiles), A)](do, q, k, v, o, lse, delta, dq, tiles, cu_k, len(cu_k) - 1, scale,
-                                *strides, N, A, **config)
+    launch(_dq_kernel, (len(tiles), A), do, q, k, v, o, lse, delta, dq, tiles, cu_k, len(cu_k) - 1,
+           scale, *strides, N, A, **config)
     config = _config("dkv", E, q.dtype, q.device)
     tiles = _tiles(cu_k, len(k), config["BLOCK_N"])
-    _dkv_kernel[(len(tiles), A)](do, q, k, v, lse, delta, dk, dv, tiles, cu_q, len(cu_q) - 1, scale,
-                                 *strides, N, A, **config)
+    launch(_dkv_kernel, (len(tiles), A), do, q, k, v, lse, delta, dk, dv, tiles, cu_q,
+           len(cu_q) - 1, scale, *strides, N, A, **config)
     return dq, dk, dv
 
 
@@ -597,16 +608,26 @@ def _backward(ctx, do, _):
 _attention.register_autograd(_backward, setup_context=_setup)
 
 
+def _autocast(x):
+    """x in autocast's dtype where that is on: torch's own attention is of those that it narrows."""
+    kind = x.device.type
+    can = x.dtype in FLOATS and torch.amp.is_autocast_available(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if can and torch.is_autocast_enabled(kind) else x
+
+
 def attention(q, k, v, cu_q, cu_k, scale=None):
     """Softmax attention inside each clip of a packed row, o [N, A, E].
 
     q [N, A, E]; k, v [M, A, E]; cu_q, cu_k int32 [B+1], first 0, ascending, cu_q[-1] <= N, cu_k[-1]
-    <= M; scale: above 0; 1/sqrt(E) if None. Raises ValueError naming the argument whose shape,
-    dtype, device or value does not fit. (Online softmax: Milakov and Gimelshein 2018; tiles and
-    recomputation: Dao et al. 2022.)
+    <= M; scale: above 0; 1/sqrt(E) if None. Under autocast q, k and v become its dtype. Raises
+    ValueError naming the argument whose shape, dtype, device or value does not fit; on a GPU, where
+    bounds are not seen without waiting, wrong ones are clamped. (Online softmax: Milakov and
+    Gimelshein 2018; tiles and recomputation: Dao et al. 2022.)
     """
-    check(q.dim() == 3, "q", q, "[N, A, E]")
-    check(q.dtype.is_floating_point and q.shape[2] <= 256, "q", q, "floating point with E <= 256")
+    q, k, v = map(_autocast, (q, k, v))
+    check(q.dim() == 3 and q.shape[1] > 0, "q", q, "[N, A, E] with A > 0")
+    check(q.dtype.is_floating_point and 0 < q.shape[2] <= 256, "q", q,
+          "floating point with 0 < E <= 256")
     for name, x in (("k", k), ("v", v)):
         check(x.dim() == 3 and x.shape[1:] == q.shape[1:] and len(x) == len(k), name, x,
               f"[M, {q.shape[1]}, {q.shape[2]}] with k's M")

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from kernels import check, row_tiles, tl, triton, use_triton
+from kernels import check, launch, row_tiles, tl, triton, use_triton
 
 # (shapes of the latents, patch): bench and tests
 SHAPES = [
@@ -108,8 +108,8 @@ def _triton_copy(x, shapes, patch, cut):
     clips, tiles = _tables(shapes, tuple(patch), block_n, x.device)
     out = x.new_empty((x.numel() // features, features) if cut else x.numel())
     flat, tokens = (x, out) if cut else (out, x)
-    _copy_kernel[(len(tiles),)](flat, tokens, clips, tiles, features, shapes[0][0], *patch, CUT=cut,
-                                BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+    launch(_copy_kernel, (len(tiles),), flat, tokens, clips, tiles, features, shapes[0][0], *patch,
+           CUT=cut, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
     return out
 
 
@@ -163,10 +163,10 @@ def _check(shapes, patch, name):
     check(len(patch) == 3 and min(patch) > 0, "patch", patch, "(pt, ph, pw), each at least 1")
     check(len(shapes) > 0, name, shapes, "a list of at least one clip")
     for i, shape in enumerate(shapes):
-        fits = len(shape) == 4 and shape[0] == shapes[0][0] and not any(
+        fits = len(shape) == 4 and shape[0] == shapes[0][0] > 0 and not any(
             s % p for s, p in zip(shape[1:], patch))
         check(fits, f"{name}[{i}]", tuple(shape),
-              f"[{shapes[0][0]}, T, H, W] with T, H, W multiples of patch {tuple(patch)}")
+              f"[{shapes[0][0]}, T, H, W], C above 0, T, H, W multiples of patch {tuple(patch)}")
 
 
 def patchify(latents, patch):

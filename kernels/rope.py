@@ -27,7 +27,7 @@ from typing import Optional
 
 import torch
 
-from kernels import check, row_tiles, tl, triton, use_triton
+from kernels import check, indices, launch, row_tiles, tl, triton, use_triton
 
 TOKENS = 64  # whose part of the weights' gradient one program sums
 
@@ -161,10 +161,10 @@ def _triton_forward(x, coords, freqs, axes, weight, eps):
     N, A, E = x.shape
     out = x.new_empty(x.shape)
     config = _config(A * E)
-    if N:
-        _forward_kernel[(triton.cdiv(N, config["BLOCK_M"]),)](
-            x, out, coords, freqs, axes, freqs if weight is None else weight, N, x.stride(0),
-            eps, A, E, NORMED=weight is not None, **config)
+    axes = indices("axes", axes, 2)
+    launch(_forward_kernel, (triton.cdiv(N, config["BLOCK_M"]),), x, out, coords, freqs, axes,
+           freqs if weight is None else weight, N, x.stride(0), eps, A, E,
+           NORMED=weight is not None, **config)
     return out
 
 
@@ -173,10 +173,10 @@ def _triton_backward(dout, x, coords, freqs, axes, weight, eps):
     dx = x.new_empty(x.shape)
     n_programs = triton.cdiv(N, TOKENS)
     partial = x.new_empty((n_programs if weight is not None else 0, A * E), dtype=torch.float32)
-    if N:
-        _backward_kernel[(n_programs,)](
-            dout, x, coords, freqs, axes, freqs if weight is None else weight, dx, partial, N,
-            x.stride(0), eps, A, E, NORMED=weight is not None, TOKENS=TOKENS, **_config(A * E))
+    axes = indices("axes", axes, 2)
+    launch(_backward_kernel, (n_programs,), dout, x, coords, freqs, axes,
+           freqs if weight is None else weight, dx, partial, N, x.stride(0), eps, A, E,
+           NORMED=weight is not None, TOKENS=TOKENS, **_config(A * E))
     # torch's sum runs in a fixed order
     return dx, x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
@@ -240,8 +240,8 @@ def qk_norm_rope(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e
     Raises ValueError naming the argument that does not fit. (RoPE: Su et al. 2021; RMSNorm: Zhang
     and Sennrich 2019.)
     """
-    check(q.dim() == 3 and q.dtype.is_floating_point and q.shape[2] % 2 == 0, "q", q,
-          "floating point [N, A, E], E even")
+    check(q.dim() == 3 and q.dtype.is_floating_point and q.shape[1] > 0 and q.shape[2] > 0
+          and q.shape[2] % 2 == 0, "q", q, "floating point [N, A, E], A > 0, E even and above 0")
     check(k.shape == q.shape and k.dtype == q.dtype and k.device == q.device, "k", k,
           f"{q.dtype} {list(q.shape)} on {q.device} like q")
     n_pairs = q.shape[2] // 2
@@ -255,6 +255,8 @@ def qk_norm_rope(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e
         check(fits, name, x, f"None or [{q.shape[1] * q.shape[2]}] on {q.device}")
     if use_triton(q):
         q, k = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k))
+        coords, freqs = coords.contiguous(), freqs.contiguous()
+        q_weight, k_weight = (w if w is None else w.contiguous() for w in (q_weight, k_weight))
         return _qk_norm_rope(q, k, coords, freqs, axes, q_weight, k_weight, eps)
     wide = torch.promote_types(q.dtype, torch.float32)
     angle = (coords.to(wide).index_select(1, axes) * freqs)[:, None]

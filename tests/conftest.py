@@ -86,6 +86,72 @@ def backend(request, monkeypatch):
     return request.param
 
 
+def extents(tensors):
+    """The bytes that tensors span, as sorted (first, end), those that overlap made one."""
+    spans = []
+    for x in tensors:
+        if x.numel():
+            last = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+            spans.append([x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()])
+    merged = []
+    for first, end in sorted(spans):
+        if merged and first <= merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([first, end])
+    return merged
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """Triton's kernels, and an error for each address read or written outside of the tensors that a
+    kernel was given, in the interpreter, which reads what lies there, or dies; and for a number
+    that a kernel calls a multiple of 8 and that is none, which the interpreter ignores."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("NANOSORA_KERNELS", "triton")
+    if HAS_GPU:
+        return  # compute-sanitizer's work
+    import numpy as np
+    import torch
+    from triton.runtime import interpreter
+    fence, to_host = [], interpreter.GridExecutor._init_args_hst
+
+    def begin(self, args, options):
+        args, options = to_host(self, args, options)
+        given = [*args, *options.values()]
+        fence[:] = [extents(x for x in given if isinstance(x, torch.Tensor))]
+        return args, options
+
+    def check(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        at = np.broadcast_to(pointers.data, np.shape(mask.data))[np.asarray(mask.data, bool)]
+        first, end = np.array(fence[0], np.uint64).reshape(-1, 2).T
+        span = np.searchsorted(first, at, side="right") - 1
+        assert not at.size or (span.min() >= 0 and (at + np.uint64(size) <= end[span]).all()), (
+            "an address outside of every tensor")
+
+    def promise(handle, key, values):
+        if key == "tt.divisibility":
+            assert not np.any(handle.data % np.min(values)), f"no multiples of {values}"
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", promise)
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", begin)
+    monkeypatch.setattr(builder, "create_masked_load", lambda self, pointers, mask, *rest: (
+        check(pointers, mask), load(self, pointers, mask, *rest))[1])
+    monkeypatch.setattr(builder, "create_masked_store", lambda self, pointers, value, mask, *rest: (
+        check(pointers, mask), store(self, pointers, value, mask, *rest))[1])
+
+
+def untouched(rows, dtype, offset=0, stride=2**27, width=16):
+    """[rows, 1, width] whose rows lie 2^27 numbers apart, in memory that is promised but never
+    taken: the last of 17 begins where int32 ends."""
+    import torch
+    base = torch.empty(rows * stride, dtype=dtype)
+    return base.as_strided((rows, 1, width), (stride, width, 1), offset)
+
+
 def assert_near(what, got, truth, own):
     """got's error against the float64 truth is at most twice torch's own in the same dtype.
 

@@ -40,18 +40,23 @@ def compare(len_q, len_k, heads, width, dtype, **options):
     (MIXED_Q, MIXED_K, 2, 32),
     ([40, 7, 40, 16, 7], [40, 7, 40, 16, 7], 3, 8),
     ([33], [200], 1, 136),
+    ([8, 8, 8, 3], [3, 7, 4, 5], 2, 16),    # on the torch path one group, keys padded
 ])
 def test_matches_float64(backend, dtype, len_q, len_k, heads, width):
     compare(len_q, len_k, heads, width, dtype)
 
 
-@pytest.mark.parametrize("width", [40, 72, 128])
-def test_tiles_of_a_hopper_gpu(monkeypatch, width):
-    """Larger ones, of which only a clip's last is masked."""
+@pytest.fixture
+def hopper(monkeypatch):
+    """The tiles of a Hopper GPU: larger ones, of which only a clip's last is masked."""
     pytest.importorskip("triton")
     monkeypatch.setenv("NANOSORA_KERNELS", "triton")
     monkeypatch.setattr(MODULE, "_is_hopper", lambda device: True)
     monkeypatch.setattr(MODULE, "_config", MODULE._config.__wrapped__)
+
+
+@pytest.mark.parametrize("width", [40, 72, 128])
+def test_tiles_of_a_hopper_gpu(hopper, width):
     assert not MODULE._config("dq", width, torch.bfloat16, torch.device(DEVICE))["MASKED"]
     compare([150, 64, 1], [130, 70, 64], 1, width, torch.bfloat16)
 
@@ -66,12 +71,32 @@ def test_large_clips_on_a_cpu_with_and_without_avx512(is_wide, dtype, monkeypatc
     """Clip by clip through convolutions, or torch's attention: the same, whatever this CPU is."""
     monkeypatch.setenv("NANOSORA_KERNELS", "torch")
     monkeypatch.setattr(MODULE, "IS_WIDE", is_wide)
+    monkeypatch.setattr(MODULE, "_part", lambda q, k: 200)      # three parts, as of longer clips
     compare([520, 520, 64], [520, 520, 64], 1, 32, dtype)
 
 
 def test_large_logits(backend):
     # in float32, exp(s - lse) in backward loses the digits that logits of 200 take: 3x torch's own
     compare([65, 30], [65, 30], 1, 32, torch.bfloat16, spread=5.0)
+
+
+def check_low_logits():
+    """All near -12800, with a ragged last tile: what is masked there, zero, is a huge score."""
+    shift = [x.new_tensor(n) for x, n in zip(make([33], [33], 1, 64), (-40, 40, 0))]
+    inputs = [(x + n).bfloat16() for x, n in zip(make([33], [33], 1, 64, tail=0), shift)]
+    check_against_reference(
+        ["o", "dq", "dk", "dv"], inputs, lambda *x: (attention(*x, cu([33]), cu([33])),),
+        lambda *x, upcast: (reference(*x, cu([33]), cu([33]), upcast=upcast),))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's: what is masked may overflow
+def test_low_logits(backend):
+    check_low_logits()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_low_logits_in_tiles_of_a_hopper_gpu(hopper):
+    check_low_logits()
 
 
 @pytest.mark.slow
@@ -106,14 +131,13 @@ def test_rows_behind_the_last_clip_are_zero(backend):
     assert all(torch.isfinite(x).all() for x in (o, dq, dk, dv))
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
-@pytest.mark.parametrize("len_k", [MIXED_Q, MIXED_K])
-def test_neighbours_do_not_leak(backend, len_k):
-    q, k, v = make(MIXED_Q, len_k, 1, 32)
-    cu_q, cu_k = cu(MIXED_Q), cu(len_k)
+def check_neighbours(len_q, len_k, clip, dtype=torch.float32):
+    """All but one clip become NaN, and that one's results keep their bits."""
+    q, k, v = make(len_q, len_k, 1, 32, dtype)
+    cu_q, cu_k = cu(len_q), cu(len_k)
     do = torch.randn_like(q)
     clean = gradients(q, k, v, cu_q, cu_k, do)
-    keep_q, keep_k = slice(int(cu_q[2]), int(cu_q[3])), slice(int(cu_k[2]), int(cu_k[3]))
+    keep_q, keep_k = (slice(int(c[clip]), int(c[clip + 1])) for c in (cu_q, cu_k))
     for x, keep in ((q, keep_q), (k, keep_k), (v, keep_k), (do, keep_q)):
         kept = x[keep].clone()
         x.fill_(float("nan"))
@@ -121,6 +145,45 @@ def test_neighbours_do_not_leak(backend, len_k):
     poisoned = gradients(q, k, v, cu_q, cu_k, do)
     for a, b, keep in zip(clean, poisoned, (keep_q, keep_q, keep_k, keep_k)):
         assert torch.equal(a[keep], b[keep])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN
+@pytest.mark.parametrize("len_q, len_k, clip", [
+    (MIXED_Q, MIXED_Q, 2), (MIXED_Q, MIXED_K, 2), ([8, 8, 8], [3, 7, 1], 0)])  # the last: padded
+def test_neighbours_do_not_leak(backend, len_q, len_k, clip):
+    check_neighbours(len_q, len_k, clip)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_neighbours_do_not_leak_in_tiles_of_a_hopper_gpu(hopper):
+    check_neighbours([70, 65, 20], [70, 65, 20], 1, torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("n_keys", [1, 8, 17, 40])
+def test_a_querys_nan_is_its_rows(backend, n_keys):
+    """However few the keys: torch's own attention on a CPU gives zeros for it below 16."""
+    q, k, v = make([5, 8], [n_keys, 3], 1, 16, tail=0)
+    q[2, 0, 4] = float("nan")
+    o = attention(q, k, v, cu([5, 8]), cu([n_keys, 3]))
+    assert o.isnan().all(-1).flatten().tolist() == [n == 2 for n in range(13)]
+    assert o.isnan().sum() == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_autocast_is_as_torchs_own(backend, dtype):
+    c, inputs = cu([5, 8]), make([5, 8], [5, 8], 2, 16, dtype, tail=0)
+    inputs[2] = inputs[2].bfloat16() if dtype == torch.float32 else inputs[2]   # mixed: made alike
+    own = [x.transpose(0, 1) for x in inputs]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        leaves = [x.requires_grad_() for x in inputs]
+        o = attention(*leaves, c, c)
+        want = torch.nn.functional.scaled_dot_product_attention(*own)
+    assert o.dtype == want.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+    grads = torch.autograd.grad(o.float().sum(), leaves)
+    assert [g.dtype for g in grads] == [x.dtype for x in leaves]
+    narrow = [x.detach().to(o.dtype) for x in inputs]
+    assert torch.equal(o, attention(*narrow, c, c))
 
 
 def test_packed_is_each_clip_alone(backend):
@@ -196,6 +259,8 @@ def test_compiled_is_eager(backend):
 
 @pytest.mark.parametrize("name, change", [
     ("q", lambda a: a | {"q": a["q"][0]}),
+    ("q", lambda a: a | {name: a[name][:, :0] for name in "qkv"}),
+    ("q", lambda a: a | {name: a[name][..., :0] for name in "qkv"}),
     ("k", lambda a: a | {"k": a["k"][:, :1]}),
     ("v", lambda a: a | {"v": a["v"][1:]}),
     ("v", lambda a: a | {"v": a["v"].bfloat16()}),

@@ -90,6 +90,7 @@ def test_compiled_is_eager(backend):
     (r"latents\[1\] .*multiples", lambda: patchify(make([(4, 1, 4, 4), (4, 1, 3, 4)]), (1, 2, 2))),
     (r"latents\[1\]", lambda: patchify(make([(4, 1, 4, 4), (3, 1, 4, 4)]), (1, 2, 2))),
     (r"latents\[1\]", lambda: patchify([*make([(1, 1, 1, 1)]), torch.ones(1, 1)], (1, 1, 1))),
+    (r"latents\[0\] .*C above 0", lambda: patchify(make([(0, 1, 4, 4)]), (1, 2, 2))),
     ("patch must be", lambda: patchify(make([(4, 1, 4, 4)]), (2, 2))),
     ("latents must be", lambda: patchify([], (1, 2, 2))),
     (r"shapes\[0\] must be", lambda: unpatchify(torch.ones(4, 16), [(4, 1, 4, 5)], (1, 2, 2))),

@@ -109,7 +109,8 @@ def test_compiled_is_eager(backend):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("q", torch.zeros(10, 2, 7)), ("k", torch.zeros(9, 2, 8)), ("coords", torch.zeros(10, 2)),
+    ("q", torch.zeros(10, 2, 7)), ("q", torch.zeros(10, 0, 8)), ("q", torch.zeros(10, 2, 0)),
+    ("k", torch.zeros(9, 2, 8)), ("coords", torch.zeros(10, 2)),
     ("freqs", torch.zeros(4).double()), ("axes", torch.zeros(4)), ("q_weight", torch.zeros(8))])
 def test_wrong_input_names_the_argument(name, value):
     qkv, weights, where = make(10, 2, 8)
