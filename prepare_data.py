@@ -1929,7 +1929,7 @@ def run_jobs(jobs, n_workers, timeout):
                                  for handle in (job.pipe, job.process.sentinel)], timeout=1)
                 before, now = now, time.monotonic()
                 for job in list(running):
-                    job.since += max(0, now - before - 2)
+                    job.since += (now - before) * (now - before > 2)
                     state = job.check(timeout, bar)
                     if state is not None:
                         running.remove(job)
