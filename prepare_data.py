@@ -42,12 +42,14 @@ import ast
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import operator
 import os
@@ -119,6 +121,8 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error,
 
 def refuse(message):
     """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()                                    # else its last state would follow the line
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -163,6 +167,55 @@ def script(main):
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+MACHINE = {getattr(errno, name): remedy for names, remedy in (
+    ("ENOSPC EDQUOT", "make room there (TMPDIR names the folder of temporary files)"),
+    ("EMFILE ENFILE", "allow more open files (ulimit -n)"),
+    ("ENOMEM", "free memory, or start fewer processes at a time"),
+    ("EIO ESTALE", "see to that disk or network"),
+    ("EROFS", "make it writable")) for name in names.split() if hasattr(errno, name)}
+
+
+def is_machine_error(error):
+    """Whether an error is the machine's: it says nothing of the file in work, and may be gone the
+    next time. FFmpeg has no memory for what damaged files claim, either: above 2 GiB."""
+    if isinstance(error, MemoryError):
+        with contextlib.suppress(OSError, ValueError):
+            return not isinstance(error, FFmpegError) or bool(mmap.mmap(-1, 2**31).close())
+        return True
+    return getattr(error, "errno", None) in MACHINE
+
+
+def fault_of(error):
+    """What a line says of an error of the machine, or of a process beside; '' of any other."""
+    text = str(error)
+    number = re.search(r"\(os error (\d+)\)", text)      # of libraries in Rust
+    number = int(number[1]) if number else getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:       # torch's
+        number = errno.ENOMEM
+    remedy = MACHINE.get(number) or isinstance(error, PermissionError) and MACHINE[errno.EROFS]
+    if remedy and isinstance(number, int):
+        path = Path(str(getattr(error, "filename", None) or ""))
+        path = path.parent if path.name.startswith(".") else path       # a temporary file's folder
+        return (f"{path}: " if path.name else "") + f"{os.strerror(number)}: {remedy}"
+    if "gloo" in text or "ProcessGroup" in text or "NCCL" in text:
+        return f"rank {os.environ.get('RANK', 0)}: another rank ended, or its machine: see its line"
+    return ""
+
+
+def one_line(main):
+    """Wraps a script's main: an error of the machine ends it in one line, status 2."""
+    @functools.wraps(main)
+    def run(*args, **options):
+        try:
+            return main(*args, **options)
+        except Exception as error:
+            fault = fault_of(error)
+            if not fault:
+                raise
+            refuse(f"{fault}; nothing is lost, the same command goes on")
+    return run
 
 
 def write_fault(folder):
@@ -377,7 +430,9 @@ def is_animated(path):
         with Image.open(path) as picture:
             return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
                 getattr(picture, "n_frames", 1) > 1
-    except PICTURE_ERRORS:
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
         raise Unreadable("not a picture that can be read") from None
 
 
@@ -385,17 +440,23 @@ class Video:
     """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
     av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
     again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation)
-    and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` each
-    BEAT frames. Raises Unreadable."""
+    and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` with
+    their number each BEAT frames, or each second. Raises Unreadable."""
 
-    def __init__(self, path, beat=lambda: None):
+    def __init__(self, path, beat=lambda n: None):
         self.path, self.beat, self.tick, self.sar = path, beat, 0.001, 1
         self.matrix = self.turn = None
         self.bad_packets, self.bits, self.codec, self.scaler = 0, 0, None, VideoReformatter()
 
     def __iter__(self):
         self.bad_packets = self.bits = 0
-        return self.pictures() if self.path.suffix.lower() in STILLS else self.packets()
+        since = time.monotonic()
+        for n, frame in enumerate(self.pictures() if self.path.suffix.lower() in STILLS
+                                  else self.packets(), 1):
+            if n % BEAT == 0 or time.monotonic() - since > 1:        # one may take long
+                self.beat(n)
+                since = time.monotonic()
+            yield frame
 
     def pictures(self):
         """Frames of an animated picture by Pillow, with delays as browsers take them."""
@@ -409,7 +470,9 @@ class Video:
                     frame.pts, delay = at, round(picture.info.get("duration") or 0)
                     at += delay if delay > 10 else 100
                     yield frame
-        except PICTURE_ERRORS:
+        except PICTURE_ERRORS as error:
+            if is_machine_error(error):
+                raise
             self.bad_packets += 1                      # the frames before the damage stay
 
     def packets(self):
@@ -417,24 +480,26 @@ class Video:
         with opened(self.path) as (container, stream):
             self.tick, self.sar = float(stream.time_base), stream.sample_aspect_ratio or 1
             self.codec, n = stream.codec_context.name, 0
-            packets, packet = container.demux(stream), stream
+            packets, packet, n_packets = container.demux(stream), stream, 0
             while packet is not None:                  # None, the end, is decoded too
                 try:
                     packet = next(packets, None)
-                except FFmpegError:                    # the container is broken from here on
+                    n_packets += 1
+                except FFmpegError as error:           # the container is broken from here on
+                    raise_machine(error, self.path, stream.index, n_packets)
                     self.bad_packets, packet = self.bad_packets + 1, None
                 self.bits += 8 * packet.size if packet else 0
                 try:
                     frames = stream.codec_context.decode(packet)
                 except FFmpegError as error:
+                    if is_machine_error(error):
+                        raise
                     self.bad_packets += not isinstance(error, EOFError)
                     frames = ()
                 for frame in frames:
                     if n == 0 or frame.key_frame:
                         self.note_tags(frame)
                     n += 1
-                    if n % BEAT == 0:
-                        self.beat()
                     yield frame
 
     def note_tags(self, frame):
@@ -532,6 +597,7 @@ def opened(path):
             path.seek(0)
         container = av.open(path if is_open else str(path), metadata_errors="replace")
     except FFmpegError as error:
+        raise_machine(error, path)
         raise Unreadable(f"cannot be opened: {error.strerror}") from None
     with container:
         hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
@@ -542,6 +608,28 @@ def opened(path):
         stream = max(known, key=lambda s: s.codec_context.width * s.codec_context.height)
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         yield container, stream
+
+
+def raise_machine(error, path, index=0, n_packets=0):
+    """Raises FFmpegError that is the machine's. EIO and ENOMEM are what FFmpeg says of damaged
+    files, too: these can be read as files, but opening them, or the stream's packets to the n-th,
+    fails again."""
+    if error.errno in (errno.EIO, errno.ENOMEM) and not (
+            error.errno == errno.ENOMEM and is_machine_error(error)):
+        if isinstance(path, Path):
+            with open(path, "rb") as file:
+                while file.read(2**24):
+                    pass
+        else:
+            path.seek(0)
+        try:
+            with av.open(str(path) if isinstance(path, Path) else path) as container:
+                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
+        except FFmpegError:
+            return
+    elif not is_machine_error(error):
+        return
+    raise OSError(error.errno, error.strerror, str(path))
 
 
 def colour_matrix(frame):
@@ -1515,13 +1603,15 @@ def copied(video, scan, clips, options):
         stamps = [frame.pts for frame in Video(out, video.beat)]
         if len(stamps) != n or min(np.diff(stamps), default=1) <= 0:    # AVI's times of B-frames
             return None
-    except (FFmpegError, TypeError, ValueError, Unreadable):    # no times; not to be in an MP4
-        return None
+    except (FFmpegError, TypeError, ValueError, Unreadable) as error:     # not to be in an MP4
+        if is_machine_error(error):
+            raise
+        return None                                    # or no times
     row["width"], row["height"] = width, height
     return row, out
 
 
-def clips_of(root, source, facts, options, beat=lambda: None):
+def clips_of(root, source, facts, options, beat=lambda n: None):
     """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
         path, texts = located(root, source)
@@ -1548,6 +1638,8 @@ def clips_of(root, source, facts, options, beat=lambda: None):
         reason, figure = (*error.args, None)[:2]
         yield rejection(source, reason, figure=figure), None, None
     except (FFmpegError, OSError) as error:
+        if is_machine_error(error):
+            raise
         yield rejection(source, f"cannot be read: {error.strerror}"), None, None
 
 
@@ -1556,7 +1648,9 @@ def still_row(path, source, facts, options):
     a size in the row, to which readers bring it."""
     try:
         pixels = read_still(path)
-    except PICTURE_ERRORS:
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
         raise Unreadable("broken picture") from None
     (height, width), cap = pixels.shape[:2], options["max_side"]
     frame, video = av.VideoFrame.from_ndarray(pixels, format="rgb24"), Video(path)
@@ -1688,22 +1782,34 @@ def near_duplicates(rows, near, same=lambda a, b: True):
 
 # -- shards: one process each, watched -------------------------------------------------------------
 
-def make_shard(folder, number, root, sources, database, options, bad, pipe):
-    """The work of one process: a shard's tar, rejects and rows; the rows last, they say that it is
-    done. Tells `pipe` the number of each source before touching it, and again as long as frames
-    come. `bad` {source: reason} are files that ended such a process before."""
+def run_shard(pipe, *arguments):
+    """The process of a shard. Of an error of the machine it tells `pipe` in words."""
     die_with_parent()
+    try:
+        make_shard(pipe, *arguments)
+    except Exception as error:
+        if not is_machine_error(error):
+            raise
+        pipe.send(fault_of(error))
+        sys.exit(2)
+
+
+def make_shard(pipe, folder, number, root, sources, database, options, bad):
+    """The work of one process: a shard's tar, rejects and rows; the rows last, they say that it is
+    done. Tells `pipe` the number of each source before touching it, and again, with frames, as long
+    as they come. `bad` {source: reason} are files that ended such a process before."""
     name, rows, rejects = folder / f"shard-{number:05d}", [], []
     with atomic(f"{name}.tar") as part, \
             tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
         for n, source in enumerate(sources):
-            pipe.send(n)
+            pipe.send((n, 0))
             if source in bad:
                 rejects.append(rejection(source, bad[source]))
                 continue
             facts, lost = facts_of(database, options["format"], source) if database else ([], [])
             rejects += lost
-            for row, suffix, file in clips_of(root, source, facts, options, lambda: pipe.send(n)):
+            for row, suffix, file in clips_of(root, source, facts, options,
+                                              lambda k: pipe.send((n, k))):
                 if file is None:
                     rejects.append(row)
                     continue
@@ -1711,7 +1817,7 @@ def make_shard(folder, number, root, sources, database, options, bad, pipe):
                 inside = {k: v for k, v in row.items() if k not in ("offset", "length")}
                 add_member(tar, row["key"] + ".json", io.BytesIO(json_line(inside).encode()))
                 rows.append(row)
-        pipe.send(len(sources))
+        pipe.send((len(sources), 0))
     write_rows(f"{name}.rejected.jsonl", rejects)
     write_rows(f"{name}.jsonl", rows)
 
@@ -1757,9 +1863,9 @@ class Job:
     def start(self, context):
         folder, root, database, options = self.arguments
         self.pipe, end = context.Pipe(duplex=False)
-        self.at, self.since, self.frames = None, time.monotonic(), 0
-        self.process = context.Process(target=make_shard, daemon=True, args=(
-            folder, self.number, root, self.sources, database, options, self.bad, end))
+        self.at, self.since, self.frames, self.fault = None, time.monotonic(), 0, ""
+        self.process = context.Process(target=run_shard, daemon=True, args=(
+            end, folder, self.number, root, self.sources, database, options, self.bad))
         with deaf_children():
             self.process.start()
         end.close()
@@ -1769,8 +1875,11 @@ class Job:
         is_alive, before = self.process.is_alive(), self.at or 0
         with contextlib.suppress(EOFError):
             while self.pipe.poll():
-                at, self.since = self.pipe.recv(), time.monotonic()
-                self.at, self.frames = at, self.frames + BEAT if at == self.at else 0
+                message, self.since = self.pipe.recv(), time.monotonic()
+                if isinstance(message, str):
+                    self.fault = message
+                else:
+                    self.at, self.frames = message
         source = None if self.at in (None, len(self.sources)) else self.sources[self.at]
         if source and self.frames:      # within a long file, too, something should move
             bar.set_postfix_str(f"{self.frames} frames of {Path(source).name}", refresh=False)
@@ -1783,29 +1892,45 @@ class Job:
         self.process.join()
         if self.process.exitcode == 0:
             return True
-        self.crashes[source] += 1       # one may be the lack of memory, or somebody's kill
-        if self.process.exitcode > 0 or self.crashes[None] > 2:
-            raise RuntimeError(f"shard {self.number}: its process failed, see above")
-        if self.crashes[source] > 1 and source is not None:
-            self.bad.setdefault(source, "decoder crashed")
+        self.judge(source)
         bar.update(-(self.at or 0))
         return False
+
+    def judge(self, source):
+        """What it means that the process ended: one may be somebody's kill; two are the decoder's
+        crash, unless the kernel killed it, as it does when memory runs out."""
+        self.crashes[source] += 1
+        at, again = f"shard {self.number}{f', at {source}' * bool(source)}: ", \
+            "; nothing is lost, the same command goes on"
+        if self.fault:
+            refuse(at + self.fault + again)
+        if self.process.exitcode > 0:
+            refuse(f"{at}its process failed, see above")
+        if self.crashes[source] < (2 if source else 3) or source in self.bad:
+            return
+        if source is None or self.process.exitcode in (-signal.SIGTERM, -9):       # SIGKILL
+            refuse(f"{at}its process was killed {self.crashes[source]} times, perhaps for lack of "
+                   f"memory: give fewer --workers, or take that file away{again}")
+        self.bad[source] = "decoder crashed"
 
 
 def run_jobs(jobs, n_workers, timeout):
     """Runs the jobs, `n_workers` processes at a time; a fresh process each, so that what a decoder
-    leaks is gone with its shard."""
+    leaks is gone with its shard. Time in which this process was stopped counts for none of them."""
     context, waiting, running = multiprocessing.get_context("spawn"), deque(jobs), []
-    n_files = sum(len(job.sources) for job in jobs)
+    n_files, now = sum(len(job.sources) for job in jobs), time.monotonic()
     with tqdm(total=n_files, unit="file", miniters=0, disable=not jobs) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < n_workers:
-                    running.append(waiting.popleft())
-                    running[-1].start(context)
+                    job = waiting.popleft()
+                    job.start(context)
+                    running.append(job)
                 connection.wait([handle for job in running
                                  for handle in (job.pipe, job.process.sentinel)], timeout=1)
+                before, now = now, time.monotonic()
                 for job in list(running):
+                    job.since += (now - before) * (now - before > 2)
                     state = job.check(timeout, bar)
                     if state is not None:
                         running.remove(job)
@@ -2570,6 +2695,7 @@ def parse_options(argv=None):
     return args
 
 
+@one_line
 def main(argv=None):
     args = parse_options(argv)
     if not args.name.strip("./"):

@@ -666,7 +666,10 @@ def slow(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker through /proc")
-def test_a_decoder_that_kills_its_process_costs_one_file(slow):
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_decoder_that_kills_its_process_costs_one_file(slow, how):
+    """SIGSEGV is a decoder's crash; SIGKILL, as the kernel has it when memory runs out, is none."""
+    shutil.rmtree(slow / "data/crash", ignore_errors=True)
     going = subprocess.Popen([sys.executable, str(SCRIPT), "crash", "--videos", "videos"],
                              cwd=slow, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     seen = set()
@@ -676,10 +679,16 @@ def test_a_decoder_that_kills_its_process_costs_one_file(slow):
                 if f".{child}-" in path.name}                           # it has begun its shard
         if child and child not in seen and tars:
             time.sleep(0.3)
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, how)
             seen.add(child)
         time.sleep(0.02)
-    assert going.wait(60) == 0 and len(seen) == 2, going.stderr.read()
+    said = going.stderr.read()
+    if how == signal.SIGKILL:
+        assert going.wait(60) == 2 and len(seen) == 2 and "Traceback" not in said
+        assert "shard 0, at a.mp4: its process was killed 2 times" in said.splitlines()[-1]
+        assert not list((slow / "data/crash").glob("*.jsonl"))      # nothing is left out for good
+        return
+    assert going.wait(60) == 0 and len(seen) == 2, said
     assert [(r["source"], r["reason"]) for r in row_lines(slow / "data/crash/rejected.jsonl")] == [
         ("a.mp4", "decoder crashed")]
     assert [row["source"] for row in pd.open_dataset(slow / "data/crash")] == ["b.mp4"]
@@ -705,6 +714,99 @@ def test_a_worker_that_stands_still_costs_one_file(slow):
     rejects = row_lines(slow / "data/hang/rejected.jsonl")
     assert [(r["source"], r["reason"]) for r in rejects] == [("a.mp4", "timed out")]
     assert [row["source"] for row in pd.open_dataset(slow / "data/hang")] == ["b.mp4"]
+
+
+FAULTS = """
+import errno, multiprocessing, os, sys, tempfile
+import av, av.error
+from PIL import Image
+
+def failing(module, name, error):
+    real = getattr(module, name)
+    def call(*a, **k):
+        if multiprocessing.parent_process():
+            raise error
+        return real(*a, **k)
+    setattr(module, name, call)
+
+number = getattr(errno, os.environ["FAULT"].split()[1], 0)
+error = MemoryError() if not number else av.error.OSError(number, os.strerror(number), "x") \
+    if os.environ["FAULT"].startswith("av") else OSError(number, os.strerror(number), "x")
+failing({"av": av, "Image": Image, "tempfile": tempfile, "os": os}[os.environ["FAULT"].split()[0]],
+        os.environ["FAULT"].split()[2], error)
+"""
+
+
+def test_errors_of_the_machine_are_none_of_the_file(tmp_path):
+    """6 A: a full disk, too few descriptors, a disk that hiccups, no memory: the shard ends with a
+    line, no file is left out, and the same command ends with the same bytes."""
+    (tmp_path / "videos").mkdir()
+    encode(tmp_path / "videos/a.mp4", np.concatenate([shot(RED, 9), shot(BLUE, 9)]))
+    Image.fromarray(shot(GREEN, 1)[0]).save(tmp_path / "videos/b.png")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(FAULTS)
+    line = [sys.executable, str(SCRIPT), "set", "--videos", "videos", "--workers", "1"]
+    run(tmp_path, *line[2:])
+    truth = bytes_of(tmp_path / "data")
+    for fault in ("tempfile ENOSPC TemporaryFile", "av EMFILE open", "Image EIO open",
+                  "av nothing open", "os EDQUOT replace"):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        env = {**os.environ, "PYTHONPATH": str(tmp_path / "hook"), "FAULT": fault}
+        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+        said = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, (fault, done.stderr)
+        assert said.startswith("prepare_data.py: shard 0") and "the same command goes on" in said
+        assert not (tmp_path / "data/set/manifest.json").exists()
+    run(tmp_path, *line[2:])
+    assert bytes_of(tmp_path / "data") == truth
+
+
+def test_few_descriptors_end_in_one_line(tmp_path):
+    """6 A: whatever the limit, a finished data set is whole."""
+    (tmp_path / "videos").mkdir()
+    for name in "ab":
+        encode(tmp_path / f"videos/{name}.mp4", np.concatenate([shot(RED, 9), shot(BLUE, 9)]))
+    for limit in (9, 12, 14):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        done = subprocess.run(["sh", "-c", f"ulimit -n {limit}; exec {sys.executable} {SCRIPT} set "
+                               "--videos videos --workers 1"], cwd=tmp_path, capture_output=True,
+                              text=True)
+        if done.returncode == 0:
+            assert len(pd.open_dataset(tmp_path / "data/set")) + len(
+                row_lines(tmp_path / "data/set/duplicates.jsonl")) == 4
+        else:
+            assert done.stderr.splitlines()[-1].startswith("prepare_data.py: "), done.stderr
+            assert not (tmp_path / "data/set/manifest.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker through /proc")
+def test_time_in_which_all_was_stopped_does_not_count(slow):
+    """6 A: a whole run stopped for longer than --timeout loses no file."""
+    shutil.rmtree(slow / "data/sleep", ignore_errors=True)
+    going = subprocess.Popen([sys.executable, str(SCRIPT), "sleep", "--videos", "videos",
+                              "--timeout", "1", "--workers", "1"], cwd=slow,
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                             start_new_session=True)
+    while not list((slow / "data/sleep").glob(".shard-*.tar")) and going.poll() is None:
+        time.sleep(0.02)
+    child = worker_of(going.pid)
+    os.killpg(going.pid, signal.SIGSTOP)
+    time.sleep(4.5)
+    os.kill(going.pid, signal.SIGCONT)                   # the parent wakes first
+    time.sleep(0.3)
+    os.killpg(going.pid, signal.SIGCONT)
+    assert going.wait(60) == 0 and child, going.stderr.read()
+    assert row_lines(slow / "data/sleep/rejected.jsonl") == []
+
+
+def test_slow_pictures_say_that_they_are_at_work(tmp_path, monkeypatch):
+    """6 A: a GIF never beat, and no video of which 64 frames take long."""
+    frames = [Image.fromarray(flat((9 * n, 0, 0))) for n in range(6)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    clock, beats = iter(range(0, 100, 2)), []
+    monkeypatch.setattr(pd.time, "monotonic", lambda: next(clock))
+    assert len(list(pd.Video(tmp_path / "a.gif", beats.append))) == 6
+    assert beats == [1, 2, 3, 4, 5, 6]
 
 
 # -- the demo, small parts, wrong input ------------------------------------------------------------
