@@ -39,6 +39,7 @@ Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a
 """
 import argparse
 import ast
+import codecs
 import contextlib
 import csv
 import difflib
@@ -66,6 +67,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 from array import array
 from collections import Counter, deque
@@ -123,8 +125,13 @@ def refuse(message):
     """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()                                    # else its last state would follow the line
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text):
+    """The text with escapes in the place of what is no character, or steers a terminal."""
+    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda one: ascii(one[0])[1:-1], str(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -304,6 +311,47 @@ def json_line(row):
     return json.dumps(row) + "\n" if re.search("[\ud800-\udfff]", line) else line
 
 
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
+         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def encoding_of(head):
+    """The encoding of a text, by its first bytes: its byte order mark's; without one UTF-8."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+def as_text(data):
+    """The text of a file's bytes. Raises ValueError that says what they are in its place."""
+    try:
+        text = data.decode(encoding_of(data))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no text in {error.encoding}: " + (not_utf8(data[error.start]) if
+                         error.encoding == "utf-8" else error.reason)) from None
+    if "\0" in text:
+        raise ValueError("no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
+    return text
+
+
+def not_utf8(byte):
+    """What is said of a byte that is none of UTF-8's."""
+    known = bytes([byte]).decode("cp1252", "replace")
+    return f"it holds byte 0x{byte:x} ('{known}' in cp1252, Windows' own): save it as UTF-8"
+
+
+def read_text(path, option=""):
+    """The text of a file that an option names; refuses what is none."""
+    try:
+        return as_text(Path(path).read_bytes())
+    except ValueError as error:
+        refuse(f"{option} {path} is {error}")
+
+
+def lines_of(text):
+    """The lines of a text. Only \\n and \\r\\n end one: other programs write U+2028, U+0085 and
+    form feeds inside of a line."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def write_rows(path, rows):
     with atomic(path) as part, open(part, "w", encoding="utf-8") as file:
         file.writelines(map(json_line, rows))
@@ -331,6 +379,8 @@ def read_json(path):
 PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
           **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
              for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
+FORMS_OF_NAMES = (str, functools.partial(unicodedata.normalize, "NFC"),
+                  functools.partial(unicodedata.normalize, "NFD"))      # as disks may spell them
 BEAT = 64               # frames after which a worker says again that it is at work
 
 
@@ -347,13 +397,17 @@ def in_memory(data, suffix):
 
 @functools.lru_cache(2)
 def members(archive):
-    """{name: (offset, bytes)} of the files in a tar, or of the records of a TFRecord file (called
-    NUMBER.mkv: `bair_video`); of a damaged one those before the damage."""
+    """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
+    of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
+    before the damage."""
     found, size = {}, archive.stat().st_size
     if archive.suffix == ".tar":
-        with contextlib.suppress(tarfile.TarError), tarfile.open(archive, "r:") as tar:
+        with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), \
+                tarfile.open(archive, "r:") as tar:
             for one in tar:
-                found.update({one.name: (one.offset_data, one.size)} if one.isfile() else {})
+                name = "/".join(part for part in one.name.split("/") if part not in ("", "."))
+                if one.isfile() and one.offset_data + one.size <= size:        # not cut off
+                    found[name] = one.offset_data, one.size
         return found
     with open(archive, "rb") as file:                  # a length, its CRC, the record, its CRC
         while file.tell() + 12 < size:
@@ -366,22 +420,24 @@ def members(archive):
 
 
 def located(root, source):
-    """(path or open file, {suffix: text}) of a source and of the .txt, .json and .cls that go with
-    it. A WebDataset key ends at the first dot of the file's name."""
+    """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls that go with
+    it, in small letters or capitals. A WebDataset key ends at the first dot of the file's name."""
     path, suffixes = Path(root, source), (".txt", ".json", ".cls")
     archive = next((one for one in path.parents if one.suffix in ARCHIVES and one.is_file()), None)
     if archive is None:
-        beside_it = {suffix: path.with_suffix(suffix) for suffix in suffixes}
-        return path, {suffix: one.read_text(encoding="utf-8", errors="replace")
-                      for suffix, one in beside_it.items() if one.is_file()}
+        names = {form(path.stem) for form in FORMS_OF_NAMES} if not path.stem.isascii() else \
+            {path.stem}
+        beside_it = [(suffix, path.with_name(name + ending)) for suffix in suffixes
+                     for name in sorted(names) for ending in (suffix.upper(), suffix)]
+        return path, {suffix: one.read_bytes() for suffix, one in beside_it if one.is_file()}
     name, index = path.relative_to(archive).as_posix(), members(archive)
     key = re.match(r"(.*/)?[^.]*", name)[0]
     with open(archive, "rb") as file:
         def read(name):
             file.seek(index[name][0])
             return file.read(index[name][1])
-        texts = {suffix: read(key + suffix).decode("utf-8", "replace")
-                 for suffix in suffixes if key + suffix in index}
+        texts = {suffix: read(key + ending) for suffix in suffixes
+                 for ending in (suffix.upper(), suffix) if key + ending in index}
         data = read(name)
     is_record = archive.suffix == ".tfrecords"
     return in_memory(*(bair_video(data), ".png") if is_record else (data, path.suffix)), texts
@@ -1093,10 +1149,18 @@ def columns(**names):
     return lambda row: [{our: row[their] for our, their in names.items()}]
 
 
+def literal(text):
+    """The value of a Python literal; raises ValueError, whatever the text is."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, RecursionError, MemoryError):    # of deep nesting, all four
+        raise ValueError(f"no Python literal: {str(text)[:40]}") from None
+
+
 def panda70m(row):
     """One row a source video; its cells are Python literals, lists of one length."""
-    cells = [ast.literal_eval(row[name]) for name in ("timestamp", "caption", "matching_score")]
-    wanted = ast.literal_eval(row.get("desirable_filtering") or "None") or [None] * len(cells[0])
+    cells = [literal(row[name]) for name in ("timestamp", "caption", "matching_score")]
+    wanted = literal(row.get("desirable_filtering") or "None") or [None] * len(cells[0])
     for (start, end), text, score, kind in zip(*cells, wanted, strict=True):
         told = {} if kind is None else {"desirable": int(kind == "desirable")}
         yield {"start": start, "end": end, "caption": text, "matching_score": score, **told}
@@ -1105,7 +1169,7 @@ def panda70m(row):
 def shot2story(row):
     """A clip's summary, then each shot's caption; shots are CLIP_FIRST_LAST.mp4, in frames."""
     if "clip_id" in row:                                            # NAME_meta.csv
-        yield {"label": ast.literal_eval(row["categories"])[0]}
+        yield {"label": literal(row["categories"])[0]}
         return
     yield {"caption": row["whole_caption"]}
     for name, text in zip(row["video_names"], row["captions"], strict=True):
@@ -1133,14 +1197,17 @@ def ucf101_rows(path):
 
 def msrvtt_rows(path):
     """A row a sentence, with what the file says of its video."""
-    names = dict(reversed(line.split("\t")) for line in read_lines(path.with_name("category.txt")))
+    names = dict(line.split("\t")[1::-1] for line in read_lines(path.with_name("category.txt"))
+                 if "\t" in line)
     with open_text(path) as file:
-        videos = {video["video_id"]: video for video in json_items(file, "videos") if video}
+        videos = {str(video.get("video_id")): video for video in json_items(file, "videos")
+                  if isinstance(video, dict)}
         file.seek(0)
         for sentence in json_items(file, "sentences"):
-            video = videos.get(sentence["video_id"]) if sentence else None
-            yield video and {**video, **sentence,
-                             "label": names.get(str(video["category"]), video["category"])}
+            video = isinstance(sentence, dict) and videos.get(str(sentence.get("video_id")), {})
+            label = video.get("category") if video else None
+            yield {**video, **sentence, "label": names.get(str(label), label)} if video else (
+                sentence)
 
 
 def tgif_rows(path):
@@ -1148,7 +1215,7 @@ def tgif_rows(path):
     splits = {url: part.stem for part in path.parent.glob("splits/*.txt")
               for url in read_lines(part)}
     for url, text in (line.partition("\t")[::2] for line in read_lines(path)):
-        yield {"video": "/".join(url.split("/")[-2:]), "caption": text, "split": splits.get(url)} \
+        yield {"gif": "/".join(url.split("/")[-2:]), "caption": text, "split": splits.get(url)} \
             if text else None
 
 
@@ -1173,12 +1240,18 @@ FORMATS = {
     "youku": ("*.csv", None, ("video_id:FILE", "clip_name:FILE"), youku_mplug),
     "videoinstruct": ("*.json", None, ("video_id", "video"), videoinstruct),
     "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
-    "tgif": ("*.tsv", tgif_rows, OWN, None)}
+    "tgif": ("*.tsv", tgif_rows, ("gif",), None)}
 BESIDE = ("folder", "webdataset", "bair")     # no --meta: what is told stands beside the videos
 
 
-def open_text(path):
-    return open(path, encoding="utf-8-sig", errors="replace", newline="")
+def open_text(path, newline="\n"):
+    """A text file, open; bytes that are no text come as lone surrogates, which `plain` refuses."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if encoding_of(head) == "utf-8" and b"\0" in head[:2]:
+        refuse(f"{path} is no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
+    return open(path, encoding=encoding_of(head), newline=newline, errors="surrogateescape"
+                if encoding_of(head).startswith("utf-8") else "replace")
 
 
 def read_lines(path):
@@ -1189,47 +1262,115 @@ def read_lines(path):
 
 
 def file_rows(path):
-    """The rows of a metadata file, one at a time: dicts; None for a row that is damaged."""
+    """The rows of a metadata file, one at a time: dicts; for a row that is damaged an error that
+    says how."""
     kind = path.suffix.lower()
-    with open_text(path) as file:
-        if kind == ".json":
-            yield from json_items(file)
-        elif kind == ".jsonl":
-            for line in filter(str.strip, file):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    yield None
+    with open_text(path, "\n" if kind in (".json", ".jsonl") else "") as file:
+        yield from json_items(file) if kind == ".json" else json_lines(file) if kind == ".jsonl" \
+            else table_rows(file, kind == ".tsv")
+
+
+def json_lines(file):
+    for line in filter(str.strip, file):
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield ValueError(fault(error))
+
+
+LONGEST = 1000          # lines that a record of a csv may span
+
+
+def table_rows(file, is_tsv):
+    """The rows of an open CSV or TSV. A TSV knows no quotation marks. Of a CSV, a mark that nothing
+    closes costs its line; those behind it are read on their own. Commas in a last column that is a
+    text need no marks. Names of our columns may have blanks around them and capitals."""
+    csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
+    waiting, taken, head = deque([file.readline()]), [], None
+    comma = "\t" if is_tsv else max(",;\t", key=waiting[0].count)      # Excel's, by its language
+    form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL}
+
+    def lines():
+        while len(taken) < LONGEST and (line := waiting.popleft() if waiting else file.readline()):
+            taken.append(line)
+            yield line
+
+    while True:
+        for cells in csv.reader(lines(), **form):
+            if len(taken) > 1 and hides_rows(taken, form, len(head or cells)):
+                yield ValueError(f"a quotation mark that nothing closes; {len(taken) - 1} lines "
+                                 "behind it are read on their own")
+                waiting.extendleft(reversed(taken[1:]))
+                taken.clear()
+                break
+            taken.clear()
+            if head is None:
+                head = [our_name(name) for name in cells]
+                continue
+            while len(cells) > len(head) and not cells[-1].strip():
+                cells.pop()
+            if len(cells) > len(head) and head[-1] in TEXTS:
+                cells[len(head) - 1:] = [comma.join(cells[len(head) - 1:])]
+            if len(cells) == len(head):
+                yield dict(zip(head, cells))
+            elif cells:
+                yield ValueError(f"{len(cells)} cells for {len(head)} columns: cut off, or a text "
+                                 "with commas that stands in no quotation marks")
         else:
-            csv.field_size_limit(2**31 - 1)            # Panda-70M's fields pass the default
-            for row in csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ","):
-                yield None if None in row.values() else row          # cut off
+            return
+
+
+def hides_rows(lines, form, n_columns):
+    """Whether the lines of one record of a CSV are rows behind a mark that nothing closes."""
+    try:
+        found = next(csv.reader(lines, strict=True, **form))
+        alone = [next(csv.reader([line], **form), []) for line in lines[1:]]
+    except csv.Error:
+        return True
+    return len(lines) == LONGEST or len(found) == n_columns and all(
+        len(cells) == n_columns for cells in alone) and (
+        all(line.count('"') % 2 == 0 for line in lines[1:])
+        or all(bare(cells[0]) != cells[0].rsplit("/", 1)[-1] for cells in alone))
+
+
+ITEM = re.compile(r'\{\s*"')
 
 
 def json_items(file, key=None):
-    """The items of the array in an open JSON file (of the one named `key`), without holding it;
-    None for an end that is damaged."""
-    start, text, at = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\s*\["), file.read(2**20), 0
+    """The items of the array in an open JSON file (of the one named `key`), without holding it. In
+    the place of an item that is damaged an error; what looks like the next one goes on."""
+    start, text, is_end = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\["), file.read(2**20), False
     while not (found := start.search(text)):
         more = file.read(2**20)
         text = text[-100:] + more
         if not more:
-            yield None
+            yield ValueError(f"no array{key and f' named {key}' or ''}")
             return
-    at = found.end()
+    text = text[found.end():]
+    at, decode = 0, json.JSONDecoder().raw_decode
     while True:
         at = re.compile(r"[\s,]*").match(text, at).end()
         try:
-            item, at = json.JSONDecoder().raw_decode(text, at)
+            if text[at:at + 1] == "]" and re.compile(r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)").match(text, at):
+                return
+            item, at = decode(text, at)
             yield item
-        except ValueError:
-            if text[at:at + 1] == "]":
-                return
-            more = file.read(max(2**20, len(text)))
-            text, at = text[at:] + more, 0
+            continue
+        except (ValueError, RecursionError) as error:
+            wrong = error
+        if not is_end and len(text) - at < 2**24 and (
+                at == len(text) or isinstance(wrong, json.JSONDecodeError) and (
+                    wrong.pos > len(text) - 16 or "Unterminated" in wrong.msg)):     # cut by us
+            more = file.read(max(2**20, len(text) - at))
+            is_end, text, at = not more, text[at:] + more, 0
+            continue
+        yield ValueError(fault(wrong))
+        while not (following := ITEM.search(text, at + 1)):
+            more = file.read(2**20)
             if not more:
-                yield None
                 return
+            text, at = text[max(at, len(text) - 100):] + more, 0
+        at = following.start()
 
 
 def meta_files(path, form):
@@ -1247,8 +1388,79 @@ def bare(name):
     return name
 
 
-ROW_REASONS = ("missing video", "several videos of this name", "malformed metadata row")
-BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError)    # what readers raise
+class Places:
+    """Finds the source that a row's path means. Names and folders are the same in every Unicode
+    form. Of the sources with its file's name (else with its stem: the name without its suffixes)
+    those fit whose folders, from the last one up, are the row's as far as both tell any; the
+    longest fit wins. Where `is_id`, names are unique by themselves: a lone one fits, wherever."""
+
+    def __init__(self, sources, is_id):
+        self.is_id, self.known, self.by_tail = is_id, {}, {}
+        for source in sources:
+            last = folded(source.rsplit("/", 1)[-1])
+            for key in {last, bare(last)}:
+                one = self.known.setdefault(key, source)
+                if one is not source:
+                    if isinstance(one, str):
+                        self.known[key] = one = [one]
+                    one.append(source)
+
+    def fitting(self, key, folders):
+        """The sources of this name that fit a row's folders, best."""
+        if isinstance(one := self.known.get(key, ()), str):
+            own = folders_of(one)
+            return [one] if all(a == b for a, b in zip(own[::-1], folders[::-1])) else []
+        if key not in self.by_tail:                    # many of one name: by folders' tails
+            tails, whole = self.by_tail[key] = {}, {}
+            for source in one:
+                own = folders_of(source)
+                whole.setdefault(own, []).append(source)
+                for k in range(len(own) + 1):
+                    tails.setdefault(own[k:], []).append(source)
+        tails, whole = self.by_tail[key]
+        found = whole.get(folders) or tails.get(folders)
+        return found or next((whole[folders[k:]] for k in range(1, len(folders) + 1)
+                              if folders[k:] in whole), [])
+
+    def find(self, name):
+        """(source or None, reason, detail): the reason of None."""
+        name = name.strip().replace("\\", "/") if name not in self.known else name
+        folders, last, others = folders_of(name), folded(name.rsplit("/", 1)[-1]), []
+        for key in dict.fromkeys((last, bare(last))):
+            found = self.fitting(key, folders)
+            if len(found) > 1:                         # names apart in their spelling only
+                found = [one for form in FORMS_OF_NAMES for one in found if form(one) == form(name)
+                         ][:1] or found
+            if len(found) == 1:
+                return found[0], "", None
+            if found:
+                return None, "several videos of this name", "ambiguous: " + ", ".join(found[:4])
+            one = self.known.get(key, ())
+            others += [one] if isinstance(one, str) else one
+        others = list(dict.fromkeys(others))
+        if len(others) > 1:
+            return None, "several videos of this name", "none in its folders, but " + ", ".join(
+                others[:4])
+        return (others[0], "", None) if others and self.is_id else (
+            None, "missing video", f"{others[0]} is in another folder" if others else None)
+
+
+def folded(name):
+    return name if name.isascii() else unicodedata.normalize("NFKC", name)
+
+
+def folders_of(path):
+    """The folders of a path, a tuple, without what says nothing."""
+    *folders, _ = path.split("/")
+    if "./" in path:
+        folders = os.path.normpath("/".join(folders)).replace(os.sep, "/").split("/")
+    return tuple(folded(one) for one in folders if one not in ("", ".", ".."))
+
+
+ROW_REASONS = ("missing video", "several videos of this name", "malformed metadata row",
+               "malformed text beside it")
+BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, RecursionError,
+           OverflowError)                              # what readers raise
 
 
 def read_metadata(paths, form, sources, database):
@@ -1262,43 +1474,41 @@ def read_metadata(paths, form, sources, database):
                           placed_rows(paths, form, sources))
         store.execute("create index by_source on rows(source)")
         store.commit()
+        n, = store.execute("select count(distinct source) from rows").fetchone()
+    if n < len(sources) / 10:
+        print(f"warning: {paths[0]} names {n} of {len(sources)} files", file=sys.stderr)
 
 
 def placed_rows(paths, form, sources):
-    """Yields what `read_metadata` stores. A row names its file by relative path, or by a file name
-    or stem that only one source has."""
+    """Yields what `read_metadata` stores."""
     _, rows, names, reader = FORMATS[form]
-    places, n, is_right, columns_found = {}, 0, False, ()
-    missing, is_placed = None, not sources
-    for source in sources:
-        for name in {source, source.rsplit("/", 1)[-1], bare(source)}:
-            places[name] = source if name == source or name not in places else None
-
-    @functools.lru_cache(2**16)
-    def place(name):
-        name = os.path.normpath(name).replace(os.sep, "/") if "./" in name else name
-        for key in (name, name.rsplit("/", 1)[-1], bare(name)):
-            if key in places:
-                return places[key], "" if places[key] else "several videos of this name"
-        return None, "missing video"
-
+    places, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
+    place = functools.lru_cache(2**16)(places.find)
+    missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
     for path in paths:
         words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem) if word in SPLITS}
         split = words.pop() if len(words) == 1 else None
         for n, row in enumerate((rows or file_rows)(path), n + 1):
-            columns_found = columns_found or isinstance(row, dict) and tuple(filter(None, row))
             try:
-                name = str(next(filter(None, map(row.get, names)), None) or row[names[0]])
-                source, reason = place(name)
-                is_right = is_right or bool(read_row(row, reader, split))
+                if isinstance(row, Exception):
+                    raise row
+                columns_found = columns_found or tuple(filter(None, row))
+                name = next(filter(None, map(row.get, names)), None) or next(
+                    filter(None, map(ours(row).get, names)), None) or row[names[0]]
+                source, reason, detail = place(str(name))
+                if not is_right or source is not None and True not in told_of:
+                    facts = read_row(row, reader, None)
+                    is_right = is_right or bool(facts)
+                    told_of |= what_is_told(row, facts) if source is not None else set()
+                text = json.dumps(row)
             except BAD_ROW as error:
-                yield None, n, "malformed metadata row", \
-                    "cut off, or not of its format" if row is None else fault(error), None
+                yield None, n, "malformed metadata row", "cut off, or not of its format" \
+                    if row is None else printable(fault(error)), None
             else:
                 is_placed = is_placed or reason != "missing video"
                 missing = missing or name
-                yield (None, n, reason, None, name) if source is None else \
-                    (source, n, split, None, json.dumps(row))
+                yield (None, n, reason, detail and printable(detail), printable(name)) \
+                    if source is None else (os.fsencode(source), n, split, None, text)
     if not is_right:
         refuse(f"no row of {paths[0]} reads as --format {form}: its columns are "
                f"{', '.join(columns_found or ()) or 'none'}; one of {', '.join(names)} must name "
@@ -1306,14 +1516,33 @@ def placed_rows(paths, form, sources):
     if not is_placed:
         refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
                f"{sources[0]}")
+    if sources and True not in told_of:
+        refuse_silent(paths[0], told_of)
+
+
+def what_is_told(row, facts):
+    """The columns in which a row of ours has what is no number; True where it has a caption."""
+    return {True} if any(fact["captions"] for fact in facts) else {
+        name for name, value in ours(row).items() if name not in ("video", "path", "file")
+        and value is not None and (name in OURS or number_of(value) is None and value != "")}
+
+
+def refuse_silent(path, told_of):
+    """Refuses metadata that captions nothing, though it was meant to, or tells nothing else."""
+    others = {name: nearest(name, OURS) for name in sorted(told_of - OURS)}
+    if told_of & TEXTS or TEXTS & {*others.values()} or others and not told_of & OURS:
+        refuse(f"{path} captions nothing: no row has a text in a column named caption or text" + "".join(
+            f"; {name}: did you mean {near}?" if near else f"; {name}: not known"
+            for name, near in others.items()))
+    print(f"warning: no row of {path} has a caption", file=sys.stderr)
 
 
 def query(database, source, names="number, note, row"):
     """Yields `names` of the stored rows of a source; of None, the rejects."""
     address = f"{Path(database).absolute().as_uri()}?immutable=1"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
-        yield from store.execute(f"select {names} from rows where source is ? "
-                                 "order by rowid", [source])
+        yield from store.execute(f"select {names} from rows where source is ? order by rowid",
+                                 [source and os.fsencode(source)])
 
 
 def facts_of(database, form, source):
@@ -1324,46 +1553,98 @@ def facts_of(database, form, source):
             facts += read_row(json.loads(row), FORMATS[form][3], split)
         except BAD_ROW as error:
             rejects.append(rejection(None, "malformed metadata row", figure=n,
-                                     detail=fault(error)))
+                                     detail=printable(fault(error))))
     return facts, rejects
 
 
 def fault(error):
     """What one of BAD_ROW says, for people."""
-    return f"no column {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return f"no column {error}" if isinstance(error, KeyError) else \
+        "cut off, or not of its format" if isinstance(error, json.JSONDecodeError) else \
+        " ".join(str(error).split())[:300]
 
 
 def read_row(row, reader, split):
     """The facts in a row as published; raises one of BAD_ROW."""
-    return [read_fact(ours, split) for ours in (reader(row) if reader else [row])]
+    return [read_fact(one, split) for one in (reader(row) if reader else [ours(row)])]
+
+
+def our_name(name):
+    """A column's name without blanks, if it is one of ours in small letters."""
+    name = name.strip()
+    return name.lower() if name.lower() in OURS else name
+
+
+def ours(row):
+    """A row under our names; one that stands there as it is comes first."""
+    return {our_name(name): value for name, value in row.items()} | row
+
+
+def plain(text):
+    """A text without blanks around it. Raises ValueError where it holds what is no text."""
+    text = text.strip()
+    if not text.isascii() and (wrong := re.search("[\ud800-\udfff]", text)):
+        byte = ord(wrong[0]) - 0xdc00
+        raise ValueError(f"no text: {not_utf8(byte)}" if 0x80 <= byte < 0x100 else
+                         f"no text: half a character, {ascii(wrong[0])}")
+    return text
+
+
+def texts_in(value, style=None):
+    """[(text, its style)] of a caption of any shape: a text, a list, or an object, whose keys are
+    the styles (in its depth, joined by dots), or one of these in JSON or as a Python literal."""
+    if isinstance(value, str):
+        if value[:1] in ("[", "{"):
+            with contextlib.suppress(ValueError, RecursionError):    # else it is just a text
+                inner = json.loads(value) if value[1:2] in ('"', "{") else literal(value)
+                return texts_in(inner, style) if isinstance(inner, (list, dict)) else []
+        text = plain(value)
+        return [(text, style)] if text.lower() not in NO_TEXTS else []
+    if isinstance(value, dict):
+        return [pair for key, one in value.items() if isinstance(one, (str, list, dict))
+                for pair in texts_in(one, f"{style}.{key}" if style else key)]
+    if value is None or value != value:                # NaN
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"a caption is no text: {value!r}")
+    return [pair for one in value for pair in texts_in(one, style)]
+
+
+def frames_in(value):
+    """{"frames": (first, last)} of a pair of numbers. Another list (of pictures' names, of sampled
+    frames) is somebody else's, and says nothing of times."""
+    if not isinstance(value, list) or len(value) != 2 or not any(
+            isinstance(one, (int, float)) for one in value):
+        return {}
+    if not all(isinstance(one, (int, float)) and one == one // 1 for one in value) or \
+            not 0 <= value[0] <= value[1]:
+        raise ValueError(f"frames {value!r}: not the numbers of the first and the last one")
+    return {"frames": [int(min(one, 2**62)) for one in value]}
 
 
 def read_fact(row, split=None):
     """The fact in one of our rows: start, end (s, None: the whole file), captions (list of str),
-    split and label (or None), scores. Raises ValueError, TypeError, LookupError on a bad one."""
-    start, end, frames = seconds(row.get("start")), seconds(row.get("end")), row.get("frames")
-    texts = row.get("caption") or row.get("text") or []
-    if isinstance(texts, str) and texts.startswith("["):
-        with contextlib.suppress(ValueError, SyntaxError):  # a list in a cell; else just a text
-            texts = json.loads(texts) if texts.startswith('["') else ast.literal_eval(texts)
-    texts = [texts] if isinstance(texts, str) else texts
-    named, label = str(row.get("split") or "").lower(), row.get("label")
+    split and label (or None), scores. Raises one of BAD_ROW on a bad one."""
+    start, end = seconds(row.get("start")), seconds(row.get("end"))
+    texts = texts_in(row.get("caption")) or texts_in(row.get("text"))
+    named, label = plain(str(row.get("split") or "")).lower(), row.get("label")
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
         raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < "
                          "end")
     if named and named not in SPLITS:
         raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a caption is no text")
-    fact = {"start": start, "end": end, "captions": [t.strip() for t in texts if t.strip()],
-            "split": SPLITS.get(named, split), "label": None if label in (None, "") else str(label)}
-    fact |= {"frames": frames} if isinstance(frames, list) else {}
-    fact |= {"prompt": str(row["prompt"])} if row.get("prompt") else {}
+    label = None if label is None or label != label else plain(str(label))
+    fact = {"start": start, "end": end, "captions": [text for text, _ in texts],
+            "split": SPLITS.get(named, split), "label": label or None, **frames_in(row.get("frames"))}
+    fact |= {"styles": [style for _, style in texts]} if any(style for _, style in texts) else {}
+    fact |= {"prompt": plain(str(row["prompt"]))} if row.get("prompt") else {}
     scores = {key: value for key in row if key not in OURS
               and (value := number_of(row[key])) is not None}
     return fact | {"scores": scores} if scores else fact
 
 
+TEXTS = {"caption", "text"}
+NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
 OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "prompt", "split",
         "label"}
 
@@ -1372,7 +1653,7 @@ def number_of(value):
     """A finite number, or a text that is one; else None."""
     try:
         return value if math.isfinite(value := float(value)) else None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -1389,24 +1670,38 @@ def seconds(value):
 
 
 def beside(source, texts, is_caption_alone=False):
-    """Facts without --meta: `texts` {suffix: text} are the files NAME.txt (caption) and NAME.json
-    (our keys) beside the source; its folder is its label, and may name its split. Without a
-    --format the caption alone counts."""
+    """(facts, rejects) without --meta: `texts` {suffix: bytes} are the files NAME.txt (caption) and
+    NAME.json (our keys) beside the source; its folder is its label, and may name its split. Without
+    a --format the caption alone counts. A file that is no text, or damaged, is a reject, and hides
+    no other."""
+    rejects, found = [], {".txt": "", ".json": "{}"}
+
+    def lost(suffix, error):
+        rejects.append(rejection(source, "malformed text beside it", detail=printable(
+            f"{Path(source).stem}{suffix}: {fault(error)}")))
+
+    for suffix, data in texts.items():
+        try:
+            found[suffix] = plain(" ".join(as_text(data).split())) if suffix != ".json" else \
+                as_text(data)
+        except ValueError as error:
+            lost(suffix, error)
+    caption = {"caption": found[".txt"]}
     if is_caption_alone:
-        return [read_fact({"caption": " ".join(texts.get(".txt", "").split())})]
-    folders, more = source.split("/")[:-1], {}
-    folders = [name for name in folders if Path(name).suffix not in ARCHIVES]
-    with contextlib.suppress(ValueError):
-        more = json.loads(texts.get(".json", "{}"))
-    classes = [texts[".cls"].strip()] if ".cls" in texts else [
-        name for name in folders if name not in SPLITS]
-    row = {"label": classes[-1] if classes else None,
-           "caption": " ".join(texts.get(".txt", "").split())}
+        return [read_fact(caption)], [one for one in rejects if ".txt: " in one["detail"]]
+    folders = [name for name in source.split("/")[:-1] if Path(name).suffix not in ARCHIVES]
     split = next((SPLITS[name] for name in folders if name in SPLITS), None)
+    classes = [found[".cls"]] if ".cls" in found else [
+        printable(name) for name in folders if name not in SPLITS]
+    fact = read_fact({"label": classes[-1] if classes else None, **caption}, split)
     try:
-        return [read_fact({**row, **more}, split)]
-    except (ValueError, TypeError, LookupError):       # a file of somebody else's
-        return [read_fact(row, split)]
+        more = {key: value for key, value in ours(json.loads(found[".json"])).items()
+                if value is not None and (key != "split" or str(value).lower() in SPLITS)}
+        more = read_fact({"label": fact["label"], **more}, split)
+        return [more if more["captions"] else {**more, "captions": fact["captions"]}], rejects
+    except BAD_ROW as error:
+        lost(".json", error)
+        return [fact], rejects
 
 
 def drawn_split(source):
@@ -1424,9 +1719,14 @@ def told(source, facts, start, end):
     labels = [f["label"] for f in mine if f["label"] is not None]
     return {"split": (splits or [drawn_split(source)])[0], "label": (labels or [None])[0],
             "captions": [{"text": text, "source": "meta", "weight": 1.0,
-                          **{key: f[key] for key in ("prompt",) if key in f}}
-                         for f in mine for text in f["captions"]]}, \
+                          **{key: f[key] for key in ("prompt",) if key in f},
+                          **({"style": style} if style else {})}
+                         for f in mine for text, style in itertools.zip_longest(
+                             f["captions"], f.get("styles", ()))]}, \
         {name: value for f in mine for name, value in f.get("scores", {}).items()}
+
+
+FAULT = "fault: "       # begins the reason of a file at which a function of ours failed
 
 
 def rejection(source, reason, start=None, end=None, figure=None, threshold=None, detail=None):
@@ -1516,7 +1816,7 @@ def plan_clips(scan, source, facts, options):
     every = max(1, math.ceil(fps / options["max_fps"] - 1e-3)) if options["max_fps"] else 1
     for fact in facts:
         if "frames" in fact:                           # of the file, the last one included
-            a, b = np.clip(fact["frames"], 0, len(scan.times) - 1).tolist()
+            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
             fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)}
     clips = []
     for begin, end, first, stop in find_shots(scan, fps, options):
@@ -1615,7 +1915,9 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
     """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
         path, texts = located(root, source)
-        facts = facts if options["meta"] else beside(source, texts, options["format"] is None)
+        if not options["meta"]:
+            facts, lost = beside(source, texts, options["format"] is None)
+            yield from ((one, None, None) for one in lost)
         if path.suffix.lower() in STILLS and not is_animated(path):
             row = still_row(path, source, facts, options)
             lost = failure(row, options)
@@ -1637,10 +1939,21 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
     except Unreadable as error:
         reason, figure = (*error.args, None)[:2]
         yield rejection(source, reason, figure=figure), None, None
-    except (FFmpegError, OSError) as error:
+    except Exception as error:          # what nobody thought of costs this file, not the run
         if is_machine_error(error):
             raise
-        yield rejection(source, f"cannot be read: {error.strerror}"), None, None
+        yield faulted(source, error), None, None
+
+
+def faulted(source, error):
+    """The reject of a file that ended in an exception; but for the usual ones of files its
+    traceback goes with it, until `make_shard` writes it to faults.log."""
+    if isinstance(error, (FFmpegError, OSError)):
+        return rejection(source, f"cannot be read: {error.strerror or error}")
+    where = [one.name for one in traceback.extract_tb(error.__traceback__)
+             if one.filename == __file__] or ["clips_of"]
+    return rejection(source, f"{FAULT}{type(error).__name__} in {where[-1]}", detail=printable(
+        error)[:200]) | {"trace": "".join(traceback.format_exception(error))}
 
 
 def still_row(path, source, facts, options):
@@ -1811,6 +2124,7 @@ def make_shard(pipe, folder, number, root, sources, database, options, bad):
             for row, suffix, file in clips_of(root, source, facts, options,
                                               lambda k: pipe.send((n, k))):
                 if file is None:
+                    note_fault(folder / "faults.log", row)
                     rejects.append(row)
                     continue
                 row["offset"], row["length"] = add_member(tar, row["key"] + suffix, file)
@@ -1820,6 +2134,14 @@ def make_shard(pipe, folder, number, root, sources, database, options, bad):
         pipe.send((len(sources), 0))
     write_rows(f"{name}.rejected.jsonl", rejects)
     write_rows(f"{name}.jsonl", rows)
+
+
+def note_fault(log, reject):
+    """Appends the traceback of a reject that has one to faults.log, at once and in one piece."""
+    if trace := reject.pop("trace", None):
+        with open(log, "ab") as file:
+            file.write(f"{json.dumps(reject['source'])}\n{trace}\n".encode(
+                errors="backslashreplace"))
 
 
 def add_member(tar, name, file):
