@@ -342,7 +342,7 @@ def read_tensors(path):
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
             is_near = all(Path(part).name == part and not part.endswith(".json") for part in parts)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             parts = is_near = ()
         if not parts or not is_near:
             refuse(f"{path} is damaged: it does not map names to files beside it")
@@ -2325,8 +2325,9 @@ def train(args, folder):
 def is_run(folder):
     """Whether a folder's config.json is a run's: a published one's has no kind."""
     try:
-        return "kind" in json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config, dict) and "kind" in config
+    except (OSError, ValueError, RecursionError):
         return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
 
 
