@@ -285,7 +285,7 @@ def respread(times, rules):
     the least that there is)."""
     times, n = times.clone(), len(times) - 1
     if rules.get("terminal") and n > 1:
-        times[:-1] = 1 - (1 - times[:-1]) * (1 - rules["terminal"]) / (1 - times[-2])
+        times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
     way = torch.linspace(0, 1, n, dtype=torch.float64)
     if rules.get("spread") == "karras":
         times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
@@ -1805,8 +1805,8 @@ def as_frame(picture, height, width, cell, layout):
     if layout == "wan":
         x = F.interpolate(to_tensor(picture[None])[None, :, 0], tuple(size), mode="bicubic")
         return cut(x[0].movedim(0, -1)[None], {"height": height, "width": width}).movedim(-1, 0)
-    if tuple(size) != sides:
-        picture = np.array(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))
+    picture = np.array(picture if tuple(size) == sides else Image.fromarray(picture).resize(
+        size[::-1], Image.Resampling.LANCZOS))
     return to_tensor(cut(picture[None], {"height": height, "width": width}))
 
 

@@ -2714,6 +2714,8 @@ def check_class(name, config, n_tensors, path):
     for key in ("latents_mean", "latents_std"):
         if len(config[key]) not in ((0, z) if is_image else (z,)):
             refuse(f"{path}: {key} has {len(config[key])} values, the latents {z} channels")
+    if not config.get("scaling_factor", 1) or 0 in config["latents_std"]:
+        refuse(f"{path}: a scaling_factor or a value of latents_std is 0, which no latents have")
 
 
 def load_names(model, names, weights, path):
