@@ -237,6 +237,16 @@ def test_p02_prefixed_names_are_read(prefix, tmp_path):
         assert V.load_autoencoder(folder)[0].to_pixels.weight.dtype == torch.float32
 
 
+def test_p05_files_of_half_precision_are_read_as_float32(tmp_path):
+    dit = D.DiT(4, 64, 1, 1, (1, 2, 2), 8, own_table=True, positions="sincos", classes=11, grid=(4, 4))
+    uvit = D.UViT(channels=4, size=(1, 8, 8), patch=2, dim=64, depth=2, heads=1, classes=5)
+    for state in (D.to_published(dit.state_dict(), "dit", dit), uvit.state_dict()):
+        for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+            torch.save({name: x.to(dtype) for name, x in state.items()}, tmp_path / "net.pt")
+            found = D.load_published(tmp_path / "net.pt", 1)[0]
+            assert all(x.dtype == torch.float32 for x in found.state_dict().values())
+
+
 def test_names_inside_that_wrappers_make_are_taken_off(tmp_path):
     config, state, _ = wan_fixture()
     found, _, _ = D.load_published(written(tmp_path, config, {
@@ -681,6 +691,9 @@ def test_folders_that_are_not_read_yet_end_in_one_line(i2v, tmp_path, capsys):
                     D.to_published(network.state_dict(), "wan", network))
         return change
     assert "Fun-Control" in line(other(48), "wan") and "FLF2V" in line(other(36, 10, model_type="flf2v"), "wan")
+    for broken in ("[", "{}", '{"hidden_size": "a"}', '{"hidden_size": 160, "patch_size": 0}'):
+        told = line(lambda place: (place / "image_encoder/config.json").write_text(broken))
+        assert "image_encoder" in told, (broken, told)
     assert "VaceWanModel" in line(other(36, _class_name="VaceWanModel"), "wan")
     index(transformer_2=[None, None], boundary_ratio=0.9)(tmp_path / "it")     # a 2.1 converted again
     shutil.rmtree(tmp_path / "it")
