@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
 from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_strictly, normal,
-                     open_vlm, read_published, rewrite, to_ours)
+                     open_vlm, read_as_config, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, open_dataset, read_clip, read_still, refuse,
@@ -285,7 +285,7 @@ def respread(times, rules):
     the least that there is)."""
     times, n = times.clone(), len(times) - 1
     if rules.get("terminal") and n > 1:
-        times[:-1] = 1 - (1 - times[:-1]) * (1 - rules["terminal"]) / (1 - times[-2])
+        times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
     way = torch.linspace(0, 1, n, dtype=torch.float64)
     if rules.get("spread") == "karras":
         times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
@@ -1805,8 +1805,8 @@ def as_frame(picture, height, width, cell, layout):
     if layout == "wan":
         x = F.interpolate(to_tensor(picture[None])[None, :, 0], tuple(size), mode="bicubic")
         return cut(x[0].movedim(0, -1)[None], {"height": height, "width": width}).movedim(-1, 0)
-    if tuple(size) != sides:
-        picture = np.array(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS))
+    picture = np.array(picture if tuple(size) == sides else Image.fromarray(picture).resize(
+        size[::-1], Image.Resampling.LANCZOS))
     return to_tensor(cut(picture[None], {"height": height, "width": width}))
 
 
@@ -1846,6 +1846,21 @@ def open_image_encoder(path, device):
     scales the whole picture to a square, diffusers' cuts the middle square out."""
     where = path / WAN_CLIP if (path / WAN_CLIP).is_file() else path / "image_encoder"
     weights, is_wan = read_tensors(where), where.is_file()
+    with read_as_config(where):
+        model, size, weights = make_tower(where, weights, is_wan)
+    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
+                  r"head|layers\.\d+))\..*", torch.float32, device, where)
+
+    @torch.no_grad()
+    def read(picture):
+        x = F.interpolate(normal(picture, CLIP_MEAN)[None], (size, size), mode="bicubic") if (
+            is_wan) else crop(picture, size)[0][0][None]
+        return model.tower(x.to(device))[0].cpu()
+    return read
+
+
+def make_tower(where, weights, is_wan):
+    """(CLIP's vision tower on the meta device, its pictures' side, its weights under our names)."""
     if is_wan:                           # which has a text tower too, and no config
         weights = {name: x for name, x in weights.items() if name.startswith("visual.")}
         width, _, patch, _ = weights["visual.patch_embedding.weight"].shape
@@ -1862,17 +1877,8 @@ def open_image_encoder(path, device):
     with torch.device("meta"):
         model = nn.Module()
         model.tower = clip_sight(config, -2, keep_cls=True)()
-    size, weights = config.get("image_size", 224), to_ours(
+    return model, config.get("image_size", 224), to_ours(
         weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
-    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
-                  r"head|layers\.\d+))\..*", torch.float32, device, where)
-
-    @torch.no_grad()
-    def read(picture):
-        x = F.interpolate(normal(picture, CLIP_MEAN)[None], (size, size), mode="bicubic") if (
-            is_wan) else crop(picture, size)[0][0][None]
-        return model.tower(x.to(device))[0].cpu()
-    return read
 
 
 def resolve(args, about, how, stride):

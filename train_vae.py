@@ -342,7 +342,7 @@ def read_tensors(path):
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
             is_near = all(Path(part).name == part and not part.endswith(".json") for part in parts)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             parts = is_near = ()
         if not parts or not is_near:
             refuse(f"{path} is damaged: it does not map names to files beside it")
@@ -2326,8 +2326,9 @@ def train(args, folder):
 def is_run(folder):
     """Whether a folder's config.json is a run's: a published one's has no kind."""
     try:
-        return "kind" in json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config, dict) and "kind" in config
+    except (OSError, ValueError, RecursionError):
         return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
 
 
@@ -2714,6 +2715,8 @@ def check_class(name, config, n_tensors, path):
     for key in ("latents_mean", "latents_std"):
         if len(config[key]) not in ((0, z) if is_image else (z,)):
             refuse(f"{path}: {key} has {len(config[key])} values, the latents {z} channels")
+    if not config.get("scaling_factor", 1) or 0 in config["latents_std"]:
+        refuse(f"{path}: a scaling_factor or a value of latents_std is 0, which no latents have")
 
 
 def load_names(model, names, weights, path):

@@ -140,7 +140,7 @@ def kl(r, home):
                    dict(mid_block_add_attention=False))
     peer = saved(shaken(diffusers.AutoencoderKL(**config), r), home, r)
     model, about = V.load_published(home)
-    image = torch.randn(1, 3, *(model.stride * r.integers(1, 5, 2)))
+    image = torch.randn(1, 3, *(model.stride * r.integers(2, 5, 2)))
     with torch.no_grad():
         mean, _ = model.encode(image[:, :, None])
         their = peer.encode(image).latent_dist.mode()
@@ -191,7 +191,7 @@ def scheduler(r, home):
         config = dict(flow_shift=shift, use_flow_sigmas=True, prediction_type="flow_prediction",
                       solver_order=int(r.integers(1, 4)), final_sigmas_type=pick(r, "zero", "zero", "sigma_min"))
         if name.startswith("Uni"):
-            config |= pick(r, {}, dict(solver_type="bh1"), dict(disable_corrector=[0, 1]), dict(
+            config |= pick(r, {}, dict(solver_type="bh1", final_sigmas_type="sigma_min"), dict(disable_corrector=[0, 1]), dict(
                 predict_x0=False), dict(shift_terminal=0.05))
         else:
             config |= pick(r, {}, dict(lower_order_final=False), dict(euler_at_final=True), dict(
