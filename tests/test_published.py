@@ -525,7 +525,29 @@ def test_a_picture_has_at_most_what_its_class_says(tmp_path):
     v, tensors = qwen_parts(False)
     model = c.open_vlm(folder_of(tmp_path / "m", TINY | dict(
         model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]}), tensors))
-    assert model.plan.picture.keywords == dict(patch=14, least=3136, most=1003520)
+    assert model.plan.picture.keywords == dict(patch=14, least=3136, most=1003520, mean_std=c.CLIP_MEAN)
+
+
+def test_pictures_as_the_folder_says(tmp_path, capsys):
+    """Its own mean and deviation, or LlavaImageProcessor's padding; other scaling is refused."""
+    text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
+    config, frame = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), np.full(
+        (20, 40, 3), 200, np.uint8)
+    usual = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_center_crop=True,
+                 resample=3, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25])
+    for i, (more, says) in enumerate([
+            ({}, None), ({"do_pad": True}, None), ({"resample": 2}, "says resample 2, known is 3"),
+            ({"do_center_crop": False}, "says do_center_crop False"), ({"size": {"shortest_edge": 32}},
+                                                                       "says size {'shortest_edge': 32}")]):
+        name = ("preprocessor_config__json", "processor_config__json")[i % 2]
+        folder = folder_of(tmp_path / str(i), config, tensors, **{
+            name: {"image_processor": usual | more} if i % 2 else usual | more})
+        if says:
+            assert says in refused(capsys, folder, call=c.open_vlm)
+            continue
+        picture, = c.open_vlm(folder).plan.picture(frame)[0]
+        assert float(picture[0, 14, 14]) == pytest.approx((200 / 255 - 0.5) / 0.25)
+        assert (float(picture[0, 0, 14]) == pytest.approx((127 / 255 - 0.5) / 0.25)) == bool(more)
 
 
 # -- how a model is asked --------------------------------------------------------------------------
