@@ -2314,6 +2314,24 @@ def plain_lm(c, weights, folder):
     return Plan(language_stack(c), c["vocab_size"])
 
 
+def image_processor(folder, size=None):
+    """(What a folder says of its pictures, in the file of its version of transformers; their mean
+    and standard deviation.) Refuses what is not done here: all but pictures that are scaled,
+    bicubic, whose middle, or `size` says which square, is cut out."""
+    told = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
+    told = told | read_published(folder / "preprocessor_config.json", {})
+    usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
+    if size:
+        usual |= dict(do_center_crop=True, size=size, crop_size=size)
+    for name, value in usual.items():
+        says = told.get(name, value)
+        sides = set(says.values()) - {None} if isinstance(says, dict) else {says}
+        if says is not None and sides != {value}:
+            raise ValueError(f"its image processor says {name} {says}, known is {value}")
+    return told, tuple(map(tuple, (told.get("image_mean") or CLIP_MEAN[0],
+                                   told.get("image_std") or CLIP_MEAN[1])))
+
+
 def llava(c, weights, folder):
     """LLaVA-1.5 and Video-LLaVA, as their ports write them, and LLaVA's and Yi-VL's own layout."""
     is_port = not any(name.startswith("mm_") for name in c)
@@ -2355,12 +2373,13 @@ def llava(c, weights, folder):
     if is_yi:
         layers = [(wide, width), width, "gelu", (width, width), width]
     make = functools.partial(clip_sight, tower, last)
+    told, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
+    is_padded = c.get("image_aspect_ratio") == "pad" or told.get("do_pad")
     return Plan(
         stack, text["vocab_size"], tower=make(),
         connector=functools.partial(mlp_connector, *layers),
         video_tower=make(keep_cls=True) if is_video else None,
-        picture=functools.partial(pad_square if c.get("image_aspect_ratio") == "pad" else crop,
-                                  size=size),
+        picture=functools.partial(pad_square if is_padded else crop, size=size, mean_std=mean_std),
         prompt=YI if is_yi else ("" if is_port else VICUNA) + "USER: \0\n{q} ASSISTANT:",
         slot="<image>" if is_port else "", video_slot="<video>", frames=8 if is_video else 0,
         stop=("###",) if is_yi else (), ignored=r"(video_)?tower\.(post|layers\.\d+)\..*",
@@ -2509,12 +2528,6 @@ def omnilmm(c, weights, folder):
                *RESAMPLER))
 
 
-def image_processor(folder):
-    """What a folder says of its pictures, in the file of its version of transformers."""
-    new = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
-    return new | read_published(folder / "preprocessor_config.json", {})
-
-
 def qwen2_vl(c, weights, folder):
     """Qwen2-VL and Qwen2.5-VL."""
     is_new = c["model_type"] == "qwen2_5_vl"
@@ -2526,7 +2539,7 @@ def qwen2_vl(c, weights, folder):
     tower = Stack(width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6, act=v["hidden_act"],
                   norm="rms" if is_new else "ln", glu=is_new,
                   ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
-    told = image_processor(folder)
+    told, mean_std = image_processor(folder)
     size = told.get("size") or {}
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
@@ -2536,7 +2549,7 @@ def qwen2_vl(c, weights, folder):
             v["fullatt_block_indexes"] if is_new else ()),
         picture=functools.partial(
             qwen_rows, patch=patch, least=told.get("min_pixels") or size.get("shortest_edge", 3136),
-            most=told.get("max_pixels") or size.get("longest_edge", 1003520)),
+            most=told.get("max_pixels") or size.get("longest_edge", 1003520), mean_std=mean_std),
         prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
         slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
         rate=v["tokens_per_second"] if is_new else 1,

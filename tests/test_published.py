@@ -1,0 +1,809 @@
+"""caption.py's published folders as they lie on the hub: their config.json with what each version of
+transformers leaves out, their names of tensors, their precisions, their chat templates. Sizes are
+small and weights random, or, where shapes alone are asked, as published and on the meta device. The
+numbers are those of the plain float64 reference below."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from test_families import refused
+
+import caption as c
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKS = ["<s>", "</s>", "<pad>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>",
+         "<|vision_start|>", "<|vision_end|>", "<|startoftext|>", "<|endoftext|>"]
+
+
+# -- plain reference, by the published names -------------------------------------------------------
+
+def rms(x, w, eps):
+    return x / (x.pow(2).mean(-1, True) + eps).sqrt() * w
+
+
+def ln(x, W, name, eps):
+    return F.layer_norm(x, x.shape[-1:], W[f"{name}.weight"], W[f"{name}.bias"], eps)
+
+
+def lin(x, W, name):
+    return x @ W[f"{name}.weight"].T + W.get(f"{name}.bias", 0)
+
+
+def attend(q, k, v, seen, scale):
+    """[n, A, E] each; heads one by one, keys' heads shared; seen(i, j): whether i sees j."""
+    n, A, _ = q.shape
+    mask = torch.tensor([[seen(i, j) for j in range(n)] for i in range(n)])
+    out = []
+    for a in range(A):
+        b = a * k.shape[1] // A
+        scores = (q[:, a] @ k[:, b].T * scale).masked_fill(~mask, -math.inf)
+        out.append(scores.softmax(-1) @ v[:, b])
+    return torch.stack(out, 1).flatten(1)
+
+
+def turned(x, angles):
+    """[n, A, E] by [n, E / 2]; feature i pairs with i + E / 2."""
+    a, b = x.chunk(2, -1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def speeds_of(E, theta, rope):
+    speeds = []
+    for i in range(E // 2):
+        s = theta ** (-2 * i / E)
+        law = rope.get("rope_type", rope.get("type", "default"))
+        if law == "linear":
+            s /= rope["factor"]
+        elif law == "llama3":
+            length, wave = rope["original_max_position_embeddings"], 2 * math.pi / s
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if wave > length / low:
+                s /= rope["factor"]
+            elif wave > length / high:
+                part = (length / wave - low) / (high - low)
+                s = (1 - part) * s / rope["factor"] + part * s
+        speeds.append(s)
+    return torch.tensor(speeds, dtype=torch.float64)
+
+
+def lm(W, t, x, places):
+    """Logits [n, vocab] of embedded tokens x [n, D] at places [3, n], by model.layers' names."""
+    A, KV = t["num_attention_heads"], t.get("num_key_value_heads") or t["num_attention_heads"]
+    E, rope = t.get("head_dim") or t["hidden_size"] // A, t.get("rope") or {}
+    speeds = speeds_of(E, t.get("rope_theta", 1e4), rope)
+    axes = [i for i, n in enumerate(rope.get("mrope_section", [E // 2])) for _ in range(n)]
+    angles = torch.stack([places[axis].double() * s for axis, s in zip(axes, speeds)], 1)
+    window, eps = t.get("sliding_window") or 10**9, t.get("rms_norm_eps", 1e-6)
+    for i in range(t["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        h = rms(x, W[p + "input_layernorm.weight"], eps)
+        q, k, v = (lin(h, W, f"{p}self_attn.{n}_proj").unflatten(-1, (-1, E)) for n in "qkv")
+        if f"{p}self_attn.q_norm.weight" in W:
+            q, k = (rms(y, W[f"{p}self_attn.{n}_norm.weight"], eps) for y, n in ((q, "q"), (k, "k")))
+        o = attend(turned(q, angles), turned(k, angles), v,
+                   lambda i, j: i - window < j <= i, E ** -0.5)
+        assert k.shape[1] == KV
+        x = x + lin(o, W, p + "self_attn.o_proj")
+        h = rms(x, W[p + "post_attention_layernorm.weight"], eps)
+        x = x + lin(F.silu(lin(h, W, p + "mlp.gate_proj")) * lin(h, W, p + "mlp.up_proj"), W,
+                    p + "mlp.down_proj")
+    head = W.get("lm_head.weight", W["model.embed_tokens.weight"])
+    return rms(x, W["model.norm.weight"], eps) @ head.T
+
+
+def vit(W, v, pixels, depth, p="", act=lambda x: x * (1.702 * x).sigmoid(), eps=1e-5):
+    """CLIP's or SigLIP's tokens [N, D] of a picture [3, H, W] after `depth` layers."""
+    patch = W[f"{p}embeddings.patch_embedding.weight"]
+    x = F.conv2d(pixels[None], patch, W.get(f"{p}embeddings.patch_embedding.bias"),
+                 stride=patch.shape[-1])[0].flatten(1).T
+    if f"{p}embeddings.class_embedding" in W:
+        x = torch.cat([W[f"{p}embeddings.class_embedding"][None], x])
+    x = x + W[f"{p}embeddings.position_embedding.weight"]
+    if f"{p}pre_layrnorm.weight" in W:
+        x = ln(x, W, f"{p}pre_layrnorm", eps)
+    return blocks(W, v, x, depth, f"{p}encoder.", act, eps, lambda i, j: True)
+
+
+def blocks(W, v, x, depth, p, act, eps, seen):
+    for i in range(depth):
+        q, A = f"{p}layers.{i}.", v["num_attention_heads"]
+        h = ln(x, W, f"{q}layer_norm1", eps)
+        parts = [lin(h, W, f"{q}self_attn.{n}_proj").unflatten(-1, (A, -1)) for n in "qkv"]
+        x = x + lin(attend(*parts, seen, parts[0].shape[-1] ** -0.5), W, f"{q}self_attn.out_proj")
+        x = x + lin(act(lin(ln(x, W, f"{q}layer_norm2", eps), W, f"{q}mlp.fc1")), W, f"{q}mlp.fc2")
+    return x
+
+
+def qwen_sight(W, v, rows, grid, is_new):
+    """Qwen2-VL's or 2.5's rows [L / 4, D]; whatever is left out of v is its class's default."""
+    t, h, w = grid
+    A, p = v["num_heads"], v.get("patch_size", 14)
+    norm = (lambda x, n: rms(x, W[f"{n}.weight"], 1e-6)) if is_new else (
+        lambda x, n: ln(x, W, n, 1e-6))
+    x = rows @ W["visual.patch_embed.proj.weight"].flatten(1).T
+    at = [(pair, 2 * y + dy, 2 * z + dz) for pair in range(t) for y in range(h // 2)
+          for z in range(w // 2) for dy in (0, 1) for dz in (0, 1)]      # of each row
+    E = x.shape[1] // A
+    speeds = torch.tensor([1e4 ** (-2 * i / (E // 2)) for i in range(E // 4)], dtype=torch.float64)
+    angles = torch.stack([torch.cat([y * speeds, z * speeds]) for _, y, z in at])
+    side = v.get("window_size", 112) // p
+    for i in range(v["depth"]):
+        q, whole = f"visual.blocks.{i}.", not is_new or i in v.get("fullatt_block_indexes",
+                                                                   (7, 15, 23, 31))
+
+        def seen(a, b):
+            (s, y, z), (u, yy, zz) = at[a], at[b]
+            return s == u and (whole or (y // side, z // side) == (yy // side, zz // side))
+        parts = lin(norm(x, f"{q}norm1"), W, f"{q}attn.qkv").unflatten(-1, (3, A, E)).unbind(1)
+        x = x + lin(attend(turned(parts[0], angles), turned(parts[1], angles), parts[2], seen,
+                           E ** -0.5), W, f"{q}attn.proj")
+        y = norm(x, f"{q}norm2")
+        if is_new:
+            y = F.silu(lin(y, W, f"{q}mlp.gate_proj")) * lin(y, W, f"{q}mlp.up_proj")
+            x = x + lin(y, W, f"{q}mlp.down_proj")
+        else:
+            y = lin(y, W, f"{q}mlp.fc1")
+            x = x + lin(y * (1.702 * y).sigmoid(), W, f"{q}mlp.fc2")
+    y = norm(x, "visual.merger.ln_q").view(len(x) // 4, -1)
+    return lin(F.gelu(lin(y, W, "visual.merger.mlp.0")), W, "visual.merger.mlp.2")
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+def weights(shapes, seed=0):
+    """{name: float32} of {name: shape}, about as large as a trained model's."""
+    r = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=r) * (
+        0.1 if len(shape) < 2 else 1 if "embed_tokens" in name else math.prod(shape[1:]) ** -0.5)
+        + (len(shape) == 1 and name.endswith("weight")) for name, shape in shapes.items()}
+
+
+def lm_shapes(t, bias=False, qk=False, head=True):
+    D, A, ffn = t["hidden_size"], t["num_attention_heads"], t["intermediate_size"]
+    KV, E = t.get("num_key_value_heads") or A, t.get("head_dim") or D // A
+    found = {"model.embed_tokens.weight": (t["vocab_size"], D), "model.norm.weight": (D,)}
+    found |= {"lm_head.weight": (t["vocab_size"], D)} if head else {}
+    for i in range(t["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        for n, out in ("q", A), ("k", KV), ("v", KV):
+            found[f"{p}self_attn.{n}_proj.weight"] = out * E, D
+            if bias:
+                found[f"{p}self_attn.{n}_proj.bias"] = out * E,
+        found |= {f"{p}self_attn.o_proj.weight": (D, A * E), f"{p}mlp.gate_proj.weight": (ffn, D),
+                  f"{p}mlp.up_proj.weight": (ffn, D), f"{p}mlp.down_proj.weight": (D, ffn),
+                  f"{p}input_layernorm.weight": (D,), f"{p}post_attention_layernorm.weight": (D,)}
+        found |= {f"{p}self_attn.{n}_norm.weight": (E,) for n in "qk"} if qk else {}
+    return found
+
+
+def layer_shapes(p, D, ffn, depth):
+    found = {}
+    for i in range(depth):
+        for n, out, into in (("layer_norm1", D, 0), ("layer_norm2", D, 0), ("mlp.fc1", ffn, D),
+                             ("mlp.fc2", D, ffn), *((f"self_attn.{n}_proj", D, D)
+                                                    for n in ("q", "k", "v", "out"))):
+            found[f"{p}layers.{i}.{n}.weight"] = (out, into) if into else (out,)
+            found[f"{p}layers.{i}.{n}.bias"] = (out,)
+    return found
+
+
+def vit_shapes(v, p="", is_siglip=False, image=224):
+    D, patch = v["hidden_size"], v.get("patch_size", 32)
+    n = (v.get("image_size", image) // patch) ** 2
+    found = {f"{p}embeddings.patch_embedding.weight": (D, 3, patch, patch),
+             f"{p}embeddings.position_embedding.weight": (n + (not is_siglip), D),
+             f"{p}post_layernorm.weight": (D,), f"{p}post_layernorm.bias": (D,)}
+    found |= {f"{p}embeddings.patch_embedding.bias": (D,)} if is_siglip else {
+        f"{p}embeddings.class_embedding": (D,), f"{p}pre_layrnorm.weight": (D,),
+        f"{p}pre_layrnorm.bias": (D,)}
+    return found | layer_shapes(f"{p}encoder.", D, v["intermediate_size"], v["num_hidden_layers"])
+
+
+def folder_of(folder, config, tensors, tokenizer=True, **files):
+    """A folder with these parts; files: {name with __ for a dot: JSON, or text}."""
+    folder.mkdir(parents=True)
+    if tensors is not None:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    if tokenizer:
+        letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        table = tokenizers.Tokenizer(tokenizers.models.BPE({x: i for i, x in enumerate(letters)}, []))
+        table.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+        table.decoder = tokenizers.decoders.ByteLevel()
+        table.add_special_tokens(MARKS)
+        table.save(str(folder / "tokenizer.json"))
+    for name, said in {"config__json": config, **files}.items():
+        text = said if isinstance(said, str) else json.dumps(said)
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def double(tensors):
+    return {name: t.double() for name, t in tensors.items()}
+
+
+def near(ours, wanted, atol=2e-4):
+    torch.testing.assert_close(ours.double(), wanted, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+def logits_of(model, request):
+    h = model.decoder(request.x[None], request.positions[..., None, :])
+    return model.decoder.logits(h)[0]
+
+
+# -- what is left out ------------------------------------------------------------------------------
+
+CLIP_L = dict(hidden_size=1024, intermediate_size=4096, model_type="clip_vision_model",
+              num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768)
+VICUNA = dict(_name_or_path="lmsys/vicuna-7b-v1.5", model_type="llama", rms_norm_eps=1e-5,
+              max_position_embeddings=4096, torch_dtype="float16", vocab_size=32064)
+QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, rms_norm_eps=1e-6,
+               num_hidden_layers=28, num_key_value_heads=4, vocab_size=152064)
+MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
+OLD_V = dict(hidden_size=3584, model_type="qwen2_vl", in_chans=3, spatial_patch_size=14)
+HUB = {     # config.json of well-known checkpoints, how many weights these have, a fact of the plan
+    "llava-1.5-7b-hf": (dict(model_type="llava", architectures=["LlavaForConditionalGeneration"],
+        text_config=VICUNA, vision_config=CLIP_L | {"image_size": 336}, image_token_index=32000,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", torch_dtype="float16"),
+        7063427072 - 12596224 - 2048, "stack.eps == 1e-5"),              # less what -2 never asks
+    "Video-LLaVA-7B-hf": (dict(model_type="video_llava", text_config=VICUNA, vision_config=CLIP_L,
+        video_token_index=32001, vision_feature_layer=-2),               # a second tower, of 224 px
+        7063427072 - 12596224 - 2048 - (577 - 257) * 1024 + 290581504,
+        "picture.keywords['size'] == 224"),
+    "Qwen2-VL-7B-Instruct, 4.45": (dict(model_type="qwen2_vl", **QWEN_7B, rope_theta=1e6,
+        rope_scaling=MROPE, vision_config=OLD_V | dict(depth=32, embed_dim=1280, mlp_ratio=4,
+        num_heads=16, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)), 8291375616,
+        "stack.rope == 1e6"),
+    "Qwen2-VL-7B-Instruct, 4.49": (dict(model_type="qwen2_vl", **QWEN_7B, rope_scaling=dict(
+        MROPE, type="default", rope_type="default"), vision_config=OLD_V), 8291375616,
+        "stack.rope == 1e6 and stack.sections == (16, 24, 24)"),
+    "Qwen2-VL-7B-Instruct, 5.24": (dict(model_type="qwen2_vl", dtype="bfloat16", text_config=dict(
+        QWEN_7B, model_type="qwen2_vl_text", layer_types=["full_attention"] * 28, rope_parameters=dict(
+            mrope_section=[16, 24, 24], rope_theta=1e6, rope_type="default"))), 8291375616,
+        "stack.rope == 1e6 and tower.args[0].act == 'quick_gelu'"),
+    "Qwen2.5-VL-7B-Instruct, 4.49": (dict(model_type="qwen2_5_vl", **QWEN_7B, rope_scaling=MROPE,
+        vision_config=dict(hidden_size=1280, model_type="qwen2_5_vl", tokens_per_second=2)), 8292166656,
+        "rate == 2 and tower.args[3:] == (112, (7, 15, 23, 31))"),
+    "Qwen2.5-VL-3B-Instruct": (dict(model_type="qwen2_5_vl", hidden_size=2048, num_attention_heads=16,
+        intermediate_size=11008, num_hidden_layers=36, num_key_value_heads=2, vocab_size=151936,
+        rms_norm_eps=1e-6, tie_word_embeddings=True, vision_config=dict(hidden_size=1280,
+        out_hidden_size=2048)), 3754622976 + 151936 * 2048, "rate == 4 and stack.rope == 1e6"),
+    "Mistral-7B-v0.1, re-saved": (dict(model_type="mistral", rms_norm_eps=1e-5), 7241732096,
+        "stack.window == 4096"),
+    "Mistral-7B-Instruct-v0.2": (dict(model_type="mistral", rope_theta=1e6, sliding_window=None),
+        7241732096, "stack.window == 0"),
+    "Qwen2.5-7B-Instruct": (dict(model_type="qwen2", **QWEN_7B, rope_theta=1e6), 7615616512,
+        "stack.qkv_bias"),
+    "Qwen3-8B": (dict(model_type="qwen3", intermediate_size=12288, num_hidden_layers=36,
+        num_key_value_heads=8), 8190735360, "stack.head == 128"),
+    "Llama-3.1-8B-Instruct": (dict(model_type="llama", intermediate_size=14336, vocab_size=128256,
+        num_key_value_heads=8, rope_theta=5e5, rope_scaling=dict(factor=8.0, low_freq_factor=1.0,
+        high_freq_factor=4.0, original_max_position_embeddings=8192, rope_type="llama3")), 8030261248,
+        "stack.scaling == (8.0, 1.0, 4.0, 8192)"),
+    "vicuna-7b-v1.5-16k": (dict(model_type="llama", rope_scaling=dict(factor=4.0, type="linear")),
+        6738415616, "stack.scaling == (4.0,)"),
+    "internlm2-chat-7b": (dict(model_type="internlm2", bias=False, intermediate_size=14336,
+        num_key_value_heads=8, vocab_size=92544, rope_theta=1e6), 7737708544, "stack.eps == 1e-6")}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_well_known_configs_have_their_published_sizes(name, tmp_path):
+    config, n, fact = HUB[name]
+    kind = c.kind_of(config)
+    with torch.device("meta"):
+        plan = c.FAMILIES[kind](c.DEFAULTS.get(kind, {}) | config, {}, tmp_path)
+        model = c.VLM(plan)
+    assert sum(p.numel() for p in model.parameters()) == n
+    assert eval(fact, vars(plan)), fact
+
+
+@pytest.mark.parametrize("config, n", [
+    (dict(model_type="t5", d_model=4096, d_ff=10240, num_layers=24, num_heads=64,
+          feed_forward_proj="gated-gelu"), 4762310656),                  # t5-v1_1-xxl's encoder
+    (dict(model_type="umt5", d_model=4096, d_ff=10240, num_layers=24, num_heads=64,
+          vocab_size=256384), 5680910336),                               # umt5-xxl's
+    (dict(model_type="clip_text_model", hidden_size=768, intermediate_size=3072,
+          num_attention_heads=12), 123060480),                           # Stable Diffusion 1.5's
+    (dict(model_type="clip", text_config={}, text_config_dict=dict(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12)), 123060480)])
+def test_well_known_text_encoders_have_their_published_sizes(config, n):
+    model, _ = c.make_text_encoder(config)
+    assert sum(p.numel() for p in model.parameters()) == n and model.end in (49407, None)
+
+
+TINY = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=270)
+IDS = [5, 99, 31, 7, 200, 31, 64, 12, 3, 250, 18, 77]
+
+
+@pytest.mark.parametrize("name, config, more", [
+    ("llama", dict(model_type="llama", num_key_value_heads=None), {}),
+    ("llama, linear", dict(model_type="llama", rope_scaling={"type": "linear", "factor": 4.0}), {}),
+    ("llama, linear in 5", dict(model_type="llama", rope_parameters=dict(
+        rope_type="linear", factor=4.0, rope_theta=5e5)), {}),
+    ("llama, llama3", dict(model_type="llama", rope_theta=5e5, rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=16)), {}),
+    ("mistral", dict(model_type="mistral", head_dim=12, sliding_window=5), {}),
+    ("qwen2", dict(model_type="qwen2", tie_word_embeddings=True, sliding_window=3), dict(
+        bias=True, head=False)),
+    ("qwen3", dict(model_type="qwen3"), dict(qk=True))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_p05_language_models_in_every_precision(name, config, more, dtype, tmp_path):
+    """Their numbers, of files in float32, bfloat16, float16; names with module. and _orig_mod."""
+    t = TINY | config
+    said = {key: v for key, v in t.items() if v is not None}
+    if name == "qwen3":
+        t = t | {"head_dim": 128}                                        # its class's, not 32 / 4
+    tensors = {key: w.to(dtype) for key, w in weights(lm_shapes(t, **more)).items()}
+    before = {torch.bfloat16: "module.", torch.float16: "_orig_mod."}.get(dtype, "")
+    model = c.open_vlm(folder_of(tmp_path / "m", said, {before + key: w for key, w in tensors.items()}))
+    W = double(tensors)
+    rope = t.get("rope_parameters") or t.get("rope_scaling") or {}
+    t = t | {"rope": rope, "rope_theta": rope.get("rope_theta", t.get("rope_theta", 1e4))}
+    t |= {} if t["model_type"] == "mistral" else {"sliding_window": None}
+    wanted = lm(W, t, W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1))
+    near(logits_of(model, model.request("a", IDS, [], None, [])), wanted)
+    half = c.open_vlm(tmp_path / "m", dtype=torch.bfloat16)              # as on a GPU
+    got = logits_of(half, half.request("a", IDS, [], None, []))
+    assert got.dtype in (torch.bfloat16, torch.float32)
+    near(got, wanted, atol=0.15 * float(wanted.std()) + 0.05)
+
+
+def picture(model, is_video=False, frames=1, q="dog", shape=(30, 44)):
+    r = np.random.default_rng(0)
+    seen = [r.integers(0, 255, (*shape, 3), np.uint8) for _ in range(frames)]
+    read = model.read("\0" + q, seen, is_video)
+    return model.requests(["a"], [read])[0], read[1]
+
+
+def llava_names(kind, name):
+    """A tensor of 4.36's LLaVA under the names of another version."""
+    if kind == "4.52 in memory":                                         # also what it may save
+        name = name.replace("language_model.model.", "model.language_model.")
+        name = name.replace("language_model.lm_head", "lm_head")
+        return name if name.startswith(("model.language", "lm_head")) else f"model.{name}"
+    if kind == "5.24":
+        return name.replace("_tower.vision_model.", "_tower.")
+    if kind == "own":
+        for theirs, own in (("language_model.", ""), ("multi_modal_projector.linear_1", "model.mm_projector.0"),
+                            ("multi_modal_projector.linear_2", "model.mm_projector.2"),
+                            ("vision_tower.", "model.vision_tower.vision_tower.")):
+            name = name.replace(theirs, own)
+    return name
+
+
+def llava_parts(towers, image, text=None):
+    v = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=3,
+             patch_size=14, model_type="clip_vision_model")
+    text = TINY | {"model_type": "llama"} | (text or {})
+    shapes = {f"language_model.{n}": s for n, s in lm_shapes(text).items()}
+    for tower in towers:
+        shapes |= vit_shapes(v | {"image_size": image}, f"{tower}.vision_model.")
+    for i, wide in (1, 16), (2, 32):
+        shapes |= {f"multi_modal_projector.linear_{i}.weight": (32, wide),
+                   f"multi_modal_projector.linear_{i}.bias": (32,)}
+    return text, v, weights(shapes)
+
+
+def llava_wanted(W, t, v, pixels, ids, tower, keep_cls, mark):
+    language = {n.removeprefix("language_model."): w for n, w in W.items()}
+    rows = []
+    for each in pixels:
+        seen = vit(W, v, each.double(), v["num_hidden_layers"] - 1, f"{tower}.vision_model.")
+        seen = F.gelu(lin(seen if keep_cls else seen[1:], W, "multi_modal_projector.linear_1"))
+        rows.append(lin(seen, W, "multi_modal_projector.linear_2"))
+    x = language["model.embed_tokens.weight"][[max(i, 0) for i in ids]].clone()
+    x[torch.tensor(ids) < 0] = torch.cat(rows)
+    return lm(language, t, x, torch.arange(len(ids)).expand(3, -1))
+
+
+@pytest.mark.parametrize("naming", ["4.36", "4.52 in memory", "5.24", "own"])
+def test_v01_llava_of_every_naming(naming, tmp_path):
+    """The port as versions name it; LLaVA's own folders, llava_llama among them, whose tower lies
+    beside them under the last part of its name."""
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    named = {llava_names(naming, n): w.half() for n, w in tensors.items()}
+    config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
+    if naming == "own":
+        inside = "model.vision_tower.vision_tower."
+        folder_of(tmp_path / "clip-vit", v | {"image_size": 28}, {
+            n.removeprefix(inside): w for n, w in named.items() if n.startswith(inside)}, False)
+        named = {n: w for n, w in named.items() if not n.startswith(inside)}
+        config = text | dict(
+            model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"], image_aspect_ratio="pad",
+            mm_vision_tower="openai/clip-vit", mm_projector_type="mlp2x_gelu", mm_hidden_size=16,
+            mm_vision_select_layer=-2, mm_vision_select_feature="patch", mm_use_im_start_end=False)
+    model = c.open_vlm(folder_of(tmp_path / "m", config, named))
+    request, pixels = picture(model)
+    ids = [-1 if seen else i for i, seen in zip(request.ids, request.image.tolist())]
+    assert ids.count(-1) == 4
+    near(logits_of(model, request), llava_wanted(double({n: w.half() for n, w in tensors.items()}), text,
+                                                 v, pixels, ids, "vision_tower", False, "<image>"))
+    assert model.prompt("Q").endswith("USER: \0\nQ ASSISTANT:")
+
+
+@pytest.mark.parametrize("naming", ["4.36", "5.24"])
+def test_video_llava_without_image_size(naming, tmp_path):
+    """As Video-LLaVA-7B-hf leaves it out: CLIP's 224; videos keep the class token."""
+    text, v, tensors = llava_parts(["image_tower", "video_tower"], 224)
+    named = {llava_names(naming, n): w.bfloat16() for n, w in tensors.items()}
+    model = c.open_vlm(folder_of(tmp_path / "m", dict(
+        model_type="video_llava", text_config=text, vision_config=v), named))
+    W = double({n: w.bfloat16() for n, w in tensors.items()})
+    for is_video, n in (False, 256), (True, 2 * 257):
+        request, pixels = picture(model, is_video, 1 + is_video)
+        ids = [-1 if seen else i for i, seen in zip(request.ids, request.image.tolist())]
+        assert ids.count(-1) == n
+        with torch.no_grad():
+            near(model.features(pixels, is_video)[0], llava_features(W, v, pixels[0], is_video))
+
+
+def llava_features(W, v, pixels, is_video):
+    tower = "video_tower" if is_video else "image_tower"
+    seen = vit(W, v, pixels.double(), v["num_hidden_layers"] - 1, f"{tower}.vision_model.")
+    seen = lin(seen if is_video else seen[1:], W, "multi_modal_projector.linear_1")
+    return lin(F.gelu(seen), W, "multi_modal_projector.linear_2")
+
+
+def qwen_parts(is_new):
+    v = dict(depth=2, num_heads=2) | (dict(hidden_size=32, intermediate_size=24, out_hidden_size=32)
+                                      if is_new else dict(embed_dim=32, mlp_ratio=2, hidden_size=32))
+    shapes = lm_shapes(TINY, bias=True)
+    ffn = 24 if is_new else 64
+    layers = [("attn.qkv", 96, 32), ("attn.proj", 32, 32), *(
+        [("mlp.gate_proj", ffn, 32), ("mlp.up_proj", ffn, 32), ("mlp.down_proj", 32, ffn)]
+        if is_new else [("mlp.fc1", ffn, 32), ("mlp.fc2", 32, ffn)])]
+    shapes |= {"visual.patch_embed.proj.weight": (32, 3, 2, 14, 14), "visual.merger.ln_q.weight": (32,)}
+    parts = [(f"visual.blocks.{i}.{n}", *size) for i in range(2) for n, *size in layers]
+    for name, out, into in [*parts, ("visual.merger.mlp.0", 128, 128), ("visual.merger.mlp.2", 32, 128)]:
+        shapes |= {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+    norms = ["visual.merger.ln_q", *(f"visual.blocks.{i}.norm{j}" for i in (0, 1) for j in (1, 2))]
+    for name in norms:
+        shapes |= {f"{name}.weight": (32,)} | ({} if is_new else {f"{name}.bias": (32,)})
+    return v, weights(shapes)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("version", ["4.45", "4.49", "4.52", "5.24"])
+def test_v02_qwen_vl_of_every_version(is_new, version, tmp_path):
+    """Flat or nested, sizes of pictures in preprocessor_config.json or processor_config.json, all
+    written out (4.45) or without what the class says; a picture, and a video of two seconds a step."""
+    v, tensors = qwen_parts(is_new)
+    kind = "qwen2_5_vl" if is_new else "qwen2_vl"
+    full = dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_chans=3) | (dict(
+        window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=4, hidden_act="silu")
+        if is_new else dict(hidden_act="quick_gelu"))
+    rope, size = {"mrope_section": [2, 1, 1]}, {"shortest_edge": 3136, "longest_edge": 28 * 28 * 16}
+    text = TINY | {"rms_norm_eps": 1e-5}
+    files = dict(preprocessor_config__json=dict(min_pixels=3136, max_pixels=28 * 28 * 16))
+    config = {"4.45": text | dict(vision_config=v | full, rope_theta=1e6, rope_scaling=rope | {"type": "mrope"}),
+              "4.49": TINY | dict(vision_config=v, rope_scaling=rope | {"rope_type": "default", "type": "default"}),
+              "4.52": dict(text_config=TINY | dict(rope_scaling=rope | {"type": "mrope"}, rope_theta=1e6),
+                           vision_config=v),
+              "5.24": dict(text_config=TINY | dict(rope_parameters=rope | dict(
+                  rope_type="default", rope_theta=1e6)), vision_config=v)}[version]
+    if version in ("4.52", "5.24"):
+        files = dict(processor_config__json={"image_processor": {"size": size}})
+    named = {n.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1)
+             if version == "4.52" else n: w.bfloat16() for n, w in tensors.items()}
+    model = c.open_vlm(folder_of(tmp_path / "m", dict(config, model_type=kind), named, **files))
+    W = double({n: w.bfloat16() for n, w in tensors.items()})
+    for is_video, frames in ((False, 1), (True, 4)):
+        read = model.read("\0dog", [np.random.default_rng(i).integers(0, 255, (150, 260, 3), np.uint8)
+                                    for i in range(frames)], is_video, 0.5)
+        request, = model.requests(["a"], [read])
+        (rows, grid), = read[1]
+        assert grid == (frames // 2 or 1, 4, 10) or grid == (frames // 2 or 1, 6, 10)
+        t, h, w = grid
+        per = 4 * 0.5 if is_new and is_video else 1
+        places = [(int(k * per), y, z) for k in range(t) for y in range(h // 2) for z in range(w // 2)]
+        places = [(0, 0, 0)] + [tuple(1 + a for a in at) for at in places]
+        seen = torch.tensor(request.ids) < 0
+        first = int(seen.nonzero()[0])
+        after = 1 + max(max(at) for at in places)
+        places += [(after + i,) * 3 for i in range(len(request.ids) - first - len(places) + 1)]
+        x = W["model.embed_tokens.weight"][[max(i, 0) for i in request.ids]].clone()
+        x[seen] = qwen_sight(W, v, rows.double(), grid, is_new)
+        wanted = lm(W, TINY | dict(rope=rope, rope_theta=1e6, rms_norm_eps=1e-5), x, torch.tensor(places).T)
+        near(logits_of(model, request), wanted, 1e-3)
+
+
+def test_a_picture_has_at_most_what_its_class_says(tmp_path):
+    """Neither file: 1,003,520 px, Qwen2VLImageProcessor's own default, and 3,136 at least."""
+    v, tensors = qwen_parts(False)
+    model = c.open_vlm(folder_of(tmp_path / "m", TINY | dict(
+        model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]}), tensors))
+    assert model.plan.picture.keywords == dict(patch=14, least=3136, most=1003520, mean_std=c.CLIP_MEAN)
+
+
+def test_pictures_as_the_folder_says(tmp_path, capsys):
+    """Its own mean and deviation, or LlavaImageProcessor's padding; other scaling is refused."""
+    text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
+    config, frame = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), np.full(
+        (20, 40, 3), 200, np.uint8)
+    usual = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_center_crop=True,
+                 resample=3, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25])
+    for i, (more, says) in enumerate([
+            ({}, None), ({"do_pad": True}, None), ({"resample": 2}, "says resample 2, known is 3"),
+            ({"do_center_crop": False}, "says do_center_crop False"), ({"size": {"shortest_edge": 32}},
+                                                                       "says size {'shortest_edge': 32}")]):
+        name = ("preprocessor_config__json", "processor_config__json")[i % 2]
+        folder = folder_of(tmp_path / str(i), config, tensors, **{
+            name: {"image_processor": usual | more} if i % 2 else usual | more})
+        if says:
+            assert says in refused(capsys, folder, call=c.open_vlm)
+            continue
+        picture, = c.open_vlm(folder).plan.picture(frame)[0]
+        assert float(picture[0, 14, 14]) == pytest.approx((200 / 255 - 0.5) / 0.25)
+        assert (float(picture[0, 0, 14]) == pytest.approx((127 / 255 - 0.5) / 0.25)) == bool(more)
+
+
+# -- how a model is asked --------------------------------------------------------------------------
+
+USER = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + eos_token }}{% endfor %}{{ '<|assistant|>\n' }}"
+ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
+          "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+          "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% endfor %}")
+QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+         "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{% endfor %}")
+QWEN25 = ("{%- if tools %}\n{{- '<|im_start|>system\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are "
+          "Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}")
+LLAMA2 = ("{% if system_message != false %}{% set content = '<<SYS>>\\n' + system_message %}{% endif %}"
+          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}")
+LLAMA3 = ("{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
+          "message['content'] | trim + '<|eot_id|>' %}")
+ASKED_3 = "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+TEMPLATES = {
+    "mistral": ("{{ bos_token }}{{ '[INST] ' + m['content'] + ' [/INST]' }}", "[INST] Q [/INST]"),
+    "mistral v3": ("{{- \"[INST] \" + message[\"content\"] + \"[/INST]\" }}", "[INST] Q[/INST]"),
+    "nemo": ("{{- \"[INST]\" + message[\"content\"] + \"[/INST]\" }}", "[INST]Q[/INST]"),
+    "llama 2": (LLAMA2, "[INST] Q [/INST]"), "llama 3": (LLAMA3, ASKED_3),
+    "llama 3.1": ("{{- \"Cutting Knowledge Date: December 2023\\n\" }}" + LLAMA3,
+                  "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+                  "Today Date: 26 Jul 2024\n\n<|eot_id|>" + ASKED_3),
+    "zephyr": (ZEPHYR, "<|user|>\nQ</s>\n<|assistant|>\n"), "short": (USER, "<|user|>\nQ</s>\n<|assistant|>\n"),
+    "qwen2": (QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQ"
+                     "<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen2.5": (QWEN25, "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+                        "assistant.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
+    "vicuna": ("{{ 'USER: ' + m['content'] }} {{ 'ASSISTANT:' }}", "USER: Q ASSISTANT:"),
+    "gemma": ("{{ '<start_of_turn>' + role }}", None), "phi": (
+        "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>'}}", None),
+    "tulu": ("{{ '<|user|>\n' + m['content'] + '\n' }}{{ '<|assistant|>\n' + m['content'] + eos_token }}", None),
+    "two": ("{{ '[INST]' }}{{ '<|im_start|>' }}", None), "none": ("", None)}
+WAYS = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json")
+
+
+def told(way, template):
+    """Files that say a chat template in one of four ways."""
+    listed = [{"name": "tool_use", "template": "?"}, {"name": "default", "template": template}]
+    said = {"chat_template": listed if way.startswith("tok") else template}
+    return {way.replace(".", "__"): template if way.endswith("jinja") else said} if template else {}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
+    """Known ones are told by their text, with their own spaces and system; others are asked for."""
+    template, asked = TEMPLATES[name]
+    tensors = weights(lm_shapes(TINY))
+    for i, way in enumerate(WAYS):
+        folder = folder_of(tmp_path / str(i), TINY | {"model_type": "llama"}, tensors, **told(way, template))
+        model = c.open_vlm(folder)
+        if asked:
+            assert model.prompt("Q") == asked, way
+        else:
+            err = refused(capsys, "Q", call=model.prompt)
+            assert "give --template NAME, one of chatml, llama3" in err
+            assert ("missing" if name == "none" else "none that is known") in err
+    model = c.open_vlm(folder, template="llama2")
+    assert model.prompt("Q") == "[INST] Q [/INST]" and model.plan.stop == ("</s>",)
+
+
+def test_v04_a_llava_with_another_template(tmp_path, capsys):
+    text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
+    config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
+    usual = ("{{ message['role'].upper() + ': '}}{{ '<image>\n' }}{% if add_generation_prompt %}"
+             "{{ 'ASSISTANT:' }}{% endif %}")
+    for i, (template, wanted) in enumerate([
+            ("", "USER: \0\nQ ASSISTANT:"), (usual, "USER: \0\nQ ASSISTANT:"),
+            (QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+                    "\0\nQ<|im_end|>\n<|im_start|>assistant\n"), ("{{ '<start_of_turn>' }}", None)]):
+        folder = folder_of(tmp_path / str(i), config, tensors, **told("chat_template.json", template))
+        model = c.open_vlm(folder)
+        if wanted:
+            assert model.prompt("Q") == wanted
+        else:
+            assert "none that is known" in refused(capsys, "Q", call=model.prompt)
+            assert c.open_vlm(folder, template="mistral").prompt("Q") == "[INST] \0\nQ [/INST]"
+
+
+@pytest.mark.parametrize("add_bos, add_eos", [(True, True), (True, False), (False, True), (False, False)])
+def test_v05_no_end_stands_before_a_prompt(add_bos, add_eos, tmp_path):
+    """A tokenizer saved with add_eos_token puts </s> behind a text; with add_bos_token false Llama's
+    has no <s>, whatever the file says."""
+    folder = folder_of(tmp_path / "m", {}, None)
+    table = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin, end = (table.token_to_id(mark) for mark in ("<s>", "</s>"))
+    table.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A" + " </s>" * add_eos, special_tokens=[("<s>", begin), ("</s>", end)])
+    table.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        add_bos_token=add_bos, add_eos_token=add_eos, tokenizer_class="LlamaTokenizer")))
+    tokens = c.Tokens(folder)
+    assert tokens.first == [begin] * add_bos and end not in tokens.encode("a dog")
+
+
+# -- text encoders, CLIP and SigLIP ----------------------------------------------------------------
+
+CLIP_TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                 vocab_size=270, max_position_embeddings=24)
+
+
+def text_shapes(t):
+    D = t["hidden_size"]
+    return {"text_model.embeddings.token_embedding.weight": (t["vocab_size"], D),
+            "text_model.embeddings.position_embedding.weight": (t["max_position_embeddings"], D),
+            "text_model.final_layer_norm.weight": (D,), "text_model.final_layer_norm.bias": (D,),
+            } | layer_shapes("text_model.encoder.", D, t["intermediate_size"], t["num_hidden_layers"])
+
+
+@pytest.mark.parametrize("naming", ["4.36", "5.24", "module.", "whole"])
+def test_v02_clip_text_of_every_naming(naming, tmp_path):
+    """With text_model. before its names or (transformers 5) without; quick_gelu is not said."""
+    tensors, config = weights(text_shapes(CLIP_TEXT)), CLIP_TEXT | {"model_type": "clip_text_model"}
+    named = {{"5.24": n.removeprefix("text_model."), "module.": f"module.{n}"}.get(naming, n): w.half()
+             for n, w in tensors.items()}
+    if naming == "whole":
+        config = dict(model_type="clip", text_config=CLIP_TEXT, projection_dim=8)
+    encoder = c.open_text_encoder(folder_of(tmp_path / "m", config, named))
+    W = double({n: w.half() for n, w in tensors.items()})
+    ids, mask = encoder.ids(["a dog"])
+    x = W["text_model.embeddings.token_embedding.weight"][ids[0]]
+    x = x + W["text_model.embeddings.position_embedding.weight"]
+    x = blocks(W, CLIP_TEXT, x, 2, "text_model.encoder.", lambda y: y * (1.702 * y).sigmoid(), 1e-5,
+               lambda i, j: j <= i)
+    with torch.no_grad():
+        near(encoder(ids, mask)[0][0], ln(x, W, "text_model.final_layer_norm", 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, capsys):
+    """As so400m-patch14-384: the convolution drops the rest. One of Gemma's words is a SigLIP 2."""
+    t, v = CLIP_TEXT | {"max_position_embeddings": 24}, dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=38,
+        patch_size=14)
+    shapes = text_shapes(t) | vit_shapes(v, "vision_model.", True) | {
+        "text_model.head.weight": (16, 16), "text_model.head.bias": (16,), "logit_scale": (1,),
+        "vision_model.head.probe": (1, 1, 16), "vision_model.head.attention.in_proj_weight": (48, 16),
+        "vision_model.head.attention.in_proj_bias": (48,), "vision_model.head.attention.out_proj.weight":
+        (16, 16), "vision_model.head.attention.out_proj.bias": (16,), "logit_bias": (1,),
+        "vision_model.head.layernorm.weight": (16,), "vision_model.head.layernorm.bias": (16,),
+        "vision_model.head.mlp.fc1.weight": (24, 16), "vision_model.head.mlp.fc1.bias": (24,),
+        "vision_model.head.mlp.fc2.weight": (16, 24), "vision_model.head.mlp.fc2.bias": (16,)}
+    tensors = {n: w.to(dtype) for n, w in weights(shapes).items()}
+    config = dict(model_type="siglip", text_config=t, vision_config=v)
+    folder = folder_of(tmp_path / "m", config, tensors)
+    scorer = c.Scorer(SimpleNamespace(clip=str(folder), aesthetics=None), folder, [], torch.device("cpu"))
+    frame = np.random.default_rng(0).integers(0, 255, (50, 40, 3), np.uint8)
+    pixels, W = scorer.picture(frame, 38)[0][0], double(tensors)
+    act = lambda y: F.gelu(y, approximate="tanh")                        # noqa: E731
+    x = ln(vit(W, v, pixels.double(), 2, "vision_model.", act, 1e-6), W, "vision_model.post_layernorm", 1e-6)
+    assert len(x) == 4
+    with torch.no_grad():
+        near(scorer.model.tower(pixels[None])[0], x)
+    assert -1 <= scorer.score([frame], "a dog")["clip"] <= 1
+    for i, (more, files) in enumerate([
+            ({}, dict(tokenizer_config__json={"tokenizer_class": "GemmaTokenizerFast"})),
+            (dict(text_config=t | {"vocab_size": 256000}), {})]):
+        folder = folder_of(tmp_path / str(i), config | more, {} if more else tensors, **files)
+        said = refused(capsys, folder, call=c.open_text_encoder)
+        assert "SigLIP 2" in said or more                                # sizes are looked at first
+
+
+# -- what is refused, by its name ------------------------------------------------------------------
+
+@pytest.mark.parametrize("says, config", [
+    ("quantized by gptq", dict(quantization_config={"quant_method": "gptq", "bits": 4})),
+    ("quantized by awq", dict(quantization_config={"quant_method": "awq"})),
+    ("quantized by fp8", dict(quantization_config={"quant_method": "fp8"})),
+    ("quantized by bitsandbytes", dict(quantization_config={"quant_method": "bitsandbytes"})),
+    ("model_type qwen3_moe is no family that is known: llama, mistral", dict(model_type="qwen3_moe")),
+    ("model_type llava_next is no family", dict(model_type="llava_next")),
+    ("of a LlamaForSequenceClassification, which writes no text", dict(
+        architectures=["LlamaForSequenceClassification"])),
+    ("rope_scaling yarn is not known", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+    ("rope_scaling longrope is not known", dict(rope_scaling={"type": "longrope"})),
+    ("'factor' is missing", dict(rope_scaling={"type": "linear"})),
+    ("attention_bias is True", dict(attention_bias=True)), ("mlp_bias is True", dict(mlp_bias=True)),
+    ("use_sliding_window is True", dict(model_type="qwen2", use_sliding_window=True)),
+    ("bias is True, which is not known of a internlm2", dict(model_type="internlm2")),
+    ("layer_types", dict(model_type="qwen2", layer_types=["full_attention", "sliding_attention"]))])
+def test_refusals_name_the_one_cause(says, config, tmp_path, capsys):
+    folder = folder_of(tmp_path / "m", TINY | {"model_type": "llama"} | config, weights(lm_shapes(TINY)))
+    err = refused(capsys, folder, call=c.open_vlm)
+    assert says in err and len(err) < 400, err
+    if "quantized" in says:
+        nested = {"text_config": TINY | config, "model_type": "llava", "vision_config": CLIP_L}
+        assert says in refused(capsys, folder_of(tmp_path / "n", nested, None), call=c.open_vlm)
+        (tmp_path / "t").mkdir()
+        (tmp_path / "t" / "config.json").write_text(json.dumps({"model_type": "t5"} | config))
+        assert says in refused(capsys, tmp_path / "t", call=c.open_text_encoder)
+
+
+def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
+    """CogVLM2 as published (its config lacks num_multi_query_heads), LLaVA-1.6, LLaVA ports of other
+    parts, a LoRA alone, integers without a word, a part of the shards, T5 of the first kind."""
+    v = dict(hidden_size=1792, image_size=1344, num_positions=9217, num_hidden_layers=63, num_heads=16,
+             intermediate_size=15360, hidden_act="gelu", layer_norm_eps=1e-6, patch_size=14)
+    cog = dict(architectures=["CogVLMForCausalLM"], hidden_size=4096, intermediate_size=14336,
+               template_version="chat", vision_config=v, vocab_size=128256)
+    text, sight, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
+    port = dict(model_type="llava", text_config=text, vision_config=sight | {"image_size": 28})
+    own = text | dict(model_type="llava_llama", mm_vision_tower="openai/clip", mm_hidden_size=16,
+                      mm_projector_type="mlp2x_gelu")
+    for i, (says, config, weight) in enumerate([
+            ("a CogVLM2, which is not known", cog, {"model.vision.conv.weight": torch.zeros(1)}),
+            ("no folder clip within or beside it", own, tensors),
+            ("vision_config is siglip_vision_model", port | dict(
+                vision_config=sight | {"model_type": "siglip_vision_model"}), tensors),
+            ("vision_config is pixtral", port | {"vision_config": {"model_type": "pixtral"}}, tensors),
+            ("text_config is of a phi: known are llama, mistral", port | {"text_config": {"model_type": "phi"}},
+             tensors), ("select strategy full", port | dict(vision_feature_select_strategy="full"), tensors),
+            ("as quantized weights are", TINY | {"model_type": "llama"}, {
+                n: w.to(torch.int8) for n, w in weights(lm_shapes(TINY)).items()})]):
+        assert says in refused(capsys, folder_of(tmp_path / str(i), config, weight), call=c.open_vlm)
+    folder_of(tmp_path / "own" / "clip", sight | {"image_size": 28}, None, False)
+    for i, (says, more) in enumerate([("image_aspect_ratio is anyres", dict(image_aspect_ratio="anyres")),
+                                      ("mm_projector_type is linear", dict(mm_projector_type="linear")),
+                                      ("mm_video_tower", dict(mm_video_tower="LanguageBind_Video"))]):
+        folder = folder_of(tmp_path / "own" / str(i), own | more, tensors)
+        assert says in refused(capsys, folder, call=c.open_vlm)
+    folder = folder_of(tmp_path / "lora", {}, None, adapter_config__json={"peft_type": "LORA"})
+    (folder / "config.json").unlink()
+    assert "holds a LoRA's additions alone" in refused(capsys, folder, call=c.open_vlm)
+    folder = folder_of(tmp_path / "t5", dict(model_type="t5"), {})
+    assert "feed_forward_proj relu of a t5" in refused(capsys, folder, call=c.open_text_encoder)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "fp16"])
+def test_shards_without_an_index_and_variants(form, tmp_path, capsys):
+    tensors = weights(lm_shapes(TINY))
+    folder = folder_of(tmp_path / "m", TINY | {"model_type": "llama"}, None)
+    names = sorted(tensors)
+    for i in range(3):
+        part = {n: tensors[n] for n in names[i::3]}
+        if form == "bin":
+            torch.save(part, folder / f"pytorch_model-{i + 1:05d}-of-00003.bin")
+        elif form == "safetensors":
+            save_file(part, folder / f"model-{i + 1:05d}-of-00003.safetensors")
+    if form == "fp16":
+        save_file({n: w.half() for n, w in tensors.items()}, folder / "model.fp16.safetensors")
+        tensors = {n: w.half().float() for n, w in tensors.items()}
+    model = c.open_vlm(folder)
+    assert torch.equal(model.decoder.embed.weight, tensors["model.embed_tokens.weight"])
+    if form != "fp16":
+        next(folder.glob("*00002-of*")).unlink()
+        assert "holds 2 of 3 shards" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_r06_training_starts_without_git(tmp_path):
+    """In a PATH without any program, as python:3.11-slim has no git."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import train_vae; "
+            "train_vae.start_run('run', {'kind': 'captioner', 'args': {}}); print(train_vae.git_revision())")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, text=True,
+                          env=dict(os.environ, PATH=str(tmp_path)), capture_output=True)
+    assert done.returncode == 0 and done.stdout.strip() == "None", done.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["git"] is None
