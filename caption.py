@@ -86,8 +86,8 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_sole, json_line,
-                          number, open_dataset, read_rows, refuse, rng, run_dir, script, write_rows,
-                          write_text)
+                          number, one_line, open_dataset, read_rows, refuse, rng, run_dir, script,
+                          write_rows, write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim, fit,
                        is_finished, last_step, load_step, lr_at, moved, one_run, optimizer_tensors,
                        option_parser, prefetch, read_config, read_header, read_log, read_tensors,
@@ -3251,6 +3251,7 @@ def parse(argv=None):
     return args
 
 
+@one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:

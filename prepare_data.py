@@ -2043,6 +2043,59 @@ def is_duplicate(folder, a, b):
     return False
 
 
+NS_A_PAIR = 440.0       # what comparing two hashes takes
+
+
+def apart(a, b):
+    """Bits of 256 that differ between hashes, uint64 [n, 4, 4], one of them perhaps cropped."""
+    return np.minimum(*(np.bitwise_count(x ^ y[:, :1]).sum(2, dtype=int).min(1)
+                        for x, y in ((a, b), (b, a))))
+
+
+def like_pairs(bits, most, stop):
+    """(a, b), int [n] each: the pairs a < b < stop[a] of which at most `most` bits differ. Of m
+    bands of the bits one differs in at most `most // m`: clips are looked up by band, with so many
+    bits changed, in a table of the uncropped ones; or all are compared where that is less work (in
+    ns, about)."""
+    n, plans, found = len(bits), [], []
+    for m in range(13, 65):
+        width, radius = -(-256 // m), most // m
+        n_masks = sum(math.comb(width, i) for i in range(radius + 1))
+        work = m * (2**(width + 3) + 4 * n_masks * (50000 + 2 * n + 50 * n * n / 2**(256 / m)))
+        plans += [(work, m, width, radius)] if n_masks < 10000 else []
+    work, m, width, radius = min(plans)
+    if work >= NS_A_PAIR * (stop - np.arange(n)).sum():
+        for a in range(n):
+            b = np.flatnonzero(apart(bits[a:a + 1], bits[a + 1:stop[a]]) <= most) + a + 1
+            found.append(a * n + b)
+        found = np.concatenate(found)
+        return found // n, found % n
+    masks = [sum(1 << i for i in some) for k in range(radius + 1)
+             for some in itertools.combinations(range(width), k)]
+    for k in range(m):                                 # neighbours are alike: every m-th bit
+        codes = [np.unpackbits(np.ascontiguousarray(bits[:, j]).view(np.uint8), axis=1)[:, k::m]
+                 for j in range(4)]
+        codes = [each @ (1 << np.arange(each.shape[1])) for each in codes]
+        order = np.argsort(codes[0], kind="stable")
+        first = np.concatenate([[0], np.cumsum(np.bincount(codes[0], minlength=2**width))])
+        is_there = np.diff(first) > 0
+        for j, mask in itertools.product(range(4), masks):
+            wanted = codes[j] ^ mask
+            b = np.flatnonzero(is_there[wanted])
+            low, n_like = first[wanted[b]], first[wanted[b] + 1] - first[wanted[b]]
+            cuts = np.flatnonzero(np.diff(np.cumsum(n_like) // 2**20)) + 1    # memory's sake
+            for b, low, n_like in zip(*(np.split(one, cuts) for one in (b, low, n_like))):
+                at = np.arange(n_like.sum()) + np.repeat(low - np.cumsum(n_like) + n_like, n_like)
+                a, b = order[at], np.repeat(b, n_like)
+                key = np.minimum(a, b) * n + np.maximum(a, b)
+                near = (a != b) & (key % n < stop[key // n])
+                a, b, key = a[near], b[near], key[near]
+                found.append(key[np.bitwise_count(bits[a, 0] ^ bits[b, j]).sum(1, dtype=int)
+                                 <= most])
+        found = [np.unique(np.concatenate(found))]
+    return found[0] // n, found[0] % n
+
+
 def near_duplicates(rows, near, same=lambda a, b: True):
     """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
     hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the
@@ -2066,19 +2119,18 @@ def near_duplicates(rows, near, same=lambda a, b: True):
     rich = ((cell[:, :, 1:] != cell[:, :, :-1]).mean((1, 2, 3))
             + (cell[..., 1:] != cell[..., :-1]).mean((1, 2, 3))) / 2 > RICH
     stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
-    for a in range(len(known)):
-        b = slice(a + 1, stop[a])
-        apart = np.minimum(*(np.bitwise_count(one).sum(2, dtype=int).min(1) for one in (
-            bits[b] ^ bits[a, :1], bits[b, :1] ^ bits[a]))) / 256
-        alike = (apart < near) & (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
+    a, b = like_pairs(bits, math.ceil(near * 256) - 1, stop)
+    for a, b in zip(*(np.array_split(each, len(a) // 2**16 + 1) for each in (a, b))):
+        distance = apart(bits[a], bits[b]) / 256
+        alike = (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
         luma, *chroma = np.abs(colours[b] - colours[a]).mean(1).T
         hue = np.mean(chroma, axis=0)
         alike &= np.where(rich[b] & rich[a], (hue < HUE) | grey[b] | grey[a],
                           np.maximum(hue, luma) < COLOUR)
         for k in np.flatnonzero(alike).tolist():
-            i, j = known[a], known[a + 1 + k]
-            pairs.setdefault(i, []).append((float(apart[k]), j))
-            pairs.setdefault(j, []).append((float(apart[k]), i))
+            i, j = known[a[k]], known[b[k]]
+            pairs.setdefault(i, []).append((float(distance[k]), j))
+            pairs.setdefault(j, []).append((float(distance[k]), i))
     order = sorted(pairs, key=lambda i: (
         not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"], -rows[i]["length"], i))
     kept, found = set(), []

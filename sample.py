@@ -54,8 +54,9 @@ from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_stric
                      open_vlm, read_as_config, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
-                          is_left_out, number, open_dataset, read_clip, read_still, refuse,
-                          render_shot, rng, script, sweep, write_fault, write_text, write_video)
+                          is_left_out, number, one_line, open_dataset, read_clip, read_still,
+                          refuse, render_shot, rng, script, sweep, write_fault, write_text,
+                          write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
@@ -2035,6 +2036,7 @@ def add_settings(parser):
     add("--clip", metavar="DIR", help="CLIP or SigLIP folder: compares a video with its prompt")
 
 
+@one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:

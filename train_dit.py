@@ -60,8 +60,8 @@ from kernels.adaln import gate_residual_ln_modulate, ln_modulate
 from kernels.attention import attention
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
-from prepare_data import (atomic, contact_sheet, dataset_dir, number, open_dataset, refuse, rng,
-                          run_dir, script, sweep)
+from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, open_dataset,
+                          refuse, rng, run_dir, script, sweep)
 from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
                        epoch_order, fit, gaussians, innermost, is_finished, is_run, last_checkpoint,
                        latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
@@ -1030,25 +1030,37 @@ def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
     `epoch_order`. Clips are taken in blocks, the longest first, each into the first row
     with room; rows with room left at the end of the epoch are topped up with clips seen already."""
     order = epoch_order(range(len(keys)), lambda i: keys[i], seed, epoch)
-    planned = []
+    planned, sizes = [], np.array([lengths[i] for i in order])
+    least = np.minimum.reduceat(sizes, range(0, len(sizes), 256)) if len(sizes) else sizes
+
+    def next_fit(at, left):
+        """The first place of the order from `at` on whose clip takes at most `left` tokens."""
+        near = sizes[at:(at // 256 + 1) * 256] <= left
+        if near.any():
+            return at + int(near.argmax())
+        far = least[at // 256 + 1:] <= left
+        if not far.any():
+            return len(sizes)
+        at = (at // 256 + 1 + int(far.argmax())) * 256
+        return at + int((sizes[at:at + 256] <= left).argmax())
+
     for start in range(0, len(order), block):
-        rows, room = [], []
+        rows, room = [], np.zeros(block, int)
         for i in sorted(order[start:start + block], key=lambda i: -lengths[i]):
-            fits = np.flatnonzero(np.array(room) >= lengths[i])
-            if not len(fits):
+            fits = room[:len(rows)] >= lengths[i]
+            j = int(fits.argmax()) if fits.any() else len(rows)
+            if j == len(rows):
                 rows.append([])
-                room.append(row_tokens)
-            j = int(fits[0]) if len(fits) else -1
+                room[j] = row_tokens
             rows[j].append(i)
             room[j] -= lengths[i]
-        shortest = min(lengths[i] for i in order)
-        for row, left in zip(rows, room):
-            for i in order:
-                if left < shortest:
-                    break
-                if lengths[i] <= left and i not in row:
-                    row.append(i)
-                    left -= lengths[i]
+        for row, left in zip(rows, room.tolist()):
+            at = next_fit(0, left)
+            while at < len(order):
+                if order[at] not in row:
+                    row.append(order[at])
+                    left -= lengths[order[at]]
+                at = next_fit(at + 1, left)
         mixed = rng(seed, "rows", epoch, start).permutation(len(rows))
         planned += [rows[j] for j in mixed]
     return planned
@@ -2553,6 +2565,7 @@ def export(args, folder):
     print(f"{args.export}: {len(state)} tensors as {layout} names them", file=sys.stderr)
 
 
+@one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:

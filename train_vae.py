@@ -24,8 +24,10 @@ Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
 Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
 """
+import atexit
 import contextlib
 import ctypes
+import datetime
 import hashlib
 import itertools
 import json
@@ -39,6 +41,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -58,8 +61,8 @@ from tqdm import tqdm
 
 from kernels import IS_WIDE
 from prepare_data import (Parser, atomic, contact_sheet, dataset_dir, drawn_split, is_sole, number,
-                          open_dataset, read_clip, refuse, rng, run_dir, script, sweep, where,
-                          writable, write_rows, write_text)
+                          one_line, open_dataset, read_clip, refuse, rng, run_dir, script, sweep,
+                          where, writable, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -93,10 +96,74 @@ def setup(args, parts=None, option=None, codes=False):
         torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "cpu":
         keep_memory(codes)
+    WATCH.start(rank, world)
     if world > 1 and not torch.distributed.is_initialized():
-        # figures go over gloo: on the way over NCCL they would wait for the GPU
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+        # figures go over gloo: on the way over NCCL they would wait for the GPU. No limit of time:
+        # ranks' shards may differ by hours
+        with WATCH:
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
+                timeout=datetime.timedelta(days=365))
+        WATCH.meet()
     return rank, world, torch.device(name)
+
+
+PATIENCE = 60           # s that a rank waits for the others before a line says for whom
+
+
+class Watch:
+    """Ranks wait for each other without a limit of time, and say for whom; those of a torchrun that
+    was killed end like those of one that was told to. `with WATCH:` stands around what waits."""
+
+    def __init__(self):
+        self.n, self.since, self.seen, self.over = 0, None, {}, threading.Event()
+        self.is_on = False
+
+    def __enter__(self):
+        self.n, self.since = self.n + 1, time.monotonic()
+
+    def __exit__(self, *_):
+        self.since = None
+
+    def start(self, rank, world):
+        self.rank, self.world = rank, world
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if not self.is_on and (world > 1 or parent):
+            self.is_on = True
+            threading.Thread(target=self.look, args=(parent,), daemon=True).start()
+
+    def look(self, parent):
+        told = 0
+        while not self.over.wait(1):
+            if parent and os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            n, since, seen = self.n, self.since, dict(self.seen)
+            if since is None or n == told or time.monotonic() - since < PATIENCE:
+                continue
+            told, others = n, set(range(self.world)) - {self.rank}
+            late = sorted(rank for rank in others if seen.get(rank, 0) < n)
+            if self.rank < min(others - set(late), default=self.world):
+                tqdm.write(f"{Path(sys.argv[0]).name}: rank {self.rank} has waited {PATIENCE:g} s "
+                           f"for rank {', '.join(map(str, late or sorted(others)))}, which is at "
+                           "work, stopped or gone, and goes on waiting", file=sys.stderr)
+
+    def meet(self):
+        """Ranks tell each other how often they have waited, as long as they live."""
+        thread = threading.Thread(target=self.exchange, daemon=True, args=(
+            torch.distributed.distributed_c10d._get_default_store(),))
+        thread.start()
+        atexit.register(lambda: (self.over.set(), thread.join(2)))   # not while it asks the store
+
+    def exchange(self, store):
+        with contextlib.suppress(Exception):           # the store ends with the rank that holds it
+            while not self.over.wait(PATIENCE / 12):
+                store.set(f"waits/{self.rank}", str(self.n))
+                self.seen = {rank: int(store.get(f"waits/{rank}")) for rank in range(self.world)
+                             if store.check([f"waits/{rank}"])}
+
+
+WATCH = Watch()
 
 
 def keep_memory(codes=False):
@@ -149,7 +216,8 @@ def bench(function, argv, file="peers.py", beside="diffusers"):
 
 def barrier():
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        with WATCH:
+            torch.distributed.barrier()
 
 
 def sum_over_ranks(*values):
@@ -157,7 +225,8 @@ def sum_over_ranks(*values):
     if not torch.distributed.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64)
-    torch.distributed.all_reduce(total)
+    with WATCH:
+        torch.distributed.all_reduce(total)
     return tuple(total.tolist())
 
 
@@ -184,7 +253,8 @@ def sum_gradients(model):
     if torch.distributed.is_initialized():
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
+        with WATCH:
+            torch.distributed.all_reduce(flat)
         for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
             grad.copy_(part.view_as(grad))
 
@@ -579,11 +649,11 @@ def save_step(folder, step, tensors, keep=2, log=None):
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
+        part.rename(final)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         refuse(f"step {step} could not be saved in {folder} ({error}); the checkpoint before it is "
                "whole: make room and run the same command again")
-    part.rename(final)
     whole = [path for path in sorted(Path(folder).glob("step-*")) if path <= final]
     for old in whole[:-keep]:                            # later ones are damaged, or we began there
         shutil.rmtree(old)
@@ -2889,6 +2959,7 @@ def parse_options(argv=None):
     return args
 
 
+@one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:

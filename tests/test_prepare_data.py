@@ -2,6 +2,7 @@
 the workers, parts and kills, and one line for wrong input."""
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -807,6 +808,31 @@ def test_slow_pictures_say_that_they_are_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr(pd.time, "monotonic", lambda: next(clock))
     assert len(list(pd.Video(tmp_path / "a.gif", beats.append))) == 6
     assert beats == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("n, near, is_short", [
+    (900, 0.15, True), (400, 0.02, True), (300, 0.3, False), (2, 0.15, True)])
+def test_pairs_by_bands_are_those_of_comparing_all(n, near, is_short, monkeypatch):
+    """6 F: of clips of one length all pairs were compared, 22 s for 10,000."""
+    draw = np.random.default_rng(n)
+    bits = draw.integers(0, 2, (n, 4, 256), dtype=np.uint8)
+    for i in range(1, n):                                  # near ones, of any crop, at any distance
+        j, one, other = draw.integers(0, i), *draw.choice([(0, 0), (0, 2), (3, 0), (2, 3)])
+        flips = draw.choice(256, draw.integers(0, 90), replace=False)
+        bits[i, one] = bits[j, other]
+        bits[i, one, flips] ^= 1
+    packed = np.packbits(bits, axis=2).view(np.uint64)
+    most = math.ceil(near * 256) - 1
+    stop = np.full(n, n) if is_short else np.minimum(np.arange(n) + 40, n)
+    away = np.array([[(bits[i, x] != bits[:, y]).sum(1) for x, y in (
+        (0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (2, 0), (3, 0))] for i in range(n)]).min(1)
+    truth = {(i, j) for i, j in zip(*np.nonzero(away <= most)) if i < j < stop[i]}
+    assert truth or n < 5
+    for cost in (1e12, 440.0) if most < 60 else (440.0,):  # by bands; as it chooses
+        monkeypatch.setattr(pd, "NS_A_PAIR", cost)
+        a, b = pd.like_pairs(packed, most, stop)
+        assert set(zip(a.tolist(), b.tolist())) == truth and len(a) == len(truth)
+        assert [int(one) for one in pd.apart(packed[a], packed[b])] == away[a, b].tolist()
 
 
 # -- the demo, small parts, wrong input ------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -160,3 +161,67 @@ def test_fewer_rows_than_ranks_are_refused(small):
     for error in end(start(small, [*DIT, "--run", "few", "--batch_tokens", "256"]), 2):
         assert len(error.splitlines()) == 1 and "--batch_tokens" in error and "2 ranks" in error
     assert not (small / "runs/few").exists()
+
+
+def test_a_rank_that_dies_ends_the_other_in_one_line(small):
+    """6 C: 25 lines of traceback before."""
+    command, run = [*DIT, "--run", "dies", "--steps", "4000"], small / "runs/dies"
+    processes = start(small, command)
+    wait_for(processes, (run / "step-000002").exists)
+    processes[0].kill()
+    lines = processes[1].communicate(timeout=60)[1].splitlines()
+    assert processes[1].returncode == 2 and lines[-1].startswith(
+        "train_dit.py: rank 1: another rank ended") and len(lines) == 1, lines
+    processes[0].communicate()
+
+
+def test_ranks_wait_without_a_limit_and_say_for_whom(monkeypatch, capsys):
+    """6 C: ranks whose shards differ by more than 30 minutes died at the barrier; a stopped rank
+    was waited for without a word."""
+    class Store(dict):
+        set, get = dict.__setitem__, dict.__getitem__
+
+        def check(self, keys):
+            return all(key in self for key in keys)
+
+    given = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: given.update(k))
+    monkeypatch.setattr(train_vae.WATCH, "start", lambda *a: None)
+    monkeypatch.setattr(train_vae.WATCH, "meet", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train_vae.setup(train_vae.parse_options(["x", "--device", "cpu"]))
+    assert given["timeout"].days > 30
+
+    monkeypatch.setattr(train_vae, "PATIENCE", 0.3)
+    watch, store = train_vae.Watch(), Store({"waits/1": b"0", "waits/2": b"1"})
+    watch.start(0, 3)
+    meeting = threading.Thread(target=watch.exchange, args=(store,))
+    meeting.start()
+    with watch:
+        time.sleep(2.5)
+    watch.over.set()
+    meeting.join()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "rank 0 has waited 0.3 s for rank 1, which is at work" in said[0]
+
+
+@pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(small):
+    """6 C: they went on, and the same command trained beside them."""
+    command, run = [*DIT, "--run", "orphans", "--steps", "4000"], small / "runs/orphans"
+    going = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                              "2", "--", ROOT / command[0], *command[1:]], cwd=small,
+                             env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (run / "step-000002").exists():
+        time.sleep(0.1)
+        assert going.poll() is None
+    ranks = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat")
+             if path.read_text().rpartition(")")[2].split()[1] == str(going.pid)]
+    going.kill()
+    going.communicate()
+    since = time.time()
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        time.sleep(0.1)
+        assert time.time() - since < 60
+    assert len(ranks) == 2 and not (run / ".lock").exists()
