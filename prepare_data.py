@@ -11,6 +11,7 @@ What comes out  data/NAME/, which every later stage reads:
     shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
                                 file), reason, figure, threshold
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
+    faults.log                  tracebacks of files at which this program failed, if any
 
 The idea        Each video is decoded twice, in order, a frame at a time. The first pass sees small
                 pictures only: it finds cuts, fades and dissolves, and scores each shot. The second
@@ -34,6 +35,20 @@ Rules           Time 0 is a file's first frame; only the frames' timestamps coun
                 A caption with times belongs to each clip of which at least half lies inside them,
                 one without times to every clip of its file. A variable rate becomes the median
                 rate: frame k shows the last frame that began at or before start + k / fps.
+Matching        what                matches
+                a row's path        the file of that name, else of that stem (name without media
+                                    suffixes), in any Unicode form, whose folders are the row's from
+                                    the last one up, as far as both tell any (\\ is /; absolute,
+                                    relative, ./ and ../ alike); the longest tail wins, ties are
+                                    listed as ambiguous. Published ids need no folders
+                NAME.txt .json .cls the file beside it, also in capitals; the caption of .json comes
+                                    first, where it has one
+                a picture           is a thumbnail where a video of its name is beside it: no clip
+                a column            ours, whatever its blanks and capitals (csv, tsv, json, jsonl)
+                a caption           a text, a list, an object (its keys are the styles), nested
+                                    ones; not '', nan, null, none
+                a text              UTF-8, or UTF-16 and UTF-32 by their mark; \\n, \\r\\n end lines
+                a link to a folder  that folder, once; a hidden file or folder nothing
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """
@@ -322,14 +337,14 @@ def encoding_of(head):
 
 def as_text(data):
     """The text of a file's bytes. Raises ValueError that says what they are in its place."""
-    try:
-        text = data.decode(encoding_of(data))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"no text in {error.encoding}: " + (not_utf8(data[error.start]) if
-                         error.encoding == "utf-8" else error.reason)) from None
-    if "\0" in text:
+    code = encoding_of(data)
+    if code.startswith("utf-8") and b"\0" in data:
         raise ValueError("no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
-    return text
+    try:
+        return data.decode(code)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no text in {code}: " + (not_utf8(data[error.start]) if code == "utf-8"
+                                                   else error.reason)) from None
 
 
 def not_utf8(byte):
@@ -1206,8 +1221,8 @@ def msrvtt_rows(path):
         for sentence in json_items(file, "sentences"):
             video = isinstance(sentence, dict) and videos.get(str(sentence.get("video_id")), {})
             label = video.get("category") if video else None
-            yield {**video, **sentence, "label": names.get(str(label), label)} if video else (
-                sentence)
+            yield {"split": None, **video, **sentence, "label": names.get(str(label), label)} \
+                if video else sentence
 
 
 def tgif_rows(path):
@@ -1249,7 +1264,7 @@ def open_text(path, newline="\n"):
     with open(path, "rb") as file:
         head = file.read(8)
     if encoding_of(head) == "utf-8" and b"\0" in head[:2]:
-        refuse(f"{path} is no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
+        refuse(f"{path} is no text in UTF-8: it holds zero bytes, as UTF-16 without its mark does")
     return open(path, encoding=encoding_of(head), newline=newline, errors="surrogateescape"
                 if encoding_of(head).startswith("utf-8") else "replace")
 
@@ -1339,19 +1354,19 @@ ITEM = re.compile(r'\{\s*"')
 def json_items(file, key=None):
     """The items of the array in an open JSON file (of the one named `key`), without holding it. In
     the place of an item that is damaged an error; what looks like the next one goes on."""
-    start, text, is_end = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\["), file.read(2**20), False
+    start, text = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\["), file.read(2**20)
     while not (found := start.search(text)):
         more = file.read(2**20)
         text = text[-100:] + more
         if not more:
             yield ValueError(f"no array{key and f' named {key}' or ''}")
             return
-    text = text[found.end():]
-    at, decode = 0, json.JSONDecoder().raw_decode
+    at, is_end, decode = found.end(), False, json.JSONDecoder().raw_decode
+    between, last = re.compile(r"[\s,]*"), re.compile(r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)")
     while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
+        at = between.match(text, at).end()
         try:
-            if text[at:at + 1] == "]" and re.compile(r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)").match(text, at):
+            if text[at:at + 1] == "]" and last.match(text, at):
                 return
             item, at = decode(text, at)
             yield item
@@ -1407,9 +1422,9 @@ class Places:
 
     def fitting(self, key, folders):
         """The sources of this name that fit a row's folders, best."""
-        if isinstance(one := self.known.get(key, ()), str):
+        if isinstance(one := self.known[key], str):
             own = folders_of(one)
-            return [one] if all(a == b for a, b in zip(own[::-1], folders[::-1])) else []
+            return [one] if all(map(operator.eq, own[::-1], folders[::-1])) else []
         if key not in self.by_tail:                    # many of one name: by folders' tails
             tails, whole = self.by_tail[key] = {}, {}
             for source in one:
@@ -1424,9 +1439,14 @@ class Places:
 
     def find(self, name):
         """(source or None, reason, detail): the reason of None."""
-        name = name.strip().replace("\\", "/") if name not in self.known else name
-        folders, last, others = folders_of(name), folded(name.rsplit("/", 1)[-1]), []
-        for key in dict.fromkeys((last, bare(last))):
+        if isinstance(one := self.known.get(name, ()), str):             # as it is, no folders
+            return one, "", None
+        if not one:
+            name = name.strip().replace("\\", "/")
+        last = folded(name[name.rfind("/") + 1:])
+        keys = [key for key in dict.fromkeys((last, bare(last))) if key in self.known]
+        folders, others = folders_of(name) if keys else (), []
+        for key in keys:
             found = self.fitting(key, folders)
             if len(found) > 1:                         # names apart in their spelling only
                 found = [one for form in FORMS_OF_NAMES for one in found if form(one) == form(name)
@@ -1435,7 +1455,7 @@ class Places:
                 return found[0], "", None
             if found:
                 return None, "several videos of this name", "ambiguous: " + ", ".join(found[:4])
-            one = self.known.get(key, ())
+            one = self.known[key]
             others += [one] if isinstance(one, str) else one
         others = list(dict.fromkeys(others))
         if len(others) > 1:
@@ -1500,7 +1520,7 @@ def placed_rows(paths, form, sources):
                     facts = read_row(row, reader, None)
                     is_right = is_right or bool(facts)
                     told_of |= what_is_told(row, facts) if source is not None else set()
-                text = json.dumps(row)
+                text = source and json.dumps(row)
             except BAD_ROW as error:
                 yield None, n, "malformed metadata row", "cut off, or not of its format" \
                     if row is None else printable(fault(error)), None
@@ -1508,7 +1528,7 @@ def placed_rows(paths, form, sources):
                 is_placed = is_placed or reason != "missing video"
                 missing = missing or name
                 yield (None, n, reason, detail and printable(detail), printable(name)) \
-                    if source is None else (os.fsencode(source), n, split, None, text)
+                    if source is None else (stored(source), n, split, None, text)
     if not is_right:
         refuse(f"no row of {paths[0]} reads as --format {form}: its columns are "
                f"{', '.join(columns_found or ()) or 'none'}; one of {', '.join(names)} must name "
@@ -1531,10 +1551,15 @@ def refuse_silent(path, told_of):
     """Refuses metadata that captions nothing, though it was meant to, or tells nothing else."""
     others = {name: nearest(name, OURS) for name in sorted(told_of - OURS)}
     if told_of & TEXTS or TEXTS & {*others.values()} or others and not told_of & OURS:
-        refuse(f"{path} captions nothing: no row has a text in a column named caption or text" + "".join(
-            f"; {name}: did you mean {near}?" if near else f"; {name}: not known"
-            for name, near in others.items()))
+        refuse(f"{path} captions nothing: no row has a text in a column named caption or text"
+               + "".join(f"; {name}: did you mean {near}?" if near else f"; {name}: not known"
+                         for name, near in others.items()))
     print(f"warning: no row of {path} has a caption", file=sys.stderr)
+
+
+def stored(source):
+    """A source as SQLite takes it: not every file's name is a text."""
+    return source if source.isascii() else os.fsencode(source)
 
 
 def query(database, source, names="number, note, row"):
@@ -1542,7 +1567,7 @@ def query(database, source, names="number, note, row"):
     address = f"{Path(database).absolute().as_uri()}?immutable=1"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
         yield from store.execute(f"select {names} from rows where source is ? order by rowid",
-                                 [source and os.fsencode(source)])
+                                 [source and stored(source)])
 
 
 def facts_of(database, form, source):
@@ -1635,7 +1660,8 @@ def read_fact(row, split=None):
         raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
     label = None if label is None or label != label else plain(str(label))
     fact = {"start": start, "end": end, "captions": [text for text, _ in texts],
-            "split": SPLITS.get(named, split), "label": label or None, **frames_in(row.get("frames"))}
+            "split": SPLITS.get(named, split), "label": label or None}
+    fact |= frames_in(row.get("frames"))
     fact |= {"styles": [style for _, style in texts]} if any(style for _, style in texts) else {}
     fact |= {"prompt": plain(str(row["prompt"]))} if row.get("prompt") else {}
     scores = {key: value for key in row if key not in OURS
@@ -2316,25 +2342,51 @@ def run_jobs(jobs, n_workers, timeout):
 
 # -- the plan, the run, the end --------------------------------------------------------------------
 
+def walk(root, folder):
+    """Yields (folder, names of its files) of `root` and all below it, links to folders included:
+    each folder once, by its own name if it has one here. Hidden ones, the data set's own and links
+    to what holds `root` are passed over; a folder that cannot be read is named."""
+    def tell(error):
+        print(f"warning: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
+
+    waiting, seen = deque([Path(root)]), {folder.resolve(), *Path(root).resolve().parents}
+    while waiting:                                     # true folders first, then links, in order
+        links = []
+        for top in waiting:
+            if top.resolve() in seen:
+                continue
+            for where, folders, files in os.walk(top, onerror=tell):
+                seen.add(Path(where).resolve())
+                yield Path(where), files
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                links += [Path(where, name) for name in folders
+                          if os.path.islink(os.path.join(where, name))]
+                folders[:] = [name for name in folders if Path(where, name).resolve() not in seen]
+        waiting = links
+
+
 def find_sources(root, folder, form):
-    """([[relative path, bytes]] sorted, number of other files) under `root`. Hidden files (half
-    written ones, a Mac's '._' twins) and the data set's own folder are passed over. Of formats that
-    come in archives their members count."""
+    """([[relative path, bytes]] sorted, number of other files, of thumbnails) under `root`: not
+    those that are hidden (half written ones, a Mac's '._' twins). Of formats that come in archives
+    their members count. A picture beside a video of its name is that one's thumbnail."""
     found, n_others = [], 0
-    for where, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")
-                      and Path(where, name).resolve() != folder.resolve()]
-        for path in (Path(where, name) for name in files):
+    for where, files in walk(root, folder):
+        for path in (where / name for name in files):
             if path.suffix in ARCHIVES and form in ("webdataset", "bair"):
                 name = path.relative_to(root).as_posix()
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in members(path).items()
-                          if Path(inner).suffix.lower() in VIDEOS | STILLS]
+                          if Path(inner).suffix.lower() in VIDEOS | STILLS
+                          and not Path(inner).name.startswith("._")]
             elif path.name.startswith(".") or path.suffix.lower() not in VIDEOS | STILLS \
                     or not path.is_file():
                 n_others += 1
             else:
                 found.append([path.relative_to(root).as_posix(), path.stat().st_size])
-    return sorted(found), n_others
+    stem = lambda name: name[:name.rfind("/") + 1] + bare(name)
+    videos = {stem(name) for name, _ in found if Path(name).suffix.lower() in VIDEOS}
+    sources = [one for one in found if Path(one[0]).suffix.lower() in VIDEOS
+               or stem(one[0]) not in videos]
+    return sorted(sources), n_others, len(found) - len(sources)
 
 
 def blocks(sources, most, mib):
@@ -2363,11 +2415,13 @@ def make_plan(args, folder, root):
         options["meta"] = digest.hexdigest()
     told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
-    sources, n_others = find_sources(root, folder, args.format)
+    sources, n_others, n_pictures = find_sources(root, folder, args.format)
     if plan is None:
         if not sources:
             refuse(f"no videos or stills under {root} ({n_others} other files)")
-        print(f"{len(sources)} files under {root}; {n_others} others passed over", file=sys.stderr)
+        print(f"{len(sources)} files under {root}; {n_others} others passed over" + (
+            f", and {n_pictures} pictures, thumbnails of the videos beside them" if n_pictures
+            else ""), file=sys.stderr)
         return {"format": FORMAT, "options": options, "told": told, "sources": sources,
                 "shards": blocks(sources, args.shard_sources, args.shard_mib)}, True
     before, now = dict(map(tuple, plan["sources"])), dict(map(tuple, sources))
@@ -2592,6 +2646,22 @@ def finish(folder, plan, database):
           + f"; look at {folder / 'contact.png'}")
     if rows:
         print(next_steps(dataset_name(folder), rows, Path("/dev/nvidiactl").exists()))
+    warn(folder, plan["options"], counts)
+
+
+def warn(folder, options, counts):
+    """Says what a user would not look for: metadata that hardly says a word, and faults of ours,
+    whose log is put in order (a shard that was begun twice has told of some twice)."""
+    n, told = sum(counts["rejected"][reason] for reason in counts["rejected"]
+                  if reason.startswith(FAULT)), counts["captioned_clips"]
+    if options["meta"] and told < counts["clips"] / 10 and options["format"] not in (
+            "txt", "ucf101"):
+        print(f"warning: --meta captions {told} of {counts['clips']} clips", file=sys.stderr)
+    if n and (log := folder / "faults.log").is_file():
+        text = log.read_text(encoding="utf-8", errors="replace")
+        write_text(log, "".join(sorted(dict.fromkeys(re.split(r'(?<=\n\n)(?=")', text)))))
+        print(f"warning: {n} files ended in faults of this program: {log} has them",
+              file=sys.stderr)
 
 
 def dataset_name(folder):
@@ -2983,7 +3053,10 @@ def words_of(text):
     """argparse type: the words of a file, sorted."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} is not a file")
-    return sorted(set(Path(text).read_text(encoding="utf-8").lower().split()))
+    try:
+        return sorted(set(as_text(Path(text).read_bytes()).lower().split()))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is {error}") from None
 
 
 def add_filters(parser):

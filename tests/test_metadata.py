@@ -1,0 +1,511 @@
+"""What people's metadata, captions and folders look like: each kind that was found to end a run, or to give wrong
+captions in silence. Rows alone where these suffice, and a run each for what a folder as a whole shows."""
+import csv
+import errno
+import io
+import json
+import os
+import random
+import sys
+import tarfile
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import prepare_data as pd  # noqa: E402
+from test_prepare_data import BLUE, GREEN, RED, encode, row_lines, run, shot  # noqa: E402
+from test_readers import brief, told, write  # noqa: E402
+
+GOOD = '{"video": "b.mp4", "caption": "good"}\n'
+
+
+def captions(folder, name, text, sources, form=None):
+    """({source: [captions]}, [(source or name, reason, detail)]) of a metadata file."""
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
+    form, database = form or path.suffix[1:], folder / "facts.db"
+    database.unlink(missing_ok=True)
+    pd.read_metadata([path], form, sources, database)
+    lost = [(name, reason, why) for reason, name, why in pd.query(database, None, "note, row, detail")]
+    found = {source: pd.facts_of(database, form, source) for source in sources}
+    lost += [(one["source"], one["reason"], one["detail"]) for _, rejects in found.values()
+             for one in rejects]
+    return {source: [text for fact in facts for text in fact["captions"]]
+            for source, (facts, _) in found.items() if facts}, lost
+
+
+def line(capsys, call):
+    with pytest.raises(SystemExit) as left:
+        call()
+    said = capsys.readouterr().err.strip()
+    assert left.value.code == 2 and "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+# -- which file a row means ------------------------------------------------------------------------
+
+def test_m13_folders_that_contradict_do_not_match(tmp_path):
+    text = "video,caption\ncats/001.mp4,cat\ndogs/001.mp4,dog\ncats/002.mp4,cat 2\nbirds/002.mp4,bird\n"
+    found, lost = captions(tmp_path, "m.csv", text, ["cats/002.mp4", "dogs/001.mp4"])
+    assert found == {"cats/002.mp4": ["cat 2"], "dogs/001.mp4": ["dog"]}
+    assert [(name, reason) for name, reason, _ in lost] == [
+        ("cats/001.mp4", "missing video"), ("birds/002.mp4", "missing video")]
+    assert "dogs/001.mp4 is in another folder" in lost[0][2]
+
+
+@pytest.mark.parametrize("form", ["videos/{}", "/home/me/videos/{}", "./{}", "../videos/./{}", "{}",
+                                  "C:\\data\\{}", " {} "])
+def test_m06_paths_from_elsewhere(tmp_path, form):
+    names = ["a/cats/001.mp4", "a/dogs/001.mp4", "b/dogs/001.mp4", "001.webm"]
+    shown = [form.format(name.replace("/", "\\") if "\\" in form else name) for name in names]
+    text = "video,caption\n" + "".join(f'"{one}",{n}\n' for n, one in enumerate(shown))
+    found, lost = captions(tmp_path, "m.csv", text, sorted(names))
+    assert found == {name: [str(n)] for n, name in enumerate(names)} and not lost
+
+
+def test_m13_the_longest_tail_wins_and_ties_are_listed(tmp_path):
+    names = ["001.mp4", "a/x/001.mp4", "b/x/001.mp4", "b/x/002.mkv", "b/y/001.avi", "dot.ted.mp4"]
+    rows = {"p/b/x/001.mp4": "b/x/001.mp4", "x/001.mp4": None, "p/q/001.mp4": "001.mp4", "x/002": "b/x/002.mkv",
+            "y/001": "b/y/001.avi", "001.mp4": "001.mp4", "z/002.mp4": 0, "dot.ted": "dot.ted.mp4", "002": "b/x/002.mkv"}
+    text = "".join(json.dumps({"video": name, "caption": name}) + "\n" for name in rows)
+    found, lost = captions(tmp_path, "m.jsonl", text, sorted(names))
+    want = {}
+    for name, source in rows.items():
+        if source:
+            want.setdefault(source, []).append(name)
+    assert found == want
+    tie, gone = lost
+    assert tie == ("x/001.mp4", "several videos of this name", "ambiguous: a/x/001.mp4, b/x/001.mp4")
+    assert gone[:2] == ("z/002.mp4", "missing video")
+
+
+def test_m13_many_files_of_one_name_take_no_longer(tmp_path):
+    """100,000 folders with a 00001.mp4 each: a list of candidates a row would be 10^10 steps."""
+    sources = sorted(f"{n % 100}/{n}/00001.mp4" for n in range(30_000))
+    places, since = pd.Places(sources, False), time.process_time()
+    assert all(places.find(f"/data/{one}")[0] == one for one in sources)
+    assert places.find("7/1/00001.mp4")[0] is None and time.process_time() - since < 10
+
+
+@pytest.mark.parametrize("row", ["NFC", "NFD", "NFKC", "NFKD"])
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+def test_m07_any_normal_form(tmp_path, row, disk):
+    names = ["ﬁlm/café ①.mp4", "がんば.mp4", "한국/plain.mp4"]
+    sources = sorted(unicodedata.normalize(disk, name) for name in names)
+    text = "video,caption\n" + "".join(f"{unicodedata.normalize(row, n)},{k}\n" for k, n in enumerate(names))
+    found, lost = captions(tmp_path, "m.csv", text, sources)
+    assert found == {unicodedata.normalize(disk, n): [str(k)] for k, n in enumerate(names)} and not lost
+
+
+def test_m07_two_spellings_on_disk_are_two_files(tmp_path):
+    one, two = (unicodedata.normalize(form, "é.mp4") for form in ("NFC", "NFD"))
+    found, lost = captions(tmp_path, "m.csv", f"video,caption\n{one},c\n{two},d\n", sorted([one, two]))
+    assert found == {one: ["c"], two: ["d"]} and not lost
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A file's name in Latin-1 matches a row in Latin-1, and harms no other."""
+    odd = os.fsdecode(b"caf\xe9.mp4")
+    found, lost = captions(tmp_path, "m.csv", b"video,caption\nb.mp4,good\ncaf\xe9.mp4,odd\ngone\xff.mp4,x\n",
+                           sorted([odd, "b.mp4"]))
+    assert found == {"b.mp4": ["good"], odd: ["odd"]} and lost[0][:2] == (r"gone\udcff.mp4", "missing video")
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+def test_m02_tsv_has_no_quoting(tmp_path):
+    texts = ["plain", '"Stop" he said', '"unpaired', "a, b", 'ends in one"', "last"]
+    text = "video\tcaption\n" + "".join(f"v{n}.mp4\t{one}\n" for n, one in enumerate(texts))
+    found, lost = captions(tmp_path, "m.tsv", text, [f"v{n}.mp4" for n in range(6)])
+    assert found == {f"v{n}.mp4": [one] for n, one in enumerate(texts)} and not lost
+
+
+@pytest.mark.parametrize("later", ["c,plain", 'c,"a, b"', 'c,"b"', 'c,a 5" screen', 'c,"again'])
+def test_m02_a_mark_that_nothing_closes_costs_its_line(tmp_path, later):
+    lines = ["video,caption", "a.mp4,first", 'b.mp4,"unfinished by a man', "d.mp4,mid", later.replace("c,", "c.mp4,"),
+             "e.mp4,last"]
+    found, lost = captions(tmp_path, "m.csv", "\n".join(lines) + "\n", [f"{n}.mp4" for n in "abcde"])
+    assert {"a.mp4", "d.mp4", "e.mp4"} <= {*found} and "b.mp4" not in found and found["e.mp4"] == ["last"]
+    assert ("c.mp4" in found) == ("again" not in later)
+    assert {why for *_, why in lost} >= {lost[0][2]} and "nothing closes" in lost[0][2]
+
+
+def test_m02_captions_of_several_lines_stay(tmp_path):
+    rows = [["a.mp4", "one\ntwo, three\n\nfour"], ["b.mp4", 'said "no"\nand, "yes"'], ["c.mp4", "x"]]
+    out = io.StringIO()
+    csv.writer(out).writerows([["video", "caption"], *rows])
+    found, lost = captions(tmp_path, "m.csv", out.getvalue(), ["a.mp4", "b.mp4", "c.mp4"])
+    assert found == {name: [text] for name, text in rows} and not lost
+    text = "video,caption\n" + 'a.mp4,"opened' + "\nc.mp4,x" * 5000
+    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "c.mp4"])
+    assert len(found["c.mp4"]) == 5000 and len(lost) == 1
+
+
+@pytest.mark.parametrize("head, cell", [
+    ("video,caption", "{},A man, walking home, waves"), ("video, caption", "{}, A man"), ("video;caption", "{};A man"),
+    (" Video ,Caption", "{},A man"), ("PATH\tTEXT", "{}\tA man"), ("video,caption", "{},A man,,"),
+    ("\ufeffvideo,caption", "{},A man"), ("split,FILE,Caption", "train,{},A man")])
+def test_m03_tables_as_people_write_them(tmp_path, head, cell):
+    text = "\r\n".join([head, cell.format("a.mp4"), "", cell.format("b.mp4")])
+    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
+    want = cell.split("{}")[1].lstrip(",;\t ").rstrip(",")
+    assert found == {"a.mp4": [want], "b.mp4": [want]} and not lost
+
+
+def test_m03_cells_that_cannot_be_told_are_rejects(tmp_path):
+    text = "video,caption,score\na.mp4,A man, walking,1\nb.mp4,good,2\nc.mp4\n"
+    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4", "c.mp4"])
+    assert found == {"b.mp4": ["good"]} and "4 cells for 3 columns" in lost[0][2] and "1 cells" in lost[1][2]
+
+
+@pytest.mark.parametrize("none", ["", "nan", "NaN", "NULL", "None", " null "])
+def test_m10_what_is_no_caption(tmp_path, none):
+    found, _ = captions(tmp_path, "m.csv", f"video,caption\na.mp4,{none}\nb.mp4,12\n", ["a.mp4", "b.mp4"])
+    assert found == {"a.mp4": [], "b.mp4": ["12"]}
+    rows = [{"video": "a.mp4", "caption": one} for one in (none, None, float("nan"), [none, None], {"x": none})]
+    rows.append({"video": "b.mp4", "caption": "None of them walks"})
+    found, lost = captions(tmp_path, "m.json", json.dumps(rows), ["a.mp4", "b.mp4"])
+    assert found == {"a.mp4": [], "b.mp4": ["None of them walks"]} and not lost
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("m.json", '[{"path": "a.mp4", "cap": ["x"]}]', "cap: did you mean caption?"),
+    ("m.csv", "video,captions,fps\na.mp4,x,25\n", "captions: did you mean caption?"),
+    ("m.csv", "video,caption\na.mp4,nan\nb.mp4,\n", "captions nothing"),
+    ("m.jsonl", '{"video": "a.mp4", "sentence": "x"}\n', "sentence: not known"),
+    ("m.csv", "video,caption\nz.mp4,x\n", "names a file under --videos"),
+    ("m.csv", "vid,caption\na.mp4,x\n", "its columns are vid, caption")])
+def test_m05_metadata_that_captions_nothing_is_an_error(tmp_path, capsys, name, text, says):
+    assert says in line(capsys, lambda: captions(tmp_path, name, text, ["a.mp4", "b.mp4"]))
+
+
+def test_m05_metadata_without_captions_that_tells_more(tmp_path, capsys):
+    for text in ("video,label,url\na.mp4,cat,http://x\n", "video,start,end\na.mp4,1,2\n", "video,aes\na.mp4,5\n"):
+        found, _ = captions(tmp_path, "m.csv", text, ["a.mp4"])
+        assert found == {"a.mp4": []} and "no row of" in capsys.readouterr().err
+    captions(tmp_path, "m.csv", "video,caption\n0.mp4,x\n", [f"{n}.mp4" for n in range(11)])
+    assert "names 1 of 11 files" in capsys.readouterr().err
+
+
+# -- captions of every shape -----------------------------------------------------------------------
+
+def test_m12_captions_that_are_objects(tmp_path):
+    shapes = [({"short": "a", "long": "b"}, ["a", "b"], ["short", "long"]),
+              ({"gpt": {"short": "a", "n": 3}, "human": ["b", "c"]}, ["a", "b", "c"], ["gpt.short", "human", "human"]),
+              ([{"text": "a", "score": 0.5}, "b"], ["a", "b"], ["text", None]), (["a", ["b", [None, "c"]]], ["a", "b", "c"], None),
+              ('{"short": "a"}', ["a"], ["short"]), ("['a', 'b']", ["a", "b"], None), ("[a cat] walks", ["[a cat] walks"], None),
+              ('["a", "b"]', ["a", "b"], None), ("{curly} walks", ["{curly} walks"], None)]
+    for shape, texts, styles in shapes:
+        fact = pd.read_fact({"video": "a", "caption": shape})
+        assert (fact["captions"], fact.get("styles")) == (texts, styles), shape
+        row = pd.told("a.mp4", [fact], 0, 1)[0]
+        assert [one.get("style") for one in row["captions"]] == (styles or [None] * len(texts))
+    with pytest.raises(ValueError, match="a caption is no text"):
+        pd.read_fact({"video": "a", "caption": 7})
+
+
+def test_m11_frames_of_every_shape():
+    assert pd.read_fact({"frames": [0, 8.0]})["frames"] == [0, 8]
+    for other in (["1.jpg", "2.jpg"], [0, 8, 16], [5], [[0, 4], [5, 9]], [None, None], 12, {}, "0-5", []):
+        assert "frames" not in pd.read_fact({"frames": other, "caption": "x"})
+    for wrong in ([0.5, 7.5], [20, 3], [-1, 3], [None, 5], [float("nan"), 3], [float("inf"), float("inf")], [0, "x"]):
+        with pytest.raises(pd.BAD_ROW):
+            pd.read_fact({"frames": wrong})
+
+
+# -- text and lines --------------------------------------------------------------------------------
+
+TEXT = "a café — 中\u2028b\x85c"
+
+
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-be"])
+def test_m08_one_reader_of_text(tmp_path, code):
+    mark = b"\xfe\xff" if code == "utf-16-be" else b""
+    rows = [{"video": "a.mp4", "caption": TEXT}, {"video": "b.mp4", "caption": "b"}]
+    for name, text in {"m.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                       "m.json": json.dumps(rows, ensure_ascii=False), "m.csv": f"video,caption\r\na.mp4,{TEXT}\r\nb.mp4,b",
+                       "m.tsv": f"video\tcaption\na.mp4\t{TEXT}\nb.mp4\tb\n"}.items():
+        found, lost = captions(tmp_path, name, mark + text.encode(code), ["a.mp4", "b.mp4"])
+        assert found == {"a.mp4": [TEXT], "b.mp4": ["b"]} and not lost, name
+    assert pd.as_text(mark + TEXT.encode(code)) == TEXT
+    assert pd.lines_of("a\u2028b\x85c\x0bd\r\ne\n") == ["a\u2028b\x85c\x0bd", "e", ""]
+
+
+def test_m08_what_is_no_text_is_named(tmp_path, capsys):
+    with pytest.raises(ValueError, match="byte 0xe9 .'é' in cp1252"):
+        pd.as_text("café".encode("cp1252"))
+    with pytest.raises(ValueError, match="zero bytes"):
+        pd.as_text("café".encode("utf-16-le"))
+    found, lost = captions(tmp_path, "m.csv", "video,caption\na.mp4,café\nb.mp4,plain\n".encode("cp1252"), ["a.mp4", "b.mp4"])
+    assert found == {"b.mp4": ["plain"]} and "'é' in cp1252" in lost[0][2]
+    data = "video,caption\na.mp4,b\n".encode("utf-16-le")
+    assert "zero bytes" in line(capsys, lambda: captions(tmp_path, "m.csv", data, ["a.mp4"]))
+    (tmp_path / "words").write_bytes(b"caf\xe9")
+    assert "--banned" in line(capsys, lambda: pd.parse_options(["x", "--banned", str(tmp_path / "words")]))
+
+
+def test_m08_texts_beside_a_file():
+    def of(**texts):
+        facts, rejects = pd.beside("train/cats/a.mp4", {f".{k}": v if isinstance(v, bytes) else v.encode()
+                                                       for k, v in texts.items()})
+        return facts[0]["captions"], [one["detail"] for one in rejects]
+    assert of(txt="x".encode("utf-16")) == (["x"], []) and of(txt="x\n y\n") == (["x y"], [])
+    assert of(json='\ufeff{"caption": "j"}', txt="t") == (["j"], [])
+    for shape in ("null", '""', "[]", '"nan"', "{}"):
+        assert of(json=f'{{"caption": {shape}, "n": 3}}', txt="t") == (["t"], [])
+    assert of(json='{"text": "j", "split": "train_2m"}') == (["j"], [])
+    cut, said = of(json='{"caption": "j', txt="t")
+    assert cut == ["t"] and said == ["a.json: cut off, or not of its format"]
+    for bad in ("[1, 2]", "[" * 100_000, '{"caption": "\\ud83d"}', '{"frames": [9, 2]}', '{"x": 1' + "0" * 5000 + "}"):
+        assert of(json=bad, txt="t")[0] == ["t"] and len(of(json=bad)[1]) == 1
+    assert of(json='{"views": 1' + "0" * 400 + ', "frames": ["1.jpg"], "caption": "j"}') == (["j"], [])
+    none, said = of(txt=b"caf\xe9 \x97 x")
+    assert none == [] and said == ["a.txt: no text in utf-8: it holds byte 0xe9 ('é' in cp1252, Windows' own): save it as UTF-8"]
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+BAD = {"deep": '{"video": "a.mp4", "caption": ' + "[" * 100_000 + "]" * 100_000 + "}", "long": '{"video": "a.mp4", "x": 1' + "0" * 5000 + "}",
+       "half": '{"video": "a.mp4", "caption": "half an emoji \\ud83d"}', "colon": '{"video": "a.mp4", "caption" "x"}',
+       "quote": '{"video": "a.mp4", "caption: "x"}', "brace": '{"video": "a.mp4", "caption": "x"', "open": '{"video": "a.mp4", "caption": ["x"',
+       "bytes": '{"video": "a.mp4", \udcff\udcfe"caption": "x"}', "stray": ']', "list": "[1, 2]", "name": '{"video": ["a"], "caption": 5}',
+       "literal": json.dumps({"video": "a.mp4", "caption": 7})}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("gap", [",", ",\n"])
+def test_one_damaged_record_costs_that_record(tmp_path, bad, gap):
+    good = [f'{{"video": "b.mp4", "caption": "{n}", "more": {{"x": ["{"-" * 500}"]}}}}' for n in range(5000)]
+    text = "[" + gap.join([*good[:3000], BAD[bad], *good[3000:]]) + "]"                 # more than a read, 1 MiB
+    found, lost = captions(tmp_path, "m.json", text, ["a.mp4", "b.mp4"])
+    assert len(found["b.mp4"]) == 5000 and found["b.mp4"][-1] == "4999" and 1 <= len(lost) < 4
+    text = GOOD + BAD[bad] + "\n" + GOOD
+    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
+    assert found["b.mp4"] == ["good", "good"] and "a.mp4" not in {k for k, v in found.items() if v} and lost
+    found, _ = captions(tmp_path, "m.jsonl", '{"video": "a.mp4", "caption": "x", "score": 1' + "0" * 400 + "}", ["a.mp4"])
+    assert found == {"a.mp4": ["x"]}
+
+
+def test_json_is_read_in_linear_time(tmp_path):
+    since = time.process_time()
+    found, _ = captions(tmp_path, "m.json", " " * 2**20 + "[" + " " * 2**20 + GOOD + "]", ["b.mp4"])
+    assert found == {"b.mp4": ["good"]}
+    path = write(tmp_path / "n.json", "[" + "[" * 2**22)
+    with pd.open_text(path) as file:
+        assert len(list(pd.json_items(file))) == 1
+    assert time.process_time() - since < 8
+
+
+def test_msrvtt_rows_that_lack_something(tmp_path):
+    write(tmp_path / "x_videodatainfo.json", json.dumps({
+        "videos": [{"video_id": "v1", "split": "train"}, {"category": 3}, 5, {"video_id": "v2", "category": 0}],
+        "sentences": [{"caption": "one"}, {"caption": "a", "video_id": "v1"}, None, [], {"caption": "b", "video_id": "v9"},
+                      {"video_id": "v2"}, {"caption": "c", "video_id": "v2"}]}))
+    write(tmp_path / "category.txt", "music\t0\nno tab here\n")
+    facts, rejects = told(tmp_path, "msrvtt", tmp_path, ["v1.mp4", "v2.mp4"])
+    assert brief(facts) == {"v1.mp4": [(["a"], "train", None)], "v2.mp4": [(["c"], None, "music")]}
+    assert len(rejects) == 5
+
+
+# -- folders, archives, runs -----------------------------------------------------------------------
+
+def pack(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            head = tarfile.TarInfo(name)
+            head.size = len(data)
+            tar.addfile(head, io.BytesIO(data))
+
+
+def test_w01_names_in_tars(tmp_path):
+    encode(tmp_path / "a.mp4", shot(RED, 9))
+    data, names = (tmp_path / "a.mp4").read_bytes(), ["./0", "a//1", "/2", "b/./3", "../4", "5"]
+    pack(tmp_path / "in/x.tar", {f"{name}{suffix}": part for name in names for suffix, part in (
+        (".mp4", data), (".TXT", f"text {name}".encode()), (".jpg", b"a thumbnail"))} | {"._6.mp4": b"a Mac's"})
+    sources, n_others, n_pictures = pd.find_sources(tmp_path / "in", tmp_path / "out", "webdataset")
+    assert [name for name, _ in sources] == [f"x.tar/{n}.mp4" for n in ("../4", "0", "2", "5", "a/1", "b/3")]
+    assert n_pictures == 6
+    for name, _ in sources:
+        path, texts = pd.located(tmp_path / "in", name)
+        assert path.read() == data and texts[".txt"].decode()[-1] == name[-5]
+    broken = bytearray((tmp_path / "in/x.tar").read_bytes())
+    broken[124:136] = b"\x80" + b"\x7f" * 11                            # a size of 2^87
+    (tmp_path / "in/x.tar").write_bytes(broken)
+    pd.members.cache_clear()
+    assert pd.find_sources(tmp_path / "in", tmp_path / "out", "webdataset")[0] == []
+
+
+def test_d13_d14_thumbnails_and_links(tmp_path):
+    top = tmp_path / "in"
+    for name in ("in/a.mp4", "in/a.webp", "in/b.jpg", "in/sub/c.mov", "in/sub/c.MOV.jpg", "in/sub/a.png", "disk/d.mp4",
+                 "disk/deep/e.mp4", "in/.hidden/x.mp4", "out/f.mp4"):
+        write(tmp_path / name, "x")
+    for name, to in {"in/link": "disk", "in/sub/again": "disk", "in/loop": "in", "in/up": ".", "disk/back": "in/sub",
+                     "in/alias": "in/sub", "in/own": "out", "in/dead": "nowhere", "disk/deep/self": "disk/deep"}.items():
+        (tmp_path / name).symlink_to(tmp_path / to, target_is_directory=True)
+    (top / "me").symlink_to("me")
+    sources, n_others, n_pictures = pd.find_sources(top, tmp_path / "out", None)
+    assert [name for name, _ in sources] == ["a.mp4", "b.jpg", "link/d.mp4", "link/deep/e.mp4", "sub/a.png", "sub/c.mov"]
+    assert n_pictures == 2
+    found, lost = captions(tmp_path, "m.csv", "video,caption\na,x\nc,y\n", [name for name, _ in sources if name != "sub/a.png"])
+    assert found == {"a.mp4": ["x"], "sub/c.mov": ["y"]} and not lost
+
+
+def test_d13_yt_dlp_end_to_end(tmp_path):
+    """Thumbnails are no clips, and make no id ambiguous; texts of every kind beside the files; a file of a bad name."""
+    (tmp_path / "in").mkdir()
+    for name, colour in (("AbC", RED), ("-xY", BLUE), ("nfd\u0301", GREEN)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 12))
+        Image.linear_gradient("L").save(tmp_path / f"in/{name}.webp")
+    os.rename(tmp_path / "in/-xY.mp4", os.fsencode(tmp_path) + b"/in/caf\xe9.mp4")
+    (tmp_path / "in/AbC.TXT").write_bytes("in capitals".encode("utf-16"))
+    (tmp_path / "in" / unicodedata.normalize("NFC", "nfd\u0301.txt")).write_bytes(b"na\xefve")
+    done = run(tmp_path, "set", "--videos", "in", "--near", 0, "--workers", 1)
+    rows = {row["source"]: row for row in pd.open_dataset(tmp_path / "data/set")}
+    assert set(rows) == {"AbC.mp4", os.fsdecode(b"caf\xe9.mp4"), "nfd\u0301.mp4", "-xY.webp"}
+    assert [one["text"] for one in rows["AbC.mp4"]["captions"]] == ["in capitals"]
+    lost, = row_lines(tmp_path / "data/set/rejected.jsonl")
+    assert (lost["source"], lost["reason"]) == ("nfd\u0301.mp4", "malformed text beside it") and "'ï' in cp1252" in lost["detail"]
+    assert "2 pictures, thumbnails" in done.stderr
+
+
+def test_section1_a_fault_is_one_files_reject(tmp_path, monkeypatch, capsys):
+    """A function of ours that fails at one file: the rest is kept, the log has the traceback, the last line says so."""
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 12))
+    whole = pd.Scan.__init__
+
+    def fails(self, video, *rest):
+        if video.path.name == "b.mp4":
+            raise IndexError("list index \x1b[31m out of range")
+        whole(self, video, *rest)
+    monkeypatch.setattr(pd.Scan, "__init__", fails)
+    options = vars(pd.parse_options(["x", "--videos", "in"])) | {"meta": None}
+    sent = type("Pipe", (), {"send": lambda self, what: None})()
+    folder = tmp_path / "set"
+    folder.mkdir()
+    monkeypatch.setattr(pd, "die_with_parent", lambda: None)
+    for _ in range(2):                                                  # a shard that is begun again
+        make_shard(folder, tmp_path / "in", ["a.mp4", "b.mp4", "c.mp4"], options, sent)
+    rows, (lost,) = row_lines(folder / "shard-00000.jsonl"), row_lines(folder / "shard-00000.rejected.jsonl")
+    assert [row["source"] for row in rows] == ["a.mp4", "c.mp4"]
+    assert (lost["source"], lost["reason"]) == ("b.mp4", "fault: IndexError in clips_of") and "trace" not in lost
+    assert "\x1b" not in lost["detail"]
+    assert (folder / "faults.log").read_text().count("Traceback") == 2
+    pd.warn(folder, options, {"rejected": {lost["reason"]: 1, "too short": 3}, "captioned_clips": 0, "clips": 2})
+    text = (folder / "faults.log").read_text()
+    assert text.count("Traceback") == 1 and text.startswith('"b.mp4"\n') and "IndexError: list index" in text
+    assert f"1 files ended in faults of this program: {folder / 'faults.log'}" in capsys.readouterr().err
+
+
+def make_shard(folder, root, sources, options, pipe):
+    arguments = {"folder": folder, "number": 0, "root": root, "sources": sources, "database": None, "options": options,
+                 "bad": {}, "pipe": pipe}
+    pd.make_shard(**arguments)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EMFILE, "files"), MemoryError(),
+                                   OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "read")])
+def test_section1_errors_of_the_machine_are_no_files(tmp_path, monkeypatch, error):
+    encode(tmp_path / "a.mp4", shot(RED, 9))
+    options = vars(pd.parse_options(["x", "--videos", "in"])) | {"meta": None}
+
+    def fails(*_):
+        raise error
+    monkeypatch.setattr(pd, "plan_clips", fails)
+    with pytest.raises(type(error)):
+        list(pd.clips_of(tmp_path, "a.mp4", [], options))
+    monkeypatch.setattr(pd, "plan_clips", lambda *_: 1 / 0)
+    (lost, _, _), = pd.clips_of(tmp_path, "a.mp4", [], options)
+    assert lost["reason"].startswith("fault: ZeroDivisionError in ")
+
+
+def test_m13_m11_and_faults_end_to_end(tmp_path):
+    for name, colour in (("cats/002", RED), ("dogs/001", BLUE)):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 24))
+    rows = [{"video": "cats/001.mp4", "caption": "a cat"}, {"video": "dogs/001.mp4", "caption": {"short": "a dog"}, "frames": ["1.jpg"]},
+            {"video": "cats/002.mp4", "caption": "x", "frames": [20, 3]}]
+    write(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = run(tmp_path, "set", "--videos", "in", "--meta", "m.jsonl", "--near", 0, "--workers", 1)
+    got = {row["source"]: row["captions"] for row in pd.open_dataset(tmp_path / "data/set")}
+    assert got["cats/002.mp4"] == [] and [(c["text"], c["style"]) for c in got["dogs/001.mp4"]] == [("a dog", "short")]
+    lost = {row["detail"] for row in row_lines(tmp_path / "data/set/rejected.jsonl")}
+    assert any("frames [20, 3]" in one for one in lost) and any("another folder" in one for one in lost)
+    assert "2 rows of metadata rejected" in done.stdout
+
+
+# -- mutated inputs --------------------------------------------------------------------------------
+
+SEEDS = {
+    "csv": 'video,caption,start,end,frames,label\na.mp4,"a ""cat"", walks",0,1,,x\nb.mp4,dog,0:00:01.5,2,,"y\nz"\n',
+    "tsv": "video\tcaption\tsplit\na.mp4\ta cat\ttrain\nb.mp4\t\"dog\"\tval\n", "txt": "a.mp4\r\nx/b.mp4\n",
+    "json": json.dumps([{"video": "a.mp4", "caption": {"s": ["x", None]}, "frames": [0, 5], "score": 1.5},
+                        {"path": "x/b.mp4", "text": "caf\u00e9 \U0001f600", "split": "Val"}, {"video": "c", "start": 1, "end": 2}]),
+    "jsonl": '{"video": "a.mp4", "caption": ["x", "y"], "prompt": "q"}\n{"file": "b", "caption": "[1]", "frames": [1, 2]}\n',
+    "panda70m": 'videoID,url,timestamp,caption,matching_score,desirable_filtering\na,u,"[[\'0:00:00.000\', \'0:00:01.000\']]","[\'x\']",[0.5],"[\'desirable\']"\n',
+    "webvid": "videoid,name,page_dir\na,a cat,x\nb,dog,y\n",
+    "internvid": '{"YoutubeID": "a", "Start_timestamp": "00:00:01.0", "End_timestamp": "00:00:02.5", "Caption": "x", "Aesthetic_Score": 5, "UMT_Score": ""}\n',
+    "msrvtt": json.dumps({"info": {}, "videos": [{"video_id": "a", "category": 0, "split": "train"}], "sentences": [{"video_id": "a", "caption": "x"}]}),
+    "shot2story": json.dumps([{"video": "a.mp4", "whole_caption": "x", "video_names": ["a_0_9.mp4"], "captions": ["y"]}]),
+    "youku": "video_id:FILE,title,label\nvideos/a.mp4,x,y\n", "ucf101": "x/b.mp4 3\na.mp4 1\n",
+    "videoinstruct": json.dumps([{"q": "a?", "a": "b", "video_id": "a"}, {"video": "b.pkl", "conversations": [{"value": "q"}, {"value": "a"}]}]),
+    "tgif": "https://x/y/b.mp4\ta man\nhttps://a.mp4\tb\n", "beside": '{"caption": {"a": "x"}, "frames": [0, 3], "label": "c", "n": 1e3}'}
+ENDINGS = {"panda70m": "csv", "webvid": "csv", "youku": "csv", "internvid": "jsonl", "msrvtt": "json", "shot2story": "json",
+           "videoinstruct": "json", "ucf101": "txt", "tgif": "tsv"}
+PIECES = [b'"', b"'", b",", b"\n", b"\r", b"\t", b"[", b"]", b"{", b"}", b"\\", b"\\ud83d", b"\xff", b"\0", b"null", b"NaN", b"-1e999",
+          b"9" * 400, b"1" + b"0" * 5000, b"[" * 3000, b'{"a":' * 3000, b"\xef\xbb\xbf", b"\xff\xfe", b"\xe2\x80\xa8", b"True", b"../", b"\\u0000"]
+
+
+def mutated(data, random):
+    data = bytearray(data)
+    for _ in range(random.choice((1, 1, 1, 2, 4))):
+        a, b = sorted(random.randrange(len(data) + 1) for _ in "ab")
+        what = random.randrange(5)
+        if what == 0:
+            data[a:min(b, a + 8)] = b""
+        elif what == 1:
+            data[a:a] = random.choice(PIECES)
+        elif what == 2:
+            data[a:a] = data[a:b]
+        elif what == 3 and data:
+            data[a % len(data)] ^= 1 << random.randrange(8)
+        else:
+            data[a:b] = random.choice(PIECES)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("form", SEEDS)
+@pytest.mark.parametrize("n", [25, pytest.param(3000, marks=pytest.mark.slow)])
+def test_fuzz_only_the_errors_that_are_meant(tmp_path, capsys, form, n):
+    """A reader keeps what it can, lists the rest, or refuses in one line; never another exception, never half a minute."""
+    draw, sources, kept = random.Random(form), ["a.mp4", "b.mp4", "c.webm", "x/b.mp4"], 0
+    name = f"x_videodatainfo.{ENDINGS.get(form, form)}" if form == "msrvtt" else f"m.{ENDINGS.get(form, form)}"
+    whole = SEEDS[form] if SEEDS[form][0] in "[{" and form != "internvid" else "".join(
+        [SEEDS[form], *SEEDS[form].splitlines(True)[-1:] * 2])
+    for i in range(n):
+        data, since = mutated(whole.encode(), draw), time.process_time()
+        if form == "beside":
+            facts, rejects = pd.beside("x/a.mp4", {".json": data, ".txt": mutated(b"a text", draw)})
+            json.dumps(pd.told("x/a.mp4", facts, 0.0, 1.0)).encode()
+            continue
+        try:
+            found, lost = captions(tmp_path, name, data, sources, form)
+        except SystemExit as left:
+            assert left.code == 2, data
+            said = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("warning: ")]
+            assert len(said) == 1 and said[0].startswith(Path(sys.argv[0]).name), data
+            continue
+        kept += any(found.values())
+        for texts in found.values():
+            "".join(texts).encode()                                     # what a tokenizer can take
+        json.dumps(lost, ensure_ascii=False).encode()
+        assert time.process_time() - since < 10, data
+    assert kept > n / 20 or form in ("beside", "txt", "ucf101", "panda70m")
