@@ -84,6 +84,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import zlib
 from array import array
 from collections import Counter, deque
 from fractions import Fraction
@@ -109,6 +110,8 @@ if sys.version_info < (3, 11):
     sys.exit(2)
 
 import av
+import av.filter
+import av.sidedata.sidedata
 import numpy as np
 import PIL
 from av.error import FFmpegError
@@ -124,14 +127,16 @@ except ImportError:                      # Windows: what a killed run left half-
 FORMAT = 1                               # version of the folder's format
 VIDEOS = {f".{name}" for name in "mp4 m4v mov mkv webm avi flv wmv mpg mpeg ts mts m2ts 3gp 3g2 "
           "ogv mxf vob".split()}
-STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic ppm".split()}
+STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic heif hif "
+          "ppm".split()}
+HEIC = (b"heic", b"heix", b"mif1")
 ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
 ARCHIVES = (".tar", ".tfrecords")
 SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error,
-                  Image.DecompressionBombError)                    # Pillow's, on bad files
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError,
+                  LookupError, TypeError, zlib.error)              # Pillow's, on bad files
 
 
 # -- files, randomness, refusals -------------------------------------------------------------------
@@ -397,6 +402,16 @@ PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "2
 FORMS_OF_NAMES = (str, functools.partial(unicodedata.normalize, "NFC"),
                   functools.partial(unicodedata.normalize, "NFD"))      # as disks may spell them
 BEAT = 64               # frames after which a worker says again that it is at work
+MOST_PIXELS = 2**26     # of a picture or frame (8192 x 8192): what more would take is GiB of memory
+MOST_BYTES = 2**33 - 1  # of a tar's member
+SQUARE = 16             # sample aspect ratios beyond 1 to so many, or so many to 1, are damage
+HDR = {16: "PQ", 18: "HLG"}             # H.273's transfer characteristics
+WHITE, PEAK = 203.0, 1000.0             # cd/m2: SDR's white (BT.2408), and where HDR is cut off
+TO_709 = {1: np.eye(3), 12: ((1.224940, -0.224940, 0), (-0.042057, 1.042057, 0), (
+    -0.019638, -0.078636, 1.098274))}   # primaries' linear RGB in BT.709's: 12 is P3, others 2020
+FROM_2020 = ((1.660491, -0.587641, -0.072850), (-0.124550, 1.132900, -0.008349),
+             (-0.018151, -0.100579, 1.118730))
+Image.MAX_IMAGE_PIXELS = None           # `opened_picture` has its own bound, and no warning
 
 
 class Unreadable(Exception):
@@ -475,30 +490,68 @@ def bair_video(record):
 
 
 def flat_rgb(picture):
-    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white."""
+    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white. White is
+    what the format says: 2**bits - 1; of floats 1, or where they are larger, 255 or 65535."""
     if picture.mode[0] in "IF":                                     # 16 bits and more; floats
-        values = np.asarray(picture, dtype=np.float64)
+        tags = getattr(picture, "tag_v2", {})
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
         most = values.max(initial=0)
-        full = 65535.0 if most > 255 else 255.0 if most > 1 else 1.0
-        picture = Image.fromarray((values.clip(0, full) / full * 255).round().astype(np.uint8))
+        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
+            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
+        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
+        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return np.array(picture.convert("RGB"))
 
 
-def read_still(file):
-    """uint8 [H, W, 3] of a picture file (path or file object), turned the way its EXIF says."""
+@contextlib.contextmanager
+def opened_picture(file):
+    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG of more than
+    MOST_PIXELS at a half, a quarter or an eighth of its size. Raises Unreadable."""
     with Image.open(file) as picture:
+        size, k = picture.size, 1
+        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
+            k *= 2
+            picture.draft(picture.mode, [side // k for side in size])
+        if math.prod(picture.size) > MOST_PIXELS:
+            raise Unreadable("too many pixels", math.prod(size))
+        yield picture
+
+
+def brand_of(file):
+    """The brand of an ISO file, such as b"heic" or b"avif"; b"" of any other."""
+    with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as inside:
+        inside.seek(0)
+        head = inside.read(12)
+        inside.seek(0)
+    return head[8:] if head[4:8] == b"ftyp" else b""
+
+
+def decoded_still(file, hdr="tonemap"):
+    """(uint8 [H, W, 3], what was done to it) of a picture file (path or file object), turned the
+    way it says itself."""
+    if brand_of(file) in (*HEIC, b"avif") and (found := read_heif(file, hdr)):
+        return found
+    with opened_picture(file) as picture:
         picture.load()
-        return flat_rgb(ImageOps.exif_transpose(picture))
+        ImageOps.exif_transpose(picture, in_place=True)
+        return flat_rgb(picture), ()
+
+
+def read_still(file):
+    """uint8 [H, W, 3] of a picture file."""
+    return decoded_still(file)[0]
 
 
 def is_animated(path):
     """Whether a still's extension hides a video. Pages of a TIFF and the second view of a stereo
     JPEG are no frames, so only the formats that animate count."""
+    if brand_of(path) in HEIC:
+        return False
     try:
-        with Image.open(path) as picture:
+        with opened_picture(path) as picture:
             return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
                 getattr(picture, "n_frames", 1) > 1
     except PICTURE_ERRORS as error:
@@ -507,15 +560,113 @@ def is_animated(path):
         raise Unreadable("not a picture that can be read") from None
 
 
+def boxes(data, start, stop):
+    """{type: (first, last)} of the boxes of an ISO file between two places of its bytes, and the
+    same as a list."""
+    found = []
+    while start + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        head = 16 if size == 1 else 8
+        size = struct.unpack_from(">Q", data, start + 8)[0] if size == 1 else size or stop - start
+        found.append((kind, (start + head, min(stop, start + max(size, head)))))
+        start += max(size, head)
+    return dict(found), found
+
+
+def heif_item(data):
+    """(type, [number of each tile], columns, (width, height), [(property, its bytes)]) of the main
+    picture of a HEIF file: a coded picture, or a grid of them."""
+    meta, _ = boxes(data, boxes(data, 0, len(data))[0][b"meta"][0] + 4, len(data))
+    reads = lambda form, at: struct.unpack_from(">" + form, data, at)
+    number = lambda at, is_wide: reads("I" if is_wide else "H", at)[0]
+    start = lambda name: (meta[name][0] + 4, data[meta[name][0]])       # behind version and flags
+    at, version = start(b"pitm")
+    main, kinds, tiles, columns, size, told = number(at, version), {}, None, 1, None, []
+    at, version = start(b"iinf")
+    for _, (at, _) in boxes(data, at + (4 if version else 2), meta[b"iinf"][1])[1]:
+        wide = data[at] > 2
+        kinds[number(at + 4, wide)] = data[at + 8 + 2 * wide:at + 12 + 2 * wide]
+    if kinds[main] == b"grid":
+        at, wide = start(b"iref")
+        for kind, (at, _) in boxes(data, at, meta[b"iref"][1])[1]:
+            if kind == b"dimg" and number(at, wide) == main:
+                step = 4 if wide else 2
+                tiles = [number(at + step + 2 + n * step, wide) for n in range(*reads(
+                    "H", at + step))]
+        at, version = start(b"iloc")
+        sizes = [data[at] >> 4, data[at] & 15, data[at + 1] >> 4,
+                 data[at + 1] & 15 if version else 0]
+        long = lambda at, n: int.from_bytes(data[at:at + n])
+        at, count = at + (6 if version > 1 else 4), number(at + 2, version > 1)
+        for _ in range(count):
+            item, at = number(at, version > 1), at + (4 if version > 1 else 2)
+            method = reads("H", at)[0] & 15 if version else 0
+            at += 2 * (version > 0) + 2
+            base, n = long(at, sizes[2]), reads("H", at + sizes[2])[0]
+            at += sizes[2] + 2
+            place = base + long(at + sizes[3], sizes[0]) + (meta[b"idat"][0] if method == 1 else 0)
+            at += n * (sizes[3] + sizes[0] + sizes[1])
+            if item == main:                           # version, flags, rows - 1, columns - 1, size
+                flags, _, columns, *size = reads("4B" + ("II" if data[place + 1] & 1 else "HH"),
+                                                 place)[1:]
+                columns += 1
+    part, _ = boxes(data, *meta[b"iprp"])
+    known = [(kind, data[a:b]) for kind, (a, b) in boxes(data, *part[b"ipco"])[1]]
+    at, wide = part[b"ipma"][0] + 8, data[part[b"ipma"][0] + 3] & 1
+    for _ in range(*reads("I", at - 4)):
+        item, at = number(at, data[part[b"ipma"][0]]), at + (4 if data[part[b"ipma"][0]] else 2)
+        for n in range(data[at]):
+            k = reads("H", at + 1 + 2 * n)[0] & 0x7fff if wide else data[at + 1 + n] & 0x7f
+            if item == main and k:
+                told.append(known[k - 1])
+        at += 1 + data[at] * (2 if wide else 1)
+    return kinds[main], tiles or [main], columns, size, told
+
+
+def read_heif(file, hdr):
+    """(uint8 [H, W, 3], what was done to it) of a HEIC, also one of tiles as telephones write it,
+    or of an AVIF in HDR, by FFmpeg and turned; None of an AVIF that Pillow reads. Raises
+    Unreadable."""
+    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+    try:
+        kind, tiles, columns, size, told = heif_item(data)
+        colour = next((one for name, one in told if one[:4] == b"nclx"), b"")
+        if data[8:11] == b"avi" and int.from_bytes(colour[6:8]) not in HDR:
+            return None
+        if kind not in (b"hvc1", b"av01", b"grid"):
+            raise Unreadable(f"HEIF of type {kind.decode('latin-1')}")
+        with av.open(io.BytesIO(data)) as container:
+            streams, parts = {one.id: one for one in container.streams.video}, {}
+            for packet in container.demux([streams[tile] for tile in tiles]):
+                for frame in packet.decode():
+                    parts.setdefault(packet.stream.id, frame)
+        frames, video = [parts[tile] for tile in tiles], Video(file, hdr=hdr)
+        video.note_tags(frames[0])
+        frames = [video.pixels(frame, frame.width, frame.height) for frame in frames]
+        rows = [np.concatenate(frames[at:at + columns], 1) for at in range(0, len(frames), columns)]
+    except (FFmpegError, LookupError, TypeError, ValueError, struct.error):
+        raise Unreadable("broken picture") from None
+    width, height = size or rows[0].shape[1::-1]
+    pixels = np.concatenate(rows)[:height, :width]
+    for name, one in told:
+        pixels = np.rot90(pixels, one[0] & 3) if name == b"irot" else \
+            np.flip(pixels, one[0] & 1) if name == b"imir" else pixels
+    return np.ascontiguousarray(pixels), {"HEIF to PNG", *video.converted}
+
+
 class Video:
     """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
     av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
-    again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation)
-    and `codec`; after the last `bad_packets` and `bits`, those of its packets. Calls `beat` with
-    their number each BEAT frames, or each second. Raises Unreadable."""
+    again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation),
+    `codec` and `step` (s between frames as the stream's header has it); after the last
+    `bad_packets` and `bits`, those of its packets, and `converted`, what was done to the frames:
+    interlaced ones have their lines filled in, and `small`, `luma` and `rgb` bring HDR to BT.709.
+    Calls `beat` with their number each BEAT frames, or each second. Raises Unreadable, also for
+    what `hdr` and `interlaced` say to reject."""
 
-    def __init__(self, path, beat=lambda n: None):
-        self.path, self.beat, self.tick, self.sar = path, beat, 0.001, 1
+    def __init__(self, path, beat=lambda n: None, hdr="tonemap", interlaced="deinterlace"):
+        self.path, self.beat, self.tick, self.sar, self.step = path, beat, 0.001, 1, 0.04
+        self.hdr, self.interlaced, self.converted = hdr, interlaced, set()
         self.matrix = self.turn = None
         self.bad_packets, self.bits, self.codec, self.scaler = 0, 0, None, VideoReformatter()
 
@@ -523,22 +674,58 @@ class Video:
         self.bad_packets = self.bits = 0
         since = time.monotonic()
         for n, frame in enumerate(self.pictures() if self.path.suffix.lower() in STILLS
-                                  else self.packets(), 1):
+                                  else self.progressive(self.packets()), 1):
             if n % BEAT == 0 or time.monotonic() - since > 1:        # one may take long
                 self.beat(n)
                 since = time.monotonic()
             yield frame
 
+    def progressive(self, frames):
+        """The frames; from the first interlaced one on, those that are so pass FFmpeg's bwdif."""
+        graph, shape, waiting = None, None, deque()
+
+        def deinterlaced(frame):
+            graph.vpush(frame)
+            with contextlib.suppress(BlockingIOError, EOFError):
+                while waiting:
+                    out = graph.vpull()
+                    out.pts, out.dts = waiting.popleft()
+                    yield out
+        for frame in frames:
+            if graph and shape != (frame.width, frame.height, frame.format.name):
+                yield from deinterlaced(None)
+                graph = None
+            if frame.interlaced_frame and not graph and self.interlaced != "keep" \
+                    and min(frame.width, frame.height) >= 16:
+                if self.interlaced == "reject":
+                    raise Unreadable("interlaced")
+                self.converted.add("deinterlaced")
+                shape = frame.width, frame.height, frame.format.name
+                graph = deinterlacer(frame)
+            if graph:
+                waiting.append((frame.pts, frame.dts))
+                yield from deinterlaced(frame)
+            else:
+                yield frame
+        if graph:
+            yield from deinterlaced(None)
+
     def pictures(self):
         """Frames of an animated picture by Pillow, with delays as browsers take them."""
         at = 0
         try:
-            with Image.open(self.path) as picture:
+            with opened_picture(self.path) as picture:
+                if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
+                    raise Unreadable("too many pixels", math.prod(picture.size))
+                unit = 10 if picture.format == "GIF" else 1            # ms that delays are told in
+                self.tick = unit / 1000
                 for n in range(picture.n_frames):
                     picture.seek(n)
+                    if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
+                        raise ValueError
                     picture.load()
                     frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
-                    frame.pts, delay = at, round(picture.info.get("duration") or 0)
+                    frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
                     at += delay if delay > 10 else 100
                     yield frame
         except PICTURE_ERRORS as error:
@@ -549,9 +736,11 @@ class Video:
     def packets(self):
         """Frames by FFmpeg, packet by packet; one that does not decode is counted and skipped."""
         with opened(self.path) as (container, stream):
-            self.tick, self.sar = float(stream.time_base), stream.sample_aspect_ratio or 1
-            self.codec, n = stream.codec_context.name, 0
-            packets, packet, n_packets = container.demux(stream), stream, 0
+            self.tick, self.sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
+            if not 1 / SQUARE <= self.sar <= SQUARE:
+                raise Unreadable("pixels far from square", self.sar)
+            self.codec, n, n_lost = stream.codec_context.name, 0, 0
+            packets, packet, n_packets = demuxed(container, stream), stream, 0
             while packet is not None:                  # None, the end, is decoded too
                 try:
                     packet = next(packets, None)
@@ -560,27 +749,39 @@ class Video:
                     raise_machine(error, self.path, stream.index, n_packets)
                     self.bad_packets, packet = self.bad_packets + 1, None
                 self.bits += 8 * packet.size if packet else 0
+                n_lost += bool(packet and packet.size and not packet.is_discard)
                 try:
                     frames = stream.codec_context.decode(packet)
                 except FFmpegError as error:
                     if is_machine_error(error):
                         raise
                     self.bad_packets += not isinstance(error, EOFError)
+                    n_lost -= not isinstance(error, EOFError)
                     frames = ()
                 for frame in frames:
                     if n == 0 or frame.key_frame:
                         self.note_tags(frame)
-                    n += 1
+                        self.step = 1 / min(float(stream.codec_context.framerate or 25), 1000)
+                    n, n_lost = n + 1, n_lost - 1
+                    self.bad_packets += frame.is_corrupt
                     yield frame
+            if self.codec == "hevc":    # its decoder leaves out in silence what refers to lost ones
+                self.bad_packets += max(0, n_lost)
 
     def note_tags(self, frame):
-        if frame.color_trc in (16, 18):                # smpte2084 (PQ), arib-std-b67 (HLG)
-            raise Unreadable("HDR", frame.color_trc)
+        if frame.width * frame.height > MOST_PIXELS:
+            raise Unreadable("too many pixels", frame.width * frame.height)
+        if frame.color_trc in HDR:
+            if self.hdr == "reject" or frame.colorspace > 10:       # ICtCp, constant luminance
+                raise Unreadable("HDR", max(frame.color_trc, frame.colorspace))
+            self.converted.add(f"{HDR[frame.color_trc]} to BT.709")
         if self.turn == frame.rotation:     # a frame whose side_data were read lives until a gc
             return
-        turn = [data for data in frame.side_data.keys() if data.type.name == "DISPLAYMATRIX"]
-        self.matrix = np.frombuffer(bytes(turn[0]), np.int32)[[0, 1, 3, 4]].tolist() \
-            if turn else None
+        found = {data.type.name: data for data in frame.side_data.keys()}
+        if "DOVI_METADATA" in found and frame.colorspace == 2:
+            raise Unreadable("HDR", "Dolby Vision without a base layer")
+        self.matrix = np.frombuffer(bytes(found["DISPLAYMATRIX"]), np.int32)[
+            [0, 1, 3, 4]].tolist() if "DISPLAYMATRIX" in found else None
         self.turn = frame.rotation
 
     def small(self, frame, side=64):
@@ -590,6 +791,9 @@ class Video:
         shrink = min(1.0, side / max(frame.width, frame.height))
         width, height = (max(1, round(v * shrink)) for v in (frame.width, frame.height))
         known = PLANAR.get(frame.format.name)
+        if frame.color_trc in HDR:
+            pixels = self.pixels(frame, width, height, Interpolation.AREA).astype(np.float32)
+            return (pixels @ YCC.T).transpose(2, 0, 1) + np.float32([[[0]], [[128]], [[128]]])
         if shrink > 0.5 or not known:
             return self.scaler.reformat(
                 frame, width, height, "yuv444p", src_colorspace=colour_matrix(frame),
@@ -610,6 +814,8 @@ class Video:
 
     def luma(self, frame):
         """[H, W] luma of a frame, 0..255 (a view where 8 bits are stored, headroom and all)."""
+        if frame.color_trc in HDR:
+            return (self.pixels(frame, frame.width, frame.height) @ YCC[0]).astype(np.uint8)
         kind, unit = PLANAR.get(frame.format.name, (None, 1))
         if kind is None or max(frame.width, frame.height) < 128:
             return frame.reformat(format="gray", threads=1).to_ndarray()
@@ -627,14 +833,74 @@ class Video:
             width, height = (max(2, 2 * round(v * shrink / 2)) for v in (width, height))
         kind = Interpolation.AREA if width < frame.width else \
             Interpolation.BILINEAR if width == frame.width else Interpolation.BICUBIC
-        pixels = self.scaler.reformat(
-            frame, int(width), int(height), "rgb24", src_colorspace=colour_matrix(frame),
-            interpolation=kind, threads=1).to_ndarray()
+        pixels = self.pixels(frame, int(width), int(height), kind)
         (h, w), (top, bottom, left, right) = pixels.shape[:2], border
         pixels = pixels[math.ceil(top * h):h - math.ceil(bottom * h),
                         math.ceil(left * w):w - math.ceil(right * w)]
         pixels = turned(pixels, self.matrix)
         return np.ascontiguousarray(pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2])
+
+
+    def pixels(self, frame, width, height, kind=Interpolation.BILINEAR):
+        """uint8 [height, width, 3]: a frame scaled and, of HDR, then tone-mapped."""
+        is_hdr = frame.color_trc in HDR
+        found = self.scaler.reformat(
+            frame, width, height, "rgb48le" if is_hdr else "rgb24", interpolation=kind, threads=1,
+            src_colorspace=colour_matrix(frame)).to_ndarray()
+        return tone_mapped(found, frame.color_trc, frame.color_primaries) if is_hdr else found
+
+
+YCC = np.float32(((0.2126, 0.7152, 0.0722), (-0.114572, -0.385428, 0.5),
+                  (0.5, -0.454153, -0.045847)))        # BT.709's, full range
+
+
+def tone_mapped(signal, transfer, primaries=9):
+    """uint8 [H, W, 3]: BT.709 for a BT.1886 display, of R'G'B' in PQ or HLG, uint16 [H, W, 3] in
+    full range. Display light (HLG: by BT.2100's OOTF at PEAK) is compressed by BT.2390's EETF from
+    0..PEAK to 0..WHITE cd/m2, which leaves all below 90 cd/m2 as it is, by the greatest of R, G, B,
+    so that hues stay; colours outside of BT.709 are clipped."""
+    linear, bent, encoded = hdr_tables(transfer)
+    matrix = np.float32(TO_709.get(primaries, FROM_2020))
+    flat, out = signal.reshape(-1, 3), np.empty(signal.shape, np.uint8)
+    for at in range(0, len(flat), 2**15):              # what the processor's cache holds
+        light = linear[np.ascontiguousarray(flat[at:at + 2**15].T)]
+        if transfer == 18:
+            light *= (np.float32((0.2627, 0.678, 0.0593)) @ light) ** np.float32(0.2)
+        top = light.max(0)
+        gain = bent[(np.sqrt(top.clip(0, 1)) * 65535).astype(np.uint16)] / top.clip(1e-9)
+        light = matrix @ light * gain
+        out.reshape(-1, 3)[at:at + 2**15] = encoded[
+            (np.sqrt(light.clip(0, 1)) * 65535 + 0.5).astype(np.uint16)].T
+    return out
+
+
+@functools.lru_cache(2)
+def hdr_tables(transfer):
+    """Tables of 65536 for `tone_mapped`: light / PEAK (HLG: of the scene) by the signal; light /
+    WHITE after BT.2390's EETF by the root of light / PEAK; levels by the root of light / WHITE."""
+    x = np.linspace(0, 1, 65536)
+
+    def eotf(signal):                                  # of PQ: SMPTE ST 2084
+        power = signal ** (1 / 78.84375)
+        return 1e4 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (
+            1 / 0.1593017578125)
+
+    def inverse(light):
+        power = (light / 1e4) ** 0.1593017578125
+        return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    if transfer == 16:
+        linear = eotf(x) / PEAK
+    else:
+        linear = np.where(x <= 0.5, x * x / 3, (np.exp((x - 0.55991073) / 0.17883277)
+                                                + 0.28466892) / 12)
+    top, most = inverse(x * x * PEAK) / inverse(PEAK), inverse(WHITE) / inverse(PEAK)
+    knee = 1.5 * most - 0.5
+    t = (top - knee) / (1 - knee)
+    curve = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) \
+        + (3 * t**2 - 2 * t**3) * most
+    bent = eotf(np.where(top < knee, top, curve) * inverse(PEAK)) / WHITE
+    return linear.astype(np.float32), bent.astype(np.float32), \
+        (x ** (2 / 2.4) * 255).round().astype(np.uint8)
 
 
 def turned(pixels, matrix):
@@ -703,9 +969,44 @@ def raise_machine(error, path, index=0, n_packets=0):
     raise OSError(error.errno, error.strerror, str(path))
 
 
+def demuxed(container, stream):
+    """The packets of a stream. One of a stream that begins within the file is passed over: PyAV
+    knows only those that were there when it was opened, and ends its iteration."""
+    for packets in iter(lambda: container.demux(stream), None):
+        try:
+            yield from packets
+            return
+        except IndexError:
+            continue
+
+
+def deinterlacer(frame):
+    """FFmpeg's bwdif for frames like `frame`, one for one, in one thread."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def unnamed(kind, value):
+    """A member of PyAV's enumeration of side data for a type that it does not know: else it reads
+    none of that frame's, not even the rotation."""
+    one = object.__new__(kind)
+    one._name_ = one._value_ = value
+    return one
+
+
+av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
+
+
 def colour_matrix(frame):
     """What to pass as src_colorspace: None = the frame's own tag; untagged is BT.601, or BT.709
-    at HD sizes, as players have it."""
+    at HD sizes, as players have it; HDR is BT.2020."""
+    if frame.colorspace in (2, 10) and frame.color_trc in HDR:
+        return Colorspace.BT2020
     if frame.colorspace != 2:                                       # AVCOL_SPC_UNSPECIFIED
         return None
     return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
@@ -794,12 +1095,14 @@ class Scan:
     {frame: least difference from either side of it to the other} and alike {frame: likeness of both
     sides} of what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny
     [T, 3, 12, 12]: thumbnails; samples: a Sample each `every` s; bits [T + 1]: of all packets
-    before the frame; sizes {frame: (width, height)} from which the stored size is another; breaks:
-    frames that begin a new shot whatever they show, for their size or after a gap in time."""
+    before the frame; corrupt [T]: whether the decoder made parts of it up; lost [T - 1]: how many
+    frames are missing behind each; sizes {frame: (width, height)} from which the stored size is
+    another; breaks: frames that begin a new shot whatever they show, for their size or after a gap
+    in time."""
 
     def __init__(self, video, every=SAMPLE):
         stamps, change, light, spread, bits = (array("d") for _ in range(5))
-        tiny = bytearray()                             # of a long film, all that memory grows with
+        tiny, corrupt, is_plain = bytearray(), bytearray(), True     # memory grows with these alone
         recent, size, last = deque(maxlen=2 * REACH), None, None          # the newest first
         self.across, self.alike, self.samples, self.sizes = {}, {}, [], {}
         for n, frame in enumerate(video):
@@ -822,15 +1125,22 @@ class Scan:
                 self.samples.append(last)
             recent.appendleft(small)
             self.weigh([n - WINDOW], change, recent)
+            is_plain &= frame.format.name == "yuv420p" and frame.color_range != 2 \
+                and not frame.interlaced_frame and frame.color_trc not in HDR
+            corrupt.append(frame.is_corrupt)
         if not stamps:
             raise Unreadable("no frame decodes", video.bad_packets)
         self.weigh(range(len(change) - WINDOW, len(change)), change, recent)
-        self.tick, self.sar, self.is_plain = video.tick, video.sar, frame.format.name == "yuv420p" \
-            and frame.color_range != 2 and not frame.interlaced_frame
-        self.times = true_times(np.reshape(stamps, (-1, 2)).T * self.tick)
+        self.tick, self.sar, self.is_plain = video.tick, video.sar, is_plain
+        self.times = true_times(np.reshape(stamps, (-1, 2)).T * self.tick, video.step)
         self.change, self.light, self.spread = map(np.array, (change, light, spread))
         self.tiny = np.frombuffer(tiny, np.uint8).reshape(-1, 3, 12, 12)
         self.bits = np.r_[bits, video.bits]
+        steps = np.diff(self.times)                    # frames that a rate else constant misses
+        usual = float(np.median(steps)) if len(steps) else 1.0
+        steady = (np.abs(steps - usual) <= usual / 4 + self.tick).mean() >= 0.8 if len(steps) else 0
+        self.lost = np.where(steps <= GAP, np.rint(steps / usual) - 1, 0).clip(0) * bool(steady)
+        self.corrupt = np.frombuffer(corrupt, np.uint8)
         gaps = np.flatnonzero(np.diff(self.times) > GAP) + 1
         self.breaks = sorted({*self.sizes, *gaps.tolist()} - {0})
 
@@ -840,6 +1150,8 @@ class Scan:
             if j < 1 or not FLOOR < change[j] < math.inf or change[j] < usual_change(change, j):
                 continue
             seen = dict(zip(range(len(change) - 1, -1, -1), recent))
+            if j - 1 not in seen:                      # weighed when the size changed between
+                continue
             pairs = [pair for k in range(1, REACH) for pair in ((j, j - 1 - k), (j + k, j - 1))]
             self.across[j] = min((difference(seen[a], seen[b]) for a, b in pairs
                                   if a in seen and b in seen), default=math.inf)
@@ -857,13 +1169,16 @@ class Scan:
         far = np.abs(self.times - np.linspace(first, last, n)).max()
         if far <= max(0.002, step / 8, min(1.5 * self.tick, 0.4 * step)):
             return 1 / step, True
-        return 1 / float(np.median(np.diff(self.times))), False
+        step, k = float(np.median(np.diff(self.times))), min(12, n - 1)
+        if step < 1 / 120:              # frames come in pairs, in bunches: over a dozen of them
+            step = max(step, float(np.median(self.times[k:] - self.times[:-k])) / k)
+        return 1 / step, False
 
     def end(self, frame, fps):
         """Time at which the frame before `frame` ends."""
         if frame < len(self.times) and self.times[frame] - self.times[frame - 1] <= GAP:
             return float(self.times[frame])
-        return float(self.times[frame - 1] + 1 / fps)
+        return float(self.times[frame - 1] + min(1 / fps, GAP))
 
     def looks(self, first, stop):
         """The samples of the frames first..stop-1, or the last before them."""
@@ -876,6 +1191,7 @@ class Scan:
         width, height = [size for n, size in self.sizes.items() if n <= first][-1]
         light, looks = self.light[first:stop], self.looks(first, stop)
         wave = np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2)
+        lost = self.lost[first:stop].sum()
         moved = [one for one in looks if one.flow is not None and one.since >= first]
         turns = np.diff([one.pan for one in moved], axis=0) if len(moved) > 1 else np.zeros((1, 2))
         return {"seconds": round(length, 6), "rate": round(fps, 3),
@@ -884,6 +1200,8 @@ class Scan:
                 "shake": round(float(np.median(np.hypot(*turns.T))), 4),
                 "flicker": round(float(wave.mean()), 3) if len(wave) else 0.0,
                 "repeats": round(float((inside < 0.02).mean()), 4) if len(inside) else 0.0,
+                "damage": round(float((self.corrupt[first:stop].sum() + lost) / (
+                    stop - first + lost)), 4),
                 "bpp": round(float(self.bits[stop] - self.bits[first])
                              / ((stop - first) * width * height), 5),
                 **still_scores(looks, width * max(1, self.sar), height * max(1, 1 / self.sar),
@@ -997,7 +1315,7 @@ def look_closely(luma):
             border.append(float(np.argmin(one)) / len(line) if not line.all() else 0.0)
     step = max(1, round(max(luma.shape) / 192))
     mid = luma[::step, ::step].astype(np.int16)
-    slope = mid[:, 1:] - mid[:, :-1]
+    slope = np.diff(mid, axis=1) if mid.shape[1] > 1 else np.zeros_like(mid)
     rise, fall = slope > 40, slope < -40
     down, across = (blocks_of(n // size * size or n, max(1, n // size))
                     for n, size in zip(slope.shape, (6, 8)))
@@ -1009,14 +1327,15 @@ def look_closely(luma):
         (rise | fall)[None], 64).astype(bool))
 
 
-def true_times(stamps):
+def true_times(stamps, step=0.04):
     """Seconds since the first frame [T], strictly growing, of the timestamps [2, T] = pts, dts (s,
     nan where missing). Frames come in order of display, so a timestamp that does not grow is wrong
-    (packed B-frames in AVI, streams joined); it is replaced by its neighbours' line."""
+    (packed B-frames in AVI, streams joined); it is replaced by its neighbours' line. Without any,
+    as in an elementary stream, frames are `step` s apart."""
     raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum()))     # pts if both do
     top = np.maximum.accumulate(np.nan_to_num(raw, nan=-math.inf))
     good = np.flatnonzero(raw > np.r_[-math.inf, top[:-1]])
-    step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else 0.04
+    step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else step
     at = np.arange(len(raw))
     if not len(good):
         return at * step
@@ -1780,6 +2099,7 @@ SCORES = {              # what it is; why a clip is rejected that has too little
     "overlay": ("part whose edges stay while the rest moves, 0..1", "no overlay", "overlay"),
     "flicker": ("swing of the mean luma from frame to frame, levels", "no flicker", "flicker"),
     "repeats": ("share of frames that repeat the one before", "no repeats", "repeated frames"),
+    "damage": ("share of frames that are damaged or missing", "no damage", "damaged"),
     "bpp": ("bits a pixel of the source", "too few bits", "too many bits")}
 DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound
 
@@ -1839,6 +2159,8 @@ def plan_clips(scan, source, facts, options):
     """[(row, frames, border)] of a video's clips in order, those that filters will drop too:
     `frames` are the numbers of the source's frames that the clip shows, border is what to crop."""
     fps, is_constant = scan.rate()
+    if fps > 1000:
+        raise Unreadable("too fast a rate", fps)
     every = max(1, math.ceil(fps / options["max_fps"] - 1e-3)) if options["max_fps"] else 1
     for fact in facts:
         if "frames" in fact:                           # of the file, the last one included
@@ -1916,7 +2238,7 @@ def copied(video, scan, clips, options):
         with opened(video.path) as (source, stream), av.open(out, "w", format="mp4") as target:
             to = target.add_stream_from_template(stream)
             early, step = [], 1 / (scan.rate()[0] * video.tick)
-            for packet in source.demux(stream):
+            for packet in demuxed(source, stream):
                 if packet.dts is None:                 # Matroska's first ones; a last, empty one
                     early.append(packet)
                     continue
@@ -1926,7 +2248,7 @@ def copied(video, scan, clips, options):
                     one.pts, one.dts, one.stream = one.pts - shift, one.dts - shift, to
                     target.mux(one)
                 early = []
-        stamps = [frame.pts for frame in Video(out, video.beat)]
+        stamps = [frame.pts for frame in Video(out, video.beat, hdr="reject")]
         if len(stamps) != n or min(np.diff(stamps), default=1) <= 0:    # AVI's times of B-frames
             return None
     except (FFmpegError, TypeError, ValueError, Unreadable) as error:     # not to be in an MP4
@@ -1945,15 +2267,19 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
             facts, lost = beside(source, texts, options["format"] is None)
             yield from ((one, None, None) for one in lost)
         if path.suffix.lower() in STILLS and not is_animated(path):
-            row = still_row(path, source, facts, options)
+            row, file = still_row(path, source, facts, options)
             lost = failure(row, options)
-            yield (lost, None, None) if lost else \
-                (row, path.suffix.lower(), path.open("rb") if isinstance(path, Path) else path)
+            file = file or (path.open("rb") if isinstance(path, Path) else path)
+            yield (lost, None, None) if lost else checked(row, getattr(
+                file, "suffix", path.suffix).lower(), file)
             return
-        video, kept = Video(path, beat), []
+        video, kept = Video(path, beat, options["hdr"], options["interlaced"]), []
         scan = Scan(video)
+        if min(map(min, scan.sizes.values())) < 2:
+            raise Unreadable("too small", min(map(min, scan.sizes.values())))
         for row, *clip in plan_clips(scan, source, facts, options):
             row["scores"]["bad_packets"] = video.bad_packets
+            row |= {"converted": sorted(video.converted)} if video.converted else {}
             lost = failure(row, options)
             if lost:
                 yield lost, None, None
@@ -1961,7 +2287,7 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
                 kept.append((row, *clip))
         whole = copied(video, scan, kept, options) if kept else None
         for row, file in [whole] if whole else encode_clips(video, kept, options) if kept else ():
-            yield row, ".mp4", file
+            yield checked(row, ".mp4", file)
     except Unreadable as error:
         reason, figure = (*error.args, None)[:2]
         yield rejection(source, reason, figure=figure), None, None
@@ -1982,11 +2308,21 @@ def faulted(source, error):
         error)[:200]) | {"trace": "".join(traceback.format_exception(error))}
 
 
+def checked(row, suffix, file):
+    """(row, suffix, file) of a clip, or (its reject, None, None) where no tar can hold it."""
+    n_bytes = file.seek(0, os.SEEK_END)
+    if n_bytes <= MOST_BYTES:
+        return row, suffix, file
+    return rejection(row["source"], "too large for a tar", row["start"], row["end"], n_bytes,
+                     MOST_BYTES), None, None
+
+
 def still_row(path, source, facts, options):
-    """A still is a clip of one frame without a rate, and keeps its own bytes; a cap on its side is
-    a size in the row, to which readers bring it."""
+    """(row, None or its new file). A still is a clip of one frame without a rate, and keeps its own
+    bytes, but for HEIC and HDR, which become PNG; a cap on its side is a size in the row, to which
+    readers bring it."""
     try:
-        pixels = read_still(path)
+        pixels, converted = decoded_still(path, options["hdr"])
     except PICTURE_ERRORS as error:
         if is_machine_error(error):
             raise
@@ -1997,8 +2333,12 @@ def still_row(path, source, facts, options):
     samples, shrink = [Sample(0, 0.0, video, frame, small)], \
         min(1, cap / max(height, width)) if cap else 1
     scores = still_scores(samples, width, height, small[0].mean(), small[0].std(dtype=float))
-    return row_of(source, 0, facts, None, max(1, round(width * shrink)),
-                  max(1, round(height * shrink)), scores, samples)
+    row, file = row_of(source, 0, facts, None, max(1, round(width * shrink)),
+                       max(1, round(height * shrink)), scores, samples), None
+    if converted:
+        row["converted"], file = sorted(converted), in_memory(b"", ".png")
+        Image.fromarray(pixels).save(file, "PNG")
+    return row, file
 
 
 # -- near-duplicates -------------------------------------------------------------------------------
@@ -2434,8 +2774,9 @@ def make_plan(args, folder, root):
             f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
             "only be added); use that, or another NAME")
     new = [source for source in sources if source[0] not in before]
+    had, plan["options"] = plan["options"], {**options, **OLD, **plan["options"]}
     for name, value in options.items():
-        was = plan["options"].get(name)
+        was = had.get(name, value)
         if was != value and not (name == "meta" and was and value and new):
             if name == "meta":
                 was = was and (began["meta"] if plan.get("told") else "another file")
@@ -2467,6 +2808,7 @@ def claim(lock, first, n, wait=False):
     return False
 
 
+OLD = {"hdr": "reject", "interlaced": "keep"}           # of folders begun before these options
 SPAN = 2**40            # bytes of .lock that stand for all shards; the next one for joining them
 
 
@@ -3127,6 +3469,11 @@ def parse_options(argv=None):
         help="longer side, px, 8 or more; larger clips are scaled down; 0: no limit (%(default)s)")
     add("--max_fps", type=number(float, 0, 1000), default=0.0, metavar="FPS",
         help="frames a second, to 1000; faster clips keep every 2nd, 3rd, … frame; 0: no limit "
+        "(%(default)s)")
+    add("--hdr", choices=["tonemap", "reject"], default="tonemap", help="videos and AVIF and HEIC "
+        "stills in PQ or HLG: bring them to BT.709, or leave them out (%(default)s)")
+    add("--interlaced", choices=["deinterlace", "reject", "keep"], default="deinterlace",
+        help="interlaced videos: fill the missing lines in, leave them out, or keep their combs "
         "(%(default)s)")
     add("--max_seconds", type=real, default=20.0, metavar="S",
         help="longer shots are cut into equal pieces, s; 0: no limit (%(default)s)")

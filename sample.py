@@ -52,10 +52,10 @@ from tqdm import tqdm
 from kernels.patchify import patchify, unpatchify
 from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_strictly, normal,
                      open_vlm, read_as_config, read_published, rewrite, to_ours)
-from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, PICTURE_ERRORS, STILLS,
+from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, number, one_line, open_dataset, read_clip, read_still,
-                          refuse, render_shot, rng, script, sweep, write_fault, write_text,
+                          refuse, render_shot, rng, script, sweep, true_times, write_fault, write_text,
                           write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
@@ -741,7 +741,8 @@ class Sampler:
         for piece in story.pieces:
             at = 0
             for part in [piece.frames] if piece.latents is None else self.decode(piece.latents):
-                for frame in cut(part, story.wish):
+                for frame in part:
+                    frame = cut(frame[None], story.wish)[0]
                     if piece.start <= at < piece.stop and left:
                         left -= 1
                         yield frame
@@ -766,26 +767,58 @@ def fit(frame, height, width):
 
 
 def read_media(path, fps, height, width):
-    """uint8 [T, height, width, 3] of a video at `fps`, or of a still: scaled to cover, and cut
-    about the centre; as it is where height is None."""
+    """uint8 [T, height, width, 3] of a video at `fps`, a Film where this is large, or of a still:
+    scaled to cover, and cut about the centre; as it is where height is None."""
     path = Path(path)
-    scaled = fit if height else lambda frame, *_: frame[None]
     try:
         if path.suffix.lower() in STILLS and not is_animated(path):
-            return scaled(read_still(path), height, width)
-        video, frames, stamps = Video(path), [], []
-        for frame in video:
-            frames.append(scaled(video.rgb(frame), height, width))
-            stamps.append((frame.pts or 0) * video.tick)
+            pixels = read_still(path)
+            return fit(pixels, height, width) if height else pixels[None]
+        film = Film(path, fps, height, width)
+        return film[:] if math.prod(film.shape) <= FILM_BYTES else film
     except (Unreadable, *PICTURE_ERRORS) as error:
-        refuse(f"{path} cannot be read: {error}")
-    if not frames:
-        refuse(f"{path} holds no frame that can be read")
-    stamps = np.array(stamps) - stamps[0]
-    length = stamps[-1] + (stamps[-1] / (len(stamps) - 1) if len(stamps) > 1 else 1 / fps)
-    wanted = np.arange(max(1, round(length * fps))) / fps
-    near = np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted + 1e-6)
-    return np.concatenate([frames[i] for i in near])
+        refuse(f"{path} cannot be read: {' '.join(map(str, error.args))}")
+
+
+FILM_BYTES = 2**27
+
+
+class Film:
+    """The frames of a video at `fps`, like an array uint8 [T, height, width, 3], but decoded when
+    they are asked for: of a long video, memory holds the part in use."""
+
+    def __init__(self, path, fps, height, width):
+        video = Video(path)
+        stamps = [[math.nan if one is None else one for one in (frame.pts, frame.dts)]
+                  for frame in video]
+        if not stamps:
+            refuse(f"{path} holds no frame that can be read")
+        times = true_times(np.transpose(stamps) * video.tick, video.step)
+        times = np.cumsum([0, *np.diff(times).clip(max=GAP)])
+        length = times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps)
+        wanted = np.arange(max(1, round(length * fps))) / fps
+        self.path, self.near = path, np.searchsorted((times[1:] + times[:-1]) / 2, wanted + 1e-6)
+        sides = (height, width) if height else video.rgb(next(iter(video))).shape[:2]
+        self.shape = len(self.near), *sides, 3
+
+    def __len__(self):
+        return len(self.near)
+
+    def __iter__(self):
+        return self.walk(self.near)
+
+    def __getitem__(self, at):
+        return np.stack(list(self.walk(self.near[at])))
+
+    def walk(self, numbers):
+        """Yields the frames of these numbers, which do not fall."""
+        video, n, (height, width) = Video(self.path), -1, self.shape[1:3]
+        frames, fitted = iter(video), None
+        for number in numbers:
+            while n < number:
+                frame, n = next(frames), n + 1
+                fitted = fit(video.rgb(frame), height, width)[0] if n == number else None
+            yield fitted
 
 
 class CodeSampler(Sampler):
@@ -880,6 +913,13 @@ def wish_of(args, row):
     if wish.get("video") and not has("extend", "then", "to", "loop", "strength"):
         refuse("--video FILE: say what is to come of it: --extend, --then, --to, --loop or "
                "--strength")
+    odd = wish["height"] % 2 or wish["width"] % 2
+    if odd and args.format == "mp4" and (wish["frames"] > 1 or has("video", "to", "loop", "extend",
+                                                                   "then")):
+        asked = f"{wish['height']}x{wish['width']}"
+        wish |= {name: max(2, wish[name] // 2 * 2) for name in ("height", "width")}
+        print(f"an MP4's sides are even: {asked} is cut to {wish['height']}x{wish['width']} "
+              "(--format png keeps it)", file=sys.stderr)
     for name in has(*GIVEN_FILES):
         path = Path(wish[name[2:]])
         if not path.is_file():

@@ -291,7 +291,7 @@ def test_every_bad_file_is_named(made):
     rejects = {row["source"]: row for row in row_lines(made / "data/set/rejected.jsonl")}
     reasons = {name: rejects[name]["reason"] for name in rejects if name}
     assert reasons == {
-        "empty.mp4": "empty file", "sound.mp4": "no video stream", "hdr.mp4": "HDR",
+        "empty.mp4": "empty file", "sound.mp4": "no video stream",
         "text.mp4": "cannot be opened: Invalid data found when processing input",
         "half.mp4": "cannot be opened: Invalid data found when processing input",
         "broken.jpg": "broken picture", "page.jpg": "not a picture that can be read",
