@@ -474,8 +474,8 @@ def innermost(found):
     return found
 
 
-# What the values of a published config.json are made of, and how many may be: no network here has
-# more layers than this, and a list of as many ends before anything is made.
+# Kinds of values in a published config.json. Whole numbers end at 2^20, lists at 4096 values: more
+# is a mistake or an attack, and is refused before anything is made.
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
          list: "a list"}
 
@@ -499,7 +499,7 @@ def read_class(path, classes, guess=None):
     Refuses other classes, values of other kinds, and what is quantized. guess: the class of one
     that does not name any."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(config, dict):
             raise ValueError
     except FileNotFoundError:
@@ -508,7 +508,7 @@ def read_class(path, classes, guess=None):
         refuse(f"{path} is damaged: it is no JSON object")
     name = config.get("_class_name") or (guess and guess(config))
     if not isinstance(name, str) or name not in classes:
-        says = f"is of a {name}" if isinstance(name, str) else "names no _class_name"
+        says = f"is of class {name}" if isinstance(name, str) else "names no _class_name"
         refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
     if config.get("quantization_config"):
         how = config["quantization_config"]
@@ -2772,6 +2772,9 @@ def check_class(name, config, n_tensors, path):
     else:
         side = 3 * max(1, config["patch_size"])**2
         only = dict(attn_scales=[], in_channels=side, out_channels=side)
+        width = max(config["base_dim"], config["decoder_base_dim"]) * max(config["dim_mult"] or [1])
+        if width > 2**20:
+            refuse(f"{path}: base_dim and dim_mult make {width} channels, more than weights have")
         if len(config["temperal_downsample"]) != levels - 1:
             refuse(f"{path}: temperal_downsample has {len(config['temperal_downsample'])} values, "
                    f"dim_mult {levels}: of the first there is one less")

@@ -432,6 +432,11 @@ def test_damaged_configs_end_in_one_line(tmp_path, capsys):
                 counts[stopped.code] = counts.get(stopped.code, 0) + 1
                 assert capsys.readouterr().err.count("\n") == 1, each
     assert set(counts) == {2} and 60 < counts[2] < n
+    config = json.loads((wan / "config.json").read_text())
+    (wan / "config.json").write_text(json.dumps({**config, "base_dim": 2**20, "dim_mult": [1, 2, 4, 2**20]}))
+    assert "channels" in refused(capsys, V.load_autoencoder, wan)
+    (wan / "config.json").write_text("\ufeff" + json.dumps(config), encoding="utf-8")         # a BOM
+    assert V.load_autoencoder(wan)[1]["hash"] == about["hash"]
 
 
 def test_a_narrow_dit_is_asked_for_its_heads(tmp_path, capsys):
