@@ -188,6 +188,8 @@ class Stack:
         if (not self.head and self.width % (2 * heads)) or heads % shared:
             raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
                              "must cut width into even parts, and kv_heads must divide heads")
+        if not isinstance(self.depth, int) or not 0 <= self.depth <= 1000:
+            raise ValueError(f"{self.depth} layers: a number up to 1000 is wanted")
         if self.sections and 2 * sum(self.sections) != self.head_dim:
             raise ValueError(f"mrope_section {list(self.sections)}: the sum must be half of a "
                              f"head's {self.head_dim}")
@@ -1427,8 +1429,8 @@ def read_published(path, missing=None):
     """The object in a published JSON file; `missing`, if given, where there is no such file."""
     if missing is not None and not path.exists():
         return missing
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(found, dict):
             return found
     refuse(f"{path} is missing, or holds no JSON object")
@@ -1911,8 +1913,8 @@ class Tokens:
             ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
-            if told.get("tokenizer_class", "").startswith("LlamaTokenizer") and not told.get(
-                    "add_bos_token", True):
+            is_llama = str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
+            if is_llama and not told.get("add_bos_token", True):
                 self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
             self.table = tokenizer_of(qwen_tokenizer, path)
@@ -2715,18 +2717,13 @@ def check_published(path, config):
                    "bfloat16 and float16: take a folder without quantization_config")
 
 
-def made_by(config):
-    """The class that a published config names first, or '?'."""
-    return ([*(config.get("architectures") or ()), "?"])[0]
-
-
 def kind_of(config):
-    """A published config's row of FAMILIES, or what it calls itself."""
-    made = made_by(config)
+    """(A published config's row of FAMILIES, or what it calls itself; the class it names first.)"""
+    made = str([*(config.get("architectures") or ()), "?"][0])
     kind = config.get("model_type") or made
     if made.startswith("InternLMXComposer2"):
-        return "internlmxcomposer2"
-    return {"llava_llama": "llava", "internlm2_5": "internlm2"}.get(kind, kind)
+        kind = "internlmxcomposer2"
+    return "llava" if kind == "llava_llama" else kind, made
 
 
 def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, template=None):
@@ -2738,7 +2735,7 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     config = read_published(path / "config.json", *[{}] * (path / "adapter_config.json").exists())
     with read_as_config(path):
         check_published(path, config)
-        kind, made = kind_of(config), made_by(config)
+        kind, made = kind_of(config)
         if kind not in FAMILIES:
             refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
@@ -2748,8 +2745,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
         plan = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
-            plan.longest = {**DEFAULTS.get(text.get("model_type"), LLAMA), **text}[
-                "max_position_embeddings"]
+            row = DEFAULTS.get(text.get("model_type"), DEFAULTS.get(kind, LLAMA))
+            plan.longest = (row | text)["max_position_embeddings"]
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and tower and not any(
                 "vision_tower" in name for name in weights):
@@ -2759,21 +2756,21 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
                             "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
         with torch.device("meta"):
             model = VLM(plan)
+        found = to_ours(weights, model, plan.names)
+        tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     if sees is not None and sees != (plan.tower is not None):
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
-    found = to_ours(weights, model, plan.names)
-    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     if tied and "decoder.embed.weight" in found:
         found.setdefault("decoder.head.weight", found["decoder.embed.weight"])
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
-    model.where, model.tokens = path, Tokens(Path(tokenizer or path))
-    if plan.slot and model.tokens.id(plan.slot) is None:
-        refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-    set_prompt(plan, kind, model.tokens, template)
-    with read_as_config(path):
+    with read_as_config(tokenizer or path):
+        model.where, model.tokens = path, Tokens(Path(tokenizer or path))
+        if plan.slot and model.tokens.id(plan.slot) is None:
+            refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
+        set_prompt(plan, kind, model.tokens, template)
         model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
 
@@ -2884,6 +2881,8 @@ def asked(args, is_video):
 def ways_of(vlm, name, args, lm=None):
     """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
     is_video = bool(vlm.plan.frames) and not lm
+    for model in (vlm, *filter(None, [lm])):
+        model.prompt("")                             # refused here where it is not known
     rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
         refuse(f"{name} sees one frame at a time: " + (
@@ -3242,6 +3241,8 @@ def parse(argv=None):
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
+    if args.template and not (args.vlm or args.lm or args.init):
+        refuse("--template goes with --vlm, --lm or --init: a captioner of one's own has none")
     for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
                                        "few train")):
         if getattr(args, name) and not getattr(args, other):
