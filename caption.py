@@ -1437,7 +1437,7 @@ def read_published(path, missing=None):
 
 
 @contextlib.contextmanager
-def read_as_config(where):
+def read_as_config(where, name="config.json"):
     """Refuses what a published config does not hold, or holds in another form than the published
     models of its family: what breaks in here breaks by its values."""
     try:
@@ -1447,7 +1447,7 @@ def read_as_config(where):
     except ValueError as error:
         refuse(f"{where}: {error}")
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        refuse(f"{where}: its config.json holds what does not fit: {error}")
+        refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
@@ -1751,7 +1751,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
                    for name, tensor in weights.items()}                  # transformers 5's names
     patterns = patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED))
     load_strictly(model, weights, *patterns, dtype, device, where)
-    model.read_tokenizer(tokens)
+    with read_as_config(tokens, "tokenizer_config.json"):
+        model.read_tokenizer(tokens)
     model.is_wan = is_wan
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
     for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
@@ -2295,12 +2296,14 @@ def slices(frame, size, patch, most, slots=False):
             f"<image>\0</image><slice>{rows}</slice>")
 
 
-def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN):
+def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN, video=None):
     """Qwen2-VL's rows of patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides
-    are multiples of two patches, areas within least..most px, of a video's frames at most 768
-    blocks; an odd frame is repeated."""
+    are multiples of two patches, areas within least..most px, of a video's frames within `video`,
+    if a folder says it, and at most 768 blocks; an odd frame is repeated."""
     (H, W), step = frames[0].shape[:2], 2 * patch
-    most = min(most, 768 * step**2) if len(frames) > 1 else most
+    if len(frames) > 1:
+        least, most = video or (least, most)
+        most = min(most, 768 * step**2)
     h, w = (round(side / step) * step for side in (H, W))
     if h * w > most or h * w < least:
         to, scale = (math.floor, H * W / most) if h * w > most else (math.ceil, H * W / least)
@@ -2313,7 +2316,12 @@ def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN):
 
 
 def plain_lm(c, weights, folder):
-    return Plan(language_stack(c), c["vocab_size"])
+    return Plan(language_stack(with_biases(c, weights)), c["vocab_size"])
+
+
+def with_biases(c, weights):
+    """InternLM2's config: biases that its class has and its file lacks are zero, as if none."""
+    return c | {"bias": "bias" in c and any(name.endswith("wqkv.bias") for name in weights)}
 
 
 def image_processor(folder, size=None):
@@ -2411,7 +2419,7 @@ def xcomposer(c, weights, folder):
     if any("plora_glb" in name for name in weights):
         raise ValueError("plora_glb_GN: the 4KHD and 2.5 forms of XComposer are not known")
     rank = next(len(t) for name, t in weights.items() if name.endswith("wo.Plora_A.weight"))
-    stack, wide = language_stack(c, expert=rank), tower["hidden_size"]
+    stack, wide = language_stack(with_biases(c, weights), expert=rank), tower["hidden_size"]
     return Plan(
         stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
         connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
@@ -2542,7 +2550,14 @@ def qwen2_vl(c, weights, folder):
                   norm="rms" if is_new else "ln", glu=is_new,
                   ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
     told, mean_std = image_processor(folder)
-    size = told.get("size") or {}
+    of_video = read_published(folder / "processor_config.json", {}).get("video_processor") or {}
+    of_video = of_video | read_published(folder / "video_preprocessor_config.json", {})
+
+    def limits(told, least, most):
+        size = told.get("size") or {}
+        return (told.get("min_pixels") or size.get("shortest_edge") or least,
+                told.get("max_pixels") or size.get("longest_edge") or most)
+    least, most = limits(told, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
     return Plan(
@@ -2550,8 +2565,8 @@ def qwen2_vl(c, weights, folder):
             QwenSight, tower, patch, stack.width, v["window_size"] if is_new else 0,
             v["fullatt_block_indexes"] if is_new else ()),
         picture=functools.partial(
-            qwen_rows, patch=patch, least=told.get("min_pixels") or size.get("shortest_edge", 3136),
-            most=told.get("max_pixels") or size.get("longest_edge", 1003520), mean_std=mean_std),
+            qwen_rows, patch=patch, least=least, most=most, mean_std=mean_std,
+            video=limits(of_video, 100352, 602112) if of_video else None),
         prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
         slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
         rate=v["tokens_per_second"] if is_new else 1,
@@ -2766,7 +2781,7 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
-    with read_as_config(tokenizer or path):
+    with read_as_config(tokenizer or path, "tokenizer_config.json"):
         model.where, model.tokens = path, Tokens(Path(tokenizer or path))
         if plan.slot and model.tokens.id(plan.slot) is None:
             refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
@@ -2993,29 +3008,31 @@ class Scorer:
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
         weights = published_tensors(args.clip)
-        sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
-                 **(config.get("vision_config_dict") or {})}
-        self.size, read = sight["image_size"], self.text.embed.embedding_dim
-        self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
-        with torch.device("meta"):
-            model = nn.Module()
-            if self.is_siglip:
-                stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
-                places = (self.size // sight["patch_size"])**2
-                model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
-                model.visual, width = Probe(stack), stack.width
-            else:
-                model.tower = clip_sight(sight, -1, True, True)()
-                width = config.get("projection_dim", 512)
-                model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
-            model.textual = nn.Linear(read, width, bias=self.is_siglip)
-        names = ((r"^vision_model\.head\.attention\.", "visual.attn."), CLIP_TOWER,
-                 (r"^(visual_projection|vision_model\.head)\.", "visual."),
-                 (r"^(text_projection|text_model\.head)\.", "textual."))
-        sights = {name: t for name, t in weights.items()
-                  if not re.match(r"text_model\.(?!head)|logit_", name)}
-        self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")], "-",
-                                   torch.float32, device, args.clip)
+        with read_as_config(args.clip):
+            sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
+                     **(config.get("vision_config_dict") or {})}
+            self.size, read = sight["image_size"], self.text.embed.embedding_dim
+            self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
+            with torch.device("meta"):
+                model = nn.Module()
+                if self.is_siglip:
+                    stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
+                    places = (self.size // sight["patch_size"])**2
+                    model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
+                    model.visual, width = Probe(stack), stack.width
+                else:
+                    model.tower = clip_sight(sight, -1, True, True)()
+                    width = config.get("projection_dim", 512)
+                    model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
+                model.textual = nn.Linear(read, width, bias=self.is_siglip)
+            names = ((r"^vision_model\.head\.attention\.", "visual.attn."), CLIP_TOWER,
+                     (r"^(visual_projection|vision_model\.head)\.", "visual."),
+                     (r"^(text_projection|text_model\.head)\.", "textual."))
+            sights = {name: t for name, t in weights.items()
+                      if not re.match(r"text_model\.(?!head)|logit_", name)}
+            found = to_ours(sights, model, names)
+        self.model = load_strictly(model, found, [(".*", r"\g<0>")], "-", torch.float32, device,
+                                   args.clip)
         self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
         shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
         if shapes not in ({}, {"weight": [1, width], "bias": [1]}):
