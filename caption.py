@@ -1893,20 +1893,20 @@ def chat_template(folder, told):
 
 
 class Tokens:
-    """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model or qwen.tiktoken. Every
-    text begins with the ids in `first`. (T5's tokenizer.json may have lost the bytes that spell
-    rare signs, so that its pieces come first.)"""
+    """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
+    vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
+    bytes that spell rare signs, so that its pieces come first.)"""
 
     def __init__(self, folder):
         told = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = chat_template(folder, told), None, {}
-        names = "spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken"
+        names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
             refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
                    "--tokenizer names a folder that has one")
         self.first = []
-        if path.suffix == ".json":
+        if path.name == "tokenizer.json":
             self.table = tokenizer_of(tokenizers.Tokenizer.from_file, path)
             self.table.no_truncation()
             self.table.no_padding()
@@ -1918,7 +1918,8 @@ class Tokens:
             if is_llama and not told.get("add_bos_token", True):
                 self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
-            self.table = tokenizer_of(qwen_tokenizer, path)
+            self.table = tokenizer_of(merges_tokenizer if path.suffix == ".json" else
+                                      qwen_tokenizer, path)
         else:
             self.pieces = tokenizer_of(sentencepiece.SentencePieceProcessor, path)
             added = told.get("added_tokens_decoder", {})
@@ -1966,15 +1967,44 @@ def qwen_tokenizer(path):
     spelt = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [(token[:i], token[i:]) for token in sorted(spelt, key=spelt.get)
               for i in range(1, len(token)) if token[:i] in spelt and token[i:] in spelt]
-    table = tokenizers.Tokenizer(tokenizers.models.BPE(spelt, merges))
+    return byte_level(tokenizers.models.BPE(spelt, merges), [
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+        *(f"<{end}{name}>" for name in ("ref", "box", "quad", "img") for end in ("", "/")),
+        "<imgpad>"])
+
+
+def byte_level(model, marks):
+    """Qwen's tokenizer of a BPE of bytes, and of tokens that are its marks."""
+    table, part = tokenizers.Tokenizer(model), tokenizers.pre_tokenizers
     table.normalizer, table.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
     table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"), part.ByteLevel(False, use_regex=False)])
-    table.add_special_tokens([
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
-        *(f"<{end}{name}>" for name in ("ref", "box", "quad", "img") for end in ("", "/")),
-        "<imgpad>"])
+    table.add_special_tokens(marks)
+    return table
+
+
+def merges_tokenizer(path):
+    """CLIP's or Qwen2's of a vocab.json, with the merges.txt beside it: Stable Diffusion's folders
+    have no other."""
+    folder = Path(path).parent
+    vocab, told = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
+    added = read_published(told, {}).get("added_tokens_decoder", {})
+    marks = [added[i]["content"] for i in sorted(added, key=int)]
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if not any(token.endswith("</w>") for token in vocab):
+        return byte_level(tokenizers.models.BPE(vocab, merges), marks)
+    table = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab, merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    part, normal = tokenizers.pre_tokenizers, tokenizers.normalizers
+    table.normalizer = normal.Sequence([
+        normal.NFC(), normal.Replace(tokenizers.Regex(r"\s+"), " "), normal.Lowercase()])
+    table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
+        r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+        part.ByteLevel(False)])
+    table.decoder = tokenizers.decoders.ByteLevel()
+    table.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return table
 
 

@@ -672,6 +672,30 @@ def test_v05_no_end_stands_before_a_prompt(add_bos, add_eos, tmp_path):
     assert tokens.first == [begin] * add_bos and end not in tokens.encode("a dog")
 
 
+def test_tokenizers_of_vocab_and_merges(tmp_path):
+    """As Stable Diffusion's folders and old Qwen2's have them: the ids of tokenizer.json."""
+    for name in ("clip-text/encoder", "vlm-qwen2"):
+        source, folder = ROOT / "tests" / "fixtures" / name, tmp_path / name
+        folder.mkdir(parents=True)
+        for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+            (folder / file).write_bytes((source / file).read_bytes())
+        whole, pairs = c.Tokens(source), c.Tokens(folder)
+        for text in ("A red dog's ball,  it isn't 2024!", "é 问 🙂\n\n x", "<|endoftext|> a", ""):
+            assert pairs.encode(text) == whole.encode(text), (name, text)
+        assert pairs.id("<|endoftext|>") == whole.id("<|endoftext|>") and len(pairs) == len(whole)
+
+
+def test_a_prompt_that_is_not_known_is_refused_before_work(tmp_path, capsys):
+    folder = folder_of(tmp_path / "m", TINY | {"model_type": "llama"}, weights(lm_shapes(TINY)))
+    text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
+    vlm = c.open_vlm(folder_of(tmp_path / "v", dict(
+        model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), tensors))
+    args = SimpleNamespace(frames=None, prompt=None, style="long", train=False)
+    assert "give --template NAME" in refused(capsys, vlm, "v", args, c.open_vlm(folder), call=c.ways_of)
+    assert c.ways_of(vlm, "v", args, c.open_vlm(folder, template="vicuna"))[1] == ["uniform", 4]
+    assert "--template goes with" in refused(capsys, ["set", "--template", "vicuna"], call=c.parse)
+
+
 # -- text encoders, CLIP and SigLIP ----------------------------------------------------------------
 
 CLIP_TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
