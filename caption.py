@@ -188,6 +188,8 @@ class Stack:
         if (not self.head and self.width % (2 * heads)) or heads % shared:
             raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
                              "must cut width into even parts, and kv_heads must divide heads")
+        if not isinstance(self.depth, int) or not 0 <= self.depth <= 1000:
+            raise ValueError(f"{self.depth} layers: a number up to 1000 is wanted")
         if self.sections and 2 * sum(self.sections) != self.head_dim:
             raise ValueError(f"mrope_section {list(self.sections)}: the sum must be half of a "
                              f"head's {self.head_dim}")
@@ -1427,15 +1429,15 @@ def read_published(path, missing=None):
     """The object in a published JSON file; `missing`, if given, where there is no such file."""
     if missing is not None and not path.exists():
         return missing
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(found, dict):
             return found
     refuse(f"{path} is missing, or holds no JSON object")
 
 
 @contextlib.contextmanager
-def read_as_config(where):
+def read_as_config(where, name="config.json"):
     """Refuses what a published config does not hold, or holds in another form than the published
     models of its family: what breaks in here breaks by its values."""
     try:
@@ -1445,7 +1447,7 @@ def read_as_config(where):
     except ValueError as error:
         refuse(f"{where}: {error}")
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        refuse(f"{where}: its config.json holds what does not fit: {error}")
+        refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
@@ -1749,7 +1751,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
                    for name, tensor in weights.items()}                  # transformers 5's names
     patterns = patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED))
     load_strictly(model, weights, *patterns, dtype, device, where)
-    model.read_tokenizer(tokens)
+    with read_as_config(tokens, "tokenizer_config.json"):
+        model.read_tokenizer(tokens)
     model.is_wan = is_wan
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
     for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
@@ -1890,20 +1893,20 @@ def chat_template(folder, told):
 
 
 class Tokens:
-    """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model or qwen.tiktoken. Every
-    text begins with the ids in `first`. (T5's tokenizer.json may have lost the bytes that spell
-    rare signs, so that its pieces come first.)"""
+    """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
+    vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
+    bytes that spell rare signs, so that its pieces come first.)"""
 
     def __init__(self, folder):
         told = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = chat_template(folder, told), None, {}
-        names = "spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken"
+        names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
             refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
                    "--tokenizer names a folder that has one")
         self.first = []
-        if path.suffix == ".json":
+        if path.name == "tokenizer.json":
             self.table = tokenizer_of(tokenizers.Tokenizer.from_file, path)
             self.table.no_truncation()
             self.table.no_padding()
@@ -1911,11 +1914,12 @@ class Tokens:
             ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
-            if told.get("tokenizer_class", "").startswith("LlamaTokenizer") and not told.get(
-                    "add_bos_token", True):
+            is_llama = str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
+            if is_llama and not told.get("add_bos_token", True):
                 self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
-            self.table = tokenizer_of(qwen_tokenizer, path)
+            self.table = tokenizer_of(merges_tokenizer if path.suffix == ".json" else
+                                      qwen_tokenizer, path)
         else:
             self.pieces = tokenizer_of(sentencepiece.SentencePieceProcessor, path)
             added = told.get("added_tokens_decoder", {})
@@ -1963,15 +1967,44 @@ def qwen_tokenizer(path):
     spelt = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [(token[:i], token[i:]) for token in sorted(spelt, key=spelt.get)
               for i in range(1, len(token)) if token[:i] in spelt and token[i:] in spelt]
-    table = tokenizers.Tokenizer(tokenizers.models.BPE(spelt, merges))
+    return byte_level(tokenizers.models.BPE(spelt, merges), [
+        "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+        *(f"<{end}{name}>" for name in ("ref", "box", "quad", "img") for end in ("", "/")),
+        "<imgpad>"])
+
+
+def byte_level(model, marks):
+    """Qwen's tokenizer of a BPE of bytes, and of tokens that are its marks."""
+    table, part = tokenizers.Tokenizer(model), tokenizers.pre_tokenizers
     table.normalizer, table.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
     table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"), part.ByteLevel(False, use_regex=False)])
-    table.add_special_tokens([
-        "<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
-        *(f"<{end}{name}>" for name in ("ref", "box", "quad", "img") for end in ("", "/")),
-        "<imgpad>"])
+    table.add_special_tokens(marks)
+    return table
+
+
+def merges_tokenizer(path):
+    """CLIP's or Qwen2's of a vocab.json, with the merges.txt beside it: Stable Diffusion's folders
+    have no other."""
+    folder = Path(path).parent
+    vocab, told = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
+    added = read_published(told, {}).get("added_tokens_decoder", {})
+    marks = [added[i]["content"] for i in sorted(added, key=int)]
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if not any(token.endswith("</w>") for token in vocab):
+        return byte_level(tokenizers.models.BPE(vocab, merges), marks)
+    table = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab, merges, end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    part, normal = tokenizers.pre_tokenizers, tokenizers.normalizers
+    table.normalizer = normal.Sequence([
+        normal.NFC(), normal.Replace(tokenizers.Regex(r"\s+"), " "), normal.Lowercase()])
+    table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
+        r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+        part.ByteLevel(False)])
+    table.decoder = tokenizers.decoders.ByteLevel()
+    table.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return table
 
 
@@ -2293,12 +2326,14 @@ def slices(frame, size, patch, most, slots=False):
             f"<image>\0</image><slice>{rows}</slice>")
 
 
-def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN):
+def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN, video=None):
     """Qwen2-VL's rows of patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides
-    are multiples of two patches, areas within least..most px, of a video's frames at most 768
-    blocks; an odd frame is repeated."""
+    are multiples of two patches, areas within least..most px, of a video's frames within `video`,
+    if a folder says it, and at most 768 blocks; an odd frame is repeated."""
     (H, W), step = frames[0].shape[:2], 2 * patch
-    most = min(most, 768 * step**2) if len(frames) > 1 else most
+    if len(frames) > 1:
+        least, most = video or (least, most)
+        most = min(most, 768 * step**2)
     h, w = (round(side / step) * step for side in (H, W))
     if h * w > most or h * w < least:
         to, scale = (math.floor, H * W / most) if h * w > most else (math.ceil, H * W / least)
@@ -2311,7 +2346,12 @@ def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN):
 
 
 def plain_lm(c, weights, folder):
-    return Plan(language_stack(c), c["vocab_size"])
+    return Plan(language_stack(with_biases(c, weights)), c["vocab_size"])
+
+
+def with_biases(c, weights):
+    """InternLM2's config: biases that its class has and its file lacks are zero, as if none."""
+    return c | {"bias": "bias" in c and any(name.endswith("wqkv.bias") for name in weights)}
 
 
 def image_processor(folder, size=None):
@@ -2409,7 +2449,7 @@ def xcomposer(c, weights, folder):
     if any("plora_glb" in name for name in weights):
         raise ValueError("plora_glb_GN: the 4KHD and 2.5 forms of XComposer are not known")
     rank = next(len(t) for name, t in weights.items() if name.endswith("wo.Plora_A.weight"))
-    stack, wide = language_stack(c, expert=rank), tower["hidden_size"]
+    stack, wide = language_stack(with_biases(c, weights), expert=rank), tower["hidden_size"]
     return Plan(
         stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
         connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
@@ -2540,7 +2580,14 @@ def qwen2_vl(c, weights, folder):
                   norm="rms" if is_new else "ln", glu=is_new,
                   ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
     told, mean_std = image_processor(folder)
-    size = told.get("size") or {}
+    of_video = read_published(folder / "processor_config.json", {}).get("video_processor") or {}
+    of_video = of_video | read_published(folder / "video_preprocessor_config.json", {})
+
+    def limits(told, least, most):
+        size = told.get("size") or {}
+        return (told.get("min_pixels") or size.get("shortest_edge") or least,
+                told.get("max_pixels") or size.get("longest_edge") or most)
+    least, most = limits(told, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
     return Plan(
@@ -2548,8 +2595,8 @@ def qwen2_vl(c, weights, folder):
             QwenSight, tower, patch, stack.width, v["window_size"] if is_new else 0,
             v["fullatt_block_indexes"] if is_new else ()),
         picture=functools.partial(
-            qwen_rows, patch=patch, least=told.get("min_pixels") or size.get("shortest_edge", 3136),
-            most=told.get("max_pixels") or size.get("longest_edge", 1003520), mean_std=mean_std),
+            qwen_rows, patch=patch, least=least, most=most, mean_std=mean_std,
+            video=limits(of_video, 100352, 602112) if of_video else None),
         prompt=CHATML_SYSTEM.replace("{q}", "\0{q}"), seen="<|vision_start|>\0<|vision_end|>",
         slot="<|image_pad|>", video_slot="<|video_pad|>", frames=8, stop=("<|im_end|>",),
         rate=v["tokens_per_second"] if is_new else 1,
@@ -2715,18 +2762,13 @@ def check_published(path, config):
                    "bfloat16 and float16: take a folder without quantization_config")
 
 
-def made_by(config):
-    """The class that a published config names first, or '?'."""
-    return ([*(config.get("architectures") or ()), "?"])[0]
-
-
 def kind_of(config):
-    """A published config's row of FAMILIES, or what it calls itself."""
-    made = made_by(config)
+    """(A published config's row of FAMILIES, or what it calls itself; the class it names first.)"""
+    made = str([*(config.get("architectures") or ()), "?"][0])
     kind = config.get("model_type") or made
     if made.startswith("InternLMXComposer2"):
-        return "internlmxcomposer2"
-    return {"llava_llama": "llava", "internlm2_5": "internlm2"}.get(kind, kind)
+        kind = "internlmxcomposer2"
+    return "llava" if kind == "llava_llama" else kind, made
 
 
 def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, template=None):
@@ -2738,7 +2780,7 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     config = read_published(path / "config.json", *[{}] * (path / "adapter_config.json").exists())
     with read_as_config(path):
         check_published(path, config)
-        kind, made = kind_of(config), made_by(config)
+        kind, made = kind_of(config)
         if kind not in FAMILIES:
             refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
@@ -2748,8 +2790,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
         plan = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
-            plan.longest = {**DEFAULTS.get(text.get("model_type"), LLAMA), **text}[
-                "max_position_embeddings"]
+            row = DEFAULTS.get(text.get("model_type"), DEFAULTS.get(kind, LLAMA))
+            plan.longest = (row | text)["max_position_embeddings"]
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and tower and not any(
                 "vision_tower" in name for name in weights):
@@ -2759,21 +2801,21 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
                             "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
         with torch.device("meta"):
             model = VLM(plan)
+        found = to_ours(weights, model, plan.names)
+        tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     if sees is not None and sees != (plan.tower is not None):
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
-    found = to_ours(weights, model, plan.names)
-    tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     if tied and "decoder.embed.weight" in found:
         found.setdefault("decoder.head.weight", found["decoder.embed.weight"])
     found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
-    model.where, model.tokens = path, Tokens(Path(tokenizer or path))
-    if plan.slot and model.tokens.id(plan.slot) is None:
-        refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-    set_prompt(plan, kind, model.tokens, template)
-    with read_as_config(path):
+    with read_as_config(tokenizer or path, "tokenizer_config.json"):
+        model.where, model.tokens = path, Tokens(Path(tokenizer or path))
+        if plan.slot and model.tokens.id(plan.slot) is None:
+            refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
+        set_prompt(plan, kind, model.tokens, template)
         model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
 
@@ -2884,6 +2926,8 @@ def asked(args, is_video):
 def ways_of(vlm, name, args, lm=None):
     """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
     is_video = bool(vlm.plan.frames) and not lm
+    for model in (vlm, *filter(None, [lm])):
+        model.prompt("")                             # refused here where it is not known
     rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
         refuse(f"{name} sees one frame at a time: " + (
@@ -2994,29 +3038,31 @@ class Scorer:
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
         weights = published_tensors(args.clip)
-        sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
-                 **(config.get("vision_config_dict") or {})}
-        self.size, read = sight["image_size"], self.text.embed.embedding_dim
-        self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
-        with torch.device("meta"):
-            model = nn.Module()
-            if self.is_siglip:
-                stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
-                places = (self.size // sight["patch_size"])**2
-                model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
-                model.visual, width = Probe(stack), stack.width
-            else:
-                model.tower = clip_sight(sight, -1, True, True)()
-                width = config.get("projection_dim", 512)
-                model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
-            model.textual = nn.Linear(read, width, bias=self.is_siglip)
-        names = ((r"^vision_model\.head\.attention\.", "visual.attn."), CLIP_TOWER,
-                 (r"^(visual_projection|vision_model\.head)\.", "visual."),
-                 (r"^(text_projection|text_model\.head)\.", "textual."))
-        sights = {name: t for name, t in weights.items()
-                  if not re.match(r"text_model\.(?!head)|logit_", name)}
-        self.model = load_strictly(model, to_ours(sights, model, names), [(".*", r"\g<0>")], "-",
-                                   torch.float32, device, args.clip)
+        with read_as_config(args.clip):
+            sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
+                     **(config.get("vision_config_dict") or {})}
+            self.size, read = sight["image_size"], self.text.embed.embedding_dim
+            self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
+            with torch.device("meta"):
+                model = nn.Module()
+                if self.is_siglip:
+                    stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
+                    places = (self.size // sight["patch_size"])**2
+                    model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
+                    model.visual, width = Probe(stack), stack.width
+                else:
+                    model.tower = clip_sight(sight, -1, True, True)()
+                    width = config.get("projection_dim", 512)
+                    model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
+                model.textual = nn.Linear(read, width, bias=self.is_siglip)
+            names = ((r"^vision_model\.head\.attention\.", "visual.attn."), CLIP_TOWER,
+                     (r"^(visual_projection|vision_model\.head)\.", "visual."),
+                     (r"^(text_projection|text_model\.head)\.", "textual."))
+            sights = {name: t for name, t in weights.items()
+                      if not re.match(r"text_model\.(?!head)|logit_", name)}
+            found = to_ours(sights, model, names)
+        self.model = load_strictly(model, found, [(".*", r"\g<0>")], "-", torch.float32, device,
+                                   args.clip)
         self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
         shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
         if shapes not in ({}, {"weight": [1, width], "bias": [1]}):
@@ -3242,6 +3288,8 @@ def parse(argv=None):
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
+    if args.template and not (args.vlm or args.lm or args.init):
+        refuse("--template goes with --vlm, --lm or --init: a captioner of one's own has none")
     for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
                                        "few train")):
         if getattr(args, name) and not getattr(args, other):

@@ -200,7 +200,7 @@ def test_folders_that_are_refused(tmp_path, capsys):
         (folder / "model.safetensors").write_bytes(part)
         assert "cannot be read as weights" in refused(capsys, folder, call=c.open_vlm)
     folder = changed(tmp_path / "mute", QWEN)
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
         (folder / name).unlink(missing_ok=True)
     assert "has no tokenizer" in refused(capsys, folder, call=c.open_vlm)
     assert c.open_vlm(folder, tokenizer=QWEN).stop           # that of another folder
