@@ -3,10 +3,11 @@
     ln_modulate                  x^ = (x - mean) * rstd     h = x^ * (1 + scale[rows]) + shift[rows]
     gate_residual_ln_modulate    r = x + gate[rows] * y     h = ln_modulate(r)
 
-with mean and rstd = 1 / sqrt(var + eps) over the width D, in float32, no affine part. Backward,
-given dh (and dr):
+with mean and rstd = 1 / sqrt(var + eps) over the width D, in float32, no affine part. With `rms`
+the norm is RMSNorm: the mean is 0, and var the mean square. Backward, given dh (and dr):
 
     g = dh * (1 + scale)         dx = rstd * (g - mean(g) - x^ * mean(g * x^)) (+ dr)
+                                 (with rms without mean(g))
     dshift[row] = sum dh         dscale[row] = sum dh * x^         sums over the tokens of that row
     dy = gate * dx               dgate[row] = sum dx * y
 
@@ -32,17 +33,18 @@ from kernels import (check, indices, kept, launch, power_of_2, tile_table, tl, t
 
 TILE = 64  # tokens whose table gradients one program sums
 
-# (N, D, tokens a run): bench and tests
-SHAPES = [(32768, 1152, 256), (16384, 1152, 4096), (32768, 1536, 1024), (32768, 3072, 4096),
-          (4096, 5120, 512)]
-CPU_SHAPES = [(1024, 128, 32), (2048, 256, 50), (4096, 256, 50)]
+# (N, D, tokens a run, whether RMSNorm): bench
+SHAPES = [(32768, 1152, 256, False), (16384, 1152, 4096, False), (32768, 1536, 1024, False),
+          (32768, 3072, 4096, False), (4096, 5120, 512, False), (32768, 3072, 4096, True)]
+CPU_SHAPES = [(1024, 128, 32, False), (2048, 256, 50, False), (4096, 256, 50, False),
+              (2048, 256, 50, True)]
 
 
-def reference(x, shift, scale, rows, y=None, gate=None, eps=1e-6, upcast=torch.float32):
+def reference(x, shift, scale, rows, y=None, gate=None, eps=1e-6, rms=False, upcast=torch.float32):
     """The definition of right: h, or (r, h) where y and gate are given."""
     wide = lambda t: t if upcast is None else t.to(upcast)
     r = wide(x) if y is None else wide(x) + wide(gate)[rows.long()] * wide(y)
-    mean = r.mean(1, keepdim=True)
+    mean = 0 if rms else r.mean(1, keepdim=True)
     var = ((r - mean) ** 2).mean(1, keepdim=True)
     normed = (r - mean) / torch.sqrt(var + eps)
     h = normed * (1 + wide(scale)[rows.long()]) + wide(shift)[rows.long()]
@@ -70,11 +72,11 @@ class _Gather(torch.autograd.Function):
         return F.embedding_bag(order, grad, first, mode="sum").to(ctx.dtype), None
 
 
-def _ln_modulate_torch(x, shift, scale, rows, eps):
+def _ln_modulate_torch(x, shift, scale, rows, eps, rms):
     # in float32 whatever the input, so that h is rounded once
     wide = torch.promote_types(x.dtype, torch.float32)
     shift, scale = (_Gather.apply(t.to(wide), rows) for t in (shift, scale))
-    normed = F.layer_norm(x.to(wide), x.shape[1:], eps=eps)
+    normed = (F.rms_norm if rms else F.layer_norm)(x.to(wide), x.shape[1:], eps=eps)
     return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
@@ -87,7 +89,7 @@ def _gate_residual_torch(x, y, gate, rows):
 
 @triton.jit
 def _forward_kernel(x, y, gate, shift, scale, rows, r, h, stats, N, D, gate_row, shift_row,
-                    scale_row, eps, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+                    scale_row, eps, GATED: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_D: tl.constexpr):
     """BLOCK_M tokens a program, a whole width each: x (and y) read once, h (and r) written once."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -102,7 +104,10 @@ def _forward_kernel(x, y, gate, shift, scale, rows, r, h, stats, N, D, gate_row,
         rounded = z.to(r.dtype.element_ty)
         tl.store(r + at, rounded, mask=ok)
         z = rounded.to(tl.float32)
-    mean = tl.sum(z, 1) / D
+    if RMS:
+        mean = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        mean = tl.sum(z, 1) / D
     away = tl.where(ok, z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(away * away, 1) / D + eps)
     tl.store(stats + token * 2, mean, mask=token < N)
@@ -115,7 +120,7 @@ def _forward_kernel(x, y, gate, shift, scale, rows, r, h, stats, N, D, gate_row,
 
 @triton.jit
 def _backward_kernel(dh, dr, r, y, gate, scale, stats, order, tiles, dx, dy, partial, D, gate_row,
-                     scale_row, R, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
+                     scale_row, R, GATED: tl.constexpr, RMS: tl.constexpr, BLOCK_M: tl.constexpr,
                      BLOCK_D: tl.constexpr):
     """A tile of tokens of one table row: their dx (and dy), and their part of its gradients."""
     tile = tl.program_id(0).to(tl.int64)
@@ -144,9 +149,10 @@ def _backward_kernel(dh, dr, r, y, gate, scale, stats, order, tiles, dx, dy, par
         sum_shift += tl.sum(grad, 0)
         sum_scale += tl.sum(grad * normed, 0)
         g = grad * times[None, :]
-        mean_g = (tl.sum(g, 1) / D)[:, None]
         mean_gx = (tl.sum(g * normed, 1) / D)[:, None]
-        back = rstd * (g - mean_g - normed * mean_gx)
+        if not RMS:
+            g -= (tl.sum(g, 1) / D)[:, None]
+        back = rstd * (g - normed * mean_gx)
         if GATED:
             back += tl.load(dr + at, mask=ok, other=0.0).to(tl.float32)
             sum_gate += tl.sum(back * tl.load(y + at, mask=ok, other=0.0).to(tl.float32), 0)
@@ -192,7 +198,7 @@ def _config(D, is_forward):
     return dict(BLOCK_M=rows, BLOCK_D=columns, num_warps=warps)
 
 
-def _triton_forward(x, y, gate, shift, scale, rows, eps):
+def _triton_forward(x, y, gate, shift, scale, rows, eps, rms):
     N, D = x.shape
     rows = indices("rows", rows, len(scale) - 1)
     h = x.new_empty(x.shape)
@@ -203,7 +209,7 @@ def _triton_forward(x, y, gate, shift, scale, rows, eps):
     y, gate = (y, gate) if gated else (x, scale)  # pointers that are not followed
     launch(_forward_kernel, (triton.cdiv(N, config["BLOCK_M"]),), x, y, gate, shift, scale, rows, r,
            h, stats, N, D, gate.stride(0), shift.stride(0), scale.stride(0), eps, GATED=gated,
-           **config)
+           RMS=rms, **config)
     return r, h, stats
 
 
@@ -215,7 +221,7 @@ def _by_row(rows, R):
     return order, tiles, torch.searchsorted(tiles[:, 0].contiguous(), row_numbers)
 
 
-def _triton_backward(dh, dr, r, y, gate, scale, rows, stats):
+def _triton_backward(dh, dr, r, y, gate, scale, rows, stats, rms):
     D, R = r.shape[1], len(scale)
     gated = y is not None
     dx = r.new_empty(r.shape)
@@ -226,7 +232,8 @@ def _triton_backward(dh, dr, r, y, gate, scale, rows, stats):
     partial = r.new_empty((len(tiles), 3, D), dtype=torch.float32)
     y, gate, dr = (y, gate, dr) if gated else (r, scale, dh)  # pointers that are not followed
     launch(_backward_kernel, (len(tiles),), dh, dr, r, y, gate, scale, stats, order, tiles, dx, dy,
-           partial, D, gate.stride(0), scale.stride(0), R, GATED=gated, **_config(D, False))
+           partial, D, gate.stride(0), scale.stride(0), R, GATED=gated, RMS=rms,
+           **_config(D, False))
     launch(_sum_kernel, (R, triton.cdiv(D, 256)), partial, first_tile, dshift, dscale, dgate, D,
            GATED=gated, BLOCK_D=256, num_warps=2)
     return dx, dy, dshift, dscale, dgate
@@ -236,13 +243,13 @@ def _triton_backward(dh, dr, r, y, gate, scale, rows, stats):
 
 @torch.library.custom_op("nanosora::adaln", mutates_args=())
 def _adaln(x: torch.Tensor, y: Optional[torch.Tensor], gate: Optional[torch.Tensor],
-           shift: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor,
-           eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _triton_forward(x, y, gate, shift, scale, rows, eps)
+           shift: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor, eps: float,
+           rms: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _triton_forward(x, y, gate, shift, scale, rows, eps, rms)
 
 
 @_adaln.register_fake
-def _(x, y, gate, shift, scale, rows, eps):
+def _(x, y, gate, shift, scale, rows, eps, rms):
     stats = x.new_empty((len(x), 2), dtype=torch.float32)
     return x.new_empty(0 if y is None else x.shape), x.new_empty(x.shape), stats
 
@@ -251,12 +258,13 @@ def _(x, y, gate, shift, scale, rows, eps):
 def _adaln_backward(
         dh: torch.Tensor, dr: torch.Tensor, r: torch.Tensor, y: Optional[torch.Tensor],
         gate: Optional[torch.Tensor], scale: torch.Tensor, rows: torch.Tensor, stats: torch.Tensor,
+        rms: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _triton_backward(dh, dr, r, y, gate, scale, rows, stats)
+    return _triton_backward(dh, dr, r, y, gate, scale, rows, stats, rms)
 
 
 @_adaln_backward.register_fake
-def _(dh, dr, r, y, gate, scale, rows, stats):
+def _(dh, dr, r, y, gate, scale, rows, stats, rms):
     dy = r.new_empty(0 if y is None else r.shape)
     dshift, dscale = scale.new_empty(scale.shape), scale.new_empty(scale.shape)
     dgate = scale.new_empty(0 if y is None else scale.shape)
@@ -264,17 +272,17 @@ def _(dh, dr, r, y, gate, scale, rows, stats):
 
 
 def _setup(ctx, inputs, output):
-    x, y, gate, _, scale, rows, _ = inputs
+    x, y, gate, _, scale, rows, _, ctx.rms = inputs
     r, _, stats = output
     ctx.save_for_backward(x if y is None else r, y, gate, scale, rows, stats)
 
 
 def _backward(ctx, dr, dh, _):
     dx, dy, dshift, dscale, dgate = _adaln_backward(
-        dh.contiguous(), dr.contiguous(), *ctx.saved_tensors)
+        dh.contiguous(), dr.contiguous(), *ctx.saved_tensors, ctx.rms)
     if ctx.saved_tensors[1] is None:
         dy = dgate = None
-    return dx, dy, dgate, dshift, dscale, None, None
+    return dx, dy, dgate, dshift, dscale, None, None, None
 
 
 _adaln.register_autograd(_backward, setup_context=_setup)
@@ -300,30 +308,31 @@ def _check(x, tables, rows):
           "rows", rows, f"int32 [{len(x)}] on {x.device}")
 
 
-def ln_modulate(x, shift, scale, rows, eps=1e-6):
-    """LayerNorm(x) * (1 + scale[rows]) + shift[rows], h [N, D] in x's dtype.
+def ln_modulate(x, shift, scale, rows, eps=1e-6, rms=False):
+    """norm(x) * (1 + scale[rows]) + shift[rows], h [N, D] in x's dtype.
 
-    x [N, D]; shift, scale [R, D]; rows int32 [N], the table row of each token. Raises ValueError
-    naming the argument whose shape, dtype or device does not fit. (adaLN: Peebles and Xie 2023.)
+    x [N, D]; shift, scale [R, D]; rows int32 [N], the table row of each token; rms: the norm is
+    RMSNorm, not LayerNorm. Raises ValueError naming the argument whose shape, dtype or device does
+    not fit. (adaLN: Peebles and Xie 2023; RMSNorm: Zhang and Sennrich 2019.)
     """
     _check(x, {"shift": shift, "scale": scale}, rows)
     if use_triton(x, shift):
         shift, scale = (_dense(t) for t in (shift, scale))
-        return _adaln(x.contiguous(), None, None, shift, scale, rows, eps)[1]
-    return _ln_modulate_torch(x, shift, scale, rows, eps)
+        return _adaln(x.contiguous(), None, None, shift, scale, rows, eps, rms)[1]
+    return _ln_modulate_torch(x, shift, scale, rows, eps, rms)
 
 
-def gate_residual_ln_modulate(x, y, gate, shift, scale, rows, eps=1e-6):
+def gate_residual_ln_modulate(x, y, gate, shift, scale, rows, eps=1e-6, rms=False):
     """r = x + gate[rows] * y and h = ln_modulate(r): (r, h), both [N, D] in x's dtype.
 
-    x, y [N, D]; gate, shift, scale [R, D]; rows int32 [N]. Raises ValueError naming the argument
-    that does not fit.
+    x, y [N, D]; gate, shift, scale [R, D]; rows int32 [N]; rms as there. Raises ValueError naming
+    the argument that does not fit.
     """
     _check(x, {"shift": shift, "scale": scale, "gate": gate}, rows)
     check(y.shape == x.shape and y.dtype == x.dtype and y.device == x.device, "y", y,
           f"{x.dtype} {list(x.shape)} on {x.device} like x")
     if use_triton(x, shift):
         gate, shift, scale = (_dense(t) for t in (gate, shift, scale))
-        return _adaln(x.contiguous(), y.contiguous(), gate, shift, scale, rows, eps)[:2]
+        return _adaln(x.contiguous(), y.contiguous(), gate, shift, scale, rows, eps, rms)[:2]
     r = _gate_residual_torch(x, y, gate, rows)
-    return r, _ln_modulate_torch(r, shift, scale, rows, eps)
+    return r, _ln_modulate_torch(r, shift, scale, rows, eps, rms)

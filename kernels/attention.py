@@ -2,15 +2,17 @@
 
 For a clip with queries Q [L, E], keys K and values V [S, E], per head:
 
-    S = scale Q K^T      lse = log sum exp S (per row)      P = exp(S - lse)      O = P V
+    S = scale Q K^T + bias      lse = log sum exp S (per row)      P = exp(S - lse)      O = P V
     dV = P^T dO          dP = dO V^T      delta = rowsum(dO * O)      dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q
 
 Layout: q [N, A, E], k and v [M, A, E] (N, M packed rows, A heads, E head dim); the last stride is
 1, and where E is a multiple of 8 so are the others (else they are copied): views of a packed
 [N, 3, A, E] projection are read in place. cu_q, cu_k int32 [B+1]: clip b holds rows cu[b] to
-cu[b+1]. Rows from cu_q[-1] on (the null clip that fills a row up) get zeros out and zero gradients;
-so do the queries of a clip without keys. What other clips hold, NaN included, reaches no result.
+cu[b+1]. Rows from cu_q[-1] on (the null clip that fills a row up) get zeros out, zero gradients and
+an lse of -inf; so do the queries of a clip without keys. What other clips hold, NaN included,
+reaches no result. bias float32 [M] is a number a key, for all queries and heads, -inf where nobody
+sees that key; it gets no gradient, and none flows through lse.
 
 Limits: E <= 256; float32, bfloat16 and float16 (float64 on the torch path). float32 products are
 exact to float32, not TF32, and slow on a GPU.
@@ -39,6 +41,7 @@ are built once per pair of cu and kept, since every layer of a step asks for the
 """
 
 import functools
+from typing import Optional
 
 import numpy as np
 import torch
@@ -49,7 +52,7 @@ from kernels import (FLOATS, IS_WIDE, check, check_numbers, indices, kept, launc
 
 LOG2_E = 1.4426950408889634
 
-# (A, E, query lengths, key lengths or None for self-attention): bench and tests
+# (A, E, query lengths, key lengths or None for self-attention, and once more with a bias): bench
 SHAPES = [
     (16, 72, [256] * 32, None),
     (16, 72, [4096] * 4, None),
@@ -66,17 +69,22 @@ CPU_SHAPES = [
 ]
 
 
-def reference(q, k, v, cu_q, cu_k, scale=None, upcast=torch.float32):
+def reference(q, k, v, cu_q, cu_k, scale=None, bias=None, with_lse=False, upcast=torch.float32):
     """The definition of right: one clip at a time, by the formula."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = [x if upcast is None else x.to(upcast) for x in (q, k, v)]
     out = [wide[0].new_zeros(len(q) - int(cu_q[-1]), *q.shape[1:])]
+    lse = [wide[0].new_full((q.shape[1], len(out[0])), float("-inf"))]
     for b in reversed(range(len(cu_q) - 1)):
-        qc = wide[0][int(cu_q[b]):int(cu_q[b + 1])]
-        kc, vc = (x[int(cu_k[b]):int(cu_k[b + 1])] for x in wide[1:])
-        p = torch.softmax(torch.einsum("nae,mae->anm", qc, kc) * scale, -1)
-        out.insert(0, torch.einsum("anm,mae->nae", p, vc))  # without keys: an empty sum, zeros
-    return torch.cat(out).to(q.dtype)
+        qc, keys = wide[0][int(cu_q[b]):int(cu_q[b + 1])], slice(int(cu_k[b]), int(cu_k[b + 1]))
+        s = torch.einsum("nae,mae->anm", qc, wide[1][keys]) * scale
+        s = s if bias is None else s + bias[keys].to(s.dtype)
+        lse.insert(0, s.logsumexp(-1))
+        unseen = lse[0][..., None] == float("-inf")  # no key: zeros, in the place of softmax's NaN
+        p = torch.softmax(s.masked_fill(unseen, 0), -1).masked_fill(unseen, 0)
+        out.insert(0, torch.einsum("anm,mae->nae", p, wide[2][keys]))
+    o = torch.cat(out).to(q.dtype)
+    return (o, torch.cat(lse, 1)) if with_lse else o
 
 
 # ---- the torch path
@@ -136,25 +144,41 @@ def _put(out, rows, x):
         out.index_copy_(0, rows, x)
 
 
+def _key_bias(padding, bias, rows, clips):
+    """What is added to a group's scores, [clips, 1, 1, S] or None: -inf on padding, the bias."""
+    if bias is None:
+        return padding
+    bias = _take(bias[:, None], rows, clips)[:, :, None]
+    return bias if padding is None else bias + padding
+
+
 def _batch_forward(q, k, v, bias, scale):
     """One group, all [clips, A, L, E]: o and lse [clips, A, L]."""
     if q.device.type == "cpu":
-        bias = None if bias is None else bias.to(q.dtype)
+        bias = bias.to(q.dtype) if bias is not None and q.dtype == torch.float64 else bias
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale)
         if k.shape[2] < 16:  # with fewer keys than its vectors are wide it loses a query's NaN
             nan = q.amax(-1) * 0
             o, lse = o + nan[..., None], lse + nan
+        if bias is not None:  # where no key is seen its lse is 0
+            lse = lse.masked_fill((bias == float("-inf")).all(-1), float("-inf"))
         return o, lse
     s = (q @ k.transpose(2, 3)).float() * scale
     s = s if bias is None else s + bias
     lse = torch.logsumexp(s, -1)
-    return (s - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return (s - _finite(lse)[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def _finite(lse):
+    """lse, but 0 where no key is seen: there exp(S - lse), S being -inf, must be 0."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _batch_backward(do, q, k, v, o, lse, bias, scale):
+    lse = lse if bias is None else _finite(lse)
     if q.device.type == "cpu":
-        bias = None if bias is None else bias.to(q.dtype)
+        bias = bias.to(q.dtype) if bias is not None and q.dtype == torch.float64 else bias
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, o, lse, 0.0, False, attn_mask=bias, scale=scale)
     s = (q @ k.transpose(2, 3)).float() * scale
@@ -223,31 +247,34 @@ def _clip_by_clip(fn, groups, scale):
     return [torch.stack(each).transpose(1, 2) for each in zip(*results)]
 
 
-def _torch_forward(q, k, v, cu_q, cu_k, scale):
+def _torch_forward(q, k, v, cu_q, cu_k, scale, bias=None):
     o = q.new_zeros(q.shape)
-    lse = q.new_zeros(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    for clips, q_rows, k_read, bias, _, _ in _plan(
+    lse = q.new_full(q.shape[1::-1], float("-inf"),
+                     dtype=torch.promote_types(q.dtype, torch.float32))
+    for clips, q_rows, k_read, padding, _, _ in _plan(
             tuple(cu_q.tolist()), tuple(cu_k.tolist()), len(q), len(k), q.device):
         qg, kg, vg = _take(q, q_rows, clips), _take(k, k_read, clips), _take(v, k_read, clips)
-        if _is_large(qg, kg, bias):
+        added = _key_bias(padding, bias, k_read, clips)
+        if _is_large(qg, kg, added):
             og, lg = _clip_by_clip(_clip_forward, (qg, kg, vg), scale)
         else:
-            og, lg = _batch_forward(qg, kg, vg, bias, scale)
+            og, lg = _batch_forward(qg, kg, vg, added, scale)
         _put(o, q_rows, og)
         _put(lse.T, q_rows, lg)
     return o, lse
 
 
-def _torch_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
+def _torch_backward(do, q, k, v, o, lse, cu_q, cu_k, scale, bias=None):
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    for clips, q_rows, k_read, bias, written, k_write in _plan(
+    for clips, q_rows, k_read, padding, written, k_write in _plan(
             tuple(cu_q.tolist()), tuple(cu_k.tolist()), len(q), len(k), q.device):
         dog, qg, og, lg = (_take(x, q_rows, clips) for x in (do, q, o, lse.T))
         kg, vg = (_take(x, k_read, clips) for x in (k, v))
-        if _is_large(qg, kg, bias):
+        added = _key_bias(padding, bias, k_read, clips)
+        if _is_large(qg, kg, added):
             dqg, dkg, dvg = _clip_by_clip(_clip_backward, (dog, qg, kg, vg, og, lg), scale)
         else:
-            dqg, dkg, dvg = _batch_backward(dog, qg, kg, vg, og, lg, bias, scale)
+            dqg, dkg, dvg = _batch_backward(dog, qg, kg, vg, og, lg, added, scale)
         _put(dq, q_rows, dqg)
         for out, grad in ((dk, dkg), (dv, dvg)):
             if written is not None:
@@ -340,19 +367,43 @@ def _tile(tiles, cu, n_clips):
 
 
 @triton.jit
-def _forward_step(q0, q1, k, v, o0, o1, top, total, start, hi, scale, k_row, v_row,
+def _load_bias(bias, col, hi, per_scale):
+    """The keys' bias, divided by what the scores will be multiplied by."""
+    return tl.load(bias + col, mask=col < hi, other=0.0) * per_scale
+
+
+@triton.jit
+def _load_lse(lse, row, end, BIASED: tl.constexpr, MASKED: tl.constexpr):
+    """lse in powers of two. Where no key is seen it is -inf, as the scores are, and then P must be
+    0, not NaN; without a bias nobody asks for such rows."""
+    if MASKED:
+        row_lse = tl.load(lse + row, mask=row < end, other=0.0)
+    else:
+        row_lse = tl.load(lse + row)
+    if BIASED:
+        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
+    return row_lse * 1.4426950408889634
+
+
+@triton.jit
+def _forward_step(q0, q1, k, v, bias, o0, o1, top, total, start, hi, scale, per_scale, k_row, v_row,
                   E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-                  MASKED: tl.constexpr):
+                  BIASED: tl.constexpr, MASKED: tl.constexpr):
     """BLOCK_N keys more: the new sums, and the new maximum of the scores in powers of two."""
     col = start + tl.arange(0, BLOCK_N)
     # keys and values past the clip's end are read as zeros: 0 * NaN of a neighbour is NaN
     k0, k1 = _load(k, col, k_row, hi, E, HEAD, TAIL, MASKED)
     s = _dot_t(q0, q1, k0, k1, TAIL)
+    if BIASED:
+        s += _load_bias(bias, col, hi, per_scale)[None, :]
     if MASKED:
         s = tl.where((col < hi)[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
+    base = new_top
+    if BIASED:  # no key seen yet: -inf - -inf would be NaN
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s * scale - base[:, None])
+    shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, 1)
     v0, v1 = _load(v, col, v_row, hi, E, HEAD, TAIL, MASKED)
     o0, o1 = _dot_add(p.to(v0.dtype), v0, v1, o0 * shrink[:, None], o1 * shrink[:, None], TAIL)
@@ -360,9 +411,10 @@ def _forward_step(q0, q1, k, v, o0, o1, top, total, start, hi, scale, k_row, v_r
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _forward_kernel(q, k, v, o, lse, tiles, cu_k, n_clips, scale, q_row, q_head, k_row, k_head,
-                    v_row, v_head, N, A, E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+def _forward_kernel(q, k, v, bias, o, lse, tiles, cu_k, n_clips, scale, q_row, q_head, k_row,
+                    k_head, v_row, v_head, N, A, E: tl.constexpr, HEAD: tl.constexpr,
+                    TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BIASED: tl.constexpr, MASKED: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     first, last, lo, hi = _tile(tiles, cu_k, n_clips)
     row = first + tl.arange(0, BLOCK_M)
@@ -374,30 +426,36 @@ def _forward_kernel(q, k, v, o, lse, tiles, cu_k, n_clips, scale, q_row, q_head,
     o0 = tl.zeros([BLOCK_M, HEAD], tl.float32)
     o1 = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 1], tl.float32)
     whole = hi if MASKED else lo + (hi - lo) // BLOCK_N * BLOCK_N
+    in_twos = scale * 1.4426950408889634
     for start in range(lo, whole, BLOCK_N):
-        o0, o1, top, total = _forward_step(q0, q1, k, v, o0, o1, top, total, start, hi, scale,
-                                           k_row, v_row, E, HEAD, TAIL, BLOCK_N, MASKED)
+        o0, o1, top, total = _forward_step(q0, q1, k, v, bias, o0, o1, top, total, start, hi,
+                                           in_twos, 1 / scale, k_row, v_row, E, HEAD, TAIL, BLOCK_N,
+                                           BIASED, MASKED)
     if whole < hi:
-        o0, o1, top, total = _forward_step(q0, q1, k, v, o0, o1, top, total, whole, hi, scale,
-                                           k_row, v_row, E, HEAD, TAIL, BLOCK_N, True)
-    # without keys nothing was summed: zeros, and a finite lse for the backward pass
-    total = tl.where(lo < hi, total, 1.0)
+        o0, o1, top, total = _forward_step(q0, q1, k, v, bias, o0, o1, top, total, whole, hi,
+                                           in_twos, 1 / scale, k_row, v_row, E, HEAD, TAIL, BLOCK_N,
+                                           BIASED, True)
+    # where no key was seen nothing was summed: zeros, and the maximum, -inf, is the lse
+    total = tl.where(total == 0.0, 1.0, total)
     o0 = o0 / total[:, None]
     o1 = o1 / total[:, None]
     _store(o + head * E, row, A * E, last, o0, o1, E, HEAD, TAIL)
-    top = tl.where(lo < hi, top, 0.0)
-    tl.store(lse + head * N + row, top + tl.log2(total), mask=row < last)
+    row_lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse + head * N + row, row_lse, mask=row < last)
 
 
 @triton.jit
-def _dq_step(q0, q1, do0, do1, k, v, dq0, dq1, row_lse, d, start, hi, scale, k_row, v_row,
-             E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-             MASKED: tl.constexpr):
+def _dq_step(q0, q1, do0, do1, k, v, bias, dq0, dq1, row_lse, d, start, hi, scale, per_scale, k_row,
+             v_row, E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+             BIASED: tl.constexpr, MASKED: tl.constexpr):
     """dQ with what BLOCK_N keys more add to it."""
     col = start + tl.arange(0, BLOCK_N)
     k0, k1 = _load(k, col, k_row, hi, E, HEAD, TAIL, MASKED)
     v0, v1 = _load(v, col, v_row, hi, E, HEAD, TAIL, MASKED)
-    p = tl.exp2(_dot_t(q0, q1, k0, k1, TAIL) * scale - row_lse[:, None])
+    s = _dot_t(q0, q1, k0, k1, TAIL)
+    if BIASED:
+        s += _load_bias(bias, col, hi, per_scale)[None, :]
+    p = tl.exp2(s * scale - row_lse[:, None])
     if MASKED:
         p = tl.where((col < hi)[None, :], p, 0.0)
     ds = p * (_dot_t(do0, do1, v0, v1, TAIL) - d[:, None])
@@ -405,10 +463,10 @@ def _dq_step(q0, q1, do0, do1, k, v, dq0, dq1, row_lse, d, start, hi, scale, k_r
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _dq_kernel(do, q, k, v, o, lse, delta, dq, tiles, cu_k, n_clips, scale, q_row, q_head, k_row,
-               k_head, v_row, v_head, do_row, do_head, N, A, E: tl.constexpr, HEAD: tl.constexpr,
-               TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               MASKED: tl.constexpr):
+def _dq_kernel(do, q, k, v, bias, o, lse, delta, dq, tiles, cu_k, n_clips, scale, q_row, q_head,
+               k_row, k_head, v_row, v_head, do_row, do_head, N, A, E: tl.constexpr,
+               HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BIASED: tl.constexpr, MASKED: tl.constexpr):
     """dQ of one tile of queries; leaves delta = rowsum(dO * O) for _dkv_kernel, which runs next."""
     head = tl.program_id(1).to(tl.int64)
     first, last, lo, hi = _tile(tiles, cu_k, n_clips)
@@ -421,7 +479,7 @@ def _dq_kernel(do, q, k, v, o, lse, delta, dq, tiles, cu_k, n_clips, scale, q_ro
         d += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
     at = head * N + row
     tl.store(delta + at, d, mask=row < last)
-    row_lse = tl.load(lse + at, mask=row < last, other=0.0)
+    row_lse = _load_lse(lse + head * N, row, last, BIASED, True)
     k += _times(head, k_head, E)
     v += _times(head, v_head, E)
     dq0 = tl.zeros([BLOCK_M, HEAD], tl.float32)
@@ -429,29 +487,31 @@ def _dq_kernel(do, q, k, v, o, lse, delta, dq, tiles, cu_k, n_clips, scale, q_ro
     whole = hi if MASKED else lo + (hi - lo) // BLOCK_N * BLOCK_N
     in_twos = scale * 1.4426950408889634
     for start in range(lo, whole, BLOCK_N):
-        dq0, dq1 = _dq_step(q0, q1, do0, do1, k, v, dq0, dq1, row_lse, d, start, hi, in_twos, k_row,
-                            v_row, E, HEAD, TAIL, BLOCK_N, MASKED)
+        dq0, dq1 = _dq_step(q0, q1, do0, do1, k, v, bias, dq0, dq1, row_lse, d, start, hi, in_twos,
+                            1 / scale, k_row, v_row, E, HEAD, TAIL, BLOCK_N, BIASED, MASKED)
     if whole < hi:
-        dq0, dq1 = _dq_step(q0, q1, do0, do1, k, v, dq0, dq1, row_lse, d, whole, hi, in_twos, k_row,
-                            v_row, E, HEAD, TAIL, BLOCK_N, True)
+        dq0, dq1 = _dq_step(q0, q1, do0, do1, k, v, bias, dq0, dq1, row_lse, d, whole, hi, in_twos,
+                            1 / scale, k_row, v_row, E, HEAD, TAIL, BLOCK_N, BIASED, True)
     _store(dq + head * E, row, A * E, last, dq0 * scale, dq1 * scale, E, HEAD, TAIL)
 
 
 @triton.jit
-def _dkv_step(k0, k1, v0, v1, q, do, lse, delta, dk0, dk1, dv0, dv1, start, hi, scale, q_row,
+def _dkv_step(k0, k1, v0, v1, b, q, do, lse, delta, dk0, dk1, dv0, dv1, start, hi, scale, q_row,
               do_row, E: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-              BLOCK_M: tl.constexpr, MASKED: tl.constexpr):
+              BLOCK_M: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr):
     """dK and dV with what BLOCK_M queries more add to them; S and dP are transposed."""
     row = start + tl.arange(0, BLOCK_M)
     q0, q1 = _load(q, row, q_row, hi, E, HEAD, TAIL, MASKED)
     do0, do1 = _load(do, row, do_row, hi, E, HEAD, TAIL, MASKED)
+    row_lse = _load_lse(lse, row, hi, BIASED, MASKED)
     if MASKED:
-        row_lse = tl.load(lse + row, mask=row < hi, other=0.0)
         d = tl.load(delta + row, mask=row < hi, other=0.0)
     else:
-        row_lse = tl.load(lse + row)
         d = tl.load(delta + row)
-    p = tl.exp2(_dot_t(k0, k1, q0, q1, TAIL) * scale - row_lse[None, :])
+    s = _dot_t(k0, k1, q0, q1, TAIL)
+    if BIASED:
+        s += b[:, None]
+    p = tl.exp2(s * scale - row_lse[None, :])
     if MASKED:
         p = tl.where((row < hi)[None, :], p, 0.0)
     dv0, dv1 = _dot_add(p.to(do0.dtype), do0, do1, dv0, dv1, TAIL)
@@ -461,16 +521,19 @@ def _dkv_step(k0, k1, v0, v1, q, do, lse, delta, dk0, dk1, dv0, dv1, start, hi, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _dkv_kernel(do, q, k, v, lse, delta, dk, dv, tiles, cu_q, n_clips, scale, q_row, q_head, k_row,
-                k_head, v_row, v_head, do_row, do_head, N, A, E: tl.constexpr, HEAD: tl.constexpr,
-                TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                MASKED: tl.constexpr):
+def _dkv_kernel(do, q, k, v, bias, lse, delta, dk, dv, tiles, cu_q, n_clips, scale, q_row, q_head,
+                k_row, k_head, v_row, v_head, do_row, do_head, N, A, E: tl.constexpr,
+                HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr):
     """dK and dV of one tile of keys, over the clip's queries in order."""
     head = tl.program_id(1).to(tl.int64)
     first, last, lo, hi = _tile(tiles, cu_q, n_clips)
     col = first + tl.arange(0, BLOCK_N)
     k0, k1 = _load(k + _times(head, k_head, E), col, k_row, last, E, HEAD, TAIL)
     v0, v1 = _load(v + _times(head, v_head, E), col, v_row, last, E, HEAD, TAIL)
+    b = col  # never used without a bias
+    if BIASED:
+        b = _load_bias(bias, col, last, 1 / scale)
     q += _times(head, q_head, E)
     do += _times(head, do_head, E)
     lse += head * N
@@ -482,11 +545,13 @@ def _dkv_kernel(do, q, k, v, lse, delta, dk, dv, tiles, cu_q, n_clips, scale, q_
     whole = hi if MASKED else lo + (hi - lo) // BLOCK_M * BLOCK_M
     in_twos = scale * 1.4426950408889634
     for start in range(lo, whole, BLOCK_M):
-        dk0, dk1, dv0, dv1 = _dkv_step(k0, k1, v0, v1, q, do, lse, delta, dk0, dk1, dv0, dv1, start,
-                                       hi, in_twos, q_row, do_row, E, HEAD, TAIL, BLOCK_M, MASKED)
+        dk0, dk1, dv0, dv1 = _dkv_step(k0, k1, v0, v1, b, q, do, lse, delta, dk0, dk1, dv0, dv1,
+                                       start, hi, in_twos, q_row, do_row, E, HEAD, TAIL, BLOCK_M,
+                                       BIASED, MASKED)
     if whole < hi:
-        dk0, dk1, dv0, dv1 = _dkv_step(k0, k1, v0, v1, q, do, lse, delta, dk0, dk1, dv0, dv1, whole,
-                                       hi, in_twos, q_row, do_row, E, HEAD, TAIL, BLOCK_M, True)
+        dk0, dk1, dv0, dv1 = _dkv_step(k0, k1, v0, v1, b, q, do, lse, delta, dk0, dk1, dv0, dv1,
+                                       whole, hi, in_twos, q_row, do_row, E, HEAD, TAIL, BLOCK_M,
+                                       BIASED, True)
     _store(dk + head * E, col, A * E, last, dk0 * scale, dk1 * scale, E, HEAD, TAIL)
     _store(dv + head * E, col, A * E, last, dv0, dv1, E, HEAD, TAIL)
 
@@ -530,32 +595,34 @@ def _tiles(cu, n_rows, block):
     return kept(cu, make, n_rows, block)
 
 
-def _triton_forward(q, k, v, cu_q, cu_k, scale):
+def _triton_forward(q, k, v, cu_q, cu_k, scale, bias=None):
     N, A, E = q.shape
     cu_q, cu_k = indices("cu_q", cu_q, N, ascend=True), indices("cu_k", cu_k, len(k), ascend=True)
     config = _config("forward", E, q.dtype, q.device)
     o = q.new_empty(q.shape)
-    lse = q.new_empty((A, N), dtype=torch.float32)  # of powers of two
+    lse = q.new_empty((A, N), dtype=torch.float32)
     tiles = _tiles(cu_q, N, config["BLOCK_M"])
-    launch(_forward_kernel, (len(tiles), A), q, k, v, o, lse, tiles, cu_k, len(cu_k) - 1,
-           scale * LOG2_E, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], N, A, **config)
+    launch(_forward_kernel, (len(tiles), A), q, k, v, lse if bias is None else bias, o, lse, tiles,
+           cu_k, len(cu_k) - 1, scale, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], N, A,
+           BIASED=bias is not None, **config)
     return o, lse
 
 
-def _triton_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
+def _triton_backward(do, q, k, v, o, lse, cu_q, cu_k, scale, bias=None):
     N, A, E = q.shape
     cu_q, cu_k = indices("cu_q", cu_q, N, ascend=True), indices("cu_k", cu_k, len(k), ascend=True)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     strides = [s for x in (q, k, v, do) for s in x.stride()[:2]]
-    config = _config("dq", E, q.dtype, q.device)
+    read = do, q, k, v, lse if bias is None else bias
+    config = dict(_config("dq", E, q.dtype, q.device), BIASED=bias is not None)
     tiles = _tiles(cu_q, N, config["BLOCK_M"])
-    launch(_dq_kernel, (len(tiles), A), do, q, k, v, o, lse, delta, dq, tiles, cu_k, len(cu_k) - 1,
-           scale, *strides, N, A, **config)
-    config = _config("dkv", E, q.dtype, q.device)
+    launch(_dq_kernel, (len(tiles), A), *read, o, lse, delta, dq, tiles, cu_k, len(cu_k) - 1, scale,
+           *strides, N, A, **config)
+    config = dict(_config("dkv", E, q.dtype, q.device), BIASED=bias is not None)
     tiles = _tiles(cu_k, len(k), config["BLOCK_N"])
-    launch(_dkv_kernel, (len(tiles), A), do, q, k, v, lse, delta, dk, dv, tiles, cu_q,
-           len(cu_q) - 1, scale, *strides, N, A, **config)
+    launch(_dkv_kernel, (len(tiles), A), *read, lse, delta, dk, dv, tiles, cu_q, len(cu_q) - 1,
+           scale, *strides, N, A, **config)
     return dq, dk, dv
 
 
@@ -563,14 +630,14 @@ def _triton_backward(do, q, k, v, o, lse, cu_q, cu_k, scale):
 
 @torch.library.custom_op("nanosora::attention", mutates_args=())
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor,
-               cu_k: torch.Tensor, scale: float,
+               cu_k: torch.Tensor, bias: Optional[torch.Tensor], scale: float,
                on_triton: bool) -> tuple[torch.Tensor, torch.Tensor]:
     forward = _triton_forward if on_triton else _torch_forward
-    return forward(q, k, v, cu_q, cu_k, scale)
+    return forward(q, k, v, cu_q, cu_k, scale, bias)
 
 
 @_attention.register_fake
-def _(q, k, v, cu_q, cu_k, scale, on_triton):
+def _(q, k, v, cu_q, cu_k, bias, scale, on_triton):
     lse = q.new_empty(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse
 
@@ -578,14 +645,14 @@ def _(q, k, v, cu_q, cu_k, scale, on_triton):
 @torch.library.custom_op("nanosora::attention_backward", mutates_args=())
 def _attention_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                         o: torch.Tensor, lse: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
-                        scale: float,
+                        bias: Optional[torch.Tensor], scale: float,
                         on_triton: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     backward = _triton_backward if on_triton else _torch_backward
-    return backward(do, q, k, v, o, lse, cu_q, cu_k, scale)
+    return backward(do, q, k, v, o, lse, cu_q, cu_k, scale, bias)
 
 
 @_attention_backward.register_fake
-def _(do, q, k, v, o, lse, cu_q, cu_k, scale, on_triton):
+def _(do, q, k, v, o, lse, cu_q, cu_k, bias, scale, on_triton):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -596,13 +663,13 @@ def _readable(x):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, ctx.scale, ctx.on_triton = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    q, k, v, cu_q, cu_k, bias, ctx.scale, ctx.on_triton = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k, bias)
 
 
 def _backward(ctx, do, _):
     grads = _attention_backward(_readable(do), *ctx.saved_tensors, ctx.scale, ctx.on_triton)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup)
@@ -615,14 +682,16 @@ def _autocast(x):
     return x.to(torch.get_autocast_dtype(kind)) if can and torch.is_autocast_enabled(kind) else x
 
 
-def attention(q, k, v, cu_q, cu_k, scale=None):
-    """Softmax attention inside each clip of a packed row, o [N, A, E].
+def attention(q, k, v, cu_q, cu_k, scale=None, bias=None, with_lse=False):
+    """Softmax attention inside each clip of a packed row, o [N, A, E]; with_lse: (o, lse [A, N]).
 
     q [N, A, E]; k, v [M, A, E]; cu_q, cu_k int32 [B+1], first 0, ascending, cu_q[-1] <= N, cu_k[-1]
-    <= M; scale: above 0; 1/sqrt(E) if None. Under autocast q, k and v become its dtype. Raises
-    ValueError naming the argument whose shape, dtype, device or value does not fit; on a GPU, where
-    bounds are not seen without waiting, wrong ones are clamped. (Online softmax: Milakov and
-    Gimelshein 2018; tiles and recomputation: Dao et al. 2022.)
+    <= M; scale: above 0; 1/sqrt(E) if None; bias float32 [M]: added to the scaled scores of each
+    key (the logarithm of how often it is there, -inf if it is not). lse, a natural logarithm in
+    float32, merges the results of parts of the keys. Under autocast q, k and v become its dtype.
+    Raises ValueError naming the argument whose shape, dtype, device or value does not fit; on a
+    GPU, where bounds are not seen without waiting, wrong ones are clamped. (Online softmax: Milakov
+    and Gimelshein 2018; tiles and recomputation: Dao et al. 2022.)
     """
     q, k, v = map(_autocast, (q, k, v))
     check(q.dim() == 3 and q.shape[1] > 0, "q", q, "[N, A, E] with A > 0")
@@ -638,7 +707,13 @@ def attention(q, k, v, cu_q, cu_k, scale=None):
               "[B+1], the same B in both")
         check(x.dtype == torch.int32 and x.device == q.device, name, x,
               f"int32 on {q.device} like q")
+    if bias is not None:
+        check(bias.shape == k.shape[:1] and bias.dtype == torch.float32 and bias.device == q.device
+              and not bias.requires_grad, "bias", bias,
+              f"None or float32 [{len(k)}] on {q.device} without a gradient")
+        bias = bias.contiguous()
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     check(scale > 0, "scale", scale, "above 0")
     q, k, v = map(_readable, (q, k, v))
-    return _attention(q, k, v, cu_q, cu_k, scale, use_triton(q))[0]
+    o, lse = _attention(q, k, v, cu_q, cu_k, bias, scale, use_triton(q))
+    return (o, lse.detach()) if with_lse else o

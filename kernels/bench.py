@@ -45,6 +45,12 @@ def attention_cases(shapes, make):
         label = f"{A}x{E} {len(len_q)} clips {min(len_q)}-{max(len_q)} on {min(len_k)}-{max(len_k)}"
         ours = lambda q, k, v, a=cu_q, b=cu_k: attention.attention(q, k, v, a, b)
         yield Case(label, leaves, ours, peers, flops, 3.5 * flops)
+        if len_k is not len_q:
+            bias = make(sum(len_k)).float()
+            biased, plain = (lambda q, k, v, a=cu_q, b=cu_k, fn=fn, bias=bias: fn(
+                q, k, v, a, b, bias=bias) for fn in (attention.attention, partial(
+                    attention.reference, upcast=None)))
+            yield Case(f"{label}, bias", leaves, biased, {"eager": plain}, flops, 3.5 * flops)
 
 
 def formula(q, k, v):
@@ -62,33 +68,35 @@ def per_clip(q, k, v, len_q, len_k, fn):
 
 
 def adaln_cases(shapes, make):
-    for N, D, run in shapes:
+    for N, D, run, rms in shapes:
         rows = (torch.arange(N, device=make.device) // run).int()
         R = -(-N // run)
         x, y = make(N, D), make(N, D)
         gate, shift, scale = (make(R, D) for _ in range(3))
         unit = x.numel() * x.element_size()
-        ours = lambda *leaves, rows=rows: adaln.gate_residual_ln_modulate(*leaves, rows)
-        plain = lambda *leaves, rows=rows: plain_adaln(*leaves, rows)
-        yield Case(f"gate+residual+LN {N}x{D}, runs of {run}", [x, y, gate, shift, scale], ours,
-                   {"eager": plain}, 4 * unit, 10 * unit)
+        ours, plain = (lambda *leaves, rows=rows, rms=rms, fn=fn: fn(*leaves, rows, rms=rms)
+                       for fn in (adaln.gate_residual_ln_modulate, plain_adaln))
+        yield Case(f"gate+residual+{'RMS' if rms else 'LN'} {N}x{D}, runs of {run}",
+                   [x, y, gate, shift, scale], ours, {"eager": plain}, 4 * unit, 10 * unit)
 
 
-def plain_adaln(x, y, gate, shift, scale, rows):
+def plain_adaln(x, y, gate, shift, scale, rows, rms):
     r = x + gate[rows] * y
-    return r, F.layer_norm(r, r.shape[1:], eps=1e-6) * (1 + scale[rows]) + shift[rows]
+    normed = (F.rms_norm if rms else F.layer_norm)(r, r.shape[1:], eps=1e-6)
+    return r, normed * (1 + scale[rows]) + shift[rows]
 
 
 def rope_cases(shapes, make):
-    for N, A, E, normed in shapes:
+    for N, A, E, norm in shapes:
         pairs = torch.arange(E // 2, device=make.device)
         where = (make(N, 3).float(), 100.0 ** (-pairs / len(pairs)), (pairs % 3).int())
-        leaves = [make(N, 3, A, E)] + [make(A * E) for _ in range(2 if normed else 0)]
+        widths = {"full": [A * E] * 2, "head": [E] * 2, None: []}[norm]
+        leaves = [make(N, 3, A, E), *map(make, widths)]
         unit = 2 * N * A * E * leaves[0].element_size()
         ours, plain = (lambda qkv, *w, fn=fn, where=where: fn(qkv[:, 0], qkv[:, 1], *where, *w)
                        for fn in (rope.qk_norm_rope, partial(rope.reference, upcast=None)))
-        yield Case(f"{'norm+' if normed else ''}rope {N}x{A}x{E}", leaves, ours, {"eager": plain},
-                   2 * unit, (5 if normed else 4) * unit)
+        yield Case(f"{f'{norm} norm + ' if norm else ''}rope {N}x{A}x{E}", leaves, ours,
+                   {"eager": plain}, 2 * unit, (5 if norm else 4) * unit)
 
 
 def patchify_cases(shapes, make):

@@ -1,8 +1,8 @@
 """QK RMSNorm and 3D rotary positions, in one pass over the projection.
 
-For a token n with x [A, E] (its q or its k), weight w [A*E], coordinates (t, y, x) in c [3]:
+For a token n with x [A, E] (its q or its k), weight w [A*E] or [E], coordinates (t, y, x) in c [3]:
 
-    x^ = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) over all A*E channels
+    x^ = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps) over all A*E channels, or over each head's E
     z = w x^ (without a weight there is no norm, z = x)
     pair i of each head turns by a_i = c[axes[i]] * freqs[i]:
         out[2i] = z[2i] cos a_i - z[2i+1] sin a_i
@@ -31,10 +31,11 @@ from kernels import check, indices, launch, row_tiles, tl, triton, use_triton
 
 TOKENS = 64  # whose part of the weights' gradient one program sums
 
-# (N, A, E, with norm): bench and tests
-SHAPES = [(32768, 16, 72, True), (16384, 12, 128, True), (32768, 24, 128, True),
-          (32768, 16, 72, False)]
-CPU_SHAPES = [(1024, 4, 32, True), (2048, 8, 32, True), (4096, 8, 32, True)]
+# (N, A, E, what the norm is over: "full" width, each "head", or None): bench
+SHAPES = [(32768, 16, 72, "full"), (16384, 12, 128, "full"), (32768, 24, 128, "full"),
+          (32768, 16, 72, None), (32768, 24, 128, "head")]
+CPU_SHAPES = [(1024, 4, 32, "full"), (2048, 8, 32, "full"), (4096, 8, 32, "full"),
+              (2048, 8, 32, "head")]
 
 
 def reference(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e-6,
@@ -46,8 +47,9 @@ def reference(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e-6,
     for x, weight in ((q, q_weight), (k, k_weight)):
         z = wide(x)
         if weight is not None:
-            mean_square = (z * z).mean((1, 2), keepdim=True)
-            z = z / torch.sqrt(mean_square + eps) * wide(weight).view(z.shape[1:])
+            full = len(weight) == z.shape[1] * z.shape[2]
+            mean_square = (z * z).mean((1, 2) if full else 2, keepdim=True)
+            z = z / torch.sqrt(mean_square + eps) * wide(weight).view(-1, z.shape[2])
         even, odd = z[..., 0::2], z[..., 1::2]
         turned = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
         out.append(torch.stack(turned, -1).flatten(-2).to(x.dtype))
@@ -79,7 +81,7 @@ def _norm_rope_torch(x, turn, weight, eps):
     """turn complex [N, 1, E/2]: a product of complex numbers is the fastest rotation on a CPU."""
     z = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     if weight is not None:
-        z = _Norm.apply(z.flatten(1), weight.to(z.dtype), eps).view_as(z)
+        z = _Norm.apply(z.view(-1, len(weight)), weight.to(z.dtype), eps).view_as(z)
     z = torch.view_as_complex(z.unflatten(2, (-1, 2))) * turn
     return torch.view_as_real(z).flatten(2).to(x.dtype)
 
@@ -104,79 +106,86 @@ def _turn(z, cos, sin, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(x, out, coords, freqs, axes, weight, N, x_row, eps, A: tl.constexpr,
-                    E: tl.constexpr, NORMED: tl.constexpr, BLOCK_M: tl.constexpr,
+def _forward_kernel(x, out, coords, freqs, axes, weight, N, x_row, eps, PARTS: tl.constexpr,
+                    W: tl.constexpr, E: tl.constexpr, NORMED: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_W: tl.constexpr):
-    """BLOCK_M tokens a program, all heads of each side by side."""
-    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """BLOCK_M of N parts a program: a part is what one norm is over, W channels of a token."""
+    part = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = part // PARTS
     col = tl.arange(0, BLOCK_W)
-    ok = (token < N)[:, None] & (col < A * E)[None, :]
-    at = token[:, None] * x_row + col[None, :]
+    ok = (part < N)[:, None] & (col < W)[None, :]
+    at = (token * x_row + part % PARTS * W)[:, None] + col[None, :]
     z = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
     if NORMED:
-        rstd = tl.rsqrt(tl.sum(z * z, 1) / (A * E) + eps)
-        w = tl.load(weight + col, mask=col < A * E, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(z * z, 1) / W + eps)
+        w = tl.load(weight + col, mask=col < W, other=0.0).to(tl.float32)
         z = z * rstd[:, None] * w[None, :]
-    cos, sin = _turns(coords, freqs, axes, token, token < N, E // 2, BLOCK_W // 2)
+    cos, sin = _turns(coords, freqs, axes, token, part < N, E // 2, BLOCK_W // 2)
     z = _turn(z, cos, sin, BLOCK_M, BLOCK_W)
-    tl.store(out + token[:, None] * (A * E) + col[None, :], z.to(out.dtype.element_ty), mask=ok)
+    tl.store(out + part[:, None] * W + col[None, :], z.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def _backward_kernel(dout, x, coords, freqs, axes, weight, dx, partial, N, x_row, eps,
-                     A: tl.constexpr, E: tl.constexpr, NORMED: tl.constexpr, TOKENS: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """TOKENS tokens a program, BLOCK_M at a time: dx, and their part of the weight's gradient."""
+                     PARTS: tl.constexpr, W: tl.constexpr, E: tl.constexpr, NORMED: tl.constexpr,
+                     TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+    """TOKENS of N parts a program, BLOCK_M at a time: dx, and their share of dw."""
     col = tl.arange(0, BLOCK_W)
-    in_row = col < A * E
+    in_row = col < W
     dw = tl.zeros([BLOCK_W], tl.float32)
     if NORMED:
         w = tl.load(weight + col, mask=in_row, other=0.0).to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * TOKENS
     for start in range(0, TOKENS, BLOCK_M):
-        token = first + start + tl.arange(0, BLOCK_M)
-        ok = (token < N)[:, None] & in_row[None, :]
-        out_at = token[:, None] * (A * E) + col[None, :]
-        cos, sin = _turns(coords, freqs, axes, token, token < N, E // 2, BLOCK_W // 2)
+        part = first + start + tl.arange(0, BLOCK_M)
+        token = part // PARTS
+        ok = (part < N)[:, None] & in_row[None, :]
+        out_at = part[:, None] * W + col[None, :]
+        cos, sin = _turns(coords, freqs, axes, token, part < N, E // 2, BLOCK_W // 2)
         grad = tl.load(dout + out_at, mask=ok, other=0.0).to(tl.float32)
         grad = _turn(grad, cos, -sin, BLOCK_M, BLOCK_W)
         if NORMED:
-            at = token[:, None] * x_row + col[None, :]
+            at = (token * x_row + part % PARTS * W)[:, None] + col[None, :]
             z = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(z * z, 1) / (A * E) + eps)[:, None]
+            rstd = tl.rsqrt(tl.sum(z * z, 1) / W + eps)[:, None]
             z = z * rstd
             dw += tl.sum(grad * z, 0)
             grad = grad * w[None, :]
-            grad = rstd * (grad - z * (tl.sum(grad * z, 1) / (A * E))[:, None])
+            grad = rstd * (grad - z * (tl.sum(grad * z, 1) / W)[:, None])
         tl.store(dx + out_at, grad.to(dx.dtype.element_ty), mask=ok)
     if NORMED:
-        tl.store(partial + tl.program_id(0).to(tl.int64) * (A * E) + col, dw, mask=in_row)
+        tl.store(partial + tl.program_id(0).to(tl.int64) * W + col, dw, mask=in_row)
 
 
-def _config(width):
-    return dict(zip(("BLOCK_M", "BLOCK_W", "num_warps"), row_tiles(width, TOKENS)))
+def _config(x, weight):
+    """How x [N, A, E] is cut: whole tokens, or heads where the weight is a head's."""
+    width = x.shape[1] * x.shape[2] if weight is None else len(weight)
+    tile = zip(("BLOCK_M", "BLOCK_W", "num_warps"), row_tiles(width, TOKENS))
+    return dict(tile, PARTS=x.shape[1] * x.shape[2] // width, W=width, E=x.shape[2],
+                NORMED=weight is not None)
 
 
 def _triton_forward(x, coords, freqs, axes, weight, eps):
-    N, A, E = x.shape
     out = x.new_empty(x.shape)
-    config = _config(A * E)
+    config = _config(x, weight)
+    n = len(x) * config["PARTS"]
     axes = indices("axes", axes, 2)
-    launch(_forward_kernel, (triton.cdiv(N, config["BLOCK_M"]),), x, out, coords, freqs, axes,
-           freqs if weight is None else weight, N, x.stride(0), eps, A, E,
-           NORMED=weight is not None, **config)
+    launch(_forward_kernel, (triton.cdiv(n, config["BLOCK_M"]),), x, out, coords, freqs, axes,
+           freqs if weight is None else weight, n, x.stride(0), eps, **config)
     return out
 
 
 def _triton_backward(dout, x, coords, freqs, axes, weight, eps):
-    N, A, E = x.shape
     dx = x.new_empty(x.shape)
-    n_programs = triton.cdiv(N, TOKENS)
-    partial = x.new_empty((n_programs if weight is not None else 0, A * E), dtype=torch.float32)
+    config = _config(x, weight)
+    n = len(x) * config["PARTS"]
+    n_programs = triton.cdiv(n, TOKENS)
+    partial = x.new_empty((n_programs if weight is not None else 0, config["W"]),
+                          dtype=torch.float32)
     axes = indices("axes", axes, 2)
     launch(_backward_kernel, (n_programs,), dout, x, coords, freqs, axes,
-           freqs if weight is None else weight, dx, partial, N, x.stride(0), eps, A, E,
-           NORMED=weight is not None, TOKENS=TOKENS, **_config(A * E))
+           freqs if weight is None else weight, dx, partial, n, x.stride(0), eps, TOKENS=TOKENS,
+           **config)
     # torch's sum runs in a fixed order
     return dx, x.new_empty(0) if weight is None else partial.sum(0).to(weight.dtype)
 
@@ -233,12 +242,12 @@ _qk_norm_rope.register_autograd(_backward, setup_context=_setup)
 # ---- public
 
 def qk_norm_rope(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e-6):
-    """RMSNorm over the full width A*E (where a weight is given), then rotation: (q', k') [N, A, E].
+    """RMSNorm (where a weight is given), then rotation: (q', k') [N, A, E].
 
     q, k [N, A, E]; coords float32 [N, 3] = (t, y, x); freqs float32 [E/2]; axes int32 [E/2] in
-    0..2; weights [A*E] or None. Adjacent pairs (2i, 2i+1) turn by coords[n, axes[i]] * freqs[i].
-    Raises ValueError naming the argument that does not fit. (RoPE: Su et al. 2021; RMSNorm: Zhang
-    and Sennrich 2019.)
+    0..2; weights [A*E], for a norm over the full width, or [E], over each head, or None. Adjacent
+    pairs (2i, 2i+1) turn by coords[n, axes[i]] * freqs[i]. Raises ValueError naming the argument
+    that does not fit. (RoPE: Su et al. 2021; RMSNorm: Zhang and Sennrich 2019.)
     """
     check(q.dim() == 3 and q.dtype.is_floating_point and q.shape[1] > 0 and q.shape[2] > 0
           and q.shape[2] % 2 == 0, "q", q, "floating point [N, A, E], A > 0, E even and above 0")
@@ -251,8 +260,9 @@ def qk_norm_rope(q, k, coords, freqs, axes, q_weight=None, k_weight=None, eps=1e
         check(x.shape == shape and x.dtype == dtype and x.device == q.device, name, x,
               f"{dtype} {list(shape)} on {q.device}")
     for name, x in (("q_weight", q_weight), ("k_weight", k_weight)):
-        fits = x is None or (x.shape == (q.shape[1] * q.shape[2],) and x.device == q.device)
-        check(fits, name, x, f"None or [{q.shape[1] * q.shape[2]}] on {q.device}")
+        full, head = q.shape[1] * q.shape[2], q.shape[2]
+        fits = x is None or (x.shape in ((full,), (head,)) and x.device == q.device)
+        check(fits, name, x, f"None, [{full}] or [{head}] on {q.device}")
     if use_triton(q):
         q, k = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q, k))
         coords, freqs = coords.contiguous(), freqs.contiguous()

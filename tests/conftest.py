@@ -196,12 +196,32 @@ def check_against_reference(names, inputs, run, reference):
     return got
 
 
-def compile_kernels(module, launch, arch):
-    """Compiles what launch() would launch of module's kernels for a GPU that need not be here, and
-    prints bytes of stack a thread by kernel as JSON. Runs in a process without the interpreter."""
+SHARED = {80: 163, 90: 227, 100: 227, 120: 99}  # KiB of shared memory that a program may have
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}  # its instruction for 16 bits
+
+
+def read_machine_code(cubin):
+    """What counts in a kernel's machine code: bytes of stack a thread, tensor-core instructions,
+    loads from global memory of 16 bytes a thread and of fewer."""
     import re
     import tempfile
 
+    import triton
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        usage, code = (subprocess.run([dump, option, file.name], capture_output=True, text=True,
+                                      check=True).stdout
+                       for option in ("--dump-resource-usage", "-sass"))
+    loads = re.findall(r"\b(?:LDG|LDGSTS)\.E\S*", code)
+    wide = sum(".128" in load for load in loads)
+    return dict(stack=int(re.search(r"STACK:(\d+)", usage)[1]), wide=wide, narrow=len(loads) - wide,
+                mma=sorted(set(re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))))
+
+
+def compile_kernels(module, launch, arch):
+    """Compiles what launch() would launch of module's kernels for a GPU that need not be here, and
+    prints what read_machine_code says of each as JSON. Runs in a process without the interpreter."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -209,8 +229,7 @@ def compile_kernels(module, launch, arch):
 
     target = GPUTarget("cuda", arch, 32)
     compiler = make_backend(target)
-    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    stack = {}
+    found = {}
 
     def compile_one(kernel, args, options):
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
@@ -219,12 +238,8 @@ def compile_kernels(module, launch, arch):
             compiler, options, bound, specialised, more)
         source = ASTSource(kernel, signature, constants, attrs)
         made = triton.compile(source, target=target, options=packed.__dict__)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(made.asm["cubin"])
-            usage = subprocess.run([dump, "--dump-resource-usage", file.name], capture_output=True,
-                                   text=True, check=True).stdout
-        name = f"{kernel.fn.__name__} {options}"
-        stack[name] = int(re.search(r"STACK:(\d+)", usage)[1])
+        found[f"{kernel.fn.__name__} {args[0].dtype} {options}"] = dict(
+            read_machine_code(made.asm["cubin"]), shared=made.metadata.shared / 1024)
 
     class Catch:
         def __init__(self, kernel):
@@ -236,15 +251,20 @@ def compile_kernels(module, launch, arch):
     for name in [name for name in dir(module) if name.endswith("_kernel")]:
         setattr(module, name, Catch(getattr(module, name)))
     launch()
-    print(json.dumps(stack))
+    print(json.dumps(found))
 
 
-def stack_bytes(test_module, arch, launch="launch_all"):
-    """{kernel: bytes of stack} of a test file's launch_all(), for sm_ARCH; spills live there."""
+def compiled(test_module, arch, launch="launch_all", stack=0):
+    """{kernel: what read_machine_code says} of a test file's launch_all(), for sm_ARCH. Each fits
+    the GPU's shared memory and has at most `stack` bytes a thread of it: there the spills are."""
     pytest.importorskip("triton")
     code = (f"import conftest, {test_module} as t; "
             f"conftest.compile_kernels(t.MODULE, t.{launch}, {arch})")
     env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    over = {name: made for name, made in found.items()
+            if made["stack"] > stack or made["shared"] > SHARED[arch]}
+    assert found and not over, over
+    return found

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE, ROOT, check_against_reference, stack_bytes
+from conftest import DEVICE, ROOT, TENSOR_CORE, check_against_reference, compiled
 
 from kernels import attention as MODULE
 from kernels.attention import attention, reference
@@ -235,11 +235,56 @@ def test_scale_is_used(backend):
     torch.testing.assert_close(attention(q, k, v, c, c, 0.7), reference(q, k, v, c, c, 0.7))
 
 
+def check_bias(len_q, len_k, width, dtype):
+    """o, its gradients and lse with a bias, of which the third clip's keys and some more are -inf."""
+    cu_q, cu_k = cu(len_q), cu(len_k)
+    q, k, v = make(len_q, len_k, 2, width, dtype)
+    bias = torch.randn(len(k), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    bias[torch.arange(len(k)) % 5 == 1] = float("-inf")
+    bias[int(cu_k[2]):int(cu_k[3])] = float("-inf")
+    check_against_reference(
+        ["o", "dq", "dk", "dv"], [q, k, v], lambda *x: (attention(*x, cu_q, cu_k, bias=bias),),
+        lambda *x, upcast: (reference(*x, cu_q, cu_k, bias=bias, upcast=upcast),))
+    for b in (bias, None):
+        o, lse = attention(q, k, v, cu_q, cu_k, bias=b, with_lse=True)
+        want = reference(q, k, v, cu_q, cu_k, bias=b, with_lse=True, upcast=torch.float64)[1]
+        assert torch.equal(o, attention(q, k, v, cu_q, cu_k, bias=b)) and lse.shape == want.shape
+        torch.testing.assert_close(lse, want.float(), rtol=1e-4, atol=1e-4)
+        assert torch.isinf(lse).any(0).sum() >= 3 + (len_q[2] if b is not None else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_and_lse(backend, dtype):
+    check_bias([5, 1, 9, 0, 5, 40], [3, 2, 4, 4, 0, 70], 16, dtype)
+
+
+@pytest.mark.parametrize("width", [64, 72])
+def test_bias_and_lse_in_tiles_of_a_hopper_gpu(hopper, width):
+    check_bias([70, 3, 10, 20], [130, 2, 70, 64], width, torch.bfloat16)
+
+
+def test_bias_counts_keys_and_lse_merges_parts(backend):
+    """A key with the bias log 3 is three keys; two parts of the keys, weighed by their lse, are all."""
+    q, k, v = make([30], [40], 2, 16, tail=0)
+    count = torch.arange(40, device=DEVICE) % 3 + 1
+    many = [x.repeat_interleave(count, 0) for x in (k, v)]
+    whole = attention(q, k, v, cu([30]), cu([40]), bias=count.log())
+    torch.testing.assert_close(whole, attention(q, *many, cu([30]), cu([len(many[0])])))
+    bias = torch.where(torch.arange(40, device=DEVICE) < 25, 0.0, float("-inf"))
+    parts = [attention(q, k[part], v[part], cu([30]), cu([n]), with_lse=True)
+             for part, n in ((slice(25), 25), (slice(25, 40), 15))]
+    torch.testing.assert_close(attention(q, k, v, cu([30]), cu([40]), bias=bias), parts[0][0])
+    weights = torch.stack([lse for _, lse in parts]).softmax(0).transpose(1, 2)[..., None]
+    merged = (torch.stack([o for o, _ in parts]) * weights).sum(0)
+    torch.testing.assert_close(merged, attention(q, k, v, cu([30]), cu([40])))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_operator(backend):
     q, k, v = (x.requires_grad_() for x in make([5, 3, 5], [2, 4, 0], 2, 16))
-    args = (q, k, v, cu([5, 3, 5]), cu([2, 4, 0]), 0.25, backend == "triton")
-    torch.library.opcheck(MODULE._attention, args)
+    for bias in (None, torch.randn(len(k), device=DEVICE)):
+        torch.library.opcheck(MODULE._attention, (
+            q, k, v, cu([5, 3, 5]), cu([2, 4, 0]), bias, 0.25, backend == "triton"))
 
 
 def test_compiled_is_eager(backend):
@@ -264,6 +309,8 @@ def test_compiled_is_eager(backend):
     ("k", lambda a: a | {"k": a["k"][:, :1]}),
     ("v", lambda a: a | {"v": a["v"][1:]}),
     ("v", lambda a: a | {"v": a["v"].bfloat16()}),
+    ("bias", lambda a: a | {"bias": a["k"].new_zeros(3)}),
+    ("bias", lambda a: a | {"bias": a["k"].new_zeros(len(a["k"])).requires_grad_()}),
     ("cu_q", lambda a: a | {"cu_q": a["cu_q"].long()}),
     ("cu_k", lambda a: a | {"cu_k": a["cu_k"][1:]}),
 ])
@@ -324,8 +371,9 @@ def launch_all(dtypes=(torch.bfloat16, torch.float32), widths=(32, 64, 72, 128))
     for dtype in dtypes:
         for width in widths:
             q, k, v = torch.empty(256, 3, 4, width, dtype=dtype).unbind(1)
-            o, lse = MODULE._triton_forward(q, k, v, lengths, lengths, 0.1)
-            MODULE._triton_backward(o, q, k, v, o, lse, lengths, lengths, 0.1)
+            for bias in (None, torch.empty(256)) if dtype == torch.bfloat16 else (None,):
+                o, lse = MODULE._triton_forward(q, k, v, lengths, lengths, 0.1, bias)
+                MODULE._triton_backward(o, q, k, v, o, lse, lengths, lengths, 0.1, bias)
 
 
 def launch_on_hopper():
@@ -333,16 +381,25 @@ def launch_on_hopper():
     launch_all([torch.bfloat16], MODULE.HOPPER)
 
 
+def check_code(found, arch):
+    """16 bits go through tensor cores, and rows are read 16 bytes a thread at a time: of fewer bytes
+    are lse, delta and bounds, at most some three loads to two."""
+    for name, made in found.items():
+        if "bfloat16" in name:
+            assert TENSOR_CORE[arch] in made["mma"] and 2 * made["wide"] > made["narrow"], (name, made)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_compiles_without_spills(arch):
-    # sm_80 keeps a little of the 72-wide dK, dV kernel on the stack
-    allowed = 160 if arch == 80 else 32
-    stack = stack_bytes("test_attention", arch)
-    assert not {name: size for name, size in stack.items() if size > allowed}
+    # sm_80 and sm_120 keep a little of the 72-wide dK, dV kernel on the stack
+    allowed = {80: 160, 90: 32, 100: 80, 120: 160}[arch]
+    check_code(compiled("test_attention", arch, stack=allowed), arch)
 
 
 @pytest.mark.slow
-def test_tiles_for_hopper_compile_without_spills():
-    stack = stack_bytes("test_attention", 90, "launch_on_hopper")
-    assert len(stack) == 9 and not any(stack.values()), stack
+@pytest.mark.parametrize("arch", [90, 100])
+def test_tiles_for_hopper_compile_without_spills(arch):
+    found = compiled("test_attention", arch, "launch_on_hopper", stack=0 if arch == 90 else 80)
+    assert len(found) == 18
+    check_code(found, arch)

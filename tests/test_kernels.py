@@ -44,11 +44,13 @@ def every_operator():
     return [
         ("attention", lambda *x: attention.attention(*x, bounds, keys),
          randn(30, 3, 2, 16).unbind(1)),
+        ("biased", lambda *x: attention.attention(*x, bounds, keys, bias=randn(30)),
+         randn(30, 3, 2, 16).unbind(1)),
         ("ln_modulate", lambda x, *t: adaln.ln_modulate(x, *t, rows), (randn(30, 24), *tables[:2])),
         ("gated", lambda x, y, *t: adaln.gate_residual_ln_modulate(x, y, *t, rows),
          (*randn(30, 2, 24).unbind(1), *tables)),
         ("rope", lambda q, k, *w: rope.qk_norm_rope(q, k, *places, *w),
-         (*randn(30, 2, 2, 16).unbind(1), randn(32), randn(32))),
+         (*randn(30, 2, 2, 16).unbind(1), randn(32), randn(16))),
         ("patchify", lambda z: patchify.patchify([z], (1, 2, 2)), (randn(3, 2, 4, 6),))]
 
 
@@ -79,7 +81,8 @@ def test_index_vectors_and_weights_may_be_views(backend):
 
     def run(copy):
         return [
-            *with_gradients(lambda *x: attention.attention(*x, copy(bounds), copy(keys)),
+            *with_gradients(lambda *x: attention.attention(*x, copy(bounds), copy(keys),
+                                                           bias=copy(wide[:, 1])),
                             *randn(30, 3, 2, 16).unbind(1)),
             *with_gradients(lambda x, *t: adaln.ln_modulate(x, *map(copy, t), copy(rows[:, 0])),
                             randn(30, 24), *tables),
@@ -255,8 +258,8 @@ def test_attention_reads_and_writes_beyond_int32(fenced):
     o, config = base.as_strided(base.shape, base.stride(), 192), attention._config(
         "forward", 16, torch.bfloat16, base.device)
     tiles = attention._tiles(bounds, n, config["BLOCK_M"])
-    kernels.launch(attention._forward_kernel, (len(tiles), 1), *big, o, torch.empty(1, n), tiles,
-                   bounds, 1, 0.25 * attention.LOG2_E, *[2**27, 16] * 3, n, 2**23, **config)
+    kernels.launch(attention._forward_kernel, (len(tiles), 1), *big, o, o, torch.empty(1, n), tiles,
+                   bounds, 1, 0.25, *[2**27, 16] * 3, n, 2**23, BIASED=False, **config)
     assert torch.equal(o, want[0])
 
 
@@ -269,7 +272,7 @@ def test_adaln_writes_beyond_int32(fenced):
     y.copy_(randn(n, 16))
     config = dict(BLOCK_M=1, BLOCK_D=16, num_warps=1)
     kernels.launch(adaln._forward_kernel, (n,), x, y, *tables, torch.zeros(n, dtype=torch.int32), r,
-                   h, torch.empty(n, 2), n, 2**27, 0, 0, 0, 1e-6, GATED=True, **config)
+                   h, torch.empty(n, 2), n, 2**27, 0, 0, 0, 1e-6, GATED=True, RMS=False, **config)
     assert torch.equal(r, (x.float() + tables[0].float() * y.float()).bfloat16())
 
 
@@ -309,12 +312,16 @@ def test_references_have_the_gradients_of_their_values():
         torch.manual_seed(0)
         check(lambda *x: attention.reference(*x, bounds, keys, upcast=None),
               (6, 2, 4), (3, 2, 4), (3, 2, 4))
+        check(lambda *x: attention.reference(
+            *x, bounds, keys, bias=torch.tensor([0.5, -torch.inf, 1.0]), with_lse=True,
+            upcast=None)[0], (6, 2, 4), (3, 2, 4), (3, 2, 4))
         check(lambda x, shift, scale, y, gate: adaln.reference(x, shift, scale, rows, y, gate,
                                                                upcast=None),
               (5, 4), (3, 4), (3, 4), (5, 4), (3, 4))
-        check(lambda x, *t: adaln.reference(x, *t, rows, upcast=None), (5, 4), (3, 4), (3, 4))
+        check(lambda x, *t: adaln.reference(x, *t, rows, rms=True, upcast=None),
+              (5, 4), (3, 4), (3, 4))
         check(lambda q, k, *w: rope.reference(q, k, *places, *w, upcast=None),
-              (5, 2, 4), (5, 2, 4), (8,), (8,))
+              (5, 2, 4), (5, 2, 4), (8,), (4,))
         check(lambda a, b: patchify.reference([a, b], (1, 2, 2)), (2, 1, 2, 4), (2, 2, 2, 2))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, check_against_reference, stack_bytes
+from conftest import DEVICE, check_against_reference, compiled
 
 from kernels import rope as MODULE
 from kernels.rope import qk_norm_rope, reference
@@ -21,12 +21,12 @@ def make(n, heads, width, dtype=torch.float32):
     return qkv, weights, [x.to(DEVICE) for x in (coords, freqs, (pairs % 3).int())]
 
 
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("norm", ["full", "head", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, heads, width", [(1, 1, 8), (97, 3, 24), (1023, 1, 32), (20, 16, 72)])
-def test_matches_float64(backend, dtype, n, heads, width, normed):
+def test_matches_float64(backend, dtype, n, heads, width, norm):
     qkv, weights, where = make(n, heads, width, dtype)
-    weights = weights if normed else []
+    weights = {"full": weights, "head": [w[:width] for w in weights], None: []}[norm]
     check_against_reference(
         ["q", "k", "dqkv", "dq_weight", "dk_weight"][:3 + len(weights)], [qkv, *weights],
         lambda qkv, *w: qk_norm_rope(qkv[:, 0], qkv[:, 1], *where, *w),
@@ -38,7 +38,17 @@ def test_matches_float64(backend, dtype, n, heads, width, normed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, width", [(8, 2), (16, 72), (12, 128), (40, 128), (6, 80)])
 def test_grid(backend, dtype, heads, width):
-    test_matches_float64(backend, dtype, 217, heads, width, True)
+    for norm in ("full", "head"):
+        test_matches_float64(backend, dtype, 217, heads, width, norm)
+
+
+def test_a_heads_norm_is_rms_norm(backend):
+    """As torch's own, at frequency 0; q may have one over the full width beside it."""
+    qkv, (weight, head), (coords, freqs, axes) = make(20, 2, 16)
+    q, k = qk_norm_rope(qkv[:, 0], qkv[:, 1], coords, freqs * 0, axes, weight, head[:16])
+    torch.testing.assert_close(k, torch.nn.functional.rms_norm(qkv[:, 1], (16,), head[:16], 1e-6))
+    want = torch.nn.functional.rms_norm(qkv[:, 0].flatten(1), (32,), weight, 1e-6)
+    torch.testing.assert_close(q.flatten(1), want)
 
 
 def test_one_weight_only(backend):
@@ -87,7 +97,7 @@ def test_operator():
     pytest.importorskip("triton")
     qkv, weights, where = make(20, 2, 16)
     q, k = (x.contiguous().requires_grad_() for x in (qkv[:, 0], qkv[:, 1]))
-    for pair in (weights, [weights[0], None], [None, None]):
+    for pair in (weights, [weights[0][:16], None], [None, None]):
         pair = [None if w is None else w.detach().requires_grad_() for w in pair]
         torch.library.opcheck(MODULE._qk_norm_rope, (q, k, *where, *pair, 1e-6))
 
@@ -111,7 +121,7 @@ def test_compiled_is_eager(backend):
 @pytest.mark.parametrize("name, value", [
     ("q", torch.zeros(10, 2, 7)), ("q", torch.zeros(10, 0, 8)), ("q", torch.zeros(10, 2, 0)),
     ("k", torch.zeros(9, 2, 8)), ("coords", torch.zeros(10, 2)),
-    ("freqs", torch.zeros(4).double()), ("axes", torch.zeros(4)), ("q_weight", torch.zeros(8))])
+    ("freqs", torch.zeros(4).double()), ("axes", torch.zeros(4)), ("q_weight", torch.zeros(9))])
 def test_wrong_input_names_the_argument(name, value):
     qkv, weights, where = make(10, 2, 8)
     names = ("q", "k", "coords", "freqs", "axes", "q_weight", "k_weight")
@@ -127,14 +137,13 @@ def launch_all():
             x, weight = torch.empty(128, heads, width, dtype=dtype), torch.empty(heads * width)
             where = (torch.empty(128, 3), torch.empty(width // 2),
                      torch.zeros(width // 2, dtype=torch.int32))
-            for w in (None, weight):
+            for w in (None, weight, weight[:width]):
                 MODULE._triton_forward(x, *where, w, 1e-6)
                 MODULE._triton_backward(x, x, *where, w, 1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_compiles_without_spills(arch):
     # 28 bytes are sin and cos's own, for angles beyond 10^5
-    over = {name: size for name, size in stack_bytes("test_rope", arch).items() if size > 64}
-    assert not over
+    assert all(made["wide"] for made in compiled("test_rope", arch, stack=64).values())
