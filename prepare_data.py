@@ -2648,9 +2648,25 @@ def where(rows, text):
     return found
 
 
+def frames_of(folder, row, some=None):
+    """The frames of a row's clip, or of them those numbered in `some`. Raises Unreadable, which
+    names it, of a clip that cannot be read or has lost some."""
+    try:
+        frames = list(clip_frames(folder, row, some))
+        if len(frames) == (row["frames"] if some is None else len(some)):
+            return frames
+        error = f"{len(frames)} frames came"
+    except Exception as found:          # whatever the damage does: it is this clip's
+        if is_machine_error(found):
+            raise
+        error = found
+    raise Unreadable(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read "
+                     f"({error})")
+
+
 def read_clip(folder, row):
-    """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still."""
-    return np.stack(list(clip_frames(folder, row)))
+    """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still. Raises Unreadable."""
+    return np.stack(frames_of(folder, row))
 
 
 # -- for people ------------------------------------------------------------------------------------
