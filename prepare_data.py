@@ -300,7 +300,7 @@ def as_text(data):
     try:
         return data.decode(code)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no text in {code}: " + (not_utf8(data[error.start]) if code == "utf-8"
+        raise ValueError(f"no text in {code.upper()}: " + (not_utf8(data[error.start]) if code == "utf-8"
                                                    else error.reason)) from None
 
 
