@@ -72,7 +72,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
-import av
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -85,9 +84,10 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
-from prepare_data import (atomic, clip_frames, contact_sheet, dataset_dir, is_sole, json_line,
-                          number, one_line, open_dataset, read_rows, refuse, rng, run_dir, script,
-                          write_rows, write_text)
+from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
+                          frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
+                          number, one_line, open_dataset, read_rows, read_text, refuse, rng,
+                          run_dir, script, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim, fit,
                        is_finished, last_step, load_step, lr_at, moved, one_run, optimizer_tensors,
                        option_parser, prefetch, read_config, read_header, read_log, read_tensors,
@@ -784,20 +784,6 @@ def letterbox(frame, size):
     return square
 
 
-def frames_of(folder, row, some=None):
-    """The frames of a row's clip, or of them those numbered in `some`; refuses by its name a clip
-    that cannot be read or has lost some."""
-    try:
-        frames = list(clip_frames(folder, row, some))
-        if len(frames) == (row["frames"] if some is None else len(some)):
-            return frames
-        error = f"{len(frames)} frames came"
-    except (av.FFmpegError, OSError, ValueError, LookupError) as found:
-        error = found
-    refuse(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read ({error}): "
-           "prepare the data set again")
-
-
 class Frames:
     """Clips as the captioner sees them: of each at most 4 n frames, evenly spread, in squares.
     The last ones used are kept, as many as fit `mib`."""
@@ -1174,8 +1160,10 @@ def own_writer(name, folder, rows, args, device):
     model, tokenizer, config = load_captioner(name, device)
     frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
     most, temperature = config["args"]["max_tokens"], run_temperature(run_dir(name))
-    others = {row["key"]: to_input(torch.from_numpy(frames(row["key"])).to(device))
-              for row in Stream(rows, 0).take(0, min(5, len(rows)))}
+    read = ((row["key"], load_or_fault(lambda row: frames(row["key"]), row))
+            for row in Stream(rows, 0).take(0, len(rows)))
+    others = {key: to_input(torch.from_numpy(view).to(device)) for key, view in itertools.islice(
+        (pair for pair in read if not isinstance(pair[1], Exception)), 5)}
 
     def write(pairs):
         for group in in_groups(pairs, args.batch):
@@ -1206,6 +1194,19 @@ def in_groups(items, n):
         yield group
 
 
+UNREADABLE = "cannot be read"           # the reject of a clip that gives no frames
+
+
+def load_or_fault(load, row):
+    """load(row), or what went wrong with this clip; errors of the machine are raised."""
+    try:
+        return load(row)
+    except Exception as error:
+        if is_machine_error(error):
+            raise
+        return error
+
+
 def caption_shard(load, write, scorer, rows, path, args, bar):
     """Writes the captions of one shard's `rows` to `path`, by way of `part_path`, and those that
     will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
@@ -1216,10 +1217,29 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
         first = resume(part, keys, args.batch)
         bar.update(first)
         todo, waiting, done = rows[first:], iter(keys[first:]), {}
-        pairs = ((todo[i], loaded) for i, loaded in
-                 prefetch(lambda i: load(todo[i]), 0, len(todo), ahead=args.batch))
         key = next(waiting, None)
-        for name, text, prompt, scores in write(pairs):
+
+        def pairs():
+            for i, loaded in prefetch(lambda i: load_or_fault(load, todo[i]), 0, len(todo),
+                                      ahead=args.batch):
+                if isinstance(loaded, Exception):
+                    name = todo[i]["key"]
+                    note_fault(path.with_name("faults.log"), faulted(name, loaded))
+                    tqdm.write(f"warning: {name}: {loaded}", file=sys.stderr)
+                    done[name] = json_line({"key": name, "caption": "", "prompt": "", "scores": {},
+                                            "rejected": UNREADABLE})
+                else:
+                    yield todo[i], loaded
+
+        def flush():
+            nonlocal key
+            while key in done:
+                file.write(done.pop(key))
+                file.flush()
+                bar.update()
+                key = next(waiting, None)
+
+        for name, text, prompt, scores in write(pairs()):
             scores = {**scores, **(scorer(name, text) if scorer else {})}
             reason = fault(text, args.style) if prompt else (
                 "unsure" if scores["sure"] < args.sure else None if text else "empty")
@@ -1227,11 +1247,8 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                 "key": name, "caption": text, "prompt": prompt, "scores": {
                     score: round(value, 4) for score, value in scores.items()},
                 **({"rejected": reason} if reason else {})})
-            while key in done:
-                file.write(done.pop(key))
-                file.flush()
-                bar.update()
-                key = next(waiting, None)
+            flush()
+        flush()
         written = read_rows(part)
         rejected = [row for row in written if "rejected" in row]
         if rejected:
@@ -1313,7 +1330,8 @@ def caption(args):
     said = {row["key"]: row for path in files for row in read_rows(path) if row["key"] in keys}
     texts = {key: row["caption"] for key, row in said.items() if "rejected" not in row}
     if wanted and (todo or not sheet.exists()):
-        shown = Stream(wanted, 0).take(0, min(36, len(wanted)))
+        shown = [row for row in Stream(wanted, 0).take(0, min(36, len(wanted)))
+                 if said[row["key"]].get("rejected") != UNREADABLE]
         write_sheet(sheet, folder, shown, [
             texts.get(row["key"], "(rejected) " + said[row["key"]]["caption"]) for row in shown])
     reasons = Counter(row["rejected"] for row in said.values() if "rejected" in row)
@@ -1959,7 +1977,7 @@ def qwen_tokenizer(path):
     """Qwen 1's byte-level BPE from its list of tokens by rank: any two tokens that together are a
     third one merge, those of lowest rank first."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in
-             (line.split() for line in Path(path).read_text().splitlines() if line)}
+             (line.split() for line in lines_of(read_text(path)) if line)}
     part = tokenizers.pre_tokenizers
     alphabet = part.ByteLevel.alphabet()             # bytes that are letters stand for themselves
     order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
@@ -2908,10 +2926,7 @@ def text_option(value):
     """A prompt that is given as text, or as a text file's path."""
     text = value
     if os.path.isfile(value):
-        try:
-            text = Path(value).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            refuse(f"{value} is no text in UTF-8")
+        text = read_text(value, "--prompt")
     elif value.endswith(".txt"):
         refuse(f"{value} is missing")
     return text.strip() or refuse(f"'{value}' holds no text to ask with")
@@ -3308,7 +3323,10 @@ def main(argv=None):
     if not args.train:
         return caption(args)
     run = run_dir(args.run or f"{Path(args.name).name}-captioner")
-    (tune if args.init else train)(args, run)
+    try:
+        (tune if args.init else train)(args, run)
+    except Unreadable as error:
+        refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
     print(f"{run}: trained; look at {run / ('log.jsonl' if args.init else 'samples')}",
           file=sys.stderr)
 

@@ -151,7 +151,9 @@ def refuse(message):
 
 def printable(text):
     """The text with escapes in the place of what is no character, or steers a terminal."""
-    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda one: ascii(one[0])[1:-1], str(text))
+    text = str(text)
+    return text if text.isprintable() else re.sub(
+        "[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda one: ascii(one[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -348,7 +350,7 @@ def as_text(data):
     try:
         return data.decode(code)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no text in {code}: " + (not_utf8(data[error.start]) if code == "utf-8"
+        raise ValueError(f"no text in {code.upper()}: " + (not_utf8(data[error.start]) if code == "utf-8"
                                                    else error.reason)) from None
 
 
@@ -1625,9 +1627,11 @@ def table_rows(file, is_tsv):
     form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL}
 
     def lines():
-        while len(taken) < LONGEST and (line := waiting.popleft() if waiting else file.readline()):
+        for line in itertools.chain(iter(lambda: waiting.popleft() if waiting else "", ""), file):
             taken.append(line)
             yield line
+            if len(taken) == LONGEST:
+                return
 
     while True:
         for cells in csv.reader(lines(), **form):
@@ -1758,13 +1762,16 @@ class Places:
 
     def find(self, name):
         """(source or None, reason, detail): the reason of None."""
-        if isinstance(one := self.known.get(name, ()), str):             # as it is, no folders
-            return one, "", None
-        if not one:
-            name = name.strip().replace("\\", "/")
+        if "\\" in name or name[:1].isspace() or name[-1:].isspace():
+            name = name if name in self.known else name.strip().replace("\\", "/")
         last = folded(name[name.rfind("/") + 1:])
-        keys = [key for key in dict.fromkeys((last, bare(last))) if key in self.known]
-        folders, others = folders_of(name) if keys else (), []
+        one = self.known.get(last)
+        if one == name or last == name and isinstance(one, str):         # the most, and soonest
+            return one, "", None
+        keys = [key for key in {last: 0, bare(last): 0} if key in self.known]
+        if not keys:
+            return None, "missing video", None
+        folders, others = folders_of(name), []
         for key in keys:
             found = self.fitting(key, folders)
             if len(found) > 1:                         # names apart in their spelling only
@@ -3155,9 +3162,25 @@ def where(rows, text):
     return found
 
 
+def frames_of(folder, row, some=None):
+    """The frames of a row's clip, or of them those numbered in `some`. Raises Unreadable, which
+    names it, of a clip that cannot be read or has lost some."""
+    try:
+        frames = list(clip_frames(folder, row, some))
+        if len(frames) == (row["frames"] if some is None else len(some)):
+            return frames
+        error = f"{len(frames)} frames came"
+    except Exception as found:          # whatever the damage does: it is this clip's
+        if is_machine_error(found):
+            raise
+        error = found
+    raise Unreadable(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read "
+                     f"({error})")
+
+
 def read_clip(folder, row):
-    """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still."""
-    return np.stack(list(clip_frames(folder, row)))
+    """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still. Raises Unreadable."""
+    return np.stack(frames_of(folder, row))
 
 
 # -- for people ------------------------------------------------------------------------------------

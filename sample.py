@@ -54,9 +54,9 @@ from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_stric
                      open_vlm, read_as_config, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
-                          is_left_out, number, one_line, open_dataset, read_clip, read_still,
-                          refuse, render_shot, rng, script, sweep, true_times, write_fault, write_text,
-                          write_video)
+                          is_left_out, lines_of, number, one_line, open_dataset, read_clip,
+                          read_still, read_text, refuse, render_shot, rng, script, sweep,
+                          true_times, write_fault, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
@@ -937,12 +937,7 @@ def read_prompts(args):
     if path.suffix.lower() in (".csv", ".tsv", ".json"):
         refuse(f"--prompts {path}: want text, a prompt a line, or .jsonl, a dict a line such as "
                '{"prompt": "a boat"}')
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        lines = ["\0"]
-    if any("\0" in line for line in lines):
-        refuse(f"--prompts {path} is no text in UTF-8: save it so")
+    lines = lines_of(read_text(path, "--prompts"))
     parser = option_parser(__doc__)
     add_wishes(parser)
     parser.error = lambda why: refuse(f"--prompts {path}, line {i}: {why}")
@@ -951,10 +946,10 @@ def read_prompts(args):
             continue
         try:
             row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
-        except ValueError as error:
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise ValueError("want a dict with a prompt, a text")
+        except (ValueError, RecursionError) as error:
             parser.error(error)
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            parser.error("want a dict with a prompt, a text")
         if {"frames", "seconds"} <= {*row}:
             parser.error("frames and seconds both give the length: leave one out")
         if {*row} - {*known}:
@@ -1507,7 +1502,10 @@ def real_clips(args):
 
 def clip_at(folder, row, args):
     """uint8 [T, H, W, 3] of a row's clip from its start, as the samples are."""
-    frames, fps = read_clip(folder, row), row["fps"] or 1.0
+    try:
+        frames, fps = read_clip(folder, row), row["fps"] or 1.0
+    except Unreadable as error:
+        refuse(f"{error}: prepare the data set again")
     near = np.minimum(np.rint(np.arange(args.frames) * fps / args.fps), len(frames) - 1).astype(int)
     return np.concatenate([fit(frames[i], *args.size) for i in near])
 

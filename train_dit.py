@@ -1833,15 +1833,36 @@ class CountedTexts(dict):
         return torch.empty(int(mask.sum()) if self.encoder.tables else mask.numel(), 0)
 
 
-def open_texts(args, folder, data, options, is_new, train_rows, held_out, device):
+def class_labels(found, n_rows, known):
+    """The labels `found`, in the order of their classes: `known`, of the run that goes on or that
+    the weights are of; of a published table of `n_rows` a number is its row; else sorted, numbers
+    as numbers."""
+    if known and found <= {*known}:
+        return known
+    numbers = {label: int(label) for label in sorted(found) if re.fullmatch("[0-9]{1,9}", label)}
+    rows = {number: label for label, number in numbers.items() if number < n_rows}
+    if strange := rows and sorted(found - {*rows.values()}):
+        refuse(f"labels are numbers of the class table's rows, 0 to {n_rows - 1}, but for "
+               f"{', '.join(strange[:12])}: rename these, or leave them out (--where)")
+    return [rows.get(n, str(n)) for n in range(n_rows)] if rows else sorted(
+        found, key=lambda label: (label not in numbers, numbers.get(label, 0), label))
+
+
+def open_texts(args, folder, data, options, known, train_rows, held_out, device):
     """(tokenizer, embeddings, labels): the one of them that the network reads, by which its options
-    are filled in, and None for the others."""
+    are filled in, and None for the others. known: the labels of the run whose weights these are;
+    None where the model is new."""
+    is_new = known is None
     if options.get("classes"):
-        labels = sorted({row["label"] for row in train_rows} - {None})
-        if not labels:
+        found, none = {row["label"] for row in train_rows} - {None}, options["kind"] != "gpt"
+        if not found:
             refuse(f"{data} has no labels, and {args.model} learns classes: prepare_data.py "
                    "--format folder has them")
-        options["classes"] = len(labels) + (options["kind"] != "gpt")    # the last one: no class
+        labels = class_labels(found, 0 if is_new else options["classes"] - none, known)
+        options["classes"] = len(labels) + none                          # the last one: no class
+        if not int(os.environ.get("RANK", 0)):
+            print(f"{len(labels)} classes, in this order: {', '.join(labels[:20])}"
+                  + ", …" * (len(labels) > 20), file=sys.stderr)
         return None, None, labels
     if args.text_encoder:
         encoder, rows = open_text_encoder(args.text_encoder, device), train_rows + held_out
@@ -1903,9 +1924,12 @@ def open_stage(args, folder, begun, device):
         shape = shape or clips[0].shape[clips[0].keys[0]][1:]
     fit_latents(args, options, is_new, vae, name, [
         part.shape[key] for part in clips for key in (part.keys if kind == "gpt" else part.shape)])
-    classes = options.get("classes")
-    told = open_texts(args, folder, data, options, is_new, train_rows, held_out, device)
+    classes, init = options.get("classes"), args.init and model_path(args.init)
+    known = begun or (read_config(init, "denoiser") if init and is_run(init) else {})
+    told = open_texts(args, folder, data, options, None if is_new else known.get("labels") or [],
+                      train_rows, held_out, device)
     if weights and options.get("classes") != classes:        # another table of them, then
+        print(f"--init {args.init} has other classes: theirs are learnt anew", file=sys.stderr)
         weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
     if kind == "gpt":
         codebook, shape = vae.bottleneck.codebook, tuple(options["shape"])

@@ -60,9 +60,9 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import IS_WIDE
-from prepare_data import (Parser, atomic, contact_sheet, dataset_dir, drawn_split, is_sole, number,
-                          one_line, open_dataset, read_clip, refuse, rng, run_dir, script, sweep,
-                          where, writable, write_rows, write_text)
+from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
+                          is_sole, number, one_line, open_dataset, read_clip, read_text, refuse,
+                          rng, run_dir, script, sweep, where, writable, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -1077,7 +1077,7 @@ def chosen(rows, args):
         return rows
     if not Path(path).is_file():
         refuse(f"--skip_clips {path}: no such file; it holds a clip's key a line")
-    skipped = set(Path(path).read_text().split())
+    skipped = set(read_text(path, "--skip_clips").split())
     missing = skipped - {row["key"] for row in rows}
     if missing:
         refuse(f"--skip_clips {path}: {min(missing)} is no clip of this data set")
@@ -1117,7 +1117,10 @@ class ClipCache:
         """uint8 [T, H, W, 3]"""
         frames = self.kept.get(row["key"])
         if frames is None:
-            frames = read_clip(self.folder, row)
+            try:
+                frames = read_clip(self.folder, row)
+            except Unreadable as error:
+                refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
             if frames.nbytes <= self.room:           # two threads may count a clip twice: so be it
                 self.kept[row["key"]] = frames
                 self.room -= frames.nbytes
@@ -2491,13 +2494,17 @@ def blocks(rows, mib=512):
 def encode_shard(model, config, folder, shard, rows, args, device):
     """Writes the latents of one shard; its metadata tells which frames and crop each came from.
     While the model works on a block of clips, the next is decoded."""
-    tensors, about = {}, {"clips": {}, "alone": {}}
+    tensors, about, lost = {}, {"clips": {}, "alone": {}}, {}
     runs = list(blocks(rows))
 
     def load(i):
         videos = {"clips": {}, "alone": {}}
         for row in runs[i]:
-            frames, crop = fit_sides(read_clip(folder, row), model.stride)
+            try:
+                frames, crop = fit_sides(read_clip(folder, row), model.stride)
+            except Unreadable as error:
+                lost[row["key"]] = str(error)
+                continue
             cells = crop[2] * crop[3] // model.stride**2
             cut = pieces(row["key"], len(frames), cells, args.max_cells, model.time_stride,
                          model.first)
@@ -2523,7 +2530,8 @@ def encode_shard(model, config, folder, shard, rows, args, device):
                                for i, m in zip(picked, coded.cpu()))
     header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
               "time_stride": model.time_stride, "max_cells": args.max_cells, "tile": args.tile,
-              **({"codes": model.n_codes} if model.n_codes else {}), **about}
+              **({"codes": model.n_codes} if model.n_codes else {}), **about,
+              **({"lost": dict(sorted(lost.items()))} if lost else {})}
     with atomic(latents_path(folder, shard, config["hash"])) as path:
         save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
 
@@ -2565,7 +2573,10 @@ def encode(args):
         encode_shard(model, config, folder, shard, shards[shard], args, device)
     barrier()
     if rank == 0:
-        print(f"{folder}: latents of {len(rows)} clips by autoencoder {config['hash']}",
+        lost = [why for shard in sorted(shards) for why in read_header(
+            latents_path(folder, shard, config["hash"])).get("lost", {}).values()]
+        print(f"{folder}: latents of {len(rows) - len(lost)} clips by autoencoder {config['hash']}"
+              + (f"; warning: {len(lost)} are left out, such as {lost[0]}" if lost else ""),
               file=sys.stderr)
 
 

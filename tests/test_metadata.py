@@ -18,6 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import prepare_data as pd  # noqa: E402
+import sample  # noqa: E402
+import train_dit as D  # noqa: E402
+import train_vae as V  # noqa: E402
 from test_prepare_data import BLUE, GREEN, RED, encode, row_lines, run, shot  # noqa: E402
 from test_readers import brief, told, write  # noqa: E402
 
@@ -265,7 +268,24 @@ def test_m08_texts_beside_a_file():
         assert of(json=bad, txt="t")[0] == ["t"] and len(of(json=bad)[1]) == 1
     assert of(json='{"views": 1' + "0" * 400 + ', "frames": ["1.jpg"], "caption": "j"}') == (["j"], [])
     none, said = of(txt=b"caf\xe9 \x97 x")
-    assert none == [] and said == ["a.txt: no text in utf-8: it holds byte 0xe9 ('é' in cp1252, Windows' own): save it as UTF-8"]
+    assert none == [] and said == ["a.txt: no text in UTF-8: it holds byte 0xe9 ('é' in cp1252, Windows' own): save it as UTF-8"]
+
+
+def test_m09_prompts_are_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "wish_of", lambda args, row: row)
+    rows = [{"prompt": TEXT}, {"prompt": "a\x0cb", "seed": 3}]
+    text, lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), f"{TEXT}\r\n\na\x0cb"
+    for code in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        for name, data in (("p.jsonl", text), ("p.txt", lines)):
+            (tmp_path / name).write_bytes(data.encode(code))
+            args = sample.parse_options(["tests/demo", "--prompts", str(tmp_path / name)])
+            args.name = "tests/demo"
+            assert [wish["prompt"] for wish in sample.read_prompts(args)] == [TEXT, "a\x0cb"]
+    for data, says in ((b"caf\xe9\n", "'é' in cp1252"), (b"[" * 100_000, "line 1"),
+                       ("a\n".encode("utf-16-le"), "zero bytes")):
+        (tmp_path / "p.jsonl").write_bytes(data)
+        args = sample.parse_options(["tests/demo", "--prompts", str(tmp_path / "p.jsonl")])
+        assert says in line(capsys, lambda: sample.read_prompts(args))
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -440,6 +460,48 @@ def test_m13_m11_and_faults_end_to_end(tmp_path):
     lost = {row["detail"] for row in row_lines(tmp_path / "data/set/rejected.jsonl")}
     assert any("frames [20, 3]" in one for one in lost) and any("another folder" in one for one in lost)
     assert "2 rows of metadata rejected" in done.stdout
+
+
+def test_r05_labels_that_are_numbers(capsys):
+    """Numbers sort as numbers; in a published table a number is its row; a run keeps the order that it began with."""
+    labels = {str(n) for n in range(12)}
+    assert D.class_labels(labels, 0, None) == [str(n) for n in range(12)]
+    assert D.class_labels(labels, 0, ["10", *sorted(labels - {"10"})])[0] == "10"
+    assert D.class_labels({"10", "9", "b", "a", "1.5"}, 0, []) == ["9", "10", "1.5", "a", "b"]
+    assert D.class_labels({"207", "007"}, 1000, [])[:9] == [*"0123456", "007", "8"]
+    assert D.class_labels({"207", "7"}, 1000, [])[207] == "207" and len(D.class_labels({"7"}, 1000, [])) == 1000
+    assert D.class_labels({"n02", "n01"}, 2, []) == ["n01", "n02"] == D.class_labels({"n02", "n01"}, 1000, [])
+    assert "but for 1000, cat" in line(capsys, lambda: D.class_labels({"7", "1000", "cat"}, 1000, []))
+    rows = [{"label": label, "captions": []} for label in (*labels, None)]
+    for options, known, n in (({"kind": "dit", "classes": 1001}, [], 1000), ({"kind": "dit", "classes": 3}, None, 12),
+                              ({"kind": "gpt", "classes": 12}, [], 12)):
+        *_, found = D.open_texts(None, None, "set", options, known, rows, [], "cpu")
+        assert found == [str(n) for n in range(n)] and options["classes"] == n + (options["kind"] != "gpt")
+        assert f"{n} classes, in this order: 0, 1, 2, 3," in capsys.readouterr().err
+
+
+def test_section1_a_clip_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    """--encode leaves it out and says so; training names it and stops in one line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+    run(tmp_path, "set", "--videos", "in", "--near", 0, "--workers", 1)
+    rows = pd.open_dataset("data/set")
+    with open(tmp_path / "data/set/shard-00000.tar", "r+b") as file:
+        file.seek(rows[1]["offset"])
+        file.write(bytes(rows[1]["length"]))
+    model = V.Autoencoder(**V.MODELS["vae-xxs"]).eval()
+    monkeypatch.setattr(V, "load_autoencoder", lambda *_: (model, {"hash": "abc"}))
+    V.main(["set", "--encode", "--vae", "x", "--device", "cpu"])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "latents of 2 clips" in said and f"the clip {rows[1]['key']} cannot be read" in said
+    about = V.read_header(V.latents_path(Path("data/set"), "shard-00000", "abc"))
+    assert {one["clip"] for one in about["clips"].values()} == {rows[0]["key"], rows[2]["key"]}
+    assert f"the clip {rows[1]['key']} cannot be read" in line(capsys, lambda: V.ClipCache("data/set")(rows[1]))
+    monkeypatch.setattr(pd, "clip_frames", lambda *_: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+    with pytest.raises(OSError):
+        pd.read_clip("data/set", rows[0])
 
 
 # -- mutated inputs --------------------------------------------------------------------------------
