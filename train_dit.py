@@ -340,6 +340,8 @@ def ddpm_bits(eps, v, x0, x, c):
 MODELS = {      # kind: what the network is told and how its output is read (Denoiser)
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
+    "video-xs-2": dict(dim=256, depth=6, heads=4, patch=(1, 2, 2), rope_base=100.0,
+                       text=(128, 2, 4)),        # fewer, wider tokens: real footage on a CPU
     "video-xxs": dict(dim=128, depth=4, heads=4, patch=(1, 1, 1), rope_base=100.0,
                       text=(96, 2, 4)),          # tests/demo
     "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), rope_base=1000.0,
