@@ -3021,34 +3021,63 @@ def dataset_name(folder):
 
 def next_steps(name, rows, has_gpu):
     """What the clips are to the next stages, and their commands. A latent covers 4 x 8 x 8, after
-    a first frame of its own; on a processor video-xs takes each as a token, on a GPU video-s takes
-    2 x 2. Windows of the autoencoder are as large and long as half of the clips, at most 64 px and
-    9 frames (GPU: 128, 17). --encode cuts clips above --max_cells, and a row holds four of the
-    largest pieces."""
-    side, length, cells, least, batch, patch = (128, 17, 16384, 8192, 65536, 2) if has_gpu else \
-        (64, 9, 2048, 2048, 2048, 1)
+    a first frame of its own, and a token 2 x 2 of them. --encode cuts clips above --max_cells, and
+    a row holds four of the largest pieces. On a processor steps and windows are few and small, for
+    half an hour of clips of 96 px, 12 frames/s and 2 s; windows are no larger than half of the
+    clips (GPU: 128 px, 17 frames)."""
+    side, length, cells, least, batch, vae, dit = (
+        128, 17, 16384, 8192, 65536, "vae-s", "video-s") if has_gpu else (
+        32, 9, 2048, 1024, 1024, "vae-xs-48", "video-xs-2")
     n_tokens, largest = 0, 0
     for row in rows:
         long = 1 + (row["frames"] - 1) // 4
         h, w = (max(1, row[one] // 8) for one in ("height", "width"))
         cells = max(cells, h * w)                      # a frame of latents at least
-        area = max(1, h // patch) * max(1, w // patch)
+        area = max(1, h // 2) * max(1, w // 2)
         n_tokens += long * area
         largest = max(largest, min(long, max(1, cells // (h * w))) * area)
-    side = min(side, int(np.median([max(row["width"], row["height"]) for row in rows])) // 8 * 8)
+    side = max(8, min(side, int(np.median([max(r["width"], r["height"]) for r in rows])) // 8 * 8))
     length = min(length, int(np.median([row["frames"] for row in rows]) - 1) // 4 * 4 + 1)
     per_row = max(least, -(-4 * largest // 256) * 256)
-    vae, dit = ("vae-s", "video-s") if has_gpu else ("vae-xs", "video-xs")
-    more = f" --max_cells {cells}" if cells != 2048 else ""
-    is_told = any(row["captions"] for row in rows)
-    seconds_long = sum(row["end"] - row["start"] for row in rows)
-    return (f"{len(rows)} clips, {seconds_long:.0f} s, {n_tokens} tokens of {dit}; next ("
-            + ("" if is_told else "without captions it learns without text; ")
-            + "the last one with --estimate tells the hours):\n"
-            f"python train_vae.py {name} --model {vae} --size {max(8, side)} --frames {length}\n"
-            f"python train_vae.py {name} --encode{more}\n"
+    told = next((row["captions"][0]["text"] for row in rows if row["captions"]), "")
+    more, blind = f" --max_cells {cells}", "without captions it learns without text; "
+    tells, few, quick = "the one before the last with --estimate tells the hours", "", ""
+    if not has_gpu:
+        n_vae, n_dit = 300, 1200
+        few = f" --steps {n_vae}"
+        # neighbouring patches of real footage are alike, so that its layout shows through all but
+        # the most noise: times near it are drawn more often, all others not too seldom
+        quick = f" --times uniform --shift 4 --steps {n_dit} --eval_every 100 --dtype {cpu_dtype()}"
+        # FLOPs of a window's pixel, and of a token in layers and in attention
+        flops = n_vae * 8 * length * side**2 * 2.5e5 + n_dit * per_row * (2.9e7 + 2e4 * largest)
+        minutes = flops / 0.4 / matmul_rate() / 60
+        tells = f"about {minutes:.0f} minutes on this processor" + (
+            "; --max_side 96 --max_fps 12 --max_seconds 2 make it less" if minutes > 90 else "")
+    seconds = sum(row["end"] - row["start"] for row in rows)
+    return (f"{len(rows)} clips, {seconds:.0f} s, {n_tokens} tokens of {dit}; next ("
+            + blind * (not told) + f"{tells}):\n"
+            f"python train_vae.py {name} --model {vae} --size {side} --frames {length}{few}\n"
+            f"python train_vae.py {name} --encode{more * (cells != 2048)}\n"
             f"python train_dit.py {name} --model {dit} --row_tokens {per_row} --batch_tokens "
-            f"{per_row * max(1, batch // per_row)}")
+            f"{per_row * max(1, batch // per_row)}{quick}\n"
+            f"python sample.py {name} --prompt {shlex.quote(told)} --n 4")
+
+
+def matmul_rate(n=1024):
+    """FLOP/s of numpy's product of two n x n matrices here, the best of four."""
+    x, best = np.ones((n, n), np.float32), math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def cpu_dtype():
+    """bf16 where the processor multiplies it (a step of video-xs-2 takes 0.65 of the time)."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text() if path.exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -3353,17 +3382,124 @@ def render_shot(shot, oversample=4):
     return frames.clip(0, 255).round().astype(np.uint8)
 
 
+# A second demo, to see what a few real videos give: landscapes of textures under a moving camera.
+# Colours of the sky at the zenith and at the horizon, and of what is lit.
+LIGHTS = {"noon": ((70, 130, 225), (190, 220, 245), (255, 255, 245)),
+          "dusk": ((60, 50, 110), (250, 150, 80), (250, 190, 140)),
+          "fog": ((150, 160, 170), (205, 210, 212), (205, 210, 215)),
+          "night": ((10, 14, 40), (40, 56, 96), (90, 105, 150))}
+SCENES = {"hills": ("balloon", (96, 150, 62)), "sea": ("boat", (24, 84, 110)),
+          "desert": ("ball", (226, 178, 110))}
+CAMERAS = {"still": (0, 1), "pans left": (-0.7, 1), "pans right": (0.7, 1), "zooms in": (0, 1.7)}
+
+
+def scene_files(n_files=30, seed=0):
+    """The plan of demo-scenes, like `demo_files`: two shots a file, every light and scene."""
+    files = []
+    for i in range(n_files):
+        random, shots = rng(seed, "scenes", i), []
+        for j in range(2):
+            ground, light = list(SCENES)[(i + j) % 3], list(LIGHTS)[(i // 3 + 2 * j) % 4]
+            camera = str(random.choice(list(CAMERAS)))
+            colour = str(random.choice([c for c in COLOURS if c != "green"]))
+            shots.append(dict(
+                scene=ground, light=light, camera=camera, colour=colour, frames=48, height=72,
+                width=96, seed=(seed, "scene", i, j), captioned=True, caption=f"a {colour} "
+                f"{SCENES[ground][0]}, {ground}, {light}, the camera {camera}"))
+        files.append({"name": f"scene-{i:03d}.mp4", "fps": 24, "shots": shots,
+                      "split": "test" if i % 10 == 9 else "train"})
+    return files
+
+
+def random_texture(random, power, n=128):
+    """Periodic noise [n, n] of mean 0.5 in 0..1; a wave of frequency f has the size f**-power."""
+    f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n))
+    f[0, 0] = np.inf
+    texture = np.fft.irfft2(np.exp(2j * np.pi * random.random(f.shape)) * f**-power, (n, n))
+    return (0.5 + texture / (5 * texture.std())).clip(0, 1)
+
+
+def look_up(texture, y, x):
+    """A periodic texture at real coordinates, between its points bilinear."""
+    n, i, j = len(texture), np.floor(y).astype(int), np.floor(x).astype(int)
+    a, b = y - i, x - j
+    at = lambda k, m: texture[(i + k) % n, (j + m) % n]
+    return (1 - a) * ((1 - b) * at(0, 0) + b * at(0, 1)) + a * (
+        (1 - b) * at(1, 0) + b * at(1, 1))
+
+
+def scene_object(kind, u, v, t):
+    """(what it covers, how bright it is) of a boat, balloon or ball about (0, 0), of radius 1."""
+    r = np.hypot(u, v)
+    shade = 0.45 + 0.55 * (1 - np.hypot(u + 0.4, v + 0.45) / 1.7).clip(0, 1)
+    if kind == "boat":
+        hull, sail = (v > 0.5) & (v < 0.95) & (np.abs(u) < 1.3 - v / 2), (
+            (v < 0.45) & (v > -1.2) & (u > -0.1) & (u < 0.6 * (v + 1.2)))
+        return hull | sail, np.where(hull, 0.35, 1.1)
+    if kind == "balloon":
+        basket = (np.abs(u) < 0.25) & (v > 1.25) & (v < 1.6)
+        stripes = 0.75 + 0.25 * np.sign(np.sin(7 * u))
+        return (r < 1) | basket, np.where(basket, 0.3, shade * stripes)
+    turn = np.arctan2(v, u) + 5 * t
+    return r < 1, shade * (0.7 + 0.3 * np.sign(np.cos(2 * turn)))
+
+
+def render_scene(shot):
+    """uint8 [T, H, W, 3]: sky with drifting clouds and a sun, ridges or waves, each moved by the
+    camera as far as it is near, and the object that crosses it; drawn at twice its size."""
+    random, (H, W) = rng(*shot["seed"]), (2 * shot["height"], 2 * shot["width"])
+    clouds, rough = random_texture(random, 1.7), random_texture(random, 0.9)
+    kind, ground = SCENES[shot["scene"]]
+    zenith, low, lit = (np.array(c, float) for c in LIGHTS[shot["light"]])
+    ground, colour = np.array(ground) * lit / 255, np.array(COLOURS[shot["colour"]]) * lit / 255
+    pan, zoom = CAMERAS[shot["camera"]]
+    sun, side, level = random.uniform(-0.5, 0.5), random.choice([-1, 1]), random.uniform(0.25, 0.4)
+    y, x = (np.mgrid[:H, :W] + 0.5) / H - np.array([0.5, W / H / 2])[:, None, None]
+    mix = lambda a, b, share: a + (b - a) * np.clip(share, 0, 1)[..., None]
+    frames = []
+    for t in np.linspace(0, 1, shot["frames"]):
+        view = lambda depth: (y / (1 + (zoom - 1) * t * depth), pan * depth * (t - 0.5)
+                              + x / (1 + (zoom - 1) * t * depth))
+        v, u = view(0.15)
+        frame = mix(zenith, low, 1.1 + 2 * v)
+        frame = mix(frame, lit, 1.2 - np.hypot(u - sun, v + 0.25) * 12)                   # the sun
+        frame = mix(frame, lit, 3.5 * look_up(clouds, v * 60, u * 40 + 9 * t) - 2)
+        for depth in (0.3, 0.5, 0.8) if shot["scene"] != "sea" else (0.5,):
+            v, u = view(depth)
+            ridge = depth * 0.55 - 0.16
+            if shot["scene"] == "sea":
+                ridge, near = 0.05, 1 / (v - 0.02).clip(0.03)
+                light = look_up(rough, 14 * near + 10 * t, 6 * u * near) + (
+                    0.3 - np.abs(u - sun)).clip(0)
+            else:
+                ridge = ridge + 0.45 * (1 - depth / 2) * (look_up(clouds, np.full_like(
+                    u, 90 * depth), u * 14 + 50 * depth) - 0.5)
+                light = look_up(rough, v * 70 / depth, u * 50 / depth)
+            face = mix(low, ground * (0.55 + 0.9 * light[..., None]), np.full_like(u, depth + 0.2))
+            frame = mix(frame, face, (v - ridge) * H / 2)
+        v, u = view(0.8)
+        place = side * (1.1 * t - 0.55)
+        height = {"boat": 0.1, "ball": level - 0.1 * np.abs(np.sin(9 * t)),
+                  "balloon": -level / 2 - 0.1 * t}[kind]
+        size = {"boat": 0.16, "ball": 0.11, "balloon": 0.14}[kind]
+        covers, bright = scene_object(kind, (u - place) / size, (v - height) / size, side * t)
+        frame = mix(frame, colour * bright[..., None], covers.astype(float))
+        frames.append(frame.reshape(H // 2, 2, W // 2, 2, 3).mean((1, 3)))
+    return np.stack(frames).clip(0, 255).round().astype(np.uint8)
+
+
 def render_file(folder, file):
-    write_video(folder / file["name"], (frame for shot in file["shots"]
-                                        for frame in render_shot(shot)), file["fps"], crf=10)
+    write_video(folder / file["name"], (
+        frame for shot in file["shots"]
+        for frame in (render_scene if "scene" in shot else render_shot)(shot)), file["fps"], crf=10)
 
 
-def make_demo(folder, n_files, n_workers):
-    """Renders the demo's videos, those that are not there, and captions.jsonl, as if they were a
-    user's: each file's split, and the captions of about half of its shots."""
+def make_demo(folder, files, n_workers):
+    """Renders a demo's videos, those that are not there, and captions.jsonl, as if they were a
+    user's: each file's split, and its captions (of the first demo for about half of its shots)."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    files, rows = demo_files(n_files), []
+    rows = []
     for file in files:
         rows.append({"video": file["name"], "split": file["split"]})
         edges = np.cumsum([0, *(shot["frames"] for shot in file["shots"])]) / file["fps"]
@@ -3372,7 +3508,7 @@ def make_demo(folder, n_files, n_workers):
                  for shot, start, end in zip(file["shots"], edges, edges[1:]) if shot["captioned"]]
     there = {path.name for path in folder.glob("*.mp4")}
     if there - {file["name"] for file in files}:
-        refuse(f"{folder} holds more than a demo of {n_files} files: remove it")
+        refuse(f"{folder} holds more than a demo of {len(files)} files: remove it")
     todo = [file for file in files if file["name"] not in there]
     if todo:
         context = multiprocessing.get_context("spawn")
@@ -3456,7 +3592,8 @@ def parse_options(argv=None):
     rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     add = parser.add_argument
     add("name", metavar="NAME", help="data set to make: data/NAME, or a path if it has a slash; "
-        "'demo' without --videos renders its own videos into data/demo-videos; 'bench' measures")
+        "'demo' and 'demo-scenes' (landscapes) without --videos render their own into "
+        "data/NAME-videos; 'bench' measures")
     add("--videos", metavar="DIR", help="folder of videos and stills, searched to any depth")
     add("--meta", type=Path, metavar="PATH", help="metadata file, or a folder of them")
     add("--finish", action="store_true", help="only join the shards that the parts have made")
@@ -3468,8 +3605,8 @@ def parse_options(argv=None):
         "shard from the I-th, 1 <= I <= N: for job arrays (1/1, or torchrun's rank)")
     add("--timeout", type=number(float, 1), default=600.0, metavar="S", help="a file that gives no "
         "frame for so many seconds, 1 or more, is left out (%(default)s)")
-    add("--demo_files", type=number(int, 1, 999), default=160, metavar="N",
-        help="videos that 'demo' renders, 1 to 999 (%(default)s)")
+    add("--demo_files", type=number(int, 1, 999), metavar="N",
+        help="videos that 'demo' renders, 1 to 999 (160; demo-scenes: 30)")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("shots (fixed at the first start, like all below)").add_argument
     add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix). Without "
@@ -3517,10 +3654,11 @@ def main(argv=None):
     args = parse_options(argv)
     if not args.name.strip("./"):
         refuse(f"'{args.name}' cannot be a data set's name")
-    if args.name == "demo" and not args.videos:
-        args.videos, args.format = str(dataset_dir("demo-videos")), "jsonl"
+    if args.name in ("demo", "demo-scenes") and not args.videos:
+        args.videos, args.format = str(dataset_dir(f"{args.name}-videos")), "jsonl"
         args.meta = Path(args.videos, "captions.jsonl")
-        make_demo(Path(args.videos), args.demo_files, args.workers)
+        plan, n = (demo_files, 160) if args.name == "demo" else (scene_files, 30)
+        make_demo(Path(args.videos), plan(args.demo_files or n), args.workers)
     if not args.videos:
         refuse("--videos DIR is needed: the folder that holds the videos")
     if args.name == "bench":            # what only measures is no part of this script

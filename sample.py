@@ -1931,6 +1931,7 @@ def resolve(args, about, how, stride):
     if data:                             # what the run learnt most often
         known |= {"size": tuple(data["size"]), "fps": data["fps"] or known["fps"]}
         known["seconds"] = data["frames"] / known["fps"]
+        known |= {} if data["text"] else {"cfg": 1.0}        # nothing to guide by: one pass
     args.usual |= {"size": (about.get("cells", 0) * stride,) * 2} | known
     if args.frames or args.seconds:
         known = {name: value for name, value in known.items() if name not in ("frames", "seconds")}

@@ -342,6 +342,8 @@ def ddpm_bits(eps, v, x0, x, c):
 MODELS = {      # kind: what the network is told and how its output is read (Denoiser)
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
+    "video-xs-2": dict(dim=256, depth=6, heads=4, patch=(1, 2, 2), rope_base=100.0,
+                       positions="both", text=(128, 2, 4)),  # wide tokens: real footage on a CPU
     "video-xxs": dict(dim=128, depth=4, heads=4, patch=(1, 1, 1), rope_base=100.0,
                       text=(96, 2, 4)),          # tests/demo
     "video-s": dict(dim=384, depth=12, heads=6, patch=(1, 2, 2), rope_base=1000.0,
@@ -540,7 +542,9 @@ class DiT(nn.Module):
     """The denoiser of packed clips: noisy patches, a time a table row, text or a class, to what the
     objective asks for, a patch a token. Its options make it DiT and SiT (own_table, positions
     "sincos", classes, no qk_norm and no text), Wan ("index" positions, text, image_dim) or ours
-    ("seconds"). recompute: every which block forgets what backward can compute again, 0: none."""
+    ("seconds"; "both": sin-cos as well, since a place in the frame is learnt sooner from a number
+    than from its neighbours). recompute: every which block forgets what backward can compute again,
+    0: none."""
 
     recompute = 0
 
@@ -643,7 +647,7 @@ class DiT(nn.Module):
                 image = image + self.image_place.repeat(len(image) // len(self.image_place), 1)
             image = self.image(image)                                                # [I, D]
         x = self.embed(x)                                                            # [N, D]
-        if self.positions == "sincos":
+        if self.positions in ("sincos", "both"):
             x = self.place(x, row)
         h = ln_modulate(x, *tables[0][:2], row.rows)
         afters = [m[:2] for m in tables[1:]] + [last]
@@ -1559,15 +1563,17 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
     (as lay_out takes them; `none`: the empty one); uint8 [T, H, W, 3] of each. `givens`: each
     clip's [(normalised latent [C, T', H', W'], seconds from the clip's first frame to its own)]."""
     device, how, empty = noises[0].device, model.objective, [[]] * len(shapes)
-    packed = Packed(model, shapes, rates, texts, [none] * len(shapes), noises, time_stride,
-                    givens or empty, about or empty)
+    is_told = any(torch.is_tensor(text) or text != none for text in texts)
+    packed = Packed(model, shapes, rates, texts, [none] * len(shapes) * is_told, noises,
+                    time_stride, givens or empty, about or empty)
     x = packed.tokens[packed.own]
     if how.shift_tokens:                                     # each token by its clip's length
         shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None]
 
     def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
-        return read_output(how, guide(*packed.network(x, t).chunk(2), guidance), x, t)
+        output = packed.network(x, t)
+        return read_output(how, guide(*output.chunk(2), guidance) if is_told else output, x, t)
 
     if how.path in STEPPED:
         last = 1.0 if how.path == "sd" else 0.999

@@ -1152,6 +1152,8 @@ WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
 MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                    linear=True),
+    "vae-xs-48": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=48,
+                      linear=True),              # for real footage: its detail takes more numbers
     "vae-xxs": dict(dim=16, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                     linear=True),                # tests/demo-vae
     "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16),

@@ -97,3 +97,17 @@ def test_every_captioner_learns_and_captions(name):
     norm = V.take_step(model, V.MuonAdamW(model, plain=("head", "words", "position", "stem")), 1e-2)
     assert 0 < norm < math.inf and loss.isfinite()
     assert len(model.eval().generate(x, 4)) == 2
+
+
+@pytest.mark.parametrize("positions, is_placed", [("seconds", False), ("both", True)])
+def test_a_flat_frame_tells_its_places_by_added_positions_alone(positions, is_placed):
+    """Rotary positions say how far tokens are from each other: of equal tokens all come out equal;
+    with sin-cos ones as well a token knows where in the frame it is."""
+    torch.manual_seed(0)
+    model = D.DiT(4, 32, 2, 2, (1, 1, 1), text_dim=8, positions=positions)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    row = D.lay_out([(4, 2, 3, 3)], [8.0], [[2]], 4, (1, 1, 1))
+    row.cu_text = torch.tensor([0, 1], dtype=torch.int32)
+    out = model(torch.ones(len(row.rows), 4), torch.ones(len(row.cu) - 1), row, torch.ones(1, 8))
+    assert (out[:18].std(0).max() > 1e-3) == is_placed
