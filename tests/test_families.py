@@ -374,7 +374,7 @@ def test_a_video_is_looked_at(monkeypatch, frames, fps, rule, seconds):
     class Seer:
         def read(self, prompt, frames, is_video=False, seconds=None):
             return len(frames), is_video, seconds
-    monkeypatch.setattr(c, "clip_frames", lambda folder, row, at: np.zeros((len(at), 4, 4, 3), np.uint8))
+    monkeypatch.setattr(c, "frames_of", lambda folder, row, at: np.zeros((len(at), 4, 4, 3), np.uint8))
     row = {"frames": frames, "fps": fps}
     (read,), _ = c.look(Seer(), "", True, rule, None, row)
     assert read[:2] == ((1 if frames == 1 else 8), fps is not None)
