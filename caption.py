@@ -66,6 +66,7 @@ import re
 import string
 import sys
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,11 @@ from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulte
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse, rng,
                           run_dir, script, write_rows, write_text)
-from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, chosen, claim, fit,
-                       is_finished, last_step, load_step, lr_at, moved, one_run, optimizer_tensors,
-                       option_parser, prefetch, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, save_file, setup, start_run, take_step, training_options)
+from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, checked, chosen,
+                       claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
+                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
+                       read_log, read_tensors, restore_optimizer, save_file, setup, start_run,
+                       take_step, tensor_sum, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -1255,7 +1257,9 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
             write_rows(rejected_path(path), rejected)
         else:
             rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
+        path.with_suffix(".crc").unlink(missing_ok=True)
         write_rows(path, [row for row in written if "rejected" not in row])
+        write_text(path.with_suffix(".crc"), f"{zlib.crc32(path.read_bytes())}\n")
         part.unlink()
     remove_parts(path)
 
@@ -1802,8 +1806,9 @@ def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0,
                 continue
             texts = texts.union(was["texts"])
         texts = sorted(texts, key=lambda text: (len(text), text))        # neighbours pad little
-        header = {"format": RUN_FORMAT, "encoder": encoder.hash, "max_length": most, "texts": texts}
         tensors = {str(i): x.cpu().clone() for i, x in enumerate(encoder.encode(texts, most))}
+        header = {"format": RUN_FORMAT, "encoder": encoder.hash, "max_length": most, "texts": texts,
+                  "sums": {name: tensor_sum(x) for name, x in tensors.items()}}
         with atomic(path) as part:
             save_file(tensors, part, {"nanosora": json.dumps(header, sort_keys=True)})
     barrier()
@@ -1813,17 +1818,19 @@ class TextEmbeddings:
     """What `encode_captions` wrote for some shards: text -> [L, D], read when it is asked for."""
 
     def __init__(self, folder, shards, name):
-        self.places = {}
+        self.places, self.sums = {}, {}
         for path in (text_path(folder, shard, name) for shard in sorted(set(shards))):
             if not path.exists():
                 refuse(f"{path} is missing: encode the captions (again)")
-            for i, text in enumerate(read_header(path)["texts"]):
+            header = read_header(path)
+            self.sums[path] = header.get("sums", {})
+            for i, text in enumerate(header["texts"]):
                 self.places.setdefault(text, (path, str(i)))
 
     def __getitem__(self, text):
         path, name = self.places[text]
         with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+            return checked(file.get_tensor(name), self.sums[path].get(name), path, name)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ import mmap
 import multiprocessing
 import operator
 import os
+import random
 import re
 import runpy
 import shlex
@@ -350,7 +351,8 @@ def as_text(data):
     try:
         return data.decode(code)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no text in {code.upper()}: " + (not_utf8(data[error.start]) if code == "utf-8"
+        raise ValueError(f"no text in {code.upper()}: " + (
+            not_utf8(data[error.start]) if code == "utf-8"
                                                    else error.reason)) from None
 
 
@@ -380,8 +382,16 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The objects of one of our own jsonl files; refuses a damaged line."""
+    with open(path, "rb") as file:
+        lines, rows = file.read().split(b"\n"), []
+    for n, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            refuse(f"{path}: line {n} is damaged: remove the file, and run the command that wrote "
+                   "it again")
+    return rows
 
 
 def read_json(path):
@@ -1890,7 +1900,7 @@ def stored(source):
 
 def query(database, source, names="number, note, row"):
     """Yields `names` of the stored rows of a source; of None, the rejects."""
-    address = f"{Path(database).absolute().as_uri()}?immutable=1"
+    address = f"{Path(database).absolute().as_uri()}?mode=ro&immutable=1"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
         yield from store.execute(f"select {names} from rows where source is ? order by rowid",
                                  [source and stored(source)])
@@ -2629,7 +2639,8 @@ class Job:
                     self.at, self.frames = message
         source = None if self.at in (None, len(self.sources)) else self.sources[self.at]
         if source and self.frames:      # within a long file, too, something should move
-            bar.set_postfix_str(f"{self.frames} frames of {Path(source).name}", refresh=False)
+            bar.set_postfix_str(f"{self.frames} frames of {printable(Path(source).name)}",
+                                refresh=False)
         bar.update((self.at or 0) - before)
         if is_alive and (source is None or time.monotonic() - self.since <= timeout):
             return None
@@ -2763,6 +2774,7 @@ def make_plan(args, folder, root):
     told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, n_others, n_pictures = find_sources(root, folder, args.format)
+    is_whole = plan and is_finished(folder, plan) and not lost_shards(folder, plan)
     if plan is None:
         if not sources:
             refuse(f"no videos or stills under {root} ({n_others} other files)")
@@ -2774,8 +2786,8 @@ def make_plan(args, folder, root):
     before, now = dict(map(tuple, plan["sources"])), dict(map(tuple, sources))
     began = {**told, **plan.get("told", {})}
     is_other = os.path.abspath(began["videos"]) != os.path.abspath(args.videos)
-    lost = [name for name in before if now.get(name, None if is_other or not is_finished(
-        folder, plan) else before[name]) != before[name]]
+    lost = [name for name in before if now.get(
+        name, before[name] if is_whole and not is_other else None) != before[name]]
     if lost:
         refuse(f"{folder} was begun with --videos {began['videos']}" + (
             f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
@@ -2806,6 +2818,11 @@ def is_finished(folder, plan):
         len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
 
 
+def lost_shards(folder, plan):
+    """Numbers of the shards of which a file is missing."""
+    return [n for n in range(len(plan["shards"])) if not is_done(folder, n)]
+
+
 def claim(lock, first, n, wait=False):
     """Locks bytes of an open file for this process: False where another one holds one of them."""
     with contextlib.suppress(BlockingIOError, PermissionError):
@@ -2830,6 +2847,11 @@ def prepare(args):
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
     plan, is_new = make_plan(args, folder, root)
+    if not is_new and is_finished(folder, plan) and lost_shards(folder, plan):
+        # the decision on duplicates stays; then the missing ones are made, and all joined again
+        write_text(folder / "joining.json", json.dumps({
+            "format": FORMAT, "duplicates": read_rows(folder / "duplicates.jsonl")}))
+        (folder / "manifest.json").unlink()
     if not is_new and is_finished(folder, plan):
         print(f"{folder} is finished; nothing to do")
         return report(folder, root) if args.report else None
@@ -2867,7 +2889,7 @@ def make_shards(args, folder, root, plan, is_new, lock):
             jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,
                             plan["options"]))
     run_jobs(jobs, args.workers, args.timeout)
-    left = [n for n in range(len(plan["shards"])) if not is_done(folder, n)]
+    left = lost_shards(folder, plan)
     if left and args.finish:
         refuse(f"{len(left)} of {len(plan['shards'])} shards of {folder} are not done, the first "
                f"is {left[0]}: run its part first")
@@ -2877,6 +2899,7 @@ def make_shards(args, folder, root, plan, is_new, lock):
     claim(lock, SPAN, 1, wait=True)
     if not is_finished(folder, plan):
         finish(folder, plan, database)
+    (folder / "facts.db").unlink(missing_ok=True)      # made again beside a part that was joining
     if args.report:
         report(folder, root)
 
@@ -3104,17 +3127,69 @@ def open_dataset(folder):
         path = folder / f"{name}.jsonl"
         if not is_done(folder, int(name[-5:])) or \
                 hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
-            refuse(f"{path} or its tar is not what the manifest says: prepare the data set again")
+            refuse(f"{path} or its tar is not what the manifest says: {MAKE_AGAIN.format(name)}")
         mine = {row["key"]: {**row, "shard": name} for row in read_rows(path)
                 if row["key"] not in twins}
         for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
             run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
+            total = captions.with_suffix(".crc")       # the CRC-32 of what caption.py wrote
+            if total.is_file() and total.read_text().strip() != str(
+                    zlib.crc32(captions.read_bytes())):
+                refuse(f"{captions} is not as it was written: remove it and caption again, or, if "
+                       f"you have edited it, remove {total.name}")
             for row in read_rows(captions):
                 if row["key"] in mine:
                     mine[row["key"]]["captions"].append(
                         {"text": row["caption"], "source": run, "weight": 1.0})
         rows += mine.values()
+    if not int(os.environ.get("RANK", 0)):
+        shards = list(manifest["shards"].items())
+        random.shuffle(shards)                         # a sample: no result depends on it
+        check_sums(folder, shards, time.monotonic() + 1)
     return rows
+
+
+MAKE_AGAIN = "remove {}.tar and run its prepare_data.py command, which makes that shard again"
+
+
+def check_sums(folder, shards, until=math.inf):
+    """Refuses shards, of [(name, {file: sha256})], that are not as they were written. What takes
+    longer than `until`, of time.monotonic, is left unchecked."""
+    for name, files in shards:
+        for file, digest in files.items():
+            found = hashlib.sha256()
+            with open(Path(folder, file), "rb") as opened_file:
+                while part := opened_file.read(2**22):
+                    found.update(part)
+                    if time.monotonic() > until:
+                        return
+            if found.hexdigest() != digest:
+                refuse(f"{folder}/{file} is damaged, its sum is not the manifest's: "
+                       f"{MAKE_AGAIN.format(name)}")
+
+
+def verify(folder):
+    """--verify: compares all sums that stages have written beside their results."""
+    rows = open_dataset(folder)
+    shards = list(read_json(folder / "manifest.json")["shards"].items())
+    check_sums(folder, tqdm(shards, desc="verify", unit="shard"))
+    n_tensors, files = 0, sorted(folder.glob("shard-*.safetensors"))
+    for path in files:                                 # latents, embeddings of captions
+        with open(path, "rb") as file:
+            try:
+                size, = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(size, path.stat().st_size)))
+                sums = json.loads(header["__metadata__"]["nanosora"]).get("sums", {})
+                places = {name: header[name]["data_offsets"] for name in sums}
+            except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+                refuse(f"{path} is damaged: remove it, and encode again")
+            for name, (start, stop) in places.items():
+                file.seek(8 + size + start)
+                if zlib.crc32(file.read(stop - start)) != sums[name]:
+                    refuse(f"{path} is damaged at {name}: remove it, and encode again")
+            n_tensors += len(sums)
+    print(f"{folder}: {len(shards)} shards of {len(rows)} clips, and {n_tensors} latents and "
+          f"embeddings in {len(files)} files, are as they were written")
 
 
 def read_member(folder, row):
@@ -3599,6 +3674,8 @@ def parse_options(argv=None):
     add("--finish", action="store_true", help="only join the shards that the parts have made")
     add("--report", action="store_true", help="at the end write report/: distributions, what other "
         "thresholds would cost, sheets of kept, rejected and duplicate clips")
+    add("--verify", action="store_true", help="only compare the sums of all shards, captions and "
+        "latents of a finished data set")
     add("--workers", type=number(int, 1), default=cores, metavar="N", help="processes "
         "at a time, 1 or more; any number gives the same bytes (%(default)s: the processors)")
     add("--part", type=part_of, default=(rank + 1, ranks), metavar="I/N", help="do every N-th "
@@ -3654,6 +3731,8 @@ def main(argv=None):
     args = parse_options(argv)
     if not args.name.strip("./"):
         refuse(f"'{args.name}' cannot be a data set's name")
+    if args.verify:
+        return verify(dataset_dir(args.name))
     if args.name in ("demo", "demo-scenes") and not args.videos:
         args.videos, args.format = str(dataset_dir(f"{args.name}-videos")), "jsonl"
         args.meta = Path(args.videos, "captions.jsonl")

@@ -1531,7 +1531,7 @@ def evaluate_real(args, folder):
         measure = lambda i, video: torch.tensor([scorer.score(
             video[np.linspace(0, len(video) - 1, 4).astype(int)], say(rows[i]))["clip"]])
     else:
-        features, digest = open_detector(file, device, "--detector")
+        features, digest = open_detector(file, device, "--detector", args.trust)
         measure = lambda i, video: features(video[None], is_image)[0]
         width = len(measure(0, np.zeros((args.frames, *args.size, 3), np.uint8)))
     real = {"data": hashlib.sha256(b"".join(p.read_bytes() for p in sorted(source.glob(
@@ -2072,6 +2072,7 @@ def add_settings(parser):
         help="prompts of each kind, or real clips (%(default)s)")
     add("--data", help="data set of the real clips and their captions")
     add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
+    add("--trust", action="store_true", help="run the code that a --detector's file is")
     add("--clip", metavar="DIR", help="CLIP or SigLIP folder: compares a video with its prompt")
 
 

@@ -33,6 +33,7 @@ import functools
 import json
 import math
 import os
+import random
 import re
 import sys
 import threading
@@ -62,13 +63,13 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, open_dataset,
                           refuse, rng, run_dir, script, sweep)
-from train_vae import (Linear, MuonAdamW, barrier, bench, chosen, claim, decode_long, ema_update,
-                       epoch_order, fit, gaussians, innermost, is_finished, is_run, last_checkpoint,
-                       latents_path, load_autoencoder, load_step, lr_at, model_path, normaliser,
-                       moved, one_run, optimizer_tensors, option_parser, plain, read_class,
-                       read_config, read_header, read_log, read_tensors, restore_optimizer,
-                       save_file, setup, sheet_frames, split_rows, start_run, sum_over_ranks,
-                       take_step, to_frames, training_options)
+from train_vae import (Linear, MuonAdamW, barrier, bench, checked, chosen, claim, decode_long,
+                       ema_update, epoch_order, fit, gaussians, innermost, is_finished, is_run,
+                       last_checkpoint, latents_path, load_autoencoder, load_step, lr_at,
+                       model_path, normaliser, moved, one_run, optimizer_tensors, option_parser,
+                       plain, read_class, read_config, read_header, read_log, read_tensors,
+                       restore_optimizer, save_file, setup, sheet_frames, split_rows, start_run,
+                       sum_over_ranks, take_step, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1080,7 +1081,7 @@ class Clips:
     def __init__(self, folder, rows, config, patch, row_tokens, given=0.0, shape=None):
         self.given = given                                   # the share of clips with givens
         self.row_tokens, self.patch = row_tokens, patch
-        self.files, self.shape, self.about = {}, {}, {}
+        self.files, self.shape, self.about, self.sums = {}, {}, {}, {}
         self.rows = {row["key"]: row for row in rows}
         for shard in sorted({row["shard"] for row in rows}):
             path = latents_path(folder, shard, config["hash"])
@@ -1100,9 +1101,13 @@ class Clips:
                 C = moments[0] // 2 if moments else 1        # a code has no channels
                 crop = [side // p * p for side, p in zip((T, H, W), patch)]
                 self.files[key], self.about[key] = file, about
+                if key in header.get("sums", ()):            # compared when it is first read
+                    self.sums[key] = header["sums"][key], path
                 self.shape[key] = (C, *crop)
                 self.about[f"{key}:first"] = {**about, "frames": 1, "fps": None}
                 self.shape[f"{key}:first"] = (C, 1, *crop[1:])
+        for key in random.sample(sorted(self.sums), min(64, len(self.sums))):    # before work
+            self.read(key)
         self.keys = sorted(key for key in self.files if ":" not in key)
         if self.is_codes:
             self.crop_codes(shape)
@@ -1140,11 +1145,18 @@ class Clips:
         self.conditions = conditions
         self.labels = labels and {label: i for i, label in enumerate(labels)}
 
+    def read(self, key):
+        tensor = self.files[key].get_tensor(key)
+        if total := self.sums.get(key):
+            checked(tensor, *total, key)
+            self.sums[key] = None
+        return tensor
+
     def latent(self, name, seed, step):
         """A draw from the autoencoder's posterior, normalised: float32 [C, T', H', W']. KEY:first
         is the first frame alone, which is KEY's first latent, in a draw of its own."""
         key, (_, T, H, W) = name.removesuffix(":first"), self.shape[name]
-        tensor = self.files[key].get_tensor(key)
+        tensor = self.read(key)
         if self.is_codes:                                    # int64 [T', H', W'], about the centre
             top, left = (tensor.shape[1] - H) // 2, (tensor.shape[2] - W) // 2
             return tensor[:T, top:top + H, left:left + W].long()

@@ -333,7 +333,7 @@ def lock_run(folder):
 
 
 def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
-                                     "price_per_hour")):
+                                     "price_per_hour", "trust")):
     """Opens the run's folder, or makes it, and returns its last checkpoint's folder or None.
 
     `config` holds "kind" and "args" and whatever else a loader needs. A run goes on only with the
@@ -2100,12 +2100,17 @@ def frechet(one, other):
     return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
 
 
-def open_detector(path, device, option):
+def open_detector(path, device, option, is_trusted):
     """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the usual
     Inception, which takes images, or I3D, which takes videos. The published ones scale by
     themselves when told to."""
     if not Path(path).is_file():
         refuse(f"{option} {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        refuse(f"{option} {path} is no TorchScript file")
+    if not is_trusted:
+        refuse(f"{option} {path} is a program: it can read and write your files when it runs. Add "
+               "--trust if you know where it comes from")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     try:
         network = torch.jit.load(path, map_location=device).eval()
@@ -2234,7 +2239,7 @@ def evaluate_run(args):
     rows = split_rows(open_dataset(folder), args.name, model_path(name))[1]
     model, config = load_autoencoder(name, device)
     shown, bank = held_out_bank(model, ClipCache(folder), rows, args.seed, args.n_eval)
-    opened = {key: open_detector(getattr(args, key), device, f"--{key}")
+    opened = {key: open_detector(getattr(args, key), device, f"--{key}", args.trust)
               for key in ("rfid", "rfvd") if getattr(args, key)}
     detectors = {"rfid": lambda frames: opened["rfid"][0](frames[:, None], True),
                  "rfvd": lambda frames: opened["rfvd"][0](frames[None], False)}
@@ -2533,9 +2538,22 @@ def encode_shard(model, config, folder, shard, rows, args, device):
     header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
               "time_stride": model.time_stride, "max_cells": args.max_cells, "tile": args.tile,
               **({"codes": model.n_codes} if model.n_codes else {}), **about,
+              "sums": {key: tensor_sum(x) for key, x in tensors.items()},
               **({"lost": dict(sorted(lost.items()))} if lost else {})}
     with atomic(latents_path(folder, shard, config["hash"])) as path:
         save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
+
+
+def tensor_sum(x):
+    """CRC-32 of a tensor's bytes, as they are in a file."""
+    return zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def checked(x, total, path, name):
+    """A tensor of a file; refuses one whose sum is another than `total`, of older files None."""
+    if total not in (None, tensor_sum(x)):
+        refuse(f"{path} is damaged at {name}: remove it, and encode again")
+    return x
 
 
 def read_header(path):
@@ -2936,6 +2954,7 @@ def parse_options(argv=None):
         help="with --encode: code larger frames in blended tiles of so many px a side (whole)")
     add("--rfid", metavar="FILE", help="with --eval: TorchScript Inception, for rFID (none)")
     add("--rfvd", metavar="FILE", help="with --eval: TorchScript I3D, for rFVD (none)")
+    add("--trust", action="store_true", help="run the code that --rfid and --rfvd files are")
     add("--n_eval", type=number(int, 2), default=48, help="with --eval: clips (%(default)s)")
     add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument

@@ -309,7 +309,8 @@ def test_eval_prints_figures_with_their_protocol(place, tmp_path, capsys):
     torch.jit.script(Colours()).save(tmp_path / "colours.pt")
     V.main(["demo", "--run", "plain", *SMALL])
     capsys.readouterr()
-    detectors = ["--rfid", str(tmp_path / "colours.pt"), "--rfvd", str(tmp_path / "colours.pt")]
+    detectors = ["--rfid", str(tmp_path / "colours.pt"), "--rfvd", str(tmp_path / "colours.pt"),
+                 "--trust"]
     V.main(["demo", "--eval", "--vae", "plain", "--n_eval", "6", *detectors])
     said, first = capsys.readouterr().out, json.loads(Path("runs/plain/eval.json").read_text())
     assert 10 < first["psnr"] < 60 and 0 < first["ssim"] <= 1 and first["flicker"] >= 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -365,6 +366,8 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     assert len(files) == 3 and (data / "captions-learnt.png").exists()
     assert {row["key"] for row in said} == {key for key, row in rows.items() if not any(
         caption["source"] == "meta" for caption in row["captions"])}
+    assert all(int(path.with_suffix(".crc").read_text()) == zlib.crc32(path.read_bytes())
+               for path in files)
     right = 0
     for row in said:
         assert set(row) == {"key", "caption", "prompt", "scores"} and row["prompt"] == ""

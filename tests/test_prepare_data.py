@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -856,6 +857,57 @@ def test_pairs_by_bands_are_those_of_comparing_all(n, near, is_short, monkeypatc
         a, b = pd.like_pairs(packed, most, stop)
         assert set(zip(a.tolist(), b.tolist())) == truth and len(a) == len(truth)
         assert [int(one) for one in pd.apart(packed[a], packed[b])] == away[a, b].tolist()
+
+
+def flipped(data):
+    """Bytes of which one has another bit."""
+    return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1:]
+
+
+def test_flipped_bytes_of_shards_are_noticed_and_the_shard_is_made_again(tmp_path, capsys):
+    """6 A: no flipped byte in a tar was noticed; C: a lost shard said 'prepare again', but that
+    said 'finished'."""
+    (tmp_path / "videos").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"videos/{name}.mp4", shot(colour, 12))
+    shutil.copy(tmp_path / "videos/a.mp4", tmp_path / "videos/d.mp4")          # a duplicate
+    line = ["set", "--videos", "videos", "--shard_sources", "2"]
+    run(tmp_path, *line)
+    folder, truth = tmp_path / "data/set", bytes_of(tmp_path / "data")
+    pd.verify(folder)
+    assert "2 shards of 3 clips" in capsys.readouterr().out
+    captions, key = folder / "shard-00000.captions-x.jsonl", pd.open_dataset(folder)[0]["key"]
+    row = pd.json_line({"key": key, "caption": "a red sea"})
+    captions.write_text(row)
+    captions.with_suffix(".crc").write_text(f"{zlib.crc32(row.encode())}\n")
+    assert pd.open_dataset(folder)[0]["captions"][0]["text"] == "a red sea"
+    wrong = {captions.name: row.replace("sea", "tea").encode(), "shard-00000.rejected.jsonl": b"\n"}
+    for name in ("shard-00001.tar", "shard-00001.jsonl", *wrong, "shard-00000.tar"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(wrong.get(name) or flipped(before))
+        for check in (pd.verify, pd.open_dataset):                             # all; a sample
+            with pytest.raises(SystemExit):
+                check(folder)
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert name in said and "remove" in said, said
+        if name != "shard-00000.tar":
+            (folder / name).write_bytes(before)
+    captions.write_text(row[:-9] + "\n")
+    captions.with_suffix(".crc").unlink()
+    with pytest.raises(SystemExit):
+        pd.open_dataset(folder)
+    assert "line 1 is damaged" in capsys.readouterr().err
+    captions.unlink()
+    (folder / "shard-00000.tar").unlink()
+    assert "nothing to do" not in run(tmp_path, *line).stdout
+    assert bytes_of(tmp_path / "data") == truth
+
+
+def test_names_do_not_steer_the_terminal(capsys):
+    """6 E: escape sequences in names reached it."""
+    with pytest.raises(SystemExit):
+        pd.refuse("a\x1b[31mred\x1b]0;title\x07 \u202e.mp4 is café 日本")
+    assert capsys.readouterr().err.endswith(": a?[31mred?]0;title? ?.mp4 is café 日本\n")
 
 
 # -- the demo, small parts, wrong input ------------------------------------------------------------

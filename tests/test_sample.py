@@ -593,12 +593,12 @@ def evaluated(kind, real, *options):
 
 def test_fvd_from_prompts_to_figure(inside, real, tmp_path):
     torch.jit.script(Tiny()).save(str(tmp_path / "tiny.pt"))
-    first = evaluated("fvd", real, "--detector", tmp_path / "tiny.pt")
+    first = evaluated("fvd", real, "--detector", tmp_path / "tiny.pt", "--trust")
     assert first["fvd"] > 0 and abs(first["real_itself"]) < 1e-4 and first["real_real"] >= 0
     assert first["protocol"]["real"]["n"] == 5 and len(first["hash"]) == 8
     assert (inside / f"runs/tiny/eval-real-{S.hash_of(first['protocol']['real'])}.safetensors").exists()
-    assert evaluated("fvd", real, "--detector", tmp_path / "tiny.pt") == first       # as it is kept
-    assert evaluated("fid", real, "--detector", tmp_path / "tiny.pt")["fid"] > 0
+    assert evaluated("fvd", real, "--detector", tmp_path / "tiny.pt", "--trust") == first       # as it is kept
+    assert evaluated("fid", real, "--detector", tmp_path / "tiny.pt", "--trust")["fid"] > 0
 
 
 def test_similarity_to_the_prompt(inside, real, tmp_path, monkeypatch):

@@ -151,6 +151,14 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
     for bad in (whole[:len(whole) // 2], whole[:4], b"{}"):
         latents.write_bytes(bad)
         assert "encode again" in (told := line("--vae", "set-vae")) and str(latents.name) in told
+    start = 8 + int.from_bytes(whole[:8], "little")                    # 6 A: a flipped bit
+    at = start + next(value["data_offsets"][0] for key, value in json.loads(whole[8:start]).items()
+                      if ":" not in key and key != "__metadata__")
+    latents.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+    assert "is damaged at" in line("--vae", "set-vae")
+    with pytest.raises(SystemExit):
+        prepare_data.verify(home / "data/set")
+    assert "is damaged at" in capsys.readouterr().err
     latents.write_bytes(whole)
     assert "needs to be told its heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
 

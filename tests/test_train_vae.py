@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +94,32 @@ def test_large_clips_by_pairs_equal_chunks_and_the_way_of_gradients(options, siz
             found = torch.cat(list(V.decode_long(model, mean, chunk)), 2)
             assert (found - decoded).abs().max() < 1e-5 * decoded.abs().max()
         assert 0 < most < len(calls) and max(calls) > 4          # more than a pair at once, too
+
+
+
+def test_an_index_names_files_beside_it_and_detectors_are_trusted(tmp_path, capsys, monkeypatch):
+    """6 D: an index that named ../x, itself or nothing was opened or ended in a traceback; E: a
+    detector's code ran unasked."""
+    (tmp_path / "model").mkdir()
+    index = tmp_path / "model/model.safetensors.index.json"
+    for found in ('{"weight_map": {"a": "../x.safetensors"}}', "[1]", '{"weight_map": [1]}',
+                  json.dumps({"weight_map": {"a": index.name}}), '{"weight_map": {"a": 7}}',
+                  "[" * 9999):
+        index.write_text(found)
+        with pytest.raises(SystemExit):
+            V.read_tensors(tmp_path / "model")
+        assert "does not map names to files beside it" in capsys.readouterr().err
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(SystemExit):
+        V.read_tensors(tmp_path / "empty.pt")
+    assert "it is empty" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "code.pt", "w") as file:
+        file.writestr("code", "print()")
+    ran = []
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: ran.append(a))
+    with pytest.raises(SystemExit):
+        V.open_detector(tmp_path / "code.pt", "cpu", "--rfid", False)
+    assert "is a program" in (said := capsys.readouterr().err) and "--trust" in said and not ran
 
 
 def test_a_convolution_of_repeated_pixels_is_of_sums_of_its_taps():
