@@ -352,8 +352,7 @@ def as_text(data):
         return data.decode(code)
     except UnicodeDecodeError as error:
         raise ValueError(f"no text in {code.upper()}: " + (
-            not_utf8(data[error.start]) if code == "utf-8"
-                                                   else error.reason)) from None
+            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
 
 
 def not_utf8(byte):
