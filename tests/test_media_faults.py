@@ -402,6 +402,23 @@ def test_d12_delays_of_a_gif_are_hundredths(tmp_path):
     assert row["fps"] == pytest.approx(24, abs=0.05) and row["frames"] == 48
 
 
+@pytest.mark.parametrize("form", ["gif", "webp"])
+def test_d12_moving_pictures_keep_their_rate(tmp_path, form):
+    import sample
+    args = sample.parse_options(["x", "--prompt", "a", "--format", form])
+    for fps in (24.0, 25.0, 7.5):
+        path = sample.save_frames(tmp_path / "a", iter(scenery(2, 48, speed=(2, 0))), fps, args)
+        (row, _, _), = clips(path)[0]
+        assert row["fps"] == pytest.approx(fps, rel=0.003) and row["frames"] == 48, fps
+        with Image.open(path) as picture:
+            delays = []
+            for n in range(picture.n_frames):
+                picture.seek(n)
+                picture.load()
+                delays.append(picture.info["duration"])
+        assert abs(sum(delays) - 48 * 1000 / fps) <= 10 and max(delays) - min(delays) <= 10
+
+
 # -- sizes -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("width, height", [(1, 1), (1, 64), (64, 1), (2, 64), (64, 2), (3, 3),
