@@ -9,6 +9,7 @@ import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -211,6 +212,20 @@ def test_hdr_8_bits_is_never_copied_and_old_folders_keep_rejecting(tmp_path):
     plain = write(tmp_path / "b.mp4", scenery(1, 24), colorspace=1)
     (row, _, data), = clips(plain)[0]
     assert "converted" not in row and b"rc=cqp" in data                 # copied, nothing said
+
+
+def test_dolby_vision_without_a_base_layer_is_named():
+    """Profile 5: its pictures are in no R'G'B' or Y'CbCr, and no tag says so but the side data."""
+    def frame(matrix, transfer):
+        data = SimpleNamespace(type=SimpleNamespace(name="DOVI_METADATA"))
+        return SimpleNamespace(width=64, height=48, color_trc=transfer, colorspace=matrix,
+                               rotation=0, side_data=SimpleNamespace(keys=lambda: [data]))
+    for matrix, transfer in ((2, 2), (2, 16), (14, 18), (15, 16)):
+        with pytest.raises(pd.Unreadable, match="HDR"):
+            pd.Video(Path("a.mp4")).note_tags(frame(matrix, transfer))
+    video = pd.Video(Path("a.mp4"))
+    video.note_tags(frame(9, 18))                      # 8.4: HLG below
+    assert video.converted == {"HLG to BT.709"}
 
 
 # -- pictures --------------------------------------------------------------------------------------
