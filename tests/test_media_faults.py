@@ -3,6 +3,7 @@ that decoders conceal, interlaced and odd pictures, times that lie; by mutators 
 import contextlib
 import functools
 import io
+import json
 import math
 import re
 import struct
@@ -203,8 +204,8 @@ def test_hdr_exactly_in_every_primaries():
             assert np.abs(got - want).mean() < 0.4 and np.abs(got - want).max() < 6
 
 
-def test_hdr_8_bits_is_never_copied_and_old_folders_keep_rejecting(tmp_path):
-    """Plain H.264 but for the tag; and a switch inside a file."""
+def test_hdr_of_8_bits_is_never_copied(tmp_path):
+    """Plain H.264 but for the tag."""
     path = write(tmp_path / "a.mp4", scenery(1, 24), color_trc=18, colorspace=9, color_primaries=9)
     (row, _, data), = clips(path)[0]
     assert row["converted"] == ["HLG to BT.709"] and frames_of(data)[1].color_trc == 1
@@ -212,6 +213,21 @@ def test_hdr_8_bits_is_never_copied_and_old_folders_keep_rejecting(tmp_path):
     plain = write(tmp_path / "b.mp4", scenery(1, 24), colorspace=1)
     (row, _, data), = clips(plain)[0]
     assert "converted" not in row and b"rc=cqp" in data                 # copied, nothing said
+
+
+def test_folders_begun_before_these_options_go_on_as_they_began(tmp_path):
+    (tmp_path / "in").mkdir(), (tmp_path / "set").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(b"x")
+    args = pd.parse_options([str(tmp_path / "set"), "--videos", str(tmp_path / "in")])
+    plan, is_new = pd.make_plan(args, tmp_path / "set", tmp_path / "in")
+    assert is_new and (plan["options"]["hdr"], plan["options"]["interlaced"]) == (
+        "tonemap", "deinterlace")
+    for name in ("hdr", "interlaced", "min_damage", "max_damage"):
+        del plan["options"][name]
+    (tmp_path / "set/plan.json").write_text(json.dumps(plan))
+    plan, is_new = pd.make_plan(args, tmp_path / "set", tmp_path / "in")
+    assert not is_new and (plan["options"]["hdr"], plan["options"]["interlaced"]) == (
+        "reject", "keep")
 
 
 def test_dolby_vision_without_a_base_layer_is_named():
