@@ -7,7 +7,8 @@ What comes out  data/NAME/, which every later stage reads:
     shard-00000.tar             the clips, KEY.mp4 (a still keeps its own bytes) and KEY.json, for
                                 any WebDataset reader
     shard-00000.jsonl           a row a clip: key, offset and length in the tar, source, times,
-                                frames, rate, size, split, label, captions, scores (SCORES), hash
+                                frames, rate, size, split, label, captions, scores (SCORES),
+                                hash; converted: HDR, interlaced, HEIC, where it was so
     shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
                                 file), reason, figure, threshold
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
@@ -31,7 +32,9 @@ The idea        Each video is decoded twice, in order, a frame at a time. The fi
     python prepare_data.py bench --videos ~/videos              frames a second of each step
 
 Rules           Time 0 is a file's first frame; only the frames' timestamps count, no header does.
-                A bad packet is skipped and counted (scores: bad_packets); decoding goes on.
+                A bad packet is skipped and counted (scores: bad_packets, with frames that the
+                decoder mends); decoding goes on. Scores: damage is their share of a clip.
+                HDR (PQ, HLG) becomes BT.709: see `tone_mapped`.
                 A caption with times belongs to each clip of which at least half lies inside them,
                 one without times to every clip of its file. A variable rate becomes the median
                 rate: frame k shows the last frame that began at or before start + k / fps.
@@ -1147,10 +1150,12 @@ class Scan:
         self.change, self.light, self.spread = map(np.array, (change, light, spread))
         self.tiny = np.frombuffer(tiny, np.uint8).reshape(-1, 3, 12, 12)
         self.bits = np.r_[bits, video.bits]
-        steps = np.diff(self.times)                    # frames that a rate else constant misses
+        steps = np.diff(self.times)     # lone gaps in a rate that is else constant: frames are lost
         usual = float(np.median(steps)) if len(steps) else 1.0
-        steady = (np.abs(steps - usual) <= usual / 4 + self.tick).mean() >= 0.8 if len(steps) else 0
-        self.lost = np.where(steps <= GAP, np.rint(steps / usual) - 1, 0).clip(0) * bool(steady)
+        near = np.abs(np.r_[usual, steps, usual] - usual) <= usual / 4 + self.tick
+        self.lost = np.where((steps <= GAP) & near[:-2] & near[2:], np.rint(
+            steps / usual) - 1, 0).clip(0) * bool(
+                near.mean() >= 0.8 and len(steps) > 12 and video.codec)
         self.corrupt = np.frombuffer(corrupt, np.uint8)
         gaps = np.flatnonzero(np.diff(self.times) > GAP) + 1
         self.breaks = sorted({*self.sizes, *gaps.tolist()} - {0})

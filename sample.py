@@ -1026,6 +1026,17 @@ def facts_of(sampler, wish, args):
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
 
 
+class Delays(list):
+    """ms that each picture stands, in whole units of the format's: 1/100 s in a GIF. They go up and
+    down by one, so that the mean is right: a GIF of 24 a second is not one of 25."""
+
+    def __init__(self, fps, unit):
+        self.at = lambda n: round(n * 1000 / (fps * unit)) * unit
+
+    def __getitem__(self, n):
+        return self.at(n + 1) - self.at(n)
+
+
 def save_frames(path, frames, fps, args):
     """Writes frames, uint8 [H, W, 3], as they come; returns the path: path.mp4, path.gif, path.webp
     or, of --format png, the folder path/."""
@@ -1040,7 +1051,7 @@ def save_frames(path, frames, fps, args):
     else:
         with atomic(path.with_suffix(f".{args.format}")) as part:
             next(pictures).save(part, args.format, save_all=True, append_images=pictures, loop=0,
-                                duration=round(1000 / fps), quality=90)
+                                duration=Delays(fps, 10 if args.format == "gif" else 1), quality=90)
     return path.with_suffix(f".{args.format}")
 
 

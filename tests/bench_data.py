@@ -24,8 +24,8 @@ import prepare_data as pd
 def decode(path):
     with pd.opened(path) as (container, stream):
         with contextlib.suppress(av.FFmpegError):      # damaged from here on
-            for _ in container.decode(stream):
-                pass
+            for packet in pd.demuxed(container, stream):
+                packet.decode()
 
 
 def stages(root, args):

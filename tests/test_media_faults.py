@@ -3,12 +3,14 @@ that decoders conceal, interlaced and odd pictures, times that lie; by mutators 
 import contextlib
 import functools
 import io
+import json
 import math
 import re
 import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -202,8 +204,8 @@ def test_hdr_exactly_in_every_primaries():
             assert np.abs(got - want).mean() < 0.4 and np.abs(got - want).max() < 6
 
 
-def test_hdr_8_bits_is_never_copied_and_old_folders_keep_rejecting(tmp_path):
-    """Plain H.264 but for the tag; and a switch inside a file."""
+def test_hdr_of_8_bits_is_never_copied(tmp_path):
+    """Plain H.264 but for the tag."""
     path = write(tmp_path / "a.mp4", scenery(1, 24), color_trc=18, colorspace=9, color_primaries=9)
     (row, _, data), = clips(path)[0]
     assert row["converted"] == ["HLG to BT.709"] and frames_of(data)[1].color_trc == 1
@@ -211,6 +213,35 @@ def test_hdr_8_bits_is_never_copied_and_old_folders_keep_rejecting(tmp_path):
     plain = write(tmp_path / "b.mp4", scenery(1, 24), colorspace=1)
     (row, _, data), = clips(plain)[0]
     assert "converted" not in row and b"rc=cqp" in data                 # copied, nothing said
+
+
+def test_folders_begun_before_these_options_go_on_as_they_began(tmp_path):
+    (tmp_path / "in").mkdir(), (tmp_path / "set").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes(b"x")
+    args = pd.parse_options([str(tmp_path / "set"), "--videos", str(tmp_path / "in")])
+    plan, is_new = pd.make_plan(args, tmp_path / "set", tmp_path / "in")
+    assert is_new and (plan["options"]["hdr"], plan["options"]["interlaced"]) == (
+        "tonemap", "deinterlace")
+    for name in ("hdr", "interlaced", "min_damage", "max_damage"):
+        del plan["options"][name]
+    (tmp_path / "set/plan.json").write_text(json.dumps(plan))
+    plan, is_new = pd.make_plan(args, tmp_path / "set", tmp_path / "in")
+    assert not is_new and (plan["options"]["hdr"], plan["options"]["interlaced"]) == (
+        "reject", "keep")
+
+
+def test_dolby_vision_without_a_base_layer_is_named():
+    """Profile 5: its pictures are in no R'G'B' or Y'CbCr, and no tag says so but the side data."""
+    def frame(matrix, transfer):
+        data = SimpleNamespace(type=SimpleNamespace(name="DOVI_METADATA"))
+        return SimpleNamespace(width=64, height=48, color_trc=transfer, colorspace=matrix,
+                               rotation=0, side_data=SimpleNamespace(keys=lambda: [data]))
+    for matrix, transfer in ((2, 2), (2, 16), (14, 18), (15, 16)):
+        with pytest.raises(pd.Unreadable, match="HDR"):
+            pd.Video(Path("a.mp4")).note_tags(frame(matrix, transfer))
+    video = pd.Video(Path("a.mp4"))
+    video.note_tags(frame(9, 18))                      # 8.4: HLG below
+    assert video.converted == {"HLG to BT.709"}
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -400,6 +431,23 @@ def test_d12_delays_of_a_gif_are_hundredths(tmp_path):
                    duration=np.diff(ends).astype(int).tolist())
     (row, _, data), = clips(tmp_path / "a.gif")[0]
     assert row["fps"] == pytest.approx(24, abs=0.05) and row["frames"] == 48
+
+
+@pytest.mark.parametrize("form", ["gif", "webp"])
+def test_d12_moving_pictures_keep_their_rate(tmp_path, form):
+    import sample
+    args = sample.parse_options(["x", "--prompt", "a", "--format", form])
+    for fps in (24.0, 25.0, 7.5):
+        path = sample.save_frames(tmp_path / "a", iter(scenery(2, 48, speed=(2, 0))), fps, args)
+        (row, _, _), = clips(path)[0]
+        assert row["fps"] == pytest.approx(fps, rel=0.003) and row["frames"] == 48, fps
+        with Image.open(path) as picture:
+            delays = []
+            for n in range(picture.n_frames):
+                picture.seek(n)
+                picture.load()
+                delays.append(picture.info["duration"])
+        assert abs(sum(delays) - 48 * 1000 / fps) <= 10 and max(delays) - min(delays) <= 10
 
 
 # -- sizes -----------------------------------------------------------------------------------------
