@@ -302,8 +302,8 @@ def as_text(data):
     try:
         return data.decode(code)
     except UnicodeDecodeError as error:
-        raise ValueError(f"no text in {code.upper()}: " + (not_utf8(data[error.start]) if code == "utf-8"
-                                                   else error.reason)) from None
+        raise ValueError(f"no text in {code.upper()}: " + (
+            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
 
 
 def not_utf8(byte):
@@ -1245,7 +1245,7 @@ def table_rows(file, is_tsv):
                 taken.clear()
                 break
             taken.clear()
-            if head is None:
+            if not head:                               # blank lines may come before it
                 head = [our_name(name) for name in cells]
                 continue
             while len(cells) > len(head) and not cells[-1].strip():
@@ -1445,6 +1445,8 @@ def placed_rows(paths, form, sources):
                 name = next(filter(None, map(row.get, names)), None) or next(
                     filter(None, map(ours(row).get, names)), None) or row[names[0]]
                 source, reason, detail = place(str(name))
+                is_right = is_right or not reader                # its values are its own matter
+                is_placed, missing = is_placed or reason != "missing video", missing or name
                 if not is_right or source is not None and True not in told_of:
                     facts = read_row(row, reader, None)
                     is_right = is_right or bool(facts)
@@ -1454,8 +1456,6 @@ def placed_rows(paths, form, sources):
                 yield None, n, "malformed metadata row", "cut off, or not of its format" \
                     if row is None else printable(fault(error)), None
             else:
-                is_placed = is_placed or reason != "missing video"
-                missing = missing or name
                 yield (None, n, reason, detail and printable(detail), printable(name)) \
                     if source is None else (stored(source), n, split, None, text)
     if not is_right:

@@ -56,9 +56,9 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels import IS_WIDE
-from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split, is_sole, number,
-                          open_dataset, read_clip, read_text, refuse, rng, run_dir, script, sweep, where,
-                          writable, write_rows, write_text)
+from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
+                          is_sole, number, open_dataset, read_clip, read_text, refuse, rng, run_dir,
+                          script, sweep, where, writable, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
