@@ -155,9 +155,7 @@ def refuse(message):
 
 def printable(text):
     """The text with escapes in the place of what is no character, or steers a terminal."""
-    text = str(text)
-    return text if text.isprintable() else re.sub(
-        "[\0-\x1f\x7f-\x9f\ud800-\udfff]", lambda one: ascii(one[0])[1:-1], text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1656,7 +1654,7 @@ def table_rows(file, is_tsv):
                 taken.clear()
                 break
             taken.clear()
-            if head is None:
+            if not head:                               # blank lines may come before it
                 head = [our_name(name) for name in cells]
                 continue
             while len(cells) > len(head) and not cells[-1].strip():
@@ -1856,6 +1854,8 @@ def placed_rows(paths, form, sources):
                 name = next(filter(None, map(row.get, names)), None) or next(
                     filter(None, map(ours(row).get, names)), None) or row[names[0]]
                 source, reason, detail = place(str(name))
+                is_right = is_right or not reader                # its values are its own matter
+                is_placed, missing = is_placed or reason != "missing video", missing or name
                 if not is_right or source is not None and True not in told_of:
                     facts = read_row(row, reader, None)
                     is_right = is_right or bool(facts)
@@ -1865,8 +1865,6 @@ def placed_rows(paths, form, sources):
                 yield None, n, "malformed metadata row", "cut off, or not of its format" \
                     if row is None else printable(fault(error)), None
             else:
-                is_placed = is_placed or reason != "missing video"
-                missing = missing or name
                 yield (None, n, reason, detail and printable(detail), printable(name)) \
                     if source is None else (stored(source), n, split, None, text)
     if not is_right:

@@ -151,7 +151,7 @@ def test_m02_captions_of_several_lines_stay(tmp_path):
 
 @pytest.mark.parametrize("head, cell", [
     ("video,caption", "{},A man, walking home, waves"), ("video, caption", "{}, A man"), ("video;caption", "{};A man"),
-    (" Video ,Caption", "{},A man"), ("PATH\tTEXT", "{}\tA man"), ("video,caption", "{},A man,,"),
+    (" Video ,Caption", "{},A man"), ("\r\n\r\nvideo,caption", "{},A man"), ("PATH\tTEXT", "{}\tA man"), ("video,caption", "{},A man,,"),
     ("\ufeffvideo,caption", "{},A man"), ("split,FILE,Caption", "train,{},A man")])
 def test_m03_tables_as_people_write_them(tmp_path, head, cell):
     text = "\r\n".join([head, cell.format("a.mp4"), "", cell.format("b.mp4")])
@@ -219,6 +219,12 @@ def test_m11_frames_of_every_shape():
     for wrong in ([0.5, 7.5], [20, 3], [-1, 3], [None, 5], [float("nan"), 3], [float("inf"), float("inf")], [0, "x"]):
         with pytest.raises(pd.BAD_ROW):
             pd.read_fact({"frames": wrong})
+
+
+def test_m11_the_only_row_is_damaged(tmp_path, capsys):
+    text = '{"video": "a.mp4", "caption": "x", "frames": [0.5, 7.5]}'
+    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4"])
+    assert not found and "[0.5, 7.5]" in lost[0][2] and "no row of" in capsys.readouterr().err
 
 
 # -- text and lines --------------------------------------------------------------------------------
