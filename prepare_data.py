@@ -3069,13 +3069,13 @@ def next_steps(name, rows, has_gpu):
     more, blind = f" --max_cells {cells}", "without captions it learns without text; "
     tells, few, quick = "the one before the last with --estimate tells the hours", "", ""
     if not has_gpu:
-        n_vae, n_dit = 300, 2000
+        n_vae, n_dit = 300, 3000
         few = f" --steps {n_vae}"
         # x: a token of 2 x 2 latents is nearly as wide as the network, which has no room to let its
         # noise through, and no need to where x_0 is asked for. Neighbouring patches of real footage
         # are alike, so that its layout shows through all but the most noise: times near it are
         # drawn more often
-        quick = (f" --objective x --times uniform --shift 2 --steps {n_dit} --eval_every 200 "
+        quick = (f" --objective x --times uniform --shift 2 --steps {n_dit} --eval_every 300 "
                  f"--dtype {cpu_dtype()}")
         # FLOPs of a window's pixel, and of a token in layers and in attention
         flops = n_vae * 8 * length * side**2 * 2.5e5 + n_dit * per_row * (2.9e7 + 2e4 * largest)
