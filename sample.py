@@ -1290,27 +1290,54 @@ def form_scale(form):
     return cover.sum() / 400, ((cover * y).sum() / cover.sum() - 32) / 20
 
 
-def describe(frames):
-    """What moves in a clip of the demo's kind, by plain image analysis: dicts of colour, form,
-    direction and area, the largest first. Grounds are grey, so a shape is what is saturated; its
-    colour is its hue's nearest; its direction is the way of its centre; its form is the one that,
-    drawn at that centre with that area, covers most nearly the same pixels."""
+def covers(frames):
+    """{colour: [T, H, W] from 0 to 1}: how much of each pixel the shape of that colour covers, of
+    the demo's colours that show. Grounds are grey, so a shape is what is saturated; its colour is
+    its hue's nearest."""
     frames = frames.astype(np.float64)
     saturation = frames.max(-1) - frames.min(-1)
     vivid = saturation > 80
     ground = np.median(frames[~spread(vivid)], 0) if (~vivid).any() else np.zeros(3)
-    names = list(COLOURS)
-    away = np.stack([np.abs((hue(frames) - hue(np.array(COLOURS[name])) + 180) % 360 - 180)
-                     for name in names])
-    nearest, found = away.argmin(0), []
-    for i, name in enumerate(names):
+    away = np.stack([np.abs((hue(frames) - hue(np.array(rgb)) + 180) % 360 - 180)
+                     for rgb in COLOURS.values()])
+    nearest, found = away.argmin(0), {}
+    for i, (name, rgb) in enumerate(COLOURS.items()):
         mask = vivid & (nearest == i)
         if mask.sum((1, 2)).mean() < 0.01 * mask[0].size:
             continue
-        axis = np.array(COLOURS[name], dtype=np.float64) - ground
-        cover = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * spread(mask, 1)
-        found.append({"colour": name, **follow(cover), "area": float(cover.sum((1, 2)).mean())})
+        axis = np.array(rgb, dtype=np.float64) - ground
+        found[name] = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * spread(mask, 1)
+    return found
+
+
+def describe(frames):
+    """What moves in a clip of the demo's kind, by plain image analysis: dicts of colour, form,
+    direction and area, the largest first. Its direction is the way of its centre; its form is the
+    one that, drawn at that centre with that area, covers most nearly the same pixels."""
+    found = [{"colour": name, **follow(cover), "area": float(cover.sum((1, 2)).mean())}
+             for name, cover in covers(frames).items()]
     return sorted(found, key=lambda shape: -shape["area"])
+
+
+RADII = (0.25, 0.29)     # of the demo's single shapes, shares of the shorter side: see demo_shot
+
+
+def overlap(frames, colour, form, radii=RADII):
+    """[T]: in each frame the intersection over union of the pixels of this colour and those of the
+    ideal form, wherever in the frame and at whichever of the demo's radii, shares of the shorter
+    side, it fits best. 1: drawn perfectly; 0: not there."""
+    T, H, W = frames.shape[:3]
+    mask = torch.from_numpy(covers(frames).get(colour, np.zeros((T, H, W))) > 0.5).float()[:, None]
+    best, half = torch.zeros(T), math.ceil(max(radii) * min(H, W)) + 1
+    steps = [i / 4 for i in range(4)]                        # the centre, in quarters of a pixel
+    for radius in np.linspace(*radii, 5) * min(H, W):
+        drawn = torch.from_numpy(np.stack([
+            form_cover(form, half + x, half + y, radius, 2 * half + 1, 2 * half + 1) > 0.5
+            for y in steps for x in steps])).float()[:, None]
+        both = F.conv2d(F.pad(mask, [half] * 4), drawn)
+        either = mask.sum((1, 2, 3))[:, None, None, None] + drawn.sum((1, 2, 3))[:, None, None]
+        best = torch.maximum(best, (both / (either - both)).amax((1, 2, 3)))
+    return best.numpy()
 
 
 def follow(cover):
@@ -1375,6 +1402,40 @@ def evaluate_demo(args, folder):
         contact_sheet(folder / f"eval-{name}.png", rows)
         print(name, " ".join(f"{key} {value:.3g}" for key, value in result[name].items()))
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
+
+
+def evaluate_chain(args, folder):
+    """Samples chains of three parts, there and back (`then`) and on under the same prompt
+    (`extend`), where a shape soon meets the frame's edge; writes eval-chain.json: each frame's
+    `overlap`, the median over the prompts, with the lowest, the share of parts in which form,
+    colour and direction are right, and eval-chain-then.png and -extend.png."""
+    _, _, device = setup(args)
+    sampler, result = open_sampler(args, device), {"joints": [13, 26]}
+    reverse = dict(zip(DIRECTIONS, ("right", "left", "down", "up")))
+    for kind in ("then", "extend"):
+        wishes, ways = [], []
+        for i, (colour, form, way) in enumerate(demo_prompts(args.n_eval)["seen"]):
+            width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
+            ways.append([way, reverse[way], way] if kind == "then" else [way] * 3)
+            first, *more = (f"a {colour} {form} moves {way}" for way in ways[-1])
+            task = {"then": more} if kind == "then" else {"extend": 2}
+            wishes.append(dict(prompt=first, frames=13, fps=10.0, width=width, height=height,
+                               seed=args.seed + i, negative="", **task))
+        overlaps, right, rows = [], [], []
+        for i, video in made(sampler, wishes, args):
+            colour, form, _ = demo_prompts(args.n_eval)["seen"][i]
+            overlaps.append(overlap(video, colour, form))
+            for part, way in zip(np.split(video, 3), ways[i]):
+                found = (describe(part) or [{}])[0]
+                right.append([found.get(key) for key in ("colour", "form", "direction")] ==
+                             [colour, form, way])
+            rows.append((video[::2], f"{wishes[i]['prompt']}: lowest {overlaps[-1].min():.2f}"))
+        medians = np.median(np.float64(overlaps), 0).round(3)
+        result[kind] = {"n": len(wishes), "lowest": float(medians.min()),
+                        "right": float(np.mean(right)), "overlap": medians.tolist()}
+        contact_sheet(folder / f"eval-chain-{kind}.png", rows)
+        print(kind, " ".join(f"{key} {result[kind][key]:.3g}" for key in ("lowest", "right")))
+    write_text(folder / "eval-chain.json", json.dumps(result, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1861,7 +1922,8 @@ def add_settings(parser):
         help="of matrix products (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", choices=["demo", "fid", "fvd", "clip"], help="measure, and write eval-*.json")
+    add("--eval", choices=["demo", "chain", "fid", "fvd", "clip"],
+        help="measure, and write eval-*.json; chain: how the demo's forms hold over joints (none)")
     add("--n_eval", type=number(int, 1), default=48,
         help="prompts of each kind, or real clips (%(default)s)")
     add("--data", help="data set of the real clips and their captions")
@@ -1881,7 +1943,8 @@ def main(argv=None):
     if fault := write_fault(out):
         refuse(f"cannot write to {out}: {fault}: name another by --out")
     try:
-        {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
+        {None: sample, "demo": evaluate_demo, "chain": evaluate_chain}.get(
+            args.eval, evaluate_real)(args, folder)
     except KeyboardInterrupt:
         print(f"sample.py: stopped; what is finished stays in {out}", file=sys.stderr)
         sys.exit(130)

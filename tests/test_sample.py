@@ -62,6 +62,28 @@ def test_analysis_fails_where_it_should():
     assert S.describe(noise) == []
 
 
+def test_overlap_is_of_the_form_wherever_it_is():
+    """Real renderings fit; another form, a dissolved, a doubled, a cut-off or another-coloured
+    shape does not."""
+    pairs = [(form, colour) for form in ("circle", "square", "triangle")
+             for colour in ("purple", "yellow")]
+    for i, (form, colour) in enumerate(pairs):
+        shot = demo_shot(rng(i, "t"), [(colour, form, "left")], "grey", 40, 32, 10)
+        frames = render_shot(shot)
+        assert S.overlap(frames, colour, form).min() > 0.9
+        other = {"circle": "triangle", "square": "circle", "triangle": "square"}[form]
+        assert S.overlap(frames, colour, other).max() < 0.88     # a square in a circle: 0.86
+        assert not S.overlap(frames, "blue", form).any()
+        is_gone = np.random.default_rng(i).random(frames.shape[:3]) < 0.5
+        ground = np.median(frames[:, 0], (0, 1)).astype(np.uint8)
+        broken = np.where(is_gone[..., None], ground, frames)
+        assert S.overlap(broken, colour, form).max() < 0.7
+        twice = np.maximum(frames, frames[::-1])[:3]         # at both ends of its way
+        assert S.overlap(twice, colour, form).max() < 0.75
+        out = np.concatenate([frames[-1:, :, 12:], frames[-1:, :, :12]], 2)
+        assert S.overlap(out, colour, form).max() < 0.8
+
+
 def test_prompts_are_fixed_and_the_kinds_apart():
     prompts = S.demo_prompts(48)
     assert prompts == S.demo_prompts(48)
