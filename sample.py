@@ -572,13 +572,19 @@ class Sampler:
             story.pieces.append(Piece(len(files["video"]), frames=files["video"]))
         return story
 
-    def context(self, piece, at_end):
-        """(latents, frames) of a piece on its own, or of as much of a file as a clip may see."""
-        if piece.latents is not None:
-            return piece.latents, piece.n
-        most = min(len(piece.frames), self.args.context)
-        n = 1 + (most - 1) // self.time_stride * self.time_stride
-        return self.encode(piece.frames[-n:] if at_end else piece.frames[:n]), n
+    def context(self, story, piece, at_end):
+        """(latents, frames) of a piece's last or first frames, encoded on their own: as many as in
+        training, half a clip's latents. More, or latents that had a past, dissolve the shapes."""
+        frames = piece.frames
+        most = self.args.context or 1 + (max(2, story.shape[1] // 2) - 1) * self.time_stride
+        if frames is None:               # a long piece is decoded in parts, of which the last stay
+            frames = np.zeros((0, 1, 1, 3), np.uint8)
+            for part in self.decode(piece.latents):
+                frames = np.concatenate([frames[-most:], part]) if len(frames) else part
+                if len(frames) >= most and not at_end:
+                    break
+        n = 1 + (min(len(frames), most) - 1) // self.time_stride * self.time_stride
+        return self.encode(frames[-n:] if at_end else frames[:n]), n
 
     def edge(self, piece, at_end):
         """A piece's last or first frame, uint8 [1, H, W, 3]."""
@@ -597,11 +603,11 @@ class Sampler:
             first = self.edge(pieces[-1], True)
             end = story.files["to"][:1] if "to" in story.files else self.edge(pieces[0], False)
         elif role == "before":
-            return [(self.context(pieces[0], False)[0], story.n / fps)], None
+            return [(self.context(story, pieces[0], False)[0], story.n / fps)], None
         elif role == "after" and "adapt" in self.about:      # Wan's: the last frame is an image
             first = self.edge(pieces[-1], True)
         elif role == "after":
-            z, n = self.context(pieces[-1], True)
+            z, n = self.context(story, pieces[-1], True)
             return [(z, -n / fps)], None
         ends = ((first, 0.0), (end, (story.n - 1) / fps))
         return [(self.encode(frame), at) for frame, at in ends if frame is not None], first
@@ -1875,8 +1881,9 @@ def add_wishes(parser):
     add("--loop", action="store_true", help="end in its own beginning")
     add("--strength", type=number(float, 0, 1),
         help="make anew this share of the way from --video to noise, 0 to 1")
-    add("--context", type=number(int, 1), default=17,
-        help="frames of a file that an extension sees (%(default)s)")
+    add("--context", type=number(int, 1),
+        help="frames of the part before, or of a file, that an extension sees (as in training: half "
+             "a part's latents, at least two)")
 
 
 def add_settings(parser):

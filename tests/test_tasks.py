@@ -9,6 +9,7 @@ import torch
 import prepare_data as P
 import sample as S
 import test_sample
+import train_vae as V
 
 run, away = test_sample.run, test_sample.away                # a fixture, and a measure
 DEMO = Path(__file__).with_name("demo")
@@ -59,24 +60,45 @@ def test_a_last_frame_is_given_at_its_time(inside):
     assert [at for _, at in job.givens] == [0.8] and job.first is None
 
 
-def test_extension_goes_on_from_latents_without_a_way_through_pixels(inside):
+def test_an_extension_sees_the_end_of_the_part_before_encoded_separately(inside):
+    """As training's halves are: the first latent is of one frame, without a past."""
     sampler, story, jobs = opened("--video", "a.mp4", "--extend", 3, "--context", 9)
     frames = S.read_media("a.mp4", 10.0, 32, 48)
     (given, at), = jobs[0].givens
     assert at == -0.9 and torch.equal(given, sampler.encode(frames[-9:]))
+    decoded = lambda piece: np.concatenate(list(sampler.decode(piece.latents)))
     for before, job in zip(story.pieces[1:], jobs[1:]):
-        assert job.givens == [(before.latents, -0.9)] and job.first is None
+        (given, at), = job.givens
+        assert at == -0.9 and job.first is None
+        assert torch.equal(given, sampler.encode(decoded(before)[-9:]))
     video = shown(sampler, story)
     assert len(video) == 17 + 3 * 9 == story.count() and away(video[:17], frames) == 0
     assert len({job.noise[0, 0, 0, 0].item() for job in jobs}) == 3
 
 
+@pytest.mark.parametrize("n_frames, seen", [(9, 5), (13, 5), (17, 5), (21, 9), (33, 13)])
+def test_an_extension_sees_as_much_as_in_training(n_frames, seen, inside):
+    """Unless told, as many latents as the first half of a clip that long has (train_vae.py), of a
+    file and of a part alike, however few are decoded at a time."""
+    sampler, story, jobs = opened("--video", "a.mp4", "--frames", n_frames, "--extend", 2,
+                                  "--chunk", 1)
+    (_, _, half), *_ = [part for part in V.alone("k", 0, max(n_frames, 13), 4) if part[0] == "k:a"]
+    assert half == seen
+    for piece, job in zip(story.pieces, jobs):
+        (given, at), = job.givens
+        frames = np.concatenate([*sampler.decode(piece.latents)]) if piece.frames is None else \
+            piece.frames
+        assert given.shape[1] == 1 + (seen - 1) // 4 and at == pytest.approx(-seen / 10)
+        assert torch.equal(given, sampler.encode(frames[-seen:]))
+
+
 def test_extension_backwards_comes_before(inside):
-    sampler, story, jobs = opened("--video", "a.mp4", "--extend", -2, "--context", 5)
+    sampler, story, jobs = opened("--video", "a.mp4", "--extend", -2)
     frames = S.read_media("a.mp4", 10.0, 32, 48)
     assert jobs[0].givens[0][1] == jobs[1].givens[0][1] == 0.9
     assert torch.equal(jobs[0].givens[0][0], sampler.encode(frames[:5]))
-    assert torch.equal(jobs[1].givens[0][0], story.pieces[1].latents)
+    later = np.concatenate(list(sampler.decode(story.pieces[1].latents)))
+    assert torch.equal(jobs[1].givens[0][0], sampler.encode(later[:5]))
     assert away(shown(sampler, story)[18:], frames) == 0
 
 
