@@ -1882,8 +1882,8 @@ def add_wishes(parser):
     add("--strength", type=number(float, 0, 1),
         help="make anew this share of the way from --video to noise, 0 to 1")
     add("--context", type=number(int, 1),
-        help="frames of the part before, or of a file, that an extension sees (as in training: half "
-             "a part's latents, at least two)")
+        help="frames of the part before, or of a file, that an extension sees (as in training: "
+             "half a part's latents, at least two)")
 
 
 def add_settings(parser):
