@@ -322,6 +322,7 @@ class Job(NamedTuple):
     extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
     image: torch.Tensor = None      # [n, width]: tokens of an image that the network reads
     key: tuple = ()                 # names its draws: seed, segment, prompt
+    nearer: float = 1.0             # factor on the places of its tokens: see `nearness`
 
 
 class Guided(Packed):
@@ -336,6 +337,8 @@ class Guided(Packed):
         super().__init__(model, each("shape"), each("fps"), each("text"), each("none") if
                          self.scale != 1 else [], move(each("noise")), time_stride, givens,
                          each("about"))
+        nearer = torch.tensor(each("nearer") * self.n).repeat_interleave(self.row.cu.cpu().diff())
+        self.row.coords[:, 1:] *= nearer[:, None].to(device)
         self.start = self.tokens[self.own]                   # noise
         self.given = torch.zeros_like(self.start)            # tokens of known first latents
         self.known = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
@@ -484,6 +487,16 @@ class Story:
         return min(total, self.wish["frames"]) if len(self.pieces) == 1 else total
 
 
+def nearness(data, height, width):
+    """The factor by which positions in a frame larger than all that a run learnt come nearer to
+    each other, so that both its sides and its area are as large as they were there: rotary waves
+    that go round once more draw a shape once more (position interpolation, 2306.15595)."""
+    if not data:
+        return 1.0
+    side, area = (max(how(*size[:2]) for size in data["sizes"]) for how in (max, lambda h, w: h * w))
+    return min(1.0, side / max(height, width), math.sqrt(area / (height * width)))
+
+
 def todo_of(wish):
     """[(role, prompt)] of the parts of a wish that a model makes, one after another."""
     prompt, extend = wish["prompt"], wish.get("extend", 0)
@@ -620,7 +633,8 @@ class Sampler:
         changed = (self.encode(story.files["video"]), wish["strength"]) if role == "change" else ()
         job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
                   givens, self.told(wish), None if first is None else givens[0][0], *changed,
-                  key=(wish["seed"], k, wish["prompt"]))
+                  key=(wish["seed"], k, wish["prompt"]),
+                  nearer=nearness(self.about.get("data"), wish["height"], wish["width"]))
         return self.about["adapt"](self, job, first) if "adapt" in self.about else job
 
     @torch.no_grad()
