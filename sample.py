@@ -493,7 +493,7 @@ def nearness(data, height, width):
     that go round once more draw a shape once more (position interpolation, 2306.15595)."""
     if not data:
         return 1.0
-    side, area = (max(how(*size[:2]) for size in data["sizes"]) for how in (max, lambda h, w: h * w))
+    side, area = (max(how(size[:2]) for size in data["sizes"]) for how in (max, math.prod))
     return min(1.0, side / max(height, width), math.sqrt(area / (height * width)))
 
 
@@ -1425,36 +1425,39 @@ def evaluate_demo(args, folder):
 
 
 def evaluate_chain(args, folder):
-    """Samples chains of three parts, there and back (`then`) and on under the same prompt
-    (`extend`), where a shape soon meets the frame's edge; writes eval-chain.json: each frame's
-    `overlap`, the median over the prompts, with the lowest, the share of parts in which form,
-    colour and direction are right, and eval-chain-then.png and -extend.png."""
+    """Samples chains: of three parts, there and back (`then`) and on under the same prompt
+    (`extend`), where a shape soon meets the frame's edge, and rings of two (`loop`). Writes
+    eval-chain.json: each frame's `overlap`, the median over the prompts, the lowest of them, and
+    that of the first part, a clip of its own; the share of parts in which form and colour and,
+    where it is told, direction are right; and eval-chain-then.png and its like."""
     _, _, device = setup(args)
-    sampler, result = open_sampler(args, device), {"joints": [13, 26]}
+    sampler, result = open_sampler(args, device), {"parts": [0, 13, 26]}
     reverse = dict(zip(DIRECTIONS, ("right", "left", "down", "up")))
-    for kind in ("then", "extend"):
+    prompts = demo_prompts(args.n_eval)["seen"]
+    says = lambda i, way: f"a {' '.join(prompts[i][:2])} moves {way}"
+    for kind in ("then", "extend", "loop"):
         wishes, ways = [], []
-        for i, (colour, form, way) in enumerate(demo_prompts(args.n_eval)["seen"]):
+        for i, (*_, way) in enumerate(prompts):
             width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
-            ways.append([way, reverse[way], way] if kind == "then" else [way] * 3)
-            first, *more = (f"a {colour} {form} moves {way}" for way in ways[-1])
-            task = {"then": more} if kind == "then" else {"extend": 2}
-            wishes.append(dict(prompt=first, frames=13, fps=10.0, width=width, height=height,
-                               seed=args.seed + i, negative="", **task))
+            ways.append([way, reverse[way], way] if kind == "then" else [way, None, None])
+            more = {"then": [says(i, way) for way in ways[-1][1:]], "extend": 2, "loop": True}[kind]
+            wishes.append({"prompt": says(i, way), "frames": 13, "fps": 10.0, "width": width,
+                           "height": height, "seed": args.seed + i, "negative": "", kind: more})
         overlaps, right, rows = [], [], []
         for i, video in made(sampler, wishes, args):
-            colour, form, _ = demo_prompts(args.n_eval)["seen"][i]
-            overlaps.append(overlap(video, colour, form))
-            for part, way in zip(np.split(video, 3), ways[i]):
+            overlaps.append(overlap(video, *prompts[i][:2]))
+            for part, way in zip(np.split(video, range(13, len(video), 13)), ways[i]):
                 found = (describe(part) or [{}])[0]
-                right.append([found.get(key) for key in ("colour", "form", "direction")] ==
-                             [colour, form, way])
+                right.append([found.get(name) for name in ("colour", "form")] == [*prompts[i][:2]]
+                             and way in (None, found["direction"]))
             rows.append((video[::2], f"{wishes[i]['prompt']}: lowest {overlaps[-1].min():.2f}"))
         medians = np.median(np.float64(overlaps), 0).round(3)
-        result[kind] = {"n": len(wishes), "lowest": float(medians.min()),
-                        "right": float(np.mean(right)), "overlap": medians.tolist()}
+        result[kind] = {"n": len(wishes), "lowest": float(medians.min()), "first":
+                        float(medians[:13].min()), "right": float(np.mean(right)),
+                        "overlap": medians.tolist()}
         contact_sheet(folder / f"eval-chain-{kind}.png", rows)
-        print(kind, " ".join(f"{key} {result[kind][key]:.3g}" for key in ("lowest", "right")))
+        print(kind, " ".join(f"{name} {result[kind][name]:.3f}"
+                             for name in ("lowest", "first", "right")))
     write_text(folder / "eval-chain.json", json.dumps(result, indent=1) + "\n")
 
 

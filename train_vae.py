@@ -2287,8 +2287,9 @@ def alone(key, first, n, time_stride):
     if latents >= 4:
         half = 1 + (latents // 2 - 1) * time_stride
         found += [(f"{key}:a", first, half),
-                  (f"{key}:b", first + half, fit_time(n - half, time_stride))]
-        found += [(f"{key}:c", first + n - 2 * short, short), (f"{key}:d", first + n - short, short)]
+                  (f"{key}:b", first + half, fit_time(n - half, time_stride)),
+                  (f"{key}:c", first + n - 2 * short, short),
+                  (f"{key}:d", first + n - short, short)]
     return found
 
 

@@ -84,6 +84,31 @@ def test_overlap_is_of_the_form_wherever_it_is():
         assert S.overlap(out, colour, form).max() < 0.8
 
 
+def test_places_in_frames_beyond_the_trained_ones_come_nearer(run, monkeypatch):
+    """Neither sides nor area reach further than in training; within it nothing changes."""
+    monkeypatch.chdir(run)
+    data = {"sizes": [[32, 48, 9], [40, 40, 5], [48, 32, 2]]}
+    assert S.nearness(None, 128, 128) == 1
+    for size in data["sizes"]:
+        assert S.nearness(data, *size[:2]) == 1
+    for height, width in ((48, 48), (64, 64), (80, 80), (128, 128), (16, 96), (96, 32)):
+        factor = S.nearness(data, height, width)
+        assert max(height, width) * factor <= 48 + 1e-6 >= 48 * factor
+        assert height * width * factor**2 <= 1600 + 1e-6 and factor < 1
+    args = S.parse_options(["tiny", "--prompt", "p", "--device", "cpu"])
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    sampler.about["data"] = data
+    wishes = [S.wish_of(args, {"prompt": "p", "size": size}) for size in ((64, 64), (32, 48))]
+    jobs = [sampler.job(sampler.begin(wish), 0, {"p": [5, 2], "": [2]}) for wish in wishes]
+    z = torch.randn(*jobs[0].shape[:1], 1, *jobs[0].shape[2:])
+    jobs[0] = jobs[0]._replace(givens=[(z, -0.1)])           # what is given lies on the same places
+    row = S.Guided(sampler.part("denoiser"), jobs, args, 4, torch.device("cpu")).row
+    cells = [row.coords[row.cu[i]:row.cu[i + 1], 1:] for i in range(4)]
+    for one, factor, size in zip(cells, [0.625, 1] * 2, [(64, 64), (32, 48)] * 2):
+        last = [(side / sampler.stride - 0.5) * factor for side in size]
+        assert one.min() == factor / 2 and one.amax(0).tolist() == last
+
+
 def test_prompts_are_fixed_and_the_kinds_apart():
     prompts = S.demo_prompts(48)
     assert prompts == S.demo_prompts(48)
