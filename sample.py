@@ -1561,7 +1561,8 @@ def hash_of(facts):
 
 # What a model is asked for unless the options say otherwise; size None: that of its positions.
 KINDS = {
-    "own": dict(sampler="euler", steps=20, cfg=3.0, size=(32, 48), fps=10.0, seconds=1.3, batch=16),
+    "own": dict(sampler="euler", steps=20, cfg=3.0, rescale=1.0, size=(32, 48), fps=10.0,
+                seconds=1.3, batch=16),
     "dit": dict(sampler="ddpm", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
     "sit": dict(sampler="sde", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
     "uvit": dict(sampler="dpm-fast", steps=50, cfg=1.4, frames=1, batch=16),
@@ -1807,7 +1808,7 @@ def open_image_encoder(path, device):
 def resolve(args, about, how, stride):
     """Fills in what the model decides, and refuses what it cannot do."""
     known = {"shift": about.get("shift", 1.0), "fps": 10.0, "negative": about.get("negative", ""),
-             **KINDS[about["kind"]]}
+             "rescale": 0.0, **KINDS[about["kind"]]}
     if about["kind"] == "own" and how.path in STEPPED:
         known["sampler"] = "ddim"
     data = about.get("data")
@@ -1873,8 +1874,8 @@ def add_wishes(parser):
     add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
         "captions of the run's data (none)")
     add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
-    add("--size", type=size_of, help="HxW, px (the run's most frequent, or "
-        "32x48; of a published model its own)")
+    add("--size", type=size_of, help="HxW, px; beyond a run's own, details grow with the frame, "
+        "and at twice a side some come double (its most frequent, or 32x48; published: its own)")
     add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
         "frequent, or 1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
@@ -1891,7 +1892,8 @@ def add_wishes(parser):
     add("--last", metavar="FILE", help="the last frame")
     add("--video", metavar="FILE", help="the video to go on from, or to change")
     add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
-        help="go on N times by --seconds, below 0: backwards (%(default)s)")
+        help="go on N times by --seconds, below 0: backwards; what the data never shows, such as "
+             "what comes after a shape's stop, is made up anew (%(default)s)")
     add("--then", nargs="+", action="extend", default=[], metavar="PROMPT",
         help="go on under these, one by one")
     add("--to", metavar="FILE", help="end in this video")
@@ -1921,8 +1923,8 @@ def add_settings(parser):
         metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
     add("--cfg_channels", type=number(int, 1),
         help="guide the first so many channels (all; DiT and SiT as published: 3)")
-    add("--rescale", type=number(float, 0, 1), default=0.0,
-        help="bring the guided deviation back, by this share (%(default)s)")
+    add("--rescale", type=number(float, 0, 1),
+        help="bring the guided deviation back, by this share, 0 to 1 (1; published: 0)")
     add("--apg", type=number(float, 0), default=0.0, metavar="RADIUS",
         help="adaptive projected guidance, its longest step a clip, 0: plain (%(default)s)")
     add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")

@@ -245,7 +245,8 @@ def test_parts_take_turns_and_change_nothing(inside):
 
 def test_guidance_by_hand(inside):
     """Each kind against its formula, on outputs of two clips of different lengths."""
-    args = S.parse_options(["tiny", "--prompt", "a", "--device", "cpu", "--cfg", "3"])
+    args = S.parse_options(["tiny", "--prompt", "a", "--device", "cpu", "--cfg", "3",
+                            "--rescale", "0"])
     sampler = S.open_sampler(args, torch.device("cpu"))
     model, read = sampler.part("denoiser"), sampler.part("text")
     shapes, random = [(6, 2, 4, 4), (6, 1, 4, 5)], torch.Generator().manual_seed(0)
