@@ -1874,8 +1874,8 @@ def add_wishes(parser):
     add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
         "captions of the run's data (none)")
     add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
-    add("--size", type=size_of, help="HxW, px; beyond a run's own, details grow with the frame, "
-        "and at twice a side some come double (its most frequent, or 32x48; published: its own)")
+    add("--size", type=size_of, help="HxW, px; beyond a run's own, what is shown grows with the "
+        "frame, and its edges fray (its most frequent, or 32x48; published: its own)")
     add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
         "frequent, or 1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
