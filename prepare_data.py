@@ -3384,7 +3384,8 @@ def is_left_out(colour, form, direction):
 def demo_files(n_files=160, seed=0):
     """The plan of the demo: a list of files {name, width, height, fps, split, shots}; a shot holds
     all that `render_shot` needs, its caption, and whether the metadata file tells that caption.
-    Every eighth file is for the test split, and half of its shots show combinations left out."""
+    Every eighth file is for the test split, and half of its shots show combinations left out. In
+    files beyond the usual 160 there are more pairs of shapes, and all turn or stop: see `paced`."""
     every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
     seen = [combination for combination in every if not is_left_out(*combination)]
     left_out = [combination for combination in every if is_left_out(*combination)]
@@ -3392,16 +3393,17 @@ def demo_files(n_files=160, seed=0):
     for i in range(n_files):
         random = rng(seed, "demo", i)
         width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
-        is_test, shots, level = i % 8 == 7, [], None
+        is_test, is_more, shots, level = i % 8 == 7, i >= 160, [], None
         fps = int(random.choice([8, 10, 12]))
         for j in range(8):
             level = random.choice([g for g in GROUNDS if g != level])    # so that every cut shows
             pool = left_out if is_test and j % 2 else seen
-            n_shapes = 1 if is_test and j % 2 or random.random() < 0.8 else 2
+            n_shapes = 1 if is_test and j % 2 or random.random() < (0.5 if is_more else 0.8) else 2
             picked = [pool[k] for k in random.choice(len(pool), n_shapes, replace=False)]
             if len({colour for colour, _, _ in picked}) < n_shapes:
                 picked = picked[:1]
-            shots.append(demo_shot(random, picked, str(level), width, height, fps))
+            shot = demo_shot(random, picked, str(level), width, height, fps)
+            shots.append(paced(rng(seed, "pace", i, j), shot) if is_more else shot)
         files.append({"name": f"demo-{i:03d}.mp4", "width": width, "height": height, "fps": fps,
                       "split": "test" if is_test else "train", "shots": shots})
     return files
@@ -3441,6 +3443,22 @@ def demo_shot(random, combinations, level, width, height, fps):
             "caption": caption, "captioned": random.random() < 0.5}
 
 
+def paced(random, shot):
+    """A shot of which more is shown: its shapes come back to where they turn, or rest where they
+    stop, as those of a video that goes on under the same prompt or another."""
+    kind = str(random.choice(["turn", "rest"]))
+    more = int(random.integers(5, 9) if kind == "turn" else random.integers(5, 15))
+    n_frames = shot["frames"] + more
+    return {**shot, "frames": n_frames, kind: more / n_frames, "captioned": True}
+
+
+def progress(shot):
+    """[T]: where on its way a shape is in each frame, 0 at its start and 1 where it stops."""
+    turn, rest = shot.get("turn", 0), shot.get("rest", 0)        # shares of the frames
+    return np.interp(np.linspace(0, 1, shot["frames"]), [0, turn, 1 - rest, 1],
+                     [turn / (1 - turn - rest), 0, 1, 1])
+
+
 def render_shot(shot, oversample=4):
     """uint8 [T, H, W, 3]: the shot drawn at `oversample` times its size and averaged down."""
     height, width, cell = shot["height"], shot["width"], shot["cell"]
@@ -3452,8 +3470,9 @@ def render_shot(shot, oversample=4):
     frames = np.repeat(ground[None], shot["frames"], axis=0)
     y, x = (np.mgrid[:height * oversample, :width * oversample] + 0.5) / oversample
     for shape in shot["shapes"]:
-        places = np.linspace(shape["start"], shape["stop"], shot["frames"])
-        for frame, (centre_x, centre_y) in zip(frames, places):
+        start, stop = np.array(shape["start"]), np.array(shape["stop"])
+        for frame, share in zip(frames, progress(shot)):
+            centre_x, centre_y = start + share * (stop - start)
             u, v = (x - centre_x) / shape["radius"], (y - centre_y) / shape["radius"]
             inside = {"circle": u * u + v * v < 1,
                       "square": np.maximum(np.abs(u), np.abs(v)) < 0.88,
@@ -3689,7 +3708,8 @@ def parse_options(argv=None):
     add("--timeout", type=number(float, 1), default=600.0, metavar="S", help="a file that gives no "
         "frame for so many seconds, 1 or more, is left out (%(default)s)")
     add("--demo_files", type=number(int, 1, 999), metavar="N",
-        help="videos that 'demo' renders, 1 to 999 (160; demo-scenes: 30)")
+        help="videos that 'demo' renders, 1 to 999; in those beyond 160 shapes turn and stop too "
+             "(160; demo-scenes: 30)")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("shots (fixed at the first start, like all below)").add_argument
     add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix). Without "

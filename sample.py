@@ -377,6 +377,7 @@ class Job(NamedTuple):
     extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
     image: torch.Tensor = None      # [n, width]: tokens of an image that the network reads
     key: tuple = ()                 # names its draws: seed, segment, prompt
+    nearer: float = 1.0             # factor on the places of its tokens: see `nearness`
 
 
 class Guided(Packed):
@@ -391,6 +392,8 @@ class Guided(Packed):
         super().__init__(model, each("shape"), each("fps"), each("text"), each("none") if
                          self.scale != 1 else [], move(each("noise")), time_stride, givens,
                          each("about"))
+        nearer = torch.tensor(each("nearer") * self.n).repeat_interleave(self.row.cu.cpu().diff())
+        self.row.coords[:, 1:] *= nearer[:, None].to(device)
         self.start = self.tokens[self.own]                   # noise
         self.given = torch.zeros_like(self.start)            # tokens of known first latents
         self.known = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
@@ -539,6 +542,16 @@ class Story:
         return min(total, self.wish["frames"]) if len(self.pieces) == 1 else total
 
 
+def nearness(data, height, width):
+    """The factor by which positions in a frame larger than all that a run learnt come nearer to
+    each other, so that both its sides and its area are as large as they were there: rotary waves
+    that go round once more draw a shape once more (position interpolation, 2306.15595)."""
+    if not data:
+        return 1.0
+    side, area = (max(how(size[:2]) for size in data["sizes"]) for how in (max, math.prod))
+    return min(1.0, side / max(height, width), math.sqrt(area / (height * width)))
+
+
 def todo_of(wish):
     """[(role, prompt)] of the parts of a wish that a model makes, one after another."""
     prompt, extend = wish["prompt"], wish.get("extend", 0)
@@ -629,13 +642,19 @@ class Sampler:
             story.pieces.append(Piece(len(files["video"]), frames=files["video"]))
         return story
 
-    def context(self, piece, at_end):
-        """(latents, frames) of a piece on its own, or of as much of a file as a clip may see."""
-        if piece.latents is not None:
-            return piece.latents, piece.n
-        most = min(len(piece.frames), self.args.context)
-        n = 1 + (most - 1) // self.time_stride * self.time_stride
-        return self.encode(piece.frames[-n:] if at_end else piece.frames[:n]), n
+    def context(self, story, piece, at_end):
+        """(latents, frames) of a piece's last or first frames, encoded on their own: as many as in
+        training, half a clip's latents. More, or latents that had a past, dissolve the shapes."""
+        frames = piece.frames
+        most = self.args.context or 1 + (max(2, story.shape[1] // 2) - 1) * self.time_stride
+        if frames is None:               # a long piece is decoded in parts, of which the last stay
+            frames = np.zeros((0, 1, 1, 3), np.uint8)
+            for part in self.decode(piece.latents):
+                frames = np.concatenate([frames[-most:], part]) if len(frames) else part
+                if len(frames) >= most and not at_end:
+                    break
+        n = 1 + (min(len(frames), most) - 1) // self.time_stride * self.time_stride
+        return self.encode(frames[-n:] if at_end else frames[:n]), n
 
     def edge(self, piece, at_end):
         """A piece's last or first frame, uint8 [1, H, W, 3]."""
@@ -654,11 +673,11 @@ class Sampler:
             first = self.edge(pieces[-1], True)
             end = story.files["to"][:1] if "to" in story.files else self.edge(pieces[0], False)
         elif role == "before":
-            return [(self.context(pieces[0], False)[0], story.n / fps)], None
+            return [(self.context(story, pieces[0], False)[0], story.n / fps)], None
         elif role == "after" and "adapt" in self.about:      # Wan's: the last frame is an image
             first = self.edge(pieces[-1], True)
         elif role == "after":
-            z, n = self.context(pieces[-1], True)
+            z, n = self.context(story, pieces[-1], True)
             return [(z, -n / fps)], None
         if "reads_image" in self.about:
             return [], first
@@ -673,8 +692,8 @@ class Sampler:
         changed = (self.encode(story.files["video"]), wish["strength"]) if role == "change" else ()
         job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
                   givens, self.told(wish), givens[0][0] if givens and first is not None else None,
-                  *changed,
-                  key=(wish["seed"], k, wish["prompt"]))
+                  *changed, key=(wish["seed"], k, wish["prompt"]),
+                  nearer=nearness(self.about.get("data"), wish["height"], wish["width"]))
         return self.about["adapt"](self, job, first) if "adapt" in self.about else job
 
     @torch.no_grad()
@@ -1397,27 +1416,54 @@ def form_scale(form):
     return cover.sum() / 400, ((cover * y).sum() / cover.sum() - 32) / 20
 
 
-def describe(frames):
-    """What moves in a clip of the demo's kind, by plain image analysis: dicts of colour, form,
-    direction and area, the largest first. Grounds are grey, so a shape is what is saturated; its
-    colour is its hue's nearest; its direction is the way of its centre; its form is the one that,
-    drawn at that centre with that area, covers most nearly the same pixels."""
+def covers(frames):
+    """{colour: [T, H, W] from 0 to 1}: how much of each pixel the shape of that colour covers, of
+    the demo's colours that show. Grounds are grey, so a shape is what is saturated; its colour is
+    its hue's nearest."""
     frames = frames.astype(np.float64)
     saturation = frames.max(-1) - frames.min(-1)
     vivid = saturation > 80
     ground = np.median(frames[~spread(vivid)], 0) if (~vivid).any() else np.zeros(3)
-    names = list(COLOURS)
-    away = np.stack([np.abs((hue(frames) - hue(np.array(COLOURS[name])) + 180) % 360 - 180)
-                     for name in names])
-    nearest, found = away.argmin(0), []
-    for i, name in enumerate(names):
+    away = np.stack([np.abs((hue(frames) - hue(np.array(rgb)) + 180) % 360 - 180)
+                     for rgb in COLOURS.values()])
+    nearest, found = away.argmin(0), {}
+    for i, (name, rgb) in enumerate(COLOURS.items()):
         mask = vivid & (nearest == i)
         if mask.sum((1, 2)).mean() < 0.01 * mask[0].size:
             continue
-        axis = np.array(COLOURS[name], dtype=np.float64) - ground
-        cover = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * spread(mask, 1)
-        found.append({"colour": name, **follow(cover), "area": float(cover.sum((1, 2)).mean())})
+        axis = np.array(rgb, dtype=np.float64) - ground
+        found[name] = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * spread(mask, 1)
+    return found
+
+
+def describe(frames):
+    """What moves in a clip of the demo's kind, by plain image analysis: dicts of colour, form,
+    direction and area, the largest first. Its direction is the way of its centre; its form is the
+    one that, drawn at that centre with that area, covers most nearly the same pixels."""
+    found = [{"colour": name, **follow(cover), "area": float(cover.sum((1, 2)).mean())}
+             for name, cover in covers(frames).items()]
     return sorted(found, key=lambda shape: -shape["area"])
+
+
+RADII = (0.25, 0.29)     # of the demo's single shapes, shares of the shorter side: see demo_shot
+
+
+def overlap(frames, colour, form, radii=RADII):
+    """[T]: in each frame the intersection over union of the pixels of this colour and those of the
+    ideal form, wherever in the frame and at whichever of the demo's radii, shares of the shorter
+    side, it fits best. 1: drawn perfectly; 0: not there."""
+    T, H, W = frames.shape[:3]
+    mask = torch.from_numpy(covers(frames).get(colour, np.zeros((T, H, W))) > 0.5).float()[:, None]
+    best, half = torch.zeros(T), math.ceil(max(radii) * min(H, W)) + 1
+    steps = [i / 4 for i in range(4)]                        # the centre, in quarters of a pixel
+    for radius in np.linspace(*radii, 5) * min(H, W):
+        drawn = torch.from_numpy(np.stack([
+            form_cover(form, half + x, half + y, radius, 2 * half + 1, 2 * half + 1) > 0.5
+            for y in steps for x in steps])).float()[:, None]
+        both = F.conv2d(F.pad(mask, [half] * 4), drawn)
+        either = mask.sum((1, 2, 3))[:, None, None, None] + drawn.sum((1, 2, 3))[:, None, None]
+        best = torch.maximum(best, (both / (either - both)).amax((1, 2, 3)))
+    return best.numpy()
 
 
 def follow(cover):
@@ -1482,6 +1528,43 @@ def evaluate_demo(args, folder):
         contact_sheet(folder / f"eval-{name}.png", rows)
         print(name, " ".join(f"{key} {value:.3g}" for key, value in result[name].items()))
     write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
+
+
+def evaluate_chain(args, folder):
+    """Samples chains: of three parts, there and back (`then`) and on under the same prompt
+    (`extend`), where a shape soon meets the frame's edge, and rings of two (`loop`). Writes
+    eval-chain.json: each frame's `overlap`, the median over the prompts, the lowest of them, and
+    that of the first part, a clip of its own; the share of parts in which form and colour and,
+    where it is told, direction are right; and eval-chain-then.png and its like."""
+    _, _, device = setup(args)
+    sampler, result = open_sampler(args, device), {"parts": [0, 13, 26]}
+    reverse = dict(zip(DIRECTIONS, ("right", "left", "down", "up")))
+    prompts = demo_prompts(args.n_eval)["seen"]
+    says = lambda i, way: f"a {' '.join(prompts[i][:2])} moves {way}"
+    for kind in ("then", "extend", "loop"):
+        wishes, ways = [], []
+        for i, (*_, way) in enumerate(prompts):
+            width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
+            ways.append([way, reverse[way], way] if kind == "then" else [way, None, None])
+            more = {"then": [says(i, way) for way in ways[-1][1:]], "extend": 2, "loop": True}[kind]
+            wishes.append({"prompt": says(i, way), "frames": 13, "fps": 10.0, "width": width,
+                           "height": height, "seed": args.seed + i, "negative": "", kind: more})
+        overlaps, right, rows = [], [], []
+        for i, video in made(sampler, wishes, args):
+            overlaps.append(overlap(video, *prompts[i][:2]))
+            for part, way in zip(np.split(video, range(13, len(video), 13)), ways[i]):
+                found = (describe(part) or [{}])[0]
+                right.append([found.get(name) for name in ("colour", "form")] == [*prompts[i][:2]]
+                             and way in (None, found["direction"]))
+            rows.append((video[::2], f"{wishes[i]['prompt']}: lowest {overlaps[-1].min():.2f}"))
+        medians = np.median(np.float64(overlaps), 0).round(3)
+        result[kind] = {"n": len(wishes), "lowest": float(medians.min()), "first":
+                        float(medians[:13].min()), "right": float(np.mean(right)),
+                        "overlap": medians.tolist()}
+        contact_sheet(folder / f"eval-chain-{kind}.png", rows)
+        print(kind, " ".join(f"{name} {result[kind][name]:.3f}"
+                             for name in ("lowest", "first", "right")))
+    write_text(folder / "eval-chain.json", json.dumps(result, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1587,7 +1670,8 @@ def hash_of(facts):
 
 # What a model is asked for unless the options say otherwise; size None: that of its positions.
 KINDS = {
-    "own": dict(sampler="euler", steps=20, cfg=3.0, size=(32, 48), fps=10.0, seconds=1.3, batch=16),
+    "own": dict(sampler="euler", steps=20, cfg=3.0, rescale=1.0, size=(32, 48), fps=10.0,
+                seconds=1.3, batch=16),
     "dit": dict(sampler="ddpm", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
     "sit": dict(sampler="sde", steps=250, cfg=4.0, cfg_channels=3, frames=1, batch=16),
     "uvit": dict(sampler="dpm-fast", steps=50, cfg=1.4, frames=1, batch=16),
@@ -1934,7 +2018,7 @@ def make_tower(where, weights, is_wan):
 def resolve(args, about, how, stride):
     """Fills in what the model decides, and refuses what it cannot do."""
     known = {"shift": about.get("shift", 1.0), "fps": 10.0, "negative": about.get("negative", ""),
-             **KINDS[about["kind"]]}
+             "rescale": 0.0, **KINDS[about["kind"]]}
     known["sampler"] = about.get("sampler", known["sampler"])
     if about["kind"] == "own" and how.path in STEPPED:
         known["sampler"] = "ddim"
@@ -2006,8 +2090,8 @@ def add_wishes(parser):
     add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
         "captions of the run's data (none)")
     add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
-    add("--size", type=size_of, help="HxW, px (the run's most frequent, or "
-        "32x48; of a published model its own)")
+    add("--size", type=size_of, help="HxW, px; beyond a run's own, what is shown grows with the "
+        "frame, and its edges fray (its most frequent, or 32x48; published: its own)")
     add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
         "frequent, or 1.3)")
     add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
@@ -2024,15 +2108,17 @@ def add_wishes(parser):
     add("--last", metavar="FILE", help="the last frame")
     add("--video", metavar="FILE", help="the video to go on from, or to change")
     add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
-        help="go on N times by --seconds, below 0: backwards (%(default)s)")
+        help="go on N times by --seconds, below 0: backwards; what the data never shows, such as "
+             "what comes after a shape's stop, is made up anew (%(default)s)")
     add("--then", nargs="+", action="extend", default=[], metavar="PROMPT",
         help="go on under these, one by one")
     add("--to", metavar="FILE", help="end in this video")
     add("--loop", action="store_true", help="end in its own beginning")
     add("--strength", type=number(float, 0, 1),
         help="make anew this share of the way from --video to noise, 0 to 1")
-    add("--context", type=number(int, 1), default=17,
-        help="frames of a file that an extension sees (%(default)s)")
+    add("--context", type=number(int, 1),
+        help="frames of the part before, or of a file, that an extension sees (as in training: "
+             "half a part's latents, at least two)")
 
 
 def add_settings(parser):
@@ -2053,8 +2139,8 @@ def add_settings(parser):
         metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
     add("--cfg_channels", type=number(int, 1),
         help="guide the first so many channels (all; DiT and SiT as published: 3)")
-    add("--rescale", type=number(float, 0, 1), default=0.0,
-        help="bring the guided deviation back, by this share (%(default)s)")
+    add("--rescale", type=number(float, 0, 1),
+        help="bring the guided deviation back, by this share, 0 to 1 (1; published: 0)")
     add("--apg", type=number(float, 0), default=0.0, metavar="RADIUS",
         help="adaptive projected guidance, its longest step a clip, 0: plain (%(default)s)")
     add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")
@@ -2078,7 +2164,8 @@ def add_settings(parser):
         help="of matrix products (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", choices=["demo", "fid", "fvd", "clip"], help="measure, and write eval-*.json")
+    add("--eval", choices=["demo", "chain", "fid", "fvd", "clip"],
+        help="measure, and write eval-*.json; chain: how the demo's forms hold over joints (none)")
     add("--n_eval", type=number(int, 1), default=48,
         help="prompts of each kind, or real clips (%(default)s)")
     add("--data", help="data set of the real clips and their captions")
@@ -2100,7 +2187,8 @@ def main(argv=None):
     if fault := write_fault(out):
         refuse(f"cannot write to {out}: {fault}: name another by --out")
     try:
-        {None: sample, "demo": evaluate_demo}.get(args.eval, evaluate_real)(args, folder)
+        {None: sample, "demo": evaluate_demo, "chain": evaluate_chain}.get(
+            args.eval, evaluate_real)(args, folder)
     except KeyboardInterrupt:
         print(f"sample.py: stopped; what is finished stays in {out}", file=sys.stderr)
         sys.exit(130)

@@ -1167,16 +1167,17 @@ class Clips:
     def draw_givens(self, key, seed, epoch, given, stills=0.0):
         """[what to denoise in KEY's place, what it is given ...]: with chance `stills` its first
         frame as a still; else with chance `given` its first frame, its last, both, or of its halves
-        one before or after the other. Drawn by the epoch and not by the step, since the plan of an
-        epoch's rows needs to know the lengths."""
+        or its last two parts one before or after the other. Drawn by the epoch and not by the step,
+        since the plan of an epoch's rows needs to know the lengths."""
         random = rng(seed, "given", epoch, key)
         if stills and rng(seed, "still", epoch, key).random() < stills:
             return [f"{key}:first"]
         if self.shape[key][1] < 2 or random.random() >= given:
             return [key]
-        first, last, a, b = (f"{key}:{name}" for name in ("first", "last", "a", "b"))
+        first, last, *halves = (f"{key}:{name}" for name in ("first", "last", *"abcd"))
         ways = [[key, first], [key, last], [key, first, last]]
-        ways += [[b, a], [a, b]] if a in self.files else []
+        for a, b in (halves[:2], halves[2:]):
+            ways += [[b, a], [a, b]] if a in self.files else []
         return ways[int(random.integers(len(ways)))]
 
     def count_tokens(self, names):

@@ -2474,13 +2474,16 @@ def pieces(key, n_frames, cells_a_frame, max_cells, time_stride, first=1):
 def alone(key, first, n, time_stride):
     """What train_dit.py may give with a piece of n frames, each encoded on its own: [(key, first
     frame, frames)]. KEY:last is its last frame; KEY:a and KEY:b are its halves, where each has two
-    latents, together as many as KEY. Its first frame alone is KEY's first latent."""
-    latents = 1 + (n - 1) // time_stride
+    latents, together as many as KEY, and KEY:c and KEY:d the last two parts of two latents, neither
+    of which need hold what went before. Its first frame alone is KEY's first latent."""
+    latents, short = 1 + (n - 1) // time_stride, 1 + time_stride
     found = [(f"{key}:last", first + n - 1, 1)] if latents > 1 else []
     if latents >= 4:
         half = 1 + (latents // 2 - 1) * time_stride
         found += [(f"{key}:a", first, half),
-                  (f"{key}:b", first + half, fit_time(n - half, time_stride))]
+                  (f"{key}:b", first + half, fit_time(n - half, time_stride)),
+                  (f"{key}:c", first + n - 2 * short, short),
+                  (f"{key}:d", first + n - short, short)]
     return found
 
 

@@ -177,7 +177,8 @@ def test_what_stands_alone_was_encoded_alone(folder, monkeypatch):
         parts = {f"{key}:last": (n - 1, n)}
         if whole.shape[1] >= 4:
             middle, n_halves = clips.about[f"{key}:b"]["first_frame"], n_halves + 1
-            parts |= {f"{key}:a": (0, middle), f"{key}:b": (middle, n)}
+            parts |= {f"{key}:a": (0, middle), f"{key}:b": (middle, n),
+                      f"{key}:c": (n - 10, n - 5), f"{key}:d": (n - 5, n)}
             assert whole.shape[1] == sum(read(f"{key}:{half}").shape[1] for half in "ab")
             assert read(f"{key}:a").shape[1] >= 2 <= read(f"{key}:b").shape[1]
         else:
@@ -204,9 +205,9 @@ def test_draws_give_every_task_its_share(folder, monkeypatch):
             seen[kind] = seen.get(kind, 0) + 1
     shares = {kind: n / sum(seen.values()) for kind, n in seen.items()}
     assert set(shares) == {("",), ("", ":first"), ("", ":last"), ("", ":first", ":last"),
-                           (":b", ":a"), (":a", ":b")}
+                           (":b", ":a"), (":a", ":b"), (":d", ":c"), (":c", ":d")}
     assert abs(shares.pop(("",)) - 0.4) < 0.04
-    assert all(abs(share - 0.12) < 0.03 for share in shares.values())
+    assert all(abs(share - 0.6 / 7) < 0.03 for share in shares.values())
     assert clips.draw_givens(clips.keys[0], 0, 0, 0.0) == [clips.keys[0]]
 
     key = next(key for key in clips.keys if f"{key}:a" in clips.files)

@@ -930,6 +930,29 @@ def test_demo(tmp_path):
     assert bytes_of(tmp_path / "data") == before
 
 
+def test_files_beyond_the_usual_demo_turn_and_stop():
+    """The usual files stay as they are; in further ones a shape comes back to where its caption's way
+    begins, or rests where it ends, and the rest of the shot is as without."""
+    usual, more = pd.demo_files(160), pd.demo_files(170)
+    assert more[:160] == usual and not any({"turn", "rest"} & set(shot) for file in usual
+                                           for shot in file["shots"])
+    kinds = []
+    for shot in (shot for file in more[160:] for shot in file["shots"]):
+        way, (kind,) = pd.progress(shot), {"turn", "rest"} & set(shot)
+        steps, n_more = np.diff(way), round(shot[kind] * shot["frames"])
+        kinds.append((kind, len(shot["shapes"])))
+        assert shot["captioned"] and 9 <= shot["frames"] - n_more <= 14 and n_more >= 5
+        if kind == "turn":
+            assert (steps[:n_more - 1] < 0).all() and (steps[n_more:] > 0).all() and way[-1] == 1
+            assert way.min() < 0.1 and way.max() <= 1
+        else:
+            assert way[0] == 0 and (steps >= 0).all() and (way[1 - n_more:] == 1).all()
+            frames = pd.render_shot(shot)
+            assert (frames[1 - n_more:] == frames[-1]).all() and (frames[0] != frames[-1]).any()
+    assert min(sum(kind == one for one, _ in kinds) for kind in ("turn", "rest")) > 20
+    assert sum(n == 2 for _, n in kinds) > 10
+
+
 def test_workers_stay_small(tmp_path):
     code = "import sys, prepare_data; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parent)

@@ -62,6 +62,53 @@ def test_analysis_fails_where_it_should():
     assert S.describe(noise) == []
 
 
+def test_overlap_is_of_the_form_wherever_it_is():
+    """Real renderings fit; another form, a dissolved, a doubled, a cut-off or another-coloured
+    shape does not."""
+    pairs = [(form, colour) for form in ("circle", "square", "triangle")
+             for colour in ("purple", "yellow")]
+    for i, (form, colour) in enumerate(pairs):
+        shot = demo_shot(rng(i, "t"), [(colour, form, "left")], "grey", 40, 32, 10)
+        frames = render_shot(shot)
+        assert S.overlap(frames, colour, form).min() > 0.9
+        other = {"circle": "triangle", "square": "circle", "triangle": "square"}[form]
+        assert S.overlap(frames, colour, other).max() < 0.88     # a square in a circle: 0.86
+        assert not S.overlap(frames, "blue", form).any()
+        is_gone = np.random.default_rng(i).random(frames.shape[:3]) < 0.5
+        ground = np.median(frames[:, 0], (0, 1)).astype(np.uint8)
+        broken = np.where(is_gone[..., None], ground, frames)
+        assert S.overlap(broken, colour, form).max() < 0.7
+        twice = np.maximum(frames, frames[::-1])[:3]         # at both ends of its way
+        assert S.overlap(twice, colour, form).max() < 0.75
+        out = np.concatenate([frames[-1:, :, 12:], frames[-1:, :, :12]], 2)
+        assert S.overlap(out, colour, form).max() < 0.8
+
+
+def test_places_in_frames_beyond_the_trained_ones_come_nearer(run, monkeypatch):
+    """Neither sides nor area reach further than in training; within it nothing changes."""
+    monkeypatch.chdir(run)
+    data = {"sizes": [[32, 48, 9], [40, 40, 5], [48, 32, 2]]}
+    assert S.nearness(None, 128, 128) == 1
+    for size in data["sizes"]:
+        assert S.nearness(data, *size[:2]) == 1
+    for height, width in ((48, 48), (64, 64), (80, 80), (128, 128), (16, 96), (96, 32)):
+        factor = S.nearness(data, height, width)
+        assert max(height, width) * factor <= 48 + 1e-6 >= 48 * factor
+        assert height * width * factor**2 <= 1600 + 1e-6 and factor < 1
+    args = S.parse_options(["tiny", "--prompt", "p", "--device", "cpu"])
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    sampler.about["data"] = data
+    wishes = [S.wish_of(args, {"prompt": "p", "size": size}) for size in ((64, 64), (32, 48))]
+    jobs = [sampler.job(sampler.begin(wish), 0, {"p": [5, 2], "": [2]}) for wish in wishes]
+    z = torch.randn(*jobs[0].shape[:1], 1, *jobs[0].shape[2:])
+    jobs[0] = jobs[0]._replace(givens=[(z, -0.1)])           # what is given lies on the same places
+    row = S.Guided(sampler.part("denoiser"), jobs, args, 4, torch.device("cpu")).row
+    cells = [row.coords[row.cu[i]:row.cu[i + 1], 1:] for i in range(4)]
+    for one, factor, size in zip(cells, [0.625, 1] * 2, [(64, 64), (32, 48)] * 2):
+        last = [(side / sampler.stride - 0.5) * factor for side in size]
+        assert one.min() == factor / 2 and one.amax(0).tolist() == last
+
+
 def test_prompts_are_fixed_and_the_kinds_apart():
     prompts = S.demo_prompts(48)
     assert prompts == S.demo_prompts(48)
@@ -198,7 +245,8 @@ def test_parts_take_turns_and_change_nothing(inside):
 
 def test_guidance_by_hand(inside):
     """Each kind against its formula, on outputs of two clips of different lengths."""
-    args = S.parse_options(["tiny", "--prompt", "a", "--device", "cpu", "--cfg", "3"])
+    args = S.parse_options(["tiny", "--prompt", "a", "--device", "cpu", "--cfg", "3",
+                            "--rescale", "0"])
     sampler = S.open_sampler(args, torch.device("cpu"))
     model, read = sampler.part("denoiser"), sampler.part("text")
     shapes, random = [(6, 2, 4, 4), (6, 1, 4, 5)], torch.Generator().manual_seed(0)
