@@ -3083,13 +3083,14 @@ def next_steps(name, rows, has_gpu):
         tells = f"about {minutes:.0f} minutes on this processor" + (
             "; --max_side 96 --max_fps 12 --max_seconds 2 make it less" if minutes > 90 else "")
     seconds = sum(row["end"] - row["start"] for row in rows)
+    last = " --checkpoint last" * (len(rows) < 300)      # few are memorised; the best is vague
     return (f"{len(rows)} clips, {seconds:.0f} s, {n_tokens} tokens of {dit}; next ("
             + blind * (not told) + f"{tells}):\n"
             f"python train_vae.py {name} --model {vae} --size {side} --frames {length}{few}\n"
             f"python train_vae.py {name} --encode{more * (cells != 2048)}\n"
             f"python train_dit.py {name} --model {dit} --row_tokens {per_row} --batch_tokens "
             f"{per_row * max(1, batch // per_row)}{quick}\n"
-            f"python sample.py {name} --prompt {shlex.quote(told)} --n 4")
+            f"python sample.py {name} --prompt {shlex.quote(told)} --n 4{last}")
 
 
 def matmul_rate(n=1024):
