@@ -37,7 +37,7 @@ makes room for the next clip; clips are decoded ahead, in threads; ranks share t
 A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
 from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
 goes on with the same command; a shard that is done is left alone until its file is removed. Look at
-data/NAME/captions-RUN.png; `rm data/NAME/shard-*captions-RUN.jsonl` takes a bad run of them back.
+data/NAME/captions-RUN.png; `rm data/NAME/shard-*captions-RUN.jsonl*` takes a bad run of them back.
 
 A captioner of one's own wants hundreds of captioned clips: one that knew 64 by heart called a baby
 a fish. Fewer than 300 are refused (--few allows them; --init, which only adapts a published one,
@@ -1257,9 +1257,9 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
             write_rows(rejected_path(path), rejected)
         else:
             rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
-        path.with_suffix(".crc").unlink(missing_ok=True)
+        path.with_name(f"{path.name}.crc").unlink(missing_ok=True)
         write_rows(path, [row for row in written if "rejected" not in row])
-        write_text(path.with_suffix(".crc"), f"{zlib.crc32(path.read_bytes())}\n")
+        write_text(path.with_name(f"{path.name}.crc"), f"{zlib.crc32(path.read_bytes())}\n")
         part.unlink()
     remove_parts(path)
 
@@ -1343,7 +1343,7 @@ def caption(args):
         f", see shard-*.rejected-captions-{run}.jsonl")
     print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
           + others * bool(reasons), file=sys.stderr)
-    print(f"look at {sheet}; take these captions back: rm {folder}/shard-*captions-{run}.jsonl",
+    print(f"look at {sheet}; take these captions back: rm {folder}/shard-*captions-{run}.jsonl*",
           file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)

@@ -148,6 +148,7 @@ PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Runt
 def refuse(message):
     """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
     for bar in list(getattr(tqdm, "_instances", ())):
+        bar.leave = False
         bar.close()                                    # else its last state would follow the line
     print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
@@ -3139,7 +3140,7 @@ def open_dataset(folder):
                 if row["key"] not in twins}
         for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
             run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
-            total = captions.with_suffix(".crc")       # the CRC-32 of what caption.py wrote
+            total = captions.with_name(f"{captions.name}.crc")       # of what caption.py wrote
             if total.is_file() and total.read_text().strip() != str(
                     zlib.crc32(captions.read_bytes())):
                 refuse(f"{captions} is not as it was written: remove it and caption again, or, if "

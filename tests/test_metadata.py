@@ -2,6 +2,7 @@
 captions in silence. Rows alone where these suffice, and a run each for what a folder as a whole shows."""
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -497,6 +498,11 @@ def test_section1_a_clip_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "data/set/shard-00000.tar", "r+b") as file:
         file.seek(rows[1]["offset"])
         file.write(bytes(rows[1]["length"]))
+    about = json.loads(Path("data/set/manifest.json").read_text())      # damaged from the first
+    for files in about["shards"].values():
+        files |= {name: hashlib.sha256(Path("data/set", name).read_bytes()).hexdigest()
+                  for name in files}
+    Path("data/set/manifest.json").write_text(json.dumps(about))
     model = V.Autoencoder(**V.MODELS["vae-xxs"]).eval()
     monkeypatch.setattr(V, "load_autoencoder", lambda *_: (model, {"hash": "abc"}))
     V.main(["set", "--encode", "--vae", "x", "--device", "cpu"])

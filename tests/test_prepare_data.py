@@ -879,7 +879,7 @@ def test_flipped_bytes_of_shards_are_noticed_and_the_shard_is_made_again(tmp_pat
     captions, key = folder / "shard-00000.captions-x.jsonl", pd.open_dataset(folder)[0]["key"]
     row = pd.json_line({"key": key, "caption": "a red sea"})
     captions.write_text(row)
-    captions.with_suffix(".crc").write_text(f"{zlib.crc32(row.encode())}\n")
+    captions.with_name(f"{captions.name}.crc").write_text(f"{zlib.crc32(row.encode())}\n")
     assert pd.open_dataset(folder)[0]["captions"][0]["text"] == "a red sea"
     wrong = {captions.name: row.replace("sea", "tea").encode(), "shard-00000.rejected.jsonl": b"\n"}
     for name in ("shard-00001.tar", "shard-00001.jsonl", *wrong, "shard-00000.tar"):
@@ -893,7 +893,7 @@ def test_flipped_bytes_of_shards_are_noticed_and_the_shard_is_made_again(tmp_pat
         if name != "shard-00000.tar":
             (folder / name).write_bytes(before)
     captions.write_text(row[:-9] + "\n")
-    captions.with_suffix(".crc").unlink()
+    captions.with_name(f"{captions.name}.crc").unlink()
     with pytest.raises(SystemExit):
         pd.open_dataset(folder)
     assert "line 1 is damaged" in capsys.readouterr().err
