@@ -69,7 +69,7 @@ from train_vae import (Linear, MuonAdamW, barrier, bench, checked, chosen, claim
                        model_path, normaliser, moved, one_run, optimizer_tensors, option_parser,
                        plain, read_class, read_config, read_header, read_log, read_tensors,
                        restore_optimizer, save_file, setup, sheet_frames, split_rows, start_run,
-                       sum_over_ranks, take_step, to_frames, training_options)
+                       sum_over_ranks, take_step, tensor_sum, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1767,11 +1767,13 @@ def keep_best(folder, done, held_out, state):
     was = best_of(folder) or {"step": done}
     if was["step"] < done and not held_out < was["held_out"] or not math.isfinite(held_out):
         return                           # a step beyond: of what was killed after its checkpoint
-    about = {"nanosora": json.dumps({"held_out": held_out, "step": done}, sort_keys=True)}
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    about = {"held_out": held_out, "step": done,
+             "sums": {k: tensor_sum(v) for k, v in state.items()}}
     sweep(folder)                        # what a kill in here left
     try:
         with atomic(path) as part:
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, about)
+            save_file(state, part, {"nanosora": json.dumps(about, sort_keys=True)})
     except (OSError, SafetensorError) as error:
         refuse(f"{path} could not be saved ({error}): make room and run the same command again")
 
@@ -1781,7 +1783,8 @@ def best_of(folder):
     path = Path(folder) / BEST
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["nanosora"])
+            about = json.loads(file.metadata()["nanosora"])
+        return {name: about[name] for name in ("held_out", "step")}
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError, TypeError, ValueError):

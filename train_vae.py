@@ -421,7 +421,9 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 refuse_scaled(file.keys(), path)
-                return {name: file.get_tensor(name) for name in file.keys()}
+                sums = json.loads((file.metadata() or {}).get("nanosora", "{}")).get("sums", {})
+                return {name: checked(file.get_tensor(name), sums.get(name), path, name)
+                        for name in file.keys()}
         with torch.serialization.safe_globals(STAND_INS):
             is_zip = zipfile.is_zipfile(path)
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
@@ -2555,7 +2557,7 @@ def tensor_sum(x):
 def checked(x, total, path, name):
     """A tensor of a file; refuses one whose sum is another than `total`, of older files None."""
     if total not in (None, tensor_sum(x)):
-        refuse(f"{path} is damaged at {name}: remove it, and encode again")
+        refuse(f"{path} is damaged at {name}: remove it, and run again what makes it")
     return x
 
 

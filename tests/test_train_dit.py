@@ -326,10 +326,13 @@ def test_the_best_weights_are_those_of_the_lowest_held_out_loss(tmp_path):
     assert D.averaged_weights(tmp_path, "last")[1] == str(tmp_path / "step-000040")
     D.keep_best(tmp_path, 20, 1.2, {"w": torch.tensor([21.0])})      # it goes on from step 10
     assert D.best_of(tmp_path) == {"step": 20, "held_out": 1.2}
-    (tmp_path / D.BEST).write_bytes(b"cut")
-    with pytest.raises(SystemExit) as stop:
-        D.averaged_weights(tmp_path)
-    assert stop.value.code == 2
+    whole = (tmp_path / D.BEST).read_bytes()
+    for bad, read in ((whole[:-1] + bytes([whole[-1] ^ 1]), D.read_tensors),     # one bit
+                      (b"cut", lambda _: D.averaged_weights(tmp_path))):
+        (tmp_path / D.BEST).write_bytes(bad)
+        with pytest.raises(SystemExit) as stop:
+            read(tmp_path / D.BEST)
+        assert stop.value.code == 2
     (tmp_path / D.BEST).unlink()
     assert D.averaged_weights(tmp_path)[1] == str(tmp_path / "step-000040")
 
