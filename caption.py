@@ -1740,16 +1740,21 @@ def make_text_encoder(config):
                          "clip, clip_text_model and siglip")
     with torch.device("meta"):
         model = TextEncoder(stack, config["vocab_size"], **shape)
-    model.end, model.is_siglip = config.get("eos_token_id"), kind == "siglip"
+    end = config.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and len(end) == 1 else end
+    if kind == "clip" and type(end) is not int:
+        raise ValueError(f"eos_token_id {end}: want the number of one token")
+    model.end, model.is_siglip = end, kind == "siglip"
     return model, f"{stack} {shape}"
 
 
-def open_text_encoder(path, device="cpu", dtype=torch.float32):
+def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     """The TextEncoder of a Hugging Face folder, of a diffusers pipeline's, or of Wan's own layout.
-    Wan's, in either layout, cleans its prompts. T5 overflows in float16, which is refused."""
+    Wan's, in either layout, and one that a Wan reads (`is_wan`), cleans its prompts. T5 overflows
+    in float16, which is refused."""
     path = where = tokens = Path(path)
     index, weights, patterns = path / "model_index.json", None, None
-    is_wan = index.exists() and read_published(index).get("_class_name", "").startswith("Wan")
+    is_wan = is_wan or str(read_published(index, {}).get("_class_name")).startswith("Wan")
     if (path / WAN_T5).exists():
         where, tokens, is_wan = path / WAN_T5, path / "google" / "umt5-xxl", True
         weights, patterns = read_tensors(where), (WAN_KEYS, "")
@@ -1759,6 +1764,9 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32):
         refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
     with read_as_config(where):
         config = wan_config(weights) if weights else read_published(where / "config.json")
+        if "_class_name" in config:
+            refuse(f"{path} holds no text encoder: fetch its {WAN_T5}, or name one by "
+                   "--text_encoder")
         check_published(where, config)
         model, facts = make_text_encoder(config)
     if model.is_siglip and (model.embed.num_embeddings == 256000 or str(read_published(
@@ -1948,7 +1956,9 @@ class Tokens:
         else:
             self.pieces = tokenizer_of(sentencepiece.SentencePieceProcessor, path)
             added = told.get("added_tokens_decoder", {})
-            self.added = {**{token["content"]: int(i) for i, token in added.items()},
+            controls = filter(self.pieces.is_control, range(self.pieces.get_piece_size()))
+            self.added = {**{self.pieces.id_to_piece(i): i for i in controls},     # <s>, </s>
+                          **{token["content"]: int(i) for i, token in added.items()},
                           **read_published(folder / "added_tokens.json", {})}
             bos = self.pieces.bos_id()
             self.first = [bos] if told.get("add_bos_token", True) and bos >= 0 else []
@@ -2706,6 +2716,9 @@ class VLM(nn.Module):
         features; a video's frames share one mark."""
         if blocks and ids.count(-1) == 1:
             blocks = [torch.cat(blocks)]
+        if max(ids) >= (n := self.decoder.embed.num_embeddings):
+            refuse(f"{self.where}: its tokenizer gives a token the number {max(ids)}, the model "
+                   f"knows {n}: they do not belong together")
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
@@ -2856,7 +2869,8 @@ def set_prompt(plan, kind, tokens, name):
         return
     _, prompt, end = chat or ("", "", None)
     if plan.tower is None and prompt:
-        prompt += "<think>\n\n</think>\n\n" * (tokens.id("<think>") is not None)
+        may_think = "enable_thinking" in tokens.template or not tokens.template
+        prompt += "<think>\n\n</think>\n\n" * (may_think and tokens.id("<think>") is not None)
     elif prompt:
         prompt = prompt.replace("{q}", "\0\n{q}")
     plan.prompt, plan.stop = prompt, (end,) if end else plan.stop

@@ -1727,7 +1727,8 @@ def json_items(file, key=None):
 def meta_files(path, form):
     """The files that --meta means: itself, a folder's, or both lists of a fold of UCF-101."""
     if path.is_dir():
-        return sorted(path.glob(FORMATS[form][0]))
+        return sorted(file for file in path.glob(FORMATS[form][0])
+                      if file.is_file() and not file.name.startswith("."))
     return sorted(path.parent.glob(f"*list{path.stem[-2:]}.txt")) if form == "ucf101" else [path]
 
 
@@ -1851,6 +1852,8 @@ def placed_rows(paths, form, sources):
             try:
                 if isinstance(row, Exception):
                     raise row
+                if not isinstance(row, dict):
+                    raise ValueError(f"a row is a {type(row).__name__}, no object of named values")
                 columns_found = columns_found or tuple(filter(None, row))
                 name = next(filter(None, map(row.get, names)), None) or next(
                     filter(None, map(ours(row).get, names)), None) or row[names[0]]
@@ -1975,8 +1978,11 @@ def texts_in(value, style=None):
 
 
 def frames_in(value):
-    """{"frames": (first, last)} of a pair of numbers. Another list (of pictures' names, of sampled
-    frames) is somebody else's, and says nothing of times."""
+    """{"frames": (first, last)} of a pair of numbers, or of its text. Another list (of pictures'
+    names, of sampled frames) is somebody else's, and says nothing of times."""
+    if isinstance(value, str) and (pair := re.fullmatch(r"[\[(]\s*(\d+),\s*(\d+)\s*[\])]",
+                                                        value.strip())):
+        value = [int(pair[1]), int(pair[2])]
     if not isinstance(value, list) or len(value) != 2 or not any(
             isinstance(one, (int, float)) for one in value):
         return {}
@@ -2024,7 +2030,7 @@ def number_of(value):
 
 def seconds(value):
     """Seconds of a number or of a text such as '12.5' or '1:02:03.250'; None of nothing."""
-    if value is None or value == "":
+    if value is None or str(value).strip().lower() in NO_TEXTS:
         return None
     total = 0.0
     for part in str(value).split(":"):
@@ -2733,7 +2739,7 @@ def find_sources(root, folder, form):
     found, n_others = [], 0
     for where, files in walk(root, folder):
         for path in (where / name for name in files):
-            if path.suffix in ARCHIVES and form in ("webdataset", "bair"):
+            if path.suffix in ARCHIVES and form in ("webdataset", "bair") and path.is_file():
                 name = path.relative_to(root).as_posix()
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in members(path).items()
                           if Path(inner).suffix.lower() in VIDEOS | STILLS

@@ -1707,7 +1707,7 @@ SCHEDULERS = {
         shift_terminal=0.0),
     "DPMSolverMultistepScheduler": dict(
         SOLVER, algorithm_type="dpmsolver++", solver_type="midpoint", euler_at_final=False,
-        use_lu_lambdas=False, beta_start=0.0001)}
+        use_lu_lambdas=False, beta_start=0.0001, beta_schedule="linear", trained_betas=[])}
 SCHEDULED = dict(
     num_train_timesteps=[1000], use_dynamic_shifting=[False], use_beta_sigmas=[False],
     invert_sigmas=[False], stochastic_sampling=[False], thresholding=[False], predict_x0=[True],
@@ -1753,6 +1753,10 @@ def read_scheduler(path, sampler):
         solver = dict(order=c["solver_order"], lower=c["lower_order_final"],
                       euler=c["euler_at_final"])
     if c.get("final_sigmas_type") == "sigma_min":        # DPM's is that of DDPM's first step
+        if own == "dpm++" and (not 0 < c["beta_start"] < 1 or c["trained_betas"]
+                               or "linear" not in c["beta_schedule"]):
+            refuse(f"{file}: final_sigmas_type sigma_min of other betas than linear or "
+                   "scaled_linear is not read here: name another way by --sampler")
         final = -1.0 if own == "unipc" else (c["beta_start"] / (1 - c["beta_start"])) ** 0.5
     spread = {"karras": c["use_karras_sigmas"], "exponential": c["use_exponential_sigmas"]}
     return {"sampler": own, "shift": shift, "rules": dict(
@@ -1863,7 +1867,7 @@ def open_run(args, config, device):
 
 def class_number(prompt, n):
     """The class that a prompt names by its number, of n; n where it is empty: no class."""
-    if prompt and not (prompt.isdigit() and int(prompt) < n):
+    if prompt and not (prompt.isdecimal() and int(prompt) < n):
         refuse(f"'{prompt}' is no class: give a number from 0 to {n - 1}")
     return int(prompt) if prompt else n
 
@@ -1890,16 +1894,29 @@ def open_foreign(args, device):
         model.dit, model.objective = network.requires_grad_(False), how.get(kind, Objective())
         return model.eval().to(device)
 
+    def open_vae():
+        model, config = load_autoencoder(vae, device)
+        z = options["out_channels" if kind == "wan" else "channels"]
+        if model.z_dim != z:
+            refuse(f"{vae} has latents of {model.z_dim} channels, {path} makes {z}: give the "
+                   "autoencoder that it was published with by --vae")
+        return model, config
+
     def open_text():
         if kind == "wan" or options.get("clip"):
-            encoder = open_text_encoder(args.text_encoder or (path if kind == "wan" else refuse(
-                f"{path} reads CLIP's tokens: name its folder by --text_encoder")), device)
+            where = args.text_encoder or (path if kind == "wan" else refuse(
+                f"{path} reads CLIP's tokens: name its folder by --text_encoder"))
+            encoder = open_text_encoder(where, device, is_wan=kind == "wan")
+            wide, wants = encoder.embed.embedding_dim, options.get("text_dim") or options["clip"][0]
+            if wide != wants:
+                refuse(f"{where} makes embeddings {wide} wide, {path} reads {wants}: give the text "
+                       "encoder that it was published with by --text_encoder")
             return lambda prompt: encoder.encode([prompt])[0]
         return lambda prompt: class_number(prompt, options["classes"] - 1)
     about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout,
              "reads_text": kind == "wan" or bool(options.get("clip"))}
     openers = {"denoiser": open_denoiser, "text": open_text,
-               "vae": lambda: load_autoencoder(vae, device),
+               "vae": open_vae,
                "image": lambda: open_image_encoder(path, device)}
     if kind != "wan":
         about["cells"] = options["size"][1] if kind == "uvit" else (
@@ -2045,7 +2062,7 @@ def resolve(args, about, how, stride):
     may = STEPPED_SAMPLERS if how.path in STEPPED else FLOW_SAMPLERS
     if args.sampler not in may or (args.sampler == "dpm-fast" and how.path != "sd"):
         refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {how.path}: "
-               f"take {', '.join(may)}")
+               f"take {', '.join(one for one in may if one != 'dpm-fast' or how.path == 'sd')}")
     if args.apg and args.cfg_channels:
         args.cfg_channels = None                             # APG is over whole clips
     layout = about.get("layout")

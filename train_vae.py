@@ -380,8 +380,8 @@ def weight_file(folder):
     """A published folder's file of weights, or the index of its shards, as each version names it:
     diffusion_pytorch_model.safetensors, model.fp16.safetensors, ….safetensors.index.fp16.json."""
     for variant in VARIANTS:
-        for form in ("{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"):
-            for stem, end in WEIGHT_FILES:
+        for stem, end in WEIGHT_FILES:
+            for form in ("{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"):
                 if (path := folder / form.format(stem, end, variant)).is_file():
                     return path
     names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
@@ -2873,7 +2873,7 @@ def image_options(weights, config):
     """(options, layout, mean, std) of diffusers' AutoencoderKL; attention under its old names is
     renamed in `weights`, and queries, keys and values are joined."""
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    for name in list(weights):
+    for name in [name for name in weights if name.count(".") > 1]:
         *place, part, kind = name.split(".")
         if part in old:
             weights[".".join([*place, old[part], kind])] = weights.pop(name)

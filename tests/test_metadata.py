@@ -516,6 +516,29 @@ def test_section1_a_clip_that_cannot_be_read(tmp_path, monkeypatch, capsys):
         pd.read_clip("data/set", rows[0])
 
 
+def test_rows_that_are_no_objects_and_what_is_no_file(tmp_path, monkeypatch, capsys):
+    """Lists for rows, folders and dead links of a file's name ended in tracebacks; a tar that is a
+    pipe hung."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "meta").mkdir()
+    encode(tmp_path / "in/a.mp4", shot(RED, 9, (32, 32)))
+    for text in ('[{"video": "a.mp4", "caption": "x"}]', '["a.mp4", {"q": 1}]', '[[1, 2]]', '"a"'):
+        (tmp_path / "rows.jsonl").write_text(text)
+        assert "no row of rows.jsonl" in line(capsys, lambda: pd.main(
+            ["set", "--videos", "in", "--meta", "rows.jsonl"]))
+    os.symlink("nowhere", tmp_path / "meta/z.csv")
+    (tmp_path / "meta/sub.csv").mkdir()
+    (tmp_path / "meta/._ok.csv").write_bytes(b"\0\1")
+    (tmp_path / "meta/ok.csv").write_text('video,frames,caption,start\na.mp4,"[0, 4]",one,nan\n')
+    os.symlink("nowhere", tmp_path / "in/dead.tar")
+    os.mkfifo(tmp_path / "in/pipe.tar")
+    assert pd.meta_files(tmp_path / "meta", "csv") == [tmp_path / "meta/ok.csv"]
+    assert pd.find_sources(tmp_path / "in", tmp_path / "set", "webdataset")[0][0][0] == "a.mp4"
+    assert pd.frames_in("(3, 8)") == pd.frames_in([3, 8]) == {"frames": [3, 8]}
+    assert pd.seconds("nan") is pd.seconds(float("nan")) is None
+
+
 # -- mutated inputs --------------------------------------------------------------------------------
 
 SEEDS = {

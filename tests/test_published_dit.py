@@ -705,3 +705,25 @@ def test_folders_that_are_not_read_yet_end_in_one_line(i2v, tmp_path, capsys):
     shutil.copytree(i2v / "diffusers", tmp_path / "it")
     index(transformer_2=[None, None], boundary_ratio=0.9, _class_name="WanImageToVideoPipeline")(tmp_path / "it")
     sampled(tmp_path / "it", tmp_path / "o", "--image", str(i2v / "picture.png"))
+
+
+def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys):
+    """An encoder of another width, an autoencoder of other channels; a superscript is no class."""
+    place = i2v / "diffusers"
+    told = refused(capsys, lambda place: sampled(place, tmp_path / "o", "--image", str(
+        i2v / "picture.png"), "--text_encoder", str(FIXTURES / "clip-text/encoder")), place)
+    assert "makes embeddings" in told and "reads 32" in told and "--text_encoder" in told
+    with pytest.raises(SystemExit) as stop:
+        S.class_number("\u00b2", 10)
+    assert stop.value.code == 2 and "10" in capsys.readouterr().err
+
+
+def test_weights_in_safetensors_come_before_older_ones(tmp_path):
+    """A stale .bin beside shards; a tensor without a place in an AutoencoderKL."""
+    (tmp_path / "pytorch_model.bin").write_bytes(b"old")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert V.weight_file(tmp_path).name == "model.safetensors.index.json"
+    config = {"block_out_channels": [32], "layers_per_block": 1, "latent_channels": 4,
+              "norm_num_groups": 8, "use_quant_conv": True, "scaling_factor": 1.0,
+              "latents_mean": [], "latents_std": [], "shift_factor": 0.0}
+    assert V.image_options({"logvar": torch.zeros(())}, config)[0]["z_dim"] == 4
