@@ -136,7 +136,7 @@ STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic h
 HEIC = (b"heic", b"heix", b"mif1")
 ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
 ARCHIVES = (".tar", ".tfrecords")
-SPLITS = {"train": "train", "training": "train", "val": "val", "validate": "val",
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError,
@@ -444,12 +444,15 @@ def members(archive):
     of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
     before the damage."""
     found, size = {}, archive.stat().st_size
-    if archive.suffix == ".tar":
+    if archive.suffix.lower() == ".tar":
         with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), \
                 tarfile.open(archive, "r:") as tar:
             for one in tar:
                 name = "/".join(part for part in one.name.split("/") if part not in ("", "."))
-                if one.isfile() and one.offset_data + one.size <= size:        # not cut off
+                target = "/".join(part for part in one.linkname.split("/") if part not in ("", "."))
+                if one.islnk() and target in found:
+                    found[name] = found[target]
+                elif one.isfile() and one.offset_data + one.size <= size:      # not cut off
                     found[name] = one.offset_data, one.size
         return found
     with open(archive, "rb") as file:                  # a length, its CRC, the record, its CRC
@@ -466,7 +469,8 @@ def located(root, source):
     """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls that go with
     it, in small letters or capitals. A WebDataset key ends at the first dot of the file's name."""
     path, suffixes = Path(root, source), (".txt", ".json", ".cls")
-    archive = next((one for one in path.parents if one.suffix in ARCHIVES and one.is_file()), None)
+    archive = next((one for one in path.parents
+                    if one.suffix.lower() in ARCHIVES and one.is_file()), None)
     if archive is None:
         names = {form(path.stem) for form in FORMS_OF_NAMES} if not path.stem.isascii() else \
             {path.stem}
@@ -1495,14 +1499,15 @@ def find_shots(scan, fps, options):
 
 def columns(**names):
     """A reader of rows whose columns only have other names: ours=theirs."""
-    return lambda row: [{our: row[their] for our, their in names.items()}]
+    return lambda row: [{our: row[their if their in row else our_name(their)]
+                         for our, their in names.items()}]
 
 
 def literal(text):
     """The value of a Python literal; raises ValueError, whatever the text is."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, TypeError, RecursionError, MemoryError):    # of deep nesting, all four
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):    # of deep nesting
         raise ValueError(f"no Python literal: {str(text)[:40]}") from None
 
 
@@ -1846,7 +1851,8 @@ def placed_rows(paths, form, sources):
     place = functools.lru_cache(2**16)(places.find)
     missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
     for path in paths:
-        words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem) if word in SPLITS}
+        words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem.lower())
+                 if word in SPLITS}
         split = words.pop() if len(words) == 1 else None
         for n, row in enumerate((rows or file_rows)(path), n + 1):
             try:
@@ -1939,7 +1945,7 @@ def read_row(row, reader, split):
 def our_name(name):
     """A column's name without blanks, if it is one of ours in small letters."""
     name = name.strip()
-    return name.lower() if name.lower() in OURS else name
+    return ALIASES.get(name.lower(), name.lower() if name.lower() in OURS else name)
 
 
 def ours(row):
@@ -1961,11 +1967,13 @@ def texts_in(value, style=None):
     """[(text, its style)] of a caption of any shape: a text, a list, or an object, whose keys are
     the styles (in its depth, joined by dots), or one of these in JSON or as a Python literal."""
     if isinstance(value, str):
-        if value[:1] in ("[", "{"):
+        text, inner = plain(value), None
+        for read in (json.loads, literal) if text[:1] in ("[", "{", "(") else ():
             with contextlib.suppress(ValueError, RecursionError):    # else it is just a text
-                inner = json.loads(value) if value[1:2] in ('"', "{") else literal(value)
-                return texts_in(inner, style) if isinstance(inner, (list, dict)) else []
-        text = plain(value)
+                inner = read(text)
+                break
+        if isinstance(inner, (list, tuple, set, dict)):
+            return texts_in(sorted(inner, key=str) if isinstance(inner, set) else inner, style)
         return [(text, style)] if text.lower() not in NO_TEXTS else []
     if isinstance(value, dict):
         return [pair for key, one in value.items() if isinstance(one, (str, list, dict))
@@ -1998,22 +2006,25 @@ def read_fact(row, split=None):
     start, end = seconds(row.get("start")), seconds(row.get("end"))
     texts = texts_in(row.get("caption")) or texts_in(row.get("text"))
     named, label = plain(str(row.get("split") or "")).lower(), row.get("label")
+    named = "" if named in NO_TEXTS else named
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
         raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < "
                          "end")
     if named and named not in SPLITS:
         raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
-    label = None if label is None or label != label else plain(str(label))
+    label = int(label) if isinstance(label, float) and label.is_integer() else label   # 1.0 is 1
+    label = None if str(label).strip().lower() in NO_TEXTS else plain(str(label))
     fact = {"start": start, "end": end, "captions": [text for text, _ in texts],
             "split": SPLITS.get(named, split), "label": label or None}
     fact |= frames_in(row.get("frames"))
     fact |= {"styles": [style for _, style in texts]} if any(style for _, style in texts) else {}
     fact |= {"prompt": plain(str(row["prompt"]))} if row.get("prompt") else {}
-    scores = {key: value for key in row if key not in OURS
+    scores = {key: value for key in row if key not in OURS and our_name(key) not in OURS
               and (value := number_of(row[key])) is not None}
     return fact | {"scores": scores} if scores else fact
 
 
+ALIASES = {"start_time": "start", "end_time": "end"}
 TEXTS = {"caption", "text"}
 NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
 OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "prompt", "split",
@@ -2061,9 +2072,9 @@ def beside(source, texts, is_caption_alone=False):
     if is_caption_alone:
         return [read_fact(caption)], [one for one in rejects if ".txt: " in one["detail"]]
     folders = [name for name in source.split("/")[:-1] if Path(name).suffix not in ARCHIVES]
-    split = next((SPLITS[name] for name in folders if name in SPLITS), None)
+    split = next((SPLITS[name.lower()] for name in folders if name.lower() in SPLITS), None)
     classes = [found[".cls"]] if ".cls" in found else [
-        printable(name) for name in folders if name not in SPLITS]
+        printable(name) for name in folders if name.lower() not in SPLITS]
     fact = read_fact({"label": classes[-1] if classes else None, **caption}, split)
     try:
         more = {key: value for key, value in ours(json.loads(found[".json"])).items()
@@ -2739,7 +2750,8 @@ def find_sources(root, folder, form):
     found, n_others = [], 0
     for where, files in walk(root, folder):
         for path in (where / name for name in files):
-            if path.suffix in ARCHIVES and form in ("webdataset", "bair") and path.is_file():
+            is_archive = path.suffix.lower() in ARCHIVES and path.is_file()
+            if is_archive and form in ("webdataset", "bair"):
                 name = path.relative_to(root).as_posix()
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in members(path).items()
                           if Path(inner).suffix.lower() in VIDEOS | STILLS

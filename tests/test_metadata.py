@@ -539,6 +539,39 @@ def test_rows_that_are_no_objects_and_what_is_no_file(tmp_path, monkeypatch, cap
     assert pd.seconds("nan") is pd.seconds(float("nan")) is None
 
 
+@pytest.mark.parametrize("value, texts", [
+    ('[null, "x"]', ["x"]), (' ["one", "two"]', ["one", "two"]), ("['x', None]", ["x"]),
+    ("('one', 'two')", ["one", "two"]), ("{'one', 'two'}", ["one", "two"]), ("(music) on", ["(music) on"]),
+    ('{ "short": "x", "n": null}', ["x"]), ("[music]", ["[music]"]), ("{x", ["{x"])])
+def test_captions_that_are_texts_of_lists(value, texts):
+    assert pd.read_fact({"caption": value})["captions"] == texts
+
+
+def test_what_programs_write_for_none_and_for_splits(tmp_path):
+    """pandas' nan, Kaggle's and Keras' names of splits, start_time, 1.0 for class 1."""
+    fact = pd.read_fact(pd.ours({"label": 1.0, "split": "nan", "Start_Time": "1", "end_time": 2,
+                                 "caption": "c"}))
+    assert (fact["label"], fact["split"], fact["start"], fact["end"]) == ("1", None, 1, 2)
+    assert "scores" not in fact and pd.read_fact({"label": "None", "caption": "c"})["label"] is None
+    with pytest.raises(ValueError, match="no text"):
+        pd.read_fact({"caption": '["one", 3]'})
+    for folder in ("Val", "valid", "VALIDATION"):
+        (fact,), _ = pd.beside(f"{folder}/Cat/x.mp4", {})
+        assert (fact["split"], fact["label"]) == ("val", "Cat")
+    with pytest.raises(ValueError, match="no Python literal: .nan."):
+        pd.literal("[nan]")
+
+
+def test_linked_members_and_capitals_of_tars(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    os.link(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    with tarfile.open(tmp_path / "UP.TAR", "w") as tar:
+        for name in ("a.mp4", "b.mp4"):
+            tar.add(tmp_path / name, f"./{name}")
+    found = pd.members(tmp_path / "UP.TAR")
+    assert found["a.mp4"] == found["b.mp4"] and found["a.mp4"][1] == 5
+
+
 # -- mutated inputs --------------------------------------------------------------------------------
 
 SEEDS = {
