@@ -1349,9 +1349,18 @@ def look_closely(luma):
 def true_times(stamps, step=0.04):
     """Seconds since the first frame [T], strictly growing, of the timestamps [2, T] = pts, dts (s,
     nan where missing). Frames come in order of display, so a timestamp that does not grow is wrong
-    (packed B-frames in AVI, streams joined); it is replaced by its neighbours' line. Without any,
-    as in an elementary stream, frames are `step` s apart."""
-    raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum()))     # pts if both do
+    (packed B-frames in AVI); it is replaced by its neighbours' line. Those that fall and then grow
+    again, as of streams that were joined, go on where the first end. Without any, as in an
+    elementary stream, frames are `step` s apart."""
+    raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum())).copy()  # pts if both do
+    steps = np.diff(raw)
+    for i in np.flatnonzero(steps < 0) + 1:
+        if len(steps) >= i + 8 and (steps[i:i + 8] > 0).all():
+            usual = np.median(steps[steps > 0])
+            if i > 1 and raw[i - 2] < raw[i] and steps[i - 2] > 10 * usual:
+                raw[i - 1] = math.nan                        # one that is wrong, no end
+            else:
+                raw[i:] += raw[i - 1] + usual - raw[i]
     top = np.maximum.accumulate(np.nan_to_num(raw, nan=-math.inf))
     good = np.flatnonzero(raw > np.r_[-math.inf, top[:-1]])
     step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else step

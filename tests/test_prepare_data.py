@@ -363,6 +363,11 @@ def test_wrong_timestamps_are_replaced():
     assert pd.true_times(joined).tolist() == [0, 1, 2, 3, 4, 5]
     assert pd.true_times(np.array([[nan, 2, nan, 4], [nan] * 4])).tolist() == [0, 1, 2, 3]
     assert np.allclose(pd.true_times(np.full((2, 3), nan)), [0, 0.04, 0.08])
+    for more in (9, 20, 60):                          # a stream behind one of 20: shorter, or longer
+        both = np.r_[np.arange(20), np.arange(more)] * 0.04 + 1
+        assert np.allclose(pd.true_times(np.array([both, both])), np.arange(20 + more) * 0.04)
+    wild = np.r_[np.arange(9), 70, np.arange(10, 30)].astype(float)          # one stamp alone
+    assert np.allclose(pd.true_times(np.array([wild, wild])), np.arange(30))
 
 
 # -- captions, splits, labels ----------------------------------------------------------------------
