@@ -1933,6 +1933,8 @@ class Tokens:
     def __init__(self, folder):
         told = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = chat_template(folder, told), None, {}
+        bos = told.get("bos_token")
+        bos = bos.get("content") if isinstance(bos, dict) else bos
         names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
@@ -1955,13 +1957,14 @@ class Tokens:
                                       qwen_tokenizer, path)
         else:
             self.pieces = tokenizer_of(sentencepiece.SentencePieceProcessor, path)
-            added = told.get("added_tokens_decoder", {})
+            added = told.get("added_tokens_decoder") or {}
             controls = filter(self.pieces.is_control, range(self.pieces.get_piece_size()))
             self.added = {**{self.pieces.id_to_piece(i): i for i in controls},     # <s>, </s>
                           **{token["content"]: int(i) for i, token in added.items()},
                           **read_published(folder / "added_tokens.json", {})}
-            bos = self.pieces.bos_id()
-            self.first = [bos] if told.get("add_bos_token", True) and bos >= 0 else []
+            i = self.pieces.bos_id()
+            self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
+        self.bos = self.id(bos) if isinstance(bos, str) else None
 
     def __len__(self):
         if self.pieces:
@@ -2024,8 +2027,10 @@ def merges_tokenizer(path):
     have no other."""
     folder = Path(path).parent
     vocab, told = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
-    added = read_published(told, {}).get("added_tokens_decoder", {})
-    marks = [added[i]["content"] for i in sorted(added, key=int)]
+    added = {int(i): token["content"] for i, token in (
+        read_published(told, {}).get("added_tokens_decoder") or {}).items()}
+    added |= {i: name for name, i in read_published(folder / "added_tokens.json", {}).items()}
+    marks = [added[i] for i in sorted(added)]
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if not any(token.endswith("</w>") for token in vocab):
@@ -2039,7 +2044,7 @@ def merges_tokenizer(path):
         r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
         part.ByteLevel(False)])
     table.decoder = tokenizers.decoders.ByteLevel()
-    table.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    table.add_special_tokens(["<|startoftext|>", "<|endoftext|>", *marks])
     return table
 
 
@@ -2396,6 +2401,9 @@ def image_processor(folder, size=None):
     told = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
     told = told | read_published(folder / "preprocessor_config.json", {})
     usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
+    if abs(told.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        raise ValueError(f"its image processor says rescale_factor {told['rescale_factor']}, known "
+                         "is 1/255")
     if size:
         usual |= dict(do_center_crop=True, size=size, crop_size=size)
     for name, value in usual.items():
@@ -2620,8 +2628,10 @@ def qwen2_vl(c, weights, folder):
 
     def limits(told, least, most):
         size = told.get("size") or {}
-        return (told.get("min_pixels") or size.get("shortest_edge") or least,
-                told.get("max_pixels") or size.get("longest_edge") or most)
+        told = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge"),
+                **{name: size[name] for name in ("min_pixels", "max_pixels") if name in size},
+                **{name: told[name] for name in ("min_pixels", "max_pixels") if told.get(name)}}
+        return told["min_pixels"] or least, told["max_pixels"] or most
     least, most = limits(told, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
@@ -2874,6 +2884,8 @@ def set_prompt(plan, kind, tokens, name):
     elif prompt:
         prompt = prompt.replace("{q}", "\0\n{q}")
     plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
+    if "bos_token" in tokens.template and not tokens.first and tokens.bos is not None and not name:
+        tokens.first = [tokens.bos]                  # of tokenizers that leave it to the template
 
 
 # ------------------------------------------------------------------------------------------------

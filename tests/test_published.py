@@ -683,6 +683,29 @@ def test_tokenizers_of_vocab_and_merges(tmp_path):
         for text in ("A red dog's ball,  it isn't 2024!", "é 问 🙂\n\n x", "<|endoftext|> a", ""):
             assert pairs.encode(text) == whole.encode(text), (name, text)
         assert pairs.id("<|endoftext|>") == whole.id("<|endoftext|>") and len(pairs) == len(whole)
+        about = json.loads((folder / "tokenizer_config.json").read_text())        # as of 4.33
+        added = about.pop("added_tokens_decoder", {})
+        (folder / "tokenizer_config.json").write_text(json.dumps(about))
+        (folder / "added_tokens.json").write_text(json.dumps(
+            {token["content"]: int(i) for i, token in added.items()}))
+        old = c.Tokens(folder)
+        assert [old.id(token["content"]) for token in added.values()] == [*map(int, added)]
+        assert old.encode("<|endoftext|> a") == whole.encode("<|endoftext|> a")
+
+
+def test_a_template_says_the_beginning_that_its_tokenizer_leaves_out(tmp_path):
+    """As Llama 3's first tokenizers did; and an empty thought only where the template thinks."""
+    tensors = weights(lm_shapes(TINY))
+    for text, wants in (("{{ bos_token }}" + QWEN2, 1), (QWEN2, 0)):
+        folder = folder_of(tmp_path / str(wants), TINY | {"model_type": "llama"}, tensors,
+                           **told("chat_template.jinja", text))
+        path = folder / "tokenizer_config.json"
+        about = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(about | {"bos_token": {"content": "<s>"}}))
+        table = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(table | {"post_processor": None}))
+        model = c.open_vlm(folder)
+        assert model.tokens.first == [model.tokens.id("<s>")] * wants
 
 
 def test_a_prompt_that_is_not_known_is_refused_before_work(tmp_path, capsys):
