@@ -89,8 +89,8 @@ from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulte
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse, rng,
                           run_dir, script, write_rows, write_text)
-from train_vae import (RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, checked, chosen,
-                       claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
+from train_vae import (INSIDE, RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, checked,
+                       chosen, claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
                        read_log, read_tensors, restore_optimizer, save_file, setup, start_run,
                        take_step, tensor_sum, training_options)
@@ -1500,7 +1500,7 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     return model.eval().requires_grad_(False)
 
 
-WRAPPED = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPED = re.compile(rf"^module\.|{INSIDE.pattern}")
 
 
 def published_tensors(path):

@@ -1,6 +1,5 @@
 """caption.py: the text networks, the captioner's invariants, and whole runs on small videos that are
 made here: what it learns, how it resumes, what it writes, what it refuses."""
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import sums_as_they_are
 from safetensors.torch import load_file, save_file
 
 import caption as c
@@ -547,14 +547,6 @@ def test_guessing_by_frequency(capsys):
     c.report("run", 7, 2.0, 2.0)
     assert "no better than guessing" in capsys.readouterr().err
 
-def told(data):
-    """Writes the sums of shards as they are now into the manifest."""
-    about = json.loads((data / "manifest.json").read_text())
-    for files in about["shards"].values():
-        files.update({name: hashlib.sha256((data / name).read_bytes()).hexdigest() for name in files})
-    (data / "manifest.json").write_text(json.dumps(about))
-
-
 def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_path):
     """A clip whose bytes are others', or that lost its end; a checkpoint; a folder of others."""
     data = tmp_path / "data" / "set"
@@ -571,7 +563,7 @@ def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_pat
         with open(tar, "r+b") as file:
             file.seek(rows[0]["offset"] + start)
             file.write(b"\0" * (rows[0]["length"] - start))
-        told(data)                                       # damage that was there from the first
+        sums_as_they_are(data)
         capsys.readouterr()
         c.main(["set", "--vlm", "short"])                # the others have theirs
         err = capsys.readouterr().err
@@ -584,7 +576,7 @@ def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_pat
         for path in data.glob("*captions-short*"):
             path.unlink()
     tar.write_bytes(whole)
-    told(data)
+    sums_as_they_are(data)
     with monkeypatch.context() as patch:                 # who tests as root may write anywhere
         patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         assert "data/set cannot be written to" in line("set", "--vlm", "short")

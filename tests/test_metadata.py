@@ -2,7 +2,6 @@
 captions in silence. Rows alone where these suffice, and a run each for what a folder as a whole shows."""
 import csv
 import errno
-import hashlib
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import prepare_data as pd  # noqa: E402
 import sample  # noqa: E402
 import train_dit as D  # noqa: E402
 import train_vae as V  # noqa: E402
+from conftest import sums_as_they_are  # noqa: E402
 from test_prepare_data import BLUE, GREEN, RED, encode, row_lines, run, shot  # noqa: E402
 from test_readers import brief, told, write  # noqa: E402
 
@@ -498,11 +498,7 @@ def test_section1_a_clip_that_cannot_be_read(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "data/set/shard-00000.tar", "r+b") as file:
         file.seek(rows[1]["offset"])
         file.write(bytes(rows[1]["length"]))
-    about = json.loads(Path("data/set/manifest.json").read_text())      # damaged from the first
-    for files in about["shards"].values():
-        files |= {name: hashlib.sha256(Path("data/set", name).read_bytes()).hexdigest()
-                  for name in files}
-    Path("data/set/manifest.json").write_text(json.dumps(about))
+    sums_as_they_are(Path("data/set"))
     model = V.Autoencoder(**V.MODELS["vae-xxs"]).eval()
     monkeypatch.setattr(V, "load_autoencoder", lambda *_: (model, {"hash": "abc"}))
     V.main(["set", "--encode", "--vae", "x", "--device", "cpu"])
