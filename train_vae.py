@@ -59,13 +59,13 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kernels import IS_WIDE
+from kernels import HAS_ONEDNN, IS_WIDE
+from kernels.conv import Conv3d, causal_conv3d, upsample_conv3d
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
                           is_sole, number, one_line, open_dataset, read_clip, read_text, refuse,
                           rng, run_dir, script, sweep, where, writable, write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 # ------------------------------------------------------------------------------------------------
 # The plumbing of a run, used by every stage that trains
@@ -1169,42 +1169,6 @@ DECODER = ("decoder", "decoder_norm", "to_pixels", "unquant", "post_vq_conv")
 ROOM = 2**21            # numbers of the largest tensor that a chunk makes in a layer, about
 
 
-class NormSiLU(torch.autograd.Function):
-    """SiLU(RMS norm(x)) of x [B, C, T, H, W], written behind the frames of `before` (or as many
-    zero frames as `past`) where the next convolution reads it: [B, C, past + T, H, W]. One op in
-    the place of six keeps one tensor for the way back, and touches memory half as often."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, before, past):
-        B, C, T, H, W = x.shape
-        layout = torch.channels_last_3d if x.device.type == "cpu" else torch.contiguous_format
-        room = torch.empty((B, C, past + T, H, W), dtype=x.dtype, device=x.device,
-                           memory_format=layout)
-        room[:, :, :past] = 0 if before is None else before
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(
-            x.dtype, torch.float32))
-        scale = (C**0.5 / size.clamp_min(1e-12)).to(x.dtype)
-        y = torch.mul(x, scale, out=room[:, :, past:])
-        F.silu(y.mul_(gamma.view(-1, 1, 1, 1)), inplace=True)
-        ctx.save_for_backward(x, gamma, scale)
-        ctx.past = past
-        return room
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gamma, scale = ctx.saved_tensors
-        before, grad = grad[:, :, :ctx.past], grad[:, :, ctx.past:]
-        unit, weight = x * scale, gamma.view(-1, 1, 1, 1)
-        u = unit * weight
-        share = torch.sigmoid(u)
-        du = share * (u * (1 - share)).add_(1) * grad
-        d_gamma = torch.einsum("bcthw,bcthw->c", du, unit)
-        du = du.mul_(weight)
-        inner = (du * unit).mean(1, keepdim=True)
-        dx = du.sub_(unit.mul_(inner)).mul_(scale)
-        return dx, d_gamma, before if ctx.needs_input_grad[2] else None, None
-
-
 class Norm(nn.Module):
     """RMS norm over the channels of each position; with `groups`, group norm over each frame."""
 
@@ -1224,105 +1188,23 @@ class Norm(nn.Module):
         return x * scale.to(x.dtype) * self.gamma.view(-1, 1, 1, 1)
 
 
-class Conv3d(nn.Conv3d):
-    """On a CPU always oneDNN's convolution: torch takes another for a chunk of a single clip, which
-    was 2 to 13 times slower here."""
-
-    def forward(self, x):
-        return convolve(x, self.weight, self.bias, self.stride, self.padding)
-
-
-def convolve(x, weight, bias, stride=(1, 1, 1), padding=(0, 1, 1)):
-    """torch's conv3d, or where it takes x, oneDNN's."""
-    if takes_onednn(x):
-        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
-
-
-def takes_onednn(x):
-    return HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel()
-
-
-def convolve_pairs(frames, weight, bias, room=2**18):
-    """The convolution of 2 n + 2 frames [B, C, H, W] on a CPU with a kernel [D, C, 3, 3, 3], padded
-    in space: [B, D, 2 n, H, W]. Two frames take four products of a frame in the place of six
-    (Winograd's F(2, 3) over time: Lavin and Gray, arXiv 1509.09308), `room` numbers of as many rows
-    at once, so that sums stay in the cache. No gradients."""
-    (B, C, H, W), (first, centre, last) = frames[0].shape, weight.unbind(2)
-    kernels = weight.new_empty(4, len(weight), 3, 3, C).permute(0, 1, 4, 2, 3)
-    kernels[0], kernels[3] = first, last
-    torch.add(first, last, out=kernels[1]).div_(2)
-    torch.sub(kernels[1], centre, alpha=0.5, out=kernels[2])
-    kernels[1].add_(centre, alpha=0.5)
-    n = -(-H // -(-H * W * B * C // room))
-    rows = weight.new_empty(B, n + 2, W, C).permute(0, 3, 1, 2)
-    out = weight.new_empty(B, len(frames) - 2, H, W, len(weight)).permute(0, 4, 1, 2, 3)
-    for t, top in itertools.product(range(0, len(frames) - 2, 2), range(0, H, n)):
-        end = min(H, top + n)
-        above, below = max(0, top - 1), min(H, end + 1)           # a row of zeros lies beyond
-        a, b, c, d = (frame[:, :, above:below] for frame in frames[t:t + 4])
-        part = rows[:, :, :end - top + 2]
-        inner = part[:, :, above - top + 1:below - top + 1]
-        part[:, :, 0], part[:, :, -1] = 0, 0
-
-        def product(i, combine, one, other, bias=None):
-            combine(one, other, out=inner)
-            return torch.mkldnn_convolution(part, kernels[i], bias, (0, 1), (1, 1), (1, 1), 1)
-
-        even, odd = out[:, :, t, top:end], out[:, :, t + 1, top:end]
-        both, differ = product(1, torch.add, b, c, bias), product(2, torch.sub, c, b)
-        torch.add(both, differ, out=even).add_(product(0, torch.sub, a, c))
-        torch.sub(both, differ, out=odd).sub_(product(3, torch.sub, b, d))
-    return out
-
-
-def convolve_doubled(x, weight, bias):
-    """The convolution with a kernel [D, C, 1, 3, 3], padded in space, of each pixel repeated two by
-    two: [B, C, T, H, W] to [B, D, T, 2 H, 2 W]. A pixel of the result sees 2 x 2 of x, by sums of
-    the kernel's taps: 4 products in the place of 9."""
-    def of_both(kernel, axis):                           # what an even pixel sees, and an odd one
-        a, b, c = kernel.unbind(axis)
-        return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
-
-    (*_, H, W), kernel = x.shape, of_both(of_both(weight, -2), -1).flatten(0, 2)
-    y = convolve(x, kernel, bias.repeat(4)).unflatten(1, (2, 2, -1))        # odd x, odd y, D
-    y = torch.stack([y[:, i, j, :, :, j:j + H, i:i + W].permute(0, 2, 3, 4, 1)
-                     for j in (0, 1) for i in (0, 1)], -1)                  # [B, T, H, W, D, 4]
-    return from_blocks(y.flatten(4), len(weight), 1, 2)
-
-
 class CausalConv3d(Conv3d):
-    """A convolution over [B, C, T, H, W] that sees the present and past frames only, after SiLU and
-    `norm` where one is given. `state` maps each layer to the last frames that it saw; before the
+    """A convolution over [B, C, T, H, W] that sees the present and past frames only, after `norm` and
+    SiLU where a norm is given. `state` maps each layer to the last frames that it saw; before the
     first chunk they are zeros."""
 
     def __init__(self, c_in, c_out, kernel):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
         super().__init__(c_in, c_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
-        self.in_pairs = kernel == (3, 3, 3) and min(c_in, c_out) >= 32     # where it is faster
 
     def forward(self, x, state, norm=None):
-        past, before = self.kernel_size[0] - 1, state.get(self)
-        if before is not None and self.in_pairs and x.shape[2] % 2 == 0 and (
-                x.shape[3] * x.shape[4] >= 256 and takes_onednn(x) and not torch.is_grad_enabled()):
-            x = x if norm is None else NormSiLU.apply(x, norm.gamma, None, 0)
-            is_own = norm is not None and x.shape[2] == past     # all of it, and nobody else's
-            state[self] = x if is_own else x[:, :, -past:].clone()
-            return convolve_pairs([*before.unbind(2), *x.unbind(2)], self.weight, self.bias)
-        if norm is not None and not norm.groups:
-            x = NormSiLU.apply(x, norm.gamma, before, past)
-        else:
-            x = x if norm is None else F.silu(norm(x))
-            if past:
-                B, C, _, H, W = x.shape
-                x = torch.cat([x.new_zeros(B, C, past, H, W) if before is None else before, x], 2)
-        if past:                 # a copy, since a view would keep all of x; where the last one lay,
-            last = x[:, :, -past:]                   # which wants no new pages and leaves no holes
-            state[self] = last if torch.is_grad_enabled() else (
-                last.clone() if before is None else before.copy_(last))
-        if before is None and x.shape[2] == past + 1:        # before a first frame all is zero
-            return convolve(x[:, :, past:], self.weight[:, :, -1:], self.bias, padding=self.padding)
-        return super().forward(x)
+        is_fused = norm is not None and not norm.groups          # norm and SiLU in the kernel
+        x = x if norm is None or is_fused else F.silu(norm(x))
+        y, past = causal_conv3d(x, self.weight, self.bias, state.get(self),
+                                norm.gamma if is_fused else None)
+        if past is not None:
+            state[self] = past
+        return y
 
 
 class ResBlock(nn.Module):
@@ -1428,7 +1310,7 @@ class Up(nn.Module):
                 rest = rest.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
             x = torch.cat([start, rest], 2)
         state[self] = True
-        return convolve_doubled(x, self.conv.weight, self.conv.bias) if self.space else self.conv(x)
+        return upsample_conv3d(x, self.conv.weight, self.conv.bias) if self.space else self.conv(x)
 
 
 class Level(nn.Module):

@@ -31,6 +31,7 @@ except ImportError:  # stand-ins, so that files with kernels import; backend() n
 # On AMD's CPUs with AVX-512 MKL leaves half of it unused: products go to oneDNN as convolutions
 # there. With AVX2 alone that way is slower.
 IS_WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 CHOICES = ("auto", "triton", "torch")
 _kept = WeakTensorKeyDictionary()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the Triton kernels take

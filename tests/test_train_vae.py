@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import prepare_data
 import train_vae as V
+from kernels import conv
 
 TINY = dict(dim=8, mults=(1, 2), downs=("t", "st"), n_res=1, patch=2, z_dim=4, linear=True)
 DEEP = dict(dim=4, mults=(1, 2, 2, 2), downs=("s", "st", "st"), n_res=1, z_dim=4)
@@ -67,23 +68,14 @@ def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monk
         assert torch.allclose(model.decode(mean), decoded, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape, room", [((1, 32, 4, 16, 16), 2**18), ((2, 33, 6, 17, 20), 5000),
-                                         ((1, 40, 8, 5, 9), 1)])
-def test_frames_by_pairs_are_the_convolution(shape, room):
-    x, weight, bias = torch.randn(shape), torch.randn(37, shape[1], 3, 3, 3), torch.randn(37)
-    exact = torch.nn.functional.conv3d(x.double(), weight.double(), bias.double(), padding=(0, 1, 1))
-    found = V.convolve_pairs(x.unbind(2), weight, bias, room)
-    assert found.shape == exact.shape and (found - exact).abs().max() < 3e-6 * exact.abs().max()
-
-
 @pytest.mark.parametrize("options, size", [
     (dict(mults=(1, 2), downs=("s",), z_dim=4, residual=False), (32, 48)),
     (dict(mults=(1,), downs=(), z_dim=48, patch=4), (64, 96))])      # a layer without a norm, too
 def test_large_clips_by_pairs_equal_chunks_and_the_way_of_gradients(options, size, monkeypatch):
     model = shaken(dict(dim=32, n_res=1, **options)).float()
-    video, calls, by_pairs = torch.randn(1, 3, 11, *size), [], V.convolve_pairs
-    monkeypatch.setattr(V, "convolve_pairs", lambda frames, *rest: (
-        calls.append(len(frames)), by_pairs(frames, *rest))[1])
+    video, calls, winograd = torch.randn(1, 3, 11, *size), [], conv.winograd
+    monkeypatch.setattr(conv, "winograd", lambda frames, *rest: (
+        calls.append(len(frames)), winograd(frames, *rest))[1])
     mean, _ = model.encode(video)                                # with gradients: all at once
     decoded = model.decode(mean)
     assert not calls
@@ -122,17 +114,6 @@ def test_an_index_names_files_beside_it_and_detectors_are_trusted(tmp_path, caps
     assert "is a program" in (said := capsys.readouterr().err) and "--trust" in said and not ran
 
 
-def test_a_convolution_of_repeated_pixels_is_of_sums_of_its_taps():
-    x, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-                       for shape in ((2, 3, 2, 4, 5), (6, 3, 1, 3, 3), (6,)))
-    double = torch.nn.functional.interpolate(x, scale_factor=(1, 2, 2))
-    plain = torch.nn.functional.conv3d(double, weight, bias, padding=(0, 1, 1))
-    found = V.convolve_doubled(x, weight, bias)
-    assert torch.allclose(found, plain, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad((y**3).sum(), (x, weight, bias)) for y in (found, plain))):
-        assert torch.allclose(a, b, atol=1e-9)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_large_blocks_are_given_back_from_between_small_ones():
     """In a process of its own, whose heap has no room from before."""
@@ -152,16 +133,11 @@ print(most - before, held() - before)                            # KiB
     assert most > 100 and left < 20
 
 
-def test_gradients_of_the_fused_norm():
-    x, before = (torch.randn(2, 3, n, 1, 2, dtype=torch.float64, requires_grad=True) for n in (3, 2))
-    gamma = torch.rand(3, dtype=torch.float64, requires_grad=True)
-    run = lambda x, gamma, before: V.NormSiLU.apply(x, gamma, before, 2)
-    assert torch.autograd.gradcheck(run, (x, gamma, before))
-    norm = V.Norm(3)
-    norm.gamma.data = gamma.data
-    plain = torch.cat([before, torch.nn.functional.silu(norm(x))], 2)
-    assert torch.allclose(run(x, gamma, before), plain, atol=1e-12)
-    assert torch.equal(V.NormSiLU.apply(x, gamma, None, 2)[:, :, :2], torch.zeros_like(before))
+def test_the_norm_before_a_convolution_is_the_modules():
+    layer, norm, x = V.CausalConv3d(3, 4, 3), V.Norm(3), torch.randn(2, 3, 5, 4, 4)
+    norm.gamma.data = torch.rand(3)
+    plain = layer(torch.nn.functional.silu(norm(x)), {})
+    assert torch.allclose(layer(x, {}, norm), plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, count", [("wan-2.1", 126_892_531), ("wan-2.2", 704_688_668),
