@@ -1189,9 +1189,9 @@ class Norm(nn.Module):
 
 
 class CausalConv3d(Conv3d):
-    """A convolution over [B, C, T, H, W] that sees the present and past frames only, after `norm` and
-    SiLU where a norm is given. `state` maps each layer to the last frames that it saw; before the
-    first chunk they are zeros."""
+    """A convolution over [B, C, T, H, W] that sees the present and past frames only, after `norm`
+    and SiLU where a norm is given. `state` maps each layer to the last frames that it saw; before
+    the first chunk they are zeros."""
 
     def __init__(self, c_in, c_out, kernel):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel

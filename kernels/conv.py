@@ -4,26 +4,26 @@ With RMS norm over the channels and SiLU in front, where gamma [C] is given, and
 input frames of the chunk before (zeros before the first chunk):
 
     h[t] = silu(gamma * sqrt(C) * x[t] / |x[t]|)
-    y[t] = bias + sum over k < KT of weight[:, :, k] (*) h[t - (KT - 1) + k]       (*): 2D, zero-padded
+    y[t] = bias + sum over k < KT of weight[:, :, k] (*) h[t - (KT - 1) + k]     (*): 2D, zero-padded
 
 Layout: x [B, C, T, H, W], weight [D, C, KT, KH, KW] with odd KH and KW, y [B, D, T, H, W]. The past
 [B, C, KT - 1, H, W] is h, as the convolution reads it; the call returns the next chunk's.
 
 norm_silu writes where the convolution reads: behind the frames of the past, on a CPU in
-channels_last_3d. Saved for backward: x, gamma and the norm's scale [B, 1, T, H, W]; one operation in
-the place of six touches memory half as often. In backward, with n = scale x, u = gamma n,
+channels_last_3d. One operation in the place of six touches memory half as often. Saved for backward:
+x, gamma and the norm's scale [B, 1, T, H, W]. Backward, with n = scale x, u = gamma n and
 du = dh silu'(u):  dgamma = sum du n,  dx = scale (gamma du - n mean over C of (gamma du n)).
 
 On a CPU in float32:
 - oneDNN's convolution always: torch takes another one for a chunk of a single clip, which was 2 to
   13 times slower.
 - The first frame of a clip sees zeros before it: only the kernel's last frame is multiplied.
-- Without gradients, for kernels of 3 x 3 x 3 and at least 32 channels, an even number of frames of 256
-  pixels or more goes by Winograd's F(2, 3) over time (Lavin and Gray, arXiv 1509.09308): two frames
-  take four products of a frame in the place of six, in strips of rows that stay in the cache. With
-  it decoding at width 96 takes 0.75 of the time.
-- Of a 2x nearest-neighbour upsampling and a 3 x 3 convolution: a pixel of the result sees 2 x 2 pixels
-  of the input, by sums of the kernel's taps: 4 products in the place of 9. On every device.
+- Without gradients, for kernels of 3 x 3 x 3 and at least 32 channels, an even number of frames of
+  256 pixels or more goes by Winograd's F(2, 3) over time (Lavin and Gray, arXiv 1509.09308): two
+  frames take four products of a frame in the place of six, in strips of rows that stay in the
+  cache. With it decoding at width 96 takes 0.75 of the time.
+On every device, 2x nearest-neighbour upsampling before a 3 x 3 convolution: a pixel of the result
+sees 2 x 2 pixels of the input, by sums of the kernel's taps, 4 products in the place of 9.
 
 Limits: Winograd has no gradients; its error stays below 3e-6 of the largest value in the tests.
 """
@@ -193,8 +193,8 @@ def causal_conv3d(x, weight, bias, past=None, gamma=None):
 
 
 def upsample_conv3d(x, weight, bias):
-    """2x nearest-neighbour upsampling of x [B, C, T, H, W] in space, then the convolution with weight
-    [D, C, 1, 3, 3], padded in space: [B, D, T, 2 H, 2 W]."""
+    """2x nearest-neighbour upsampling of x [B, C, T, H, W] in space, then the convolution with
+    weight [D, C, 1, 3, 3], padded in space: [B, D, T, 2 H, 2 W]."""
     def of_both(kernel, axis):                           # what an even pixel sees, and an odd one
         a, b, c = kernel.unbind(axis)
         return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
