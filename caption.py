@@ -85,11 +85,12 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
+from kernels.linear import FewRows, Linear, join
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse, rng,
                           run_dir, script, write_rows, write_text)
-from train_vae import (INSIDE, RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, checked,
+from train_vae import (INSIDE, RUN_FORMAT, MuonAdamW, Stream, barrier, bench, checked,
                        chosen, claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
                        read_log, read_tensors, restore_optimizer, save_file, setup, start_run,
@@ -180,7 +181,7 @@ class Stack:
     sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
     trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
     expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
-    linear: type = nn.Linear    # train_vae's Linear is faster where layers are wide
+    linear: type = nn.Linear    # kernels.linear's Linear is faster where layers are wide
 
     def __post_init__(self):
         heads, shared = self.heads, self.kv_heads or self.heads
@@ -243,38 +244,6 @@ def rotate(x, cos, sin):
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
-class FewRows(Linear):
-    """A linear layer of few rows, a token of each text: without gradients they take a CPU as long
-    as the weights' way from memory, which is shorter (1.2 times) as a batch of products with parts
-    of the weights, some for each thread."""
-
-    def forward(self, x):
-        threads = torch.get_num_threads()
-        parts = math.gcd(self.out_features, 4 * threads)
-        if (torch.is_grad_enabled() or x.numel() > 32 * self.in_features or parts < threads
-                or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32):
-            return super().forward(x)
-        rows = x.reshape(-1, self.in_features)                                        # [N, K]
-        y = torch.bmm(self.weight.unflatten(0, (parts, -1)),
-                      rows.T.expand(parts, *rows.T.shape)).flatten(0, 1).T.contiguous()   # [N, M]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
-
-
-class Columns(nn.Module):
-    """What a linear layer of weight [M, K] makes of one row: its weights lie by columns, a part for
-    each thread, which a CPU reads 1.5 times as fast as `nn.Linear` or more."""
-
-    def __init__(self, weight, bias=None):
-        super().__init__()
-        parts = math.gcd(weight.shape[1], torch.get_num_threads())
-        self.weight = weight.T.contiguous().view(parts, -1, len(weight))             # [., K / ., M]
-        self.bias = bias
-
-    def forward(self, x):
-        y = torch.bmm(x.view(len(self.weight), 1, -1), self.weight).sum(0)           # [1, M]
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-
 class Layer(nn.Module):
     """A transformer layer: attention, then an MLP."""
 
@@ -313,14 +282,7 @@ class Layer(nn.Module):
             if self.stack.expert or self.stack.width > 2048 or not (
                     is_plain and (columns or parts[1:])):
                 continue
-            every = {kind: torch.cat([getattr(f, kind).detach() for f in parts])
-                     for kind, _ in parts[0].named_parameters()}
-            if columns:
-                self.joined[names] = Columns(**every)
-                continue
-            whole = nn.utils.skip_init(self.stack.linear, *every["weight"].T.shape, "bias" in every)
-            whole.load_state_dict(every, assign=True)
-            self.joined[names] = whole.requires_grad_(False)
+            self.joined[names] = join(parts, columns)
 
     def whole(self, names, x):
         """The layer that `join` made of those of these names, if it takes as many rows as x."""

@@ -26,7 +26,6 @@ Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this sha
 """
 import atexit
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import itertools
@@ -59,8 +58,9 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kernels import HAS_ONEDNN, IS_WIDE
 from kernels.conv import Conv3d, causal_conv3d, upsample_conv3d
+from kernels.linear import Linear
+from kernels.memory import keep_memory
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
                           is_sole, number, one_line, open_dataset, read_clip, read_text, refuse,
                           rng, run_dir, script, sweep, where, writable, write_rows, write_text)
@@ -72,9 +72,9 @@ RUN_FORMAT = 1          # of a run's folder and of a latents file
 # ------------------------------------------------------------------------------------------------
 
 
-def setup(args, parts=None, option=None, codes=False):
+def setup(args, parts=None, option=None, coding=False):
     """Returns (rank, world, device); joins torchrun's process group where there is one. `parts`:
-    of how many parts a step consists, by which option; no rank may be left without. `codes`: as
+    of how many parts a step consists, by which option; no rank may be left without. `coding`: as
     `keep_memory` has it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if parts is not None and parts < world:
@@ -95,7 +95,7 @@ def setup(args, parts=None, option=None, codes=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "cpu":
-        keep_memory(codes)
+        keep_memory(coding)
     WATCH.start(rank, world)
     if world > 1 and not torch.distributed.is_initialized():
         # figures go over gloo: on the way over NCCL they would wait for the GPU. No limit of time:
@@ -164,40 +164,6 @@ class Watch:
 
 
 WATCH = Watch()
-
-
-def keep_memory(codes=False):
-    """Tells glibc, before the first tensor is made, to keep what is freed: the kernel clears every
-    page that it hands out, a fifth of a training step on a CPU. With `codes`, where blocks of all
-    sizes in one heap would leave holes, a third of what coding long clips holds, blocks from 2 MiB
-    on are huge pages of their own, of which fewer are mapped and cleared."""
-    if codes:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                 # of torch
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**21 if codes else 2**25)              # M_MMAP_THRESHOLD
-        libc.mallopt(-1, -1)                                     # M_TRIM_THRESHOLD: never
-
-
-class Linear(nn.Linear):
-    """A linear layer of x [..., K]. torch gives matrix products on a CPU to MKL, oneDNN is faster:
-    its own linear layer, which has no gradients, up to 1.6 times (with AVX2; with one row 1.2);
-    with gradients a convolution of one pixel, where AMD's CPUs have AVX-512, of which MKL leaves
-    half unused (with AVX2 that way is slower). Small products are not worth the second detour."""
-
-    def forward(self, x):
-        n = x.numel() * self.out_features
-        if x.device.type != "cpu" or x.dtype == torch.float64 or not n:
-            return super().forward(x)
-        if HAS_ONEDNN and x.dtype == self.weight.dtype == torch.float32 and not (
-                torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-                or torch.compiler.is_compiling()):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        if n < 2**26 or not IS_WIDE:
-            return super().forward(x)
-        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)      # [1, K, N, 1]
-        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)          # [..., M]
 
 
 def option_parser(doc):
@@ -2118,7 +2084,7 @@ def held_out_bank(model, clips, rows, seed, n=48):
 
 def evaluate_run(args):
     """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
-    _, _, device = setup(args, codes=True)
+    _, _, device = setup(args, coding=True)
     folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     rows = split_rows(open_dataset(folder), args.name, model_path(name))[1]
     model, config = load_autoencoder(name, device)
@@ -2457,7 +2423,7 @@ def read_header(path):
 
 
 def encode(args):
-    rank, world, device = setup(args, codes=True)
+    rank, world, device = setup(args, coding=True)
     folder = dataset_dir(args.name)
     rows = open_dataset(folder)
     writable(folder)

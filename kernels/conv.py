@@ -1,17 +1,17 @@
 """Causal 3D convolutions with their norm and activation, and convolutions of upsampled frames.
 
-With RMS norm over the channels and SiLU in front, where gamma [C] is given, and with the last KT - 1
-input frames of the chunk before (zeros before the first chunk):
+With RMS norm over the channels and SiLU in front, where gamma [C] is given, and behind the last
+KT - 1 frames of the chunk before (zeros before the first chunk):
 
     h[t] = silu(gamma * sqrt(C) * x[t] / |x[t]|)
-    y[t] = bias + sum over k < KT of weight[:, :, k] (*) h[t - (KT - 1) + k]     (*): 2D, zero-padded
+    y[t] = bias + sum over k < KT of weight[:, :, k] (*) h[t - (KT - 1) + k]   (*): 2D, zero-padded
 
 Layout: x [B, C, T, H, W], weight [D, C, KT, KH, KW] with odd KH and KW, y [B, D, T, H, W]. The past
 [B, C, KT - 1, H, W] is h, as the convolution reads it; the call returns the next chunk's.
 
 norm_silu writes where the convolution reads: behind the frames of the past, on a CPU in
-channels_last_3d. One operation in the place of six touches memory half as often. Saved for backward:
-x, gamma and the norm's scale [B, 1, T, H, W]. Backward, with n = scale x, u = gamma n and
+channels_last_3d. One operation in the place of six touches memory half as often. Saved for
+backward: x, gamma and the norm's scale [B, 1, T, H, W]. Backward, with n = scale x, u = gamma n and
 du = dh silu'(u):  dgamma = sum du n,  dx = scale (gamma du - n mean over C of (gamma du n)).
 
 On a CPU in float32:

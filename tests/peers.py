@@ -499,5 +499,5 @@ def bench_sampling(argv):
 if __name__ == "__main__":
     told = json.loads(sys.argv[2])
     if told[0] == "ours":
-        V.keep_memory(codes=sys.argv[1] == "coder_side")
+        V.keep_memory(coding=sys.argv[1] == "coder_side")
     print(json.dumps(globals()[sys.argv[1]](*told)))

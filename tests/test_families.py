@@ -286,18 +286,6 @@ def test_choose():
     assert set(token.tolist()) == {1}
 
 
-@pytest.mark.parametrize("shape", [(0,), (1, 1), (5, 1), (2, 16), (33,)])            # and more
-@pytest.mark.parametrize("outs, bias", [(12, True), (16, False), (7, True)])         # 7: in no parts
-def test_products_of_few_rows(shape, outs, bias):
-    torch.manual_seed(0)
-    layer, x = c.FewRows(24, outs, bias), torch.randn(*shape, 24)
-    with torch.no_grad():
-        y = layer(x)
-    torch.testing.assert_close(y, layer(x).detach())
-    assert y.shape == (*shape, outs)
-    assert y.is_contiguous()                     # or attention would leave its fast way
-
-
 @pytest.mark.parametrize("folder", [LLAVA, QWEN])                    # the second has biases of q, k, v
 def test_joined_layers_are_the_layers(folder):
     many, one, apart = (c.open_vlm(folder) for _ in range(3))

@@ -114,25 +114,6 @@ def test_an_index_names_files_beside_it_and_detectors_are_trusted(tmp_path, caps
     assert "is a program" in (said := capsys.readouterr().err) and "--trust" in said and not ran
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_large_blocks_are_given_back_from_between_small_ones():
-    """In a process of its own, whose heap has no room from before."""
-    code = """
-import pathlib, re, torch, train_vae
-held = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-train_vae.keep_memory(codes=True)
-before = held()
-blocks = [torch.ones(n) for n in (3 * 2**20, 2**10) * 10]        # 12 MiB and 4 KiB, by turns
-most = held()
-blocks = blocks[1::2]
-print(most - before, held() - before)                            # KiB
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(V.__file__).parent, text=True,
-                          capture_output=True, check=True)
-    most, left = (int(n) / 1024 for n in done.stdout.split())
-    assert most > 100 and left < 20
-
-
 def test_the_norm_before_a_convolution_is_the_modules():
     layer, norm, x = V.CausalConv3d(3, 4, 3), V.Norm(3), torch.randn(2, 3, 5, 4, 4)
     norm.gamma.data = torch.rand(3)
