@@ -86,11 +86,12 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from kernels.linear import FewRows, Linear, join
+from kernels.optim import MuonAdamW
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse, rng,
                           run_dir, script, write_rows, write_text)
-from train_vae import (INSIDE, RUN_FORMAT, MuonAdamW, Stream, barrier, bench, checked,
+from train_vae import (INSIDE, RUN_FORMAT, Stream, barrier, bench, checked,
                        chosen, claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
                        read_log, read_tensors, restore_optimizer, save_file, setup, start_run,

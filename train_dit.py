@@ -60,11 +60,12 @@ from kernels import backend
 from kernels.adaln import gate_residual_ln_modulate, ln_modulate
 from kernels.attention import attention
 from kernels.linear import Linear
+from kernels.optim import MuonAdamW
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, open_dataset,
                           refuse, rng, run_dir, script, sweep)
-from train_vae import (MuonAdamW, barrier, bench, checked, chosen, claim, decode_long,
+from train_vae import (barrier, bench, checked, chosen, claim, decode_long,
                        ema_update, epoch_order, fit, gaussians, innermost, is_finished, is_run,
                        last_checkpoint, latents_path, load_autoencoder, load_step, lr_at,
                        model_path, normaliser, moved, one_run, optimizer_tensors, option_parser,

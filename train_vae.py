@@ -44,7 +44,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -61,6 +61,7 @@ from tqdm import tqdm
 from kernels.conv import Conv3d, causal_conv3d, upsample_conv3d
 from kernels.linear import Linear
 from kernels.memory import keep_memory
+from kernels.optim import MuonAdamW
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
                           is_sole, number, one_line, open_dataset, read_clip, read_text, refuse,
                           rng, run_dir, script, sweep, where, writable, write_rows, write_text)
@@ -681,86 +682,6 @@ def lr_at(step, args):
         return args.lr
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-class MuonAdamW:
-    """Muon for the hidden matrices (a convolution is one of [C_out, C_in * kernel]), AdamW for
-    embeddings, vectors and the layers named in `plain`; one learning rate serves both, since an
-    orthogonal update is scaled to the root mean square of AdamW's. torch.optim.Muon takes 2D
-    parameters only. (Jordan et al. 2024, github.com/KellerJordan/Muon; the scale: Liu et al. 2025,
-    2502.16982.) No torch.optim.Optimizer: the first of those imports torch's compiler, seconds."""
-
-    def __init__(self, model, plain=(), betas=(0.9, 0.99), momentum=0.95, weight_decay=0.01):
-        vectors, matrices = [], []
-        for name, p in model.named_parameters():
-            is_plain = p.dim() < 2 or any(part in name for part in ("embed", *plain))
-            (vectors if is_plain else matrices).append(p)
-        self.state, common = defaultdict(dict), dict(lr=0.0, betas=betas, momentum=momentum,
-                                                     weight_decay=weight_decay)
-        self.param_groups = [dict(params=vectors, muon=False, **common),
-                             dict(params=matrices, muon=True, **common)]
-
-    def zero_grad(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            found = [p for p in group["params"] if p.grad is not None]
-            if not group["muon"]:
-                self.adamw(found, group)
-                continue
-            shapes = {}
-            for p in found:                              # matrices of one shape go as one batch
-                shapes.setdefault((len(p), p[0].numel()), []).append(p)
-            for alike in shapes.values():
-                self.muon(alike, group)
-
-    def adamw(self, found, group):
-        for p in found:
-            if not self.state[p]:
-                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p),
-                                     exp_avg_sq=torch.zeros_like(p))
-        if not found:
-            return
-        states, grads = [self.state[p] for p in found], [p.grad for p in found]
-        first, second = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        torch._foreach_add_([state["step"] for state in states], 1)
-        steps = [state["step"].item() for state in states]
-        decayed = [p for p in found if p.dim() >= 2]
-        if decayed:
-            torch._foreach_mul_(decayed, 1 - lr * group["weight_decay"])
-        roots = torch._foreach_sqrt(torch._foreach_div(second, [1 - beta2**n for n in steps]))
-        torch._foreach_add_(roots, 1e-8)
-        torch._foreach_addcdiv_(found, first, roots, [-lr / (1 - beta1**n) for n in steps])
-
-    def muon(self, alike, group):
-        """alike: parameters that are matrices of one shape."""
-        for p in alike:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        grads, kept = [p.grad for p in alike], [self.state[p]["momentum"] for p in alike]
-        torch._foreach_lerp_(kept, grads, 1 - group["momentum"])
-        x = torch.stack([u.flatten(1) for u in torch._foreach_lerp(grads, kept, group["momentum"])])
-        is_tall = x.shape[1] > x.shape[2]
-        x = x.transpose(1, 2) if is_tall else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        if x.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
-            x = x.bfloat16()                        # its errors only perturb the direction
-        for _ in range(5):                          # Newton-Schulz towards the nearest orthogonal
-            square = x @ x.transpose(1, 2)
-            x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-        x = (x.transpose(1, 2) if is_tall else x).float()
-        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
-        size = 0.2 * max(alike[0].flatten(1).shape) ** 0.5
-        torch._foreach_add_(alike, [u.view_as(p) for u, p in zip(x, alike)],
-                            alpha=-group["lr"] * size)
 
 
 def take_step(model, optimizer, lr, clip=1.0):

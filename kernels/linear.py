@@ -5,9 +5,9 @@ to F.linear.
 
 torch gives matrix products on a CPU to MKL; oneDNN is faster:
 - linear(): without gradients oneDNN's own linear layer, which has no backward: up to 1.6 times
-  (with AVX2; with one row 1.2). With gradients, where AMD's CPUs have AVX-512, of which MKL leaves half
-  unused, a convolution of one pixel (with AVX2 that way is slower), from 2^26 multiply-adds on:
-  for smaller ones steps of the demo's denoiser and captioner were 3 to 8% slower.
+  (with AVX2; with one row 1.2). With gradients, where AMD's CPUs have AVX-512, of which MKL leaves
+  half unused, a convolution of one pixel (with AVX2 that way is slower), from 2^26 multiply-adds
+  on: for smaller ones steps of the demo's denoiser and captioner were 3 to 8% slower.
 - few_rows(): up to 32 rows, a token of each text, without gradients: they take a CPU as long as the
   weights' way from memory, which is shorter (1.2 times) as a batch of products with parts of the
   weights, some for each thread.

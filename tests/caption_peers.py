@@ -10,6 +10,7 @@ import transformers
 
 import caption as C
 import train_vae as V
+from kernels.memory import keep_memory
 
 FIXTURE = Path(__file__).with_name("fixtures") / "vlm-llava15"
 
@@ -45,7 +46,7 @@ def bench(argv):
                         help="clips have 1 to as many frames, in turn (1 4)")
     parser.add_argument("--new", type=V.number(int, 1), default=64, help="tokens (%(default)s)")
     args = parser.parse_args(argv)
-    V.keep_memory()
+    keep_memory()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, "
           f"{torch.get_num_threads()} threads; {args.new} new tokens, best of {args.repeats}")
     print(f"{'clips, frames of each':21} {'tokens in':>11} {'theirs tok/s':>12} {'ours tok/s':>12} "

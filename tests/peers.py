@@ -20,6 +20,8 @@ from diffusers import AutoencoderKLWan, DiTTransformer2DModel, WanTransformer3DM
 import sample as S
 import train_dit as D
 import train_vae as V
+from kernels.memory import keep_memory
+from kernels.optim import MuonAdamW
 
 
 def wan(layers, dim, heads):
@@ -332,7 +334,7 @@ def train_on_footage(model, optimizer, clips, splits, args, seed):
 
 
 def muon(model):
-    return V.MuonAdamW(model, plain=("to_pixels", "linear", "conv_out"))
+    return MuonAdamW(model, plain=("to_pixels", "linear", "conv_out"))
 
 
 def adamw(model):
@@ -346,7 +348,7 @@ SIDES = {"ours": (lambda: V.Autoencoder(**V.MODELS["vae-xs"]), muon), "theirs": 
 def bench_footage(args):
     """Prints held-out PSNR of real footage: our model and optimizer, and diffusers' model with
     AdamW and with our optimizer, for equal minutes, batches, losses and learning rates."""
-    V.keep_memory()
+    keep_memory()
     torch.set_num_threads(2)
     folder, found = V.dataset_dir(args.footage), {side: [] for side in args.sides}
     rows, clips = V.open_dataset(folder), V.ClipCache(folder)
@@ -499,5 +501,5 @@ def bench_sampling(argv):
 if __name__ == "__main__":
     told = json.loads(sys.argv[2])
     if told[0] == "ours":
-        V.keep_memory(coding=sys.argv[1] == "coder_side")
+        keep_memory(coding=sys.argv[1] == "coder_side")
     print(json.dumps(globals()[sys.argv[1]](*told)))

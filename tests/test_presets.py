@@ -8,6 +8,7 @@ import torch
 import caption
 import train_dit as D
 import train_vae as V
+from kernels.optim import MuonAdamW
 
 NAMED = [name for name, preset in D.MODELS.items() if "dim" in preset]       # the others take --init's
 Z, CODES = 4, 11
@@ -68,7 +69,7 @@ def test_every_denoiser_learns_and_samples(name):
     before = [p.detach().clone() for p in model.parameters()]
     losses, _, _ = D.losses_of(model, row, *tensors, dtype="fp32")
     losses.sum().backward()
-    norm = V.take_step(model, V.MuonAdamW(model), V.lr_at(0, args))
+    norm = V.take_step(model, MuonAdamW(model), V.lr_at(0, args))
     assert losses.isfinite().all() and losses.min() > 0 and 0 < norm < math.inf
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     model.eval()
@@ -94,7 +95,7 @@ def test_every_captioner_learns_and_captions(name):
     ids = torch.randint(3, 300, (2, 6))
     loss, words = caption.losses(model, x, ids)
     (loss + words).backward()
-    norm = V.take_step(model, V.MuonAdamW(model, plain=("head", "words", "position", "stem")), 1e-2)
+    norm = V.take_step(model, MuonAdamW(model, plain=("head", "words", "position", "stem")), 1e-2)
     assert 0 < norm < math.inf and loss.isfinite()
     assert len(model.eval().generate(x, 4)) == 2
 
