@@ -85,6 +85,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.attention import attention
+from kernels.decode import Cache, attend
 from kernels.linear import FewRows, Linear, join
 from kernels.optim import MuonAdamW
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
@@ -322,21 +323,11 @@ class Layer(nn.Module):
             return self.linear("out", o, image)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.add(self, k, v)
+            k, v = cache.append(self, k, v)
         if bias is not None and bias.is_floating_point():                # scores in float32, too
             q, k, v = q.float(), k.float(), v.float()
-        # One new query sees all that the cache holds; several are a text's beginning: a square.
-        is_causal, n = stack.causal and q.shape[2] > 1 and bias is None, q.shape[2]
-        if n == 1:                       # those of the same keys side by side: with a mask a GPU
-            q = q.reshape(*k.shape[:2], -1, k.shape[3])      # would copy the keys for each head
-        see = functools.partial(F.scaled_dot_product_attention, scale=stack.scale,
-                                enable_gqa=q.shape[1] != k.shape[1])
-        if cache is not None and cache.apart:
-            o = torch.cat([see(q[i:i + 1], k[i:i + 1, :, keys], v[i:i + 1, :, keys])
-                           for i, keys in enumerate(cache.apart)])
-        else:
-            o = see(q, k, v, bias, is_causal=is_causal)
-        o = o.reshape(len(x), -1, n, k.shape[3])                         # [B, A, n, E]
+        o = attend(q, k, v, bias, stack.scale, stack.causal and bias is None,
+                   cache and cache.row_keys)                             # [B, A, N, E]
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
 
     def mlp(self, x, image):
@@ -357,77 +348,6 @@ class Layer(nn.Module):
         h = self.attend(self.norm1(x), turn, cu, cache, bias, image)
         x = torch.add(x, h, alpha=stack.branch)
         return torch.add(x, self.mlp(self.norm2(x), image), alpha=stack.branch)
-
-
-class Cache:
-    """Keys and values of a stack of layers, [2, B, KV, room, E] each; rows differ in length."""
-
-    def __init__(self):
-        self.kept, self.lengths, self.room, self.rows, self.start = {}, [], 0, None, 0
-        self.place, self.where = None, None      # rows, and where they go on, on the device
-        self.apart = None                        # the keys of each row, where each is seen alone
-        self.prefix, self.first = None, {}       # ids that all prompts begin with, and their part
-
-    def aim(self, rows=None, start=0, n=1):
-        """What comes next: n tokens from `start` on for some rows, or a token more for each."""
-        self.rows, self.start = rows, start
-        for row in rows or ():
-            self.lengths += [0] * (row + 1 - len(self.lengths))
-        self.room = max(self.room, start + n, *(length + 1 for length in self.lengths))
-
-    def mask(self, n, window, device):
-        """bool: which keys the queries to come see; None where it goes without saying. For all
-        layers at once, since each index that comes from the host makes a GPU wait. Rows of very
-        different lengths are seen one by one on a CPU, whose time is what it reads."""
-        self.apart = None
-        if self.rows is None:
-            if len(set(self.lengths)) == 1 and not window:
-                return None
-            self.place = torch.arange(len(self.lengths), device=device)
-            self.where = torch.tensor(self.lengths, device=device)
-            seen = [min(length + 1, window or length + 1) for length in self.lengths]
-            if device.type == "cpu" and sum(seen) < 0.8 * len(seen) * (max(self.lengths) + 1):
-                self.apart = [slice(length + 1 - count, length + 1)
-                              for length, count in zip(self.lengths, seen)]
-                return None
-            at = self.where[:, None, None, None]
-            keys = torch.arange(max(self.lengths) + 1, device=device)
-        else:
-            self.place = torch.tensor(self.rows, device=device)
-            if not self.start and not 0 < window < n:
-                return None
-            keys = torch.arange(self.start + n, device=device)
-            at = keys[self.start:, None]
-        return (keys <= at) & (keys > at - (window or len(keys) + 1))
-
-    def fit(self, layer, like):
-        """The layer's tensor, with room for all rows and for what comes next."""
-        both, B, KV, E = self.kept.get(layer), len(self.lengths), like.shape[2], like.shape[4]
-        if both is None or both.shape[1] < B or both.shape[3] < self.room:
-            self.kept[layer] = like.new_zeros(2, B, KV, -(-self.room // 128) * 128, E)
-            if both is not None:
-                self.kept[layer][:, :both.shape[1], :, :both.shape[3]] = both
-        return self.kept[layer]
-
-    def add(self, layer, k, v):
-        """Puts k, v [B, KV, new, E] after what is there; returns views of all, [B, KV, all, E]."""
-        both, place = self.fit(layer, k[None]), self.place
-        if self.rows is None:
-            n = max(self.lengths) + 1
-            if min(self.lengths) == n - 1:           # one slice, and nothing looked up
-                both[0, :, :, n - 1:n], both[1, :, :, n - 1:n] = k, v
-            else:
-                both[0, place, :, self.where] = k[:, :, 0]
-                both[1, place, :, self.where] = v[:, :, 0]
-            return both[0, :, :, :n], both[1, :, :, :n]
-        end = self.start + k.shape[2]
-        both[0, place, :, self.start:end], both[1, place, :, self.start:end] = k, v
-        return (k, v) if not self.start else (both[0, place, :, :end], both[1, place, :, :end])
-
-    def keep(self, rows):
-        """Forgets all rows but these."""
-        self.lengths = [self.lengths[row] for row in rows]
-        self.kept = {layer: both[:, rows] for layer, both in self.kept.items()}
 
 
 def initialise(model, depth):
@@ -556,7 +476,7 @@ class Decoder(nn.Module):
                      / math.log(self.stack.trained),)
         masks = cache or Cache()
         if cache is None:
-            masks.aim([0], 0, x.shape[1])
+            masks.plan([0], 0, x.shape[1])
         bias = masks.mask(x.shape[1], self.stack.window, x.device)
         for layer in self.layers:
             x = layer(x, turn, cache=cache, bias=bias, image=image)      # [B, L, D]
@@ -592,25 +512,24 @@ def side_by_side(requests):
             None if requests[0].image is None else pad(request.image for request in requests))
 
 
-def begin(decoder, cache, slots, rows):
+def prefill(decoder, cache, slots, rows):
     """Reads the prompts of `rows` into their slots of the cache; their last hidden states [B, D].
     What all prompts begin with is read once."""
     lengths = [len(row.request.ids) for row in rows]
-    cache.aim(slots, 0, max(lengths) + min(len(rows[0].draws), 128))         # room, made but once
+    cache.plan(slots, 0, max(lengths) + min(len(rows[0].draws), 128))    # the capacity, but once
     if cache.prefix is None:
         texts = [[str(i) for i in row.request.ids] for row in rows]
         shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
         n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
-        cache.prefix, first = rows[0].request.ids[:n] if n >= 16 else [], rows[0].request
-        if cache.prefix:
-            cache.aim([slots[0]], 0, n)
+        first, cache.prefix = rows[0].request, []
+        if n >= 16:
+            cache.plan([slots[0]], 0, n)
             decoder(first.x[None, :n], first.positions[..., None, :n], cache)
-            cache.first = {layer: both[:, slots[:1], :, :n] for layer, both in cache.kept.items()}
+            cache.save_prefix(first.ids[:n], slots[0])
     start = len(cache.prefix)
     if start and all(len(row.request.ids) > start and row.request.ids[:start] == cache.prefix
                      for row in rows):
-        for layer, both in cache.first.items():
-            cache.fit(layer, both)[:, slots, :, :start] = both
+        cache.copy_prefix(slots)
     else:
         start = 0
     # a GPU wants all at once; on a CPU what is computed of a few hundred tokens stays in its cache
@@ -619,7 +538,7 @@ def begin(decoder, cache, slots, rows):
         slots, rows = zip(*part)
         x, places, image = side_by_side([row.request for row in rows])
         counts = [len(row.request.ids) for row in rows]
-        cache.aim(slots, start, x.shape[1] - start)
+        cache.plan(slots, start, x.shape[1] - start)
         h = decoder(x[:, start:], places[..., start:], cache,
                     None if image is None else image[:, start:],
                     torch.tensor(counts, device=x.device))
@@ -662,14 +581,14 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
             for slot, request in fresh.items():
                 rows[slot] = Row(request, most, seed)
             slots = list(fresh)
-            h = begin(decoder, cache, slots, [rows[slot] for slot in slots])
+            h = prefill(decoder, cache, slots, [rows[slot] for slot in slots])
         else:
             if free:
                 rows = [row for row in rows if row is not None]
-                cache.keep([i for i in range(len(free) + len(rows)) if i not in free])
+                cache.select([i for i in range(len(free) + len(rows)) if i not in free])
             if not rows:
                 return
-            cache.aim()
+            cache.plan()
             slots, x = list(range(len(rows))), decoder.read([[row.ids[-1]] for row in rows])
             device = x.device
             at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=device)

@@ -254,7 +254,7 @@ def test_rows_of_other_lengths(window, lengths, is_apart, monkeypatch):
 
     def spy(self, *more):
         bias = mask(self, *more)
-        seen.append((self.rows is None and len(self.lengths) > 1, self.apart))
+        seen.append((self.rows is None and len(self.lengths) > 1, self.row_keys))
         return bias
     monkeypatch.setattr(c.Cache, "mask", spy)
     ids = [torch.randint(50, (n,)).tolist() for n in lengths]
@@ -264,9 +264,9 @@ def test_rows_of_other_lengths(window, lengths, is_apart, monkeypatch):
     for text, tokens, score in c.generate(decoder, texts, 3, 12):
         _, wanted, mean = alone[text.key]
         assert tokens == wanted and score == pytest.approx(mean, abs=1e-5)
-    steps = [apart for is_step, apart in seen if is_step]
+    steps = [row_keys for is_step, row_keys in seen if is_step]
     assert len(steps) == 11 and all(
-        (apart is not None) == (is_apart or window > 0) for apart in steps)
+        (row_keys is not None) == (is_apart or window > 0) for row_keys in steps)
     if window:
         assert all(keys.stop - keys.start <= 8 for keys in steps[-1])
 
