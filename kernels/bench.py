@@ -1,11 +1,12 @@
 """Times the kernels against what a user would write instead: python -m kernels.bench
-[attention|adaln|patchify|rope]
+[attention|adaln|patchify|rope|conv|linear|decode|optim]
 
-One table a kernel, one line a shape and direction (forward; forward and backward): milliseconds,
-TFLOP/s or GB/s, percent of the device's own ceiling (a matrix product, or a copy, measured in the
-same run), then the milliseconds of plain torch, of the same under torch.compile and, for attention,
-of scaled_dot_product_attention, and how many times faster than the best of them we are. Medians of
-runs that take turns, after a warm-up; inputs are normal random numbers, bfloat16 on CUDA.
+One table a kernel, one line a shape and direction (forward; forward and backward, where there is
+one): milliseconds, TFLOP/s or GB/s, percent of the device's own ceiling (a matrix product, or a
+copy, measured in the same run), then the milliseconds of plain torch, of the same under
+torch.compile and, for attention, of scaled_dot_product_attention, and how many times faster than
+the best of them we are. Medians of runs that take turns, after a warm-up; inputs are normal random
+numbers, bfloat16 on CUDA. linear's few rows and columns, decode and optim run without gradients.
 
 On a CPU the torch path is timed, in float32 at smaller shapes, attention against a loop over clips;
 there is no compile column. A multiply-add is 2 flops, GB are 1e9 bytes; bytes counted are those
@@ -23,11 +24,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import adaln, attention, patchify, rope
+from kernels import adaln, attention, conv, decode, linear, optim, patchify, rope
 
 # leaves: tensors that want gradients; ours and peers {name: fn}: called with them; work and
-# work_both: flops or bytes of the forward and of both passes
-Case = namedtuple("Case", "label leaves ours peers work work_both")
+# work_both: bytes or flops of the forward and of both passes (None: not timed)
+Case = namedtuple("Case", "label leaves ours peers work work_both unit", defaults=["GB/s"])
 
 
 def attention_cases(shapes, make):
@@ -44,13 +45,14 @@ def attention_cases(shapes, make):
         flops = 4 * A * E * sum(n * m for n, m in zip(len_q, len_k))
         label = f"{A}x{E} {len(len_q)} clips {min(len_q)}-{max(len_q)} on {min(len_k)}-{max(len_k)}"
         ours = lambda q, k, v, a=cu_q, b=cu_k: attention.attention(q, k, v, a, b)
-        yield Case(label, leaves, ours, peers, flops, 3.5 * flops)
+        yield Case(label, leaves, ours, peers, flops, 3.5 * flops, "TFLOP/s")
         if len_k is not len_q:
             bias = make(sum(len_k)).float()
             biased, plain = (lambda q, k, v, a=cu_q, b=cu_k, fn=fn, bias=bias: fn(
                 q, k, v, a, b, bias=bias) for fn in (attention.attention, partial(
                     attention.reference, upcast=None)))
-            yield Case(f"{label}, bias", leaves, biased, {"eager": plain}, flops, 3.5 * flops)
+            yield Case(f"{label}, bias", leaves, biased, {"eager": plain}, flops, 3.5 * flops,
+                       "TFLOP/s")
 
 
 def formula(q, k, v):
@@ -109,6 +111,70 @@ def patchify_cases(shapes, make):
                    {"eager": plain}, 2 * unit, 4 * unit)
 
 
+def conv_cases(shapes, make):
+    causal, upsampled = shapes
+    for (B, C, T, H, W), D, kernel, is_later in causal:
+        leaves = [make(B, C, T, H, W), make(D, C, *kernel), make(D), make(C)]
+        past = make(B, C, kernel[0] - 1, H, W) if is_later else None
+        ours, plain = (lambda x, w, b, gamma, past=past, fn=fn: fn(x, w, b, past, gamma)[0]
+                       for fn in (conv.causal_conv3d, conv.reference))
+        flops = 2 * B * T * H * W * leaves[1].numel()
+        yield Case(f"norm+SiLU+causal conv {B}x{C}x{T}x{H}x{W}{', later chunk' * is_later}", leaves,
+                   ours, {"eager": plain}, flops, 3 * flops, "TFLOP/s")
+    for B, C, T, H, W in upsampled:
+        leaves = [make(B, C, T, H, W), make(C, C, 1, 3, 3), make(C)]
+        flops = 8 * B * T * H * W * leaves[1].numel()
+        yield Case(f"upsample+conv {B}x{C}x{T}x{H}x{W}", leaves, conv.upsample_conv3d,
+                   {"eager": conv.upsample_reference}, flops, 3 * flops, "TFLOP/s")
+
+
+def linear_cases(shapes, make):
+    for N, K, M in shapes:
+        leaves, flops = [make(N, K), make(M, K), make(M)], 2 * N * K * M
+        size = sum(x.numel() for x in leaves) * leaves[0].element_size()
+        if N > 32:
+            yield Case(f"linear {N}x{K}x{M}", leaves, linear.linear, {"eager": F.linear}, flops,
+                       3 * flops, "TFLOP/s")
+            continue
+        yield Case(f"few rows {N}x{K}x{M}", leaves, linear.few_rows, {"eager": F.linear}, size,
+                   None)
+        if N == 1:
+            columns = linear.Columns(*leaves[1:])
+            yield Case(f"columns {N}x{K}x{M}", leaves, lambda x, *_, fn=columns: fn(x),
+                       {"eager": F.linear}, size, None)
+
+
+def decode_cases(shapes, make):
+    for A, KV, E, lengths in shapes:
+        B, S, cache = len(lengths), max(lengths) + 1, decode.Cache()
+        leaves = [make(B, A, 1, E), make(B, KV, S, E), make(B, KV, S, E)]
+        cache.lengths = lengths
+        mask = cache.mask(1, 0, torch.device(make.device))
+        keys = torch.arange(S, device=make.device)
+        seen = keys <= torch.tensor(lengths, device=make.device)[:, None, None, None]
+        ours = lambda *qkv, mask=mask, rows=cache.row_keys: decode.attend(*qkv, mask, row_keys=rows)
+        padded = lambda *qkv, seen=seen: F.scaled_dot_product_attention(*qkv, seen, enable_gqa=True)
+        yield Case(f"a token of {B} texts of {min(lengths)}-{max(lengths)}, {A}/{KV}x{E}", leaves,
+                   ours, {"eager": padded},
+                   2 * sum(n + 1 for n in lengths) * KV * E * leaves[0].element_size(), None)
+
+
+def optim_cases(shapes, make):
+    for is_muon, each in shapes:
+        params = torch.nn.ParameterList(make(*shape).float() for shape in each)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer, states = optim.MuonAdamW(params, () if is_muon else ("",)), [{} for _ in each]
+        work = (sum(5 * (4 * m * m * n + 2 * m**3) for m, n in map(sorted, each)) if is_muon
+                else 7 * 4 * sum(p.numel() for p in params))
+
+        def one_by_one(params=params, states=states, is_muon=is_muon):
+            for p, state in zip(params, states):
+                optim.reference(p, p.grad, state, 1e-3, 1, is_muon)
+        yield Case(f"{'Muon' if is_muon else 'AdamW'}, {len(each)} tensors", [], optimizer.step,
+                   {"one by one": one_by_one}, work, None, "TFLOP/s" if is_muon else "GB/s")
+
+
 class Make:
     """Random tensors for one device."""
 
@@ -159,23 +225,25 @@ def both_passes(fn, leaves):
     return lambda: torch.autograd.grad(fn(*leaves), leaves, seeds)
 
 
-def bench(name, cases, make, ceiling, unit, size):
+def bench(name, cases, make, ceilings):
     print("\n{}: {} ({})".format(name, *kernels.backend(make.device)))
     for case in cases:
-        peers = dict(case.peers)
-        if make.device == "cuda":
-            peers["compile"] = torch.compile(case.peers.get("eager", case.peers.get("sdpa")))
+        peers, times = dict(case.peers), {}
+        plain = peers.get("eager", peers.get("sdpa"))
+        if make.device == "cuda" and plain:
+            peers["compile"] = torch.compile(plain)
         leaves = [x.requires_grad_() for x in case.leaves]
         with torch.no_grad():
             fns = [lambda fn=fn: fn(*leaves) for fn in (case.ours, *peers.values())]
-            forward = milliseconds(fns, make.device)
-        both = milliseconds([both_passes(fn, leaves) for fn in (case.ours, *peers.values())],
-                            make.device)
-        for what, (ours, *others), work in (("fwd", forward, case.work),
-                                            ("f+b", both, case.work_both)):
-            rate = work / ours * 1e3
+            times["fwd", case.work] = milliseconds(fns, make.device)
+        if case.work_both:
+            times["f+b", case.work_both] = milliseconds(
+                [both_passes(fn, leaves) for fn in (case.ours, *peers.values())], make.device)
+        for (what, work), (ours, *others) in times.items():
+            rate, ceiling = work / ours * 1e3, ceilings[case.unit]
             rest = "  ".join(f"{peer} {ms:.3f}" for peer, ms in zip(peers, others))
-            print(f"{case.label:48} {what} {ours:9.3f} ms {rate / size:8.2f} {unit} "
+            size = 1e12 if case.unit == "TFLOP/s" else 1e9
+            print(f"{case.label:48} {what} {ours:9.3f} ms {rate / size:8.2f} {case.unit:7} "
                   f"{rate / ceiling:6.1%}   {rest}   x{min(others) / ours:.2f}", flush=True)
 
 
@@ -183,10 +251,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench",
                                      description=__doc__.splitlines()[0])
     parser.add_argument("kernel", nargs="*",
-                        help="attention, adaln, patchify, rope; default: all four")
+                        help="attention, adaln, patchify, rope, conv, linear, decode, optim; "
+                             "default: all")
     names = parser.parse_args().kernel
     known = {"attention": (attention_cases, attention), "adaln": (adaln_cases, adaln),
-             "patchify": (patchify_cases, patchify), "rope": (rope_cases, rope)}
+             "patchify": (patchify_cases, patchify), "rope": (rope_cases, rope),
+             "conv": (conv_cases, conv), "linear": (linear_cases, linear),
+             "decode": (decode_cases, decode), "optim": (optim_cases, optim)}
     for name in names:
         if name not in known:
             print(f"bench: no kernel {name!r}; there are {', '.join(known)}", file=sys.stderr)
@@ -195,15 +266,13 @@ def main():
     torch.manual_seed(0)
     flops, bytes_s = ceilings(make)
     what = torch.cuda.get_device_name() if make.device == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads: the torch path at small shapes, not the kernels")
+        f"CPU, {torch.get_num_threads()} threads: the torch paths at small shapes, not Triton's")
     print(f"{what}\ntorch {torch.__version__}, {make.dtype}; ceilings: matrix product "
           f"{flops / 1e12:.3g} TFLOP/s, copy {bytes_s / 1e9:.4g} GB/s")
     for name in names or known:
         cases, module = known[name]
         shapes = module.SHAPES if make.device == "cuda" else module.CPU_SHAPES
-        by_flops = name == "attention"
-        bench(name, cases(shapes, make), make, flops if by_flops else bytes_s,
-              "TFLOP/s" if by_flops else "GB/s", 1e12 if by_flops else 1e9)
+        bench(name, cases(shapes, make), make, {"TFLOP/s": flops, "GB/s": bytes_s})
 
 
 if __name__ == "__main__":

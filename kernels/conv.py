@@ -36,19 +36,17 @@ from torch import nn
 
 from kernels import HAS_ONEDNN
 
-# (B, C, T, H, W), D, kernel, whether a norm and a chunk come before: for the bench
-SHAPES = [
-    ((1, 96, 4, 120, 208), 96, (3, 3, 3), True),
-    ((1, 384, 2, 60, 104), 384, (3, 3, 3), True),
-    ((8, 96, 9, 64, 64), 96, (3, 3, 3), False),
-]
-CPU_SHAPES = [
-    ((1, 32, 4, 64, 96), 32, (3, 3, 3), True),
-    ((1, 96, 2, 32, 48), 96, (3, 3, 3), True),
-    ((8, 64, 3, 8, 8), 64, (3, 3, 3), False),
-]
-UPSAMPLED_SHAPES = [(1, 192, 4, 60, 104), (1, 96, 4, 240, 416)]
-UPSAMPLED_CPU_SHAPES = [(1, 64, 2, 32, 48), (8, 64, 3, 8, 8)]
+# causal: (x's shape, D, kernel, whether it is a later chunk); upsampled: x's shapes. For the bench
+SHAPES = (
+    [((1, 96, 4, 120, 208), 96, (3, 3, 3), True),
+     ((1, 384, 2, 60, 104), 384, (3, 3, 3), True),
+     ((8, 96, 9, 64, 64), 96, (3, 3, 3), False)],
+    [(1, 192, 4, 60, 104), (1, 96, 4, 240, 416)])
+CPU_SHAPES = (
+    [((1, 32, 4, 64, 96), 32, (3, 3, 3), True),
+     ((1, 96, 2, 32, 48), 96, (3, 3, 3), True),
+     ((8, 64, 3, 8, 8), 64, (3, 3, 3), False)],
+    [(1, 64, 2, 32, 48), (8, 64, 3, 8, 8)])
 
 
 def reference(x, weight, bias, past=None, gamma=None):

@@ -30,9 +30,10 @@ from collections import defaultdict
 
 import torch
 
-# lists of parameters' shapes: for the bench
-SHAPES = [[(1152, 1152)] * 64 + [(1152,)] * 256]
-CPU_SHAPES = [[(128, 128)] * 24 + [(512, 128)] * 8 + [(128,)] * 64]
+# (whether Muon steps, the parameters' shapes): for the bench
+SHAPES = [(True, [(1152, 1152)] * 64), (False, [(1152,)] * 256 + [(1152, 4608)] * 8)]
+CPU_SHAPES = [(True, [(128, 128)] * 24), (True, [(512, 128)] * 8),
+              (False, [(128,)] * 64 + [(512, 128)] * 4)]
 
 
 def reference(p, grad, state, lr, step, is_muon, betas=(0.9, 0.99), momentum=0.95,
