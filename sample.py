@@ -1878,11 +1878,14 @@ def open_foreign(args, device):
     scheduled = read_scheduler(path, args.sampler) if path.is_dir() else {}
     first = [load_published(path, args.heads)]               # it tells what all else depends on
     _, layout, options = first[0]
-    kind = {"dit": "sit" if path.name.lower().startswith("sit") else "dit", "uvit": "uvit"}.get(
-        layout, "wan")
+    said = getattr(first[0][0], "trained", {})
+    kind = said.get("kind", "uvit" if layout == "uvit" else "wan")
     is_fixed = options.get("channels") == options.get("out_channels")     # no learned variance
     how = {"dit": Objective("noise" if is_fixed else "ddpm", "ddpm"),
+           "sit": Objective(said.get("objective", "velocity"), said.get("path", "linear")),
            "uvit": Objective("noise", "sd")}
+    if kind == "uvit" and options["channels"] == 3:
+        refuse(f"{path} is a U-ViT of pixels, which is not sampled here: those of latents are")
     inside = path / "vae" if (path / "vae").is_dir() else next(iter(sorted(path.glob(
         "Wan2.*_VAE.pth"))), None)
     vae = args.vae or inside or refuse(f"{path} has no autoencoder of its own: name it by --vae")

@@ -365,8 +365,22 @@ def git_revision():
                               capture_output=True, text=True).stdout.strip() or None
 
 
+class Inert:
+    """In the place of what a checkpoint holds beside weights and plain data."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+Namespace = type("Namespace", (), {})
 STAND_INS = [           # classes in published checkpoints, read as data without their code
-    (type("Namespace", (), {}), "argparse.Namespace"),
+    (Namespace, "argparse.Namespace"), (Namespace, "types.SimpleNamespace"),
+    *((Inert, name) for name in (
+        "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+        "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath")),
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
@@ -470,7 +484,8 @@ def plain(weights, path, marks):
 
 def innermost(found):
     """The state dict in a training checkpoint, the average before the weights that it is of."""
-    for key in ("ema", "ema_model", "model", "module", "state_dict"):
+    for key in ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "nnet_ema",
+                "model", "module", "state_dict", "model_state_dict", "nnet"):
         if isinstance(found.get(key), dict):
             return innermost(found[key])
     return found

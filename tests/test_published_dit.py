@@ -1,6 +1,7 @@
 """Published folders of denoisers, autoencoders and schedulers as people have them: the values of the
 well-known config.json, shrunk; each precision, naming and way of leaving defaults out; and what is
 refused, each in one line."""
+import argparse
 import copy
 import itertools
 import json
@@ -447,6 +448,117 @@ def test_a_narrow_dit_is_asked_for_its_heads(tmp_path, capsys):
             assert D.load_published(tmp_path / "dit.pt")[2]["heads"] == 1
         else:
             assert "--heads" in refused(capsys, D.load_published, tmp_path / "dit.pt", told or None)
+
+
+# ---- training checkpoints of DiT and SiT: what their options say
+
+def trained(home, args, name="0400000.pt", out=8, wrap=lambda x: x):
+    """A file as DiT's and SiT's train.py write it; its network. The average is the one to take."""
+    torch.manual_seed(0)
+    model = D.DiT(4, 64, 1, 1, (1, 2, 2), out, own_table=True, positions="sincos", classes=11, grid=(2, 2))
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    state = D.to_published(model.state_dict(), "dit", model)
+    home.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {name: 9 + x for name, x in state.items()}, "ema": state, "args": wrap(args),
+                "opt": {"state": {}, "param_groups": [{"lr": np.float64(1e-4)}]}}, home / name)
+    return home / name, model
+
+
+def followed(model, how, noise, times, label):
+    """SiT's ODE in its own time, from noise at times[0] up, by Euler, written out."""
+    paths = {"linear": lambda t: (t, 1 - t, 1, -1),
+             "gvp": lambda t: (math.sin(math.pi * t / 2), math.cos(math.pi * t / 2),
+                               math.pi / 2 * math.cos(math.pi * t / 2), -math.pi / 2 * math.sin(math.pi * t / 2))}
+    x = noise
+    for now, after in zip(times, times[1:]):
+        row = D.lay_out([tuple(x.shape)], [None], [label], None, model.patch, kind="sit")
+        with torch.no_grad():
+            out = model(D.patchify([x], model.patch), torch.tensor([now]), row, None)
+        m = D.unpatchify(out, [(8, *x.shape[1:])], model.patch)[0][:4]
+        a, s, da, ds = paths[how.path](now)
+        eps = m if how.prediction == "noise" else -s * m
+        x = x + (after - now) * (m if how.prediction == "velocity" else da * (x - s * eps) / a + ds * eps)
+    return x
+
+
+NAMESPACE = lambda args: SimpleNamespace(**args)
+WAYS = {"Namespace": lambda args: argparse.Namespace(**args), "dict": dict, "SimpleNamespace": NAMESPACE,
+        "nested": lambda args: {"model": {"model_type": args.pop("model")}, "transport": args}}
+
+
+@pytest.mark.parametrize("way, prediction, path", [
+    ("Namespace", "velocity", "Linear"), ("dict", "noise", "GVP"), ("SimpleNamespace", "score", "Linear"),
+    ("nested", "velocity", "GVP")])
+def test_sits_own_checkpoint_is_sampled_as_it_was_trained(way, prediction, path, tmp_path):
+    said = dict(model="SiT-XL/2", path_type=path, prediction=prediction, loss_weight=None, image_size=32,
+                data_path=Path("/data"), results_dir=Path("results"), cfg_scale=np.float64(4.0))
+    file, model = trained(tmp_path, said, wrap=WAYS[way])
+    args = S.parse_options([str(file), "--prompt", "3", "--vae", str(FIXTURES / "sd-vae/vae"), "--steps", "4",
+                            "--sampler", "euler", "--cfg", "1", "--device", "cpu"])
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    how = sampler.part("denoiser").objective
+    assert sampler.kind == "sit" and (how.prediction, how.path) == (prediction, path.lower())
+    wish = S.wish_of(args, {"prompt": "3"})
+    story, = sampler([wish])
+    noise = V.gaussians("sample", wish["seed"], 0, ["3"], [(4, 1, 4, 4)])[0]
+    ends = (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)
+    wanted = followed(model, how, noise, np.linspace(*ends, 5).tolist(), 3)
+    assert (story.pieces[0].latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("said, name, kind", [
+    (dict(model="DiT-XL/2"), "SiT/last.pt", "dit"), (dict(model="SiT-B-4"), "DiT.pt", "sit"),
+    (dict(path_type="VP"), "ema.pt", "sit"), (None, "003-SiT-XL-2-Linear-velocity-None/checkpoints/0400000.pt", "sit"),
+    (None, "SiT/000-DiT-XL-2/checkpoints/0400000.pt", "dit"), (None, "my_sit.pt", "sit"), (None, "visit.pt", "")])
+def test_a_checkpoints_kind_is_that_of_what_is_nearest(said, name, kind, tmp_path, capsys):
+    file, _ = trained((tmp_path / name).parent, said, Path(name).name)
+    V.say_once.cache_clear()
+    capsys.readouterr()
+    found = D.load_published(file)[0].trained
+    assert found["kind"] == (kind or "dit") and found["is_said"] == bool(said)
+    assert ("does not say whether" in capsys.readouterr().err) == (not kind)
+    if "checkpoints" in name:                # the training's folder stands for its last checkpoint
+        trained(file.parent, {"model": "SiT-S/2", "path_type": "GVP"}, "1000000.pt")
+        assert D.load_published(file.parents[1])[0].trained["path"] == "gvp"
+
+
+def test_what_a_training_says_and_is_not_read_is_refused_by_name(tmp_path, capsys):
+    for said, told in ((dict(model="Latte-XL/2"), "model Latte-XL/2"), (dict(model="LightningDiT-XL/1"), "Lightning"),
+                       (dict(model="SiT-XL/2", prediction="v"), "prediction v"), (dict(path_type="cosine"), "cosine"),
+                       (dict(model="DiT-S/4", noise_schedule="squaredcos_cap_v2"), "noise_schedule"),
+                       (dict(model="DiT-S/4", predict_xstart=True), "predict_xstart True")):
+        assert told in refused(capsys, D.load_published, trained(tmp_path, said, wrap=NAMESPACE)[0])
+    V.say_once.cache_clear()
+    D.load_published(trained(tmp_path, dict(model="DiT-S/2", image_size=256, learn_sigma=False))[0])
+    told = capsys.readouterr().err
+    assert "image_size 256" in told and "those of 32 px" in told and "learn_sigma False" in told
+    file, _ = trained(tmp_path, dict(model="SiT-S/2", path_type="GVP", prediction="noise",
+                                     loss_weight="likelihood"))
+    init = SimpleNamespace(init=str(file), heads=None, model="dit", objective="noise", path="gvp", weighting="none")
+    for name, wrong, right in (("model", "dit", "sit"), ("objective", "velocity", "noise"), ("path", "linear", "gvp")):
+        setattr(init, name, wrong)
+        assert f"give --{name} {right}" in refused(capsys, D.start_from, init, None)
+        setattr(init, name, right)
+    assert D.start_from(init, None)[0]["kind"] == "sit"
+    assert "--weighting likelihood" in capsys.readouterr().err
+
+
+def test_uvits_of_a_training_are_read_and_of_pixels_refused(tmp_path, capsys):
+    """The average inside a checkpoint or a training's folder; without classes; pixels by name."""
+    for channels, classes, name in ((4, 5, "ckpts/500.ckpt"), (4, 0, "ckpts/1000.ckpt"), (3, 5, "pixels")):
+        net = D.UViT(channels=channels, size=(1, 4, 4), patch=2, dim=64, depth=2, heads=1, classes=classes)
+        (tmp_path / name).mkdir(parents=True)
+        torch.save(net.state_dict(), tmp_path / name / "nnet_ema.pth")
+    assert not D.load_published(tmp_path)[2]["classes"]              # the last one
+    torch.save({"nnet_ema": net.state_dict(), "nnet": {}, "step": 9}, tmp_path / "all.pth")
+    assert torch.equal(D.load_published(tmp_path / "all.pth")[0].pos_embed, net.pos_embed)
+    run = lambda path, prompt: S.main([str(path), "--prompt", prompt, "--vae", str(FIXTURES / "sd-vae/vae"), "--steps",
+                                       "3", "--device", "cpu", "--out", str(tmp_path / "o")])
+    run(tmp_path, "")
+    assert len(list((tmp_path / "o").glob("*.json"))) == 1
+    assert "no class" in refused(capsys, run, tmp_path, "3")
+    assert "of pixels" in refused(capsys, run, tmp_path / "pixels", "3")
 
 
 # ---- schedulers
