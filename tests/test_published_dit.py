@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_sample import i2v  # noqa: F401
+from test_sample import i2v, tower_by_hand, tower_weights  # noqa: F401
 
 import sample as S
 import train_dit as D
@@ -381,7 +381,7 @@ REFUSED = [         # autoencoder or denoiser, what its config.json says beside,
     ("kl", dict(layers_per_block=10**12), "a whole number"),
     ("kl", dict(block_out_channels=[8] * 10**5), "a list"), ("kl", dict(norm_num_groups=3), "does not divide"),
     ("kl", dict(act_fn="relu"), "act_fn"), ("kl", dict(mid_block_add_attention=False), "mid_block_add_attention"),
-    ("kl", dict(latent_channels="4"), 'latent_channels is "4"'), ("kl", dict(scaling_factor=True), "a number"),
+    ("kl", dict(latent_channels="four"), 'latent_channels is "four"'), ("kl", dict(scaling_factor=True), "a number"),
     ("kl", dict(in_channels=4), "in_channels"), ("kl", dict(use_post_quant_conv=False), "use_post_quant_conv"),
     ("kl", dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "down_block_types"),
     ("wan", dict(_class_name="WanVACETransformer3DModel"), "WanVACETransformer3DModel"),
@@ -391,6 +391,10 @@ REFUSED = [         # autoencoder or denoiser, what its config.json says beside,
     ("wan", dict(num_attention_heads=3), "heads"), ("wan", dict(attention_head_dim=16), "heads of 16"),
     ("wan", dict(num_attention_heads=64, attention_head_dim=1), "even width"), ("wan", dict(eps=1e-5), "eps"),
     ("wan", dict(cross_attn_norm=False), "cross_attn_norm"), ("wan", dict(in_channels=5), "in_channels is 5"),
+    ("kl", dict(mid_block_add_attention=None), "mid_block_add_attention false"),       # null is false
+    ("kl", dict(use_quant_conv=None, use_post_quant_conv=None), "quant_conv.bias is not"),
+    ("wan", dict(cross_attn_norm=None), "cross_attn_norm False"), ("wan", dict(num_layers="2.5"), '"2.5"'),
+    ("wan", dict(eps="nan"), "eps"), ("wan", dict(num_layers="inf"), "a whole number"),
     ("wan", dict(quantization_config={"quant_method": "torchao"}), "torchao")]
 
 
@@ -402,6 +406,21 @@ def test_what_a_config_says_and_is_not_read_is_refused_by_name(what, more, told,
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "it/config.json").write_text(json.dumps({**config, **more}))
     assert told in refused(capsys, load, tmp_path / "it")
+
+
+@pytest.mark.parametrize("what, more", [
+    ("kl", dict(act_fn="swish")), ("kl", dict(act_fn="SiLU")), ("kl", dict(act_fn=None, in_channels=None)),
+    ("kl", dict(latent_channels="4", layers_per_block="2", scaling_factor="1.8215e-1", norm_num_groups=4.0)),
+    ("kl", dict(use_quant_conv="true", use_post_quant_conv=1, mid_block_add_attention="True")),
+    ("wan", dict(num_layers="2", eps="1e-06", patch_size=["1", 2.0, 2], cross_attn_norm="true", image_dim=None)),
+    ("wan", dict(eps=None, freq_dim=None, rope_max_seq_len=None))])
+def test_numbers_as_texts_nulls_and_synonyms_are_read(what, more, tmp_path):
+    source, load = {"kl": (FIXTURES / "sd-vae/vae", V.load_autoencoder),
+                    "wan": (FIXTURES / "wan-denoiser-diffusers", D.load_published)}[what]
+    config = json.loads((source / "config.json").read_text())
+    shutil.copytree(source, tmp_path / "it")
+    (tmp_path / "it/config.json").write_text(json.dumps({**config, **more}))
+    assert load(tmp_path / "it")[1:] == load(source)[1:]
 
 
 def test_damaged_configs_end_in_one_line(tmp_path, capsys):
@@ -581,7 +600,7 @@ def planned(home, config, n, *more):
     (home / "scheduler").mkdir(exist_ok=True)
     (home / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     args = S.parse_options([str(home), "--prompt", "x", "--steps", str(n), *more])
-    about = {"kind": "wan", "layout": "diffusers", **S.read_scheduler(home, args.sampler)}
+    about = {"kind": "wan", "layout": "diffusers", **S.read_scheduler(home, args.sampler, args.shift)}
     S.resolve(args, about, D.Objective(), 8)
     told = []
 
@@ -635,6 +654,25 @@ def test_what_a_scheduler_says_and_is_not_read_is_refused_by_name(config, more, 
     assert told in refused(capsys, planned, tmp_path, {**config, **more}, 4)
     if "solver_order" in more:               # another sampler than the folder's takes the shift alone
         assert planned(tmp_path, {**config, **more}, 4, "--sampler", "euler")[0].shift == config["flow_shift"]
+
+
+def test_a_scheduler_that_is_not_needed_is_not_read(tmp_path, capsys):
+    """Where sampler and shift are told; else the line says what to tell. Texts, nulls as in configs."""
+    for config in (dict(_class_name="LCMScheduler"), dict(beta_start=5), dict(_class_name=3)):
+        V.say_once.cache_clear()
+        capsys.readouterr()
+        args, times, _ = planned(tmp_path, config, 4, "--sampler", "euler", "--shift", "3")
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "--sampler and --shift" in told and args.shift == 3.0
+        assert np.array_equal(times, planned(tmp_path, EULER, 4, "--shift", "3")[1])
+        for more in ((), ("--sampler", "unipc"), ("--shift", "2")):
+            assert ("LCM" if "LCM" in str(config) else "_class_name") in refused(capsys, planned, tmp_path, config, 4, *more)
+    assert "both --sampler and --shift" in refused(capsys, planned, tmp_path, dict(_class_name="LCMScheduler"), 4)
+    wanted = planned(tmp_path, UNIPC, 4)[1]
+    texts = {**UNIPC, "flow_shift": "3.0", "solver_order": "2", "predict_x0": "true", "thresholding": None}
+    assert np.array_equal(planned(tmp_path, texts, 4)[1], wanted)
+    for key in ("lower_order_final", "predict_x0", "use_flow_sigmas"):
+        assert key in refused(capsys, planned, tmp_path, {**UNIPC, key: None}, 4)
 
 
 @pytest.mark.parametrize("name", ["WanDMDPipeline", "WanVACEPipeline", "LTXPipeline", 5])
@@ -828,6 +866,80 @@ def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         S.class_number("\u00b2", 10)
     assert stop.value.code == 2 and "0 to 9" in capsys.readouterr().err
+
+
+def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
+    """Prefixes, half of a whole CLIP, its own pictures; what does not fit is refused by name."""
+    place, picture = tmp_path / "it", np.random.default_rng(1).integers(0, 255, (12, 8, 3), dtype=np.uint8)
+    wanted = S.open_image_encoder(i2v / "diffusers", "cpu")(picture)
+
+    def folder(config=None, name=lambda name: name, more={}, processor=None, beside=None):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(i2v / "diffusers", place)
+        state, at = load_file(i2v / "diffusers/image_encoder/model.safetensors"), place / "image_encoder"
+        save_file({name(key): x for key, x in state.items()} | more, at / "model.safetensors")
+        known = json.loads((at / "config.json").read_text())
+        (at / "config.json").write_text(json.dumps(config(known) if config else known))
+        for each, told in (("image_encoder", processor), ("image_processor", beside)):
+            if told:
+                (place / each).mkdir(exist_ok=True)
+                (place / each / "preprocessor_config.json").write_text(json.dumps(told))
+        return place
+    text = {f"{name}.weight": torch.ones(2, 2) for name in (
+        "text_model.embeddings.token_embedding", "text_model.final_layer_norm", "text_projection", "visual_projection")}
+    whole = lambda c: {"model_type": "clip", "vision_config": {**c, "model_type": "clip_vision_model"},
+                       "text_config": {"hidden_size": 7}, "projection_dim": 5, "hidden_size": 99}
+    for prefix in ("", "module.", "image_encoder.", "clip.", "_orig_mod."):
+        for strip in (False, True):
+            named = lambda name: prefix + (name.removeprefix("vision_model.") if strip else name)
+            found = S.open_image_encoder(folder(name=named), "cpu")(picture)
+            assert torch.equal(found, wanted), (prefix, strip)
+        folder(whole, lambda name: prefix + name, {prefix + name: x for name, x in text.items()}
+               | {prefix + "logit_scale": torch.ones(())})
+        assert torch.equal(S.open_image_encoder(place, "cpu")(picture), wanted)
+    usual = dict(do_resize=True, size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_center_crop=True,
+                 resample=3, rescale_factor=1 / 255)
+    assert torch.equal(S.open_image_encoder(folder(beside=usual), "cpu")(picture), wanted)
+    mean, std = (torch.tensor(each) for each in S.CLIP_MEAN)
+    for where in ("processor", "beside"):                     # another mean is another picture
+        told = usual | dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        found = S.open_image_encoder(folder(**{where: told}), "cpu")(picture)
+        cut = S.crop(picture, 8)[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1)
+        assert torch.allclose(found, tower_by_hand(tower_weights(), (cut[None] - 0.5) / 0.25)[0], atol=1e-4)
+        assert (found - wanted).abs().max() > 0.01
+    for more, told in ((dict(beside=usual | dict(resample=2)), "resample 2"), (
+            dict(processor=usual | dict(size={"shortest_edge": 9})), "size"), (
+            dict(config=lambda c: c | {"quantization_config": {"quant_method": "awq"}}), "awq"), (
+            dict(config=lambda c: whole(c | {"quantization_config": {"quant_method": "gptq"}})), "gptq"), (
+            dict(config=lambda c: c | {"model_type": "siglip_vision_model"}), "siglip_vision_model"), (
+            dict(config=lambda c: c | {"hidden_act": "relu6"}), "relu6"), (
+            dict(name=lambda name: name.replace("class_embedding", "cls")), "class_embedding")):
+        assert told in refused(capsys, S.open_image_encoder, folder(**more), "cpu")
+
+
+def test_misfits_are_said_before_anything_is_sampled_or_large_is_read(i2v, tmp_path, capsys, monkeypatch):
+    """No bar and no encoder is there yet: widths of text and image encoders, in both layouts, classes
+    of a whole file of prompts."""
+    def never(*_, **__):
+        raise AssertionError
+    monkeypatch.setattr(S.Sampler, "progress", never)
+    monkeypatch.setattr(S, "open_text_encoder", never)
+    run = lambda *more: sampled(*more, "--image", str(i2v / "picture.png"))
+    for layout in ("wan", "diffusers"):
+        shutil.copytree(i2v / layout, tmp_path / layout)
+        told = refused(capsys, run, i2v / layout, tmp_path / "o", "--text_encoder", str(FIXTURES / "clip-text/encoder"))
+        assert "reads 32" in told
+        where = tmp_path / layout / ("" if layout == "wan" else "transformer")
+        network = D.DiT(36, 48, 1, 2, (1, 2, 2), 16, 64, 32, 96, positions="index")
+        save_file({name: x.contiguous() for name, x in D.to_published(
+            network.state_dict(), layout, network).items()}, where / "diffusion_pytorch_model.safetensors")
+        told = refused(capsys, run, tmp_path / layout, tmp_path / "o")
+        assert "tokens 160 wide" in told and "reads 96" in told
+    file, _ = trained(tmp_path, {"model": "SiT-S/2"})
+    (tmp_path / "prompts.txt").write_text("3\n4\n11\n")
+    told = refused(capsys, S.main, [str(file), "--prompts", str(tmp_path / "prompts.txt"), "--vae", str(
+        FIXTURES / "sd-vae/vae"), "--device", "cpu", "--batch", "1", "--out", str(tmp_path / "o")])
+    assert "'11' is no class" in told and not list((tmp_path / "o").glob("*"))
 
 
 def test_weights_in_safetensors_come_before_older_ones(tmp_path):
