@@ -3179,11 +3179,16 @@ def open_dataset(folder):
         rows += mine.values()
     if not int(os.environ.get("RANK", 0)):
         shards = list(manifest["shards"].items())
-        random.shuffle(shards)                         # a sample: no result depends on it
-        check_sums(folder, shards, time.monotonic() + 1)
+        stats = [os.stat(folder / file) for _, files in shards for file in files]
+        state = folder.absolute(), *((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        if state not in CHECKED:
+            random.shuffle(shards)                     # a sample: no result depends on it
+            check_sums(folder, shards, time.monotonic() + 1)
+            CHECKED.add(state)
     return rows
 
 
+CHECKED = set()         # data sets, as their files are, whose sums this process has compared
 MAKE_AGAIN = "remove {}.tar and run its prepare_data.py command, which makes that shard again"
 
 

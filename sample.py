@@ -50,8 +50,9 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
-from caption import (CLIP_MEAN, CLIP_TOWER, Scorer, clip_sight, crop, load_strictly, normal,
-                     open_vlm, read_as_config, read_published, rewrite, to_ours)
+from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, WAN_T5, Scorer, clip_sight, crop,
+                     image_processor, load_strictly, normal, open_vlm, read_as_config,
+                     read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, lines_of, number, one_line, open_dataset, read_clip,
@@ -62,10 +63,10 @@ from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averag
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
                        open_text_encoder, read_output, runge_kutta, sample_codes, shifted, target,
                        token_shift, words_of)
-from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
-                       is_run, load_autoencoder, model_path, normaliser,
-                       open_detector, option_parser, read_class, read_config, read_tensors,
-                       save_file, setup, sheet_frames, to_frames, to_tensor)
+from train_vae import (INSIDE, barrier, bench, decode_long, encode_long, frechet, gaussian,
+                       gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
+                       option_parser, read_class, read_config, read_tensors, save_file, say_once,
+                       setup, sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
 # Samplers: generators that yield x after each of their steps, from noise to data
@@ -1325,6 +1326,7 @@ def sample(args, folder):
         is_made(sampler, wishes[i], paths[i], args) for i in batch)]
     todo = [[wishes[i] for i in batch] for batch in batches]
     check_memory(sampler, todo)
+    get_ready(sampler, sum(todo, []))
     sweep(out)
     try:
         with sampler.progress(todo) as sampler.bar:
@@ -1341,6 +1343,18 @@ def sample(args, folder):
     if rank == 0:
         finish(out)
     barrier()
+
+
+def get_ready(sampler, wishes):
+    """Opens what the wishes need, and reads classes: what does not fit is refused before the
+    progress bar stands. With --offload parts are opened by turns, later."""
+    if not wishes or sampler.args.offload or not hasattr(sampler, "part"):
+        return
+    read, about = sampler.part("text"), sampler.about
+    for wish in () if about.get("reads_text", not about.get("labels")) else wishes:
+        read(wish["prompt"]), read(wish["negative"])
+    if about.get("reads_image"):
+        sampler.part("image")
 
 
 def out_of(args, folder):
@@ -1684,10 +1698,7 @@ WAN_NEGATIVE = (        # what the published pipeline guides away from
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-WAN_ENDS = {            # of flow_grid, by layout and sampler
-    ("diffusers", "unipc"): (1.0, 0.001), ("diffusers", "dpm++"): (0.999, 0.0),
-    ("wan", "unipc"): (0.999, 0.0), ("wan", "dpm++"): (1.0, 0.0)}
-WAN_GRIDS = {           # the n times of n steps before the shift
+WAN_GRIDS = {           # by layout and sampler: the n times of n steps before the shift
     ("diffusers", "unipc"): lambda n: np.linspace(1, 1 / 1000, n + 1)[:-1],
     ("diffusers", "dpm++"): lambda n: (1 - np.linspace(1, 1 / 1000, n + 1))[:0:-1],
     ("wan", "unipc"): lambda n: np.linspace(float(np.float32(0.999)), 0, n + 1)[:-1],
@@ -1723,16 +1734,23 @@ SCHEDULED_BY = {                # of one class only
         solver_type=["midpoint", "bh1", "bh2", "logrho"])}
 
 
-def read_scheduler(path, sampler):
+def read_scheduler(path, sampler, shift=None):
     """What a diffusers folder's scheduler says: {"sampler", "shift", "rules"}; {} where there is
     none. What is not read is refused by name; where another `sampler` is asked for, the shift alone
-    is taken."""
+    is taken, and where a shift is too, a scheduler of any class will do."""
     pipeline = read_published(path / "model_index.json", {}).get("_class_name", PIPELINES[0])
     if pipeline not in PIPELINES:
         refuse(f"{path} is a {pipeline}, which is not read here: {', '.join(PIPELINES)} are")
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
         return {}
+    said = read_published(file).get("_class_name")
+    if said not in SCHEDULERS and None not in (sampler, shift):
+        say_once(f"{file} is of class {said}, which is not read: --sampler and --shift are taken")
+        return {}
+    if isinstance(said, str) and said not in SCHEDULERS:
+        refuse(f"{file} is of class {said}, which is not read here, but {', '.join(SCHEDULERS)}: "
+               "give both --sampler and --shift")
     name, c, _ = read_class(file, SCHEDULERS)
     own = {"FlowMatchEulerDiscreteScheduler": "euler", "UniPCMultistepScheduler": "unipc",
            "DPMSolverMultistepScheduler": "dpm++"}[name]
@@ -1868,21 +1886,35 @@ def open_run(args, config, device):
 def class_number(prompt, n):
     """The class that a prompt names by its number, of n; n where it is empty: no class."""
     if prompt and not (prompt.isdecimal() and int(prompt) < n):
-        refuse(f"'{prompt}' is no class: give a number from 0 to {n - 1}")
+        refuse(f"'{prompt}' is no class: " + (f"give a number from 0 to {n - 1}" if n else
+                                              "this model has none, leave the prompt empty"))
     return int(prompt) if prompt else n
+
+
+def text_width(path):
+    """Of the embeddings of a text encoder, as its config.json says; None where that is not said."""
+    if (path / WAN_T5).is_file():
+        return read_tensors(path / WAN_T5).get("token_embedding.weight", torch.empty(0)).shape[-1]
+    place = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    config = read_published(place / "config.json", {})
+    config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    return None if "_class_name" in config else config.get("d_model", config.get("hidden_size"))
 
 
 def open_foreign(args, device):
     """`open_run` of published weights."""
     path = Path(args.name)
-    scheduled = read_scheduler(path, args.sampler) if path.is_dir() else {}
+    scheduled = read_scheduler(path, args.sampler, args.shift) if path.is_dir() else {}
     first = [load_published(path, args.heads)]               # it tells what all else depends on
     _, layout, options = first[0]
-    kind = {"dit": "sit" if path.name.lower().startswith("sit") else "dit", "uvit": "uvit"}.get(
-        layout, "wan")
+    said = getattr(first[0][0], "trained", {})
+    kind = said.get("kind", "uvit" if layout == "uvit" else "wan")
     is_fixed = options.get("channels") == options.get("out_channels")     # no learned variance
     how = {"dit": Objective("noise" if is_fixed else "ddpm", "ddpm"),
+           "sit": Objective(said.get("objective", "velocity"), said.get("path", "linear")),
            "uvit": Objective("noise", "sd")}
+    if kind == "uvit" and options["channels"] == 3:
+        refuse(f"{path} is a U-ViT of pixels, which is not sampled here: those of latents are")
     inside = path / "vae" if (path / "vae").is_dir() else next(iter(sorted(path.glob(
         "Wan2.*_VAE.pth"))), None)
     vae = args.vae or inside or refuse(f"{path} has no autoencoder of its own: name it by --vae")
@@ -1902,19 +1934,26 @@ def open_foreign(args, device):
                    "autoencoder that it was published with by --vae")
         return model, config
 
+    reads_text = kind == "wan" or bool(options.get("clip"))
+    reader = args.text_encoder or (path if kind == "wan" or not reads_text else refuse(
+        f"{path} reads CLIP's tokens: name its folder by --text_encoder"))
+
+    def check_width(wide):
+        wants = options.get("text_dim") or options["clip"][0]
+        if wide not in (None, wants):
+            refuse(f"{reader} makes embeddings {wide} wide, {path} reads {wants}: give the text "
+                   "encoder that it was published with by --text_encoder")
+
     def open_text():
-        if kind == "wan" or options.get("clip"):
-            where = args.text_encoder or (path if kind == "wan" else refuse(
-                f"{path} reads CLIP's tokens: name its folder by --text_encoder"))
-            encoder = open_text_encoder(where, device, is_wan=kind == "wan")
-            wide, wants = encoder.embed.embedding_dim, options.get("text_dim") or options["clip"][0]
-            if wide != wants:
-                refuse(f"{where} makes embeddings {wide} wide, {path} reads {wants}: give the text "
-                       "encoder that it was published with by --text_encoder")
+        if reads_text:
+            encoder = open_text_encoder(reader, device, is_wan=kind == "wan")
+            check_width(encoder.embed.embedding_dim)
             return lambda prompt: encoder.encode([prompt])[0]
-        return lambda prompt: class_number(prompt, options["classes"] - 1)
+        return lambda prompt: class_number(prompt, max(0, options["classes"] - 1))
+    if reads_text:                       # before anything large is read
+        check_width(text_width(Path(reader)))
     about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout,
-             "reads_text": kind == "wan" or bool(options.get("clip"))}
+             "reads_text": reads_text}
     openers = {"denoiser": open_denoiser, "text": open_text,
                "vae": open_vae,
                "image": lambda: open_image_encoder(path, device)}
@@ -1922,20 +1961,30 @@ def open_foreign(args, device):
         about["cells"] = options["size"][1] if kind == "uvit" else (
             options["grid"][0] * options["patch"][1])
         return openers, about
+    return openers, about | wan_facts(args, path, options) | scheduled
+
+
+def wan_facts(args, path, options):
+    """What sample.py knows of a Wan's kind, its image and its usual shift; refuses other kinds."""
     if options["image_tokens"]:
         refuse(f"{path} takes a first and a last frame (FLF2V), which is not known here: take an "
                "I2V or a TI2V")
-    about |= {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "shift": 5.0}
+    about = {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "shift": 5.0}
     n, n_out = options["channels"], options["out_channels"]
     if n not in (n_out, 2 * n_out + 4):
         refuse(f"{path} sees {n} channels of {n_out} (Fun-Control, VACE or another kin of Wan's), "
                f"which is not read here: T2V has {n_out}, I2V {2 * n_out + 4}")
     if n > n_out:
         about |= {"adapt": give_image, "kind": "i2v", "reads_image": bool(options["image_dim"])}
+        if options["image_dim"]:
+            where, config, _ = tower_config(path)
+            if config["hidden_size"] != options["image_dim"]:
+                refuse(f"{where} makes tokens {config['hidden_size']} wide, {path} reads "
+                       f"{options['image_dim']}: they were not published together")
         about["shift"] = 3.0 if min(args.size or KINDS["i2v"]["size"]) <= 480 else 5.0
     elif options["channels"] == 48 or is_expanded(path):
         about |= {"adapt": give_image, "kind": "ti2v"}
-    return openers, about | scheduled
+    return about
 
 
 def is_expanded(path):
@@ -1991,28 +2040,19 @@ WAN_TOWER = (           # names in that file, before those that caption.py knows
     (r"\.attn\.to_qkv\.", ".qkv."), (r"\.mlp\.0\.", ".up."), (r"\.mlp\.2\.", ".down."))
 
 
-def open_image_encoder(path, device):
-    """uint8 [H, W, 3] -> [1 + patches, width]: what Wan 2.1's I2V reads of its image, the hidden
-    states before the last layer of CLIP's vision tower, in a folder of either layout. Wan's own
-    scales the whole picture to a square, diffusers' cuts the middle square out."""
-    where = path / WAN_CLIP if (path / WAN_CLIP).is_file() else path / "image_encoder"
-    weights, is_wan = read_tensors(where), where.is_file()
+def tower_config(path):
+    """(file or folder, config, weights or None) of the CLIP of an I2V folder of either layout: its
+    vision tower's, also where it is a whole CLIP's."""
+    where = path / WAN_CLIP
+    if not where.is_file():
+        where = path / "image_encoder"
+        names = {None: "CLIPVisionModel", "clip": "CLIPVisionModel",
+                 "clip_vision_model": "CLIPVisionModel"}
+        guess = lambda c: names.get(c.get("model_type"), str(c.get("model_type")))
+        return where, read_class(where / "config.json", {"CLIPVisionModel": CLIP}, guess,
+                                 "vision_config")[1], None
+    weights = read_tensors(where)        # it has a text tower too, and no config
     with read_as_config(where):
-        model, size, weights = make_tower(where, weights, is_wan)
-    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
-                  r"head|layers\.\d+))\..*", torch.float32, device, where)
-
-    @torch.no_grad()
-    def read(picture):
-        x = F.interpolate(normal(picture, CLIP_MEAN)[None], (size, size), mode="bicubic") if (
-            is_wan) else crop(picture, size)[0][0][None]
-        return model.tower(x.to(device))[0].cpu()
-    return read
-
-
-def make_tower(where, weights, is_wan):
-    """(CLIP's vision tower on the meta device, its pictures' side, its weights under our names)."""
-    if is_wan:                           # which has a text tower too, and no config
         weights = {name: x for name, x in weights.items() if name.startswith("visual.")}
         width, _, patch, _ = weights["visual.patch_embedding.weight"].shape
         depth = len({name.split(".")[2] for name in weights if ".transformer." in name})
@@ -2020,16 +2060,49 @@ def make_tower(where, weights, is_wan):
                       image_size=patch * math.isqrt(weights["visual.pos_embedding"].shape[1]),
                       intermediate_size=len(weights["visual.transformer.0.mlp.0.bias"]),
                       num_attention_heads=max(1, width // 80), hidden_act="gelu")
-        weights = {name: x for name, x in weights.items()
-                   if not name.startswith(f"visual.transformer.{depth - 1}.")}
-    else:
-        config = read_published(where / "config.json")
-        config = config.get("vision_config", config)
-    with torch.device("meta"):
-        model = nn.Module()
-        model.tower = clip_sight(config, -2, keep_cls=True)()
-    return model, config.get("image_size", 224), to_ours(
-        weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
+    return where, config, {name: x for name, x in weights.items()
+                           if not name.startswith(f"visual.transformer.{depth - 1}.")}
+
+
+def tower_weights(where):
+    """The tensors of CLIP's vision tower in a folder, alone or in a whole CLIP, without what a
+    wrapper puts before their names."""
+    weights = {INSIDE.sub("", name): x for name, x in read_tensors(where).items()}
+    mark = "embeddings.class_embedding"
+    before = {name[:-len(mark)].removesuffix("vision_model.") for name in weights
+              if name.endswith(mark)}
+    if len(before) != 1:
+        refuse(f"{where}: the weights have {len(before)} tensors {mark}, a CLIP has one")
+    prefix, = before
+    return {name.removeprefix(prefix): x for name, x in weights.items() if not re.match(
+        r"(text_model|text_projection|logit_scale)(\.|$)", name.removeprefix(prefix))}
+
+
+def open_image_encoder(path, device):
+    """uint8 [H, W, 3] -> [1 + patches, width]: what Wan 2.1's I2V reads of its image, the hidden
+    states before the last layer of CLIP's vision tower, in a folder of either layout. Wan's own
+    scales the whole picture to a square, diffusers' cuts the middle square out."""
+    where, config, weights = tower_config(path)
+    is_wan, size, mean_std = weights is not None, config["image_size"], CLIP_MEAN
+    weights = weights or tower_weights(where)
+    beside = path / "image_processor"
+    with read_as_config(beside if beside.is_dir() else where, "preprocessor_config.json"):
+        if not is_wan:
+            _, mean_std = image_processor(beside if beside.is_dir() else where, size)
+    with read_as_config(where):
+        with torch.device("meta"):
+            model = nn.Module()
+            model.tower = clip_sight(config, -2, keep_cls=True)()
+        weights = to_ours(weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
+    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
+                  r"head|layers\.\d+))\..*", torch.float32, device, where)
+
+    @torch.no_grad()
+    def read(picture):
+        x = F.interpolate(normal(picture, CLIP_MEAN)[None], (size, size), mode="bicubic") if (
+            is_wan) else crop(picture, size, mean_std)[0][0][None]
+        return model.tower(x.to(device))[0].cpu()
+    return read
 
 
 def resolve(args, about, how, stride):
@@ -2067,8 +2140,7 @@ def resolve(args, about, how, stride):
         args.cfg_channels = None                             # APG is over whole clips
     layout = about.get("layout")
     args.grid, args.rules = (layout, args.sampler), about.get("rules", {})
-    args.ends = WAN_ENDS.get(args.grid, (1.0, 0.0))
-    args.whole_times = args.grid in WAN_ENDS
+    args.ends, args.whole_times = (1.0, 0.0), args.grid in WAN_GRIDS
     if args.grid == ("diffusers", "euler") and args.steps > 1:
         least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
         args.ends = 1.0, least - (1 - least) / (args.steps - 1)

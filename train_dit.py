@@ -65,13 +65,14 @@ from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, open_dataset,
                           refuse, rng, run_dir, script, sweep)
-from train_vae import (barrier, bench, checked, chosen, claim, decode_long,
-                       ema_update, epoch_order, fit, gaussians, innermost, is_finished, is_run,
-                       last_checkpoint, latents_path, load_autoencoder, load_step, lr_at,
+from train_vae import (Namespace, barrier, bench, checked, chosen, claim,
+                       decode_long, ema_update, epoch_order, fit, gaussians, innermost, is_finished,
+                       is_run, last_checkpoint, latents_path, load_autoencoder, load_step, lr_at,
                        model_path, normaliser, moved, one_run, optimizer_tensors, option_parser,
                        plain, read_class, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, save_file, setup, sheet_frames, split_rows, start_run,
-                       sum_over_ranks, take_step, tensor_sum, to_frames, training_options)
+                       restore_optimizer, save_file, say_once, setup, sheet_frames, split_rows,
+                       start_run, sum_over_ranks, take_step, tensor_sum, to_frames,
+                       training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1819,6 +1820,17 @@ def start_from(args, begun):
         return config["model"], config.get("layout"), weights
     network, layout, options = load_published(path, args.heads)
     kind = {"dit": args.model.split("-")[0], "uvit": "uvit", "gpt": "gpt"}.get(layout, "wan")
+    said = getattr(network, "trained", {})
+    if said.get("is_said"):              # by the options of its training
+        for name, wanted in (("model", said["kind"]), ("objective", said.get("objective")),
+                             ("path", said.get("path"))):
+            found = kind if name == "model" else getattr(args, name)
+            if wanted and found != wanted:
+                refuse(f"--init {args.init} was trained with {name} {wanted}, --{name} is {found}: "
+                       f"give --{name} {wanted}")
+        weighting = said.get("weighting", args.weighting)
+        if said.get("objective") != "velocity" and weighting != args.weighting:
+            say_once(f"--init {args.init} was trained with --weighting {weighting}")
     weights = {f"dit.{name}": value for name, value in network.state_dict().items()}
     return {"kind": kind, **options}, layout, weights
 
@@ -2275,18 +2287,18 @@ def turn(tensor, how, patch, back=False):
     return tensor
 
 
-def from_published(published, layout, model):
+def from_published(published, layout, model, path):
     """The state dict of a DiT from that of a published file; refuses keys too many or too few."""
     wanted = to_published(model.state_dict(), layout, model)
     for name, tensor in wanted.items():
         if name not in published:
-            refuse(f"the weights have no {name}: not this kind of model, or not whole")
+            refuse(f"{path}: the weights have no {name}: not this kind of model, or not whole")
         if published[name].shape != tensor.shape:
-            refuse(f"{name}: {list(published[name].shape)}, wanted {list(tensor.shape)}")
+            refuse(f"{path}: {name} is {list(published[name].shape)}, not {list(tensor.shape)}")
     left = [key for key in published if key not in wanted
             and not key.endswith("norm_added_q.weight")]     # diffusers' I2V files hold it, and
     if left:                                                 # nothing reads it
-        refuse(f"the weights hold {min(left)}, which this kind of model has not")
+        refuse(f"{path}: the weights hold {min(left)}, which this kind of model has not")
     state = {}
     for ours in model.state_dict():
         theirs, how = their_names(ours, layout)
@@ -2410,13 +2422,65 @@ def uvit_options(state, heads, text_tokens, path):
 MARKS = ("x_embedder.proj.weight", "mid_block.mlp.fc1.weight", "patch_embedding.weight")
 
 
+# What DiT's and SiT's trainings say of a network in `args` of their checkpoints, beside its name:
+# {option: {its value, in small letters: ours}}. Others change what the network predicts.
+TRAINED = {
+    "path_type": {"linear": "linear", "gvp": "gvp", "vp": "vp"},
+    "prediction": {name: name for name in ("velocity", "noise", "score")},
+    "noise_schedule": {"linear": ""}, "predict_xstart": {"false": ""}}
+TRAININGS = ("nnet_ema.pth", "*.ckpt/nnet_ema.pth", "ckpts/*.ckpt/nnet_ema.pth", "checkpoints/*.pt")
+
+
+def trained_by(file, path, options):
+    """{"kind": dit or sit, and where it is said "objective", "path", "weighting"} of DiT's and
+    SiT's weights: both have the same names. The options of their trainings tell them apart, or
+    else the name of the file or of the folders that these make around it."""
+    said, left = {}, [file.get(key) for key in ("args", "config", "hparams")]
+    while left:                                              # Namespaces, dicts, these nested
+        each = left.pop()
+        each = each if isinstance(each, dict) else vars(each) if hasattr(each, "__dict__") else {}
+        said |= {str(key).replace("-", "_"): value for key, value in each.items()
+                 if isinstance(value, (str, int, float, bool)) or value is None}
+        left += [value for value in each.values() if isinstance(value, (dict, Namespace))]
+    name = str(said.get("model") or said.get("model_type") or "")
+    named = re.search(r"(?<![a-z])([ds]it)(?![a-z])", name, re.I)
+    if name and not named:
+        refuse(f"{path} is of model {name[:40]}, which is not read here: DiT and SiT are")
+    places = re.findall(r"(?<![a-z])([ds]it)(?![a-z])", "/".join(path.absolute().parts[-3:]), re.I)
+    kind = (named[1] if named else "sit" if "path_type" in said else ["", *places][-1]).lower()
+    if not kind:
+        say_once(f"{path} does not say whether it is a DiT or a SiT, and is read as a DiT: of a "
+                 "SiT begin the file's name with SiT")
+    for key, legal in TRAINED.items():
+        if said.get(key) is not None and str(said[key]).lower() not in legal:
+            refuse(f"{path} was trained with {key} {str(said[key])[:40]}, which is not read here, "
+                   f"only {', '.join(legal)}")
+    cells, sides = options["grid"][0] * options["patch"][1], said.get("image_size")
+    if sides not in (None, 8 * cells):
+        say_once(f"{path} says image_size {sides}, its positions are those of {8 * cells} px, "
+                 "which are taken")
+    is_fixed = options["out_channels"] == options["channels"]
+    if said.get("learn_sigma") not in (None, not is_fixed):
+        say_once(f"{path} says learn_sigma {said['learn_sigma']}, the weights have "
+                 f"{options['out_channels']} outputs, which are taken")
+    read = lambda key, usual: TRAINED[key][str(said.get(key) or usual).lower()]
+    found = {"kind": kind or "dit", "is_said": bool(named) or "path_type" in said}
+    if kind == "sit":
+        found |= {"objective": read("prediction", "velocity"), "path": read("path_type", "linear"),
+                  "weighting": str(said.get("loss_weight") or "none").lower()}
+    return found
+
+
 def load_published(path, heads=None, text_tokens=77):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
-    dict, or one of their training checkpoints, of which the average is taken), a Wan folder in
-    either layout, a U-ViT's .pth or training folder N.ckpt (its nnet_ema.pth), the checkpoint of a
-    VideoGPT's prior; all in float32. heads, text_tokens: what the files of some do not tell."""
+    dict, or one of their training checkpoints, of which the average is taken; `trained` of the
+    network is what `trained_by` says), a Wan folder in either layout, a U-ViT's .pth, the last
+    checkpoint of a training's folder, the checkpoint of a VideoGPT's prior; all in float32. heads,
+    text_tokens: what the files of some do not tell."""
     path, layout = Path(path), "dit"
-    path = path / "nnet_ema.pth" if (path / "nnet_ema.pth").is_file() else path
+    if path.is_dir():
+        path = max((each for form in TRAININGS for each in path.glob(form)), default=path,
+                   key=lambda each: (len(str(each)), each))
     if path.is_dir():
         refuse_experts(path)
         path = path / "transformer" if (path / "transformer").is_dir() else path
@@ -2430,7 +2494,7 @@ def load_published(path, heads=None, text_tokens=77):
         return model, "gpt", options
     state = plain(innermost(file), path, MARKS)
     with read_as_config(path):
-        if "mid_block.mlp.fc1.weight" in state and innermost(file) is file:
+        if "mid_block.mlp.fc1.weight" in state and layout == "dit":
             options = uvit_options(state, heads, text_tokens, path)
             return filled(UViT, options, state, path), "uvit", options
         if layout == "dit" and "x_embedder.proj.weight" not in state:
@@ -2442,7 +2506,9 @@ def load_published(path, heads=None, text_tokens=77):
         check_wan(options, layout, config, told, path / "config.json")
     with torch.device("meta"):
         model = DiT(**options)
-    model.load_state_dict(from_published(state, layout, model), assign=True)
+    model.load_state_dict(from_published(state, layout, model, path), assign=True)
+    if layout == "dit":
+        model.trained = trained_by(file, path, options)
     if model.positions != "sincos":      # buffers that no file holds
         model.freqs, model.axes = rope_frequencies(options["dim"] // options["heads"], 10000.0)
     return model.eval(), layout, options

@@ -332,8 +332,22 @@ def git_revision():
                               capture_output=True, text=True).stdout.strip() or None
 
 
+class Inert:
+    """In the place of what a checkpoint holds beside weights and plain data."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+Namespace = type("Namespace", (), {})
 STAND_INS = [           # classes in published checkpoints, read as data without their code
-    (type("Namespace", (), {}), "argparse.Namespace"),
+    (Namespace, "argparse.Namespace"), (Namespace, "types.SimpleNamespace"),
+    *((Inert, name) for name in (
+        "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+        "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath")),
     (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
     (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
@@ -437,7 +451,8 @@ def plain(weights, path, marks):
 
 def innermost(found):
     """The state dict in a training checkpoint, the average before the weights that it is of."""
-    for key in ("ema", "ema_model", "model", "module", "state_dict"):
+    for key in ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "nnet_ema",
+                "model", "module", "state_dict", "model_state_dict", "nnet"):
         if isinstance(found.get(key), dict):
             return innermost(found[key])
     return found
@@ -462,11 +477,27 @@ def fits(value, default):
         not isinstance(value, int) or min(default, 1) <= value <= 2**20)
 
 
-def read_class(path, classes, guess=None):
+def cleared(value, default):
+    """A value of a config as its default's kind: of texts numbers and truths, of null false."""
+    if isinstance(default, list) and isinstance(value, list):
+        return [cleared(each, (default or [0.0])[0]) for each in value]
+    if isinstance(default, bool) and isinstance(value, (str, type(None))):
+        return {"none": False, "false": False, "true": True}.get(str(value).lower(), value)
+    if isinstance(default, bool) and value in (0, 1) and not isinstance(value, float):
+        return bool(value)
+    if isinstance(default, (int, float)) and isinstance(value, (str, float)):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+            return int(number) if isinstance(default, int) and number == int(number) else number
+    return value
+
+
+def read_class(path, classes, guess=None, inner=None):
     """(class, its values, the keys that it has) of a published config.json, one of `classes`
-    {class: {key: default}}: a key that it leaves out, or that is null, has its class's default.
+    {class: {key: default}}: a key that it leaves out, or that is null, has its class's default, but
+    a null in the place of true or false is false, as in Python. Numbers and truths may be texts.
     Refuses other classes, values of other kinds, and what is quantized. guess: the class of one
-    that does not name any."""
+    that does not name any; inner: the config within one of a larger model."""
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(config, dict):
@@ -475,17 +506,19 @@ def read_class(path, classes, guess=None):
         refuse(f"{path}: no such file")
     except (ValueError, RecursionError):
         refuse(f"{path} is damaged: it is no JSON object")
+    how = config.get("quantization_config")
+    config = config[inner] if isinstance(config.get(inner), dict) else config
     name = config.get("_class_name") or (guess and guess(config))
     if not isinstance(name, str) or name not in classes:
         says = f"is of class {name}" if isinstance(name, str) else "names no _class_name"
         refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
-    if config.get("quantization_config"):
-        how = config["quantization_config"]
+    if how := how or config.get("quantization_config"):
         how = how.get("quant_method") if isinstance(how, dict) else how
         refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
                "float16 and plain float8: take a folder without quantization_config")
-    told = {key for key in classes[name] if config.get(key) is not None}
-    values = {**classes[name], **{key: config[key] for key in told}}
+    told = {key for key, default in classes[name].items() if config.get(key) is not None
+            or key in config and isinstance(default, bool)}
+    values = {**classes[name], **{key: cleared(config[key], classes[name][key]) for key in told}}
     for key, default in classes[name].items():
         if not fits(values[key], default):
             what = KINDS[type(default)] + (f", as {default}" if default else "")
@@ -2584,7 +2617,8 @@ def check_class(name, config, n_tensors, path):
             refuse(f"{path}: temperal_downsample has {len(config['temperal_downsample'])} values, "
                    f"dim_mult {levels}: of the first there is one less")
     for key, value in only.items():
-        if config[key] != value:
+        if (config[key].lower().replace("swish", "silu") if key == "act_fn" else config[
+                key]) != value:
             refuse(f"{path}: {key} {json.dumps(config[key])[:60]} is not read here, only "
                    f"{json.dumps(value)[:60]}")
     if not levels or 2 * levels * n_res > n_tensors:

@@ -33,7 +33,7 @@ def wan(layers, dim, heads):
     config = dict(num_layers=layers, num_attention_heads=heads, ffn_dim=4 * dim)
     options = D.wan_options(peer.state_dict(), config, "diffusers")
     ours = D.DiT(**options)
-    ours.load_state_dict(D.from_published(peer.state_dict(), "diffusers", ours))
+    ours.load_state_dict(D.from_published(peer.state_dict(), "diffusers", ours, "diffusers"))
     return peer, ours
 
 

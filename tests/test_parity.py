@@ -801,8 +801,7 @@ def wan_pipeline(case):
             (velocities if isinstance(seen, tuple) else steps).append(whole(x))
             return seen
         latents, = sampler.denoise([job], watch=watch)
-        times = sample.flow_grid(run["steps"], run["shift"], *args.ends)
-        times = times.clamp(max=1 - 1e-6) if solver == "unipc" else times
+        times = sample.flow_points(args, sampler.part("denoiser").objective, run["shift"])
         told = 1000 * times[:-1]
         video = torch.cat(list(D.decode_long(sampler.part("vae")[0], (
             latents * sampler.std + sampler.mean)[None])), 2).clamp(-1, 1)

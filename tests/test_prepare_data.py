@@ -869,6 +869,20 @@ def flipped(data):
     return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1:]
 
 
+def test_sums_are_compared_once_a_process_until_a_file_changes(made, monkeypatch):
+    """Two reads of one set hash its tars once; a tar that was touched is hashed again."""
+    folder, hashed = made / "data/set", []
+    monkeypatch.setattr(pd, "CHECKED", set())
+    monkeypatch.setattr(pd, "check_sums", lambda *at: hashed.append(at[0]))
+    assert pd.open_dataset(folder) == pd.open_dataset(folder) and len(hashed) == 1
+    stat = (folder / "shard-00000.tar").stat()
+    os.utime(folder / "shard-00000.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    pd.open_dataset(folder)
+    os.utime(folder / "shard-00000.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    pd.open_dataset(folder)
+    assert len(hashed) == 2
+
+
 def test_flipped_bytes_of_shards_are_noticed_and_the_shard_is_made_again(tmp_path, capsys):
     """6 A: no flipped byte in a tar was noticed; C: a lost shard said 'prepare again', but that
     said 'finished'."""

@@ -1,6 +1,7 @@
 """Published folders of denoisers, autoencoders and schedulers as people have them: the values of the
 well-known config.json, shrunk; each precision, naming and way of leaving defaults out; and what is
 refused, each in one line."""
+import argparse
 import copy
 import itertools
 import json
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_sample import i2v  # noqa: F401
+from test_sample import i2v, tower_by_hand, tower_weights  # noqa: F401
 
 import sample as S
 import train_dit as D
@@ -380,7 +381,7 @@ REFUSED = [         # autoencoder or denoiser, what its config.json says beside,
     ("kl", dict(layers_per_block=10**12), "a whole number"),
     ("kl", dict(block_out_channels=[8] * 10**5), "a list"), ("kl", dict(norm_num_groups=3), "does not divide"),
     ("kl", dict(act_fn="relu"), "act_fn"), ("kl", dict(mid_block_add_attention=False), "mid_block_add_attention"),
-    ("kl", dict(latent_channels="4"), 'latent_channels is "4"'), ("kl", dict(scaling_factor=True), "a number"),
+    ("kl", dict(latent_channels="four"), 'latent_channels is "four"'), ("kl", dict(scaling_factor=True), "a number"),
     ("kl", dict(in_channels=4), "in_channels"), ("kl", dict(use_post_quant_conv=False), "use_post_quant_conv"),
     ("kl", dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "down_block_types"),
     ("wan", dict(_class_name="WanVACETransformer3DModel"), "WanVACETransformer3DModel"),
@@ -390,6 +391,10 @@ REFUSED = [         # autoencoder or denoiser, what its config.json says beside,
     ("wan", dict(num_attention_heads=3), "heads"), ("wan", dict(attention_head_dim=16), "heads of 16"),
     ("wan", dict(num_attention_heads=64, attention_head_dim=1), "even width"), ("wan", dict(eps=1e-5), "eps"),
     ("wan", dict(cross_attn_norm=False), "cross_attn_norm"), ("wan", dict(in_channels=5), "in_channels is 5"),
+    ("kl", dict(mid_block_add_attention=None), "mid_block_add_attention false"),       # null is false
+    ("kl", dict(use_quant_conv=None, use_post_quant_conv=None), "quant_conv.bias is not"),
+    ("wan", dict(cross_attn_norm=None), "cross_attn_norm False"), ("wan", dict(num_layers="2.5"), '"2.5"'),
+    ("wan", dict(eps="nan"), "eps"), ("wan", dict(num_layers="inf"), "a whole number"),
     ("wan", dict(quantization_config={"quant_method": "torchao"}), "torchao")]
 
 
@@ -401,6 +406,21 @@ def test_what_a_config_says_and_is_not_read_is_refused_by_name(what, more, told,
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "it/config.json").write_text(json.dumps({**config, **more}))
     assert told in refused(capsys, load, tmp_path / "it")
+
+
+@pytest.mark.parametrize("what, more", [
+    ("kl", dict(act_fn="swish")), ("kl", dict(act_fn="SiLU")), ("kl", dict(act_fn=None, in_channels=None)),
+    ("kl", dict(latent_channels="4", layers_per_block="2", scaling_factor="1.8215e-1", norm_num_groups=4.0)),
+    ("kl", dict(use_quant_conv="true", use_post_quant_conv=1, mid_block_add_attention="True")),
+    ("wan", dict(num_layers="2", eps="1e-06", patch_size=["1", 2.0, 2], cross_attn_norm="true", image_dim=None)),
+    ("wan", dict(eps=None, freq_dim=None, rope_max_seq_len=None))])
+def test_numbers_as_texts_nulls_and_synonyms_are_read(what, more, tmp_path):
+    source, load = {"kl": (FIXTURES / "sd-vae/vae", V.load_autoencoder),
+                    "wan": (FIXTURES / "wan-denoiser-diffusers", D.load_published)}[what]
+    config = json.loads((source / "config.json").read_text())
+    shutil.copytree(source, tmp_path / "it")
+    (tmp_path / "it/config.json").write_text(json.dumps({**config, **more}))
+    assert load(tmp_path / "it")[1:] == load(source)[1:]
 
 
 def test_damaged_configs_end_in_one_line(tmp_path, capsys):
@@ -449,6 +469,117 @@ def test_a_narrow_dit_is_asked_for_its_heads(tmp_path, capsys):
             assert "--heads" in refused(capsys, D.load_published, tmp_path / "dit.pt", told or None)
 
 
+# ---- training checkpoints of DiT and SiT: what their options say
+
+def trained(home, args, name="0400000.pt", out=8, wrap=lambda x: x):
+    """A file as DiT's and SiT's train.py write it; its network. The average is the one to take."""
+    torch.manual_seed(0)
+    model = D.DiT(4, 64, 1, 1, (1, 2, 2), out, own_table=True, positions="sincos", classes=11, grid=(2, 2))
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    state = D.to_published(model.state_dict(), "dit", model)
+    home.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {name: 9 + x for name, x in state.items()}, "ema": state, "args": wrap(args),
+                "opt": {"state": {}, "param_groups": [{"lr": np.float64(1e-4)}]}}, home / name)
+    return home / name, model
+
+
+def followed(model, how, noise, times, label):
+    """SiT's ODE in its own time, from noise at times[0] up, by Euler, written out."""
+    paths = {"linear": lambda t: (t, 1 - t, 1, -1),
+             "gvp": lambda t: (math.sin(math.pi * t / 2), math.cos(math.pi * t / 2),
+                               math.pi / 2 * math.cos(math.pi * t / 2), -math.pi / 2 * math.sin(math.pi * t / 2))}
+    x = noise
+    for now, after in zip(times, times[1:]):
+        row = D.lay_out([tuple(x.shape)], [None], [label], None, model.patch, kind="sit")
+        with torch.no_grad():
+            out = model(D.patchify([x], model.patch), torch.tensor([now]), row, None)
+        m = D.unpatchify(out, [(8, *x.shape[1:])], model.patch)[0][:4]
+        a, s, da, ds = paths[how.path](now)
+        eps = m if how.prediction == "noise" else -s * m
+        x = x + (after - now) * (m if how.prediction == "velocity" else da * (x - s * eps) / a + ds * eps)
+    return x
+
+
+NAMESPACE = lambda args: SimpleNamespace(**args)
+WAYS = {"Namespace": lambda args: argparse.Namespace(**args), "dict": dict, "SimpleNamespace": NAMESPACE,
+        "nested": lambda args: {"model": {"model_type": args.pop("model")}, "transport": args}}
+
+
+@pytest.mark.parametrize("way, prediction, path", [
+    ("Namespace", "velocity", "Linear"), ("dict", "noise", "GVP"), ("SimpleNamespace", "score", "Linear"),
+    ("nested", "velocity", "GVP")])
+def test_sits_own_checkpoint_is_sampled_as_it_was_trained(way, prediction, path, tmp_path):
+    said = dict(model="SiT-XL/2", path_type=path, prediction=prediction, loss_weight=None, image_size=32,
+                data_path=Path("/data"), results_dir=Path("results"), cfg_scale=np.float64(4.0))
+    file, model = trained(tmp_path, said, wrap=WAYS[way])
+    args = S.parse_options([str(file), "--prompt", "3", "--vae", str(FIXTURES / "sd-vae/vae"), "--steps", "4",
+                            "--sampler", "euler", "--cfg", "1", "--device", "cpu"])
+    sampler = S.open_sampler(args, torch.device("cpu"))
+    how = sampler.part("denoiser").objective
+    assert sampler.kind == "sit" and (how.prediction, how.path) == (prediction, path.lower())
+    wish = S.wish_of(args, {"prompt": "3"})
+    story, = sampler([wish])
+    noise = V.gaussians("sample", wish["seed"], 0, ["3"], [(4, 1, 4, 4)])[0]
+    ends = (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)
+    wanted = followed(model, how, noise, np.linspace(*ends, 5).tolist(), 3)
+    assert (story.pieces[0].latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("said, name, kind", [
+    (dict(model="DiT-XL/2"), "SiT/last.pt", "dit"), (dict(model="SiT-B-4"), "DiT.pt", "sit"),
+    (dict(path_type="VP"), "ema.pt", "sit"), (None, "003-SiT-XL-2-Linear-velocity-None/checkpoints/0400000.pt", "sit"),
+    (None, "SiT/000-DiT-XL-2/checkpoints/0400000.pt", "dit"), (None, "my_sit.pt", "sit"), (None, "visit.pt", "")])
+def test_a_checkpoints_kind_is_that_of_what_is_nearest(said, name, kind, tmp_path, capsys):
+    file, _ = trained((tmp_path / name).parent, said, Path(name).name)
+    V.say_once.cache_clear()
+    capsys.readouterr()
+    found = D.load_published(file)[0].trained
+    assert found["kind"] == (kind or "dit") and found["is_said"] == bool(said)
+    assert ("does not say whether" in capsys.readouterr().err) == (not kind)
+    if "checkpoints" in name:                # the training's folder stands for its last checkpoint
+        trained(file.parent, {"model": "SiT-S/2", "path_type": "GVP"}, "1000000.pt")
+        assert D.load_published(file.parents[1])[0].trained["path"] == "gvp"
+
+
+def test_what_a_training_says_and_is_not_read_is_refused_by_name(tmp_path, capsys):
+    for said, told in ((dict(model="Latte-XL/2"), "model Latte-XL/2"), (dict(model="LightningDiT-XL/1"), "Lightning"),
+                       (dict(model="SiT-XL/2", prediction="v"), "prediction v"), (dict(path_type="cosine"), "cosine"),
+                       (dict(model="DiT-S/4", noise_schedule="squaredcos_cap_v2"), "noise_schedule"),
+                       (dict(model="DiT-S/4", predict_xstart=True), "predict_xstart True")):
+        assert told in refused(capsys, D.load_published, trained(tmp_path, said, wrap=NAMESPACE)[0])
+    V.say_once.cache_clear()
+    D.load_published(trained(tmp_path, dict(model="DiT-S/2", image_size=256, learn_sigma=False))[0])
+    told = capsys.readouterr().err
+    assert "image_size 256" in told and "those of 32 px" in told and "learn_sigma False" in told
+    file, _ = trained(tmp_path, dict(model="SiT-S/2", path_type="GVP", prediction="noise",
+                                     loss_weight="likelihood"))
+    init = SimpleNamespace(init=str(file), heads=None, model="dit", objective="noise", path="gvp", weighting="none")
+    for name, wrong, right in (("model", "dit", "sit"), ("objective", "velocity", "noise"), ("path", "linear", "gvp")):
+        setattr(init, name, wrong)
+        assert f"give --{name} {right}" in refused(capsys, D.start_from, init, None)
+        setattr(init, name, right)
+    assert D.start_from(init, None)[0]["kind"] == "sit"
+    assert "--weighting likelihood" in capsys.readouterr().err
+
+
+def test_uvits_of_a_training_are_read_and_of_pixels_refused(tmp_path, capsys):
+    """The average inside a checkpoint or a training's folder; without classes; pixels by name."""
+    for channels, classes, name in ((4, 5, "ckpts/500.ckpt"), (4, 0, "ckpts/1000.ckpt"), (3, 5, "pixels")):
+        net = D.UViT(channels=channels, size=(1, 4, 4), patch=2, dim=64, depth=2, heads=1, classes=classes)
+        (tmp_path / name).mkdir(parents=True)
+        torch.save(net.state_dict(), tmp_path / name / "nnet_ema.pth")
+    assert not D.load_published(tmp_path)[2]["classes"]              # the last one
+    torch.save({"nnet_ema": net.state_dict(), "nnet": {}, "step": 9}, tmp_path / "all.pth")
+    assert torch.equal(D.load_published(tmp_path / "all.pth")[0].pos_embed, net.pos_embed)
+    run = lambda path, prompt: S.main([str(path), "--prompt", prompt, "--vae", str(FIXTURES / "sd-vae/vae"), "--steps",
+                                       "3", "--device", "cpu", "--out", str(tmp_path / "o")])
+    run(tmp_path, "")
+    assert len(list((tmp_path / "o").glob("*.json"))) == 1
+    assert "no class" in refused(capsys, run, tmp_path, "3")
+    assert "of pixels" in refused(capsys, run, tmp_path / "pixels", "3")
+
+
 # ---- schedulers
 
 UNIPC = dict(_class_name="UniPCMultistepScheduler", _diffusers_version="0.33.0.dev0", beta_end=0.02,
@@ -469,7 +600,7 @@ def planned(home, config, n, *more):
     (home / "scheduler").mkdir(exist_ok=True)
     (home / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     args = S.parse_options([str(home), "--prompt", "x", "--steps", str(n), *more])
-    about = {"kind": "wan", "layout": "diffusers", **S.read_scheduler(home, args.sampler)}
+    about = {"kind": "wan", "layout": "diffusers", **S.read_scheduler(home, args.sampler, args.shift)}
     S.resolve(args, about, D.Objective(), 8)
     told = []
 
@@ -523,6 +654,25 @@ def test_what_a_scheduler_says_and_is_not_read_is_refused_by_name(config, more, 
     assert told in refused(capsys, planned, tmp_path, {**config, **more}, 4)
     if "solver_order" in more:               # another sampler than the folder's takes the shift alone
         assert planned(tmp_path, {**config, **more}, 4, "--sampler", "euler")[0].shift == config["flow_shift"]
+
+
+def test_a_scheduler_that_is_not_needed_is_not_read(tmp_path, capsys):
+    """Where sampler and shift are told; else the line says what to tell. Texts, nulls as in configs."""
+    for config in (dict(_class_name="LCMScheduler"), dict(beta_start=5), dict(_class_name=3)):
+        V.say_once.cache_clear()
+        capsys.readouterr()
+        args, times, _ = planned(tmp_path, config, 4, "--sampler", "euler", "--shift", "3")
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "--sampler and --shift" in told and args.shift == 3.0
+        assert np.array_equal(times, planned(tmp_path, EULER, 4, "--shift", "3")[1])
+        for more in ((), ("--sampler", "unipc"), ("--shift", "2")):
+            assert ("LCM" if "LCM" in str(config) else "_class_name") in refused(capsys, planned, tmp_path, config, 4, *more)
+    assert "both --sampler and --shift" in refused(capsys, planned, tmp_path, dict(_class_name="LCMScheduler"), 4)
+    wanted = planned(tmp_path, UNIPC, 4)[1]
+    texts = {**UNIPC, "flow_shift": "3.0", "solver_order": "2", "predict_x0": "true", "thresholding": None}
+    assert np.array_equal(planned(tmp_path, texts, 4)[1], wanted)
+    for key in ("lower_order_final", "predict_x0", "use_flow_sigmas"):
+        assert key in refused(capsys, planned, tmp_path, {**UNIPC, key: None}, 4)
 
 
 @pytest.mark.parametrize("name", ["WanDMDPipeline", "WanVACEPipeline", "LTXPipeline", 5])
@@ -716,6 +866,80 @@ def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         S.class_number("\u00b2", 10)
     assert stop.value.code == 2 and "0 to 9" in capsys.readouterr().err
+
+
+def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
+    """Prefixes, half of a whole CLIP, its own pictures; what does not fit is refused by name."""
+    place, picture = tmp_path / "it", np.random.default_rng(1).integers(0, 255, (12, 8, 3), dtype=np.uint8)
+    wanted = S.open_image_encoder(i2v / "diffusers", "cpu")(picture)
+
+    def folder(config=None, name=lambda name: name, more={}, processor=None, beside=None):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(i2v / "diffusers", place)
+        state, at = load_file(i2v / "diffusers/image_encoder/model.safetensors"), place / "image_encoder"
+        save_file({name(key): x for key, x in state.items()} | more, at / "model.safetensors")
+        known = json.loads((at / "config.json").read_text())
+        (at / "config.json").write_text(json.dumps(config(known) if config else known))
+        for each, told in (("image_encoder", processor), ("image_processor", beside)):
+            if told:
+                (place / each).mkdir(exist_ok=True)
+                (place / each / "preprocessor_config.json").write_text(json.dumps(told))
+        return place
+    text = {f"{name}.weight": torch.ones(2, 2) for name in (
+        "text_model.embeddings.token_embedding", "text_model.final_layer_norm", "text_projection", "visual_projection")}
+    whole = lambda c: {"model_type": "clip", "vision_config": {**c, "model_type": "clip_vision_model"},
+                       "text_config": {"hidden_size": 7}, "projection_dim": 5, "hidden_size": 99}
+    for prefix in ("", "module.", "image_encoder.", "clip.", "_orig_mod."):
+        for strip in (False, True):
+            named = lambda name: prefix + (name.removeprefix("vision_model.") if strip else name)
+            found = S.open_image_encoder(folder(name=named), "cpu")(picture)
+            assert torch.equal(found, wanted), (prefix, strip)
+        folder(whole, lambda name: prefix + name, {prefix + name: x for name, x in text.items()}
+               | {prefix + "logit_scale": torch.ones(())})
+        assert torch.equal(S.open_image_encoder(place, "cpu")(picture), wanted)
+    usual = dict(do_resize=True, size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, do_center_crop=True,
+                 resample=3, rescale_factor=1 / 255)
+    assert torch.equal(S.open_image_encoder(folder(beside=usual), "cpu")(picture), wanted)
+    mean, std = (torch.tensor(each) for each in S.CLIP_MEAN)
+    for where in ("processor", "beside"):                     # another mean is another picture
+        told = usual | dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        found = S.open_image_encoder(folder(**{where: told}), "cpu")(picture)
+        cut = S.crop(picture, 8)[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1)
+        assert torch.allclose(found, tower_by_hand(tower_weights(), (cut[None] - 0.5) / 0.25)[0], atol=1e-4)
+        assert (found - wanted).abs().max() > 0.01
+    for more, told in ((dict(beside=usual | dict(resample=2)), "resample 2"), (
+            dict(processor=usual | dict(size={"shortest_edge": 9})), "size"), (
+            dict(config=lambda c: c | {"quantization_config": {"quant_method": "awq"}}), "awq"), (
+            dict(config=lambda c: whole(c | {"quantization_config": {"quant_method": "gptq"}})), "gptq"), (
+            dict(config=lambda c: c | {"model_type": "siglip_vision_model"}), "siglip_vision_model"), (
+            dict(config=lambda c: c | {"hidden_act": "relu6"}), "relu6"), (
+            dict(name=lambda name: name.replace("class_embedding", "cls")), "class_embedding")):
+        assert told in refused(capsys, S.open_image_encoder, folder(**more), "cpu")
+
+
+def test_misfits_are_said_before_anything_is_sampled_or_large_is_read(i2v, tmp_path, capsys, monkeypatch):
+    """No bar and no encoder is there yet: widths of text and image encoders, in both layouts, classes
+    of a whole file of prompts."""
+    def never(*_, **__):
+        raise AssertionError
+    monkeypatch.setattr(S.Sampler, "progress", never)
+    monkeypatch.setattr(S, "open_text_encoder", never)
+    run = lambda *more: sampled(*more, "--image", str(i2v / "picture.png"))
+    for layout in ("wan", "diffusers"):
+        shutil.copytree(i2v / layout, tmp_path / layout)
+        told = refused(capsys, run, i2v / layout, tmp_path / "o", "--text_encoder", str(FIXTURES / "clip-text/encoder"))
+        assert "reads 32" in told
+        where = tmp_path / layout / ("" if layout == "wan" else "transformer")
+        network = D.DiT(36, 48, 1, 2, (1, 2, 2), 16, 64, 32, 96, positions="index")
+        save_file({name: x.contiguous() for name, x in D.to_published(
+            network.state_dict(), layout, network).items()}, where / "diffusion_pytorch_model.safetensors")
+        told = refused(capsys, run, tmp_path / layout, tmp_path / "o")
+        assert "tokens 160 wide" in told and "reads 96" in told
+    file, _ = trained(tmp_path, {"model": "SiT-S/2"})
+    (tmp_path / "prompts.txt").write_text("3\n4\n11\n")
+    told = refused(capsys, S.main, [str(file), "--prompts", str(tmp_path / "prompts.txt"), "--vae", str(
+        FIXTURES / "sd-vae/vae"), "--device", "cpu", "--batch", "1", "--out", str(tmp_path / "o")])
+    assert "'11' is no class" in told and not list((tmp_path / "o").glob("*"))
 
 
 def test_weights_in_safetensors_come_before_older_ones(tmp_path):

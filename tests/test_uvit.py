@@ -128,7 +128,7 @@ def test_what_does_not_load_is_refused_in_a_line(what, told, tmp_path, capsys):
                                                clip=(12, 5)).state_dict()
     if what in ("lacks", "half"):
         del state["norm.bias" if what == "lacks" else "pos_embed"]
-    saved = {"more": state | {"extra": torch.ones(1)}, "other": {"model": state},
+    saved = {"more": state | {"extra": torch.ones(1)}, "other": {"model": {"a": torch.ones(1)}},
              "class": state | {"about": Foreign()}}.get(what, state)
     torch.save(saved, path)
     if what == "text":
