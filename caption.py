@@ -53,8 +53,10 @@ Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 202
 2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
 """
 import argparse
+import ast
 import base64
 import contextlib
+import datetime
 import functools
 import hashlib
 import html
@@ -1925,6 +1927,298 @@ def chat_template(folder, told):
     return ""
 
 
+# ------------------------------------------------------------------------------------------------
+# Chat templates: as much of Jinja as they use
+# ------------------------------------------------------------------------------------------------
+
+
+class Undefined:
+    """What a template names and nobody has defined: false, empty, and of no parts."""
+
+    def __bool__(self):
+        return False
+
+    def __iter__(self):
+        return iter(())
+
+
+UNDEFINED, LONGEST = Undefined(), 2**17     # LONGEST: of a template, of each text and list in it
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+INSIDE_TAG = rf"""(?:{QUOTED}|[^'"])*?"""
+MARKUP = re.compile(rf"(?s)(\{{#.*?#\}}|\{{%{INSIDE_TAG}%\}}|\{{\{{{INSIDE_TAG}\}}\}})")
+TODAY = "26 Jul 2024"           # Llama 3's own date where none is told: equal commands, equal texts
+
+
+def as_text(value):
+    if isinstance(value, (list, dict)):
+        raise ValueError("it writes a list or an object as if it were text")
+    return "" if value is UNDEFINED else str(value)
+
+
+def bounded(value):
+    if isinstance(value, (str, list)) and len(value) > LONGEST:
+        raise ValueError("it makes too long a text")
+    return value
+
+
+def having(items, name, test="", *value, wanted=True):
+    """The items whose attribute passes a test (`selectattr`), or not (`rejectattr`)."""
+    return [item for item in items if wanted == bool(CHECKS[test](part_of(item, name), *value))]
+
+
+def part_of(whole, name):
+    """What a template means by whole.name or whole[name]."""
+    if whole is UNDEFINED:
+        raise ValueError(f"what has a part {name} is not defined")
+    if isinstance(whole, dict):
+        return whole.get(name, UNDEFINED)
+    is_there = isinstance(name, int) and isinstance(whole, (str, list)) and (
+        -len(whole) <= name < len(whole))
+    return whole[name] if is_there else UNDEFINED
+
+
+CHECKS = {  # tests, after "is"
+    "": bool,
+    "defined": lambda x: x is not UNDEFINED, "undefined": lambda x: x is UNDEFINED,
+    "none": lambda x: x is None, "string": lambda x: isinstance(x, str),
+    "true": lambda x: x is True, "false": lambda x: x is False,
+    "mapping": lambda x: isinstance(x, dict),
+    "number": lambda x: isinstance(x, (int, float)), "boolean": lambda x: isinstance(x, bool),
+    "iterable": lambda x: isinstance(x, (str, list, dict, Undefined)), "in": lambda x, y: x in y,
+    "sequence": lambda x: isinstance(x, (str, list, dict, Undefined)),
+    **dict.fromkeys(("equalto", "eq", "=="), lambda x, y: x == y)}
+FILTERS = {  # after "|"
+    "trim": lambda x: as_text(x).strip(), "length": lambda x: len([*x]), "list": list,
+    "count": lambda x: len([*x]), "first": lambda x: next(iter(x), UNDEFINED),
+    "last": lambda x: [UNDEFINED, *x][-1], "string": as_text, "safe": lambda x: x, "int": int,
+    "default": lambda x, y="", or_false=False: y if x is UNDEFINED or or_false and not x else x,
+    "items": lambda x: [list(pair) for pair in x.items()] if x else [],
+    "map": lambda x, attribute: [part_of(each, attribute) for each in x],
+    "selectattr": having, "rejectattr": functools.partial(having, wanted=False),
+    "join": lambda x, y="": functools.reduce(
+        lambda a, b: b if a is None else bounded(as_text(a) + y + as_text(b)), x, None) or "",
+    "reverse": lambda x: x[::-1], "tojson": lambda x: json.dumps(as_text(x), ensure_ascii=False),
+    **{name: lambda x, change=getattr(str, name): change(as_text(x))
+       for name in ("upper", "lower", "title", "capitalize")}}
+METHODS = {  # (type of the object, name): after "."
+    **{(str, name): getattr(str, name) for name in (
+        "strip", "lstrip", "rstrip", "split", "upper", "lower", "title", "capitalize", "startswith",
+        "endswith")},
+    (dict, "items"): FILTERS["items"], (dict, "keys"): list, (dict, "get"): dict.get,
+    (dict, "values"): lambda x: [*x.values()]}
+SUMS = {ast.Add: lambda x, y: x + y, ast.Sub: lambda x, y: x - y, ast.Mod: lambda x, y: x % y,
+        ast.FloorDiv: lambda x, y: x // y}
+ORDERS = {ast.Eq: lambda x, y: x == y, ast.NotEq: lambda x, y: x != y, ast.Lt: lambda x, y: x < y,
+          ast.LtE: lambda x, y: x <= y, ast.Gt: lambda x, y: x > y, ast.GtE: lambda x, y: x >= y,
+          ast.In: lambda x, y: x in y, ast.NotIn: lambda x, y: x not in y}
+
+
+class ChatTemplate:
+    """A chat template's Jinja text, rendered as transformers does. It becomes a syntax tree by way
+    of Python's grammar, and `run` and `value` walk the nodes that are named there: nothing of it is
+    ever executed. Raises ValueError for what is not known, and beyond some thousands of steps."""
+
+    def __init__(self, text):
+        try:
+            self.tree = ast.parse("\n".join(self.lines(bounded(text))))
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"its grammar is not known: {error}") from None
+
+    def lines(self, text):
+        """Python's lines: a text, or what is in {{ }}, is an expression that stands alone."""
+        depth, parts = 0, MARKUP.split(text.replace("\r\n", "\n").removesuffix("\n"))
+        for i, part in enumerate(parts):
+            if i % 2 == 0:
+                yield f"{' ' * depth}{self.between(parts, i)!r}"
+                continue
+            inside = re.sub(rf"(?s){QUOTED}|[|~\n]", lambda found: {
+                "|": "**", "~": "@", "\n": " "}.get(found[0], found[0].replace("\n", "\\n")),
+                re.fullmatch(r"(?s)[-+]?\s*(.*?)\s*-?", part[2:-2])[1])
+            if part[1] == "{":
+                yield f"{' ' * depth}({inside})"
+            elif part[1] == "%":
+                word, rest = re.fullmatch(r"(\w+)\s*(.*)", inside).groups()
+                if word == "for":                    # for … in … if …
+                    rest = re.sub(r"^(.+?) in (.+) if ((?!.* else ).+)$",
+                                  r"\1 in [(\1) for \1 in \2 if \3]", rest)
+                depth -= word.startswith("end") or word in ("else", "elif")
+                form = {"set": "{1}" if "=" in rest else "with {1}:", "macro": "def {1}:",
+                        "generation": "if 1:", "break": "{0}", "continue": "{0}"}.get(
+                            word, "{0} {1}:")
+                if not word.startswith("end"):
+                    yield " " * depth + form.format(word, rest)
+                    if form.endswith(":"):
+                        depth += 1
+                        yield f"{' ' * depth}pass"
+
+    def between(self, parts, i):
+        """A text between two tags, without the white space that these take (with trim_blocks and
+        lstrip_blocks)."""
+        text, before, after = parts[i], "".join(parts[i - 1:i]), "".join(parts[i + 1:i + 2])
+        is_line = not i                              # whether it begins a line
+        if before.endswith(("-%}", "-}}", "-#}")):
+            text, is_line = text.lstrip(), False
+        elif before[1:2] in ("%", "#") and text.startswith("\n"):
+            text, is_line = text[1:], True
+        if after[2:3] == "-":
+            return text.rstrip()
+        start = text.rfind("\n") + 1
+        if after[1:2] in ("%", "#") and after[2:3] != "+" and (start or is_line):
+            text = text[:start] + text[start:].lstrip(" \t") * bool(text[start:].strip())
+        return text
+
+    def render(self, **names):
+        self.written, self.left, self.is_dated = [], 20_000, False
+        names = {"true": True, "false": False, "none": None, "strftime_now": self.day,
+                 "raise_exception": self.complain, "namespace": dict, "range": self.numbers,
+                 **names}
+        try:
+            self.run(self.tree.body, names)
+            return bounded("".join(self.written))
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{str(error):.100} is not known") from None
+
+    def run(self, body, names):
+        for node in body:
+            match node:
+                case ast.Expr():
+                    self.written.append(as_text(self.value(node.value, names)))
+                case ast.Assign(targets=[target]):
+                    self.assign(target, self.value(node.value, names), names)
+                case ast.If():
+                    self.run(node.body if self.value(node.test, names) else node.orelse, names)
+                case ast.For(orelse=[]):
+                    items = list(self.value(node.iter, names))
+                    for i, item in enumerate(items):
+                        inner = {**names, "loop": {
+                            "index0": i, "index": i + 1, "first": not i, "length": len(items),
+                            "last": i + 1 == len(items),
+                            **({"previtem": items[i - 1]} if i else {}),
+                            **({"nextitem": items[i + 1]} if i + 1 < len(items) else {})}}
+                        self.assign(node.target, item, inner)
+                        self.run(node.body, inner)
+                case ast.With(items=[ast.withitem(context_expr=ast.Name(id=name))]):
+                    outer, self.written = self.written, []
+                    self.run(node.body, names)
+                    names[name], self.written = bounded("".join(self.written)), outer
+                case ast.FunctionDef():
+                    names[node.name] = functools.partial(self.macro, node, names)
+                case ast.Pass():
+                    pass
+                case _:
+                    raise ValueError(f"{type(node).__name__} is not known")
+
+    def macro(self, node, names, *given, **named):
+        words = [arg.arg for arg in node.args.args]
+        usual = [self.value(each, names) for each in node.args.defaults]
+        outer, self.written = self.written, []
+        self.run(node.body, names | dict.fromkeys(words, UNDEFINED)
+                 | dict(zip(words[::-1], usual[::-1])) | dict(zip(words, given)) | named)
+        text, self.written = bounded("".join(self.written)), outer
+        return text
+
+    def assign(self, target, value, names):
+        match target:
+            case ast.Name(id=name):
+                names[name] = value
+            case ast.Attribute(value=ast.Name(id=name), attr=attr):      # of a namespace
+                names[name][attr] = value
+            case ast.Tuple(elts=parts):
+                for part, each in zip(parts, value, strict=True):
+                    self.assign(part, each, names)
+
+    def value(self, node, names):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it takes too many steps")
+        get = functools.partial(self.value, names=names)
+        match node:
+            case ast.Constant(value=found):
+                return found
+            case ast.Name(id=name):
+                return names.get(name, UNDEFINED)
+            case ast.List(elts=parts) | ast.Tuple(elts=parts):
+                return [get(part) for part in parts]
+            case ast.Dict(keys=keys, values=values):
+                return {get(key): get(each) for key, each in zip(keys, values)}
+            case ast.IfExp():
+                return get(node.body if get(node.test) else node.orelse)
+            case ast.BoolOp(op=op, values=parts):
+                for part in parts:
+                    found = get(part)
+                    if bool(found) is isinstance(op, ast.Or):
+                        break
+                return found
+            case ast.UnaryOp(op=op):
+                return not get(node.operand) if isinstance(op, ast.Not) else -get(node.operand)
+            case ast.BinOp(op=ast.Pow()):
+                return self.filtered(get(node.left), node.right, names)
+            case ast.BinOp(op=ast.MatMult()):
+                return bounded(as_text(get(node.left)) + as_text(get(node.right)))
+            case ast.BinOp(op=op):
+                a, b = get(node.left), get(node.right)
+                if type(a) is not type(b) or isinstance(a, str) > isinstance(op, ast.Add):
+                    raise ValueError(f"{type(a).__name__} and {type(b).__name__} do not add up")
+                return bounded(SUMS[type(op)](a, b))
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[test]):
+                test, args = (test.func, test.args) if isinstance(test, ast.Call) else (test, ())
+                name = str(test.value).lower() if isinstance(test, ast.Constant) else test.id
+                return isinstance(op, ast.Is) is bool(CHECKS[name](get(left), *map(get, args)))
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                if isinstance(a := get(left), (list, dict)):
+                    raise ValueError("it compares lists or objects")
+                return ORDERS[type(op)](a, get(right))
+            case ast.Subscript(slice=ast.Slice() as part):
+                return get(node.value)[slice(*(each and get(each) for each in (
+                    part.lower, part.upper, part.step)))]
+            case ast.Subscript() | ast.Attribute():
+                is_named = isinstance(node, ast.Attribute)
+                return part_of(get(node.value), node.attr if is_named else get(node.slice))
+            case ast.ListComp(generators=[ast.comprehension(target=target, ifs=[test]) as each]):
+                found = []                           # for … in … if …
+                for item in get(each.iter):
+                    self.assign(target, item, inner := dict(names))
+                    found += [item] * bool(self.value(test, inner))
+                return found
+            case ast.Call():
+                return self.called(node, names)
+            case _:
+                raise ValueError(f"{type(node).__name__} is not known")
+
+    def filtered(self, value, node, names):
+        """A value through what stands after "|", perhaps several."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            return self.filtered(self.filtered(value, node.left, names), node.right, names)
+        name, args, named = (node.func.id, *self.arguments(node, names)) if isinstance(
+            node, ast.Call) else (node.id, [], {})
+        return bounded(FILTERS[name](value, *args, **named))
+
+    def arguments(self, node, names):
+        return ([self.value(each, names) for each in node.args],
+                {each.arg: self.value(each.value, names) for each in node.keywords})
+
+    def called(self, node, names):
+        args, named = self.arguments(node, names)
+        if isinstance(node.func, ast.Attribute):
+            whole = self.value(node.func.value, names)
+            return bounded(METHODS[type(whole), node.func.attr](whole, *args, **named))
+        return bounded(names[node.func.id](*args, **named))
+
+    def complain(self, what=""):
+        raise ValueError(f"it says: {what:.100}")
+
+    def numbers(self, *bounds):
+        if max(map(abs, bounds)) > 1000:
+            raise ValueError("it takes too many steps")
+        return list(range(*bounds))
+
+    def day(self, form):
+        self.is_dated = True
+        if not re.fullmatch(r"(%[A-Za-z]|[^%]){1,40}", form):
+            raise ValueError("strftime_now is called by a form that is not known")
+        return datetime.datetime.strptime(TODAY, "%d %b %Y").strftime(form)
+
+
 class Tokens:
     """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
     vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
@@ -1933,8 +2227,12 @@ class Tokens:
     def __init__(self, folder):
         told = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = chat_template(folder, told), None, {}
-        bos = told.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
+        self.fault, is_llama = "", str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
+        marks = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
+        marks |= read_published(folder / "special_tokens_map.json", {}) | told
+        marks = {key: mark.get("content") if isinstance(mark, dict) else mark
+                 for key, mark in marks.items() if key.endswith("_token")}
+        self.marks = {key: mark for key, mark in marks.items() if isinstance(mark, str)}
         names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
@@ -1949,7 +2247,6 @@ class Tokens:
             ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
-            is_llama = str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
             if is_llama and not told.get("add_bos_token", True):
                 self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
@@ -1964,7 +2261,6 @@ class Tokens:
                           **read_published(folder / "added_tokens.json", {})}
             i = self.pieces.bos_id()
             self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
-        self.bos = self.id(bos) if isinstance(bos, str) else None
 
     def __len__(self):
         if self.pieces:
@@ -2260,42 +2556,48 @@ ZEPHYR = "<|user|>\n{q}</s>\n<|assistant|>\n"
 INTERNLM = "[UNUSED_TOKEN_146]user\n{q}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
 LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
            "<|start_header_id|>assistant<|end_header_id|>\n\n")
-CHATS = {   # name: what its Jinja text holds, a token that tells it alone, prompt, a turn's end
-    "chatml": (r"<\|im_start\|>", "<|im_start|>", CHATML, "<|im_end|>"),
-    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
-    "internlm": (r"\[UNUSED_TOKEN_146\]", "[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
-    "zephyr": (r"<\|user\|>\s*(\\n)?['\"] *\+ *\w+(\.content|\[['\"]content['\"]\]) *\+ *"
-               r"(eos_token|['\"]</s>)", None, ZEPHYR, "</s>"),
-    "mistral": (r"\[INST\]", None, "[INST] {q} [/INST]", "</s>"),
-    "llama2": (r"<<SYS>>", None, "[INST] {q} [/INST]", "</s>"),
-    "vicuna": (r"ASSISTANT:", None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
+CHATS = {   # for --template: a token that tells it where no template does, prompt, a turn's end
+    "chatml": ("<|im_start|>", CHATML, "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
+    "internlm": ("[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
+    "zephyr": (None, ZEPHYR, "</s>"), "mistral": (None, "[INST] {q} [/INST]", "</s>"),
+    "llama2": (None, "[INST] {q} [/INST]", "</s>"),
+    "vicuna": (None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
 
 
-def chat_of(text, id_of):
-    """(name, prompt, end of a turn) in CHATS by a chat template's text, with the system's part that
-    it puts first and its own spaces; or without any template by a token that the vocabulary has;
-    None where nothing tells it."""
-    if not text:
-        return next(((name, prompt, end) for name, (_, mark, prompt, end) in CHATS.items()
-                     if mark and id_of(mark) is not None), None)
-    found = [name for name, (pattern, *_) in CHATS.items() if re.search(pattern, text)]
-    found = found[:1] if set(found) == {"mistral", "llama2"} else found
-    if len(found) != 1:
-        return None
-    _, _, prompt, end = CHATS[found[0]]
-    text = text.replace("\\n", "\n")
-    if found == ["mistral"]:
-        for mark in re.findall(r"(?<=['\"])\s*\[/?INST\]\s*(?=['\"])", text):
-            prompt = re.sub(rf" *{re.escape(mark.strip())} *", mark, prompt)
-    elif found == ["vicuna"] and "A chat between" not in text:
-        prompt = prompt.removeprefix(VICUNA)
-    elif found == ["llama3"] and "Cutting Knowledge Date" in text:       # Llama 3.1's, its own date
-        prompt = ("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
-                  "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>") + prompt
-    elif found == ["chatml"] and (system := re.search(
-            r"<\|im_start\|>system\n[^<>{}'\"]+<\|im_end\|>\n", text)):
-        prompt = system[0] + prompt
-    return found[0], prompt, end
+def chat_of(tokens, where, plan):
+    """(prompt, texts that end an answer) as a chat template renders one turn of a user, with a
+    picture if the model sees, and no system's; raises ValueError where it cannot be told. What the
+    template says of its own accord is in it."""
+    template, slot, why = ChatTemplate(tokens.template), plan.tower and plan.slot, []
+    mark = plan.seen.replace("\0", slot or "")
+    gap = re.sub(r"(?s).*\0(\s*)\{q\}.*", r"\1", plan.prompt)            # after a picture
+    parts = [{"type": "image"}] * bool(slot) + [{"type": "text", "text": "{q}"}]
+    plain = f"{mark}{gap}{{q}}" if slot else "{q}"
+
+    def render(content, *answer):
+        said = [{"role": "user", "content": content}] + [
+            {"role": "assistant", "content": each} for each in answer]
+        return template.render(**tokens.marks, messages=said, tools=None, documents=None,
+                               add_generation_prompt=not answer, enable_thinking=False)
+    for content in (parts, plain) if slot else (plain, parts):
+        try:
+            prompt = render(content)
+            if prompt.count("{q}") != 1 or slot and prompt.count(mark) != 1:
+                raise ValueError("it leaves out the question, or the picture")
+        except ValueError as error:
+            why.append(str(error))
+            continue
+        if template.is_dated:
+            tqdm.write(f"{where}: its chat template tells the day: {TODAY} is told always, so that "
+                       "equal commands write equal captions", file=sys.stderr)
+        if prompt.startswith(bos := tokens.marks.get("bos_token") or "\0"):
+            prompt, tokens.first = prompt.removeprefix(bos), tokens.first or [tokens.id(bos)]
+        answer, end = "{a}" if content == plain else [{"type": "text", "text": "{a}"}], None
+        with contextlib.suppress(ValueError):
+            end = re.match(r"\s*(<[^<>\s]+>|\[\S+?\])", render(content, answer).partition("{a}")[2])
+        return prompt.replace(mark, "\0") if slot else prompt, (end[1],) if end else plan.stop
+    raise ValueError(why[0])
 
 
 def clip_sight(config, last, keep_cls=False, post=False):
@@ -2670,9 +2972,9 @@ class VLM(nn.Module):
     def prompt(self, question):
         """The text that the model is asked with: a NUL stands for what it sees."""
         if not self.plan.prompt:
-            what = "none that is known" if self.tokens.template else "missing"
+            what = f"none that is known: {self.tokens.fault}" if self.tokens.template else "missing"
             refuse(f"{self.where}: its chat template is {what}: give --template NAME, one of "
-                   f"{', '.join(CHATS)}, or put its chat_template.jinja there")
+                   f"{', '.join(CHATS)}, or put a chat_template.jinja there")
         return self.plan.prompt.replace("{q}", question.replace("\0", ""))
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
@@ -2786,7 +3088,7 @@ class VLM(nn.Module):
             text = self.tokens.decode(ids)
             for name in names:
                 text = text.split(name)[0]
-            yield request.key, re.sub(r"(?s)<think>.*?</think>", "", text).strip(), score
+            yield request.key, re.sub(r"(?s)^.*</think>", "", text).strip(), score
 
 
 def stop_ids(folder, config, tokens, names):
@@ -2863,29 +3165,33 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
         model.where, model.tokens = path, Tokens(Path(tokenizer or path))
         if plan.slot and model.tokens.id(plan.slot) is None:
             refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-        set_prompt(plan, kind, model.tokens, template)
+        set_prompt(plan, kind, model.tokens, template, path)
         model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
 
 
-def set_prompt(plan, kind, tokens, name):
-    """How a language model, or a port of LLaVA, is asked: as `name` says, or its chat template; ''
-    where neither is known."""
-    is_port = kind in ("llava", "video_llava") and plan.slot and tokens.template
-    if not (name or plan.tower is None or is_port):
+def set_prompt(plan, kind, tokens, name, where):
+    """How a language model, or a port of LLaVA or Qwen2-VL, is asked: as `name` says, or its chat
+    template; what has none by a token that its vocabulary has. '' where nothing tells it."""
+    is_lm = plan.tower is None
+    is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and plan.slot
+    if not (name or is_lm or is_port and tokens.template):
         return                                       # captioners of one form only
-    chat = (name, *CHATS[name][2:]) if name else chat_of(tokens.template, tokens.id)
-    if is_port and chat and chat[0] == "vicuna" and not name:
+    if tokens.template and not name:
+        try:
+            plan.prompt, plan.stop = chat_of(tokens, where, plan)
+        except ValueError as error:
+            plan.prompt, tokens.fault = "", str(error)
         return
-    _, prompt, end = chat or ("", "", None)
-    if plan.tower is None and prompt:
-        may_think = "enable_thinking" in tokens.template or not tokens.template
-        prompt += "<think>\n\n</think>\n\n" * (may_think and tokens.id("<think>") is not None)
+    name = name or next((name for name, (mark, *_) in CHATS.items()
+                         if mark and tokens.id(mark) is not None), None)
+    _, prompt, end = CHATS[name] if name else ("", "", None)
+    if is_lm and prompt:
+        prompt += "<think>\n\n</think>\n\n" * (tokens.id("<think>") is not None)
     elif prompt:
-        prompt = prompt.replace("{q}", "\0\n{q}")
+        seen = re.search(r"\0\s*\{q\}", plan.prompt) or ["\0\n{q}"]
+        prompt = prompt.replace("{q}", seen[0])
     plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
-    if "bos_token" in tokens.template and not tokens.first and tokens.bos is not None and not name:
-        tokens.first = [tokens.bos]                  # of tokenizers that leave it to the template
 
 
 # ------------------------------------------------------------------------------------------------

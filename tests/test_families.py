@@ -330,7 +330,7 @@ def test_stop_marks_and_chat_templates(tmp_path):
     config = json.loads((QWEN / "tokenizer_config.json").read_text())
     folder = changed(tmp_path / "inst", QWEN)
     (folder / "tokenizer_config.json").write_text(json.dumps(
-        config | {"chat_template": "{{ '<|start_header_id|>' }}"}))
+        config | {"chat_template": "{{ '<|start_header_id|>user' + messages[0].content }}"}))
     assert c.open_vlm(folder).prompt("q").startswith("<|start_header_id|>user")  # not the vocabulary
     assert c.rewrite(model, "a dog", ["A big dog runs."], most=8)
 

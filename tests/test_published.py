@@ -578,38 +578,179 @@ def test_pictures_as_the_folder_says(tmp_path, capsys):
 
 # -- how a model is asked --------------------------------------------------------------------------
 
-USER = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + eos_token }}{% endfor %}{{ '<|assistant|>\n' }}"
+def turns(user, answer="{{ m['content'] + eos_token }}", before="", after=""):
+    """A template of turns: what stands about a user's text and an answer's."""
+    return (before + "{% for m in messages %}{% if m['role'] == 'user' %}" + user
+            + "{% elif m['role'] == 'assistant' %}" + answer + "{% endif %}{% endfor %}"
+            + "{% if add_generation_prompt %}" + after + "{% endif %}")
+
+
 ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
           "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
-          "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% endfor %}")
+          "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
+          "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
          "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{% endfor %}")
-QWEN25 = ("{%- if tools %}\n{{- '<|im_start|>system\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are "
-          "Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}")
-LLAMA2 = ("{% if system_message != false %}{% set content = '<<SYS>>\\n' + system_message %}{% endif %}"
-          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}")
-LLAMA3 = ("{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
-          "message['content'] | trim + '<|eot_id|>' %}")
-ASKED_3 = "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-TEMPLATES = {
-    "mistral": ("{{ bos_token }}{{ '[INST] ' + m['content'] + ' [/INST]' }}", "[INST] Q [/INST]"),
-    "mistral v3": ("{{- \"[INST] \" + message[\"content\"] + \"[/INST]\" }}", "[INST] Q[/INST]"),
-    "nemo": ("{{- \"[INST]\" + message[\"content\"] + \"[/INST]\" }}", "[INST]Q[/INST]"),
-    "llama 2": (LLAMA2, "[INST] Q [/INST]"), "llama 3": (LLAMA3, ASKED_3),
-    "llama 3.1": ("{{- \"Cutting Knowledge Date: December 2023\\n\" }}" + LLAMA3,
-                  "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-                  "Today Date: 26 Jul 2024\n\n<|eot_id|>" + ASKED_3),
-    "zephyr": (ZEPHYR, "<|user|>\nQ</s>\n<|assistant|>\n"), "short": (USER, "<|user|>\nQ</s>\n<|assistant|>\n"),
-    "qwen2": (QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQ"
-                     "<|im_end|>\n<|im_start|>assistant\n"),
-    "qwen2.5": (QWEN25, "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
-                        "assistant.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
-    "vicuna": ("{{ 'USER: ' + m['content'] }} {{ 'ASSISTANT:' }}", "USER: Q ASSISTANT:"),
-    "gemma": ("{{ '<start_of_turn>' + role }}", None), "phi": (
-        "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>'}}", None),
-    "tulu": ("{{ '<|user|>\n' + m['content'] + '\n' }}{{ '<|assistant|>\n' + m['content'] + eos_token }}", None),
-    "two": ("{{ '[INST]' }}{{ '<|im_start|>' }}", None), "none": ("", None)}
+         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN25 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] }}{%- endif %}
+    {{- "\n\n# Tools\n\n{\"name\": <function-name>}" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+QWEN_VL = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and "
+    "message['role'] != 'system' %}<|im_start|>system\nYou are a terse assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or "
+    "'image' in content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|>"
+    "<|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message "
+          "= messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = SAYS %}"
+          "{% endif %}{% for message in loop_messages %}{% if loop.index0 == 0 and system_message != false %}"
+          "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+          "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' "
+          "%}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+          "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
+          "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+          "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+LLAMA32 = r"""{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{{- "Cutting Knowledge Date: December 2023\n" }}
+{{- "Today Date: " + date_string + "\n\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+SMALL = r"""{%- set today = strftime_now("%Y-%m-%d") %}
+{%- set default_system_message = "You are Small, last taught on 2023-10-01.\nToday is " + today + "." %}
+
+{{- bos_token }}
+
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = default_system_message %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+
+{#- It's a turn each: '{{' #}
+{%- for message in loop_messages if message.role != 'tool' %}
+    {%- if message['role'] == 'user' %}
+        {%- if message['content'] is string %}
+            {{- '[INST]' + message['content'] + '[/INST]' }}
+        {%- else %}
+            {{- '[INST]' }}{{- (message['content'] | selectattr('type', 'eq', 'text') | list)[0].text ~ '[/INST]' }}
+        {%- endif %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- message['content'] + eos_token }}
+    {%- else %}
+        {{- raise_exception('Only user and assistant roles are supported!') }}
+    {%- endif %}
+{%- endfor %}
+"""
+CURIOUS = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+           "detailed, and polite answers to the user's questions. ")
+VICUNA_TURNS = turns("{{ 'USER: ' + m['content'] + ' ' }}", "{{ 'ASSISTANT: ' + m['content'] + eos_token }}",
+                     '{{ "' + CURIOUS + '" }}', "{{ 'ASSISTANT:' }}")
+TRL = turns("USER: {% for item in m['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% elif "
+            "item['type'] == 'image' %}<image>\n{% endif %}{% endfor %} ",
+            "{% for item in m['content'] %}ASSISTANT: {{ item['text'] }}{{ eos_token }}{% endfor %}", CURIOUS,
+            "ASSISTANT: ")
+HF = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+      "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', "
+      "'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% for content in "
+      "message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+      "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+INST = "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+PHI = "{{'<|user|>' + '\n' + m['content'] + '<|end|>' + '\n'}}"
+GEMMA = turns("{{ '<start_of_turn>user\n' + (m.content | trim) + '<end_of_turn>\n' }}",
+              "{{ '<start_of_turn>model\n' + m.content + '<end_of_turn>\n' }}", "{{ bos_token }}",
+              "{{ '<start_of_turn>model\n' }}")
+MACRO = ("{%- macro say(who, what='?') -%}\n  <{{ who }}>{{ what|upper if who == 'bot' else what }}\n{%- endmacro -%}"
+         "{% for m in messages %}{% set text %}{{ m.content }}{% endset %}{{ say(m.role, text) }}|{% endfor %}"
+         "{{ say('bot') -}}\n\n  {%- if messages|length > 1 or messages[-1].tool_calls is defined %}!{% endif %}")
+HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+BY_QWEN = HELPFUL.replace("You are", "You are Qwen, created by Alibaba Cloud. You are")
+ASK, ASKED_3 = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", (
+    "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and what ends an answer
+    "mistral": (turns(INST, before="{{ bos_token }}"), "[INST] Q [/INST]", "</s>"),
+    "mistral v3": (turns('{{- "[INST] " + m["content"] + "[/INST]" }}', before="{{- bos_token }}"),
+                   "[INST] Q[/INST]", "</s>"),
+    "nemo": (turns('{{- "[INST]" + m.content + "[/INST]" }}'), "[INST]Q[/INST]", "</s>"),
+    "small": (SMALL, "[SYSTEM_PROMPT]You are Small, last taught on 2023-10-01.\nToday is 2024-07-26."
+              "[/SYSTEM_PROMPT][INST]Q[/INST]", "</s>"),
+    "llama 2": (LLAMA2.replace("SAYS", "false"), "[INST] Q [/INST]", "</s>"),
+    "llama 2, default": (LLAMA2.replace("SAYS", "'Be honest.'"),
+                         "[INST] <<SYS>>\nBe honest.\n<</SYS>>\n\nQ [/INST]", "</s>"),
+    "llama 3": (LLAMA3, ASKED_3, "<|eot_id|>"),
+    "llama 3.2": (LLAMA32, "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+                  "Today Date: 26 Jul 2024\n\n<|eot_id|>" + ASKED_3, "<|eot_id|>"),
+    "zephyr": (ZEPHYR, "<|user|>\nQ</s>\n<|assistant|>\n", "</s>"),
+    "qwen2": (QWEN2, HELPFUL + ASK, "<|im_end|>"), "qwen2.5": (QWEN25.split("    {%- if enable_thinking")[0] +
+                                                            "{%- endif %}\n", BY_QWEN + ASK, "<|im_end|>"),
+    "qwen3": (QWEN25, BY_QWEN + ASK + "<think>\n\n</think>\n\n", "<|im_end|>"),
+    "vicuna": (VICUNA_TURNS, CURIOUS + "USER: Q ASSISTANT:", "</s>"),
+    "gemma": (GEMMA, "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    "phi": (turns(PHI, "{{ m['content'] + '<|end|>\n' }}", after="{{ '<|assistant|>\n' }}"),
+            "<|user|>\nQ<|end|>\n<|assistant|>\n", "<|end|>"),
+    "macro": (MACRO, "<user>Q|<bot>?", None),
+    "parts alone": (TRL, CURIOUS + "USER: Q ASSISTANT: ", "</s>"),
+    "an import": ("{% import 'x' as y %}{{ messages[0].content }}", None, "its grammar is not known"),
+    "a filter": ("{{ messages[0].content | indent(4) }}", None, "'indent' is not known"),
+    "a system's part is missing": ("{{ messages[0].content + notes }}", None, "str and Undefined do not add up"),
+    "it refuses": ("{{ raise_exception('a system message is needed') }}", None, "it says: a system message is"),
+    "no question": ("{{ '[INST]' }}", None, "it leaves out the question"),
+    "endless": ("{% for a in range(999) %}{% for b in range(999) %}{{ b }}{% endfor %}{% endfor %}", None,
+                "it takes too many steps"),
+    "huge": ("{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+             None, "it makes too long a text"),
+    "python": ("{{ messages.__class__.__mro__ }}{{ messages[0].content }}", None, "__mro__ is not defined"),
+    "a method": ("{{ '{:9}'.format(1) }}{{ messages[0].content }}", None, "'format') is not known"),
+    "none": ("", None, "missing")}
 WAYS = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json")
 
 
@@ -622,38 +763,54 @@ def told(way, template):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
-    """Known ones are told by their text, with their own spaces and system; others are asked for."""
-    template, asked = TEMPLATES[name]
+    """Rendered as transformers does for one turn without a system's, and with what they say of their
+    own accord; what cannot be told is refused by name."""
+    template, asked, end = TEMPLATES[name]
     tensors = weights(lm_shapes(TINY))
     for i, way in enumerate(WAYS):
         folder = folder_of(tmp_path / str(i), TINY | {"model_type": "llama"}, tensors, **told(way, template))
+        (folder / "special_tokens_map.json").write_text(json.dumps(
+            {"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
         model = c.open_vlm(folder)
         if asked:
-            assert model.prompt("Q") == asked, way
+            assert model.prompt("Q") == asked and model.plan.stop == ((end,) if end else ()), way
+            is_told = "the day: 26 Jul 2024" in capsys.readouterr().err
+            assert is_told == ("strftime_now" in template)
+            assert model.tokens.first == [model.tokens.id("<s>")] * ("bos_token" in template)
         else:
             err = refused(capsys, "Q", call=model.prompt)
-            assert "give --template NAME, one of chatml, llama3" in err
-            assert ("missing" if name == "none" else "none that is known") in err
+            assert "give --template NAME, one of chatml, llama3" in err and end in err
+            assert name == "none" or "none that is known" in err
     model = c.open_vlm(folder, template="llama2")
     assert model.prompt("Q") == "[INST] Q [/INST]" and model.plan.stop == ("</s>",)
 
 
-def test_v04_a_llava_with_another_template(tmp_path, capsys):
+def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
+    """LLaVA's ports, as tuned by others (TRL's, or a language model's template), and Qwen2-VL's."""
     text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
-    config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
-    usual = ("{{ message['role'].upper() + ': '}}{{ '<image>\n' }}{% if add_generation_prompt %}"
-             "{{ 'ASSISTANT:' }}{% endif %}")
-    for i, (template, wanted) in enumerate([
-            ("", "USER: \0\nQ ASSISTANT:"), (usual, "USER: \0\nQ ASSISTANT:"),
-            (QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                    "\0\nQ<|im_end|>\n<|im_start|>assistant\n"), ("{{ '<start_of_turn>' }}", None)]):
+    llava = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), tensors
+    v, tensors = qwen_parts(False)
+    qwen = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]}), tensors
+    for i, (model, template, wanted) in enumerate([
+            (llava, "", "USER: \0\nQ ASSISTANT:"), (llava, HF, "USER: \0\nQ ASSISTANT:"),
+            (llava, TRL, CURIOUS + "USER: \0\nQ ASSISTANT: "),
+            (llava, VICUNA_TURNS, CURIOUS + "USER: \0\nQ ASSISTANT:"),
+            (llava, QWEN2, HELPFUL + ASK.replace("Q", "\0\nQ")), (qwen, "", HELPFUL + ASK.replace("Q", "\0Q")),
+            (qwen, QWEN_VL, HELPFUL.replace("helpful", "terse") + ASK.replace("Q", "\0Q")),
+            (qwen, QWEN2, HELPFUL + ASK.replace("Q", "\0Q")),
+            (llava, "{{ '<start_of_turn>' }}", None), (qwen, "{{ '[INST]' }}", None)]):
+        config, tensors = model
         folder = folder_of(tmp_path / str(i), config, tensors, **told("chat_template.json", template))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
         model = c.open_vlm(folder)
         if wanted:
             assert model.prompt("Q") == wanted
+            ids = model.read(wanted, [np.zeros((28, 28, 3), np.uint8)])[0]
+            assert ids.count(-1) == 1
         else:
             assert "none that is known" in refused(capsys, "Q", call=model.prompt)
-            assert c.open_vlm(folder, template="mistral").prompt("Q") == "[INST] \0\nQ [/INST]"
+            gap = "\n" * (config["model_type"] == "llava")
+            assert c.open_vlm(folder, template="mistral").prompt("Q") == f"[INST] \0{gap}Q [/INST]"
 
 
 @pytest.mark.parametrize("add_bos, add_eos", [(True, True), (True, False), (False, True), (False, False)])
