@@ -1506,18 +1506,8 @@ WRAPPED = re.compile(rf"^module\.|{INSIDE.pattern}")
 
 
 def published_tensors(path):
-    """`read_tensors`, also of shards without an index, and without what DDP, FSDP or torch.compile
-    put before names."""
-    path, files = Path(path), [path]
-    is_told = any(path.glob("*.index*.json")) or any(path.glob("*model.safetensors"))
-    if path.is_dir() and not is_told:
-        parts = next(filter(None, (sorted(path.glob(f"*model*-of-[0-9]*.{end}"))
-                                   for end in ("safetensors", "bin"))), [])
-        n = parts and int(re.search(r"-of-(\d+)", parts[0].name)[1])
-        if n and len(parts) != n:
-            refuse(f"{path} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest")
-        files = parts or files
-    return {WRAPPED.sub("", name): t for file in files for name, t in read_tensors(file).items()}
+    """`read_tensors` without what DDP, FSDP or torch.compile put before names."""
+    return {WRAPPED.sub("", name): tensor for name, tensor in read_tensors(path).items()}
 
 
 T5_KEYS = [

@@ -1008,25 +1008,48 @@ def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
     assert "feed_forward_proj relu of a t5" in refused(capsys, folder, call=c.open_text_encoder)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "fp16"])
-def test_shards_without_an_index_and_variants(form, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["model-{}.safetensors", "pytorch_model-{}.bin", "diffusion_pytorch_model-{}.bin",
+                                  "model.fp16-{}.safetensors", "model-{}.bf16.safetensors",
+                                  "diffusion_pytorch_model.fp16-{}.safetensors"])
+def test_v05_shards_without_an_index(form, tmp_path, capsys):
+    """Of any folder, in every naming of variants: one set is read whole, and nothing beside it."""
+    kept = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
+
+    def write(form, tensors, n=3):
+        names = sorted(tensors)
+        for i in range(n):
+            part = {name: tensors[name] for name in names[i::n]}
+            path = tmp_path / form.format(f"{i + 1:05d}-of-{n:05d}")
+            torch.save(part, path) if path.suffix == ".bin" else save_file(part, path)
+    write(form, kept)
+    write("optimizer-{}.bin", {"d": torch.ones(1)}, 1)
+    stray = tmp_path / form.format("00001-of-00002")                     # of an earlier save
+    torch.save({"a": torch.ones(9)}, stray) if stray.suffix == ".bin" else save_file({"a": torch.ones(9)}, stray)
+    assert str(c.read_tensors(tmp_path)) == str(kept)
+    write("model.fp32-{}.safetensors", {name: t + 1 for name, t in kept.items()})   # better than half
+    found = c.read_tensors(tmp_path)
+    assert found.keys() == kept.keys() and found["c"][0] == (2 if "16" not in form else 3)
+    for path in tmp_path.glob("*fp32*"):
+        path.unlink()
+    (tmp_path / form.format("00002-of-00003")).unlink()
+    assert "holds 1 of 2 shards" in refused(capsys, tmp_path, call=c.read_tensors)
+    stray.unlink()
+    assert "holds 2 of 3 shards" in refused(capsys, tmp_path, call=c.read_tensors)
+
+
+def test_v05_a_captioner_of_shards_and_variants(tmp_path):
     tensors = weights(lm_shapes(TINY))
     folder = folder_of(tmp_path / "m", TINY | {"model_type": "llama"}, None)
     names = sorted(tensors)
-    for i in range(3):
-        part = {n: tensors[n] for n in names[i::3]}
-        if form == "bin":
-            torch.save(part, folder / f"pytorch_model-{i + 1:05d}-of-00003.bin")
-        elif form == "safetensors":
-            save_file(part, folder / f"model-{i + 1:05d}-of-00003.safetensors")
-    if form == "fp16":
-        save_file({n: w.half() for n, w in tensors.items()}, folder / "model.fp16.safetensors")
-        tensors = {n: w.half().float() for n, w in tensors.items()}
-    model = c.open_vlm(folder)
-    assert torch.equal(model.decoder.embed.weight, tensors["model.embed_tokens.weight"])
-    if form != "fp16":
-        next(folder.glob("*00002-of*")).unlink()
-        assert "holds 2 of 3 shards" in refused(capsys, folder, call=c.open_vlm)
+    for i in range(2):
+        part = {name: tensors[name] for name in names[i::2]}
+        save_file({name: t.half() * 0 for name, t in part.items()},
+                  folder / f"model.fp16-{i + 1:05d}-of-00002.safetensors")
+        save_file(part, folder / f"model-{i + 1:05d}-of-00002.safetensors")
+    assert torch.equal(c.open_vlm(folder).decoder.embed.weight, tensors["model.embed_tokens.weight"])
+    for path in folder.glob("model-*"):
+        path.unlink()
+    assert not c.open_vlm(folder).decoder.embed.weight.any()
 
 
 def test_r06_training_starts_without_git(tmp_path):
