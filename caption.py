@@ -94,8 +94,8 @@ from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulte
 from train_vae import (INSIDE, RUN_FORMAT, Linear, MuonAdamW, Stream, barrier, bench, checked,
                        chosen, claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_log, read_tensors, restore_optimizer, save_file, setup, start_run,
-                       take_step, tensor_sum, training_options)
+                       read_log, read_tensors, refuse_quantized, restore_optimizer, save_file,
+                       setup, start_run, take_step, tensor_sum, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -1474,6 +1474,28 @@ def read_as_config(where, name="config.json"):
         refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
 
 
+class Renamed(dict):
+    """Tensors under our names; `theirs`: {our name: the file's}."""
+
+
+def name_there(name, weights):
+    """The file's name of one of ours; of what it lacks by a neighbour's, another layer's or a
+    weight's for its bias."""
+    def form(name):
+        return re.sub(r"\.layers\.\d+\.", ".layers.N.", name.rpartition(".")[0])
+
+    theirs = getattr(weights, "theirs", {})
+    if name in theirs or not theirs:
+        return theirs.get(name, name)
+    near = next((found for ours, found in theirs.items() if form(ours) == form(name)), None)
+    if not near:                                     # as most name them
+        return {"decoder.head.weight": "lm_head.weight", "decoder.norm.weight": "model.norm.weight",
+                "decoder.embed.weight": "model.embed_tokens.weight"}.get(name, name)
+    near = re.sub(r"\.(weight|bias)$", f".{name.rpartition('.')[2]}", near)
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return re.sub(r"\.\d+\.", f".{layer[1]}.", near, count=1) if layer else near
+
+
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
     our module's name, published name; several with | are one tensor's, one of them must be there).
@@ -1487,29 +1509,52 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
         known.update(names)
         there = next((each for each in names if each in weights), None)
         if there is None:
-            faults.append(f"{names[0]} is missing")
+            faults.append((names[0], "missing"))
         elif (tensor := weights[there]).shape != parameter.shape:
-            faults.append(f"{there} is {list(tensor.shape)}, not {list(parameter.shape)}")
+            faults.append((there, f"{list(tensor.shape)}, not {list(parameter.shape)}"))
         elif not tensor.is_floating_point():
-            faults.append(f"{there} is {str(tensor.dtype)[6:]}, as quantized weights are")
+            faults.append((there, f"{str(tensor.dtype)[6:]}, as quantized weights are"))
         else:
             state[name] = tensor.to(device, dtype)
-    faults += [f"{name} is unexpected" for name in sorted(weights)
+    faults += [(name, "unexpected") for name in sorted(weights)
                if name not in known and not re.fullmatch(ignored, name)]
     if faults:
-        refuse(f"{where}: " + "; ".join(faults[:8]) + f"; {len(faults)} in all" * (len(faults) > 8))
+        said = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
+        refuse(f"{where}: " + "; ".join(said) + f"; {len(faults)} in all" * (len(faults) > 8))
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
-WRAPPED = re.compile(rf"^module\.|{INSIDE.pattern}")
+WRAPPED = re.compile(rf"^(?:(?:module|base_model\.model)\.)+|{INSIDE.pattern}")
 
 
 def published_tensors(path):
-    """`read_tensors` without what DDP, FSDP or torch.compile put before names."""
-    return {WRAPPED.sub("", name): tensor for name, tensor in read_tensors(path).items()}
+    """`read_tensors` without what DDP, FSDP, torch.compile, PEFT or Lightning put before names."""
+    found = {WRAPPED.sub("", name): tensor for name, tensor in read_tensors(path).items()}
+    added = [name for name in found if re.search(r"\.(lora_[AB]|base_layer|lora_magnitude)", name)]
+    if added:
+        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: merge it "
+               "(PEFT: merge_and_unload) and save that")
+    if any(re.match(r"model\.(language_model\.)?(model|lm_head)\.", name) for name in found):
+        found = {name.removeprefix("model."): tensor for name, tensor in found.items()}
+    return found
 
 
+def under(weights, part, mark):
+    """Tensors whose names begin with `part`, whatever stands there before `mark`, which is the name
+    of one that each has: nothing, text_model., model.text_model. and so on."""
+    before = min((name[:-len(mark)] for name in weights if name.endswith(mark)
+                  and not name[:-len(mark)].endswith("decoder.")), key=len, default=part)
+    ours = part if not before.endswith(part) else ""
+    before = before.removesuffix(part)
+    return {ours + name.removeprefix(before) if name.startswith(before) else name: tensor
+            for name, tensor in weights.items()}
+
+
+
+
+T5_MARK = "encoder.", "block.0.layer.0.layer_norm.weight"
+CLIP_MARK = "text_model.", "embeddings.token_embedding.weight"
 T5_KEYS = [
     (r"embed", r"shared|encoder.embed_tokens"), (r"norm", r"encoder.final_layer_norm"),
     (r"tables.(\d+)", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
@@ -1537,6 +1582,21 @@ CLIP_KEYS = [
     (r"layers.(\d+).down", r"text_model.encoder.layers.\1.mlp.fc2")]
 CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_scale|"
                 r"(text|visual)_projection\.weight|text_model\.head\..*|logit_bias")
+def values_of(config):
+    """A published config whose numbers, and yes or no, are no texts. Nulls are as absent keys, but
+    for what DEFAULTS has a row of: there null is a value (no sliding window), or wrong."""
+    if isinstance(config, dict):
+        return {name: values_of(value) for name, value in config.items()
+                if value is not None or name in VALUES}
+    if isinstance(config, list):
+        return [values_of(value) for value in config]
+    if isinstance(config, str) and re.fullmatch(
+            r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[Tt]rue|[Ff]alse", config):
+        return json.loads(config.lower()) if config[-1] == "e" else (
+            int(config) if re.fullmatch(r"[-+]?\d+", config) else float(config))
+    return config
+
+
 # Of each class of configurations, what an absent key means: transformers' defaults, 4.36 to 5.24,
 # or those of the folder's own code. A null is a value, and no default takes its place.
 LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000,
@@ -1580,6 +1640,7 @@ DEFAULTS = {
     "siglip's text": SIGLIP | dict(max_position_embeddings=64, vocab_size=32000),
     "t5": T5, "umt5": T5 | dict(d_ff=1024, num_layers=8, num_heads=6, vocab_size=250112,
                                 feed_forward_proj="gated-gelu")}
+VALUES = set().union(*DEFAULTS.values()) - {"max_position_embeddings"}
 CLIP_L = CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14,
                      num_attention_heads=16)        # of a LLaVA without any vision_config
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
@@ -1671,6 +1732,7 @@ class TextEncoder(nn.Module):
                 text = " ".join(text.translate(PUNCTUATION).lower().split())
             ids = self.begin + self.split(text)
             rows.append(ids[:most - 1] + [self.after])
+            check_ids(rows[-1] + [self.padding], self.embed.num_embeddings, self.where)
         mask = torch.arange(most) < torch.tensor([[len(row)] for row in rows])
         padded = [row + [self.padding] * (most - len(row)) for row in rows]
         return torch.tensor(padded), mask.long()
@@ -1723,7 +1785,8 @@ def make_text_encoder(config):
                      buckets=config["relative_attention_num_buckets"],
                      furthest=config["relative_attention_max_distance"])
     elif kind in ("clip", "siglip"):
-        config = {**DEFAULTS[f"{kind}'s text"], **config.get("text_config", config),
+        flat = config if config["model_type"] == "clip_text_model" or "vocab_size" in config else {}
+        config = {**DEFAULTS[f"{kind}'s text"], **config.get("text_config", flat),
                   **(config.get("text_config_dict") or {})}
         stack = clip_stack(config, config["num_hidden_layers"], causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
@@ -1755,7 +1818,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     elif not (path / "config.json").exists():
         refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
     with read_as_config(where):
-        config = wan_config(weights) if weights else read_published(where / "config.json")
+        config = wan_config(weights) if weights else values_of(read_published(
+            where / "config.json"))
         if "_class_name" in config:
             refuse(f"{path} holds no text encoder: fetch its {WAN_T5}, or name one by "
                    "--text_encoder")
@@ -1768,14 +1832,14 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
     weights = weights or published_tensors(where)
-    if is_clip and not any(name.startswith("text_model.") for name in weights):
-        weights = {re.sub("^(?=embeddings|encoder|final_layer_norm)", "text_model.", name): tensor
-                   for name, tensor in weights.items()}                  # transformers 5's names
+    if not patterns:
+        weights = under(weights, *(CLIP_MARK if is_clip else T5_MARK))
     patterns = patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED))
     load_strictly(model, weights, *patterns, dtype, device, where)
+    model.is_wan, model.where = is_wan, tokens
     with read_as_config(tokens, "tokenizer_config.json"):
         model.read_tokenizer(tokens)
-    model.is_wan = is_wan
+        model.ids(["a dog"])
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
     for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
         digest.update(tensor.flatten()[:4096].float().cpu().numpy().tobytes())
@@ -1874,9 +1938,10 @@ def split_qkv(tensor, heads, kv, groups):
 
 def to_ours(weights, model, names):
     """Published tensors under our names: `names`, a family's own, come before NAMES."""
-    found = {}
-    for name, tensor in weights.items():
-        if re.fullmatch(IGNORED, name):
+    modules = dict(model.named_modules())
+    found, theirs = {}, {}
+    for named, tensor in weights.items():
+        if re.fullmatch(IGNORED, name := named):
             continue
         for pattern, ours in (*names, *NAMES):
             name = re.sub(pattern, ours, name, count=1)
@@ -1885,18 +1950,24 @@ def to_ours(weights, model, names):
         tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor       # convolutions of patches
         tensor = tensor.T if name == "connector.proj.weight" else tensor
         layer, cut, rest = re.fullmatch(r"(.*?)(?:(qkv\w*)\.(.*))?", name).groups()
-        if cut is None:
-            found[name] = tensor
-        elif rest.startswith("Plora_A"):
-            found.update({f"{layer}{part}.{rest}": tensor for part in "qkv"})
-        else:
-            stack = model.get_submodule(layer.rstrip(".").removesuffix(".expert")).stack
-            heads, kv = stack.heads, stack.kv_heads or stack.heads
-            parts = split_qkv(tensor, heads, kv, {"qkv_kv": kv, "qkv_heads": heads}.get(cut, 1))
-            found.update({f"{layer}{part}.{rest}": each for part, each in zip("qkv", parts)})
-    return {re.sub(r"\.(\w+)\.Plora_([AB])\.", lambda plora:
-                   f".expert.{plora[1]}.{'AB'.index(plora[2])}.", name): tensor
-            for name, tensor in found.items()}
+        whole = modules.get(layer.rstrip(".").removesuffix(".expert"))
+        parts = {name: tensor}
+        if cut and rest.startswith("Plora_A"):
+            parts = {f"{layer}{part}.{rest}": tensor for part in "qkv"}
+        elif cut and whole:
+            heads, kv = whole.stack.heads, whole.stack.kv_heads or whole.stack.heads
+            if len(tensor) % (heads + 2 * kv):
+                raise ValueError(f"{named} has {len(tensor)} rows, which {heads} queries, {kv} "
+                                 f"keys and {kv} values do not divide")
+            shares = split_qkv(tensor, heads, kv, {"qkv_kv": kv, "qkv_heads": heads}.get(cut, 1))
+            parts = {f"{layer}{part}.{rest}": each for part, each in zip("qkv", shares)}
+        for name, part in parts.items():
+            name = re.sub(r"\.(\w+)\.Plora_([AB])\.", lambda plora:
+                          f".expert.{plora[1]}.{'AB'.index(plora[2])}.", name)
+            found[name], theirs[name] = part, named
+    found = Renamed(found)
+    found.theirs = theirs
+    return found
 
 
 def chat_template(folder, told):
@@ -2605,21 +2676,21 @@ def normal(picture, mean_std):
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - mean) / std
 
 
-def resize(frame, width, height):
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+def resize(frame, width, height, how=Image.Resampling.BICUBIC):
+    return np.asarray(Image.fromarray(frame).resize((width, height), how))
 
 
-def squash(frame, size, mean_std=CLIP_MEAN):
+def squash(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC):
     """The picture in a square of `size` px, whatever its shape."""
-    return [normal(resize(frame, size, size), mean_std)], None
+    return [normal(resize(frame, size, size, how), mean_std)], None
 
 
-def crop(frame, size, mean_std=CLIP_MEAN):
-    """The middle square of the picture."""
+def crop(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC, short=None):
+    """The middle square of the picture, its shorter side scaled to `short`, else to `size`."""
     H, W = frame.shape[:2]
-    h, w = (int(size * side / min(H, W)) for side in (H, W))
+    h, w = (int((short or size) * side / min(H, W)) for side in (H, W))
     top, left = (h - size) // 2, (w - size) // 2
-    return [normal(resize(frame, w, h)[top:top + size, left:left + size], mean_std)], None
+    return [normal(resize(frame, w, h, how)[top:top + size, left:left + size], mean_std)], None
 
 
 def pad_square(frame, size, mean_std=CLIP_MEAN):
@@ -2686,13 +2757,14 @@ def with_biases(c, weights):
     return c | {"bias": "bias" in c and any(name.endswith("wqkv.bias") for name in weights)}
 
 
-def image_processor(folder, size=None):
+def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
     """(What a folder says of its pictures, in the file of its version of transformers; their mean
     and standard deviation.) Refuses what is not done here: all but pictures that are scaled,
-    bicubic, whose middle, or `size` says which square, is cut out."""
+    bicubic, whose middle, or `size` says which square, is cut out; `free`: what may differ."""
     told = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
-    told = told | read_published(folder / "preprocessor_config.json", {})
+    told = values_of(told | read_published(folder / "preprocessor_config.json", {}))
     usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
+    usual = {name: value for name, value in usual.items() if name not in free}
     if abs(told.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ValueError(f"its image processor says rescale_factor {told['rescale_factor']}, known "
                          "is 1/255")
@@ -2700,11 +2772,11 @@ def image_processor(folder, size=None):
         usual |= dict(do_center_crop=True, size=size, crop_size=size)
     for name, value in usual.items():
         says = told.get(name, value)
-        sides = set(says.values()) - {None} if isinstance(says, dict) else {says}
-        if says is not None and sides != {value}:
+        sides = set(says.values()) if isinstance(says, dict) else {says}
+        if sides != {value}:
             raise ValueError(f"its image processor says {name} {says}, known is {value}")
-    return told, tuple(map(tuple, (told.get("image_mean") or CLIP_MEAN[0],
-                                   told.get("image_std") or CLIP_MEAN[1])))
+    return told, tuple(tuple(told.get(name, usual)) for name, usual in zip(
+        ("image_mean", "image_std"), mean_std))
 
 
 def llava(c, weights, folder):
@@ -2773,7 +2845,7 @@ def sub_config(folder, name):
     if path is None:
         raise ValueError(f"mm_vision_tower {name}: no folder {last} within or beside it: put that "
                          "CLIP there")
-    config = read_published(path / "config.json")
+    config = values_of(read_published(path / "config.json"))
     return {**config.get("vision_config", config), "folder": str(path)}
 
 
@@ -2948,6 +3020,12 @@ FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3",
             "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_vl}
 
 
+def check_ids(ids, n, where):
+    if max(ids) >= n:
+        refuse(f"{where}: its tokenizer gives a token the number {max(ids)}, the model knows {n}: "
+               "they do not belong together")
+
+
 class VLM(nn.Module):
     """A published captioner, or a language model alone: `open_vlm` makes it."""
 
@@ -3018,9 +3096,7 @@ class VLM(nn.Module):
         features; a video's frames share one mark."""
         if blocks and ids.count(-1) == 1:
             blocks = [torch.cat(blocks)]
-        if max(ids) >= (n := self.decoder.embed.num_embeddings):
-            refuse(f"{self.where}: its tokenizer gives a token the number {max(ids)}, the model "
-                   f"knows {n}: they do not belong together")
+        check_ids(ids, self.decoder.embed.num_embeddings, self.where)
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
@@ -3091,15 +3167,15 @@ def stop_ids(folder, config, tokens, names):
 
 
 def check_published(path, config):
-    """Refuses by its name a folder that is quantized, or of a class that does not write text."""
-    if not config and (path / "adapter_config.json").exists():
-        refuse(f"{path} holds a LoRA's additions alone: merge them into their model first")
+    """Refuses by its name a folder that is quantized, or holds a LoRA."""
+    told = path / "adapter_config.json"
+    if told.exists():
+        of = read_published(told).get("base_model_name_or_path") or "another model"
+        refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
+               "merge_and_unload) and give the folder that is saved then; if its weights are "
+               "merged, remove adapter_config.json")
     for each in (config, config.get("text_config"), config.get("vision_config")):
-        how = each.get("quantization_config") if isinstance(each, dict) else None
-        if how:
-            how = how.get("quant_method", "?") if isinstance(how, dict) else how
-            refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, "
-                   "bfloat16 and float16: take a folder without quantization_config")
+        refuse_quantized(path, each)
 
 
 def kind_of(config):
@@ -3117,7 +3193,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     where one that `sees` is wanted, or the other way round. template: of CHATS, where the folder
     does not tell it."""
     path = Path(path)
-    config = read_published(path / "config.json", *[{}] * (path / "adapter_config.json").exists())
+    config = values_of(read_published(
+        path / "config.json", *[{}] * (path / "adapter_config.json").exists()))
     with read_as_config(path):
         check_published(path, config)
         kind, made = kind_of(config)
@@ -3270,8 +3347,9 @@ def asked(args, is_video):
 def ways_of(vlm, name, args, lm=None):
     """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
     is_video = bool(vlm.plan.frames) and not lm
-    for model in (vlm, *filter(None, [lm])):
-        model.prompt("")                             # refused here where it is not known
+    for model in (vlm, *filter(None, [lm])):         # refused here where it does not fit
+        ids = model.read(model.prompt(asked(args, is_video)))[0]
+        check_ids(ids, model.decoder.embed.num_embeddings, model.where)
     rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
         refuse(f"{name} sees one frame at a time: " + (
@@ -3370,23 +3448,42 @@ class Probe(nn.Module):
         return x + self.down(ACTS[self.stack.act](self.up(self.layernorm(x))))
 
 
+def scored_picture(folder, size, is_siglip):
+    """What makes the input of CLIP or SigLIP of a frame, as the folder's image processor says:
+    squeezed, or scaled by its shorter side and cut to the middle square."""
+    told, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN, ("resample",))
+    scaled, cut = told.get("size", size), told.get("crop_size", size)
+    is_cut = told.get("do_center_crop", not is_siglip)
+    is_whole = is_siglip and "size" not in told or isinstance(scaled, dict) and "height" in scaled
+    scaled, cut = (set(each.values()) if isinstance(each, dict) else {each}
+                   for each in (scaled, cut))
+    short, how = max(scaled), Image.Resampling(told.get("resample", 3))
+    if (is_cut and cut != {size}) or len(scaled) > 1 or short < size or (
+            short > size and (is_whole or not is_cut)) or not (is_whole or is_cut):
+        cut = f"cut to {told.get('crop_size')}" if is_cut else "not cut"
+        raise ValueError(f"its image processor makes pictures of {told.get('size')}, {cut}: "
+                         f"{size} x {size} px are wanted")
+    return functools.partial(squash, mean_std=mean_std, how=how) if is_whole else functools.partial(
+        crop, mean_std=mean_std, how=how, short=short)
+
+
 class Scorer:
     """Of a clip and its caption, by a CLIP or SigLIP folder: the mean cosine of four frames and the
     text; and with LAION's linear head (weight [1, D] and bias [1]) the frames' mean aesthetics."""
 
     def __init__(self, args, folder, rows, device):
-        config = read_published(Path(args.clip, "config.json"))
+        config = values_of(read_published(Path(args.clip, "config.json")))
         self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
         if kind not in ("clip", "siglip"):
             refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: it is of a {kind}")
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
-        weights = published_tensors(args.clip)
+        weights = under(published_tensors(args.clip), *CLIP_MARK)
         with read_as_config(args.clip):
             sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
                      **(config.get("vision_config_dict") or {})}
             self.size, read = sight["image_size"], self.text.embed.embedding_dim
-            self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
+            self.picture = scored_picture(Path(args.clip), self.size, self.is_siglip)
             with torch.device("meta"):
                 model = nn.Module()
                 if self.is_siglip:

@@ -399,7 +399,8 @@ def weight_files(folder):
             if whole := [parts for n, parts in sets if len(parts) == n]:
                 return whole[0]
         for n, parts in sets:
-            refuse(f"{folder} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest")
+            refuse(f"{folder} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest "
+                   "of them")
     names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
     refuse(f"{folder} has no weights: none of {names}, of their .fp16 and .bf16 variants, nor an "
            ".index.json")
@@ -513,6 +514,15 @@ def fits(value, default):
         not isinstance(value, int) or min(default, 1) <= value <= 2**20)
 
 
+def refuse_quantized(path, config):
+    """Refuses by its method what a published config says is quantized."""
+    how = config.get("quantization_config") if isinstance(config, dict) else None
+    if how:
+        how = how.get("quant_method", "?") if isinstance(how, dict) else how
+        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
+               "float16 and plain float8: take a folder without quantization_config")
+
+
 def read_class(path, classes, guess=None):
     """(class, its values, the keys that it has) of a published config.json, one of `classes`
     {class: {key: default}}: a key that it leaves out, or that is null, has its class's default.
@@ -530,11 +540,7 @@ def read_class(path, classes, guess=None):
     if not isinstance(name, str) or name not in classes:
         says = f"is of class {name}" if isinstance(name, str) else "names no _class_name"
         refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
-    if config.get("quantization_config"):
-        how = config["quantization_config"]
-        how = how.get("quant_method") if isinstance(how, dict) else how
-        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
-               "float16 and plain float8: take a folder without quantization_config")
+    refuse_quantized(path, config)
     told = {key for key in classes[name] if config.get(key) is not None}
     values = {**classes[name], **{key: config[key] for key in told}}
     for key, default in classes[name].items():
