@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from test_families import refused
 
@@ -943,6 +944,151 @@ def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, c
         assert "SigLIP 2" in said or more                                # sizes are looked at first
 
 
+CLIP_SIGHT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+
+
+def whole_clip():
+    """(config.json, tensors) of a CLIP of pictures and texts."""
+    shapes = text_shapes(CLIP_TEXT) | vit_shapes(CLIP_SIGHT, "vision_model.") | {
+        "visual_projection.weight": (8, 16), "text_projection.weight": (8, 16), "logit_scale": ()}
+    return dict(model_type="clip", text_config=CLIP_TEXT, vision_config=CLIP_SIGHT, projection_dim=8), {
+        n: w if w.dim() else torch.tensor(4.6) for n, w in weights(shapes).items()}
+
+
+def scorer_of(folder):
+    return c.Scorer(SimpleNamespace(clip=str(folder), aesthetics=None), folder, [], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("told, how", [
+    ({}, (28, "crop", 3, c.CLIP_MEAN)), (dict(size=28, crop_size=28), (28, "crop", 3, c.CLIP_MEAN)),
+    (dict(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, resample=2, do_center_crop=True),
+     (32, "crop", 2, c.CLIP_MEAN)),
+    (dict(size={"height": 28, "width": 28}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3,
+          resample="1"), (28, "squash", 1, ((0.5,) * 3, (0.25,) * 3))),
+    (dict(size={"shortest_edge": 28}, crop_size=24), "28 x 28 px are wanted"),
+    (dict(size={"shortest_edge": 28}, do_center_crop=False), "not cut: 28 x 28 px are wanted"),
+    (dict(do_normalize=False), "says do_normalize False"),
+    (dict(rescale_factor=1.0), "says rescale_factor 1.0"), (dict(resample=9), "9 is not a valid Resampling")])
+@pytest.mark.parametrize("file", ["preprocessor_config__json", "processor_config__json"])
+def test_v02_clip_sees_pictures_as_its_folder_says(told, how, file, tmp_path, capsys):
+    """Mean, deviation, size, way of scaling and cut of --clip's image processor, in either file."""
+    config, tensors = whole_clip()
+    folder = folder_of(tmp_path / "m", config, tensors, **{
+        file: {"image_processor": told} if file.startswith("processor") else told})
+    if isinstance(how, str):
+        assert how in refused(capsys, folder, call=scorer_of)
+        return
+    scorer, (short, cut, resample, mean_std) = scorer_of(folder), how
+    frame = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    picture = Image.fromarray(frame)
+    if cut == "squash":
+        picture = picture.resize((28, 28), resample)
+    else:
+        h, w, edge = short, int(short * 60 / 40), (int(short * 60 / 40) - 28) // 2
+        picture = picture.resize((w, h), resample).crop((edge, (h - 28) // 2, edge + 28, (h - 28) // 2 + 28))
+    mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in mean_std)
+    wanted = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).double() / 255 - mean) / std
+    near(scorer.picture(frame, scorer.size)[0][0], wanted, 1e-5)
+    W, ids = double(tensors), scorer.text.ids(["a dog"])[0]
+    seen = vit(W, CLIP_SIGHT, wanted, 2, "vision_model.")[0]
+    seen = lin(ln(seen, W, "vision_model.post_layernorm", 1e-5), W, "visual_projection")
+    x = W["text_model.embeddings.token_embedding.weight"][ids[0]]
+    x = blocks(W, CLIP_TEXT, x + W["text_model.embeddings.position_embedding.weight"], 2, "text_model.encoder.",
+               lambda y: y * (1.702 * y).sigmoid(), 1e-5, lambda i, j: j <= i)
+    said = lin(ln(x, W, "text_model.final_layer_norm", 1e-5)[int((ids[0] == scorer.text.after).int().argmax())],
+               W, "text_projection")
+    scorer.text.end = scorer.text.after              # this tokenizer's own
+    assert scorer.score([frame], "a dog")["clip"] == pytest.approx(float(F.cosine_similarity(seen, said, 0)),
+                                                                   abs=1e-5)
+
+
+@pytest.mark.parametrize("before", ["", "module.", "model.", "clip.model."])
+def test_p02_text_encoders_under_wrappers_names(before, tmp_path):
+    """CLIP's and T5's, whatever a pipeline or a trainer put before; T5's own stack without encoder."""
+    tensors, config = weights(text_shapes(CLIP_TEXT)), CLIP_TEXT | {"model_type": "clip_text_model"}
+    want = c.open_text_encoder(folder_of(tmp_path / "want", config, tensors)).encode(["a dog"])[0]
+    for bare in (False, True):
+        named = {before + (n.removeprefix("text_model.") if bare else n): w for n, w in tensors.items()}
+        found = c.open_text_encoder(folder_of(tmp_path / f"{bare}", config, named)).encode(["a dog"])[0]
+        assert torch.equal(found, want)
+    scored, whole = whole_clip()
+    scorer = scorer_of(folder_of(tmp_path / "clip", scored, {before + n: w for n, w in whole.items()}))
+    assert torch.equal(scorer.model.visual.weight, whole["visual_projection.weight"])
+    t5 = dict(model_type="t5", d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=270,
+              feed_forward_proj="gated-gelu")
+    layer = "block.0.layer."
+    shapes = {"shared.weight": (270, 16), "encoder.final_layer_norm.weight": (16,),
+              f"encoder.{layer}0.layer_norm.weight": (16,), f"encoder.{layer}1.layer_norm.weight": (16,),
+              f"encoder.{layer}0.SelfAttention.relative_attention_bias.weight": (32, 2),
+              **{f"encoder.{layer}0.SelfAttention.{n}.weight": (16, 16) for n in "qkvo"},
+              **{f"encoder.{layer}1.DenseReluDense.wi_{i}.weight": (24, 16) for i in (0, 1)},
+              f"encoder.{layer}1.DenseReluDense.wo.weight": (16, 24)}
+    tensors = weights(shapes)
+    want = c.open_text_encoder(folder_of(tmp_path / "t5", t5, tensors)).encode(["a dog"])[0]
+    whole = tensors | {f"decoder.{layer}0.layer_norm.weight": torch.ones(16)}
+    bare = {n.replace("shared", "encoder.embed_tokens").removeprefix("encoder."): w for n, w in tensors.items()}
+    for i, named in enumerate((tensors, whole, bare)):
+        folder = folder_of(tmp_path / f"t5{i}", t5, {before + n: w for n, w in named.items()})
+        assert torch.equal(c.open_text_encoder(folder).encode(["a dog"])[0], want)
+
+
+@pytest.mark.parametrize("before", ["base_model.model.", "module.base_model.model.", "model."])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_p02_captioners_under_peft_and_lightning(before, is_late, tmp_path, capsys):
+    """Qwen2-VL's names of 4.45 and 4.52 after PEFT's, and in a LightningModule that calls it model."""
+    v, tensors = qwen_parts(False)
+    config = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    late = {n.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1): w
+            for n, w in tensors.items()}
+    named = {before + n: w for n, w in (late if is_late else tensors).items()}
+    model = c.open_vlm(folder_of(tmp_path / "m", config, named))
+    assert torch.equal(model.decoder.layers[1].up.weight, tensors["model.layers.1.mlp.up_proj.weight"])
+    q = before + "model.layers.0.self_attn.q_proj."
+    folder = folder_of(tmp_path / "l", config, named | {f"{q}lora_A.default.weight": torch.zeros(2, 32)})
+    assert "a LoRA that is not merged into its model" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_a_lora_beside_a_config_is_named(tmp_path, capsys):
+    told = dict(peft_type="LORA", base_model_name_or_path="Qwen/Qwen2-VL-7B-Instruct")
+    for config in (TINY | {"model_type": "llama"}, CLIP_TEXT | {"model_type": "clip_text_model"}):
+        folder = folder_of(tmp_path / config["model_type"], config, None, adapter_config__json=told)
+        save_file({"base_model.model.a.lora_A.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+        err = refused(capsys, folder, call=c.open_text_encoder if "clip" in str(folder) else c.open_vlm)
+        assert "holds a LoRA's additions alone, to Qwen/Qwen2-VL-7B-Instruct: merge them" in err
+
+
+@pytest.mark.parametrize("more", [
+    dict(rms_norm_eps="1e-5", hidden_size="32", num_attention_heads="4"), dict(tie_word_embeddings="false"),
+    dict(rope_scaling={"type": "linear", "factor": "4.0"}), dict(rope_theta="10000.0"),
+    dict(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=None),
+    dict(rope_scaling=None, quantization_config=None, architectures=None, text_config=None, layer_types=None,
+         partial_rotary_factor=None, attention_bias=None, head_dim=None, bos_token_id=None)])
+def test_v02_numbers_as_text_and_nulls(more, tmp_path, capsys):
+    """A number that was written as text is one; a null is as an absent key, as it is for transformers."""
+    tensors = weights(lm_shapes(TINY))
+    model = c.open_vlm(folder_of(tmp_path / "m", TINY | {"model_type": "llama"} | more, tensors))
+    rope = {k: float(v) if k == "factor" else v for k, v in (more.get("rope_scaling") or {}).items()}
+    W = double(tensors)
+    near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
+        W, TINY | dict(rope=rope, rms_norm_eps=float(more.get("rms_norm_eps", 1e-6))),
+        W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
+    assert model.plan.longest == (2048 if "max_position_embeddings" in more else 0)
+    folder = folder_of(tmp_path / "n", TINY | {"model_type": "llama", "num_attention_heads": None}, tensors)
+    assert "must be numbers above 0" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_v02_clip_whose_parts_are_null(tmp_path, capsys):
+    """As old ones, which say text_config_dict: the class's sizes, or those beside."""
+    config, tensors = whole_clip()
+    said = dict(config, text_config=None, vision_config=None, text_config_dict=CLIP_TEXT,
+                vision_config_dict=CLIP_SIGHT)
+    assert scorer_of(folder_of(tmp_path / "m", said, tensors)).size == 28
+    config = dict(config, text_config=None)
+    assert "token_embedding.weight is [270, 16], not [49408, 512]" in refused(
+        capsys, folder_of(tmp_path / "n", config, tensors), call=scorer_of)
+
+
 # -- what is refused, by its name ------------------------------------------------------------------
 
 @pytest.mark.parametrize("says, config", [
@@ -1006,6 +1152,40 @@ def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
     assert "holds a LoRA's additions alone" in refused(capsys, folder, call=c.open_vlm)
     folder = folder_of(tmp_path / "t5", dict(model_type="t5"), {})
     assert "feed_forward_proj relu of a t5" in refused(capsys, folder, call=c.open_text_encoder)
+
+
+def test_refusals_name_the_files_tensors(tmp_path, capsys):
+    """What is missing, of another shape, or unexpected, is named as the file names it."""
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    config, body = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), "language_model."
+    q, fc = f"{body}model.layers.1.self_attn.q_proj.weight", "vision_tower.vision_model.encoder.layers.0.mlp.fc1."
+    for i, (drop, change, says) in enumerate([
+            ([q], {}, f"{q} is missing"), ([f"{fc}bias"], {}, f"{fc}bias is missing"),
+            ([f"{body}lm_head.weight"], {}, "lm_head.weight is missing"),
+            ([], {q: torch.zeros(9, 32)}, f"{q} is [9, 32], not [32, 32]"),
+            ([], {f"{body}model.layers.1.mlp.gates.weight": torch.zeros(2)}, "layers.1.mlp.gates.weight is unexpected"),
+            ([], {f"{body}model.layers.7.self_attn.q_proj.weight": torch.zeros(2)},
+             f"{body}model.layers.7.self_attn.q_proj.weight is unexpected")]):
+        named = {n: w for n, w in (tensors | change).items() if n not in drop}
+        err = refused(capsys, folder_of(tmp_path / str(i), config, named), call=c.open_vlm)
+        assert says in err and "decoder." not in err and "tower.layers" not in err, err
+    v, tensors = qwen_parts(True)
+    config = TINY | dict(model_type="qwen2_5_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    for i, (name, shape, says) in enumerate([("visual.blocks.1.attn.qkv.weight", (95, 32), "has 95 rows, which 2 queries"),
+                                             ("visual.blocks.5.attn.qkv.weight", (96, 32), "is unexpected")]):
+        folder = folder_of(tmp_path / f"q{i}", config, tensors | {name: torch.zeros(shape)})
+        assert f"{name} {says}" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_work(tmp_path, capsys):
+    """By the question, as the model is opened for captions; a text encoder as it is opened."""
+    config = TINY | {"model_type": "llama", "vocab_size": 100}
+    model = c.open_vlm(folder_of(tmp_path / "m", config, weights(lm_shapes(config))), template="vicuna")
+    args = SimpleNamespace(frames=None, prompt=None, style="long", train=False)
+    assert "they do not belong together" in refused(capsys, model, "m", args, call=c.ways_of)
+    config = CLIP_TEXT | {"model_type": "clip_text_model", "vocab_size": 200}
+    folder = folder_of(tmp_path / "t", config, weights(text_shapes(config)))
+    assert "they do not belong together" in refused(capsys, folder, call=c.open_text_encoder)
 
 
 @pytest.mark.parametrize("form", ["model-{}.safetensors", "pytorch_model-{}.bin", "diffusion_pytorch_model-{}.bin",
