@@ -53,8 +53,10 @@ Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 202
 2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
 """
 import argparse
+import ast
 import base64
 import contextlib
+import datetime
 import functools
 import hashlib
 import html
@@ -95,8 +97,8 @@ from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulte
 from train_vae import (INSIDE, RUN_FORMAT, Stream, barrier, bench, checked,
                        chosen, claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_log, read_tensors, restore_optimizer, save_file, setup, start_run,
-                       take_step, tensor_sum, training_options)
+                       read_log, read_tensors, refuse_quantized, restore_optimizer, save_file,
+                       setup, start_run, take_step, tensor_sum, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -1354,6 +1356,28 @@ def read_as_config(where, name="config.json"):
         refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
 
 
+class Renamed(dict):
+    """Tensors under our names; `theirs`: {our name: the file's}."""
+
+
+def name_there(name, weights):
+    """The file's name of one of ours; of what it lacks by a neighbour's, another layer's or a
+    weight's for its bias."""
+    def form(name):
+        return re.sub(r"\.layers\.\d+\.", ".layers.N.", name.rpartition(".")[0])
+
+    theirs = getattr(weights, "theirs", {})
+    if name in theirs or not theirs:
+        return theirs.get(name, name)
+    near = next((found for ours, found in theirs.items() if form(ours) == form(name)), None)
+    if not near:                                     # as most name them
+        return {"decoder.head.weight": "lm_head.weight", "decoder.norm.weight": "model.norm.weight",
+                "decoder.embed.weight": "model.embed_tokens.weight"}.get(name, name)
+    near = re.sub(r"\.(weight|bias)$", f".{name.rpartition('.')[2]}", near)
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return re.sub(r"\.\d+\.", f".{layer[1]}.", near, count=1) if layer else near
+
+
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
     our module's name, published name; several with | are one tensor's, one of them must be there).
@@ -1367,39 +1391,52 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
         known.update(names)
         there = next((each for each in names if each in weights), None)
         if there is None:
-            faults.append(f"{names[0]} is missing")
+            faults.append((names[0], "missing"))
         elif (tensor := weights[there]).shape != parameter.shape:
-            faults.append(f"{there} is {list(tensor.shape)}, not {list(parameter.shape)}")
+            faults.append((there, f"{list(tensor.shape)}, not {list(parameter.shape)}"))
         elif not tensor.is_floating_point():
-            faults.append(f"{there} is {str(tensor.dtype)[6:]}, as quantized weights are")
+            faults.append((there, f"{str(tensor.dtype)[6:]}, as quantized weights are"))
         else:
             state[name] = tensor.to(device, dtype)
-    faults += [f"{name} is unexpected" for name in sorted(weights)
+    faults += [(name, "unexpected") for name in sorted(weights)
                if name not in known and not re.fullmatch(ignored, name)]
     if faults:
-        refuse(f"{where}: " + "; ".join(faults[:8]) + f"; {len(faults)} in all" * (len(faults) > 8))
+        said = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
+        refuse(f"{where}: " + "; ".join(said) + f"; {len(faults)} in all" * (len(faults) > 8))
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
-WRAPPED = re.compile(rf"^module\.|{INSIDE.pattern}")
+WRAPPED = re.compile(rf"^(?:(?:module|base_model\.model)\.)+|{INSIDE.pattern}")
 
 
 def published_tensors(path):
-    """`read_tensors`, also of shards without an index, and without what DDP, FSDP or torch.compile
-    put before names."""
-    path, files = Path(path), [path]
-    is_told = any(path.glob("*.index*.json")) or any(path.glob("*model.safetensors"))
-    if path.is_dir() and not is_told:
-        parts = next(filter(None, (sorted(path.glob(f"*model*-of-[0-9]*.{end}"))
-                                   for end in ("safetensors", "bin"))), [])
-        n = parts and int(re.search(r"-of-(\d+)", parts[0].name)[1])
-        if n and len(parts) != n:
-            refuse(f"{path} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest")
-        files = parts or files
-    return {WRAPPED.sub("", name): t for file in files for name, t in read_tensors(file).items()}
+    """`read_tensors` without what DDP, FSDP, torch.compile, PEFT or Lightning put before names."""
+    found = {WRAPPED.sub("", name): tensor for name, tensor in read_tensors(path).items()}
+    added = [name for name in found if re.search(r"\.(lora_[AB]|base_layer|lora_magnitude)", name)]
+    if added:
+        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: merge it "
+               "(PEFT: merge_and_unload) and save that")
+    if any(re.match(r"model\.(language_model\.)?(model|lm_head)\.", name) for name in found):
+        found = {name.removeprefix("model."): tensor for name, tensor in found.items()}
+    return found
 
 
+def under(weights, part, mark):
+    """Tensors whose names begin with `part`, whatever stands there before `mark`, which is the name
+    of one that each has: nothing, text_model., model.text_model. and so on."""
+    before = min((name[:-len(mark)] for name in weights if name.endswith(mark)
+                  and not name[:-len(mark)].endswith("decoder.")), key=len, default=part)
+    ours = part if not before.endswith(part) else ""
+    before = before.removesuffix(part)
+    return {ours + name.removeprefix(before) if name.startswith(before) else name: tensor
+            for name, tensor in weights.items()}
+
+
+
+
+T5_MARK = "encoder.", "block.0.layer.0.layer_norm.weight"
+CLIP_MARK = "text_model.", "embeddings.token_embedding.weight"
 T5_KEYS = [
     (r"embed", r"shared|encoder.embed_tokens"), (r"norm", r"encoder.final_layer_norm"),
     (r"tables.(\d+)", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
@@ -1427,6 +1464,21 @@ CLIP_KEYS = [
     (r"layers.(\d+).down", r"text_model.encoder.layers.\1.mlp.fc2")]
 CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_scale|"
                 r"(text|visual)_projection\.weight|text_model\.head\..*|logit_bias")
+def values_of(config):
+    """A published config whose numbers, and yes or no, are no texts. Nulls are as absent keys, but
+    for what DEFAULTS has a row of: there null is a value (no sliding window), or wrong."""
+    if isinstance(config, dict):
+        return {name: values_of(value) for name, value in config.items()
+                if value is not None or name in VALUES}
+    if isinstance(config, list):
+        return [values_of(value) for value in config]
+    if isinstance(config, str) and re.fullmatch(
+            r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[Tt]rue|[Ff]alse", config):
+        return json.loads(config.lower()) if config[-1] == "e" else (
+            int(config) if re.fullmatch(r"[-+]?\d+", config) else float(config))
+    return config
+
+
 # Of each class of configurations, what an absent key means: transformers' defaults, 4.36 to 5.24,
 # or those of the folder's own code. A null is a value, and no default takes its place.
 LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000,
@@ -1470,6 +1522,7 @@ DEFAULTS = {
     "siglip's text": SIGLIP | dict(max_position_embeddings=64, vocab_size=32000),
     "t5": T5, "umt5": T5 | dict(d_ff=1024, num_layers=8, num_heads=6, vocab_size=250112,
                                 feed_forward_proj="gated-gelu")}
+VALUES = set().union(*DEFAULTS.values()) - {"max_position_embeddings"}
 CLIP_L = CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14,
                      num_attention_heads=16)        # of a LLaVA without any vision_config
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
@@ -1561,6 +1614,7 @@ class TextEncoder(nn.Module):
                 text = " ".join(text.translate(PUNCTUATION).lower().split())
             ids = self.begin + self.split(text)
             rows.append(ids[:most - 1] + [self.after])
+            check_ids(rows[-1] + [self.padding], self.embed.num_embeddings, self.where)
         mask = torch.arange(most) < torch.tensor([[len(row)] for row in rows])
         padded = [row + [self.padding] * (most - len(row)) for row in rows]
         return torch.tensor(padded), mask.long()
@@ -1613,7 +1667,8 @@ def make_text_encoder(config):
                      buckets=config["relative_attention_num_buckets"],
                      furthest=config["relative_attention_max_distance"])
     elif kind in ("clip", "siglip"):
-        config = {**DEFAULTS[f"{kind}'s text"], **config.get("text_config", config),
+        flat = config if config["model_type"] == "clip_text_model" or "vocab_size" in config else {}
+        config = {**DEFAULTS[f"{kind}'s text"], **config.get("text_config", flat),
                   **(config.get("text_config_dict") or {})}
         stack = clip_stack(config, config["num_hidden_layers"], causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
@@ -1645,7 +1700,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     elif not (path / "config.json").exists():
         refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
     with read_as_config(where):
-        config = wan_config(weights) if weights else read_published(where / "config.json")
+        config = wan_config(weights) if weights else values_of(read_published(
+            where / "config.json"))
         if "_class_name" in config:
             refuse(f"{path} holds no text encoder: fetch its {WAN_T5}, or name one by "
                    "--text_encoder")
@@ -1658,14 +1714,14 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
     weights = weights or published_tensors(where)
-    if is_clip and not any(name.startswith("text_model.") for name in weights):
-        weights = {re.sub("^(?=embeddings|encoder|final_layer_norm)", "text_model.", name): tensor
-                   for name, tensor in weights.items()}                  # transformers 5's names
+    if not patterns:
+        weights = under(weights, *(CLIP_MARK if is_clip else T5_MARK))
     patterns = patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED))
     load_strictly(model, weights, *patterns, dtype, device, where)
+    model.is_wan, model.where = is_wan, tokens
     with read_as_config(tokens, "tokenizer_config.json"):
         model.read_tokenizer(tokens)
-    model.is_wan = is_wan
+        model.ids(["a dog"])
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
     for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
         digest.update(tensor.flatten()[:4096].float().cpu().numpy().tobytes())
@@ -1764,9 +1820,10 @@ def split_qkv(tensor, heads, kv, groups):
 
 def to_ours(weights, model, names):
     """Published tensors under our names: `names`, a family's own, come before NAMES."""
-    found = {}
-    for name, tensor in weights.items():
-        if re.fullmatch(IGNORED, name):
+    modules = dict(model.named_modules())
+    found, theirs = {}, {}
+    for named, tensor in weights.items():
+        if re.fullmatch(IGNORED, name := named):
             continue
         for pattern, ours in (*names, *NAMES):
             name = re.sub(pattern, ours, name, count=1)
@@ -1775,18 +1832,24 @@ def to_ours(weights, model, names):
         tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor       # convolutions of patches
         tensor = tensor.T if name == "connector.proj.weight" else tensor
         layer, cut, rest = re.fullmatch(r"(.*?)(?:(qkv\w*)\.(.*))?", name).groups()
-        if cut is None:
-            found[name] = tensor
-        elif rest.startswith("Plora_A"):
-            found.update({f"{layer}{part}.{rest}": tensor for part in "qkv"})
-        else:
-            stack = model.get_submodule(layer.rstrip(".").removesuffix(".expert")).stack
-            heads, kv = stack.heads, stack.kv_heads or stack.heads
-            parts = split_qkv(tensor, heads, kv, {"qkv_kv": kv, "qkv_heads": heads}.get(cut, 1))
-            found.update({f"{layer}{part}.{rest}": each for part, each in zip("qkv", parts)})
-    return {re.sub(r"\.(\w+)\.Plora_([AB])\.", lambda plora:
-                   f".expert.{plora[1]}.{'AB'.index(plora[2])}.", name): tensor
-            for name, tensor in found.items()}
+        whole = modules.get(layer.rstrip(".").removesuffix(".expert"))
+        parts = {name: tensor}
+        if cut and rest.startswith("Plora_A"):
+            parts = {f"{layer}{part}.{rest}": tensor for part in "qkv"}
+        elif cut and whole:
+            heads, kv = whole.stack.heads, whole.stack.kv_heads or whole.stack.heads
+            if len(tensor) % (heads + 2 * kv):
+                raise ValueError(f"{named} has {len(tensor)} rows, which {heads} queries, {kv} "
+                                 f"keys and {kv} values do not divide")
+            shares = split_qkv(tensor, heads, kv, {"qkv_kv": kv, "qkv_heads": heads}.get(cut, 1))
+            parts = {f"{layer}{part}.{rest}": each for part, each in zip("qkv", shares)}
+        for name, part in parts.items():
+            name = re.sub(r"\.(\w+)\.Plora_([AB])\.", lambda plora:
+                          f".expert.{plora[1]}.{'AB'.index(plora[2])}.", name)
+            found[name], theirs[name] = part, named
+    found = Renamed(found)
+    found.theirs = theirs
+    return found
 
 
 def chat_template(folder, told):
@@ -1807,6 +1870,298 @@ def chat_template(folder, told):
     return ""
 
 
+# ------------------------------------------------------------------------------------------------
+# Chat templates: as much of Jinja as they use
+# ------------------------------------------------------------------------------------------------
+
+
+class Undefined:
+    """What a template names and nobody has defined: false, empty, and of no parts."""
+
+    def __bool__(self):
+        return False
+
+    def __iter__(self):
+        return iter(())
+
+
+UNDEFINED, LONGEST = Undefined(), 2**17     # LONGEST: of a template, of each text and list in it
+QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
+INSIDE_TAG = rf"""(?:{QUOTED}|[^'"])*?"""
+MARKUP = re.compile(rf"(?s)(\{{#.*?#\}}|\{{%{INSIDE_TAG}%\}}|\{{\{{{INSIDE_TAG}\}}\}})")
+TODAY = "26 Jul 2024"           # Llama 3's own date where none is told: equal commands, equal texts
+
+
+def as_text(value):
+    if isinstance(value, (list, dict)):
+        raise ValueError("it writes a list or an object as if it were text")
+    return "" if value is UNDEFINED else str(value)
+
+
+def bounded(value):
+    if isinstance(value, (str, list)) and len(value) > LONGEST:
+        raise ValueError("it makes too long a text")
+    return value
+
+
+def having(items, name, test="", *value, wanted=True):
+    """The items whose attribute passes a test (`selectattr`), or not (`rejectattr`)."""
+    return [item for item in items if wanted == bool(CHECKS[test](part_of(item, name), *value))]
+
+
+def part_of(whole, name):
+    """What a template means by whole.name or whole[name]."""
+    if whole is UNDEFINED:
+        raise ValueError(f"what has a part {name} is not defined")
+    if isinstance(whole, dict):
+        return whole.get(name, UNDEFINED)
+    is_there = isinstance(name, int) and isinstance(whole, (str, list)) and (
+        -len(whole) <= name < len(whole))
+    return whole[name] if is_there else UNDEFINED
+
+
+CHECKS = {  # tests, after "is"
+    "": bool,
+    "defined": lambda x: x is not UNDEFINED, "undefined": lambda x: x is UNDEFINED,
+    "none": lambda x: x is None, "string": lambda x: isinstance(x, str),
+    "true": lambda x: x is True, "false": lambda x: x is False,
+    "mapping": lambda x: isinstance(x, dict),
+    "number": lambda x: isinstance(x, (int, float)), "boolean": lambda x: isinstance(x, bool),
+    "iterable": lambda x: isinstance(x, (str, list, dict, Undefined)), "in": lambda x, y: x in y,
+    "sequence": lambda x: isinstance(x, (str, list, dict, Undefined)),
+    **dict.fromkeys(("equalto", "eq", "=="), lambda x, y: x == y)}
+FILTERS = {  # after "|"
+    "trim": lambda x: as_text(x).strip(), "length": lambda x: len([*x]), "list": list,
+    "count": lambda x: len([*x]), "first": lambda x: next(iter(x), UNDEFINED),
+    "last": lambda x: [UNDEFINED, *x][-1], "string": as_text, "safe": lambda x: x, "int": int,
+    "default": lambda x, y="", or_false=False: y if x is UNDEFINED or or_false and not x else x,
+    "items": lambda x: [list(pair) for pair in x.items()] if x else [],
+    "map": lambda x, attribute: [part_of(each, attribute) for each in x],
+    "selectattr": having, "rejectattr": functools.partial(having, wanted=False),
+    "join": lambda x, y="": functools.reduce(
+        lambda a, b: b if a is None else bounded(as_text(a) + y + as_text(b)), x, None) or "",
+    "reverse": lambda x: x[::-1], "tojson": lambda x: json.dumps(as_text(x), ensure_ascii=False),
+    **{name: lambda x, change=getattr(str, name): change(as_text(x))
+       for name in ("upper", "lower", "title", "capitalize")}}
+METHODS = {  # (type of the object, name): after "."
+    **{(str, name): getattr(str, name) for name in (
+        "strip", "lstrip", "rstrip", "split", "upper", "lower", "title", "capitalize", "startswith",
+        "endswith")},
+    (dict, "items"): FILTERS["items"], (dict, "keys"): list, (dict, "get"): dict.get,
+    (dict, "values"): lambda x: [*x.values()]}
+SUMS = {ast.Add: lambda x, y: x + y, ast.Sub: lambda x, y: x - y, ast.Mod: lambda x, y: x % y,
+        ast.FloorDiv: lambda x, y: x // y}
+ORDERS = {ast.Eq: lambda x, y: x == y, ast.NotEq: lambda x, y: x != y, ast.Lt: lambda x, y: x < y,
+          ast.LtE: lambda x, y: x <= y, ast.Gt: lambda x, y: x > y, ast.GtE: lambda x, y: x >= y,
+          ast.In: lambda x, y: x in y, ast.NotIn: lambda x, y: x not in y}
+
+
+class ChatTemplate:
+    """A chat template's Jinja text, rendered as transformers does. It becomes a syntax tree by way
+    of Python's grammar, and `run` and `value` walk the nodes that are named there: nothing of it is
+    ever executed. Raises ValueError for what is not known, and beyond some thousands of steps."""
+
+    def __init__(self, text):
+        try:
+            self.tree = ast.parse("\n".join(self.lines(bounded(text))))
+        except (SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"its grammar is not known: {error}") from None
+
+    def lines(self, text):
+        """Python's lines: a text, or what is in {{ }}, is an expression that stands alone."""
+        depth, parts = 0, MARKUP.split(text.replace("\r\n", "\n").removesuffix("\n"))
+        for i, part in enumerate(parts):
+            if i % 2 == 0:
+                yield f"{' ' * depth}{self.between(parts, i)!r}"
+                continue
+            inside = re.sub(rf"(?s){QUOTED}|[|~\n]", lambda found: {
+                "|": "**", "~": "@", "\n": " "}.get(found[0], found[0].replace("\n", "\\n")),
+                re.fullmatch(r"(?s)[-+]?\s*(.*?)\s*-?", part[2:-2])[1])
+            if part[1] == "{":
+                yield f"{' ' * depth}({inside})"
+            elif part[1] == "%":
+                word, rest = re.fullmatch(r"(\w+)\s*(.*)", inside).groups()
+                if word == "for":                    # for … in … if …
+                    rest = re.sub(r"^(.+?) in (.+) if ((?!.* else ).+)$",
+                                  r"\1 in [(\1) for \1 in \2 if \3]", rest)
+                depth -= word.startswith("end") or word in ("else", "elif")
+                form = {"set": "{1}" if "=" in rest else "with {1}:", "macro": "def {1}:",
+                        "generation": "if 1:", "break": "{0}", "continue": "{0}"}.get(
+                            word, "{0} {1}:")
+                if not word.startswith("end"):
+                    yield " " * depth + form.format(word, rest)
+                    if form.endswith(":"):
+                        depth += 1
+                        yield f"{' ' * depth}pass"
+
+    def between(self, parts, i):
+        """A text between two tags, without the white space that these take (with trim_blocks and
+        lstrip_blocks)."""
+        text, before, after = parts[i], "".join(parts[i - 1:i]), "".join(parts[i + 1:i + 2])
+        is_line = not i                              # whether it begins a line
+        if before.endswith(("-%}", "-}}", "-#}")):
+            text, is_line = text.lstrip(), False
+        elif before[1:2] in ("%", "#") and text.startswith("\n"):
+            text, is_line = text[1:], True
+        if after[2:3] == "-":
+            return text.rstrip()
+        start = text.rfind("\n") + 1
+        if after[1:2] in ("%", "#") and after[2:3] != "+" and (start or is_line):
+            text = text[:start] + text[start:].lstrip(" \t") * bool(text[start:].strip())
+        return text
+
+    def render(self, **names):
+        self.written, self.left, self.is_dated = [], 20_000, False
+        names = {"true": True, "false": False, "none": None, "strftime_now": self.day,
+                 "raise_exception": self.complain, "namespace": dict, "range": self.numbers,
+                 **names}
+        try:
+            self.run(self.tree.body, names)
+            return bounded("".join(self.written))
+        except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{str(error):.100} is not known") from None
+
+    def run(self, body, names):
+        for node in body:
+            match node:
+                case ast.Expr():
+                    self.written.append(as_text(self.value(node.value, names)))
+                case ast.Assign(targets=[target]):
+                    self.assign(target, self.value(node.value, names), names)
+                case ast.If():
+                    self.run(node.body if self.value(node.test, names) else node.orelse, names)
+                case ast.For(orelse=[]):
+                    items = list(self.value(node.iter, names))
+                    for i, item in enumerate(items):
+                        inner = {**names, "loop": {
+                            "index0": i, "index": i + 1, "first": not i, "length": len(items),
+                            "last": i + 1 == len(items),
+                            **({"previtem": items[i - 1]} if i else {}),
+                            **({"nextitem": items[i + 1]} if i + 1 < len(items) else {})}}
+                        self.assign(node.target, item, inner)
+                        self.run(node.body, inner)
+                case ast.With(items=[ast.withitem(context_expr=ast.Name(id=name))]):
+                    outer, self.written = self.written, []
+                    self.run(node.body, names)
+                    names[name], self.written = bounded("".join(self.written)), outer
+                case ast.FunctionDef():
+                    names[node.name] = functools.partial(self.macro, node, names)
+                case ast.Pass():
+                    pass
+                case _:
+                    raise ValueError(f"{type(node).__name__} is not known")
+
+    def macro(self, node, names, *given, **named):
+        words = [arg.arg for arg in node.args.args]
+        usual = [self.value(each, names) for each in node.args.defaults]
+        outer, self.written = self.written, []
+        self.run(node.body, names | dict.fromkeys(words, UNDEFINED)
+                 | dict(zip(words[::-1], usual[::-1])) | dict(zip(words, given)) | named)
+        text, self.written = bounded("".join(self.written)), outer
+        return text
+
+    def assign(self, target, value, names):
+        match target:
+            case ast.Name(id=name):
+                names[name] = value
+            case ast.Attribute(value=ast.Name(id=name), attr=attr):      # of a namespace
+                names[name][attr] = value
+            case ast.Tuple(elts=parts):
+                for part, each in zip(parts, value, strict=True):
+                    self.assign(part, each, names)
+
+    def value(self, node, names):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it takes too many steps")
+        get = functools.partial(self.value, names=names)
+        match node:
+            case ast.Constant(value=found):
+                return found
+            case ast.Name(id=name):
+                return names.get(name, UNDEFINED)
+            case ast.List(elts=parts) | ast.Tuple(elts=parts):
+                return [get(part) for part in parts]
+            case ast.Dict(keys=keys, values=values):
+                return {get(key): get(each) for key, each in zip(keys, values)}
+            case ast.IfExp():
+                return get(node.body if get(node.test) else node.orelse)
+            case ast.BoolOp(op=op, values=parts):
+                for part in parts:
+                    found = get(part)
+                    if bool(found) is isinstance(op, ast.Or):
+                        break
+                return found
+            case ast.UnaryOp(op=op):
+                return not get(node.operand) if isinstance(op, ast.Not) else -get(node.operand)
+            case ast.BinOp(op=ast.Pow()):
+                return self.filtered(get(node.left), node.right, names)
+            case ast.BinOp(op=ast.MatMult()):
+                return bounded(as_text(get(node.left)) + as_text(get(node.right)))
+            case ast.BinOp(op=op):
+                a, b = get(node.left), get(node.right)
+                if type(a) is not type(b) or isinstance(a, str) > isinstance(op, ast.Add):
+                    raise ValueError(f"{type(a).__name__} and {type(b).__name__} do not add up")
+                return bounded(SUMS[type(op)](a, b))
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[test]):
+                test, args = (test.func, test.args) if isinstance(test, ast.Call) else (test, ())
+                name = str(test.value).lower() if isinstance(test, ast.Constant) else test.id
+                return isinstance(op, ast.Is) is bool(CHECKS[name](get(left), *map(get, args)))
+            case ast.Compare(left=left, ops=[op], comparators=[right]):
+                if isinstance(a := get(left), (list, dict)):
+                    raise ValueError("it compares lists or objects")
+                return ORDERS[type(op)](a, get(right))
+            case ast.Subscript(slice=ast.Slice() as part):
+                return get(node.value)[slice(*(each and get(each) for each in (
+                    part.lower, part.upper, part.step)))]
+            case ast.Subscript() | ast.Attribute():
+                is_named = isinstance(node, ast.Attribute)
+                return part_of(get(node.value), node.attr if is_named else get(node.slice))
+            case ast.ListComp(generators=[ast.comprehension(target=target, ifs=[test]) as each]):
+                found = []                           # for … in … if …
+                for item in get(each.iter):
+                    self.assign(target, item, inner := dict(names))
+                    found += [item] * bool(self.value(test, inner))
+                return found
+            case ast.Call():
+                return self.called(node, names)
+            case _:
+                raise ValueError(f"{type(node).__name__} is not known")
+
+    def filtered(self, value, node, names):
+        """A value through what stands after "|", perhaps several."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+            return self.filtered(self.filtered(value, node.left, names), node.right, names)
+        name, args, named = (node.func.id, *self.arguments(node, names)) if isinstance(
+            node, ast.Call) else (node.id, [], {})
+        return bounded(FILTERS[name](value, *args, **named))
+
+    def arguments(self, node, names):
+        return ([self.value(each, names) for each in node.args],
+                {each.arg: self.value(each.value, names) for each in node.keywords})
+
+    def called(self, node, names):
+        args, named = self.arguments(node, names)
+        if isinstance(node.func, ast.Attribute):
+            whole = self.value(node.func.value, names)
+            return bounded(METHODS[type(whole), node.func.attr](whole, *args, **named))
+        return bounded(names[node.func.id](*args, **named))
+
+    def complain(self, what=""):
+        raise ValueError(f"it says: {what:.100}")
+
+    def numbers(self, *bounds):
+        if max(map(abs, bounds)) > 1000:
+            raise ValueError("it takes too many steps")
+        return list(range(*bounds))
+
+    def day(self, form):
+        self.is_dated = True
+        if not re.fullmatch(r"(%[A-Za-z]|[^%]){1,40}", form):
+            raise ValueError("strftime_now is called by a form that is not known")
+        return datetime.datetime.strptime(TODAY, "%d %b %Y").strftime(form)
+
+
 class Tokens:
     """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
     vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
@@ -1815,8 +2170,12 @@ class Tokens:
     def __init__(self, folder):
         told = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = chat_template(folder, told), None, {}
-        bos = told.get("bos_token")
-        bos = bos.get("content") if isinstance(bos, dict) else bos
+        self.fault, is_llama = "", str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
+        marks = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
+        marks |= read_published(folder / "special_tokens_map.json", {}) | told
+        marks = {key: mark.get("content") if isinstance(mark, dict) else mark
+                 for key, mark in marks.items() if key.endswith("_token")}
+        self.marks = {key: mark for key, mark in marks.items() if isinstance(mark, str)}
         names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
@@ -1831,7 +2190,6 @@ class Tokens:
             ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
-            is_llama = str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
             if is_llama and not told.get("add_bos_token", True):
                 self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
@@ -1846,7 +2204,6 @@ class Tokens:
                           **read_published(folder / "added_tokens.json", {})}
             i = self.pieces.bos_id()
             self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
-        self.bos = self.id(bos) if isinstance(bos, str) else None
 
     def __len__(self):
         if self.pieces:
@@ -2142,42 +2499,48 @@ ZEPHYR = "<|user|>\n{q}</s>\n<|assistant|>\n"
 INTERNLM = "[UNUSED_TOKEN_146]user\n{q}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
 LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
            "<|start_header_id|>assistant<|end_header_id|>\n\n")
-CHATS = {   # name: what its Jinja text holds, a token that tells it alone, prompt, a turn's end
-    "chatml": (r"<\|im_start\|>", "<|im_start|>", CHATML, "<|im_end|>"),
-    "llama3": (r"<\|start_header_id\|>", "<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
-    "internlm": (r"\[UNUSED_TOKEN_146\]", "[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
-    "zephyr": (r"<\|user\|>\s*(\\n)?['\"] *\+ *\w+(\.content|\[['\"]content['\"]\]) *\+ *"
-               r"(eos_token|['\"]</s>)", None, ZEPHYR, "</s>"),
-    "mistral": (r"\[INST\]", None, "[INST] {q} [/INST]", "</s>"),
-    "llama2": (r"<<SYS>>", None, "[INST] {q} [/INST]", "</s>"),
-    "vicuna": (r"ASSISTANT:", None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
+CHATS = {   # for --template: a token that tells it where no template does, prompt, a turn's end
+    "chatml": ("<|im_start|>", CHATML, "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
+    "internlm": ("[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
+    "zephyr": (None, ZEPHYR, "</s>"), "mistral": (None, "[INST] {q} [/INST]", "</s>"),
+    "llama2": (None, "[INST] {q} [/INST]", "</s>"),
+    "vicuna": (None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
 
 
-def chat_of(text, id_of):
-    """(name, prompt, end of a turn) in CHATS by a chat template's text, with the system's part that
-    it puts first and its own spaces; or without any template by a token that the vocabulary has;
-    None where nothing tells it."""
-    if not text:
-        return next(((name, prompt, end) for name, (_, mark, prompt, end) in CHATS.items()
-                     if mark and id_of(mark) is not None), None)
-    found = [name for name, (pattern, *_) in CHATS.items() if re.search(pattern, text)]
-    found = found[:1] if set(found) == {"mistral", "llama2"} else found
-    if len(found) != 1:
-        return None
-    _, _, prompt, end = CHATS[found[0]]
-    text = text.replace("\\n", "\n")
-    if found == ["mistral"]:
-        for mark in re.findall(r"(?<=['\"])\s*\[/?INST\]\s*(?=['\"])", text):
-            prompt = re.sub(rf" *{re.escape(mark.strip())} *", mark, prompt)
-    elif found == ["vicuna"] and "A chat between" not in text:
-        prompt = prompt.removeprefix(VICUNA)
-    elif found == ["llama3"] and "Cutting Knowledge Date" in text:       # Llama 3.1's, its own date
-        prompt = ("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
-                  "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>") + prompt
-    elif found == ["chatml"] and (system := re.search(
-            r"<\|im_start\|>system\n[^<>{}'\"]+<\|im_end\|>\n", text)):
-        prompt = system[0] + prompt
-    return found[0], prompt, end
+def chat_of(tokens, where, plan):
+    """(prompt, texts that end an answer) as a chat template renders one turn of a user, with a
+    picture if the model sees, and no system's; raises ValueError where it cannot be told. What the
+    template says of its own accord is in it."""
+    template, slot, why = ChatTemplate(tokens.template), plan.tower and plan.slot, []
+    mark = plan.seen.replace("\0", slot or "")
+    gap = re.sub(r"(?s).*\0(\s*)\{q\}.*", r"\1", plan.prompt)            # after a picture
+    parts = [{"type": "image"}] * bool(slot) + [{"type": "text", "text": "{q}"}]
+    plain = f"{mark}{gap}{{q}}" if slot else "{q}"
+
+    def render(content, *answer):
+        said = [{"role": "user", "content": content}] + [
+            {"role": "assistant", "content": each} for each in answer]
+        return template.render(**tokens.marks, messages=said, tools=None, documents=None,
+                               add_generation_prompt=not answer, enable_thinking=False)
+    for content in (parts, plain) if slot else (plain, parts):
+        try:
+            prompt = render(content)
+            if prompt.count("{q}") != 1 or slot and prompt.count(mark) != 1:
+                raise ValueError("it leaves out the question, or the picture")
+        except ValueError as error:
+            why.append(str(error))
+            continue
+        if template.is_dated:
+            tqdm.write(f"{where}: its chat template tells the day: {TODAY} is told always, so that "
+                       "equal commands write equal captions", file=sys.stderr)
+        if prompt.startswith(bos := tokens.marks.get("bos_token") or "\0"):
+            prompt, tokens.first = prompt.removeprefix(bos), tokens.first or [tokens.id(bos)]
+        answer, end = "{a}" if content == plain else [{"type": "text", "text": "{a}"}], None
+        with contextlib.suppress(ValueError):
+            end = re.match(r"\s*(<[^<>\s]+>|\[\S+?\])", render(content, answer).partition("{a}")[2])
+        return prompt.replace(mark, "\0") if slot else prompt, (end[1],) if end else plan.stop
+    raise ValueError(why[0])
 
 
 def clip_sight(config, last, keep_cls=False, post=False):
@@ -2195,21 +2558,21 @@ def normal(picture, mean_std):
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - mean) / std
 
 
-def resize(frame, width, height):
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+def resize(frame, width, height, how=Image.Resampling.BICUBIC):
+    return np.asarray(Image.fromarray(frame).resize((width, height), how))
 
 
-def squash(frame, size, mean_std=CLIP_MEAN):
+def squash(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC):
     """The picture in a square of `size` px, whatever its shape."""
-    return [normal(resize(frame, size, size), mean_std)], None
+    return [normal(resize(frame, size, size, how), mean_std)], None
 
 
-def crop(frame, size, mean_std=CLIP_MEAN):
-    """The middle square of the picture."""
+def crop(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC, short=None):
+    """The middle square of the picture, its shorter side scaled to `short`, else to `size`."""
     H, W = frame.shape[:2]
-    h, w = (int(size * side / min(H, W)) for side in (H, W))
+    h, w = (int((short or size) * side / min(H, W)) for side in (H, W))
     top, left = (h - size) // 2, (w - size) // 2
-    return [normal(resize(frame, w, h)[top:top + size, left:left + size], mean_std)], None
+    return [normal(resize(frame, w, h, how)[top:top + size, left:left + size], mean_std)], None
 
 
 def pad_square(frame, size, mean_std=CLIP_MEAN):
@@ -2276,13 +2639,14 @@ def with_biases(c, weights):
     return c | {"bias": "bias" in c and any(name.endswith("wqkv.bias") for name in weights)}
 
 
-def image_processor(folder, size=None):
+def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
     """(What a folder says of its pictures, in the file of its version of transformers; their mean
     and standard deviation.) Refuses what is not done here: all but pictures that are scaled,
-    bicubic, whose middle, or `size` says which square, is cut out."""
+    bicubic, whose middle, or `size` says which square, is cut out; `free`: what may differ."""
     told = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
-    told = told | read_published(folder / "preprocessor_config.json", {})
+    told = values_of(told | read_published(folder / "preprocessor_config.json", {}))
     usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
+    usual = {name: value for name, value in usual.items() if name not in free}
     if abs(told.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ValueError(f"its image processor says rescale_factor {told['rescale_factor']}, known "
                          "is 1/255")
@@ -2290,11 +2654,11 @@ def image_processor(folder, size=None):
         usual |= dict(do_center_crop=True, size=size, crop_size=size)
     for name, value in usual.items():
         says = told.get(name, value)
-        sides = set(says.values()) - {None} if isinstance(says, dict) else {says}
-        if says is not None and sides != {value}:
+        sides = set(says.values()) if isinstance(says, dict) else {says}
+        if sides != {value}:
             raise ValueError(f"its image processor says {name} {says}, known is {value}")
-    return told, tuple(map(tuple, (told.get("image_mean") or CLIP_MEAN[0],
-                                   told.get("image_std") or CLIP_MEAN[1])))
+    return told, tuple(tuple(told.get(name, usual)) for name, usual in zip(
+        ("image_mean", "image_std"), mean_std))
 
 
 def llava(c, weights, folder):
@@ -2363,7 +2727,7 @@ def sub_config(folder, name):
     if path is None:
         raise ValueError(f"mm_vision_tower {name}: no folder {last} within or beside it: put that "
                          "CLIP there")
-    config = read_published(path / "config.json")
+    config = values_of(read_published(path / "config.json"))
     return {**config.get("vision_config", config), "folder": str(path)}
 
 
@@ -2538,6 +2902,12 @@ FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3",
             "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_vl}
 
 
+def check_ids(ids, n, where):
+    if max(ids) >= n:
+        refuse(f"{where}: its tokenizer gives a token the number {max(ids)}, the model knows {n}: "
+               "they do not belong together")
+
+
 class VLM(nn.Module):
     """A published captioner, or a language model alone: `open_vlm` makes it."""
 
@@ -2552,9 +2922,9 @@ class VLM(nn.Module):
     def prompt(self, question):
         """The text that the model is asked with: a NUL stands for what it sees."""
         if not self.plan.prompt:
-            what = "none that is known" if self.tokens.template else "missing"
+            what = f"none that is known: {self.tokens.fault}" if self.tokens.template else "missing"
             refuse(f"{self.where}: its chat template is {what}: give --template NAME, one of "
-                   f"{', '.join(CHATS)}, or put its chat_template.jinja there")
+                   f"{', '.join(CHATS)}, or put a chat_template.jinja there")
         return self.plan.prompt.replace("{q}", question.replace("\0", ""))
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
@@ -2608,9 +2978,7 @@ class VLM(nn.Module):
         features; a video's frames share one mark."""
         if blocks and ids.count(-1) == 1:
             blocks = [torch.cat(blocks)]
-        if max(ids) >= (n := self.decoder.embed.num_embeddings):
-            refuse(f"{self.where}: its tokenizer gives a token the number {max(ids)}, the model "
-                   f"knows {n}: they do not belong together")
+        check_ids(ids, self.decoder.embed.num_embeddings, self.where)
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
@@ -2668,7 +3036,7 @@ class VLM(nn.Module):
             text = self.tokens.decode(ids)
             for name in names:
                 text = text.split(name)[0]
-            yield request.key, re.sub(r"(?s)<think>.*?</think>", "", text).strip(), score
+            yield request.key, re.sub(r"(?s)^.*</think>", "", text).strip(), score
 
 
 def stop_ids(folder, config, tokens, names):
@@ -2681,15 +3049,15 @@ def stop_ids(folder, config, tokens, names):
 
 
 def check_published(path, config):
-    """Refuses by its name a folder that is quantized, or of a class that does not write text."""
-    if not config and (path / "adapter_config.json").exists():
-        refuse(f"{path} holds a LoRA's additions alone: merge them into their model first")
+    """Refuses by its name a folder that is quantized, or holds a LoRA."""
+    told = path / "adapter_config.json"
+    if told.exists():
+        of = read_published(told).get("base_model_name_or_path") or "another model"
+        refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
+               "merge_and_unload) and give the folder that is saved then; if its weights are "
+               "merged, remove adapter_config.json")
     for each in (config, config.get("text_config"), config.get("vision_config")):
-        how = each.get("quantization_config") if isinstance(each, dict) else None
-        if how:
-            how = how.get("quant_method", "?") if isinstance(how, dict) else how
-            refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, "
-                   "bfloat16 and float16: take a folder without quantization_config")
+        refuse_quantized(path, each)
 
 
 def kind_of(config):
@@ -2707,7 +3075,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     where one that `sees` is wanted, or the other way round. template: of CHATS, where the folder
     does not tell it."""
     path = Path(path)
-    config = read_published(path / "config.json", *[{}] * (path / "adapter_config.json").exists())
+    config = values_of(read_published(
+        path / "config.json", *[{}] * (path / "adapter_config.json").exists()))
     with read_as_config(path):
         check_published(path, config)
         kind, made = kind_of(config)
@@ -2745,29 +3114,33 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
         model.where, model.tokens = path, Tokens(Path(tokenizer or path))
         if plan.slot and model.tokens.id(plan.slot) is None:
             refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-        set_prompt(plan, kind, model.tokens, template)
+        set_prompt(plan, kind, model.tokens, template, path)
         model.stop = stop_ids(path, config, model.tokens, plan.stop)
     return model
 
 
-def set_prompt(plan, kind, tokens, name):
-    """How a language model, or a port of LLaVA, is asked: as `name` says, or its chat template; ''
-    where neither is known."""
-    is_port = kind in ("llava", "video_llava") and plan.slot and tokens.template
-    if not (name or plan.tower is None or is_port):
+def set_prompt(plan, kind, tokens, name, where):
+    """How a language model, or a port of LLaVA or Qwen2-VL, is asked: as `name` says, or its chat
+    template; what has none by a token that its vocabulary has. '' where nothing tells it."""
+    is_lm = plan.tower is None
+    is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and plan.slot
+    if not (name or is_lm or is_port and tokens.template):
         return                                       # captioners of one form only
-    chat = (name, *CHATS[name][2:]) if name else chat_of(tokens.template, tokens.id)
-    if is_port and chat and chat[0] == "vicuna" and not name:
+    if tokens.template and not name:
+        try:
+            plan.prompt, plan.stop = chat_of(tokens, where, plan)
+        except ValueError as error:
+            plan.prompt, tokens.fault = "", str(error)
         return
-    _, prompt, end = chat or ("", "", None)
-    if plan.tower is None and prompt:
-        may_think = "enable_thinking" in tokens.template or not tokens.template
-        prompt += "<think>\n\n</think>\n\n" * (may_think and tokens.id("<think>") is not None)
+    name = name or next((name for name, (mark, *_) in CHATS.items()
+                         if mark and tokens.id(mark) is not None), None)
+    _, prompt, end = CHATS[name] if name else ("", "", None)
+    if is_lm and prompt:
+        prompt += "<think>\n\n</think>\n\n" * (tokens.id("<think>") is not None)
     elif prompt:
-        prompt = prompt.replace("{q}", "\0\n{q}")
+        seen = re.search(r"\0\s*\{q\}", plan.prompt) or ["\0\n{q}"]
+        prompt = prompt.replace("{q}", seen[0])
     plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
-    if "bos_token" in tokens.template and not tokens.first and tokens.bos is not None and not name:
-        tokens.first = [tokens.bos]                  # of tokenizers that leave it to the template
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2856,8 +3229,9 @@ def asked(args, is_video):
 def ways_of(vlm, name, args, lm=None):
     """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
     is_video = bool(vlm.plan.frames) and not lm
-    for model in (vlm, *filter(None, [lm])):
-        model.prompt("")                             # refused here where it is not known
+    for model in (vlm, *filter(None, [lm])):         # refused here where it does not fit
+        ids = model.read(model.prompt(asked(args, is_video)))[0]
+        check_ids(ids, model.decoder.embed.num_embeddings, model.where)
     rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
         refuse(f"{name} sees one frame at a time: " + (
@@ -2956,23 +3330,42 @@ class Probe(nn.Module):
         return x + self.down(ACTS[self.stack.act](self.up(self.layernorm(x))))
 
 
+def scored_picture(folder, size, is_siglip):
+    """What makes the input of CLIP or SigLIP of a frame, as the folder's image processor says:
+    squeezed, or scaled by its shorter side and cut to the middle square."""
+    told, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN, ("resample",))
+    scaled, cut = told.get("size", size), told.get("crop_size", size)
+    is_cut = told.get("do_center_crop", not is_siglip)
+    is_whole = is_siglip and "size" not in told or isinstance(scaled, dict) and "height" in scaled
+    scaled, cut = (set(each.values()) if isinstance(each, dict) else {each}
+                   for each in (scaled, cut))
+    short, how = max(scaled), Image.Resampling(told.get("resample", 3))
+    if (is_cut and cut != {size}) or len(scaled) > 1 or short < size or (
+            short > size and (is_whole or not is_cut)) or not (is_whole or is_cut):
+        cut = f"cut to {told.get('crop_size')}" if is_cut else "not cut"
+        raise ValueError(f"its image processor makes pictures of {told.get('size')}, {cut}: "
+                         f"{size} x {size} px are wanted")
+    return functools.partial(squash, mean_std=mean_std, how=how) if is_whole else functools.partial(
+        crop, mean_std=mean_std, how=how, short=short)
+
+
 class Scorer:
     """Of a clip and its caption, by a CLIP or SigLIP folder: the mean cosine of four frames and the
     text; and with LAION's linear head (weight [1, D] and bias [1]) the frames' mean aesthetics."""
 
     def __init__(self, args, folder, rows, device):
-        config = read_published(Path(args.clip, "config.json"))
+        config = values_of(read_published(Path(args.clip, "config.json")))
         self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
         if kind not in ("clip", "siglip"):
             refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: it is of a {kind}")
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
-        weights = published_tensors(args.clip)
+        weights = under(published_tensors(args.clip), *CLIP_MARK)
         with read_as_config(args.clip):
             sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
                      **(config.get("vision_config_dict") or {})}
             self.size, read = sight["image_size"], self.text.embed.embedding_dim
-            self.picture = functools.partial(squash, mean_std=HALF) if self.is_siglip else crop
+            self.picture = scored_picture(Path(args.clip), self.size, self.is_siglip)
             with torch.device("meta"):
                 model = nn.Module()
                 if self.is_siglip:

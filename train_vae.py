@@ -357,14 +357,31 @@ WEIGHT_FILES = [("model", "safetensors"), ("diffusion_pytorch_model", "safetenso
 VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, the best first
 
 
-def weight_file(folder):
+SHARD = re.compile(r"(\w+?)(\.\w+)?-\d+-of-(\d+)(\.\w+)?\.(\w+)")
+
+
+def weight_files(folder):
     """A published folder's file of weights, or the index of its shards, as each version names it:
-    diffusion_pytorch_model.safetensors, model.fp16.safetensors, ….safetensors.index.fp16.json."""
+    diffusion_pytorch_model.safetensors, model.fp16.safetensors, ….safetensors.index.fp16.json; or
+    shards without an index, all of one variant."""
+    shards = {}
+    for path in sorted(folder.glob("*-of-*")):
+        if found := SHARD.fullmatch(path.name):
+            stem, before, n, after, end = found.groups()
+            shards.setdefault((before or after or "", stem, end), {}).setdefault(
+                int(n), []).append(path)
     for variant in VARIANTS:
+        sets = []
         for stem, end in WEIGHT_FILES:
             for form in ("{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"):
                 if (path := folder / form.format(stem, end, variant)).is_file():
-                    return path
+                    return [path]
+            sets += shards.get((variant, stem, end), {}).items()
+            if whole := [parts for n, parts in sets if len(parts) == n]:
+                return whole[0]
+        for n, parts in sets:
+            refuse(f"{folder} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest "
+                   "of them")
     names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
     refuse(f"{folder} has no weights: none of {names}, of their .fp16 and .bf16 variants, nor an "
            ".index.json")
@@ -383,12 +400,14 @@ def refuse_scaled(names, path):
 
 
 def read_tensors(path):
-    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards with an
-    index: safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
+    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards:
+    safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
     that a large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
-        path = weight_file(path)
+        path, *others = weight_files(path)
+        if others:
+            return {k: v for part in (path, *others) for k, v in read_tensors(part).items()}
     if path.suffix == ".json":
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -492,6 +511,15 @@ def cleared(value, default):
     return value
 
 
+def refuse_quantized(path, config):
+    """Refuses by its method what a published config says is quantized."""
+    how = config.get("quantization_config") if isinstance(config, dict) else None
+    if how:
+        how = how.get("quant_method", "?") if isinstance(how, dict) else how
+        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
+               "float16 and plain float8: take a folder without quantization_config")
+
+
 def read_class(path, classes, guess=None, inner=None):
     """(class, its values, the keys that it has) of a published config.json, one of `classes`
     {class: {key: default}}: a key that it leaves out, or that is null, has its class's default, but
@@ -506,16 +534,13 @@ def read_class(path, classes, guess=None, inner=None):
         refuse(f"{path}: no such file")
     except (ValueError, RecursionError):
         refuse(f"{path} is damaged: it is no JSON object")
-    how = config.get("quantization_config")
-    config = config[inner] if isinstance(config.get(inner), dict) else config
+    outer, config = config, config[inner] if isinstance(config.get(inner), dict) else config
     name = config.get("_class_name") or (guess and guess(config))
     if not isinstance(name, str) or name not in classes:
         says = f"is of class {name}" if isinstance(name, str) else "names no _class_name"
         refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
-    if how := how or config.get("quantization_config"):
-        how = how.get("quant_method") if isinstance(how, dict) else how
-        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
-               "float16 and plain float8: take a folder without quantization_config")
+    refuse_quantized(path, outer)
+    refuse_quantized(path, config)
     told = {key for key, default in classes[name].items() if config.get(key) is not None
             or key in config and isinstance(default, bool)}
     values = {**classes[name], **{key: cleared(config[key], classes[name][key]) for key in told}}

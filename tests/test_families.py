@@ -169,15 +169,16 @@ def test_folders_that_are_refused(tmp_path, capsys):
         return refused(capsys, changed(tmp_path / name, *args, **options), call=c.open_vlm)
     assert "model_type falcon is no family" in line("kind", QWEN, {"model_type": "falcon"})
     assert "rope_scaling yarn" in line("rope", QWEN, {"rope_scaling": {"type": "yarn", "factor": 2}})
-    assert "down.weight is missing" in line("less", QWEN, drop=("model.layers.1.mlp.down_proj.weight",))
+    down = "model.layers.1.mlp.down_proj.weight"
+    assert f"{down} is missing" in line("less", QWEN, drop=(down,))
     assert "unexpected" in line("more", QWEN, rename=lambda name: name.replace("norm.", "nrm."))
     assert "is [420, 64], not [421, 64]" in line("size", QWEN, {"vocab_size": 421})
     assert "select strategy full" in line("take", LLAVA, {"vision_feature_select_strategy": "full"})
     assert "kv_heads 3" in line("heads", QWEN, {"num_key_value_heads": 3})
     assert "must be numbers above 0" in line("null", QWEN, {"num_attention_heads": None})
-    assert "decoder.head.weight is missing" in line(
+    assert "lm_head.weight is missing" in line(
         "headless", LLAVA, {"tie_word_embeddings": False}, drop=("language_model.lm_head.weight",))
-    assert "embed.weight is missing" in line("nothing", QWEN, drop=("model.embed_tokens.weight",
+    assert "model.embed_tokens.weight is missing" in line("nothing", QWEN, drop=("model.embed_tokens.weight",
                                                                     "lm_head.weight"))
     assert "has no <image>" in refused(capsys, LLAVA, "cpu", torch.float32, QWEN, call=c.open_vlm)
     folder = changed(tmp_path / "dynamic", QWEN, {
@@ -187,7 +188,7 @@ def test_folders_that_are_refused(tmp_path, capsys):
     assert "up to 40 alone" in refused(capsys, "", [5] * 41, [], None, [], call=model.request)
     folder = changed(tmp_path / "sizes", QWEN)
     (folder / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 64}')
-    assert "layers.0.up.weight is [96, 64], not [22016, 64]" in refused(capsys, folder, call=c.open_vlm)
+    assert "layers.0.mlp.up_proj.weight is [96, 64], not [22016, 64]" in refused(capsys, folder, call=c.open_vlm)
     for text in ("{", "[]"):
         (folder / "config.json").write_text(text)
         assert "holds no JSON object" in refused(capsys, folder, call=c.open_vlm)
@@ -318,7 +319,7 @@ def test_stop_marks_and_chat_templates(tmp_path):
     config = json.loads((QWEN / "tokenizer_config.json").read_text())
     folder = changed(tmp_path / "inst", QWEN)
     (folder / "tokenizer_config.json").write_text(json.dumps(
-        config | {"chat_template": "{{ '<|start_header_id|>' }}"}))
+        config | {"chat_template": "{{ '<|start_header_id|>user' + messages[0].content }}"}))
     assert c.open_vlm(folder).prompt("q").startswith("<|start_header_id|>user")  # not the vocabulary
     assert c.rewrite(model, "a dog", ["A big dog runs."], most=8)
 

@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from test_families import refused
 
@@ -578,38 +579,179 @@ def test_pictures_as_the_folder_says(tmp_path, capsys):
 
 # -- how a model is asked --------------------------------------------------------------------------
 
-USER = "{% for m in messages %}{{ '<|user|>\n' + m['content'] + eos_token }}{% endfor %}{{ '<|assistant|>\n' }}"
+def turns(user, answer="{{ m['content'] + eos_token }}", before="", after=""):
+    """A template of turns: what stands about a user's text and an answer's."""
+    return (before + "{% for m in messages %}{% if m['role'] == 'user' %}" + user
+            + "{% elif m['role'] == 'assistant' %}" + answer + "{% endif %}{% endfor %}"
+            + "{% if add_generation_prompt %}" + after + "{% endif %}")
+
+
 ZEPHYR = ("{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + "
           "message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
-          "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% endfor %}")
+          "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n{% if loop.last and "
+          "add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 QWEN2 = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
          "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{% endfor %}")
-QWEN25 = ("{%- if tools %}\n{{- '<|im_start|>system\\n' }}{%- else %}{{- '<|im_start|>system\\nYou are "
-          "Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}{%- endif %}")
-LLAMA2 = ("{% if system_message != false %}{% set content = '<<SYS>>\\n' + system_message %}{% endif %}"
-          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}")
-LLAMA3 = ("{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ "
-          "message['content'] | trim + '<|eot_id|>' %}")
-ASKED_3 = "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-TEMPLATES = {
-    "mistral": ("{{ bos_token }}{{ '[INST] ' + m['content'] + ' [/INST]' }}", "[INST] Q [/INST]"),
-    "mistral v3": ("{{- \"[INST] \" + message[\"content\"] + \"[/INST]\" }}", "[INST] Q[/INST]"),
-    "nemo": ("{{- \"[INST]\" + message[\"content\"] + \"[/INST]\" }}", "[INST]Q[/INST]"),
-    "llama 2": (LLAMA2, "[INST] Q [/INST]"), "llama 3": (LLAMA3, ASKED_3),
-    "llama 3.1": ("{{- \"Cutting Knowledge Date: December 2023\\n\" }}" + LLAMA3,
-                  "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-                  "Today Date: 26 Jul 2024\n\n<|eot_id|>" + ASKED_3),
-    "zephyr": (ZEPHYR, "<|user|>\nQ</s>\n<|assistant|>\n"), "short": (USER, "<|user|>\nQ</s>\n<|assistant|>\n"),
-    "qwen2": (QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQ"
-                     "<|im_end|>\n<|im_start|>assistant\n"),
-    "qwen2.5": (QWEN25, "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
-                        "assistant.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
-    "vicuna": ("{{ 'USER: ' + m['content'] }} {{ 'ASSISTANT:' }}", "USER: Q ASSISTANT:"),
-    "gemma": ("{{ '<start_of_turn>' + role }}", None), "phi": (
-        "{{'<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>'}}", None),
-    "tulu": ("{{ '<|user|>\n' + m['content'] + '\n' }}{{ '<|assistant|>\n' + m['content'] + eos_token }}", None),
-    "two": ("{{ '[INST]' }}{{ '<|im_start|>' }}", None), "none": ("", None)}
+         "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+QWEN25 = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] }}{%- endif %}
+    {{- "\n\n# Tools\n\n{\"name\": <function-name>}" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+QWEN_VL = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and "
+    "message['role'] != 'system' %}<|im_start|>system\nYou are a terse assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or "
+    "'image' in content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|>"
+    "<|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA2 = ("{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message "
+          "= messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = SAYS %}"
+          "{% endif %}{% for message in loop_messages %}{% if loop.index0 == 0 and system_message != false %}"
+          "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+          "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
+          "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' "
+          "%}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
+LLAMA3 = ("{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+          "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
+          "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+          "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+LLAMA32 = r"""{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{{- "Cutting Knowledge Date: December 2023\n" }}
+{{- "Today Date: " + date_string + "\n\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+SMALL = r"""{%- set today = strftime_now("%Y-%m-%d") %}
+{%- set default_system_message = "You are Small, last taught on 2023-10-01.\nToday is " + today + "." %}
+
+{{- bos_token }}
+
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = default_system_message %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+
+{#- It's a turn each: '{{' #}
+{%- for message in loop_messages if message.role != 'tool' %}
+    {%- if message['role'] == 'user' %}
+        {%- if message['content'] is string %}
+            {{- '[INST]' + message['content'] + '[/INST]' }}
+        {%- else %}
+            {{- '[INST]' }}{{- (message['content'] | selectattr('type', 'eq', 'text') | list)[0].text ~ '[/INST]' }}
+        {%- endif %}
+    {%- elif message['role'] == 'assistant' %}
+        {{- message['content'] + eos_token }}
+    {%- else %}
+        {{- raise_exception('Only user and assistant roles are supported!') }}
+    {%- endif %}
+{%- endfor %}
+"""
+CURIOUS = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+           "detailed, and polite answers to the user's questions. ")
+VICUNA_TURNS = turns("{{ 'USER: ' + m['content'] + ' ' }}", "{{ 'ASSISTANT: ' + m['content'] + eos_token }}",
+                     '{{ "' + CURIOUS + '" }}', "{{ 'ASSISTANT:' }}")
+TRL = turns("USER: {% for item in m['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% elif "
+            "item['type'] == 'image' %}<image>\n{% endif %}{% endfor %} ",
+            "{% for item in m['content'] %}ASSISTANT: {{ item['text'] }}{{ eos_token }}{% endfor %}", CURIOUS,
+            "ASSISTANT: ")
+HF = ("{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+      "{% endif %}{# Render all images first #}{% for content in message['content'] | selectattr('type', "
+      "'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% for content in "
+      "message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+      "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+INST = "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+PHI = "{{'<|user|>' + '\n' + m['content'] + '<|end|>' + '\n'}}"
+GEMMA = turns("{{ '<start_of_turn>user\n' + (m.content | trim) + '<end_of_turn>\n' }}",
+              "{{ '<start_of_turn>model\n' + m.content + '<end_of_turn>\n' }}", "{{ bos_token }}",
+              "{{ '<start_of_turn>model\n' }}")
+MACRO = ("{%- macro say(who, what='?') -%}\n  <{{ who }}>{{ what|upper if who == 'bot' else what }}\n{%- endmacro -%}"
+         "{% for m in messages %}{% set text %}{{ m.content }}{% endset %}{{ say(m.role, text) }}|{% endfor %}"
+         "{{ say('bot') -}}\n\n  {%- if messages|length > 1 or messages[-1].tool_calls is defined %}!{% endif %}")
+HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+BY_QWEN = HELPFUL.replace("You are", "You are Qwen, created by Alibaba Cloud. You are")
+ASK, ASKED_3 = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", (
+    "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and what ends an answer
+    "mistral": (turns(INST, before="{{ bos_token }}"), "[INST] Q [/INST]", "</s>"),
+    "mistral v3": (turns('{{- "[INST] " + m["content"] + "[/INST]" }}', before="{{- bos_token }}"),
+                   "[INST] Q[/INST]", "</s>"),
+    "nemo": (turns('{{- "[INST]" + m.content + "[/INST]" }}'), "[INST]Q[/INST]", "</s>"),
+    "small": (SMALL, "[SYSTEM_PROMPT]You are Small, last taught on 2023-10-01.\nToday is 2024-07-26."
+              "[/SYSTEM_PROMPT][INST]Q[/INST]", "</s>"),
+    "llama 2": (LLAMA2.replace("SAYS", "false"), "[INST] Q [/INST]", "</s>"),
+    "llama 2, default": (LLAMA2.replace("SAYS", "'Be honest.'"),
+                         "[INST] <<SYS>>\nBe honest.\n<</SYS>>\n\nQ [/INST]", "</s>"),
+    "llama 3": (LLAMA3, ASKED_3, "<|eot_id|>"),
+    "llama 3.2": (LLAMA32, "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+                  "Today Date: 26 Jul 2024\n\n<|eot_id|>" + ASKED_3, "<|eot_id|>"),
+    "zephyr": (ZEPHYR, "<|user|>\nQ</s>\n<|assistant|>\n", "</s>"),
+    "qwen2": (QWEN2, HELPFUL + ASK, "<|im_end|>"), "qwen2.5": (QWEN25.split("    {%- if enable_thinking")[0] +
+                                                            "{%- endif %}\n", BY_QWEN + ASK, "<|im_end|>"),
+    "qwen3": (QWEN25, BY_QWEN + ASK + "<think>\n\n</think>\n\n", "<|im_end|>"),
+    "vicuna": (VICUNA_TURNS, CURIOUS + "USER: Q ASSISTANT:", "</s>"),
+    "gemma": (GEMMA, "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+    "phi": (turns(PHI, "{{ m['content'] + '<|end|>\n' }}", after="{{ '<|assistant|>\n' }}"),
+            "<|user|>\nQ<|end|>\n<|assistant|>\n", "<|end|>"),
+    "macro": (MACRO, "<user>Q|<bot>?", None),
+    "parts alone": (TRL, CURIOUS + "USER: Q ASSISTANT: ", "</s>"),
+    "an import": ("{% import 'x' as y %}{{ messages[0].content }}", None, "its grammar is not known"),
+    "a filter": ("{{ messages[0].content | indent(4) }}", None, "'indent' is not known"),
+    "a system's part is missing": ("{{ messages[0].content + notes }}", None, "str and Undefined do not add up"),
+    "it refuses": ("{{ raise_exception('a system message is needed') }}", None, "it says: a system message is"),
+    "no question": ("{{ '[INST]' }}", None, "it leaves out the question"),
+    "endless": ("{% for a in range(999) %}{% for b in range(999) %}{{ b }}{% endfor %}{% endfor %}", None,
+                "it takes too many steps"),
+    "huge": ("{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+             None, "it makes too long a text"),
+    "python": ("{{ messages.__class__.__mro__ }}{{ messages[0].content }}", None, "__mro__ is not defined"),
+    "a method": ("{{ '{:9}'.format(1) }}{{ messages[0].content }}", None, "'format') is not known"),
+    "none": ("", None, "missing")}
 WAYS = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json")
 
 
@@ -622,38 +764,54 @@ def told(way, template):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
-    """Known ones are told by their text, with their own spaces and system; others are asked for."""
-    template, asked = TEMPLATES[name]
+    """Rendered as transformers does for one turn without a system's, and with what they say of their
+    own accord; what cannot be told is refused by name."""
+    template, asked, end = TEMPLATES[name]
     tensors = weights(lm_shapes(TINY))
     for i, way in enumerate(WAYS):
         folder = folder_of(tmp_path / str(i), TINY | {"model_type": "llama"}, tensors, **told(way, template))
+        (folder / "special_tokens_map.json").write_text(json.dumps(
+            {"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
         model = c.open_vlm(folder)
         if asked:
-            assert model.prompt("Q") == asked, way
+            assert model.prompt("Q") == asked and model.plan.stop == ((end,) if end else ()), way
+            is_told = "the day: 26 Jul 2024" in capsys.readouterr().err
+            assert is_told == ("strftime_now" in template)
+            assert model.tokens.first == [model.tokens.id("<s>")] * ("bos_token" in template)
         else:
             err = refused(capsys, "Q", call=model.prompt)
-            assert "give --template NAME, one of chatml, llama3" in err
-            assert ("missing" if name == "none" else "none that is known") in err
+            assert "give --template NAME, one of chatml, llama3" in err and end in err
+            assert name == "none" or "none that is known" in err
     model = c.open_vlm(folder, template="llama2")
     assert model.prompt("Q") == "[INST] Q [/INST]" and model.plan.stop == ("</s>",)
 
 
-def test_v04_a_llava_with_another_template(tmp_path, capsys):
+def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
+    """LLaVA's ports, as tuned by others (TRL's, or a language model's template), and Qwen2-VL's."""
     text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
-    config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
-    usual = ("{{ message['role'].upper() + ': '}}{{ '<image>\n' }}{% if add_generation_prompt %}"
-             "{{ 'ASSISTANT:' }}{% endif %}")
-    for i, (template, wanted) in enumerate([
-            ("", "USER: \0\nQ ASSISTANT:"), (usual, "USER: \0\nQ ASSISTANT:"),
-            (QWEN2, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-                    "\0\nQ<|im_end|>\n<|im_start|>assistant\n"), ("{{ '<start_of_turn>' }}", None)]):
+    llava = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), tensors
+    v, tensors = qwen_parts(False)
+    qwen = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]}), tensors
+    for i, (model, template, wanted) in enumerate([
+            (llava, "", "USER: \0\nQ ASSISTANT:"), (llava, HF, "USER: \0\nQ ASSISTANT:"),
+            (llava, TRL, CURIOUS + "USER: \0\nQ ASSISTANT: "),
+            (llava, VICUNA_TURNS, CURIOUS + "USER: \0\nQ ASSISTANT:"),
+            (llava, QWEN2, HELPFUL + ASK.replace("Q", "\0\nQ")), (qwen, "", HELPFUL + ASK.replace("Q", "\0Q")),
+            (qwen, QWEN_VL, HELPFUL.replace("helpful", "terse") + ASK.replace("Q", "\0Q")),
+            (qwen, QWEN2, HELPFUL + ASK.replace("Q", "\0Q")),
+            (llava, "{{ '<start_of_turn>' }}", None), (qwen, "{{ '[INST]' }}", None)]):
+        config, tensors = model
         folder = folder_of(tmp_path / str(i), config, tensors, **told("chat_template.json", template))
+        (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
         model = c.open_vlm(folder)
         if wanted:
             assert model.prompt("Q") == wanted
+            ids = model.read(wanted, [np.zeros((28, 28, 3), np.uint8)])[0]
+            assert ids.count(-1) == 1
         else:
             assert "none that is known" in refused(capsys, "Q", call=model.prompt)
-            assert c.open_vlm(folder, template="mistral").prompt("Q") == "[INST] \0\nQ [/INST]"
+            gap = "\n" * (config["model_type"] == "llava")
+            assert c.open_vlm(folder, template="mistral").prompt("Q") == f"[INST] \0{gap}Q [/INST]"
 
 
 @pytest.mark.parametrize("add_bos, add_eos", [(True, True), (True, False), (False, True), (False, False)])
@@ -786,6 +944,151 @@ def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, c
         assert "SigLIP 2" in said or more                                # sizes are looked at first
 
 
+CLIP_SIGHT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+
+
+def whole_clip():
+    """(config.json, tensors) of a CLIP of pictures and texts."""
+    shapes = text_shapes(CLIP_TEXT) | vit_shapes(CLIP_SIGHT, "vision_model.") | {
+        "visual_projection.weight": (8, 16), "text_projection.weight": (8, 16), "logit_scale": ()}
+    return dict(model_type="clip", text_config=CLIP_TEXT, vision_config=CLIP_SIGHT, projection_dim=8), {
+        n: w if w.dim() else torch.tensor(4.6) for n, w in weights(shapes).items()}
+
+
+def scorer_of(folder):
+    return c.Scorer(SimpleNamespace(clip=str(folder), aesthetics=None), folder, [], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("told, how", [
+    ({}, (28, "crop", 3, c.CLIP_MEAN)), (dict(size=28, crop_size=28), (28, "crop", 3, c.CLIP_MEAN)),
+    (dict(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, resample=2, do_center_crop=True),
+     (32, "crop", 2, c.CLIP_MEAN)),
+    (dict(size={"height": 28, "width": 28}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3,
+          resample="1"), (28, "squash", 1, ((0.5,) * 3, (0.25,) * 3))),
+    (dict(size={"shortest_edge": 28}, crop_size=24), "28 x 28 px are wanted"),
+    (dict(size={"shortest_edge": 28}, do_center_crop=False), "not cut: 28 x 28 px are wanted"),
+    (dict(do_normalize=False), "says do_normalize False"),
+    (dict(rescale_factor=1.0), "says rescale_factor 1.0"), (dict(resample=9), "9 is not a valid Resampling")])
+@pytest.mark.parametrize("file", ["preprocessor_config__json", "processor_config__json"])
+def test_v02_clip_sees_pictures_as_its_folder_says(told, how, file, tmp_path, capsys):
+    """Mean, deviation, size, way of scaling and cut of --clip's image processor, in either file."""
+    config, tensors = whole_clip()
+    folder = folder_of(tmp_path / "m", config, tensors, **{
+        file: {"image_processor": told} if file.startswith("processor") else told})
+    if isinstance(how, str):
+        assert how in refused(capsys, folder, call=scorer_of)
+        return
+    scorer, (short, cut, resample, mean_std) = scorer_of(folder), how
+    frame = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    picture = Image.fromarray(frame)
+    if cut == "squash":
+        picture = picture.resize((28, 28), resample)
+    else:
+        h, w, edge = short, int(short * 60 / 40), (int(short * 60 / 40) - 28) // 2
+        picture = picture.resize((w, h), resample).crop((edge, (h - 28) // 2, edge + 28, (h - 28) // 2 + 28))
+    mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in mean_std)
+    wanted = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).double() / 255 - mean) / std
+    near(scorer.picture(frame, scorer.size)[0][0], wanted, 1e-5)
+    W, ids = double(tensors), scorer.text.ids(["a dog"])[0]
+    seen = vit(W, CLIP_SIGHT, wanted, 2, "vision_model.")[0]
+    seen = lin(ln(seen, W, "vision_model.post_layernorm", 1e-5), W, "visual_projection")
+    x = W["text_model.embeddings.token_embedding.weight"][ids[0]]
+    x = blocks(W, CLIP_TEXT, x + W["text_model.embeddings.position_embedding.weight"], 2, "text_model.encoder.",
+               lambda y: y * (1.702 * y).sigmoid(), 1e-5, lambda i, j: j <= i)
+    said = lin(ln(x, W, "text_model.final_layer_norm", 1e-5)[int((ids[0] == scorer.text.after).int().argmax())],
+               W, "text_projection")
+    scorer.text.end = scorer.text.after              # this tokenizer's own
+    assert scorer.score([frame], "a dog")["clip"] == pytest.approx(float(F.cosine_similarity(seen, said, 0)),
+                                                                   abs=1e-5)
+
+
+@pytest.mark.parametrize("before", ["", "module.", "model.", "clip.model."])
+def test_p02_text_encoders_under_wrappers_names(before, tmp_path):
+    """CLIP's and T5's, whatever a pipeline or a trainer put before; T5's own stack without encoder."""
+    tensors, config = weights(text_shapes(CLIP_TEXT)), CLIP_TEXT | {"model_type": "clip_text_model"}
+    want = c.open_text_encoder(folder_of(tmp_path / "want", config, tensors)).encode(["a dog"])[0]
+    for bare in (False, True):
+        named = {before + (n.removeprefix("text_model.") if bare else n): w for n, w in tensors.items()}
+        found = c.open_text_encoder(folder_of(tmp_path / f"{bare}", config, named)).encode(["a dog"])[0]
+        assert torch.equal(found, want)
+    scored, whole = whole_clip()
+    scorer = scorer_of(folder_of(tmp_path / "clip", scored, {before + n: w for n, w in whole.items()}))
+    assert torch.equal(scorer.model.visual.weight, whole["visual_projection.weight"])
+    t5 = dict(model_type="t5", d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=270,
+              feed_forward_proj="gated-gelu")
+    layer = "block.0.layer."
+    shapes = {"shared.weight": (270, 16), "encoder.final_layer_norm.weight": (16,),
+              f"encoder.{layer}0.layer_norm.weight": (16,), f"encoder.{layer}1.layer_norm.weight": (16,),
+              f"encoder.{layer}0.SelfAttention.relative_attention_bias.weight": (32, 2),
+              **{f"encoder.{layer}0.SelfAttention.{n}.weight": (16, 16) for n in "qkvo"},
+              **{f"encoder.{layer}1.DenseReluDense.wi_{i}.weight": (24, 16) for i in (0, 1)},
+              f"encoder.{layer}1.DenseReluDense.wo.weight": (16, 24)}
+    tensors = weights(shapes)
+    want = c.open_text_encoder(folder_of(tmp_path / "t5", t5, tensors)).encode(["a dog"])[0]
+    whole = tensors | {f"decoder.{layer}0.layer_norm.weight": torch.ones(16)}
+    bare = {n.replace("shared", "encoder.embed_tokens").removeprefix("encoder."): w for n, w in tensors.items()}
+    for i, named in enumerate((tensors, whole, bare)):
+        folder = folder_of(tmp_path / f"t5{i}", t5, {before + n: w for n, w in named.items()})
+        assert torch.equal(c.open_text_encoder(folder).encode(["a dog"])[0], want)
+
+
+@pytest.mark.parametrize("before", ["base_model.model.", "module.base_model.model.", "model."])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_p02_captioners_under_peft_and_lightning(before, is_late, tmp_path, capsys):
+    """Qwen2-VL's names of 4.45 and 4.52 after PEFT's, and in a LightningModule that calls it model."""
+    v, tensors = qwen_parts(False)
+    config = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    late = {n.replace("model.", "model.language_model.", 1).replace("visual.", "model.visual.", 1): w
+            for n, w in tensors.items()}
+    named = {before + n: w for n, w in (late if is_late else tensors).items()}
+    model = c.open_vlm(folder_of(tmp_path / "m", config, named))
+    assert torch.equal(model.decoder.layers[1].up.weight, tensors["model.layers.1.mlp.up_proj.weight"])
+    q = before + "model.layers.0.self_attn.q_proj."
+    folder = folder_of(tmp_path / "l", config, named | {f"{q}lora_A.default.weight": torch.zeros(2, 32)})
+    assert "a LoRA that is not merged into its model" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_a_lora_beside_a_config_is_named(tmp_path, capsys):
+    told = dict(peft_type="LORA", base_model_name_or_path="Qwen/Qwen2-VL-7B-Instruct")
+    for config in (TINY | {"model_type": "llama"}, CLIP_TEXT | {"model_type": "clip_text_model"}):
+        folder = folder_of(tmp_path / config["model_type"], config, None, adapter_config__json=told)
+        save_file({"base_model.model.a.lora_A.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
+        err = refused(capsys, folder, call=c.open_text_encoder if "clip" in str(folder) else c.open_vlm)
+        assert "holds a LoRA's additions alone, to Qwen/Qwen2-VL-7B-Instruct: merge them" in err
+
+
+@pytest.mark.parametrize("more", [
+    dict(rms_norm_eps="1e-5", hidden_size="32", num_attention_heads="4"), dict(tie_word_embeddings="false"),
+    dict(rope_scaling={"type": "linear", "factor": "4.0"}), dict(rope_theta="10000.0"),
+    dict(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=None),
+    dict(rope_scaling=None, quantization_config=None, architectures=None, text_config=None, layer_types=None,
+         partial_rotary_factor=None, attention_bias=None, head_dim=None, bos_token_id=None)])
+def test_v02_numbers_as_text_and_nulls(more, tmp_path, capsys):
+    """A number that was written as text is one; a null is as an absent key, as it is for transformers."""
+    tensors = weights(lm_shapes(TINY))
+    model = c.open_vlm(folder_of(tmp_path / "m", TINY | {"model_type": "llama"} | more, tensors))
+    rope = {k: float(v) if k == "factor" else v for k, v in (more.get("rope_scaling") or {}).items()}
+    W = double(tensors)
+    near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
+        W, TINY | dict(rope=rope, rms_norm_eps=float(more.get("rms_norm_eps", 1e-6))),
+        W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
+    assert model.plan.longest == (2048 if "max_position_embeddings" in more else 0)
+    folder = folder_of(tmp_path / "n", TINY | {"model_type": "llama", "num_attention_heads": None}, tensors)
+    assert "must be numbers above 0" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_v02_clip_whose_parts_are_null(tmp_path, capsys):
+    """As old ones, which say text_config_dict: the class's sizes, or those beside."""
+    config, tensors = whole_clip()
+    said = dict(config, text_config=None, vision_config=None, text_config_dict=CLIP_TEXT,
+                vision_config_dict=CLIP_SIGHT)
+    assert scorer_of(folder_of(tmp_path / "m", said, tensors)).size == 28
+    config = dict(config, text_config=None)
+    assert "token_embedding.weight is [270, 16], not [49408, 512]" in refused(
+        capsys, folder_of(tmp_path / "n", config, tensors), call=scorer_of)
+
+
 # -- what is refused, by its name ------------------------------------------------------------------
 
 @pytest.mark.parametrize("says, config", [
@@ -851,25 +1154,82 @@ def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
     assert "feed_forward_proj relu of a t5" in refused(capsys, folder, call=c.open_text_encoder)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "fp16"])
-def test_shards_without_an_index_and_variants(form, tmp_path, capsys):
+def test_refusals_name_the_files_tensors(tmp_path, capsys):
+    """What is missing, of another shape, or unexpected, is named as the file names it."""
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    config, body = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), "language_model."
+    q, fc = f"{body}model.layers.1.self_attn.q_proj.weight", "vision_tower.vision_model.encoder.layers.0.mlp.fc1."
+    for i, (drop, change, says) in enumerate([
+            ([q], {}, f"{q} is missing"), ([f"{fc}bias"], {}, f"{fc}bias is missing"),
+            ([f"{body}lm_head.weight"], {}, "lm_head.weight is missing"),
+            ([], {q: torch.zeros(9, 32)}, f"{q} is [9, 32], not [32, 32]"),
+            ([], {f"{body}model.layers.1.mlp.gates.weight": torch.zeros(2)}, "layers.1.mlp.gates.weight is unexpected"),
+            ([], {f"{body}model.layers.7.self_attn.q_proj.weight": torch.zeros(2)},
+             f"{body}model.layers.7.self_attn.q_proj.weight is unexpected")]):
+        named = {n: w for n, w in (tensors | change).items() if n not in drop}
+        err = refused(capsys, folder_of(tmp_path / str(i), config, named), call=c.open_vlm)
+        assert says in err and "decoder." not in err and "tower.layers" not in err, err
+    v, tensors = qwen_parts(True)
+    config = TINY | dict(model_type="qwen2_5_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    for i, (name, shape, says) in enumerate([("visual.blocks.1.attn.qkv.weight", (95, 32), "has 95 rows, which 2 queries"),
+                                             ("visual.blocks.5.attn.qkv.weight", (96, 32), "is unexpected")]):
+        folder = folder_of(tmp_path / f"q{i}", config, tensors | {name: torch.zeros(shape)})
+        assert f"{name} {says}" in refused(capsys, folder, call=c.open_vlm)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_work(tmp_path, capsys):
+    """By the question, as the model is opened for captions; a text encoder as it is opened."""
+    config = TINY | {"model_type": "llama", "vocab_size": 100}
+    model = c.open_vlm(folder_of(tmp_path / "m", config, weights(lm_shapes(config))), template="vicuna")
+    args = SimpleNamespace(frames=None, prompt=None, style="long", train=False)
+    assert "they do not belong together" in refused(capsys, model, "m", args, call=c.ways_of)
+    config = CLIP_TEXT | {"model_type": "clip_text_model", "vocab_size": 200}
+    folder = folder_of(tmp_path / "t", config, weights(text_shapes(config)))
+    assert "they do not belong together" in refused(capsys, folder, call=c.open_text_encoder)
+
+
+@pytest.mark.parametrize("form", ["model-{}.safetensors", "pytorch_model-{}.bin", "diffusion_pytorch_model-{}.bin",
+                                  "model.fp16-{}.safetensors", "model-{}.bf16.safetensors",
+                                  "diffusion_pytorch_model.fp16-{}.safetensors"])
+def test_v05_shards_without_an_index(form, tmp_path, capsys):
+    """Of any folder, in every naming of variants: one set is read whole, and nothing beside it."""
+    kept = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
+
+    def write(form, tensors, n=3):
+        names = sorted(tensors)
+        for i in range(n):
+            part = {name: tensors[name] for name in names[i::n]}
+            path = tmp_path / form.format(f"{i + 1:05d}-of-{n:05d}")
+            torch.save(part, path) if path.suffix == ".bin" else save_file(part, path)
+    write(form, kept)
+    write("optimizer-{}.bin", {"d": torch.ones(1)}, 1)
+    stray = tmp_path / form.format("00001-of-00002")                     # of an earlier save
+    torch.save({"a": torch.ones(9)}, stray) if stray.suffix == ".bin" else save_file({"a": torch.ones(9)}, stray)
+    assert str(c.read_tensors(tmp_path)) == str(kept)
+    write("model.fp32-{}.safetensors", {name: t + 1 for name, t in kept.items()})   # better than half
+    found = c.read_tensors(tmp_path)
+    assert found.keys() == kept.keys() and found["c"][0] == (2 if "16" not in form else 3)
+    for path in tmp_path.glob("*fp32*"):
+        path.unlink()
+    (tmp_path / form.format("00002-of-00003")).unlink()
+    assert "holds 1 of 2 shards" in refused(capsys, tmp_path, call=c.read_tensors)
+    stray.unlink()
+    assert "holds 2 of 3 shards" in refused(capsys, tmp_path, call=c.read_tensors)
+
+
+def test_v05_a_captioner_of_shards_and_variants(tmp_path):
     tensors = weights(lm_shapes(TINY))
     folder = folder_of(tmp_path / "m", TINY | {"model_type": "llama"}, None)
     names = sorted(tensors)
-    for i in range(3):
-        part = {n: tensors[n] for n in names[i::3]}
-        if form == "bin":
-            torch.save(part, folder / f"pytorch_model-{i + 1:05d}-of-00003.bin")
-        elif form == "safetensors":
-            save_file(part, folder / f"model-{i + 1:05d}-of-00003.safetensors")
-    if form == "fp16":
-        save_file({n: w.half() for n, w in tensors.items()}, folder / "model.fp16.safetensors")
-        tensors = {n: w.half().float() for n, w in tensors.items()}
-    model = c.open_vlm(folder)
-    assert torch.equal(model.decoder.embed.weight, tensors["model.embed_tokens.weight"])
-    if form != "fp16":
-        next(folder.glob("*00002-of*")).unlink()
-        assert "holds 2 of 3 shards" in refused(capsys, folder, call=c.open_vlm)
+    for i in range(2):
+        part = {name: tensors[name] for name in names[i::2]}
+        save_file({name: t.half() * 0 for name, t in part.items()},
+                  folder / f"model.fp16-{i + 1:05d}-of-00002.safetensors")
+        save_file(part, folder / f"model-{i + 1:05d}-of-00002.safetensors")
+    assert torch.equal(c.open_vlm(folder).decoder.embed.weight, tensors["model.embed_tokens.weight"])
+    for path in folder.glob("model-*"):
+        path.unlink()
+    assert not c.open_vlm(folder).decoder.embed.weight.any()
 
 
 def test_r06_training_starts_without_git(tmp_path):

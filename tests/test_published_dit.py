@@ -275,7 +275,7 @@ def test_files_of_every_naming_are_found(tmp_path, capsys):
         (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": table}))
         assert len(D.load_published(folder)[0].blocks) == 2, index
     written(folder, config, {k: x.half() for k, x in state.items()}, "diffusion_pytorch_model.fp16.safetensors")
-    assert V.weight_file(folder).name == "diffusion_pytorch_model.bin.index.json"
+    assert V.weight_files(folder)[0].name == "diffusion_pytorch_model.bin.index.json"
     for broken in ("[1]", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../x.safetensors"}}',
                    '{"weight_map": {"a": 5}}', f'{{"weight_map": {{"a": "{index}"}}}}', "[" * 99999):
         (folder / index).write_text(broken)
@@ -946,7 +946,7 @@ def test_weights_in_safetensors_come_before_older_ones(tmp_path):
     """A stale .bin beside shards; a tensor without a place in an AutoencoderKL."""
     (tmp_path / "pytorch_model.bin").write_bytes(b"old")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert V.weight_file(tmp_path).name == "model.safetensors.index.json"
+    assert V.weight_files(tmp_path)[0].name == "model.safetensors.index.json"
     config = {"block_out_channels": [32], "layers_per_block": 1, "latent_channels": 4,
               "norm_num_groups": 8, "use_quant_conv": True, "scaling_factor": 1.0,
               "latents_mean": [], "latents_std": [], "shift_factor": 0.0}
