@@ -136,6 +136,10 @@ STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic h
 HEIC = (b"heic", b"heix", b"mif1")
 ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
 ARCHIVES = (".tar", ".tfrecords")
+PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.I)
+NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
+           b"(\xb5/\xfd": "zstd: unpack it", b"PK\3\4": "zip: unpack it", b"<": "a web page",
+           b"version ": "a pointer of Git LFS"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
@@ -438,31 +442,65 @@ def in_memory(data, suffix):
     return file
 
 
-@functools.lru_cache(2)
 def members(archive):
     """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
     of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
     before the damage."""
+    return archive_index(archive)[0]
+
+
+@functools.lru_cache(2)
+def archive_index(archive):
+    """(`members` of an archive, '' or what is wrong with it)."""
     found, size = {}, archive.stat().st_size
-    if archive.suffix.lower() == ".tar":
-        with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), \
-                tarfile.open(archive, "r:") as tar:
-            for one in tar:
-                name = "/".join(part for part in one.name.split("/") if part not in ("", "."))
-                target = "/".join(part for part in one.linkname.split("/") if part not in ("", "."))
-                if one.islnk() and target in found:
-                    found[name] = found[target]
-                elif one.isfile() and one.offset_data + one.size <= size:      # not cut off
-                    found[name] = one.offset_data, one.size
-        return found
-    with open(archive, "rb") as file:                  # a length, its CRC, the record, its CRC
-        while file.tell() + 12 < size:
+    with open(archive, "rb") as file:
+        if archive.suffix.lower() != ".tfrecords":
+            head, file_is = file.read(8), "compressed: unpack it to a .tar"
+            found, wrong = ({}, file_is) if PACKED.search(archive.name) else tar_index(file, size)
+            kinds = [kind for mark, kind in NO_TARS.items() if head.startswith(mark)]
+            return found, f"no tar but {kinds[0]}" if wrong and kinds and not found else wrong
+        while file.tell() + 12 < size:                 # a length, its CRC, the record, its CRC
             length, = struct.unpack("<Q4x", file.read(12))
             if file.tell() + length + 4 > size:
                 break
             found[f"{len(found):05d}.mkv"] = file.tell(), length
             file.seek(length + 4, 1)
-    return found
+        return found, f"cut off or damaged behind {len(found)} records" * (file.tell() < size)
+
+
+def tar_index(file, size):
+    """`archive_index` of an open tar of `size` bytes, or of several in one file."""
+    found, links, at, wrong = {}, {}, 0, "an empty file" if not size else ""
+    plain = lambda path: os.path.normpath("/" + path).replace(os.sep, "/").lstrip("/")
+    while at < size and not wrong:
+        file.seek(at)
+        if not any(block := file.read(tarfile.BLOCKSIZE)):             # a mark of the end
+            at += len(block)
+            continue
+        file.seek(begin := at)
+        with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), \
+                tarfile.open(fileobj=file, mode="r:") as tar:
+            for one in tar:
+                name = "/".join(part for part in one.name.split("/") if part not in ("", "."))
+                if one.size < 0:
+                    raise ValueError
+                if one.issym() or one.islnk():
+                    links[name] = plain(one.linkname if one.islnk() else os.path.join(
+                        os.path.dirname(name), one.linkname))
+                elif one.isfile() and one.offset_data + one.size <= size:      # not cut off
+                    found[name] = one.offset_data, one.size
+            at = tar.offset
+        if at == begin or at >= size:                  # no mark of the end
+            wrong = f"cut off or damaged behind {len(found)} members" if found else "no tar"
+    dead = []
+    for name, target in links.items():
+        for _ in range(8):
+            target = links.get(target, target) if target not in found else target
+        if target in found:
+            found[name] = found[target]
+        elif Path(name).suffix.lower() in VIDEOS | STILLS:
+            dead.append(name)
+    return found, wrong or (f"{len(dead)} links to nothing in it: {dead[0]}" if dead else "")
 
 
 def located(root, source):
@@ -1536,13 +1574,15 @@ def shot2story(row):
         return
     yield {"caption": row["whole_caption"]}
     for name, text in zip(row["video_names"], row["captions"], strict=True):
-        frames = re.fullmatch(r".*_(\d+)_(\d+)\.\w+", name).groups()
-        yield {"caption": text, "frames": [int(n) for n in frames]}
+        frames = re.fullmatch(r".*_(\d+)_(\d+)\.\w+", name)
+        if not frames:
+            raise ValueError(f"{name} is no CLIP_FIRST_LAST.mp4")
+        yield {"caption": text, "frames": [int(n) for n in frames.groups()]}
 
 
 def youku_mplug(row):
     texts = [row[name] for name in ("golden_caption", "caption", "title") if row.get(name)]
-    yield {"caption": texts[0], "label": row.get("label")}
+    yield {"caption": texts[0] if texts else row["title"], "label": row.get("label")}
 
 
 def videoinstruct(row):
@@ -1607,14 +1647,22 @@ FORMATS = {
 BESIDE = ("folder", "webdataset", "bair")     # no --meta: what is told stands beside the videos
 
 
+codecs.register_error("half", lambda error: ("\ud800", error.end))
+
+
 def open_text(path, newline="\n"):
     """A text file, open; bytes that are no text come as lone surrogates, which `plain` refuses."""
     with open(path, "rb") as file:
         head = file.read(8)
-    if encoding_of(head) == "utf-8" and b"\0" in head[:2]:
+    code = encoding_of(head)
+    if code == "utf-8" and b"\0" in head[:2]:
         refuse(f"{path} is no text in UTF-8: it holds zero bytes, as UTF-16 without its mark does")
-    return open(path, encoding=encoding_of(head), newline=newline, errors="surrogateescape"
-                if encoding_of(head).startswith("utf-8") else "replace")
+    unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
+    if path.stat().st_size % unit:                     # all behind a lost byte would be other words
+        refuse(f"{path} is damaged: {path.stat().st_size} bytes, and {code.upper()} has {unit} or "
+               "more a character: some are missing")
+    return open(path, encoding=code, newline=newline,
+                errors="surrogateescape" if unit == 1 else "half")
 
 
 def read_lines(path):
@@ -1633,35 +1681,66 @@ def file_rows(path):
             else table_rows(file, kind == ".tsv")
 
 
+JSON = json.JSONDecoder(strict=False)    # takes tabs and line ends that stand raw in a text
+
+
 def json_lines(file):
-    for line in filter(str.strip, file):
+    """The objects of an open jsonl file; a text that holds raw line ends may span 100 lines."""
+    held, n_held, wrong = "", 0, None
+    for line in file:
+        if held and (line.lstrip()[:1] == "{" or n_held == 100):
+            yield wrong
+            held = ""
+        if not held and not line.strip():
+            continue
+        held, n_held = held + line, n_held + 1 if held else 1
         try:
-            yield json.loads(line)
+            yield JSON.decode(held)
         except (ValueError, RecursionError) as error:
-            yield ValueError(fault(error))
+            wrong = ValueError(fault(error))
+            if "Unterminated" in str(error):
+                continue
+            yield wrong
+        held = ""
+    if held:
+        yield wrong
 
 
 LONGEST = 1000          # lines that a record of a csv may span
 
 
 def table_rows(file, is_tsv):
-    """The rows of an open CSV or TSV. A TSV knows no quotation marks. Of a CSV, a mark that nothing
-    closes costs its line; those behind it are read on their own. Commas in a last column that is a
-    text need no marks. Names of our columns may have blanks around them and capitals."""
+    """The rows of an open CSV or TSV. A TSV knows no quotation marks, unless all of its marks are
+    as a writer of csv sets them. Of a CSV, a mark that nothing closes costs its line; those behind
+    it are read on their own. Marks within a text may be doubled, or have a \\ before them; blanks
+    may stand before a text in marks. Commas in a last column that is a text need no marks. Names
+    of our columns may have blanks around them and capitals."""
     csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
-    waiting, taken, head = deque([file.readline()]), [], None
+    is_raw = is_tsv and not is_quoted(file)
+    waiting, taken, head = deque([next(filter(str.strip, file), "")]), [], None
     comma = "\t" if is_tsv else max(",;\t", key=waiting[0].count)      # Excel's, by its language
-    form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL}
+    form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL}
+    usual, is_escaped = [] if is_raw else [' "', '\\"'], False
 
     def lines():
         for line in itertools.chain(iter(lambda: waiting.popleft() if waiting else "", ""), file):
-            taken.append(line)
-            yield line
+            taken.append(ESCAPED.sub(r'\1""', line) if is_escaped else line)
+            yield taken[-1]
             if len(taken) == LONGEST:
                 return
 
     while True:
         for cells in csv.reader(lines(), **form):
+            text = taken[0] if len(taken) == 1 else "".join(taken)
+            if (' "' in text or '\\"' in text) and (mark := next((
+                    one for one in usual if one in text and is_meant(
+                        one, taken, form, cells, len(head or cells))), None)):
+                usual.remove(mark)                     # its writer means it so, from here on
+                form["skipinitialspace"] = ' "' not in usual
+                is_escaped = '\\"' not in usual
+                waiting.extendleft(reversed(taken))
+                taken.clear()
+                break
             if len(taken) > 1 and hides_rows(taken, form, len(head or cells)):
                 yield ValueError(f"a quotation mark that nothing closes; {len(taken) - 1} lines "
                                  "behind it are read on their own")
@@ -1669,7 +1748,7 @@ def table_rows(file, is_tsv):
                 taken.clear()
                 break
             taken.clear()
-            if not head:                               # blank lines may come before it
+            if not head:
                 head = [our_name(name) for name in cells]
                 continue
             while len(cells) > len(head) and not cells[-1].strip():
@@ -1683,6 +1762,37 @@ def table_rows(file, is_tsv):
                                  "with commas that stands in no quotation marks")
         else:
             return
+
+
+ESCAPED = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
+MARKED = re.compile(r'(?:(?:"(?:[^"]++|"")*+"|[^"\t\n]++)?(?:[\t\n]|\Z))*+')   # fields of a table
+DOUBLED = re.compile(r'(?:^|\t)"(?:[^"\t]*+""|[^"\t\n]*+\n[^"\t]*+"(?:[\t\n]|\Z))', re.M)
+
+
+def is_quoted(file):
+    """Whether the first MiB of an open TSV is as a writer of csv makes it: marks around whole
+    fields only, and doubled ones or line ends within, or its head in marks."""
+    text = file.read(2**20).replace("\r\n", "\n")
+    file.seek(0)
+    left = text[MARKED.match(text).end():]             # a field that was cut by us, if all is well
+    is_cut = len(text) > 2**19 and len(left) < 2**16
+    return (is_cut or not left) and bool(
+        DOUBLED.search(text) or re.match(r'\s*("[^"\t\n]*"(\t|\n|\Z))+', text))
+
+
+def is_meant(mark, lines, form, cells, n_columns):
+    """Whether a record of a CSV shows that its writer set blanks before marks (' "'), or wrote
+    those within a text as \\": other rules read what the usual ones do not."""
+    def count(lines, **more):
+        try:
+            return len(next(csv.reader(lines, **{**form, "strict": True, **more})))
+        except csv.Error as error:                     # or its text goes on in the next line
+            return n_columns if more and "end of data" in str(error) else 0
+    if mark == ' "':
+        return any(cell[:1].isspace() and cell.lstrip()[:1] == '"' for cell in cells) and count(
+            lines, skipinitialspace=True) == n_columns
+    return count(lines) != n_columns == count([ESCAPED.sub(r'\1""', line) for line in lines],
+                                              doublequote=True)
 
 
 def hides_rows(lines, form, n_columns):
@@ -1711,7 +1821,7 @@ def json_items(file, key=None):
         if not more:
             yield ValueError(f"no array{key and f' named {key}' or ''}")
             return
-    at, is_end, decode = found.end(), False, json.JSONDecoder().raw_decode
+    at, is_end, wasted, decode = found.end(), False, 0, JSON.raw_decode
     between, last = re.compile(r"[\s,]*"), re.compile(r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)")
     while True:
         at = between.match(text, at).end()
@@ -1730,7 +1840,13 @@ def json_items(file, key=None):
             is_end, text, at = not more, text[at:] + more, 0
             continue
         yield ValueError(fault(wrong))
-        while not (following := ITEM.search(text, at + 1)):
+        is_deep = isinstance(wrong, RecursionError)    # by 1000 characters at least
+        behind = max(at + 1, at + 1000 if is_deep else getattr(wrong, "pos", 0))
+        wasted += behind - at
+        at = at + 1 if wasted < 2**24 and not is_deep else behind
+        if at > max(2**13, len(text) // 256):          # an error counts lines from the beginning
+            text, at = text[at:], 0
+        while not (following := ITEM.search(text, at)):
             more = file.read(2**20)
             if not more:
                 return
@@ -1752,6 +1868,12 @@ def bare(name):
     while (dot := name.rfind(".")) > 0 and name[dot:].lower() in ENDINGS:
         name = name[:dot]
     return name
+
+
+def split_of(name):
+    """The split that a file's name tells: of its words one, and no other, is a split's."""
+    words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", name.lower()) if word in SPLITS}
+    return words.pop() if len(words) == 1 else None
 
 
 class Places:
@@ -1831,8 +1953,8 @@ def folders_of(path):
     return tuple(folded(one) for one in folders if one not in ("", ".", ".."))
 
 
-ROW_REASONS = ("missing video", "several videos of this name", "malformed metadata row",
-               "malformed text beside it")
+ROW_REASONS = ("caption behind the end", "caption of no clip", "missing video", "several videos of "
+               "this name", "malformed metadata row", "malformed text beside it")
 BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, RecursionError,
            OverflowError)                              # what readers raise
 
@@ -1859,10 +1981,9 @@ def placed_rows(paths, form, sources):
     places, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
     place = functools.lru_cache(2**16)(places.find)
     missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
+    first = ""                                         # of the rows that are of no use: why
     for path in paths:
-        words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", path.stem.lower())
-                 if word in SPLITS}
-        split = words.pop() if len(words) == 1 else None
+        split = split_of(path.stem)
         for n, row in enumerate((rows or file_rows)(path), n + 1):
             try:
                 if isinstance(row, Exception):
@@ -1873,6 +1994,9 @@ def placed_rows(paths, form, sources):
                 name = next(filter(None, map(row.get, names)), None) or next(
                     filter(None, map(ours(row).get, names)), None) or row[names[0]]
                 source, reason, detail = place(str(name))
+                for other in map(row.get, names) if source is None else ():    # an id, a NaN
+                    if source is None and other and (one := place(str(other)))[0]:
+                        (source, reason, detail), name = one, other
                 is_right = is_right or not reader                # its values are its own matter
                 is_placed, missing = is_placed or reason != "missing video", missing or name
                 if not is_right or source is not None and True not in told_of:
@@ -1881,19 +2005,24 @@ def placed_rows(paths, form, sources):
                     told_of |= what_is_told(row, facts) if source is not None else set()
                 text = source and json.dumps(row)
             except BAD_ROW as error:
-                yield None, n, "malformed metadata row", "cut off, or not of its format" \
-                    if row is None else printable(fault(error)), None
+                why = "cut off, or not of its format" if row is None else printable(fault(error))
+                first = first or f"row {n}: {why}"
+                yield None, n, "malformed metadata row", why, None
             else:
+                first = first or source is None and f"row {n}: {name}: {detail or reason}"
                 yield (None, n, reason, detail and printable(detail), printable(name)) \
                     if source is None else (stored(source), n, split, None, text)
     if not is_right:
-        refuse(f"no row of {paths[0]} reads as --format {form}: its columns are "
-               f"{', '.join(columns_found or ()) or 'none'}; one of {', '.join(names)} must name "
-               "the video")
+        has_name = {*names} & {*columns_found, *map(our_name, columns_found)}
+        refuse(f"no row of {paths[0]} reads as --format {form}: " + (
+            first if first and (has_name or not columns_found) else "its columns are "
+            f"{', '.join(columns_found) or 'none'}; one of {', '.join(names)} must name the video"))
     if not is_placed:
         refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
                f"{sources[0]}")
-    if sources and True not in told_of:
+    if sources and not told_of and first:
+        print(f"warning: no row of {paths[0]} is of use: {printable(first)}", file=sys.stderr)
+    elif sources and True not in told_of:
         refuse_silent(paths[0], told_of)
 
 
@@ -1907,7 +2036,7 @@ def what_is_told(row, facts):
 def refuse_silent(path, told_of):
     """Refuses metadata that captions nothing, though it was meant to, or tells nothing else."""
     others = {name: nearest(name, OURS) for name in sorted(told_of - OURS)}
-    if told_of & TEXTS or TEXTS & {*others.values()} or others and not told_of & OURS:
+    if told_of & {*TEXTS} or {*TEXTS} & {*others.values()} or others and not told_of & OURS:
         refuse(f"{path} captions nothing: no row has a text in a column named caption or text"
                + "".join(f"; {name}: did you mean {near}?" if near else f"; {name}: not known"
                          for name, near in others.items()))
@@ -1943,12 +2072,28 @@ def fault(error):
     """What one of BAD_ROW says, for people."""
     return f"no column {error}" if isinstance(error, KeyError) else \
         "cut off, or not of its format" if isinstance(error, json.JSONDecodeError) else \
+        "lists of unequal lengths" if str(error).startswith("zip()") else \
         " ".join(str(error).split())[:300]
 
 
 def read_row(row, reader, split):
     """The facts in a row as published; raises one of BAD_ROW."""
-    return [read_fact(one, split) for one in (reader(row) if reader else [ours(row)])]
+    return [read_fact(one, split) for told in (reader(row) if reader else [ours(row)])
+            for one in timed(told)]
+
+
+def timed(row):
+    """The rows in one of our rows whose caption is a list of objects with times of their own."""
+    name = next((name for name in TEXTS if isinstance(row.get(name), list)), None)
+    if name is None or not any(isinstance(one, dict) and {"start", "end"} <= {*ours(one)}
+                               for one in row[name]):
+        return [row]
+    times, found = ("start", "end"), []
+    for one in row[name]:
+        own = ours(one) if isinstance(one, dict) else {}
+        found.append({**row, **{key: own[key] for key in times if key in own}, name: {
+            key: one[key] for key in one if our_name(key) not in times} if own else one})
+    return found
 
 
 def our_name(name):
@@ -1973,8 +2118,10 @@ def plain(text):
 
 
 def texts_in(value, style=None):
-    """[(text, its style)] of a caption of any shape: a text, a list, or an object, whose keys are
-    the styles (in its depth, joined by dots), or one of these in JSON or as a Python literal."""
+    """[(text, its style)] of a caption of any shape: a text, a list, an object, or one of these in
+    JSON or as a Python literal. An object's keys are the styles (in its depth, joined by dots), but
+    where one of them says that it is the text, others tell of it (its model, its language); of a
+    conversation only what the assistant says counts."""
     if isinstance(value, str):
         text, inner = plain(value), None
         for read in (json.loads, literal) if text[:1] in ("[", "{", "(") else ():
@@ -1985,8 +2132,18 @@ def texts_in(value, style=None):
             return texts_in(sorted(inner, key=str) if isinstance(inner, set) else inner, style)
         return [(text, style)] if text.lower() not in NO_TEXTS else []
     if isinstance(value, dict):
-        return [pair for key, one in value.items() if isinstance(one, (str, list, dict))
-                for pair in texts_in(one, f"{style}.{key}" if style else key)]
+        speaker = next((value[key] for key in ("from", "role") if isinstance(value.get(key), str)
+                        and ("value" in value or "content" in value)), None)
+        if speaker:
+            return [] if speaker.strip().lower() in ASKING else texts_in(
+                value.get("value", value.get("content")), style)
+        words = {key: {*re.split(r"[\W_]+", key.lower())} for key in value}
+        keys = [key for key in value if isinstance(value[key], (str, list, dict))
+                and not words[key] & ABOUT]
+        if any(key.lower() in TEXTS for key in keys):
+            keys = [key for key in keys if words[key] & {*TEXTS}]
+        return [pair for key in keys
+                for pair in texts_in(value[key], f"{style}.{key}" if style else key)]
     if value is None or value != value:                # NaN
         return []
     if not isinstance(value, (list, tuple)):
@@ -2013,7 +2170,7 @@ def read_fact(row, split=None):
     """The fact in one of our rows: start, end (s, None: the whole file), captions (list of str),
     split and label (or None), scores. Raises one of BAD_ROW on a bad one."""
     start, end = seconds(row.get("start")), seconds(row.get("end"))
-    texts = texts_in(row.get("caption")) or texts_in(row.get("text"))
+    texts = next(filter(None, (texts_in(row[name]) for name in TEXTS if name in row)), [])
     named, label = plain(str(row.get("split") or "")).lower(), row.get("label")
     named = "" if named in NO_TEXTS else named
     if (start is None) != (end is None) or start is not None and not 0 <= start < end:
@@ -2027,17 +2184,19 @@ def read_fact(row, split=None):
             "split": SPLITS.get(named, split), "label": label or None}
     fact |= frames_in(row.get("frames"))
     fact |= {"styles": [style for _, style in texts]} if any(style for _, style in texts) else {}
-    fact |= {"prompt": plain(str(row["prompt"]))} if row.get("prompt") else {}
+    prompt = plain(str(row.get("prompt") or ""))
+    fact |= {"prompt": prompt} if prompt.lower() not in NO_TEXTS else {}
     scores = {key: value for key in row if key not in OURS and our_name(key) not in OURS
               and (value := number_of(row[key])) is not None}
     return fact | {"scores": scores} if scores else fact
 
 
 ALIASES = {"start_time": "start", "end_time": "end"}
-TEXTS = {"caption", "text"}
+TEXTS = ("caption", "captions", "text", "conversations", "messages")        # the best first
+ASKING = {"human", "user", "system", "tool", "function"}       # speakers of no captions
+ABOUT = set("model lang language id source author license url type version".split())
 NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
-OURS = {"video", "path", "file", "start", "end", "frames", "caption", "text", "prompt", "split",
-        "label"}
+OURS = {"video", "path", "file", "start", "end", "frames", "prompt", "split", "label", *TEXTS}
 
 
 def number_of(value):
@@ -2056,7 +2215,7 @@ def seconds(value):
     for part in str(value).split(":"):
         total = 60 * total + float(part)
     if not math.isfinite(total):
-        raise ValueError(value)
+        raise ValueError(f"{value} is no time")
     return total
 
 
@@ -2080,19 +2239,31 @@ def beside(source, texts, is_caption_alone=False):
     caption = {"caption": found[".txt"]}
     if is_caption_alone:
         return [read_fact(caption)], [one for one in rejects if ".txt: " in one["detail"]]
-    folders = [name for name in source.split("/")[:-1] if Path(name).suffix not in ARCHIVES]
-    split = next((SPLITS[name.lower()] for name in folders if name.lower() in SPLITS), None)
+    *folders, _ = source.split("/")
+    n = next((n for n, name in enumerate(folders) if is_archive(name)), len(folders))
+    split = next((split_of(name) for name in folders if name.lower() in SPLITS
+                  or NUMBERED.fullmatch(name.lower()) and split_of(name)), None) or split_of(
+                      "".join(folders[n:n + 1]))
     classes = [found[".cls"]] if ".cls" in found else [
-        printable(name) for name in folders if name.lower() not in SPLITS]
+        printable(name) for name in folders[:n] if name.lower() not in SPLITS
+        and not NUMBERED.fullmatch(name.lower())]      # those within a tar are part of the key
     fact = read_fact({"label": classes[-1] if classes else None, **caption}, split)
     try:
-        more = {key: value for key, value in ours(json.loads(found[".json"])).items()
+        more = JSON.decode(found[".json"])
+        more = {key: value for key, value in ours(
+            more if isinstance(more, dict) else {"caption": more}).items()
                 if value is not None and (key != "split" or str(value).lower() in SPLITS)}
-        more = read_fact({"label": fact["label"], **more}, split)
-        return [more if more["captions"] else {**more, "captions": fact["captions"]}], rejects
+        facts = [read_fact({"label": fact["label"], **one}, split) for one in timed(more)]
+        whole = {**fact, "captions": []} if any(one["captions"] for one in facts) else fact
+        if any(one["start"] is not None or "frames" in one for one in facts):
+            return [*facts, whole], rejects            # outside of its times the rest holds
+        return [{**facts[0], "captions": facts[0]["captions"] or fact["captions"]}], rejects
     except BAD_ROW as error:
         lost(".json", error)
         return [fact], rejects
+
+
+NUMBERED = re.compile(rf"\d{{5,}}([-_]\d+)*|(shard|part|chunk|batch|{'|'.join(SPLITS)})[-_. ]*\d+")
 
 
 def drawn_split(source):
@@ -2104,8 +2275,7 @@ def drawn_split(source):
 def told(source, facts, start, end):
     """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
     hold at least half of the clip, or speak of the whole file."""
-    mine = [f for f in facts if f["start"] is None
-            or min(end, f["end"]) - max(start, f["start"]) >= (end - start) / 2 - 1e-6]
+    mine = [f for f in facts if f["start"] is None or holds(f, start, end)]
     splits = [f["split"] for f in [*mine, *facts] if f["split"]]
     labels = [f["label"] for f in mine if f["label"] is not None]
     return {"split": (splits or [drawn_split(source)])[0], "label": (labels or [None])[0],
@@ -2115,6 +2285,25 @@ def told(source, facts, start, end):
                          for f in mine for text, style in itertools.zip_longest(
                              f["captions"], f.get("styles", ()))]}, \
         {name: value for f in mine for name, value in f.get("scores", {}).items()}
+
+
+def holds(fact, start, end):
+    """Whether at least half of start..end lies within a fact's times."""
+    return min(end, fact["end"]) - max(start, fact["start"]) >= (end - start) / 2 - 1e-6
+
+
+def unused(source, facts, clips, stop):
+    """The rejects of captions whose times are those of no clip (row, ...) of a file, `stop` s
+    long."""
+    spans = [(row["start"], row["end"]) for row, *_ in clips]
+    for fact in facts:
+        start, end = fact["start"], fact["end"]
+        if fact["captions"] and start is not None and not any(holds(fact, *one) for one in spans):
+            times = (None, None) if start == math.inf else (start, end)
+            yield rejection(
+                source, "caption behind the end" if start >= stop else "caption of no clip", *times,
+                figure=round(stop, 3), detail=("" if times[1] else f"frames {fact['frames']}: ")
+                + printable(fact["captions"][0])[:100])
 
 
 FAULT = "fault: "       # begins the reason of a file at which a function of ours failed
@@ -2211,7 +2400,8 @@ def plan_clips(scan, source, facts, options):
     for fact in facts:
         if "frames" in fact:                           # of the file, the last one included
             a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
-            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)}
+            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
+                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
     clips = []
     for begin, end, first, stop in find_shots(scan, fps, options):
         shot = float(scan.times[begin]), scan.end(end, fps)
@@ -2308,12 +2498,17 @@ def copied(video, scan, clips, options):
 def clips_of(root, source, facts, options, beat=lambda n: None):
     """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
+        if is_archive(source):                         # its members are sources, too
+            yield rejection(source, "archive is not whole", detail=archive_index(
+                Path(root, source))[1]), None, None
+            return
         path, texts = located(root, source)
         if not options["meta"]:
             facts, lost = beside(source, texts, options["format"] is None)
             yield from ((one, None, None) for one in lost)
         if path.suffix.lower() in STILLS and not is_animated(path):
             row, file = still_row(path, source, facts, options)
+            yield from ((one, None, None) for one in unused(source, facts, [(row,)], 0.0))
             lost = failure(row, options)
             file = file or (path.open("rb") if isinstance(path, Path) else path)
             yield (lost, None, None) if lost else checked(row, getattr(
@@ -2323,7 +2518,10 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
         scan = Scan(video)
         if min(map(min, scan.sizes.values())) < 2:
             raise Unreadable("too small", min(map(min, scan.sizes.values())))
-        for row, *clip in plan_clips(scan, source, facts, options):
+        clips = plan_clips(scan, source, facts, options)
+        yield from ((one, None, None) for one in unused(source, facts, clips, scan.end(
+            len(scan.times), scan.rate()[0])))
+        for row, *clip in clips:
             row["scores"]["bad_packets"] = video.bad_packets
             row |= {"converted": sorted(video.converted)} if video.converted else {}
             lost = failure(row, options)
@@ -2753,28 +2951,46 @@ def walk(root, folder):
 
 
 def find_sources(root, folder, form):
-    """([[relative path, bytes]] sorted, number of other files, of thumbnails) under `root`: not
-    those that are hidden (half written ones, a Mac's '._' twins). Of formats that come in archives
-    their members count. A picture beside a video of its name is that one's thumbnail."""
-    found, n_others = [], 0
+    """([[relative path, bytes]] sorted, {kind: names} of other files, number of thumbnails) under
+    `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of formats that come
+    in archives their members count, and an archive itself that is not whole. A picture beside a
+    video of its name is that one's thumbnail."""
+    found, others = [], {}
     for where, files in walk(root, folder):
         for path in (where / name for name in files):
-            is_archive = path.suffix.lower() in ARCHIVES and path.is_file()
-            if is_archive and form in ("webdataset", "bair"):
-                name = path.relative_to(root).as_posix()
-                found += [[f"{name}/{inner}", size] for inner, (_, size) in members(path).items()
+            name, kind = path.relative_to(root).as_posix(), path.suffix.lower() or "no suffix"
+            if path.name.startswith("."):
+                others.setdefault("hidden", []).append(name)
+            elif not path.is_file():
+                others.setdefault("dead link" if path.is_symlink() else "no file", []).append(name)
+            elif is_archive(name) and form in ("webdataset", "bair"):
+                inside, wrong = archive_index(path)
+                found += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
                           if Path(inner).suffix.lower() in VIDEOS | STILLS
                           and not Path(inner).name.startswith("._")]
-            elif path.name.startswith(".") or path.suffix.lower() not in VIDEOS | STILLS \
-                    or not path.is_file():
-                n_others += 1
+                found += [[name, path.stat().st_size]] * bool(wrong)
+            elif kind not in VIDEOS | STILLS:
+                others.setdefault("tar" if is_archive(name) else kind, []).append(name)
             else:
-                found.append([path.relative_to(root).as_posix(), path.stat().st_size])
+                found.append([name, path.stat().st_size])
     stem = lambda name: name[:name.rfind("/") + 1] + bare(name)
     videos = {stem(name) for name, _ in found if Path(name).suffix.lower() in VIDEOS}
     sources = [one for one in found if Path(one[0]).suffix.lower() in VIDEOS
                or stem(one[0]) not in videos]
-    return sorted(sources), n_others, len(found) - len(sources)
+    return sorted(sources), others, len(found) - len(sources)
+
+
+def is_archive(name):
+    return Path(name).suffix.lower() in ARCHIVES or bool(PACKED.search(name))
+
+
+def passed_over(others, words="others passed over"):
+    """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
+    kinds = sorted(((len(names), kind, min(names)) for kind, names in others.items()
+                    if kind not in (".txt", ".json", ".cls", "hidden")), reverse=True)
+    return f"{sum(map(len, others.values()))} {words}" + ": " * bool(kinds) + ", ".join(
+        f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
+            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "")
 
 
 def blocks(sources, most, mib):
@@ -2803,12 +3019,17 @@ def make_plan(args, folder, root):
         options["meta"] = digest.hexdigest()
     told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
-    sources, n_others, n_pictures = find_sources(root, folder, args.format)
+    sources, others, n_pictures = find_sources(root, folder, args.format)
+    damaged = [name for name, _ in sources if is_archive(name)]
     is_whole = plan and is_finished(folder, plan) and not lost_shards(folder, plan)
     if plan is None:
-        if not sources:
-            refuse(f"no videos or stills under {root} ({n_others} other files)")
-        print(f"{len(sources)} files under {root}; {n_others} others passed over" + (
+        if damaged:
+            wrong = f"{damaged[0]} is {archive_index(root / damaged[0])[1]}"
+            print(f"warning: {len(damaged)} archives are not whole: {wrong}", file=sys.stderr)
+        if len(sources) == len(damaged):
+            refuse(f"no videos or stills under {root}: "
+                   + (wrong if damaged else passed_over(others, "other files")))
+        print(f"{len(sources)} files under {root}; {passed_over(others)}" + (
             f", and {n_pictures} pictures, thumbnails of the videos beside them" if n_pictures
             else ""), file=sys.stderr)
         return {"format": FORMAT, "options": options, "told": told, "sources": sources,

@@ -1,7 +1,9 @@
 """What people's metadata, captions and folders look like: each kind that was found to end a run, or to give wrong
 captions in silence. Rows alone where these suffice, and a run each for what a folder as a whole shows."""
+import contextlib
 import csv
 import errno
+import gzip
 import io
 import json
 import os
@@ -179,7 +181,7 @@ def test_m10_what_is_no_caption(tmp_path, none):
 
 @pytest.mark.parametrize("name, text, says", [
     ("m.json", '[{"path": "a.mp4", "cap": ["x"]}]', "cap: did you mean caption?"),
-    ("m.csv", "video,captions,fps\na.mp4,x,25\n", "captions: did you mean caption?"),
+    ("m.csv", "video,captoins,fps\na.mp4,x,25\n", "captoins: did you mean captions?"),
     ("m.csv", "video,caption\na.mp4,nan\nb.mp4,\n", "captions nothing"),
     ("m.jsonl", '{"video": "a.mp4", "sentence": "x"}\n', "sentence: not known"),
     ("m.csv", "video,caption\nz.mp4,x\n", "names a file under --videos"),
@@ -364,8 +366,8 @@ def test_w01_names_in_tars(tmp_path):
     broken = bytearray((tmp_path / "in/x.tar").read_bytes())
     broken[124:136] = b"\x80" + b"\x7f" * 11                            # a size of 2^87
     (tmp_path / "in/x.tar").write_bytes(broken)
-    pd.members.cache_clear()
-    assert pd.find_sources(tmp_path / "in", tmp_path / "out", "webdataset")[0] == []
+    pd.archive_index.cache_clear()
+    assert pd.find_sources(tmp_path / "in", tmp_path / "out", "webdataset")[0] == [["x.tar", len(broken)]]
 
 
 def test_d13_d14_thumbnails_and_links(tmp_path):
@@ -635,3 +637,214 @@ def test_fuzz_only_the_errors_that_are_meant(tmp_path, capsys, form, n):
         json.dumps(lost, ensure_ascii=False).encode()
         assert time.process_time() - since < 10, data
     assert kept > n / 20 or form in ("beside", "txt", "ucf101", "panda70m")
+
+
+# -- other samples of the same kinds ---------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, texts, styles", [
+    ([{"from": "human", "value": "<video>\nq?"}, {"from": "gpt", "value": "a dog"}], ["a dog"], None),
+    ([{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "q"}]},
+      {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}], ["yes"], ["text"]),
+    ({"text": "a dog", "model": "gpt4", "lang": "en"}, ["a dog"], ["text"]),
+    ([{"caption": "a", "source": "x"}, {"caption": "b", "score": 2}], ["a", "b"], ["caption"] * 2),
+    ({"caption": "x", "caption_long": "y", "caption_model": "z", "id": "w"}, ["x", "y"], ["caption", "caption_long"]),
+    ({"short": "x", "long": "y", "model": "z"}, ["x", "y"], ["short", "long"]), ({"en": "x", "zh": "y"}, ["x", "y"], ["en", "zh"])])
+def test_m12_what_an_object_says_of_its_text_is_no_caption(shape, texts, styles):
+    for value in (shape, json.dumps(shape)):
+        fact, = pd.read_row({"video": "a", "caption": value}, None, None)
+        assert (fact["captions"], fact.get("styles")) == (texts, styles)
+
+
+def test_m12_columns_of_captions_of_other_names(tmp_path):
+    talk = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "said"}]
+    rows = [{"video": "a", "captions": ["x", "y"]}, {"video": "b", "caption": "", "Captions": "z"}, {"video": "c", "conversations": talk},
+            {"video": "d", "messages": [{"role": "assistant", "content": "m"}], "prompt": float("nan")}, {"video": "e", "caption": "c", "text": "t"}]
+    found, lost = captions(tmp_path, "m.json", json.dumps(rows), [f"{n}.mp4" for n in "abcde"])
+    assert found == {"a.mp4": ["x", "y"], "b.mp4": ["z"], "c.mp4": ["said"], "d.mp4": ["m"], "e.mp4": ["c"]} and not lost
+    assert "prompt" not in pd.read_row(rows[3], None, None)[0]
+
+
+def test_m12_captions_with_times_of_their_own():
+    """A list of {start, end, text} once became captions of the whole file."""
+    row = {"video": "a", "label": "l", "caption": [{"start": 0, "end": 1, "text": "one"}, "loose",
+                                                   {"start_time": "0:01", "End_Time": 2, "text": "two"}]}
+    assert [(f["start"], f["end"], f["captions"], f["label"]) for f in pd.read_row(row, None, None)] == [
+        (0, 1, ["one"], "l"), (None, None, ["loose"], "l"), (1, 2, ["two"], "l")]
+
+
+@pytest.mark.parametrize("text, cells", [
+    ('video, caption\na.mp4, "one, two"\nb.mp4, "hi"\n', ["one, two", "hi"]),
+    ('video,caption\na.mp4,  "one,\ntwo"\nb.mp4, "x ""y"""\n', ["one,\ntwo", 'x "y"']),
+    ('"video", "caption"\n"a.mp4", "one, two"\n"b.mp4", x\n', ["one, two", "x"]),
+    ('video,caption\na.mp4,one, "two, three", four\nb.mp4,x\n', ['one, "two, three", four', "x"]),
+    ('video,caption\na.mp4,"a \\"stop\\" here, red"\nb.mp4,"x ""y"""\n', ['a "stop" here, red', 'x "y"']),
+    ('video,caption,label\na.mp4,"says \\"hi,\nyou\\", twice",L\nb.mp4,two,L\n', ['says "hi,\nyou", twice', "two"]),
+    ('video,file,caption\na.mp4,"C:\\x\\",one\nb.mp4,"C:\\x\\y",C:\\z\\"q"\n', ["one", 'C:\\z\\"q"']),
+    ('\n\nvideo;caption\na.mp4;one\nb.mp4;two\n', ["one", "two"])])
+def test_m02_blanks_before_marks_and_backslashes_in_texts(tmp_path, text, cells):
+    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
+    assert found == {"a.mp4": [cells[0]], "b.mp4": [cells[1]]} and not lost
+
+
+@pytest.mark.parametrize("head, texts, read", [
+    ("video\tcaption", ['"He said ""hi"""', '"multi\nline"', "plain"], ['He said "hi"', "multi\nline", "plain"]),
+    ('"video"\t"caption"', ['"one"', '"two"', '"3\tx"'], ["one", "two", "3\tx"]),
+    ("video\tcaption", ['"one, two"', "x", "y"], ['"one, two"', "x", "y"]),
+    ("video\tcaption", ['"a ""b"""', '"Stop" he said', "y"], ['"a ""b"""', '"Stop" he said', "y"]),
+    ("video\tcaption", ['"unpaired', 'ends in one"', "y"], ['"unpaired', 'ends in one"', "y"])])
+def test_m02_marks_of_a_tsv_count_where_all_are_as_a_writer_sets_them(tmp_path, head, texts, read):
+    for end in ("\n", "\r\n"):
+        text = head + end + "".join(f"{n}.mp4\t{one}{end}" for n, one in zip("abc", texts))
+        found, lost = captions(tmp_path, "m.tsv", text, ["a.mp4", "b.mp4", "c.mp4"])
+        assert found == {f"{n}.mp4": [one] for n, one in zip("abc", read)} and not lost
+
+
+def test_m08_utf16_that_lacks_bytes(tmp_path, capsys):
+    data = "video,caption\na.mp4,one\nb.mp4,two\n".encode("utf-16")
+    for cut in (data[:-1], data[:50] + data[51:]):                      # the second: all behind it is other words
+        assert "m.csv is damaged: 69 bytes, and UTF-16" in line(capsys, lambda: captions(tmp_path, "m.csv", cut, ["a.mp4"]))
+    half = b"\xff\xfe" + "video,caption\na.mp4,x\ud83dy\nb.mp4,two\n".encode("utf-16-le", "surrogatepass")
+    found, lost = captions(tmp_path, "m.csv", half, ["a.mp4", "b.mp4"])
+    assert found == {"b.mp4": ["two"]} and "half a character" in lost[0][2]
+
+
+@pytest.mark.parametrize("name, text, form, says", [
+    ("m.csv", "video,caption,split\na.mp4,x,dev\nb.mp4,y,dev\n", None, "row 1: split 'dev' is none of train"),
+    ("m.csv", "video,caption\nx.mp4,c\n", None, "row 1: x.mp4: ambiguous: d/x.mp4, e/x.mp4"),
+    ("m.csv", "video,start,end,caption\na.mp4,2,1,x\n", None, "row 1: start '2', end '1'"),
+    ("m.jsonl", '"a"\n', "jsonl", "row 1: a row is a str"), ("m.csv", "videoid,Name\na,one\n", "webvid", "row 1: no column 'name'"),
+    ("m.csv", "videoID,timestamp,caption,matching_score\na,\"[['1','2']]\",\"['x','y']\",[1]\n", "panda70m", "row 1: lists of unequal")])
+def test_m05_the_true_reason_where_no_row_is_of_use(tmp_path, capsys, name, text, form, says):
+    with contextlib.suppress(SystemExit):
+        captions(tmp_path, name, text, ["a.mp4", "b.mp4", "d/x.mp4", "e/x.mp4"], form)
+    said = capsys.readouterr().err
+    assert says in said and "must name the video" not in said and "has a caption" not in said
+
+
+def test_m06_a_column_that_names_no_file_gives_way_to_one_that_does(tmp_path):
+    text = '{"video": 1, "path": "c/a.mp4", "caption": "x"}\n{"video": NaN, "file": "b.mp4", "caption": "y"}\n'
+    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
+    assert found == {"a.mp4": ["x"], "b.mp4": ["y"]} and not lost
+
+
+def test_raw_tabs_and_line_ends_in_json(tmp_path):
+    row = '{"video": "%s.mp4", "caption": "one\ttab\n\nand more"}'
+    for name, text in (("m.json", f"[{row % 'a'},\n{row % 'b'}]"), ("m.jsonl", f"{row % 'a'}\n{row % 'b'}\n")):
+        found, lost = captions(tmp_path, name, text, ["a.mp4", "b.mp4"])
+        assert found == {f"{n}.mp4": ["one\ttab\n\nand more"] for n in "ab"} and not lost
+    facts, rejects = pd.beside("a.mp4", {".json": (row % "a").encode()})
+    assert facts[0]["captions"] == ["one\ttab\n\nand more"] and not rejects
+    text = '{"video": "a.mp4", "caption": "cut\n{"video": "b.mp4", "caption": "good"}\n{"video": "a.mp4", "caption": "cut'
+    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
+    assert found == {"b.mp4": ["good"]} and len(lost) == 2
+
+
+@pytest.mark.parametrize("text", ['{"' * 100_000, '{"a":[' * 30_000, '{"a":' * 50_000 + "1" + "}" * 50_000,
+                                  ('{"a":' * 900 + "x") * 40, '{"a":"x, ' * 30_000])
+def test_json_of_mere_damage_is_read_in_linear_time(tmp_path, text):
+    """Each error counted the lines before it, and what is deep was read from each depth: 12 s and 43 s."""
+    since = time.process_time()
+    list(pd.json_items(io.StringIO(f"[{text}")))
+    assert time.process_time() - since < 6
+    found = list(pd.json_items(io.StringIO(f"[{text}" + "," * 1000 + '{"video": "a"}]')))
+    assert found[-1] == {"video": "a"} or isinstance(found[-1], ValueError)
+
+
+def test_captions_that_reach_no_clip_are_listed(tmp_path):
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/a.mp4", shot(RED, 24))
+    Image.new("RGB", (64, 64), GREEN).save(tmp_path / "in/s.png")
+    rows = [{"video": "a", "start": 0, "end": 1, "caption": "in"}, {"video": "a", "start": 7, "end": 9, "caption": "behind"},
+            {"video": "a", "start": 0, "end": 0.2, "caption": "short"}, {"video": "a", "frames": [300, 310], "caption": "frames"},
+            {"video": "s", "start": 1, "end": 2, "caption": "of a still"}, {"video": "a", "frames": [0, 23], "caption": "all"}]
+    write(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    done = run(tmp_path, "set", "--videos", "in", "--meta", "m.jsonl", "--workers", 1, "--min_contrast", 0)
+    got = {row["source"]: [one["text"] for one in row["captions"]] for row in pd.open_dataset(tmp_path / "data/set")}
+    assert got == {"a.mp4": ["in", "all"], "s.png": []} and "4 rows of metadata rejected" in done.stdout
+    lost = {(one["reason"], one["shot_start"], one["detail"]) for one in row_lines(tmp_path / "data/set/rejected.jsonl")}
+    assert lost == {("caption behind the end", 7, "behind"), ("caption of no clip", 0, "short"),
+                    ("caption behind the end", None, "frames [300, 310]: frames"), ("caption behind the end", 1, "of a still")}
+
+
+def test_json_beside_a_file_keeps_the_folders_label():
+    def of(source, **texts):
+        facts, rejects = pd.beside(source, {f".{k}": v.encode() for k, v in texts.items()})
+        assert not rejects
+        return [(f["start"], f["label"], f["captions"], f["split"]) for f in facts]
+    assert of("cats/a.mp4", json='{"caption": "x", "start": 0, "end": 1}', txt="t") == [
+        (0, "cats", ["x"], None), (None, "cats", [], None)]
+    assert of("cats/a.mp4", json='{"label": "L", "start": 0, "end": 1}', txt="t")[1] == (None, "cats", ["t"], None)
+    assert of("cats/a.mp4", json='{"captions": ["x", "y"]}') == [(None, "cats", ["x", "y"], None)]
+    assert of("cats/a.mp4", json='["x", "y"]', txt="t") == [(None, "cats", ["x", "y"], None)]
+    assert of("cats/a.mp4", json='{"caption": [{"start": 0, "end": 1, "text": "x"}, {"start": 1, "end": 2, "text": "y"}]}') == [
+        (0, "cats", ["x"], None), (1, "cats", ["y"], None), (None, "cats", [], None)]
+    row, _ = pd.told("cats/a.mp4", pd.beside("cats/a.mp4", {".json": b'{"caption": "x", "start": 0, "end": 1}'})[0], 5, 6)
+    assert row["label"] == "cats" and row["captions"] == []
+
+
+@pytest.mark.parametrize("source, label, split", [
+    ("00000/0000000_00000.mp4", None, None), ("UCF-101/ApplyEyeMakeup/v_g01.avi", "ApplyEyeMakeup", None), ("test/1/a.mp4", "1", "test"),
+    ("train_00012/a.mp4", None, "train"), ("shard-0001/cats/a.mp4", "cats", None), ("027701_027750/5.mp4", None, None), ("n01440764/a.jpg", "n01440764", None),
+    ("00000.tar/cats/a.mp4", None, None), ("val-000000.tar/a.mp4", None, "val"), ("cats/TRAIN_00012.TAR/x/a.mp4", "cats", "train"),
+    ("set-train-000000-of-000100.tar/a.mp4", None, "train"), ("train_val.tar/a.mp4", None, None), ("test tubes/a.mp4", "test tubes", None)])
+def test_labels_and_splits_of_folders_and_tars(source, label, split):
+    (fact,), _ = pd.beside(source, {})
+    assert (fact["label"], fact["split"]) == (label, split)
+
+
+def test_w01_links_in_tars(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind, target in (("b/late.mp4", tarfile.SYMTYPE, "../a/0.mp4"), ("hard.mp4", tarfile.LNKTYPE, "./a/0.mp4"), ("a/0.mp4", None, 5),
+                                   ("b/again.mp4", tarfile.SYMTYPE, "./late.mp4"), ("dead.mp4", tarfile.SYMTYPE, "/etc/passwd"),
+                                   ("loop.mp4", tarfile.SYMTYPE, "loop.mp4"), ("note.txt", tarfile.SYMTYPE, "nowhere")):
+            head = tarfile.TarInfo(name)
+            head.type, head.linkname, head.size = (kind, target, 0) if kind else (tarfile.REGTYPE, "", target)
+            tar.addfile(head, io.BytesIO(b"video"[:head.size]))
+    found, wrong = pd.archive_index(tmp_path / "x.tar")
+    assert {*found} == {"a/0.mp4", "b/late.mp4", "b/again.mp4", "hard.mp4"} and len({*found.values()}) == 1
+    assert wrong == "2 links to nothing in it: dead.mp4"
+
+
+def test_w01_tars_that_are_not_whole(tmp_path):
+    """Cut, damaged, compressed and other files of a tar's name: each gives what can be read of it, and a reject that says why."""
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"{name}.mp4", shot(colour, 12))
+    data = {name: (tmp_path / f"{name}.mp4").read_bytes() for name in "abc"}
+    for name in ("cut", "header"):
+        pack(tmp_path / f"in/{name}.tar", {f"{name}-{one}.mp4": data[one] for one in "abc"})
+    whole = (tmp_path / "in/cut.tar").read_bytes()
+    with tarfile.open(tmp_path / "in/cut.tar") as tar:
+        last = tar.getmember("cut-c.mp4").offset
+    (tmp_path / "in/cut.tar").write_bytes(whole[:last + 700])
+    broken = bytearray((tmp_path / "in/header.tar").read_bytes())
+    broken[last:last + 20] = b"\xff" * 20
+    (tmp_path / "in/header.tar").write_bytes(broken)
+    pack(tmp_path / "in/joined.tar", {"j0.mp4": data["a"]})
+    pack(tmp_path / "more.tar", {"j1.mp4": data["b"]})
+    (tmp_path / "in/joined.tar").write_bytes((tmp_path / "in/joined.tar").read_bytes() + (tmp_path / "more.tar").read_bytes())
+    for name, text in {"zip.tar": gzip.compress(whole), "b.tar.gz": gzip.compress(whole), "c.tgz": b"x", "page.tar": b"<!DOCTYPE html>",
+                       "lfs.tar": b"version https://git-lfs", "none.tar": b"", "zeros.tar": bytes(10240)}.items():
+        (tmp_path / "in" / name).write_bytes(text)
+    done = run(tmp_path, "set", "--videos", "in", "--format", "webdataset", "--workers", 1, "--min_contrast", 0, "--near", 0)
+    rows, lost = pd.open_dataset(tmp_path / "data/set"), row_lines(tmp_path / "data/set/rejected.jsonl")
+    twins = {one["key"] for one in row_lines(tmp_path / "data/set/duplicates.jsonl")}
+    assert len(rows) + len(twins) == 6
+    assert {one["source"]: one["detail"] for one in lost} == {
+        "cut.tar": "cut off or damaged behind 2 members", "header.tar": "cut off or damaged behind 2 members",
+        "zip.tar": "no tar but gzip: unpack it", "b.tar.gz": "no tar but gzip: unpack it", "c.tgz": "compressed: unpack it to a .tar",
+        "page.tar": "no tar but a web page", "lfs.tar": "no tar but a pointer of Git LFS", "none.tar": "an empty file"}
+    assert "warning: 8 archives are not whole: b.tar.gz is no tar but gzip" in done.stderr and {one["reason"] for one in lost} == {"archive is not whole"}
+    assert "nothing to do" in run(tmp_path, "set", "--videos", "in", "--format", "webdataset", "--workers", 1, "--min_contrast", 0, "--near", 0).stdout
+
+
+def test_w01_tars_without_a_format_and_what_is_passed_over(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.tar", "in/b.tar.gz", "in/c.asf", "in/d/e.asf", "in/f.rmvb", "in/g.txt", "in/.h"):
+        write(tmp_path / name, "x")
+    os.symlink("nowhere", tmp_path / "in/dead.mp4")
+    said = line(capsys, lambda: pd.main(["set", "--videos", "in"]))
+    assert "no videos or stills under in: 8 other files: 2 tar (a.tar), 2 .asf (c.asf), 1 dead link (dead.mp4), 1 .rmvb" in said
+    assert "--format webdataset reads tars" in said
+    write(tmp_path / "page/x.tar", "<html>")
+    assert "x.tar is no tar but a web page" in line(capsys, lambda: pd.main(["set", "--videos", "page", "--format", "webdataset"]))
