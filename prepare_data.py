@@ -3332,6 +3332,12 @@ def next_steps(name, rows, has_gpu):
         tells = f"about {minutes:.0f} minutes on this processor" + (
             "; --max_side 96 --max_fps 12 --max_seconds 2 make it less" if minutes > 90 else "")
     seconds = sum(row["end"] - row["start"] for row in rows)
+    if name == "demo":                   # the quick start: sizes and steps that suit its shapes
+        return (f"{len(rows)} clips, {seconds:.0f} s; next (6 to 20 minutes on two cores):\n"
+                + "\n".join(f"python {line}" for line in (
+                    "train_vae.py demo", "train_vae.py demo --encode",
+                    "caption.py demo --train --paste 0.1", "caption.py demo", "train_dit.py demo",
+                    f"sample.py demo --prompt {shlex.quote(told)}")))
     last = " --checkpoint last" * (len(rows) < 300)      # few are memorised; the best is vague
     return (f"{len(rows)} clips, {seconds:.0f} s, {n_tokens} tokens of {dit}; next ("
             + blind * (not told) + f"{tells}):\n"
@@ -3640,7 +3646,7 @@ def demo_files(n_files=160, seed=0):
     """The plan of the demo: a list of files {name, width, height, fps, split, shots}; a shot holds
     all that `render_shot` needs, its caption, and whether the metadata file tells that caption.
     Every eighth file is for the test split, and half of its shots show combinations left out. In
-    files beyond the usual 160 there are more pairs of shapes, and all turn or stop: see `paced`."""
+    files beyond the usual 160 all turn or stop: see `paced`."""
     every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
     seen = [combination for combination in every if not is_left_out(*combination)]
     left_out = [combination for combination in every if is_left_out(*combination)]
@@ -3653,7 +3659,7 @@ def demo_files(n_files=160, seed=0):
         for j in range(8):
             level = random.choice([g for g in GROUNDS if g != level])    # so that every cut shows
             pool = left_out if is_test and j % 2 else seen
-            n_shapes = 1 if is_test and j % 2 or random.random() < (0.5 if is_more else 0.8) else 2
+            n_shapes = 1 if is_test and j % 2 or random.random() < 0.8 else 2
             picked = [pool[k] for k in random.choice(len(pool), n_shapes, replace=False)]
             if len({colour for colour, _, _ in picked}) < n_shapes:
                 picked = picked[:1]
