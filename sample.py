@@ -20,10 +20,12 @@ long video goes on from the latents of the piece before, never through pixels.
     torchrun --nproc_per_node 8 -- sample.py mine --prompts prompts.jsonl --sampler unipc --steps 12
 
 Tasks (of a run trained with --given; of Wan's I2V and TI2V --image):
-    --prompt P --frames 1           a picture        --prompt P --image FILE     its first frame
-    --video A --extend N            N more parts; below 0 backwards              --last FILE: its last
-    --prompt P --then Q R           several prompts over time                    --video A --to B: between
-    --video A --loop                a ring; or --prompt P --loop                 --video A --strength S
+    --prompt P --frames 1           a picture
+    --prompt P --image FILE         its first frame; --last FILE: its last
+    --prompt P --extend N           N more parts; --video A --extend N, below 0 backwards
+    --prompt P --then Q R           several prompts over time
+    --video A --to B, --loop        between two videos; a ring, also of --prompt P
+    --video A --strength S          video to video
 A row of --prompts: prompt, negative, seed, size, frames or seconds, fps, motion, image, last,
 video, to, extend, then, loop, strength.
 
