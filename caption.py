@@ -16,7 +16,7 @@ and a decoder reads them as the beginning of its text and goes on with the capti
 it learn from some hundred clips in two minutes: a second loss asks of the visual tokens alone which
 words the caption holds (the strongest token answers), and a share of the words that the decoder
 reads is blanked, so that it has to look instead of remembering. The same loss without the words'
-share, or with AdamW in place of Muon, leaves the tower far behind (README, what did not help).
+share, or with AdamW in place of Muon, leaves the tower far behind (tests/README.md).
 
 Frames: --model says how many. They are spread evenly from a clip's first frame to its last (a still
 is repeated), scaled to fit a square, bicubic, their shape kept, centred on black. For training
@@ -33,6 +33,18 @@ frames of a clip alike; never mirrored, since a caption may say left or right.
 Published folders (--vlm DIR: FAMILIES below) see a video at once where they take videos, or else
 single frames, of which --lm makes one caption. Rows are written in batches in which a finished one
 makes room for the next clip; clips are decoded ahead, in threads; ranks share the shards.
+
+    family                                  model_type                          sees
+    LLaVA-1.5 (port, original), Yi-VL       llava                               frames
+    Video-LLaVA (port)                      video_llava                         video, 8 frames
+    Qwen-VL-Chat                            qwen                                frames
+    InternLM-XComposer2-VL                  internlmxcomposer2                  frames
+    CogVLM                                  CogVLMForCausalLM                   frames
+    MiniCPM-V 2.0                           minicpmv                            frames, in slices
+    OmniLMM                                 omnilmm                             frames
+    Qwen2-VL, Qwen2.5-VL                    qwen2_vl, qwen2_5_vl                video, any size
+    Llama, Vicuna, Yi; Mistral; Qwen2, 2.5; llama, mistral, qwen2, qwen3,       text: --lm,
+    Qwen3; InternLM2                        internlm2                           --rewrite
 
 A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
 from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed

@@ -52,6 +52,25 @@ Matching        what                matches
                                     ones; not '', nan, null, none
                 a text              UTF-8, or UTF-16 and UTF-32 by their mark; \\n, \\r\\n end lines
                 a link to a folder  that folder, once; a hidden file or folder nothing
+Data sets       --format        reads (--meta: the file, or the folder that holds them), and keeps
+                csv tsv json    columns video (path, file), start, end, caption (text; a list:
+                jsonl txt       several), split, label; any other number becomes a score
+                panda70m        panda70m_*.csv, 5 or 7 columns: times, captions, matching_score,
+                                desirable; split by the file's name
+                webvid          results_*.csv or the mirror's partitions: caption
+                internvid       InternVid-*.jsonl: times, caption, both scores
+                msrvtt          *videodatainfo.json, category.txt: 20 captions, split, category
+                shot2story      *_{train,val,test}.json, *_meta.csv: the clip's summary, each shot's
+                                caption at its frames, category
+                youku           any of its csv files: caption, label; split by the file's name
+                videoinstruct   VideoInstruct100K.json, or conversations: answers as captions,
+                                questions as their prompt
+                ucf101          trainlist0N.txt and testlist0N.txt of one fold: class, split
+                tgif            tgif-v1.0.tsv, splits/: captions, split
+                folder          NAME.txt .json .cls beside a file, class folders, train/ val/ test/
+                webdataset      tars of KEY.mp4 KEY.txt KEY.json KEY.cls, video2dataset's too
+                bair            softmotion30_44k/{train,test}/*.tfrecords: split; the main camera,
+                                10 frames/s; actions are not kept
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """

@@ -19,6 +19,16 @@ long video goes on from the latents of the piece before, never through pixels.
     python sample.py demo --eval demo                        # a minute on two cores
     torchrun --nproc_per_node 8 -- sample.py mine --prompts prompts.jsonl --sampler unipc --steps 12
 
+Tasks (of a run trained with --given; of Wan's I2V and TI2V --image):
+    --prompt P --frames 1           a picture
+    --prompt P --image FILE         its first frame; --last FILE: its last
+    --prompt P --extend N           N more parts; --video A --extend N, below 0 backwards
+    --prompt P --then Q R           several prompts over time
+    --video A --to B, --loop        between two videos; a ring, also of --prompt P
+    --video A --strength S          video to video
+A row of --prompts: prompt, negative, seed, size, frames or seconds, fps, motion, image, last,
+video, to, extend, then, loop, strength.
+
 Axes: B clips, T frames, H W pixels, C channels, P patch volume, N tokens of a row; T' H' W' the
 latent grid; K codebook size. Time runs from t = 0, clean, to t = 1, noise.
 Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interval, 2404.07724);
@@ -2171,7 +2181,7 @@ def parse_options(argv=None):
 def add_wishes(parser):
     parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
                         "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
-    add = parser.add_argument_group("what to sample (README: a call for each task)").add_argument
+    add = parser.add_argument_group("what to sample").add_argument
     add("--prompt", nargs="+", help="one or more prompts, each in quotes; a class by its number or "
         "label")
     add("--prompts", metavar="FILE", help="a video a line: .jsonl with prompt, seed, size and so "

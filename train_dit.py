@@ -21,6 +21,15 @@ The models gpt-* (VideoGPT's prior) learn the codes of a VQ or FSQ autoencoder, 
     python train_dit.py mine --model video-b --estimate --price_per_hour 2        # before a run
     torchrun --nproc_per_node 8 -- train_dit.py mine --model video-b --row_tokens 16384
 
+Models (--model; --init takes a run or published weights, whose sizes `dit`, `sit`, `uvit`, `wan`
+and `gpt` take over):
+    video-xxs, -xs, -xs-2, -s, -b   ours, in Wan's shape: rotary (t, y, x), QK RMSNorm; captions
+    dit-s-2 .. dit-xl-8             DiT: labels; noise and learned variance on DDPM's path
+    sit-s-2 .. sit-xl-8             SiT: DiT's network, velocity
+    uvit-s-2-cifar10 .. uvit-h-4-imagenet512, uvit-s-2-coco     U-ViT: labels, or CLIP's tokens
+    gpt-xs, gpt-ucf, gpt-ucf-class  VideoGPT's prior on codes; clips of one shape (--shape)
+    wan-1.3b, wan-14b, wan-i2v-14b, wan-ti2v-5b                 Wan 2.1, 2.2: UMT5 (--text_encoder)
+
 Axes: B clips, T' H' W' the latent grid, C channels, N tokens of a row, L text tokens, D width,
 A heads, E head dim, P patch volume. Time runs from t = 0, clean, to t = 1, noise.
 Papers: Peebles & Xie 2022 (DiT, 2212.09748); Lipman et al. 2022 (flow matching, 2210.02747);

@@ -19,6 +19,14 @@ same numbers as in one piece. No statistic runs over time or space, for the same
     python train_vae.py demo --eval              # seconds
     python train_vae.py demo --run quick --steps 10                      # a look, under a minute
     torchrun --nproc_per_node 8 -- train_vae.py mine --model vae-b --size 256   # one node
+    python train_vae.py mine --run vq --bottleneck vq --codes 1024     # or fsq --codes 8 5 5 5
+    python train_vae.py mine --run big --init mine-vae --decoder_only --size 256 # then the decoder
+
+Models (--model; --init and --vae also take a published folder or file; a latent's T x H x W):
+    vae-xxs, -xs, -xs-48, -s, -b    ours, in Wan 2.2's shape, 0.8M to 132M, 4 x 8 x 8
+    wan-2.1, wan-2.2                127M, 4 x 8 x 8; 705M, 4 x 16 x 16; diffusers' layout or Wan's
+    sd-vae                          AutoencoderKL (Stable Diffusion, SD3, FLUX), 84M, 1 x 8 x 8
+    (a file)                        VideoGPT's VQ-VAE, a Lightning checkpoint
 
 Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);

@@ -111,6 +111,25 @@ def test_readme_has_the_scripts_lines_about():
         assert abs(int(lines) - actual) <= 0.03 * actual, f"README: {name} has {actual} lines"
 
 
+def test_readme_is_short_and_its_places_exist():
+    """Three screens; and who forks finds each thing in the one or two places that it names."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 14_000 and len(text.splitlines()) <= 200
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text[text.index("## Where would I"):], re.M)[1:]
+    assert len(rows) == 12
+    for question, answer in rows:
+        names = 0
+        for stage, listed in re.findall(r"`(\w+)\.py` ((?:`\w+`[^`]*)+)", answer):
+            tree = ast.parse((ROOT / f"{stage}.py").read_text())
+            defined = {getattr(node, "name", None) for node in tree.body} | {
+                target.id for node in tree.body if isinstance(node, ast.Assign)
+                for target in node.targets if isinstance(target, ast.Name)}
+            named = set(re.findall(r"`(\w+)`", listed))
+            assert named <= defined, f"README, {question}: {stage}.py has no {named - defined}"
+            names += len(named)
+        assert 1 <= names <= 4, question
+
+
 def test_two_processes_share_the_suite(tmp_path):
     """Each test runs once, in one of two processes; what fails or is skipped in either is told."""
     for name in "abcd":
