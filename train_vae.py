@@ -66,7 +66,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kernels.conv import Conv3d, causal_conv3d, upsample_conv3d
+from kernels.conv import Conv3d, causal_conv3d, regroup, upsample_conv3d
 from kernels.linear import Linear
 from kernels.memory import keep_memory
 from kernels.optim import MuonAdamW
@@ -1119,7 +1119,6 @@ MODELS = {
                    residual=False, groups=32),
 }
 DECODER = ("decoder", "decoder_norm", "to_pixels", "unquant", "post_vq_conv")
-ROOM = 2**21            # numbers of the largest tensor that a chunk makes in a layer, about
 
 
 class Norm(nn.Module):
@@ -1294,30 +1293,9 @@ class Level(nn.Module):
         return y + fold(x, self.c_out, time, space) if y.shape[2] else y
 
 
-def regroup(pieces, growth, is_first):
-    """Pieces [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
-    times as many numbers of them: about ROOM of these, an even number of frames. A clip's first
-    frame comes alone, for a third of another's products. Gradients want the whole at once."""
-    held, n = [], 0
-    for piece in pieces:
-        frame = piece.shape[0] * piece.shape[1] * piece.shape[3] * piece.shape[4]
-        room = max(2, int(ROOM / growth // max(1, frame)) // 2 * 2)
-        while piece.shape[2]:
-            most = piece.shape[2] if torch.is_grad_enabled() else 1 if is_first else room
-            part, piece = piece[:, :, :most - n], piece[:, :, most - n:]
-            held, n = held + [part], n + part.shape[2]
-            if n == most:
-                part, held, n = torch.cat(held, 2) if len(held) > 1 else part, [], 0
-                is_first = False
-                yield part
-    if n:
-        yield torch.cat(held, 2)
-
-
 def stream(levels, last, norm, x, state):
     """Runs `levels` and the convolution `last` behind its `norm` over x [B, C, T, H, W], in pieces
-    of a size that suits each of them: memory does not grow with T, and no convolution is called on
-    too little at once."""
+    of a size that suits each of them (see `regroup`)."""
     pieces, ending, is_first = [x], lambda piece, state: last(piece, state, norm), not state
     for run, growth in (*((level, level.growth) for level in levels), (ending, 1)):
         pieces = map(lambda piece, run=run: run(piece, state), regroup(pieces, growth, is_first))

@@ -1,10 +1,12 @@
-"""Kernels of nanosora: attention, adaLN, QK-norm with rotary positions, patchify. One file each,
-usable alone.
+"""What makes nanosora fast, one file each, usable alone.
 
-Each file holds the formula, a `reference` in plain torch, Triton kernels, an operator registered
-with torch.library (so that torch.compile(fullgraph=True) keeps it whole) and one or two public
-functions. Here is what they share: the choice of a backend, the checks, the launch, the index
-vectors as the kernels read them, and the table that cuts runs of a packed row into tiles.
+attention, adaln, rope (QK norm with rotary positions) and patchify hold the formula, a `reference`
+in plain torch, Triton kernels, an operator registered with torch.library (so that
+torch.compile(fullgraph=True) keeps it whole) and one or two public functions. conv, linear, decode
+(a decoder's attention to its cache), optim and memory are plain torch, arranged for a CPU or GPU;
+all but memory hold the formula and its `reference` too. Here is what they share: the choice of a
+backend, the checks, the launch, the index vectors as the kernels read them, and the table that cuts
+runs of a packed row into tiles.
 
 NANOSORA_KERNELS picks the backend: `auto` (Triton on CUDA, torch elsewhere), `triton` or `torch`.
 TRITON_INTERPRET=1 in the environment, set before triton is imported, lets `triton` run on a CPU:

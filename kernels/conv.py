@@ -36,6 +36,8 @@ from torch import nn
 
 from kernels import HAS_ONEDNN
 
+CHUNK = 2**21           # numbers of the largest tensor that a chunk makes in a level, about
+
 # causal: (x's shape, D, kernel, whether it is a later chunk); upsampled: x's shapes. For the bench
 SHAPES = (
     [((1, 96, 4, 120, 208), 96, (3, 3, 3), True),
@@ -203,3 +205,24 @@ def upsample_conv3d(x, weight, bias):
                      for j in (0, 1) for i in (0, 1)], -1)                  # [B, T, H, W, D, 4]
     y = y.unflatten(-1, (2, 2)).permute(0, 4, 1, 2, 5, 3, 6)                # [B, D, T, H, 2, W, 2]
     return y.reshape(B, len(weight), T, 2 * H, 2 * W)
+
+
+def regroup(chunks, growth, is_first):
+    """Chunks [B, C, T, H, W] of a clip, joined or cut in time, for a level that makes `growth`
+    times as many numbers of them: about CHUNK of these, an even number of frames. So memory does
+    not grow with T, and no convolution is called on too little at once. A clip's first frame comes
+    alone, for a third of another's products. With gradients all frames come at once."""
+    held, n = [], 0
+    for chunk in chunks:
+        frame = chunk.shape[0] * chunk.shape[1] * chunk.shape[3] * chunk.shape[4]
+        most_frames = max(2, int(CHUNK / growth // max(1, frame)) // 2 * 2)
+        while chunk.shape[2]:
+            wanted = chunk.shape[2] if torch.is_grad_enabled() else 1 if is_first else most_frames
+            part, chunk = chunk[:, :, :wanted - n], chunk[:, :, wanted - n:]
+            held, n = held + [part], n + part.shape[2]
+            if n == wanted:
+                part, held, n = torch.cat(held, 2) if len(held) > 1 else part, [], 0
+                is_first = False
+                yield part
+    if n:
+        yield torch.cat(held, 2)

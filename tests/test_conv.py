@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 
 from kernels import conv as MODULE
-from kernels.conv import (causal_conv3d, norm_silu, reference, upsample_conv3d,
+from kernels.conv import (causal_conv3d, norm_silu, reference, regroup, upsample_conv3d,
                           upsample_reference, winograd)
 
 CASES = [(c_in, c_out, kernel, with_gamma)          # widths from 32 on may go by Winograd
@@ -104,3 +104,17 @@ def test_upsampling_is_folded_into_the_kernel():
     assert torch.allclose(ours, plain, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad((y**3).sum(), (x, weight, bias)) for y in (ours, plain))):
         assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_chunks_are_regrouped(monkeypatch):
+    """A level makes 100 numbers a frame, of which 450 are wanted: 4 frames, the first one alone."""
+    monkeypatch.setattr(MODULE, "CHUNK", 450)
+    x = torch.randn(1, 2, 12, 5, 5)
+    for sizes in ((12,), (1, 1, 10), (5, 0, 7), (2,) * 6):
+        with torch.no_grad():
+            found = list(regroup(x.split(sizes, 2), 2, True))
+            assert [part.shape[2] for part in found] == [1, 4, 4, 3]
+            assert torch.equal(torch.cat(found, 2), x)
+            later = [part.shape[2] for part in regroup(x.split(sizes, 2), 2, False)]
+            assert later == [4, 4, 4]
+        assert [part.shape[2] for part in regroup([x], 2, True)] == [12]         # with gradients

@@ -62,7 +62,7 @@ def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monk
     model, video = shaken(options), torch.randn(2, 3, 9, 16, 24, dtype=torch.float64)
     mean, _ = model.encode(video)                                # with gradients: all at once
     decoded = model.decode(mean)
-    monkeypatch.setattr(V, "ROOM", 999)                          # a frame or two a piece
+    monkeypatch.setattr(conv, "CHUNK", 999)                         # a frame or two a piece
     with torch.no_grad():
         assert torch.allclose(model.encode(video)[0], mean, atol=1e-12)
         assert torch.allclose(model.decode(mean), decoded, atol=1e-12)
