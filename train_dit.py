@@ -75,13 +75,13 @@ from kernels.rope import qk_norm_rope
 from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, open_dataset,
                           refuse, rng, run_dir, script, sweep)
 from train_vae import (Namespace, barrier, bench, checked, chosen, claim,
-                       decode_long, ema_update, epoch_order, fit, gaussians, innermost, is_finished,
-                       is_run, last_checkpoint, latents_path, load_autoencoder, load_step, lr_at,
-                       model_path, normaliser, moved, one_run, optimizer_tensors, option_parser,
-                       plain, read_class, read_config, read_header, read_log, read_tensors,
-                       restore_optimizer, save_file, say_once, setup, sheet_frames, split_rows,
-                       start_run, sum_over_ranks, take_step, tensor_sum, to_frames,
-                       training_options)
+                       decode_long, ema_update, epoch_order, fit, gaussians, innermost,
+                       is_finished, is_run, last_checkpoint, latents_path, load_autoencoder,
+                       load_step, lr_at, model_path, normaliser, moved, one_run, optimizer_tensors,
+                       option_parser, peak_mib, plain, read_class, read_config, read_header,
+                       read_log, read_tensors, restore_optimizer, save_file, say_once, setup,
+                       sheet_frames, split_rows, start_run, sum_over_ranks, take_step, tensor_sum,
+                       to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -1340,7 +1340,7 @@ def load_row(clips, keys, seed, step, drop, times, drawn=None):
 # What a step costs: the run's header, --estimate, the log's MFU
 # ------------------------------------------------------------------------------------------------
 
-EFFICIENCY = 0.4             # the MFU that an estimate takes for granted
+EFFICIENCY = 0.4             # the MFU that an estimate takes for granted where no step is timed
 
 
 def matmul_rate(device, dtype="fp32", seconds=0.2):
@@ -1429,9 +1429,37 @@ def estimate(args, options, clips, plan, device):
     return dict(
         params=n, dit=sum(p.numel() for p in model.dit.parameters()), fullness=full, evenness=even,
         flops=flops, peak=peak, step_s=flops / peak / EFFICIENCY, kernels=kernels, why=why,
+        held=peak_mib() * 2**20 if device.type == "cpu" else 0,
         # weights, gradients, average and Muon's momentum, 4 bytes each; autocast's copies
         state=(16 if args.dtype == "fp32" else 18) * n,
         row=saved_bytes(options, args.row_tokens, text * n_clips / len(rows), kernels, args.dtype))
+
+
+def timed_step(args, cost, options, vae, clips, plan, device):
+    """s of a step, of a new model on this CPU: a row's median and what each step does once (Muon's
+    products are up to two fifths of a small model's step, and in no count of FLOPs). None where
+    that would take long, where texts are only counted, and on GPUs: what runs there must fit."""
+    if device.type != "cpu" or cost["step_s"] > 20 or args.estimate and args.text_encoder:
+        return None
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    with torch.random.fork_rng([]):
+        model = build(args, options, None, vae)
+        model.train()
+        optimizer, parts = optimizer_of(args, model), []
+        keys, drawn = plan.row(0)
+        row = [load_row(clips, keys, args.seed, 0, args.drop, [0.5] * len(keys), drawn)]
+        lengths = [[clips.count_tokens(each) for each in drawn]]
+        stop = time.perf_counter() + 2 * (world == 1)        # ranks wait for each other: all alike
+        while len(parts) < 2 or len(parts) < 6 and time.perf_counter() < stop:
+            times = [time.perf_counter()]
+            add_gradients(model, 0, row, lengths, args, device)
+            times.append(time.perf_counter())
+            take_step(model, optimizer, 0.0)
+            ema_update(model, model, 0.0)
+            parts.append(np.diff([*times, time.perf_counter()]))
+    rows = args.batch_tokens // args.row_tokens / world
+    a_row, once_a_step = np.median(parts[1:], 0)             # the first one warms up
+    return float(rows * a_row + once_a_step)
 
 
 def print_cost(args, cost, clips, held_out, device):
@@ -1448,11 +1476,14 @@ def print_cost(args, cost, clips, held_out, device):
         ("rows", f"{args.batch_tokens // args.row_tokens} of {args.row_tokens} tokens a step, "
          f"{cost['fullness']:.1%} full, attention of the largest {cost['evenness']:.2f} of the "
          "mean"),
-        ("fixed memory", f"{cost['state'] / mib:.0f} MiB: weights, gradients, momentum, average"),
+        ("fixed memory", f"{cost['state'] / mib:.0f} MiB: weights, gradients, momentum, average" +
+         f"; beside {cost['held'] / mib:.0f} MiB of libraries, data, autoencoder" * (
+             cost["held"] > 0)),
         ("activations", f"{cost['row'] / mib:.0f} MiB for a row of {args.row_tokens} tokens in "
          f"{args.dtype}, {cost['kernels']} kernels ({cost['why']})"),
-        ("a step", f"{cost['step_s']:.3g} s: {cost['flops'] / tera:.3g} TFLOP at {EFFICIENCY:.0%} "
-         f"of the {cost['peak'] / tera:.3g} TFLOP/s measured on {device}"),
+        ("a step", f"{cost['step_s']:.3g} s: {cost['flops'] / tera:.3g} TFLOP at "
+         f"{cost['flops'] / cost['peak'] / cost['step_s']:.0%} of the {cost['peak'] / tera:.3g} "
+         f"TFLOP/s measured on {device}" + ", as steps were timed" * cost["is_timed"]),
         (f"{args.steps} steps", f"{hours:.2f} hours{price}")]
     for gb in (8, 16, 24, 80) if args.estimate else ():      # a tenth is left to temporaries
         most = int((0.9e9 * gb - cost["state"]) / cost["row"] * args.row_tokens) // 256 * 256
@@ -1465,10 +1496,11 @@ def check_estimate(cost, folder):
     """Prints what was estimated beside what the log has."""
     log = [(row["step_s"], row["peak_mib"]) for row in read_log(folder) if "step_s" in row]
     seconds, memory = np.array(log).T
-    counted = (cost["state"] + cost["row"]) / 2**20
+    counted = (cost["state"] + cost["row"] + cost["held"]) / 2**20
     print(f"{folder}: estimated {cost['step_s']:.3g} s a step and {counted:.0f} MiB; measured "
-          f"{np.median(seconds):.3g} s and {memory.max():.0f} MiB, with data, autoencoder and, on "
-          "a CPU, libraries", file=sys.stderr)
+          f"{np.median(seconds):.3g} s and {memory.max():.0f} MiB" + (
+              ", libraries, data and autoencoder counted" if cost["held"] else
+              ", with data and autoencoder, which are not estimated"), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2066,6 +2098,11 @@ def build(args, options, weights, vae):
     return model
 
 
+def optimizer_of(args, model):
+    return MuonAdamW(model, ("dit.head", "table", "dit.time", "pos_embd", ".w.", ".wb.",
+                             "fc_out") if args.optimizer == "muon" else ("",))
+
+
 @one_run
 def train(args, folder):
     rows_a_step = args.batch_tokens // args.row_tokens
@@ -2081,6 +2118,8 @@ def train(args, folder):
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
     cost = estimate(args, about["model"], clips, plan, device)
+    step_s = timed_step(args, cost, about["model"], vae, clips, plan, device)
+    cost |= {"step_s": step_s or cost["step_s"], "is_timed": bool(step_s)}
     print_cost(args, cost, clips, held_out, device)
     advise(args, clips, plan)
     if args.estimate:
@@ -2093,8 +2132,7 @@ def train(args, folder):
     model, step = build(args, about["model"], weights, vae).to(device), 0
     tokens_of = dict(zip(clips.keys, clips.lengths))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    optimizer = MuonAdamW(model, ("dit.head", "table", "dit.time", "pos_embd", ".w.", ".wb.",
-                                  "fc_out") if args.optimizer == "muon" else ("",))
+    optimizer = optimizer_of(args, model)
     if saved_at:
         step, saved = load_step(saved_at)
         model.load_state_dict(saved["model"])

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +312,20 @@ def test_small_data_and_missing_captions_are_said(home, monkeypatch, capsys):
     D.main([*command[:-1], "--row_tokens", "256", "--batch_tokens", "256", "--steps", "1"])
     data = json.loads((home / "runs/small/config.json").read_text())["data"]
     assert data["text"] is False and data["words"] == []
+
+
+def test_an_estimate_of_a_step_is_timed_with_what_follows_its_rows(home, monkeypatch, capsys):
+    """Two rows of 0.2 s, then 0.5 s of optimizer; and the run's last line counts what was held before."""
+    monkeypatch.chdir(home)
+    taken = []
+    monkeypatch.setattr(D, "add_gradients", lambda *at: time.sleep(0.2))
+    monkeypatch.setattr(D, "take_step", lambda *at: taken.append(time.sleep(0.5)))
+    D.main(["set", "--vae", "set-vae", "--run", "planned", "--model", "video-xxs", "--estimate", "--device", "cpu",
+            "--row_tokens", "256", "--batch_tokens", "512", "--steps", "40"])
+    out = capsys.readouterr().out
+    seconds = float(re.search(r"^a step +([\d.]+) s: ", out, re.M)[1])
+    assert 0.9 <= seconds < 2.0 and 2 <= len(taken) <= 6 and "as steps were timed" in out
+    assert re.search(r"beside \d{3,} MiB of libraries", out)
 
 
 def test_an_estimate_encodes_no_captions(home, tmp_path, monkeypatch, capsys):
