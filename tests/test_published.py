@@ -362,6 +362,18 @@ def test_p05_language_models_in_every_precision(name, config, more, dtype, tmp_p
     near(got, wanted, atol=0.15 * float(wanted.std()) + 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_p01_plain_float8_is_read_and_scales_are_refused(dtype, tmp_path, capsys):
+    tensors = {n: w.to(dtype) for n, w in weights(lm_shapes(TINY)).items()}
+    config, W = TINY | {"model_type": "llama"}, double(tensors)
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors))
+    near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
+        W, TINY, W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    folder = folder_of(tmp_path / "s", config, tensors | scale)
+    assert "quantized with scales are not read" in refused(capsys, folder, call=c.open_vlm)
+
+
 def test_internlm2_whose_config_does_not_say_bias(tmp_path, capsys):
     """Its class has biases, which are zero where the file has none; others are refused by name."""
     t = TINY | {"model_type": "internlm2"}
@@ -1171,8 +1183,9 @@ def test_refusals_name_the_files_tensors(tmp_path, capsys):
         assert says in err and "decoder." not in err and "tower.layers" not in err, err
     v, tensors = qwen_parts(True)
     config = TINY | dict(model_type="qwen2_5_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
-    for i, (name, shape, says) in enumerate([("visual.blocks.1.attn.qkv.weight", (95, 32), "has 95 rows, which 2 queries"),
-                                             ("visual.blocks.5.attn.qkv.weight", (96, 32), "is unexpected")]):
+    for i, (name, shape, says) in enumerate([
+            ("visual.blocks.1.attn.qkv.weight", (95, 32), "has 95 rows, which 2 queries"),
+            ("visual.blocks.5.attn.qkv.weight", (96, 32), "is unexpected")]):
         folder = folder_of(tmp_path / f"q{i}", config, tensors | {name: torch.zeros(shape)})
         assert f"{name} {says}" in refused(capsys, folder, call=c.open_vlm)
 
