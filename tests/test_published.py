@@ -753,6 +753,7 @@ TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and w
     "macro": (MACRO, "<user>Q|<bot>?", None),
     "parts alone": (TRL, CURIOUS + "USER: Q ASSISTANT: ", "</s>"),
     "an import": ("{% import 'x' as y %}{{ messages[0].content }}", None, "its grammar is not known"),
+    "an empty tag": ("{% %}{{ messages[0].content }}", None, "its tag {% %} is not known"),
     "a filter": ("{{ messages[0].content | indent(4) }}", None, "'indent' is not known"),
     "a system's part is missing": ("{{ messages[0].content + notes }}", None, "str and Undefined do not add up"),
     "it refuses": ("{{ raise_exception('a system message is needed') }}", None, "it says: a system message is"),
@@ -824,6 +825,25 @@ def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
             assert "none that is known" in refused(capsys, "Q", call=model.prompt)
             gap = "\n" * (config["model_type"] == "llava")
             assert c.open_vlm(folder, template="mistral").prompt("Q") == f"[INST] \0{gap}Q [/INST]"
+
+
+def test_v04_templates_of_other_folders_and_forms(tmp_path, capsys):
+    """With --tokenizer the model's own template is heard first; LLaVA's own layout, which is asked as
+    its code asks, says that its template is not."""
+    tensors, config = weights(lm_shapes(TINY)), TINY | {"model_type": "llama"}
+    other = folder_of(tmp_path / "t", config, None, **told("chat_template.jinja", GEMMA))
+    for way, wanted in ("chat_template.jinja", TEMPLATES["qwen2"][1]), ("", TEMPLATES["gemma"][1]):
+        folder = folder_of(tmp_path / f"m{way}", config, tensors, **told(way, QWEN2 if way else ""))
+        assert c.open_vlm(folder, tokenizer=other).prompt("Q") == wanted
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    config = text | dict(model_type="llava", mm_vision_tower="clip", mm_projector_type="mlp2x_gelu",
+                         mm_vision_select_layer=-2)
+    for template in ("", VICUNA_TURNS):
+        folder = folder_of(tmp_path / f"own{len(template)}", config, {
+            llava_names("own", n): w for n, w in tensors.items()}, **told("chat_template.jinja", template))
+        folder_of(folder / "clip", v | {"image_size": 28}, None, False)
+        assert c.open_vlm(folder).prompt("Q") == c.VICUNA + "USER: \0\nQ ASSISTANT:"
+        assert ("its chat template is not used" in capsys.readouterr().err) == bool(template)
 
 
 @pytest.mark.parametrize("add_bos, add_eos", [(True, True), (True, False), (False, True), (False, False)])
