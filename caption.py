@@ -3462,7 +3462,7 @@ def scored_picture(folder, size, is_siglip):
     told, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN, ("resample",))
     scaled, cut = told.get("size", size), told.get("crop_size", size)
     is_cut = told.get("do_center_crop", not is_siglip)
-    is_whole = is_siglip and "size" not in told or isinstance(scaled, dict) and "height" in scaled
+    is_whole = "height" in scaled if isinstance(scaled, dict) else is_siglip
     scaled, cut = (set(each.values()) if isinstance(each, dict) else {each}
                    for each in (scaled, cut))
     short, how = max(scaled), Image.Resampling(told.get("resample", 3))

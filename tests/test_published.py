@@ -968,6 +968,10 @@ def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, c
     with torch.no_grad():
         near(scorer.model.tower(pixels[None])[0], x)
     assert -1 <= scorer.score([frame], "a dog")["clip"] <= 1
+    for size in (38, {"height": 38, "width": 38}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(dict(size=size, resample=2)))
+        picture = c.scored_picture(folder, 38, True)
+        assert picture.func is c.squash and picture.keywords == dict(mean_std=c.HALF, how=2)
     for i, (more, files) in enumerate([
             ({}, dict(tokenizer_config__json={"tokenizer_class": "GemmaTokenizerFast"})),
             (dict(text_config=t | {"vocab_size": 256000}), {})]):
