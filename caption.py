@@ -68,6 +68,7 @@ import re
 import string
 import sys
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -2081,7 +2082,8 @@ class ChatTemplate:
 
     def __init__(self, text):
         try:
-            self.tree = ast.parse("\n".join(self.lines(bounded(text))))
+            with warnings.catch_warnings(action="ignore"):               # of odd escapes in texts
+                self.tree = ast.parse("\n".join(self.lines(bounded(text))))
         except (SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"its grammar is not known: {error}") from None
 
