@@ -80,6 +80,7 @@ import re
 import string
 import sys
 import unicodedata
+import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -1975,7 +1976,8 @@ class ChatTemplate:
 
     def __init__(self, text):
         try:
-            self.tree = ast.parse("\n".join(self.lines(bounded(text))))
+            with warnings.catch_warnings(action="ignore"):               # of odd escapes in texts
+                self.tree = ast.parse("\n".join(self.lines(bounded(text))))
         except (SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"its grammar is not known: {error}") from None
 
@@ -1992,7 +1994,9 @@ class ChatTemplate:
             if part[1] == "{":
                 yield f"{' ' * depth}({inside})"
             elif part[1] == "%":
-                word, rest = re.fullmatch(r"(\w+)\s*(.*)", inside).groups()
+                if not (tag := re.fullmatch(r"(\w+)\s*(.*)", inside)):
+                    raise ValueError(f"its tag {part:.40} is not known")
+                word, rest = tag.groups()
                 if word == "for":                    # for … in … if …
                     rest = re.sub(r"^(.+?) in (.+) if ((?!.* else ).+)$",
                                   r"\1 in [(\1) for \1 in \2 if \3]", rest)
@@ -3124,6 +3128,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
     with read_as_config(tokenizer or path, "tokenizer_config.json"):
         model.where, model.tokens = path, Tokens(Path(tokenizer or path))
+        if tokenizer:                                # the model's own template, if it has one
+            model.tokens.template = chat_template(path, read_published(
+                path / "tokenizer_config.json", {})) or model.tokens.template
         if plan.slot and model.tokens.id(plan.slot) is None:
             refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
         set_prompt(plan, kind, model.tokens, template, path)
@@ -3137,6 +3144,9 @@ def set_prompt(plan, kind, tokens, name, where):
     is_lm = plan.tower is None
     is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and plan.slot
     if not (name or is_lm or is_port and tokens.template):
+        if tokens.template and plan.prompt:
+            tqdm.write(f"{where}: its chat template is not used: a {kind} is asked as its own code "
+                       "asks (--template NAME: otherwise)", file=sys.stderr)
         return                                       # captioners of one form only
     if tokens.template and not name:
         try:
@@ -3348,7 +3358,7 @@ def scored_picture(folder, size, is_siglip):
     told, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN, ("resample",))
     scaled, cut = told.get("size", size), told.get("crop_size", size)
     is_cut = told.get("do_center_crop", not is_siglip)
-    is_whole = is_siglip and "size" not in told or isinstance(scaled, dict) and "height" in scaled
+    is_whole = "height" in scaled if isinstance(scaled, dict) else is_siglip
     scaled, cut = (set(each.values()) if isinstance(each, dict) else {each}
                    for each in (scaled, cut))
     short, how = max(scaled), Image.Resampling(told.get("resample", 3))

@@ -7,9 +7,15 @@ Prints a row a family: draws whose numbers are equal, draws that were refused (b
 wrong ones. transformers itself saves the folders, of float32, bfloat16 or float16, whole, in shards,
 as .bin, without an index or without what equals the class's default. Compared are all logits of a
 prompt (of a picture or a video, where the model sees) and 8 greedy tokens; of encoders the hidden
-states, of CLIP and SigLIP the cosine. The denoisers' and autoencoders' are in differential_dit.py."""
+states, of CLIP and SigLIP the cosine. The denoisers' and autoencoders' are in differential_dit.py.
+
+    python tests/differential.py --templates DIR
+
+renders each *.jinja under a folder (axolotl, trl and others bring theirs) for one turn, with and
+without a picture or an answer, by caption.py and by jinja2 as transformers sets it up."""
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import shutil
@@ -287,12 +293,44 @@ def draw(name, r):
             return said.getvalue().partition(str(folder))[2].strip(": \n"), 0.0, True
 
 
+def compare_templates(folder):
+    """Prints how many renderings are equal, differ, and were refused by us alone, and of which files."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
+    found = Counter()
+    for path in sorted(Path(folder).rglob("*.jinja")):
+        text = path.read_text(encoding="utf-8")
+        for content in ("{q}", [{"type": "image"}, {"type": "text", "text": "{q}"}]):
+            for answer in ([], [{"role": "assistant", "content": "{a}"}]):
+                names = dict(messages=[{"role": "user", "content": content}, *answer], tools=None,
+                             documents=None, add_generation_prompt=not answer, bos_token="<s>",
+                             eos_token="</s>", enable_thinking=False)
+                try:
+                    theirs = compiled(text).render(**names, strftime_now=datetime.datetime.strptime(
+                        C.TODAY, "%d %b %Y").strftime)
+                except Exception:                    # of what a template refuses, or cannot take
+                    found["refused by jinja2"] += 1
+                    continue
+                if "'type'" in theirs:               # it printed the list of parts
+                    found["no rendering of parts"] += 1
+                    continue
+                try:
+                    is_equal = C.ChatTemplate(text).render(**names) == theirs
+                    found["equal" if is_equal else f"WRONG: {path.name}"] += 1
+                except ValueError as error:
+                    found[f"refused: {path.name}: {error}"[:90]] += 1
+    for what, n in found.most_common():
+        print(f"{n} x {what}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--templates", metavar="DIR")
     args = parser.parse_args()
+    if args.templates:
+        return compare_templates(args.templates)
     T.logging.set_verbosity_error()
     T.logging.disable_progress_bar()
     print(f"transformers {T.__version__}, torch {torch.__version__}, seed {args.seed}\n\n"

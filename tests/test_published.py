@@ -362,6 +362,18 @@ def test_p05_language_models_in_every_precision(name, config, more, dtype, tmp_p
     near(got, wanted, atol=0.15 * float(wanted.std()) + 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_p01_plain_float8_is_read_and_scales_are_refused(dtype, tmp_path, capsys):
+    tensors = {n: w.to(dtype) for n, w in weights(lm_shapes(TINY)).items()}
+    config, W = TINY | {"model_type": "llama"}, double(tensors)
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors))
+    near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
+        W, TINY, W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    folder = folder_of(tmp_path / "s", config, tensors | scale)
+    assert "quantized with scales are not read" in refused(capsys, folder, call=c.open_vlm)
+
+
 def test_internlm2_whose_config_does_not_say_bias(tmp_path, capsys):
     """Its class has biases, which are zero where the file has none; others are refused by name."""
     t = TINY | {"model_type": "internlm2"}
@@ -741,6 +753,7 @@ TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and w
     "macro": (MACRO, "<user>Q|<bot>?", None),
     "parts alone": (TRL, CURIOUS + "USER: Q ASSISTANT: ", "</s>"),
     "an import": ("{% import 'x' as y %}{{ messages[0].content }}", None, "its grammar is not known"),
+    "an empty tag": ("{% %}{{ messages[0].content }}", None, "its tag {% %} is not known"),
     "a filter": ("{{ messages[0].content | indent(4) }}", None, "'indent' is not known"),
     "a system's part is missing": ("{{ messages[0].content + notes }}", None, "str and Undefined do not add up"),
     "it refuses": ("{{ raise_exception('a system message is needed') }}", None, "it says: a system message is"),
@@ -812,6 +825,25 @@ def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
             assert "none that is known" in refused(capsys, "Q", call=model.prompt)
             gap = "\n" * (config["model_type"] == "llava")
             assert c.open_vlm(folder, template="mistral").prompt("Q") == f"[INST] \0{gap}Q [/INST]"
+
+
+def test_v04_templates_of_other_folders_and_forms(tmp_path, capsys):
+    """With --tokenizer the model's own template is heard first; LLaVA's own layout, which is asked as
+    its code asks, says that its template is not."""
+    tensors, config = weights(lm_shapes(TINY)), TINY | {"model_type": "llama"}
+    other = folder_of(tmp_path / "t", config, None, **told("chat_template.jinja", GEMMA))
+    for way, wanted in ("chat_template.jinja", TEMPLATES["qwen2"][1]), ("", TEMPLATES["gemma"][1]):
+        folder = folder_of(tmp_path / f"m{way}", config, tensors, **told(way, QWEN2 if way else ""))
+        assert c.open_vlm(folder, tokenizer=other).prompt("Q") == wanted
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    config = text | dict(model_type="llava", mm_vision_tower="clip", mm_projector_type="mlp2x_gelu",
+                         mm_vision_select_layer=-2)
+    for template in ("", VICUNA_TURNS):
+        folder = folder_of(tmp_path / f"own{len(template)}", config, {
+            llava_names("own", n): w for n, w in tensors.items()}, **told("chat_template.jinja", template))
+        folder_of(folder / "clip", v | {"image_size": 28}, None, False)
+        assert c.open_vlm(folder).prompt("Q") == c.VICUNA + "USER: \0\nQ ASSISTANT:"
+        assert ("its chat template is not used" in capsys.readouterr().err) == bool(template)
 
 
 @pytest.mark.parametrize("add_bos, add_eos", [(True, True), (True, False), (False, True), (False, False)])
@@ -936,6 +968,10 @@ def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, c
     with torch.no_grad():
         near(scorer.model.tower(pixels[None])[0], x)
     assert -1 <= scorer.score([frame], "a dog")["clip"] <= 1
+    for size in (38, {"height": 38, "width": 38}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(dict(size=size, resample=2)))
+        picture = c.scored_picture(folder, 38, True)
+        assert picture.func is c.squash and picture.keywords == dict(mean_std=c.HALF, how=2)
     for i, (more, files) in enumerate([
             ({}, dict(tokenizer_config__json={"tokenizer_class": "GemmaTokenizerFast"})),
             (dict(text_config=t | {"vocab_size": 256000}), {})]):
@@ -1171,8 +1207,9 @@ def test_refusals_name_the_files_tensors(tmp_path, capsys):
         assert says in err and "decoder." not in err and "tower.layers" not in err, err
     v, tensors = qwen_parts(True)
     config = TINY | dict(model_type="qwen2_5_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
-    for i, (name, shape, says) in enumerate([("visual.blocks.1.attn.qkv.weight", (95, 32), "has 95 rows, which 2 queries"),
-                                             ("visual.blocks.5.attn.qkv.weight", (96, 32), "is unexpected")]):
+    for i, (name, shape, says) in enumerate([
+            ("visual.blocks.1.attn.qkv.weight", (95, 32), "has 95 rows, which 2 queries"),
+            ("visual.blocks.5.attn.qkv.weight", (96, 32), "is unexpected")]):
         folder = folder_of(tmp_path / f"q{i}", config, tensors | {name: torch.zeros(shape)})
         assert f"{name} {says}" in refused(capsys, folder, call=c.open_vlm)
 
