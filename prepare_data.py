@@ -35,9 +35,10 @@ Rules           Time 0 is a file's first frame; only the frames' timestamps coun
                 A bad packet is skipped and counted (scores: bad_packets, with frames that the
                 decoder mends); decoding goes on. Scores: damage is their share of a clip.
                 HDR (PQ, HLG) becomes BT.709: see `tone_mapped`.
-                A caption with times belongs to each clip of which at least half lies inside them,
-                one without times to every clip of its file. A variable rate becomes the median
-                rate: frame k shows the last frame that began at or before start + k / fps.
+                A caption with times belongs to each clip of which at least half lies inside them
+                (if of none, it is listed), one without times to every clip of its file. A variable
+                rate becomes the median rate: frame k shows the last frame that began at or before
+                start + k / fps.
 Matching        what                matches
                 a row's path        the file of that name, else of that stem (name without media
                                     suffixes), in any Unicode form, whose folders are the row's from
@@ -46,10 +47,14 @@ Matching        what                matches
                                     listed as ambiguous. Published ids need no folders
                 NAME.txt .json .cls the file beside it, also in capitals; the caption of .json comes
                                     first, where it has one
+                a folder            its files' label (--format folder), or their split: train, val,
+                                    test; numbered ones (00000, shard-01) and those in tars neither
+                a tar               each of its files, links too; of a damaged one those before the
+                                    damage; compressed ones are listed as rejects
                 a picture           is a thumbnail where a video of its name is beside it: no clip
                 a column            ours, whatever its blanks and capitals (csv, tsv, json, jsonl)
                 a caption           a text, a list, an object (its keys are the styles), nested
-                                    ones; not '', nan, null, none
+                                    ones, what an assistant says; not '', nan, null, none
                 a text              UTF-8, or UTF-16 and UTF-32 by their mark; \\n, \\r\\n end lines
                 a link to a folder  that folder, once; a hidden file or folder nothing
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
@@ -3084,7 +3089,7 @@ def claim(lock, first, n, wait=False):
 
 
 OLD = {"hdr": "reject", "interlaced": "keep"}           # of folders begun before these options
-SPAN = 2**40            # bytes of .lock that stand for all shards; the next one for joining them
+SPAN = 2**40            # bytes of .lock that stand for all shards; the next for joining, for --meta
 
 
 def prepare(args):
@@ -3128,13 +3133,17 @@ def make_shards(args, folder, root, plan, is_new, lock):
     """Makes this process's shards and, once all are there, joins them."""
     sweep(folder)
     database = (folder / "facts.db").absolute() if args.meta else None
-    if is_new:
+    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
+    claim(lock, SPAN + 1, 1, wait=True)                # parts that begin at once: one reads --meta
+    path, text = folder / "plan.json", json.dumps(plan)
+    if is_new and not (path.exists() and path.read_text(encoding="utf-8") == text):
         if database:
             database.unlink(missing_ok=True)           # of fewer files
-        write_text(folder / "plan.json", json.dumps(plan))
-    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
+        write_text(path, text)
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
+    if fcntl:
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN + 1)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
         if n % n_parts == part - 1 and not is_done(folder, n):
             jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,
