@@ -447,6 +447,37 @@ def in_memory(data, suffix):
     return file
 
 
+class Member(io.RawIOBase):
+    """A part of a file, as an open file that is used like a path: it has a suffix."""
+
+    def __init__(self, path, start, size, suffix):
+        self.file, self.start, self.size, self.suffix = open(path, "rb"), start, size, suffix
+        self.at = 0
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+    def seek(self, to, whence=os.SEEK_SET):
+        self.at = max(0, to + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer):
+        self.file.seek(self.start + self.at)
+        n = self.file.readinto(memoryview(buffer)[:max(0, self.size - self.at)])
+        self.at += n
+        return n
+
+    def getvalue(self):
+        self.seek(0)
+        return self.read()
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
 def members(archive):
     """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
     of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
@@ -528,9 +559,9 @@ def located(root, source):
             return file.read(index[name][1])
         texts = {suffix: read(key + ending) for suffix in suffixes
                  for ending in (suffix.upper(), suffix) if key + ending in index}
-        data = read(name)
-    is_record = archive.suffix == ".tfrecords"
-    return in_memory(*(bair_video(data), ".png") if is_record else (data, path.suffix)), texts
+        if archive.suffix.lower() == ".tfrecords":
+            return in_memory(bair_video(read(name)), ".png"), texts
+    return Member(archive, *index[name], path.suffix), texts
 
 
 def bair_video(record):
@@ -2956,18 +2987,22 @@ def walk(root, folder):
 
 
 def find_sources(root, folder, form):
-    """([[relative path, bytes]] sorted, {kind: names} of other files, number of thumbnails) under
-    `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of formats that come
-    in archives their members count, and an archive itself that is not whole. A picture beside a
-    video of its name is that one's thumbnail."""
+    """([[relative path, bytes]] sorted, {kind: (number, first)} of other files, number of
+    thumbnails) under `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of
+    formats that come in archives their members count, and an archive itself that is not whole. A
+    picture beside a video of its name is that one's thumbnail."""
     found, others = [], {}
+
+    def pass_over(kind):
+        n, first = others.get(kind, (0, name))
+        others[kind] = n + 1, min(first, name)
     for where, files in walk(root, folder):
         for path in (where / name for name in files):
             name, kind = path.relative_to(root).as_posix(), path.suffix.lower() or "no suffix"
             if path.name.startswith("."):
-                others.setdefault("hidden", []).append(name)
+                pass_over("hidden")
             elif not path.is_file():
-                others.setdefault("dead link" if path.is_symlink() else "no file", []).append(name)
+                pass_over("dead link" if path.is_symlink() else "no file")
             elif is_archive(name) and form in ("webdataset", "bair"):
                 inside, wrong = archive_index(path)
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
@@ -2975,7 +3010,7 @@ def find_sources(root, folder, form):
                           and not Path(inner).name.startswith("._")]
                 found += [[name, path.stat().st_size]] * bool(wrong)
             elif kind not in VIDEOS | STILLS:
-                others.setdefault("tar" if is_archive(name) else kind, []).append(name)
+                pass_over("tar" if is_archive(name) else kind)
             else:
                 found.append([name, path.stat().st_size])
     stem = lambda name: name[:name.rfind("/") + 1] + bare(name)
@@ -2991,9 +3026,9 @@ def is_archive(name):
 
 def passed_over(others, words="others passed over"):
     """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
-    kinds = sorted(((len(names), kind, min(names)) for kind, names in others.items()
+    kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
                     if kind not in (".txt", ".json", ".cls", "hidden")), reverse=True)
-    return f"{sum(map(len, others.values()))} {words}" + ": " * bool(kinds) + ", ".join(
+    return f"{sum(n for n, _ in others.values())} {words}" + ": " * bool(kinds) + ", ".join(
         f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
             "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "")
 

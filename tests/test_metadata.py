@@ -11,6 +11,7 @@ import random
 import sys
 import tarfile
 import time
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -874,3 +875,21 @@ def test_6c_parts_that_begin_at_once_share_what_they_read_of_the_metadata(tmp_pa
     monkeypatch.setattr(pd, "run_jobs", run_jobs)
     pd.main([*options, "--part", "1/2"])
     assert len(seen) == 2 and [row["captions"][0]["text"] for row in pd.open_dataset("data/set")] == ["x", "y"]
+
+
+def test_6e_members_of_tars_are_not_read_whole(tmp_path):
+    """A clip of some GiB in a tar took as much memory."""
+    head = tarfile.TarInfo("a.mp4")
+    head.size = 2**29
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.write(head.tobuf())
+        file.seek(2**29 - 5, os.SEEK_CUR)
+        file.write(b"ended" + bytes(1024))
+    tracemalloc.start()
+    try:
+        member, texts = pd.located(tmp_path, "x.tar/a.mp4")
+        assert member.seek(-5, os.SEEK_END) == 2**29 - 5 and member.read() == b"ended" and member.read(9) == b""
+        assert member.seek(0) == 0 and member.read(3) == bytes(3) and member.tell() == 3 and not texts
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
