@@ -35,9 +35,10 @@ Rules           Time 0 is a file's first frame; only the frames' timestamps coun
                 A bad packet is skipped and counted (scores: bad_packets, with frames that the
                 decoder mends); decoding goes on. Scores: damage is their share of a clip.
                 HDR (PQ, HLG) becomes BT.709: see `tone_mapped`.
-                A caption with times belongs to each clip of which at least half lies inside them,
-                one without times to every clip of its file. A variable rate becomes the median
-                rate: frame k shows the last frame that began at or before start + k / fps.
+                A caption with times belongs to each clip of which at least half lies inside them
+                (if of none, it is listed), one without times to every clip of its file. A variable
+                rate becomes the median rate: frame k shows the last frame that began at or before
+                start + k / fps.
 Matching        what                matches
                 a row's path        the file of that name, else of that stem (name without media
                                     suffixes), in any Unicode form, whose folders are the row's from
@@ -46,10 +47,14 @@ Matching        what                matches
                                     listed as ambiguous. Published ids need no folders
                 NAME.txt .json .cls the file beside it, also in capitals; the caption of .json comes
                                     first, where it has one
+                a folder            its files' label (--format folder), or their split: train, val,
+                                    test; numbered ones (00000, shard-01) and those in tars neither
+                a tar               each of its files, links too; of a damaged one those before the
+                                    damage; compressed ones are listed as rejects
                 a picture           is a thumbnail where a video of its name is beside it: no clip
                 a column            ours, whatever its blanks and capitals (csv, tsv, json, jsonl)
                 a caption           a text, a list, an object (its keys are the styles), nested
-                                    ones; not '', nan, null, none
+                                    ones, what an assistant says; not '', nan, null, none
                 a text              UTF-8, or UTF-16 and UTF-32 by their mark; \\n, \\r\\n end lines
                 a link to a folder  that folder, once; a hidden file or folder nothing
 Data sets       --format        reads (--meta: the file, or the folder that holds them), and keeps
@@ -461,6 +466,37 @@ def in_memory(data, suffix):
     return file
 
 
+class Member(io.RawIOBase):
+    """A part of a file, as an open file that is used like a path: it has a suffix."""
+
+    def __init__(self, path, start, size, suffix):
+        self.file, self.start, self.size, self.suffix = open(path, "rb"), start, size, suffix
+        self.at = 0
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+    def seek(self, to, whence=os.SEEK_SET):
+        self.at = max(0, to + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer):
+        self.file.seek(self.start + self.at)
+        n = self.file.readinto(memoryview(buffer)[:max(0, self.size - self.at)])
+        self.at += n
+        return n
+
+    def getvalue(self):
+        self.seek(0)
+        return self.read()
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
 def members(archive):
     """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
     of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
@@ -542,9 +578,9 @@ def located(root, source):
             return file.read(index[name][1])
         texts = {suffix: read(key + ending) for suffix in suffixes
                  for ending in (suffix.upper(), suffix) if key + ending in index}
-        data = read(name)
-    is_record = archive.suffix == ".tfrecords"
-    return in_memory(*(bair_video(data), ".png") if is_record else (data, path.suffix)), texts
+        if archive.suffix.lower() == ".tfrecords":
+            return in_memory(bair_video(read(name)), ".png"), texts
+    return Member(archive, *index[name], path.suffix), texts
 
 
 def bair_video(record):
@@ -2970,18 +3006,22 @@ def walk(root, folder):
 
 
 def find_sources(root, folder, form):
-    """([[relative path, bytes]] sorted, {kind: names} of other files, number of thumbnails) under
-    `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of formats that come
-    in archives their members count, and an archive itself that is not whole. A picture beside a
-    video of its name is that one's thumbnail."""
+    """([[relative path, bytes]] sorted, {kind: (number, first)} of other files, number of
+    thumbnails) under `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of
+    formats that come in archives their members count, and an archive itself that is not whole. A
+    picture beside a video of its name is that one's thumbnail."""
     found, others = [], {}
+
+    def pass_over(kind):
+        n, first = others.get(kind, (0, name))
+        others[kind] = n + 1, min(first, name)
     for where, files in walk(root, folder):
         for path in (where / name for name in files):
             name, kind = path.relative_to(root).as_posix(), path.suffix.lower() or "no suffix"
             if path.name.startswith("."):
-                others.setdefault("hidden", []).append(name)
+                pass_over("hidden")
             elif not path.is_file():
-                others.setdefault("dead link" if path.is_symlink() else "no file", []).append(name)
+                pass_over("dead link" if path.is_symlink() else "no file")
             elif is_archive(name) and form in ("webdataset", "bair"):
                 inside, wrong = archive_index(path)
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
@@ -2989,7 +3029,7 @@ def find_sources(root, folder, form):
                           and not Path(inner).name.startswith("._")]
                 found += [[name, path.stat().st_size]] * bool(wrong)
             elif kind not in VIDEOS | STILLS:
-                others.setdefault("tar" if is_archive(name) else kind, []).append(name)
+                pass_over("tar" if is_archive(name) else kind)
             else:
                 found.append([name, path.stat().st_size])
     stem = lambda name: name[:name.rfind("/") + 1] + bare(name)
@@ -3005,9 +3045,9 @@ def is_archive(name):
 
 def passed_over(others, words="others passed over"):
     """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
-    kinds = sorted(((len(names), kind, min(names)) for kind, names in others.items()
+    kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
                     if kind not in (".txt", ".json", ".cls", "hidden")), reverse=True)
-    return f"{sum(map(len, others.values()))} {words}" + ": " * bool(kinds) + ", ".join(
+    return f"{sum(n for n, _ in others.values())} {words}" + ": " * bool(kinds) + ", ".join(
         f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
             "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "")
 
@@ -3103,7 +3143,7 @@ def claim(lock, first, n, wait=False):
 
 
 OLD = {"hdr": "reject", "interlaced": "keep"}           # of folders begun before these options
-SPAN = 2**40            # bytes of .lock that stand for all shards; the next one for joining them
+SPAN = 2**40            # bytes of .lock that stand for all shards; the next for joining, for --meta
 
 
 def prepare(args):
@@ -3147,13 +3187,17 @@ def make_shards(args, folder, root, plan, is_new, lock):
     """Makes this process's shards and, once all are there, joins them."""
     sweep(folder)
     database = (folder / "facts.db").absolute() if args.meta else None
-    if is_new:
+    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
+    claim(lock, SPAN + 1, 1, wait=True)                # parts that begin at once: one reads --meta
+    path, text = folder / "plan.json", json.dumps(plan)
+    if is_new and not (path.exists() and path.read_text(encoding="utf-8") == text):
         if database:
             database.unlink(missing_ok=True)           # of fewer files
-        write_text(folder / "plan.json", json.dumps(plan))
-    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
+        write_text(path, text)
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
+    if fcntl:
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN + 1)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
         if n % n_parts == part - 1 and not is_done(folder, n):
             jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,

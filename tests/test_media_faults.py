@@ -411,7 +411,7 @@ def png16(path, values, kind):
         + chunk(b"IEND", b""))
 
 
-def test_pictures_of_too_many_pixels(tmp_path, monkeypatch):
+def test_6e_pictures_of_too_many_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, "MOST_PIXELS", 100 * 100)
     Image.fromarray(scenery(1, 1, size=(160, 120))[0]).save(tmp_path / "a.png")
     reject, = clips(tmp_path / "a.png")[1]
@@ -454,7 +454,7 @@ def test_d12_moving_pictures_keep_their_rate(tmp_path, form):
 
 @pytest.mark.parametrize("width, height", [(1, 1), (1, 64), (64, 1), (2, 64), (64, 2), (3, 3),
                                            (5, 400), (700, 2), (16000, 2)])
-def test_narrow_pictures_and_videos(tmp_path, width, height):
+def test_section1_narrow_pictures_and_videos(tmp_path, width, height):
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     (row, _, _), = clips(tmp_path / "a.png", min_side=0, min_contrast=0)[0]
@@ -481,7 +481,7 @@ def test_d10_odd_size_of_a_sample(tmp_path, capsys):
     assert (wish["height"], wish["width"]) == (33, 47) and not capsys.readouterr().err
 
 
-def test_sizes_that_change_again_and_again(tmp_path):
+def test_6b_sizes_that_change_again_and_again(tmp_path):
     sizes = [(64, 48)] * 7 + [(80, 64)] + [(96, 72)] * 4 + [(64, 48)] * 2 + [(40, 40)] * 3
     seeds = [1] * 6 + [2, 3] + [4] * 9
     with av.open(str(tmp_path / "a.avi"), "w") as out:
@@ -501,7 +501,7 @@ def test_sizes_that_change_again_and_again(tmp_path):
         (64, 48, 7), (80, 64, 1), (96, 72, 4), (64, 48, 2), (40, 40, 3)] and not lost
 
 
-def test_side_data_of_a_type_without_a_name(tmp_path):
+def test_section1_side_data_of_a_type_without_a_name(tmp_path):
     """FFmpeg gives a JPEG's EXIF as side data of a type that this PyAV has no name for; beside it
     stands the rotation."""
     exif = Image.Exif()
@@ -640,7 +640,7 @@ def test_d16_rates_of_odd_times(tmp_path):
         assert len(kept) + len(lost) >= 1, (scale, rate)
 
 
-def test_pixels_far_from_square(tmp_path):
+def test_6b_pixels_far_from_square(tmp_path):
     path = write(tmp_path / "a.mov", scenery(1, 12, size=(64, 48)),
                  sample_aspect_ratio=Fraction(4, 3))
     data = path.read_bytes()
@@ -654,7 +654,7 @@ def test_pixels_far_from_square(tmp_path):
     assert clips(path)[0][0][0]["width"] == 86
 
 
-def test_clips_too_large_for_a_tar(tmp_path, monkeypatch):
+def test_6b_clips_too_large_for_a_tar(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, "MOST_BYTES", 1000)
     write(tmp_path / "a.mp4", scenery(1, 12))
     reject, = clips(tmp_path / "a.mp4")[1]
@@ -664,7 +664,7 @@ def test_clips_too_large_for_a_tar(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["flv", "ts", "mpg"])
-def test_streams_that_begin_within_the_file(tmp_path, suffix):
+def test_6b_streams_that_begin_within_the_file(tmp_path, suffix):
     """Sound that starts after FFmpeg has looked for streams (5 MB): PyAV does not know it."""
     random = np.random.default_rng(1)
     frames = list(random.integers(0, 255, (14, 240, 320, 3), dtype=np.uint8))
@@ -856,7 +856,7 @@ def mutants(base, folder, part):
 
 
 @pytest.mark.parametrize("part", [10, pytest.param(1, marks=pytest.mark.slow)])
-def test_200_media_files_each_kept_or_rejected(tmp_path, part):
+def test_6b_200_media_files_each_kept_or_rejected(tmp_path, part):
     from test_prepare_data import row_lines, run
     (tmp_path / "base").mkdir(), (tmp_path / "in").mkdir()
     names = mutants(tmp_path / "base", tmp_path / "in", part)

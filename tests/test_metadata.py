@@ -11,6 +11,7 @@ import random
 import sys
 import tarfile
 import time
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_m07_two_spellings_on_disk_are_two_files(tmp_path):
     assert found == {one: ["c"], two: ["d"]} and not lost
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_6b_names_that_are_no_text(tmp_path):
     """A file's name in Latin-1 matches a row in Latin-1, and harms no other."""
     odd = os.fsdecode(b"caf\xe9.mp4")
     found, lost = captions(tmp_path, "m.csv", b"video,caption\nb.mp4,good\ncaf\xe9.mp4,odd\ngone\xff.mp4,x\n",
@@ -156,7 +157,7 @@ def test_m02_captions_of_several_lines_stay(tmp_path):
     ("video,caption", "{},A man, walking home, waves"), ("video, caption", "{}, A man"), ("video;caption", "{};A man"),
     (" Video ,Caption", "{},A man"), ("\r\n\r\nvideo,caption", "{},A man"), ("PATH\tTEXT", "{}\tA man"), ("video,caption", "{},A man,,"),
     ("\ufeffvideo,caption", "{},A man"), ("split,FILE,Caption", "train,{},A man")])
-def test_m03_tables_as_people_write_them(tmp_path, head, cell):
+def test_m03_m04_tables_as_people_write_them(tmp_path, head, cell):
     text = "\r\n".join([head, cell.format("a.mp4"), "", cell.format("b.mp4")])
     found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
     want = cell.split("{}")[1].lstrip(",;\t ").rstrip(",")
@@ -261,7 +262,7 @@ def test_m08_what_is_no_text_is_named(tmp_path, capsys):
     assert "--banned" in line(capsys, lambda: pd.parse_options(["x", "--banned", str(tmp_path / "words")]))
 
 
-def test_m08_texts_beside_a_file():
+def test_m08_w04_texts_beside_a_file():
     def of(**texts):
         facts, rejects = pd.beside("train/cats/a.mp4", {f".{k}": v if isinstance(v, bytes) else v.encode()
                                                        for k, v in texts.items()})
@@ -308,7 +309,7 @@ BAD = {"deep": '{"video": "a.mp4", "caption": ' + "[" * 100_000 + "]" * 100_000 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("gap", [",", ",\n"])
-def test_one_damaged_record_costs_that_record(tmp_path, bad, gap):
+def test_6a_6b_one_damaged_record_costs_that_record(tmp_path, bad, gap):
     good = [f'{{"video": "b.mp4", "caption": "{n}", "more": {{"x": ["{"-" * 500}"]}}}}' for n in range(5000)]
     text = "[" + gap.join([*good[:3000], BAD[bad], *good[3000:]]) + "]"                 # more than a read, 1 MiB
     found, lost = captions(tmp_path, "m.json", text, ["a.mp4", "b.mp4"])
@@ -320,7 +321,7 @@ def test_one_damaged_record_costs_that_record(tmp_path, bad, gap):
     assert found == {"a.mp4": ["x"]}
 
 
-def test_json_is_read_in_linear_time(tmp_path):
+def test_6e_json_is_read_in_linear_time(tmp_path):
     since = time.process_time()
     found, _ = captions(tmp_path, "m.json", " " * 2**20 + "[" + " " * 2**20 + GOOD + "]", ["b.mp4"])
     assert found == {"b.mp4": ["good"]}
@@ -330,7 +331,7 @@ def test_json_is_read_in_linear_time(tmp_path):
     assert time.process_time() - since < 8
 
 
-def test_msrvtt_rows_that_lack_something(tmp_path):
+def test_6b_msrvtt_rows_that_lack_something(tmp_path):
     write(tmp_path / "x_videodatainfo.json", json.dumps({
         "videos": [{"video_id": "v1", "split": "train"}, {"category": 3}, 5, {"video_id": "v2", "category": 0}],
         "sentences": [{"caption": "one"}, {"caption": "a", "video_id": "v1"}, None, [], {"caption": "b", "video_id": "v9"},
@@ -442,7 +443,7 @@ def make_shard(folder, root, sources, options, pipe):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EMFILE, "files"), MemoryError(),
                                    OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "read")])
-def test_section1_errors_of_the_machine_are_no_files(tmp_path, monkeypatch, error):
+def test_section1_6a_errors_of_the_machine_are_no_files(tmp_path, monkeypatch, error):
     encode(tmp_path / "a.mp4", shot(RED, 9))
     options = vars(pd.parse_options(["x", "--videos", "in"])) | {"meta": None}
 
@@ -612,7 +613,7 @@ def mutated(data, random):
 
 @pytest.mark.parametrize("form", SEEDS)
 @pytest.mark.parametrize("n", [25, pytest.param(3000, marks=pytest.mark.slow)])
-def test_fuzz_only_the_errors_that_are_meant(tmp_path, capsys, form, n):
+def test_6b_fuzz_only_the_errors_that_are_meant(tmp_path, capsys, form, n):
     """A reader keeps what it can, lists the rest, or refuses in one line; never another exception, never half a minute."""
     draw, sources, kept = random.Random(form), ["a.mp4", "b.mp4", "c.webm", "x/b.mp4"], 0
     name = f"x_videodatainfo.{ENDINGS.get(form, form)}" if form == "msrvtt" else f"m.{ENDINGS.get(form, form)}"
@@ -741,7 +742,7 @@ def test_raw_tabs_and_line_ends_in_json(tmp_path):
 
 @pytest.mark.parametrize("text", ['{"' * 100_000, '{"a":[' * 30_000, '{"a":' * 50_000 + "1" + "}" * 50_000,
                                   ('{"a":' * 900 + "x") * 40, '{"a":"x, ' * 30_000])
-def test_json_of_mere_damage_is_read_in_linear_time(tmp_path, text):
+def test_6e_json_of_mere_damage_is_read_in_linear_time(tmp_path, text):
     """Each error counted the lines before it, and what is deep was read from each depth: 12 s and 43 s."""
     since = time.process_time()
     list(pd.json_items(io.StringIO(f"[{text}")))
@@ -848,3 +849,47 @@ def test_w01_tars_without_a_format_and_what_is_passed_over(tmp_path, capsys, mon
     assert "--format webdataset reads tars" in said
     write(tmp_path / "page/x.tar", "<html>")
     assert "x.tar is no tar but a web page" in line(capsys, lambda: pd.main(["set", "--videos", "page", "--format", "webdataset"]))
+
+
+def test_6c_parts_that_begin_at_once_share_what_they_read_of_the_metadata(tmp_path, monkeypatch):
+    """Each part that saw no plan removed what another one had read: its shards died of 'no such table: rows'."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name, colour in (("a", RED), ("b", GREEN)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+    write(tmp_path / "m.csv", "video,caption\na.mp4,x\nb.mp4,y\n")
+    seen, planned, jobs_of = [], pd.make_plan, pd.run_jobs
+    options = ["set", "--videos", "in", "--meta", "m.csv", "--shard_sources", "1", "--workers", "1", "--near", "0"]
+
+    def both_saw_no_plan(*given):
+        plan, is_new = planned(*given)
+        return plan, is_new or len(seen) < 2
+
+    def run_jobs(jobs, *rest):
+        seen.append(os.stat("data/set/facts.db").st_ino)
+        if len(seen) == 1:
+            pd.main([*options, "--part", "2/2"])
+        assert os.stat("data/set/facts.db").st_ino == seen[0]
+        jobs_of(jobs, *rest)
+    monkeypatch.setattr(pd, "make_plan", both_saw_no_plan)
+    monkeypatch.setattr(pd, "run_jobs", run_jobs)
+    pd.main([*options, "--part", "1/2"])
+    assert len(seen) == 2 and [row["captions"][0]["text"] for row in pd.open_dataset("data/set")] == ["x", "y"]
+
+
+def test_6e_members_of_tars_are_not_read_whole(tmp_path):
+    """A clip of some GiB in a tar took as much memory."""
+    head = tarfile.TarInfo("a.mp4")
+    head.size = 2**29
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.write(head.tobuf())
+        file.seek(2**29 - 5, os.SEEK_CUR)
+        file.write(b"ended" + bytes(1024))
+    tracemalloc.start()
+    try:
+        member, texts = pd.located(tmp_path, "x.tar/a.mp4")
+        assert member.seek(-5, os.SEEK_END) == 2**29 - 5 and member.read() == b"ended" and member.read(9) == b""
+        assert member.seek(0) == 0 and member.read(3) == bytes(3) and member.tell() == 3 and not texts
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
