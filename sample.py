@@ -9,9 +9,9 @@ Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still
 
 The idea: start from noise and follow the learned velocity from t = 1 to t = 0, each step guided:
 away from what the model does without a caption, towards what it does with it. Prompts, sizes and
-lengths that differ share one packed row. A task is a chain of pieces: each is a clip that is
+lengths that differ share one packed row. A task is a chain of segments: each is a clip that is
 denoised with what it is given as clean tokens, the frames at its ends or the clip beside it, and a
-long video goes on from the latents of the piece before, never through pixels.
+long video goes on from the latents of the segment before, never through pixels.
 
     python sample.py tests/demo --prompt "a red circle moves left"      # a small model is here: 8 s
     python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --seed 7
@@ -71,8 +71,8 @@ from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_E
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
-                       open_text_encoder, read_output, runge_kutta, sample_codes, shifted, target,
-                       token_shift, words_of)
+                       open_text_encoder, runge_kutta, sample_codes, shifted, target,
+                       to_velocity_x0_noise, token_shift, words_of)
 from train_vae import (INSIDE, barrier, bench, decode_long, encode_long, frechet, gaussian,
                        gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
                        option_parser, read_class, read_config, read_tensors, save_file, say_once,
@@ -247,9 +247,9 @@ def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
     return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
-def drift_score(how, answer, t):
+def drift_score(objective, answer, t):
     """(dx/dt of the flow, gradient of log density) of an answer (velocity, x_0, noise, …) at t."""
-    return answer[0], -answer[2] / interpolant(how.path, t)[1]
+    return answer[0], -answer[2] / interpolant(objective.path, t)[1]
 
 
 def diffusion(path, form, t, norm=1.0):
@@ -266,18 +266,19 @@ FLOW_SAMPLERS = (*RUNGE_KUTTA, "sde", "ddim", "dpm++", "unipc")
 STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
 
 
-def stepped_points(args, how):
+def stepped_points(args, objective):
     """(the network's times, alpha, sigma), float64 [steps + 1], on a path in 1000 steps."""
-    schedule, n, is_ddim = STEPPED[how.path], args.steps, args.sampler == "ddim"
+    schedule, n, is_ddim = STEPPED[objective.path], args.steps, args.sampler == "ddim"
     if args.sampler == "dpm-fast":
         return level_grid(n, schedule)
     if args.sampler == "ddpm":
         tables = ddpm_tables(schedule, str(n))
-        told, alpha, sigma = (tables[name].flip(0) for name in ("timestep_map", "alpha", "sigma"))
+        timesteps, alpha, sigma = (tables[name].flip(0)
+                                   for name in ("timestep_map", "alpha", "sigma"))
         alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
     else:
-        told, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
-    return (told + int(how.path == "sd")) / 1000, alpha, sigma
+        timesteps, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
+    return (timesteps + int(objective.path == "sd")) / 1000, alpha, sigma
 
 
 def strides_back(schedule, n, told, spacing):
@@ -308,9 +309,9 @@ def respread(times, rules):
     return times
 
 
-def flow_points(args, how, shift):
+def flow_points(args, objective, shift):
     """float64 [steps + 1] times on a straight or curved path; shift: a float, or [N, 1]."""
-    low, high = interval(how, True)
+    low, high = interval(objective, True)
     ends = args.ends
     if args.grid in WAN_GRIDS:           # in the published codes' own order: floors hang on it
         times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
@@ -335,34 +336,35 @@ def count_steps(args, strength=1.0):
     return n // 3 + 1 if args.sampler == "dpm-fast" else n
 
 
-def trajectory(args, how, read, noise, start, strength, shift, draw):
+def trajectory(args, objective, read, noise, start, strength, shift, draw):
     """The generator of x that the options ask for. read(x, network's time, time on the path or
     (alpha, sigma)) -> (velocity, x_0, noise, variance's share); noise, start: tokens [N, C*P],
     start None but for video to video, where only this share of the steps, `strength`, is made;
     shift: a float, or [N, 1]; draw(i): fresh noise."""
     skip = skipped(args, strength)
-    if how.path in STEPPED:
-        told, alpha, sigma = (each[skip:] for each in stepped_points(args, how))
+    if objective.path in STEPPED:
+        timesteps, alpha, sigma = (each[skip:] for each in stepped_points(args, objective))
         at = lambda i: (alpha[i].to(noise), sigma[i].to(noise))
     else:
-        times = flow_points(args, how, shift)[skip:]
-        told = torch.floor(1000 * times) / 1000 if args.whole_times else times
-        alpha, sigma, _, _ = interpolant(how.path, times)
+        times = flow_points(args, objective, shift)[skip:]
+        timesteps = torch.floor(1000 * times) / 1000 if args.whole_times else times
+        alpha, sigma, _, _ = interpolant(objective.path, times)
         at = lambda i: times[i].to(noise)
     x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
-    predict = lambda x, i: read(x, told[i].to(x), at(i))[1:]
+    predict = lambda x, i: read(x, timesteps[i].to(x), at(i))[1:]
     if args.sampler in RUNGE_KUTTA:
         return runge_kutta(lambda x, t: read(x, t, t)[0], x, times.to(x).unbind(), args.sampler)
     if args.sampler == "sde":
-        return sde(lambda x, t: drift_score(how, read(x, t, t), t), x, times.to(x).unbind(),
-                   lambda t: diffusion(how.path, args.form, t, args.norm), draw, path=how.path)
+        return sde(lambda x, t: drift_score(objective, read(x, t, t), t), x, times.to(x).unbind(),
+                   lambda t: diffusion(objective.path, args.form, t, args.norm), draw,
+                   path=objective.path)
     if args.sampler == "ddpm":
-        tables = ddpm_tables(STEPPED[how.path], str(args.steps))
+        tables = ddpm_tables(STEPPED[objective.path], str(args.steps))
         return ddpm(predict, x, {name: table[:len(alpha) - 1] for name, table in tables.items()},
                     draw)
     if args.sampler == "ddim":
-        stride = how.path in STEPPED and strides_back(STEPPED[how.path], args.steps, told[
-            :len(alpha) - 1], args.spacing)
+        stride = objective.path in STEPPED and strides_back(
+            STEPPED[objective.path], args.steps, timesteps[:len(alpha) - 1], args.spacing)
         return ddim(predict, x, alpha, sigma, args.eta, draw, stride or None)
     return {"dpm++": dpm_pp, "unipc": unipc, "dpm-fast": dpm_fast}[args.sampler](
         predict, x, alpha, sigma, **args.rules.get("solver", {}))
@@ -373,14 +375,14 @@ def trajectory(args, how, read, noise, start, strength, shift, draw):
 # ------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
+class SamplingJob(NamedTuple):
     """A clip to denoise."""
     shape: tuple                    # (C, T', H', W')
     fps: float
     text: object                    # as lay_out takes it
-    none: object                    # what it is guided away from: the empty or the negative prompt
+    negative: object                # as text: the negative prompt, or the empty one
     noise: torch.Tensor             # [C, T', H', W']
-    givens: list = []               # [(normalised latent, seconds from its first frame)]
+    cond_latents: list = []         # [(normalised latent, seconds from its first frame)]
     about: list = []                # values of the run's conditions
     first: torch.Tensor = None      # [C, 1, H', W']: its first latent, known
     start: torch.Tensor = None      # [C, T', H', W']: the video to begin with, and to change
@@ -388,7 +390,7 @@ class Job(NamedTuple):
     extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
     image: torch.Tensor = None      # [n, width]: tokens of an image that the network reads
     key: tuple = ()                 # names its draws: seed, segment, prompt
-    nearer: float = 1.0             # factor on the places of its tokens: see `nearness`
+    position_scale: float = 1.0     # factor on its tokens' positions: see `position_scale`
 
 
 class Guided(Packed):
@@ -399,12 +401,13 @@ class Guided(Packed):
         self.scale = args.cfg if guidance is None else guidance
         each = lambda name: [getattr(job, name) for job in jobs]
         move = lambda tensors: [x.to(device) for x in tensors]
-        givens = [[(z.to(device), at) for z, at in given] for given in each("givens")]
-        super().__init__(model, each("shape"), each("fps"), each("text"), each("none") if
-                         self.scale != 1 else [], move(each("noise")), time_stride, givens,
+        cond_latents = [[(z.to(device), at) for z, at in given] for given in each("cond_latents")]
+        super().__init__(model, each("shape"), each("fps"), each("text"), each("negative") if
+                         self.scale != 1 else [], move(each("noise")), time_stride, cond_latents,
                          each("about"))
-        nearer = torch.tensor(each("nearer") * self.n).repeat_interleave(self.row.cu.cpu().diff())
-        self.row.coords[:, 1:] *= nearer[:, None].to(device)
+        scale = torch.tensor(each("position_scale") * self.n)
+        scale = scale.repeat_interleave(self.row.cu.cpu().diff())
+        self.row.coords[:, 1:] *= scale[:, None].to(device)
         self.start = self.tokens[self.own]                   # noise
         self.given = torch.zeros_like(self.start)            # tokens of known first latents
         self.known = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
@@ -418,7 +421,7 @@ class Guided(Packed):
             self.row.rows[self.row.own[is_known]] = self.n_rows
             self.n_rows += 1
         if model.kind == "wan":          # each text's rows of zeros are one that counts as often
-            texts = move(each("text") + each("none"))[:self.n * len(jobs)]
+            texts = move(each("text") + each("negative"))[:self.n * len(jobs)]
             self.row.text, self.row.cu_text, self.row.counts = count_texts(texts)
         self.extra = None
         if jobs[0].extra is not None:                        # channels beside those of the clips
@@ -430,48 +433,52 @@ class Guided(Packed):
             self.row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=device)
         self.memory, self.alone = None, None
 
-    def network(self, x, told):
+    def network(self, x, timesteps):
         if self.model.kind == "wan":
             x = torch.where(self.known, self.given, x)
         x = x if self.extra is None else torch.cat([x, self.extra], 1)
         with torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bf16"):
-            return super().network(x, told).float()
+            return super().network(x, timesteps).float()
 
-    def __call__(self, x, told, at):
+    def __call__(self, x, timesteps, at):
         """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times
         on the path, or (alpha, sigma) of a stepped one."""
-        how, args = self.model.objective, self.args
-        told = torch.as_tensor(told, dtype=torch.float32, device=self.device).expand(len(x), 1)
-        if how.path not in STEPPED:
-            at = torch.as_tensor(at, dtype=torch.float32, device=self.device).expand(len(x), 1)
-        inside = (args.cfg_interval[0] <= told) & (told <= args.cfg_interval[1])
+        objective, args = self.model.objective, self.args
+        column = lambda t: torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(
+            len(x), 1)
+        timesteps = column(timesteps)
+        if objective.path not in STEPPED:
+            at = column(at)
+        inside = (args.cfg_interval[0] <= timesteps) & (timesteps <= args.cfg_interval[1])
         if self.n == 2 and not inside.any():             # one pass is enough here
             self.alone = self.alone or Guided(self.model, self.jobs, args, self.time_stride,
                                               self.device, guidance=1)
-            return self.alone(x, told, at)
-        output = self.network(x, told)
+            return self.alone(x, timesteps, at)
+        output = self.network(x, timesteps)
         if self.n == 2:
-            output = self.guide(how, *output.chunk(2), torch.where(inside, self.scale, 1.0), x, at)
-        velocity, x0, noise = read_output(how, output, x, at)
-        if how.path not in STEPPED and self.model.kind != "wan":     # what is known goes its way
-            d_alpha, d_sigma = interpolant(how.path, at)[2:]
+            scale = torch.where(inside, self.scale, 1.0)
+            output = self.guide(objective, *output.chunk(2), scale, x, at)
+        velocity, x0, noise = to_velocity_x0_noise(objective, output, x, at)
+        if objective.path not in STEPPED and self.model.kind != "wan":   # of known frames
+            d_alpha, d_sigma = interpolant(objective.path, at)[2:]
             x0 = torch.where(self.known, self.given, x0)
             noise = torch.where(self.known, self.start, noise)
             velocity = torch.where(self.known, d_alpha * x0 + d_sigma * noise, velocity)
-        share = (output[:, x.shape[1]:] + 1) / 2 if how.prediction == "ddpm" else None
+        share = (output[:, x.shape[1]:] + 1) / 2 if objective.prediction == "ddpm" else None
         return velocity, x0, noise, share
 
-    def guide(self, how, near, far, scale, x, at):
+    def guide(self, objective, cond, uncond, scale, x, at):
         """Outputs under the prompt, near, and without it, far, made one; scale [N, 1]."""
         args, width = self.args, x.shape[1]
         if args.apg:
-            x0, other = (read_output(how, output, x, at)[1] for output in (near, far))
+            x0, other = (to_velocity_x0_noise(objective, output, x, at)[1]
+                         for output in (cond, uncond))
             x0 = x0 + (scale - 1) * self.project(x0 - other, x0)
-            return back(how, x0, x, at, near)
+            return back(objective, x0, x, at, cond)
         channels = (args.cfg_channels or self.shapes[0][0]) * width // self.shapes[0][0]
-        out = guide(near, far, scale, channels)
+        out = guide(cond, uncond, scale, channels)
         if args.rescale:                                     # of the deviation, clip by clip
-            ratio = self.deviation(near[:, :width]) / self.deviation(out[:, :width])
+            ratio = self.deviation(cond[:, :width]) / self.deviation(out[:, :width])
             scaled = out[:, :width] * (1 + args.rescale * (ratio[self.clip] - 1))
             out = torch.cat([scaled, out[:, width:]], 1)
         return out
@@ -500,18 +507,18 @@ class Guided(Packed):
         return unpatchify(x, self.shapes, self.model.dit.patch)
 
 
-def back(how, x0, x, at, output):
+def back(objective, x0, x, at, output):
     """The output that says x_0; whatever else `output` has beside it stays."""
-    alpha, sigma = at if how.path in STEPPED else interpolant(how.path, at)[:2]
+    alpha, sigma = at if objective.path in STEPPED else interpolant(objective.path, at)[:2]
     noise = (x - alpha * x0) / sigma
-    if how.path in STEPPED:
+    if objective.path in STEPPED:
         return torch.cat([noise, output[:, x.shape[1]:]], 1)
-    out = target(how, x0, noise, at)
-    return out / sigma if how.prediction == "score" else out
+    out = target(objective, x0, noise, at)
+    return out / sigma if objective.prediction == "score" else out
 
 
 # ------------------------------------------------------------------------------------------------
-# From wishes to videos: every task is a chain of pieces, each denoised with what it is given
+# From requests to videos: each task is a chain of segments, denoised under what conditions them
 # ------------------------------------------------------------------------------------------------
 
 
@@ -530,7 +537,7 @@ class Parts:
         return self.held[name]
 
 
-class Piece:
+class Segment:
     """A part of a video: normalised latents [C, T', H', W'] of a clip on its own, or frames uint8
     [T, H, W, 3]; of its n frames, those from `start` to `stop` are shown."""
 
@@ -539,21 +546,21 @@ class Piece:
         self.stop = n if stop is None else stop
 
 
-class Story:
-    """A wish on its way: its pieces in order, the steps [(role, prompt)] that make them, and the
-    files that these need, read."""
+class Timeline:
+    """What becomes of a request: its segments in order, the steps [(role, prompt)] that sample
+    them, and the media that these are conditioned on."""
 
-    def __init__(self, wish, shape, n_frames, todo, files):
-        self.wish, self.shape, self.n, self.todo, self.pieces = wish, shape, n_frames, todo, []
-        self.files = files
+    def __init__(self, request, shape, n_frames, todo, files):
+        self.request, self.shape, self.n, self.todo = request, shape, n_frames, todo
+        self.segments, self.files = [], files
 
     def count(self):
         """Frames in the end."""
-        total = sum(piece.stop - piece.start for piece in self.pieces)
-        return min(total, self.wish["frames"]) if len(self.pieces) == 1 else total
+        total = sum(segment.stop - segment.start for segment in self.segments)
+        return min(total, self.request["frames"]) if len(self.segments) == 1 else total
 
 
-def nearness(data, height, width):
+def position_scale(data, height, width):
     """The factor by which positions in a frame larger than all that a run learnt come nearer to
     each other, so that both its sides and its area are as large as they were there: rotary waves
     that go round once more draw a shape once more (position interpolation, 2306.15595)."""
@@ -563,30 +570,30 @@ def nearness(data, height, width):
     return min(1.0, side / max(height, width), math.sqrt(area / (height * width)))
 
 
-def todo_of(wish):
-    """[(role, prompt)] of the parts of a wish that a model makes, one after another."""
-    prompt, extend = wish["prompt"], wish.get("extend", 0)
-    first = "change" if wish.get("strength") else None if wish.get("video") else "new"
+def todo_of(request):
+    """[(role, prompt)] of the parts of a request that a model makes, one after another."""
+    prompt, extend = request["prompt"], request.get("extend", 0)
+    first = "change" if request.get("strength") else None if request.get("video") else "new"
     todo = [(first, prompt)] if first else []
     todo += [("before" if extend < 0 else "after", prompt)] * abs(extend)
-    todo += [("after", then) for then in wish.get("then", ())]
-    return todo + ([("between", prompt)] if wish.get("loop") or wish.get("to") else [])
+    todo += [("after", then) for then in request.get("then", ())]
+    return todo + ([("between", prompt)] if request.get("loop") or request.get("to") else [])
 
 
-def groups_of(wishes):
-    """[(share of the way from noise, k, numbers of the wishes)]: whose part k is made in one row;
+def groups_of(requests):
+    """[(share of the way from noise, k, numbers of the requests)]: whose part k is made in one row;
     what changes a video has steps of its own."""
-    groups, todos = {}, [todo_of(wish) for wish in wishes]
+    groups, todos = {}, [todo_of(request) for request in requests]
     for k in range(max(map(len, todos))):
         for i, todo in enumerate(todos):
             if k < len(todo):
-                strength = wishes[i]["strength"] if todo[k][0] == "change" else 1.0
+                strength = requests[i]["strength"] if todo[k][0] == "change" else 1.0
                 groups.setdefault((strength, k, todo[k][0] == "change"), []).append(i)
     return [(strength, k, members) for (strength, k, _), members in groups.items()]
 
 
 class Sampler:
-    """A model, ready to make videos of wishes; see `wish_of` for what these hold."""
+    """A model, ready to make videos of requests; see `request_of` for what these hold."""
 
     def __init__(self, args, device, config=None):
         openers, about = (open_run(args, config, device) if config else
@@ -609,10 +616,10 @@ class Sampler:
         return (self.z_dim, up(frames - 1 + self.time_stride, self.time_stride, pt),
                 up(height, self.stride, ph), up(width, self.stride, pw))
 
-    def told(self, wish):
-        """What a run that was trained with conditions is told of a wish."""
-        known = {**wish, "seconds": wish["frames"] / wish["fps"]}
-        return [known.get(name) for name in self.about.get("conditions", ())]
+    def conditions(self, request):
+        """The values of a request for a run that was trained with --conditions."""
+        values = {**request, "seconds": request["frames"] / request["fps"]}
+        return [values.get(name) for name in self.about.get("conditions", ())]
 
     @torch.no_grad()
     def encode(self, frames):
@@ -627,9 +634,10 @@ class Sampler:
         for part in decode_long(self.part("vae")[0], z, self.args.chunk):
             yield to_frames(part[0])
 
-    def begin(self, wish):
-        """The Story of a wish, what it is given read from its files."""
-        asked = {name for name in ("image", "last", "extend", "then", "to", "loop") if name in wish}
+    def begin(self, request):
+        """The Timeline of a request, what it is given read from its files."""
+        asked = {name for name in ("image", "last", "extend", "then", "to", "loop")
+                 if name in request}
         if "adapt" in self.about:
             asked -= {"image", "extend", "then"}
         elif self.about.get("takes"):
@@ -637,74 +645,78 @@ class Sampler:
         if asked:
             refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
                    "(train_dit.py --given)")
-        C, T, H, W = self.latent_shape(wish["frames"], wish["height"], wish["width"])
+        C, T, H, W = self.latent_shape(request["frames"], request["height"], request["width"])
         raw = "image" if "reads_image" in self.about else None           # `give_image` scales it
-        files = {name: read_media(wish[name], wish["fps"], *((None, None) if name == raw else
+        files = {name: read_media(request[name], request["fps"], *((None, None) if name == raw else
                                                              (H * self.stride, W * self.stride)))
-                 for name in GIVEN_FILES if wish.get(name)}
-        todo = todo_of(wish)
-        if wish.get("strength"):
+                 for name in GIVEN_FILES if request.get(name)}
+        todo = todo_of(request)
+        if request.get("strength"):
             video = files["video"][:1 + (T - 1) * self.time_stride]
             T = 1 + (len(video) - 1) // self.time_stride
             files["video"] = video[:1 + (T - 1) * self.time_stride]
-            wish = {**wish, "frames": min(len(files["video"]), wish["frames"])}
-        story = Story(wish, (C, T, H, W), 1 + (T - 1) * self.time_stride, todo, files)
-        if "video" in files and not wish.get("strength"):
-            story.pieces.append(Piece(len(files["video"]), frames=files["video"]))
-        return story
+            request = {**request, "frames": min(len(files["video"]), request["frames"])}
+        timeline = Timeline(request, (C, T, H, W), 1 + (T - 1) * self.time_stride, todo, files)
+        if "video" in files and not request.get("strength"):
+            timeline.segments.append(Segment(len(files["video"]), frames=files["video"]))
+        return timeline
 
-    def context(self, story, piece, at_end):
-        """(latents, frames) of a piece's last or first frames, encoded on their own: as many as in
+    def context(self, timeline, segment, at_end):
+        """(latents, frames) of a segment's last or first frames, encoded separately: as many as in
         training, half a clip's latents. More, or latents that had a past, dissolve the shapes."""
-        frames = piece.frames
-        most = self.args.context or 1 + (max(2, story.shape[1] // 2) - 1) * self.time_stride
-        if frames is None:               # a long piece is decoded in parts, of which the last stay
+        frames = segment.frames
+        most = self.args.context or 1 + (max(2, timeline.shape[1] // 2) - 1) * self.time_stride
+        if frames is None:               # a long one is decoded in parts, of which the last stay
             frames = np.zeros((0, 1, 1, 3), np.uint8)
-            for part in self.decode(piece.latents):
+            for part in self.decode(segment.latents):
                 frames = np.concatenate([frames[-most:], part]) if len(frames) else part
                 if len(frames) >= most and not at_end:
                     break
         n = 1 + (min(len(frames), most) - 1) // self.time_stride * self.time_stride
         return self.encode(frames[-n:] if at_end else frames[:n]), n
 
-    def edge(self, piece, at_end):
-        """A piece's last or first frame, uint8 [1, H, W, 3]."""
-        frames = piece.frames
+    def edge(self, segment, at_end):
+        """A segment's last or first frame, uint8 [1, H, W, 3]."""
+        frames = segment.frames
         if frames is None:
-            frames = np.concatenate(list(self.decode(piece.latents)))[piece.start:piece.stop]
+            frames = np.concatenate(list(self.decode(segment.latents)))[segment.start:segment.stop]
         return frames[-1:] if at_end else frames[:1]
 
-    def given(self, story, role):
-        """(givens, first frame or None) of the next clip of a story, by its role."""
-        first, end, fps, pieces = None, None, story.wish["fps"], story.pieces
+    def given(self, timeline, role):
+        """(conditioning latents, first frame or None) of a timeline's next clip, by its role."""
+        first, end, fps, segments = None, None, timeline.request["fps"], timeline.segments
         if role == "new":
-            first, end = (story.files[name][:1] if name in story.files else None
+            first, end = (timeline.files[name][:1] if name in timeline.files else None
                           for name in ("image", "last"))
         elif role == "between":
-            first = self.edge(pieces[-1], True)
-            end = story.files["to"][:1] if "to" in story.files else self.edge(pieces[0], False)
+            first = self.edge(segments[-1], True)
+            end = (timeline.files["to"][:1] if "to" in timeline.files else
+                   self.edge(segments[0], False))
         elif role == "before":
-            return [(self.context(story, pieces[0], False)[0], story.n / fps)], None
+            return [(self.context(timeline, segments[0], False)[0], timeline.n / fps)], None
         elif role == "after" and "adapt" in self.about:      # Wan's: the last frame is an image
-            first = self.edge(pieces[-1], True)
+            first = self.edge(segments[-1], True)
         elif role == "after":
-            z, n = self.context(story, pieces[-1], True)
+            z, n = self.context(timeline, segments[-1], True)
             return [(z, -n / fps)], None
         if "reads_image" in self.about:
             return [], first
-        ends = ((first, 0.0), (end, (story.n - 1) / fps))
+        ends = ((first, 0.0), (end, (timeline.n - 1) / fps))
         return [(self.encode(frame), at) for frame, at in ends if frame is not None], first
 
-    def job(self, story, k, texts):
-        """The Job of step k of a story."""
-        (role, prompt), wish = story.todo[k], story.wish
-        givens, first = self.given(story, role)
-        draws = gaussians("sample", wish["seed"], k, [wish["prompt"]], [story.shape])
-        changed = (self.encode(story.files["video"]), wish["strength"]) if role == "change" else ()
-        job = Job(story.shape, wish["fps"], texts[prompt], texts[wish["negative"]], draws[0],
-                  givens, self.told(wish), givens[0][0] if givens and first is not None else None,
-                  *changed, key=(wish["seed"], k, wish["prompt"]),
-                  nearer=nearness(self.about.get("data"), wish["height"], wish["width"]))
+    def job(self, timeline, k, texts):
+        """The SamplingJob of step k of a timeline."""
+        (role, prompt), request = timeline.todo[k], timeline.request
+        cond_latents, first = self.given(timeline, role)
+        draws = gaussians("sample", request["seed"], k, [request["prompt"]], [timeline.shape])
+        changed = () if role != "change" else (
+            self.encode(timeline.files["video"]), request["strength"])
+        first_latent = cond_latents[0][0] if cond_latents and first is not None else None
+        job = SamplingJob(
+            timeline.shape, request["fps"], texts[prompt], texts[request["negative"]], draws[0],
+            cond_latents, self.conditions(request), first_latent, *changed,
+            key=(request["seed"], k, request["prompt"]), position_scale=position_scale(
+                self.about.get("data"), request["height"], request["width"]))
         return self.about["adapt"](self, job, first) if "adapt" in self.about else job
 
     @torch.no_grad()
@@ -712,10 +724,12 @@ class Sampler:
         """Normalised latents [C, T', H', W'] of each job. watch(packed, seen) sees each answer of
         the network, a tuple, which it returns, and each x."""
         model, args = self.part("denoiser"), self.args
-        packed, how = Guided(model, jobs, args, self.time_stride, self.device), model.objective
+        packed = Guided(model, jobs, args, self.time_stride, self.device)
+        objective = model.objective
         shift = args.shift
-        if how.shift_tokens:                                 # each clip by its length
-            shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None].double()
+        if objective.shift_tokens:                           # each clip by its length
+            shift = token_shift(shift, packed.lengths, objective.shift_tokens)
+            shift = shift[packed.clip, None].double()
         tokens = lambda latents: patchify([z.to(self.device) for z in latents], self.patch)
 
         def draw(i):
@@ -723,67 +737,70 @@ class Sampler:
                            for job in jobs for seed, k, prompt in (job.key,)])
         start = tokens([job.start for job in jobs]) if jobs[0].start is not None else None
         read = packed if watch is None else lambda *at: watch(packed, packed(*at))
-        for x in trajectory(args, how, read, packed.start, start, jobs[0].strength, shift, draw):
+        for x in trajectory(args, objective, read, packed.start, start, jobs[0].strength, shift,
+                            draw):
             if progress is not None:
                 progress.update()
             if watch is not None:
                 watch(packed, x)
         return [z.cpu() for z in packed.latents(x)]
 
-    def __call__(self, wishes):
-        """The stories of the wishes, told to their ends. A wish's noise depends on it alone."""
-        stories = [self.begin(wish) for wish in wishes]
-        prompts = {wish["negative"]: 0 for wish in wishes}
-        prompts |= {prompt: 0 for story in stories for _, prompt in story.todo}
+    def __call__(self, requests):
+        """Samples all requests and returns their timelines. Noise depends on a request alone."""
+        timelines = [self.begin(request) for request in requests]
+        prompts = {request["negative"]: 0 for request in requests}
+        prompts |= {prompt: 0 for timeline in timelines for _, prompt in timeline.todo}
         texts = {prompt: self.part("text")(prompt) for prompt in prompts}
-        with self.shown([wishes]) as bar:
-            for strength, k, members in groups_of([story.wish for story in stories]):
-                group = [stories[i] for i in members]
-                jobs = [self.job(story, k, texts) for story in group]
-                for story, z in zip(group, self.denoise(jobs, bar)):
-                    self.add(story, story.todo[k][0], z)
-        return stories
+        with self.shown([requests]) as bar:
+            for strength, k, members in groups_of([timeline.request for timeline in timelines]):
+                group = [timelines[i] for i in members]
+                jobs = [self.job(timeline, k, texts) for timeline in group]
+                for timeline, z in zip(group, self.denoise(jobs, bar)):
+                    self.add(timeline, timeline.todo[k][0], z)
+        return timelines
 
     def shown(self, batches):
         """The bar of a whole call where there is one, or one of these batches."""
         return self.progress(batches) if self.bar is None else contextlib.nullcontext(self.bar)
 
     def progress(self, batches):
-        """A progress bar of the steps that these batches of wishes take in all."""
-        total = sum(count_steps(self.args, group[0]) for wishes in batches
-                    for group in groups_of(wishes))
+        """A progress bar of the steps that these batches of requests take in all."""
+        total = sum(count_steps(self.args, group[0]) for requests in batches
+                    for group in groups_of(requests))
         return tqdm(desc="sample", unit="step", total=total, disable=self.args.quiet)
 
-    def add(self, story, role, z):
+    def add(self, timeline, role, z):
         """Puts what was made in its place; of its frames not those that its neighbours have."""
-        piece = Piece(story.n, z)
+        segment = Segment(timeline.n, z)
         if role == "after" and "adapt" in self.about:
-            piece.start = 1
+            segment.start = 1
         if role == "between":
-            piece.start, piece.stop = 1, max(2, story.n - 1)
-        story.pieces.insert(0 if role == "before" else len(story.pieces), piece)
-        if role == "between" and "to" in story.files:
-            story.pieces.append(Piece(len(story.files["to"]), frames=story.files["to"]))
+            segment.start, segment.stop = 1, max(2, timeline.n - 1)
+        timeline.segments.insert(0 if role == "before" else len(timeline.segments), segment)
+        if role == "between" and "to" in timeline.files:
+            end = timeline.files["to"]
+            timeline.segments.append(Segment(len(end), frames=end))
 
-    def frames(self, story):
-        """Yields a story's frames, uint8 [H, W, 3], cut to what was asked for."""
-        left = story.count()
-        for piece in story.pieces:
+    def frames(self, timeline):
+        """Yields a timeline's frames, uint8 [H, W, 3], cut to what was asked for."""
+        left = timeline.count()
+        for segment in timeline.segments:
             at = 0
-            for part in [piece.frames] if piece.latents is None else self.decode(piece.latents):
+            is_given = segment.latents is None
+            for part in [segment.frames] if is_given else self.decode(segment.latents):
                 for frame in part:
-                    frame = cut(frame[None], story.wish)[0]
-                    if piece.start <= at < piece.stop and left:
+                    frame = cut(frame[None], timeline.request)[0]
+                    if segment.start <= at < segment.stop and left:
                         left -= 1
                         yield frame
                     at += 1
 
 
-def cut(video, wish):
+def cut(video, request):
     """Of the frames [T, H, W, 3], about the centre, the pixels that were asked for."""
     top, left = ((side - want) // 2 for side, want in
-                 zip(video.shape[1:3], (wish["height"], wish["width"])))
-    return video[:, top:top + wish["height"], left:left + wish["width"]]
+                 zip(video.shape[1:3], (request["height"], request["width"])))
+    return video[:, top:top + request["height"], left:left + request["width"]]
 
 
 def fit(frame, height, width):
@@ -879,32 +896,33 @@ class CodeSampler(Sampler):
                    f"{self.size[1]}x{self.size[2]} px")
 
     @torch.no_grad()
-    def __call__(self, wishes):
-        draws = [rng(wish["seed"], "codes", 0, wish["prompt"]).random(math.prod(self.prior.shape))
-                 for wish in wishes]
+    def __call__(self, requests):
+        n = math.prod(self.prior.shape)
+        draws = [rng(request["seed"], "codes", 0, request["prompt"]).random(n)
+                 for request in requests]
         draws = torch.from_numpy(np.stack(draws)).float().to(self.device)
         label = None
         if not self.model and "w" in dict(self.prior.norm.named_children()):
             n = self.prior.norm.w.in_features
-            label = torch.tensor([class_number(wish["prompt"], n) for wish in wishes],
+            label = torch.tensor([class_number(request["prompt"], n) for request in requests],
                                  device=self.device)
 
         def bar(steps):
-            with self.shown([wishes]) as shown:
+            with self.shown([requests]) as shown:
                 for step in steps:
                     yield step
                     shown.update()
         if self.model:
-            texts = [self.read(wish["prompt"]) for wish in wishes]
+            texts = [self.read(request["prompt"]) for request in requests]
             videos = sample_codes(self.model, self.vae, texts, draws, self.args.temperature, bar)
         else:
             codes = generate_codes(self.prior, draws, label, self.args.temperature, bar)
             videos = map(to_frames, self.vae.decode_codes(codes))
-        stories = []
-        for wish, frames in zip(wishes, videos):
-            stories.append(Story(wish, None, len(frames), [], {}))
-            stories[-1].pieces.append(Piece(len(frames), frames=frames))
-        return stories
+        timelines = []
+        for request, frames in zip(requests, videos):
+            timelines.append(Timeline(request, None, len(frames), [], {}))
+            timelines[-1].segments.append(Segment(len(frames), frames=frames))
+        return timelines
 
     def progress(self, batches):
         total = len(batches) * math.prod(self.prior.shape)
@@ -917,51 +935,51 @@ class CodeSampler(Sampler):
 
 GIVEN_FILES = ("image", "last", "video", "to")
 TASKS = (*GIVEN_FILES, "extend", "then", "loop", "strength")
-WISHES = ("prompt", "negative", "seed", "fps", "motion", *TASKS)
+REQUEST_FIELDS = ("prompt", "negative", "seed", "fps", "motion", *TASKS)
 
 
-def wish_of(args, row):
+def request_of(args, row):
     """What a video is to be: the options', but for what `row` has of its own, a prompt at least: a
     dict of prompt, negative, frames, height, width, fps, seed, and of what else was given."""
-    wish = {name: row.get(name, getattr(args, name, None)) for name in WISHES}
-    wish["height"], wish["width"] = row.get("size", args.size)
+    request = {name: row.get(name, getattr(args, name, None)) for name in REQUEST_FIELDS}
+    request["height"], request["width"] = row.get("size", args.size)
     seconds = row.get("seconds", args.seconds)
-    wish["frames"] = row.get("frames") or (None if "seconds" in row else args.frames) or max(
-        1, round(seconds * wish["fps"]))
-    wish = {name: value for name, value in wish.items() if value not in (None, False, 0, []) or
-            name in ("prompt", "seed", "negative")}
-    if re.search("[\ud800-\udfff]", "".join([wish["prompt"], wish["negative"] or "",
-                                              *wish.get("then", ())])):
-        refuse(f"{wish['prompt']!a} is no text in UTF-8")
-    has = lambda *names: [f"--{name}" for name in names if wish.get(name)]
+    request["frames"] = row.get("frames") or (None if "seconds" in row else args.frames) or max(
+        1, round(seconds * request["fps"]))
+    request = {name: value for name, value in request.items()
+               if value not in (None, False, 0, []) or name in ("prompt", "seed", "negative")}
+    if re.search("[\ud800-\udfff]", "".join([request["prompt"], request["negative"] or "",
+                                              *request.get("then", ())])):
+        refuse(f"{request['prompt']!a} is no text in UTF-8")
+    has = lambda *names: [f"--{name}" for name in names if request.get(name)]
     for both in (("video", "image"), ("video", "last"), ("to", "loop"), ("strength", "to"),
                  ("strength", "loop")):
         if len(has(*both)) == 2:
             refuse(f"{' and '.join(has(*both))} do not go together")
-    if wish.get("strength") and not wish.get("video"):
+    if request.get("strength") and not request.get("video"):
         refuse("--strength changes a video: name it by --video")
-    if wish.get("video") and not has("extend", "then", "to", "loop", "strength"):
+    if request.get("video") and not has("extend", "then", "to", "loop", "strength"):
         refuse("--video FILE: say what is to come of it: --extend, --then, --to, --loop or "
                "--strength")
-    odd = wish["height"] % 2 or wish["width"] % 2
-    if odd and args.format == "mp4" and (wish["frames"] > 1 or has("video", "to", "loop", "extend",
-                                                                   "then")):
-        asked = f"{wish['height']}x{wish['width']}"
-        wish |= {name: max(2, wish[name] // 2 * 2) for name in ("height", "width")}
-        print(f"an MP4's sides are even: {asked} is cut to {wish['height']}x{wish['width']} "
+    odd = request["height"] % 2 or request["width"] % 2
+    if odd and args.format == "mp4" and (
+            request["frames"] > 1 or has("video", "to", "loop", "extend", "then")):
+        asked = f"{request['height']}x{request['width']}"
+        request |= {name: max(2, request[name] // 2 * 2) for name in ("height", "width")}
+        print(f"an MP4's sides are even: {asked} is cut to {request['height']}x{request['width']} "
               "(--format png keeps it)", file=sys.stderr)
     for name in has(*GIVEN_FILES):
-        path = Path(wish[name[2:]])
+        path = Path(request[name[2:]])
         if not path.is_file():
             refuse(f"{name} {path} is a folder: name a file in it" if path.is_dir() else
                    f"{name} {path}: no such file")
-    return wish
+    return request
 
 
 def read_prompts(args):
-    """The wishes of --prompts FILE: .jsonl, a dict a line, or a prompt a line. A row's values are
+    """The requests of --prompts FILE: .jsonl, a dict a line, or a prompt a line. A row's values are
     read as the options of their names are."""
-    path, wishes, known = Path(args.prompts), [], (*WISHES, "size", "seconds", "frames")
+    path, requests, known = Path(args.prompts), [], (*REQUEST_FIELDS, "size", "seconds", "frames")
     if not path.is_file():
         refuse(f"--prompts {path}: no such file")
     if path.suffix.lower() in (".csv", ".tsv", ".json"):
@@ -969,7 +987,7 @@ def read_prompts(args):
                '{"prompt": "a boat"}')
     lines = lines_of(read_text(path, "--prompts"))
     parser = option_parser(__doc__)
-    add_wishes(parser)
+    add_requests(parser)
     parser.error = lambda why: refuse(f"--prompts {path}, line {i}: {why}")
     for i, line in enumerate(lines, 1):
         if not line.strip():
@@ -989,35 +1007,37 @@ def read_prompts(args):
                  for value in (each if isinstance(each, list) else [each]) if value is not False]
         read = vars(parser.parse_args([args.name, *words]))
         row = {name: read[name] for name in row} | {"prompt": row["prompt"]}
-        wishes.append(wish_of(args, row))
-    return wishes or refuse(f"--prompts {path} holds no prompt")
+        requests.append(request_of(args, row))
+    return requests or refuse(f"--prompts {path} holds no prompt")
 
 
 HOW = ("sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift", "eta",
        "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")
 
 
-def settings_of(wish, args):
-    """What of a wish and of the options is not as the model has it unless told: {name: value}."""
+def settings_of(request, args):
+    """{name: value} of a request's and the options' settings that differ from the defaults."""
     usual, plain = args.usual, lambda value: list(value) if isinstance(value, tuple) else value
     now = {name: plain(getattr(args, name)) for name in HOW} | {
         name: args.told[name] for name in ("vae", "checkpoint", "text_encoder", "heads")
         if name in args.told}
-    now |= {name: wish.get(name) for name in (*WISHES, "frames") if name not in ("prompt", "seed")}
-    now["size"], length = [wish["height"], wish["width"]], usual.get("frames") or max(
+    now |= {name: request.get(name) for name in (*REQUEST_FIELDS, "frames")
+            if name not in ("prompt", "seed")}
+    now["size"], length = [request["height"], request["width"]], usual.get("frames") or max(
         1, round((usual.get("seconds") or 0) * usual["fps"]))
     return {name: value for name, value in now.items() if value is not None and
             value != (length if name == "frames" else plain(usual.get(name)))}
 
 
-def stem_of(wish, args):
+def stem_of(request, args):
     """The name of a video's files: of its prompt, in whatever script, its seed and, by a hash,
     everything that is not as usual. File systems count bytes: of the prompt 120 stay."""
-    text = unicodedata.normalize("NFC", wish["prompt"])
+    text = unicodedata.normalize("NFC", request["prompt"])
     text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
     slug = re.sub("-+", "-", text).strip("-")[:60].encode()[:120].decode(errors="ignore")
-    settings = settings_of(wish, args)
-    return "-".join([slug or "empty", f"s{wish['seed']}", *[name for name in TASKS if name in wish],
+    settings = settings_of(request, args)
+    tasks = [name for name in TASKS if name in request]
+    return "-".join([slug or "empty", f"s{request['seed']}", *tasks,
                      *([hash_of(settings)] if settings else [])])
 
 
@@ -1030,29 +1050,30 @@ def read_facts(path):
     return facts if isinstance(facts, dict) else {"file": None}
 
 
-def path_of(sampler, wish, path, args):
+def path_of(sampler, request, path, args):
     """`path`; or, where a JSON file describes something else by that name, such as a sample of an
     older checkpoint, the same with a hash of all that this sample is of."""
-    facts = json.loads(json.dumps(facts_of(sampler, wish, args)))
+    facts = json.loads(json.dumps(facts_of(sampler, request, args)))
     now = {name: facts[name] for name in ("wish", "how", "weights", "autoencoder")}
     there = read_facts(path.with_suffix(".json"))
     is_free = not there or all(there.get(name) == value for name, value in now.items())
     return path if is_free else path.with_name(f"{path.name}-{hash_of(now)}")
 
 
-def facts_of(sampler, wish, args):
+def facts_of(sampler, request, args):
     """All that it takes to make a video again."""
     how = {name: getattr(args, name) for name in HOW}
     known = {name: sampler.about.get(name) for name in ("weights", "autoencoder")}
-    options = [str(args.name), "--prompt", wish["prompt"], "--size",
-               f"{wish['height']}x{wish['width']}", "--frames", str(wish["frames"])]
+    options = [str(args.name), "--prompt", request["prompt"], "--size",
+               f"{request['height']}x{request['width']}", "--frames", str(request["frames"])]
     own = {name: value for name, value in args.told.items() if name in how or name in (
         "vae", "checkpoint", "text_encoder", "heads", "chunk", "device", "offload")}
-    for name, value in {**{name: wish[name] for name in WISHES[1:] if name in wish}, **own}.items():
+    asked = {name: request[name] for name in REQUEST_FIELDS[1:] if name in request}
+    for name, value in {**asked, **own}.items():
         many = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         options += [f"--{name}", *map(str, many)]
     command = " ".join(["python sample.py", *map(shlex.quote, options)])
-    return {"wish": wish, "how": how, **known, "model": str(args.name), "command": command,
+    return {"wish": request, "how": how, **known, "model": str(args.name), "command": command,
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
 
 
@@ -1085,14 +1106,14 @@ def save_frames(path, frames, fps, args):
     return path.with_suffix(f".{args.format}")
 
 
-def write_story(sampler, story, path, args, wish):
-    """Writes a story's video while it is decoded, its sheet and, last, its JSON file, of `wish` as
-    it was asked for; returns the video's path."""
-    n, shown, means = story.count(), [], []
+def write_timeline(sampler, timeline, path, args, request):
+    """Writes a timeline's video while it is decoded, its sheet and, last, its JSON file, of
+    `request` as it was asked for; returns the video's path."""
+    n, shown, means = timeline.count(), [], []
     wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
 
     def look():
-        for i, frame in enumerate(sampler.frames(story)):
+        for i, frame in enumerate(sampler.frames(timeline)):
             if i in wanted:
                 shown.append(frame)
             means.append(frame.mean((0, 1)))
@@ -1102,31 +1123,31 @@ def write_story(sampler, story, path, args, wish):
         with atomic(video) as part:
             Image.fromarray(next(look())).save(part, "PNG")
     else:
-        video = save_frames(path, look(), story.wish["fps"], args)
-        label = f"{story.wish['prompt']} (seed {story.wish['seed']})"
+        video = save_frames(path, look(), timeline.request["fps"], args)
+        label = f"{timeline.request['prompt']} (seed {timeline.request['seed']})"
         contact_sheet(path.with_suffix(".png"), [(shown, label)])
-    facts = facts_of(sampler, wish, args) | {
-        "file": video.name, "n_frames": n, "settings": settings_of(wish, args)}
-    if len(story.pieces) > 2:
-        plot_drift(path.with_name(f"{path.name}-drift.png"), story, np.array(means))
-        facts["drift"] = drift(story, np.array(means))
+    facts = facts_of(sampler, request, args) | {
+        "file": video.name, "n_frames": n, "settings": settings_of(request, args)}
+    if len(timeline.segments) > 2:
+        plot_drift(path.with_name(f"{path.name}-drift.png"), timeline, np.array(means))
+        facts["drift"] = drift(timeline, np.array(means))
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return video
 
 
-def drift(story, means):
-    """[pieces, 3]: mean red, green and blue of each piece's frames, levels of 255."""
-    ends = np.cumsum([piece.stop - piece.start for piece in story.pieces])
+def drift(timeline, means):
+    """[segments, 3]: mean red, green and blue of each segment's frames, levels of 255."""
+    ends = np.cumsum([segment.stop - segment.start for segment in timeline.segments])
     return [part.mean(0).round(3).tolist() for part in np.split(means, ends[:-1]) if len(part)]
 
 
-def plot_drift(path, story, means, width=640, height=240):
-    """The frames' mean red, green and blue over time, [T, 3]; a line where a piece begins."""
+def plot_drift(path, timeline, means, width=640, height=240):
+    """The frames' mean red, green and blue over time, [T, 3]; a line where a segment begins."""
     image = Image.new("RGB", (width, height), "white")
     draw, low, high = ImageDraw.Draw(image), means.min() - 2, means.max() + 2
     place = lambda t, level: (40 + (width - 60) * t / max(1, len(means) - 1),
                               height - 20 - (height - 40) * (level - low) / (high - low))
-    for end in np.cumsum([piece.stop - piece.start for piece in story.pieces])[:-1]:
+    for end in np.cumsum([segment.stop - segment.start for segment in timeline.segments])[:-1]:
         draw.line([place(end - 0.5, low), place(end - 0.5, high)], fill=(220, 220, 220))
     for channel, colour in enumerate(((220, 60, 50), (40, 160, 60), (50, 90, 230))):
         points = [place(t, level) for t, level in enumerate(means[:, channel])]
@@ -1178,8 +1199,8 @@ def plain(text):
     return html.escape("".join(c if c.isprintable() else " " for c in str(text)))
 
 
-def prompt_of(wish):
-    text = plain(wish["prompt"] or "(no prompt)")
+def prompt_of(request):
+    text = plain(request["prompt"] or "(no prompt)")
     return f'<div class="prompt" title="{text}">{text}</div>'
 
 
@@ -1204,10 +1225,11 @@ def read_samples(folder):
 
 def texts_of(facts):
     """Texts for people: what a sample is of, but for its prompt and its seed."""
-    wish, how, more = facts["wish"], facts["how"], facts.get("settings", {})
-    texts = [f"{facts['n_frames']} frames of {wish['height']}x{wish['width']} at {wish['fps']:g}/s"]
+    request, how, more = facts["wish"], facts["how"], facts.get("settings", {})
+    texts = [f"{facts['n_frames']} frames of {request['height']}x{request['width']} at "
+             f"{request['fps']:g}/s"]
     texts += [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
-              f"{key} {Path(str(value)).name}" for key, value in wish.items() if key in TASKS]
+              f"{key} {Path(str(value)).name}" for key, value in request.items() if key in TASKS]
     if how["steps"]:
         texts += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
     texts += [f"{key} {value}" for key, value in more.items() if key not in (
@@ -1241,10 +1263,10 @@ def write_page(folder, samples):
                  for settings in columns]
         rows = [f"<th></th>{''.join(f'<th>{plain(name)}</th>' for name in names)}"]
         for by in grid.values():
-            wish = next(iter(by.values()))[0][1]["wish"]
+            request = next(iter(by.values()))[0][1]["wish"]
             cells = ["".join(figure(*row, with_prompt=False) for row in by.get(settings, ()))
                      for settings in columns]
-            rows.append(f"<th>{prompt_of(wish)}</th>" + "".join(f"<td>{x}</td>" for x in cells))
+            rows.append(f"<th>{prompt_of(request)}</th>" + "".join(f"<td>{x}</td>" for x in cells))
         table = "\n".join(f"<tr>{row}</tr>" for row in rows)
         parts.append(f'<div class="wide"><table>\n{table}\n</table></div>')
     singles = [figure(*row) for row in samples if row[1]["wish"]["prompt"] not in grid]
@@ -1288,19 +1310,19 @@ def finish(out, most=64):
           f"folder{sheet}", file=sys.stderr)
 
 
-def not_learnt(wishes, data, labels=None):
-    """What of the wishes lies outside of the data that a run learnt from, as texts."""
+def not_learnt(requests, data, labels=None):
+    """What of the requests lies outside of the data that a run learnt from, as texts."""
     found, known = [], set(data["words"])
     for name, unit, values in (
-            ("side", " px", [wish[side] for wish in wishes for side in ("height", "width")]),
-            ("frames", " frames a part", [wish["frames"] for wish in wishes]),
-            ("fps", " frames/s", [wish["fps"] for wish in wishes if wish["frames"] > 1])):
+            ("side", " px", [one[side] for one in requests for side in ("height", "width")]),
+            ("frames", " frames a part", [one["frames"] for one in requests]),
+            ("fps", " frames/s", [one["fps"] for one in requests if one["frames"] > 1])):
         low, high = data[f"{name}_range"] or (None, None)
         off = sorted({value for value in values if low and not low <= value <= high})
         if off:
             found.append(f"{', '.join(f'{value:g}' for value in off[:4])}{unit} (it learnt "
                          f"{low:g}{f' to {high:g}' if high > low else ''})")
-    texts = [text for wish in wishes for text in (wish["prompt"], *wish.get("then", ()))]
+    texts = [text for request in requests for text in (request["prompt"], *request.get("then", ()))]
     if not data["text"]:
         return found + ["prompts (it learnt without text)"] * (not labels and any(texts))
     words = [word for word in dict.fromkeys(words_of(" ".join(texts))) if word not in known]
@@ -1312,37 +1334,37 @@ def sample(args, folder):
     rank, world, device = setup(args)
     args.quiet = rank > 0
     sampler = open_sampler(args, device)
-    wishes = read_prompts(args) if args.prompts else [
-        {**wish_of(args, {"prompt": prompt}), "seed": args.seed + i}
+    requests = read_prompts(args) if args.prompts else [
+        {**request_of(args, {"prompt": prompt}), "seed": args.seed + i}
         for prompt in args.prompt for i in range(args.n)]
-    wishes = rewritten(args, wishes, device) if args.rewrite else wishes
-    if any("motion" in wish for wish in wishes) and "motion" not in (
+    requests = rewritten(args, requests, device) if args.rewrite else requests
+    if any("motion" in request for request in requests) and "motion" not in (
             sampler.about.get("conditions") or ()):
         refuse(f"--motion: {args.name} has no use for it, it was not trained with --conditions "
                "motion: leave it out")
     data = sampler.about.get("data")
-    strange = not_learnt(wishes, data, sampler.about.get("labels")) if data and rank == 0 else ()
+    strange = not_learnt(requests, data, sampler.about.get("labels")) if data and rank == 0 else ()
     if strange:
         print(f"warning: outside of what {args.name} learnt, expect less: {'; '.join(strange)}",
               file=sys.stderr)
-    stems = [stem_of(wish, args) for wish in wishes]
+    stems = [stem_of(request, args) for request in requests]
     if args.prompts or len({stem.casefold() for stem in stems}) < len(stems):
         stems = [f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
-    batches = [range(len(wishes))[i:i + args.batch] for i in range(0, len(wishes), args.batch)]
+    batches = [range(len(requests))[i:i + args.batch] for i in range(0, len(requests), args.batch)]
     out = out_of(args, folder)
-    paths = [path_of(sampler, wish, out / stem, args) for wish, stem in zip(wishes, stems)]
+    paths = [path_of(sampler, request, out / stem, args) for request, stem in zip(requests, stems)]
     # whole batches: what a video shares a row with must not depend on where a run was stopped
     batches = [batch for batch in batches[rank::world] if not args.prompts or not all(
-        is_made(sampler, wishes[i], paths[i], args) for i in batch)]
-    todo = [[wishes[i] for i in batch] for batch in batches]
+        is_made(sampler, requests[i], paths[i], args) for i in batch)]
+    todo = [[requests[i] for i in batch] for batch in batches]
     check_memory(sampler, todo)
     get_ready(sampler, sum(todo, []))
     sweep(out)
     try:
         with sampler.progress(todo) as sampler.bar:
             for batch in batches:
-                for i, story in zip(batch, sampler([wishes[i] for i in batch])):
-                    path = write_story(sampler, story, paths[i], args, wishes[i])
+                for i, timeline in zip(batch, sampler([requests[i] for i in batch])):
+                    path = write_timeline(sampler, timeline, paths[i], args, requests[i])
                     tqdm.write(str(path), sys.stdout)
                     sys.stdout.flush()
     except KeyboardInterrupt:
@@ -1355,14 +1377,14 @@ def sample(args, folder):
     barrier()
 
 
-def get_ready(sampler, wishes):
-    """Opens what the wishes need, and reads classes: what does not fit is refused before the
+def get_ready(sampler, requests):
+    """Opens what the requests need, and reads classes: what does not fit is refused before the
     progress bar stands. With --offload parts are opened by turns, later."""
-    if not wishes or sampler.args.offload or not hasattr(sampler, "part"):
+    if not requests or sampler.args.offload or not hasattr(sampler, "part"):
         return
     read, about = sampler.part("text"), sampler.about
-    for wish in () if about.get("reads_text", not about.get("labels")) else wishes:
-        read(wish["prompt"]), read(wish["negative"])
+    for request in () if about.get("reads_text", not about.get("labels")) else requests:
+        read(request["prompt"]), read(request["negative"])
     if about.get("reads_image"):
         sampler.part("image")
 
@@ -1372,8 +1394,8 @@ def out_of(args, folder):
     return Path(args.out) if args.out else folder / "samples"
 
 
-def rewritten(args, wishes, device):
-    """--rewrite: the wishes with their prompts as a language model writes them out, like captions
+def rewritten(args, requests, device):
+    """--rewrite: the requests with their prompts as a language model writes them out, like captions
     that the run was trained on where its data lies here; `asked` keeps what was given."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # as captions are made
     lm, texts, config = open_vlm(args.rewrite, device, dtype), {}, config_of(args.name)
@@ -1381,26 +1403,27 @@ def rewritten(args, wishes, device):
     is_here = data and (dataset_dir(data) / "manifest.json").is_file()
     rows = open_dataset(dataset_dir(data)) if is_here else []
     examples = [row["captions"][0]["text"] for row in rows if row["captions"]][:4]
-    for prompt in sorted({wish["prompt"] for wish in wishes}):
+    for prompt in sorted({request["prompt"] for request in requests}):
         texts[prompt] = rewrite(lm, prompt, examples, args.seed)
         print(f"{prompt} -> {texts[prompt]}", file=sys.stderr)
-    return [{**wish, "prompt": texts[wish["prompt"]], "asked": wish["prompt"]} for wish in wishes]
+    return [{**request, "prompt": texts[request["prompt"]], "asked": request["prompt"]}
+            for request in requests]
 
 
-def is_made(sampler, wish, path, args):
+def is_made(sampler, request, path, args):
     """Whether a sample is there, and its JSON file, which is written last, says just what would be
     made now."""
     facts = read_facts(path.with_suffix(".json"))
-    now = json.loads(json.dumps(facts_of(sampler, wish, args)))
+    now = json.loads(json.dumps(facts_of(sampler, request, args)))
     return all(facts.get(name) == value for name, value in now.items()) and (
         path.parent / str(facts.get("file"))).exists()
 
 
-def made(sampler, wishes, args, rank=0, world=1):
-    """Yields (number, uint8 [T, H, W, 3]) of this rank's share of the wishes' videos."""
-    for start in range(0, len(wishes), args.batch)[rank::world]:
-        for i, story in enumerate(sampler(wishes[start:start + args.batch]), start):
-            yield i, np.stack(list(sampler.frames(story)))
+def made(sampler, requests, args, rank=0, world=1):
+    """Yields (number, uint8 [T, H, W, 3]) of this rank's share of the requests' videos."""
+    for start in range(0, len(requests), args.batch)[rank::world]:
+        for i, timeline in enumerate(sampler(requests[start:start + args.batch]), start):
+            yield i, np.stack(list(sampler.frames(timeline)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1532,20 +1555,20 @@ def evaluate_demo(args, folder):
     _, _, device = setup(args)
     sampler, result = open_sampler(args, device), {}
     for name, combinations in demo_prompts(args.n_eval).items():
-        wishes = []
+        requests = []
         for i, (colour, form, direction) in enumerate(combinations):
             width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
-            wishes.append(dict(prompt=f"a {colour} {form} moves {direction}", frames=13, fps=10.0,
+            requests.append(dict(prompt=f"a {colour} {form} moves {direction}", frames=13, fps=10.0,
                                width=width, height=height, seed=args.seed + i, negative=""))
-        videos = [video for _, video in made(sampler, wishes, args)]
+        videos = [video for _, video in made(sampler, requests, args)]
         rows, right = [], []
-        for wish, video, wanted in zip(wishes, videos, combinations):
+        for request, video, wanted in zip(requests, videos, combinations):
             shapes = describe(video)
             found = shapes[0] if shapes else {}
             found = tuple(found.get(k) for k in ("colour", "form", "direction"))
             right.append([a == b for a, b in zip(found, wanted)])
             says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, found))}"
-            rows.append((sheet_frames(video), f"{wish['prompt']}: {says}"))
+            rows.append((sheet_frames(video), f"{request['prompt']}: {says}"))
         shares = np.array(right).mean(0)
         result[name] = {"n": len(right), "form": shares[1], "colour": shares[0],
                         "direction": shares[2], "all": float(np.all(right, 1).mean())}
@@ -1566,23 +1589,23 @@ def evaluate_chain(args, folder):
     prompts = demo_prompts(args.n_eval)["seen"]
     says = lambda i, way: f"a {' '.join(prompts[i][:2])} moves {way}"
     for kind in ("then", "extend", "loop"):
-        wishes, ways = [], []
+        requests, ways = [], []
         for i, (*_, way) in enumerate(prompts):
             width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
             ways.append([way, reverse[way], way] if kind == "then" else [way, None, None])
             more = {"then": [says(i, way) for way in ways[-1][1:]], "extend": 2, "loop": True}[kind]
-            wishes.append({"prompt": says(i, way), "frames": 13, "fps": 10.0, "width": width,
+            requests.append({"prompt": says(i, way), "frames": 13, "fps": 10.0, "width": width,
                            "height": height, "seed": args.seed + i, "negative": "", kind: more})
         overlaps, right, rows = [], [], []
-        for i, video in made(sampler, wishes, args):
+        for i, video in made(sampler, requests, args):
             overlaps.append(overlap(video, *prompts[i][:2]))
             for part, way in zip(np.split(video, range(13, len(video), 13)), ways[i]):
                 found = (describe(part) or [{}])[0]
                 right.append([found.get(name) for name in ("colour", "form")] == [*prompts[i][:2]]
                              and way in (None, found["direction"]))
-            rows.append((video[::2], f"{wishes[i]['prompt']}: lowest {overlaps[-1].min():.2f}"))
+            rows.append((video[::2], f"{requests[i]['prompt']}: lowest {overlaps[-1].min():.2f}"))
         medians = np.median(np.float64(overlaps), 0).round(3)
-        result[kind] = {"n": len(wishes), "lowest": float(medians.min()), "first":
+        result[kind] = {"n": len(requests), "lowest": float(medians.min()), "first":
                         float(medians[:13].min()), "right": float(np.mean(right)),
                         "overlap": medians.tolist()}
         contact_sheet(folder / f"eval-chain-{kind}.png", rows)
@@ -1665,10 +1688,10 @@ def evaluate_real(args, folder):
                 save_file({"features": true}, part)
         barrier()
     true = load_file(kept)["features"]
-    wishes = [{**wish_of(args, {"prompt": say(row)}), "seed": args.seed + i}
+    requests = [{**request_of(args, {"prompt": say(row)}), "seed": args.seed + i}
               for i, row in enumerate(rows)]
     found = gathered(n, width, ((i, measure(i, video)) for i, video in made(
-        sampler, wishes, args, rank, world)))
+        sampler, requests, args, rank, world)))
     protocol = {"real": real, "made": {name: getattr(args, name) for name in (
         "sampler", "steps", "cfg", "shift", "seed")}, "weights": sampler.about["weights"]}
     if kind == "clip":
@@ -1842,9 +1865,9 @@ def check_memory(sampler, batches):
         return
     args, n_tok, n_cells = sampler.args, 0, 0
     for batch in batches:
-        shapes = [sampler.latent_shape(wish["frames"], wish["height"], wish["width"])[1:]
-                  for wish in batch]
-        parts = [1 + (len(todo_of(wish)) > 1 or "video" in wish) for wish in batch]
+        shapes = [sampler.latent_shape(request["frames"], request["height"], request["width"])[1:]
+                  for request in batch]
+        parts = [1 + (len(todo_of(request)) > 1 or "video" in request) for request in batch]
         n_tok = max(n_tok, sum(n * math.prod(shape) for n, shape in zip(parts, shapes))
                     // math.prod(sampler.patch) * (1 + (args.cfg != 1)))
         n_cells = max([n_cells, *(min(T, args.chunk) * H * W for T, H, W in shapes)])
@@ -2025,7 +2048,7 @@ def give_image(sampler, job, picture):
     I2V as channels beside the noise, with a mask, the frames after it grey, and 2.1's as tokens
     too: these are of the picture itself, before it is scaled to the video."""
     if sampler.about["kind"] == "ti2v":
-        return job._replace(givens=[])
+        return job._replace(cond_latents=[])
     if picture is None:
         refuse(f"{sampler.args.name} makes videos of images: give --image")
     _, T, H, W = job.shape
@@ -2039,7 +2062,7 @@ def give_image(sampler, job, picture):
     mask[:, 0] = 1
     extra = torch.cat([mask, (z - sampler.mean) / sampler.std])
     image = sampler.part("image")(picture[0]) if sampler.about["reads_image"] else None
-    return job._replace(givens=[], first=None, extra=extra, image=image)
+    return job._replace(cond_latents=[], first=None, extra=extra, image=image)
 
 
 WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -2115,12 +2138,12 @@ def open_image_encoder(path, device):
     return read
 
 
-def resolve(args, about, how, stride):
+def resolve(args, about, objective, stride):
     """Fills in what the model decides, and refuses what it cannot do."""
     known = {"shift": about.get("shift", 1.0), "fps": 10.0, "negative": about.get("negative", ""),
              "rescale": 0.0, **KINDS[about["kind"]]}
     known["sampler"] = about.get("sampler", known["sampler"])
-    if about["kind"] == "own" and how.path in STEPPED:
+    if about["kind"] == "own" and objective.path in STEPPED:
         known["sampler"] = "ddim"
     data = about.get("data")
     if data:                             # what the run learnt most often
@@ -2137,15 +2160,16 @@ def resolve(args, about, how, stride):
     is_own = about["kind"] == "own"
     uses = {"text_encoder": about.get("reads_text"), "heads": not is_own, "checkpoint": is_own,
             "temperature": False, "eta": args.sampler == "ddim", "form": args.sampler == "sde",
-            "norm": args.sampler == "sde", "spacing": how.path in STEPPED and
+            "norm": args.sampler == "sde", "spacing": objective.path in STEPPED and
             args.sampler in ("ddim", "dpm++", "unipc")}
     for name in uses:
         if name in args.told and not uses[name]:
             refuse(f"--{name}: {args.name}, by {args.sampler}, has no use for it: leave it out")
-    may = STEPPED_SAMPLERS if how.path in STEPPED else FLOW_SAMPLERS
-    if args.sampler not in may or (args.sampler == "dpm-fast" and how.path != "sd"):
-        refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {how.path}: "
-               f"take {', '.join(one for one in may if one != 'dpm-fast' or how.path == 'sd')}")
+    may = STEPPED_SAMPLERS if objective.path in STEPPED else FLOW_SAMPLERS
+    may = [name for name in may if name != "dpm-fast" or objective.path == "sd"]
+    if args.sampler not in may:
+        refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {objective.path}: "
+               f"take {', '.join(may)}")
     if args.apg and args.cfg_channels:
         args.cfg_channels = None                             # APG is over whole clips
     layout = about.get("layout")
@@ -2165,7 +2189,7 @@ def size_of(text):
 
 def parse_options(argv=None):
     parser = option_parser(__doc__)
-    add_wishes(parser)
+    add_requests(parser)
     add_settings(parser)
     args = parser.parse_args(argv)
     if not (args.prompt or args.prompts or args.eval):
@@ -2178,7 +2202,7 @@ def parse_options(argv=None):
     return args
 
 
-def add_wishes(parser):
+def add_requests(parser):
     parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
                         "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
     add = parser.add_argument_group("what to sample").add_argument

@@ -124,13 +124,13 @@ def interpolant(path, t):
     return alpha, sigma, slope * alpha, -slope * alpha.square() / sigma
 
 
-def interval(how, is_sampling=False):
+def interval(objective, is_sampling=False):
     """(first, last) time between which nothing below divides by zero: SiT's, in our direction; x
     needs as much, since its noise is read by dividing by sigma."""
-    if how.path == "vp":
+    if objective.path == "vp":
         return (1e-3 if is_sampling else 1e-5), 1.0
     ends = {"noise": (1e-3, 1 - 1e-3), "score": (1e-3, 1 - 1e-3), "x": (1e-3, 1.0)}
-    return ends.get(how.prediction, (0.0, 1.0))
+    return ends.get(objective.prediction, (0.0, 1.0))
 
 
 def shifted(t, shift):
@@ -153,69 +153,69 @@ def draw_t(random, law="logit-normal", shift=1.0, span=(0.0, 1.0), mean=0.0, std
     return span[0] + (span[1] - span[0]) * shifted(t, shift)
 
 
-def network_time(how, t):
+def network_time(objective, t):
     """The time that the network is told. Stepped paths know n / 1000 alone: DiT's n is 0..999,
     U-ViT's 1..1000."""
-    if how.path not in STEPPED:
+    if objective.path not in STEPPED:
         return t
-    return ((1000 * t).floor().clamp(max=999) + int(how.path == "sd")) / 1000
+    return ((1000 * t).floor().clamp(max=999) + int(objective.path == "sd")) / 1000
 
 
-def interpolate(how, x0, noise, t):
+def interpolate(objective, x0, noise, t):
     """x_t on the path from data (t = 0) to noise (t = 1)."""
-    alpha, sigma, _, _ = interpolant(how.path, t)
+    alpha, sigma, _, _ = interpolant(objective.path, t)
     return alpha * x0 + sigma * noise
 
 
-def target(how, x0, noise, t):
+def target(objective, x0, noise, t):
     """What the output should be: velocity dx_t / dt, noise, x_0, or sigma times the score."""
-    if how.prediction == "velocity":
-        _, _, d_alpha, d_sigma = interpolant(how.path, t)
+    if objective.prediction == "velocity":
+        _, _, d_alpha, d_sigma = interpolant(objective.path, t)
         return d_alpha * x0 + d_sigma * noise
-    return {"noise": noise, "x": x0, "score": -noise}[how.prediction]
+    return {"noise": noise, "x": x0, "score": -noise}[objective.prediction]
 
 
-def weight(how, t, gamma=5.0):
+def weight(objective, t, gamma=5.0):
     """The factor of the squared error: a law of the error of x_0, which is `ratio` times the
     output's. velocity: as if velocity had been predicted; likelihood: its bound (both SiT's);
     min-snr: min(SNR, gamma) (Hang et al. 2023, 2303.09556)."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t)
+    alpha, sigma, d_alpha, d_sigma = interpolant(objective.path, t)
     turn = alpha * d_sigma - d_alpha * sigma
     law = {"velocity": (turn / sigma).square(), "likelihood": turn * alpha / sigma ** 3,
-           "min-snr": (alpha / sigma).square().clamp(max=gamma)}[how.weighting]
-    ratio = {"x": 1.0, "velocity": sigma / turn}.get(how.prediction, sigma / alpha)
+           "min-snr": (alpha / sigma).square().clamp(max=gamma)}[objective.weighting]
+    ratio = {"x": 1.0, "velocity": sigma / turn}.get(objective.prediction, sigma / alpha)
     return law * ratio ** 2
 
 
-def squared_error(how, output, x0, noise, t):
+def squared_error(objective, output, x0, noise, t):
     """Elementwise, weighted; of a score, after scaling by sigma."""
-    if how.prediction == "ddpm":
+    if objective.prediction == "ddpm":
         c = ddpm_at(ddpm_tables(), (1000 * t).round().long())
         eps, v = output.chunk(2, -1)                         # a token's channels: eps, then v
         bits = ddpm_bits(eps.detach(), v, x0, c["alpha"] * x0 + c["sigma"] * noise, c)
         return (eps - noise).square() + bits
-    if how.prediction == "score":
-        output = interpolant(how.path, t)[1] * output
-    error = (output - target(how, x0, noise, t)).square()
-    return error if how.weighting == "none" else weight(how, t) * error
+    if objective.prediction == "score":
+        output = interpolant(objective.path, t)[1] * output
+    error = (output - target(objective, x0, noise, t)).square()
+    return error if objective.weighting == "none" else weight(objective, t) * error
 
 
-def read_output(how, output, x, t):
+def to_velocity_x0_noise(objective, output, x, t):
     """(velocity, x_0, noise) of an output at x_t = x; velocity is None on a stepped path, of which
     t may be any (alpha, sigma)."""
-    alpha, sigma, d_alpha, d_sigma = interpolant(how.path, t) if torch.is_tensor(t) else (
+    alpha, sigma, d_alpha, d_sigma = interpolant(objective.path, t) if torch.is_tensor(t) else (
         *t, None, None)
-    if how.path in STEPPED:
+    if objective.path in STEPPED:
         noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
         return None, (x - sigma * noise) / alpha, noise
-    if how.prediction == "velocity":
+    if objective.prediction == "velocity":
         turn = alpha * d_sigma - d_alpha * sigma             # not 0 at any end of linear and GVP
         return (output, (d_sigma * x - sigma * output) / turn,
                 (alpha * output - d_alpha * x) / turn)
-    if how.prediction == "x":
+    if objective.prediction == "x":
         x0, noise = output, (x - alpha * output) / sigma
     else:
-        noise = output if how.prediction == "noise" else -sigma * output
+        noise = output if objective.prediction == "noise" else -sigma * output
         x0 = (x - sigma * noise) / alpha
     return d_alpha * x0 + d_sigma * noise, x0, noise
 
@@ -450,7 +450,7 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def once(row, key, make):
+def cached(row, key, make):
     """make(), which a row that is used again and again (`kept` is a dict) computes but once."""
     if row.kept is None:
         return make()
@@ -486,7 +486,7 @@ class CrossAttention(nn.Module):
             more = torch.cat([log.to(k.dtype), (log - log.to(k.dtype)).to(k.dtype)], 1)
             more = F.pad(more, (0, 6))[:, None].expand(-1, self.heads, -1)           # [L, A, 8]
             return torch.cat([k, more], 2), F.pad(v, (0, 8))
-        k, v = once(row, kv, make)
+        k, v = cached(row, kv, make)
         q = q if counts is None else F.pad(F.pad(q, (0, 2), value=1.0), (0, 6))
         return attention(q, k, v, row.cu, cu_context, E ** -0.5)[..., :E].flatten(1)  # [N, D]
 
@@ -654,7 +654,7 @@ class DiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):   # times and tables in float32, as Wan's
             tables, last = self.tables(t, row)
         if self.text is not None:
-            text = once(row, self.text, functools.partial(self.text, text))          # [L, D]
+            text = cached(row, self.text, functools.partial(self.text, text))          # [L, D]
         if self.image is not None:
             if self.image_place is not None:
                 image = image + self.image_place.repeat(len(image) // len(self.image_place), 1)
@@ -918,7 +918,7 @@ class Denoiser(nn.Module):
         None if nothing."""
         text = row.text
         if self.tower:
-            text = once(row, self.tower, lambda: self.tower(row.ids, row.cu_text))
+            text = cached(row, self.tower, lambda: self.tower(row.ids, row.cu_text))
         if self.kind not in ("uvit", "gpt"):
             return text
         if text is None:
@@ -997,24 +997,25 @@ def clip_coords(shape, fps, time_stride, patch, offset=0.0):
     return np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
 
 
-def with_givens(latents, givens):
+def with_cond_latents(latents, cond_latents):
     """Each clip's latent and, behind it, what it is given: the order in which a row holds them."""
-    return [x for z, given in zip(latents, givens) for x in (z, *(latent for latent, _ in given))]
+    return [x for z, given in zip(latents, cond_latents)
+            for x in (z, *(latent for latent, _ in given))]
 
 
 WAN_TEXT = 512               # rows of text that Wan's published models read, filled with zeros
 
 
-def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video", givens=None,
-            about=None):
+def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video",
+            cond_latents=None, about=None):
     """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
     lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
-    included; `givens`: each clip's [(latent, seconds from the clip's first frame to its own)];
+    included; `cond_latents`: each clip's [(latent, seconds from the clip's first frame to its own)];
     `about`: each clip's values for `condition_code`. Behind ids comes padding that nothing sees, up
     to a multiple of 64: shapes that come again are cheaper."""
     time_stride = None if kind == "wan" else time_stride
     B, parts = len(shapes), []                               # (clip, table row, shape, offset)
-    for b, given in enumerate(givens or [[]] * B):
+    for b, given in enumerate(cond_latents or [[]] * B):
         parts += [(b, b, shapes[b], 0.0), *((b, B, latent.shape, at) for latent, at in given)]
     coords = [clip_coords(shape, rates[b], time_stride, patch, at) for b, _, shape, at in parts]
     lengths = [len(c) for c in coords]
@@ -1091,7 +1092,7 @@ class Clips:
     by one that has a codebook, all cropped to one shape (T', H', W'), or to the most frequent."""
 
     def __init__(self, folder, rows, config, patch, row_tokens, given=0.0, shape=None):
-        self.given = given                                   # the share of clips with givens
+        self.given = given                                   # the share of clips with conditioning
         self.row_tokens, self.patch = row_tokens, patch
         self.files, self.shape, self.about, self.sums = {}, {}, {}, {}
         self.rows = {row["key"]: row for row in rows}
@@ -1176,7 +1177,7 @@ class Clips:
         noise = gaussians("posterior", seed, step, [name], [mean.shape])[0]
         return (mean + (0.5 * logvar).exp() * noise - self.mean) / self.std
 
-    def draw_givens(self, key, seed, epoch, given, stills=0.0):
+    def draw_conditioning(self, key, seed, epoch, given, stills=0.0):
         """[what to denoise in KEY's place, what it is given ...]: with chance `stills` its first
         frame as a still; else with chance `given` its first frame, its last, both, or of its halves
         or its last two parts one before or after the other. Drawn by the epoch and not by the step,
@@ -1193,7 +1194,7 @@ class Clips:
         return ways[int(random.integers(len(ways)))]
 
     def count_tokens(self, names):
-        """Of all that `draw_givens` has named."""
+        """Of all that `draw_conditioning` has named."""
         _, _, H, W = self.shape[names[0]]
         return sum(self.shape[name][1] for name in names) * H * W // math.prod(self.patch)
 
@@ -1295,7 +1296,7 @@ class RowPlan:
         self.lock = threading.Lock()                         # the loader's threads share the plan
 
     def draw(self, key, epoch):
-        return self.clips.draw_givens(key, self.seed, epoch, *self.shares) if any(
+        return self.clips.draw_conditioning(key, self.seed, epoch, *self.shares) if any(
             self.shares) else [key]
 
     @functools.lru_cache(maxsize=2)
@@ -1306,7 +1307,7 @@ class RowPlan:
         return plan_epoch(clips.keys, lengths, clips.row_tokens, self.seed, n)
 
     def row(self, s):
-        """(the keys of the clips in row s, what `draw_givens` draws for each)."""
+        """(the keys of the clips in row s, what `draw_conditioning` draws for each)."""
         with self.lock:
             while self.first[-1] <= s:
                 self.first.append(self.first[-1] + len(self.epoch(len(self.first) - 1)))
@@ -1318,20 +1319,20 @@ class RowPlan:
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
     """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
     tokens, t [B]), or (keys, Row, codes [B, T', H', W']). `times`: of each clip; `drawn`: what
-    takes its place and what that is given, as `draw_givens` names them (itself and nothing)."""
+    takes its place and what that is given, as `draw_conditioning` names them (itself and nothing)."""
     drawn = drawn or [[key] for key in keys]
     targets = [target for target, *_ in drawn]
-    givens = [clips.given_to(target, names, seed, step) for target, *names in drawn]
+    cond_latents = [clips.given_to(target, names, seed, step) for target, *names in drawn]
     latents = [clips.latent(key, seed, step) for key in targets]
     row = lay_out([clips.shape[key] for key in targets], [clips.about[k]["fps"] for k in targets],
                   [clips.text(key, seed, step, drop) for key in keys], clips.time_stride,
-                  clips.patch, clips.row_tokens, clips.kind, givens,
+                  clips.patch, clips.row_tokens, clips.kind, cond_latents,
                   [clips.told(key, seed, step, drop) for key in targets])
     if clips.is_codes:
         return keys, row, torch.stack(latents)
     noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
     left = (0, 0, 0, len(row.rows) - int(row.cu[-1]))        # the null clip's tokens are zeros
-    x0 = F.pad(patchify(with_givens(latents, givens), clips.patch), left)
+    x0 = F.pad(patchify(with_cond_latents(latents, cond_latents), clips.patch), left)
     noise = torch.zeros_like(x0).index_copy_(0, row.own, patchify(noises, clips.patch))
     return keys, row, x0, noise, torch.tensor(times, dtype=torch.float32)
 
@@ -1436,11 +1437,12 @@ def estimate(args, options, clips, plan, device):
 
 
 def timed_step(args, cost, options, vae, clips, plan, device):
-    """s of a step, of a new model on this CPU: a row's median and what each step does once (Muon's
-    products are up to two fifths of a small model's step, and in no count of FLOPs). None where
-    that would take long, where texts are only counted, and on GPUs: what runs there must fit."""
+    """{"step_s", "is_timed"}: seconds of a step of a new model on this CPU, a row's median and what
+    each step does once (Muon's products are up to two fifths of a small model's step, and in no
+    count of FLOPs). Not timed where that takes long, where texts are only counted, and on GPUs:
+    what runs there must fit."""
     if device.type != "cpu" or cost["step_s"] > 20 or args.estimate and args.text_encoder:
-        return None
+        return {"is_timed": False}
     world = int(os.environ.get("WORLD_SIZE", 1))
     with torch.random.fork_rng([]):
         model = build(args, options, None, vae)
@@ -1459,7 +1461,7 @@ def timed_step(args, cost, options, vae, clips, plan, device):
             parts.append(np.diff([*times, time.perf_counter()]))
     rows = args.batch_tokens // args.row_tokens / world
     a_row, once_a_step = np.median(parts[1:], 0)             # the first one warms up
-    return float(rows * a_row + once_a_step)
+    return {"step_s": float(rows * a_row + once_a_step), "is_timed": True}
 
 
 def print_cost(args, cost, clips, held_out, device):
@@ -1514,13 +1516,13 @@ BEST = "best.safetensors"    # the averaged weights of the lowest held-out loss 
 def clip_losses(model, row, x0, noise, t, dtype):
     """[B]: each clip's squared error, its own mean over tokens and channels; what is given, and
     the null clip, do not count."""
-    device, how, clip_of = x0.device, model.objective, row.rows[row.own].long()
-    t = network_time(how, t)
+    device, objective, clip_of = x0.device, model.objective, row.rows[row.own].long()
+    t = network_time(objective, t)
     own_x0, own_noise, time_of = x0[row.own], noise[row.own], t[clip_of][:, None]
-    x = x0.index_copy(0, row.own, interpolate(how, own_x0, own_noise, time_of))
+    x = x0.index_copy(0, row.own, interpolate(objective, own_x0, own_noise, time_of))
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
         output = model(x, row.table_times(t), row).index_select(0, row.own)
-    error = squared_error(how, output.float(), own_x0, own_noise, time_of).mean(-1)  # [n]
+    error = squared_error(objective, output.float(), own_x0, own_noise, time_of).mean(-1)  # [n]
     sums, counts = (torch.zeros(len(t), device=device).index_add(0, clip_of, each)
                     for each in (error, torch.ones_like(error)))
     return sums / counts
@@ -1579,25 +1581,26 @@ def zero_loss(model, bank):
     return held_out_loss(zeros, bank, torch.device("cpu"), "fp32")["held_out"]
 
 
-def guide(with_prompt, without, scale, channels=None):
-    """Classifier-free guidance, `scale` 1: none; the channels (axis 1, all of them or the first
-    few, as DiT's figures want it) go from `without` beyond `with_prompt`."""
-    channels = with_prompt.shape[1] if channels is None else channels
-    near, far = with_prompt[:, :channels], without[:, :channels]
-    return torch.cat([far + scale * (near - far), with_prompt[:, channels:]], 1)
+def guide(cond, uncond, scale, channels=None):
+    """Classifier-free guidance: uncond + scale * (cond - uncond), of the first `channels` alone
+    where these are given (axis 1; DiT's figures are so): the others are cond's."""
+    channels = cond.shape[1] if channels is None else channels
+    guided = uncond[:, :channels] + scale * (cond - uncond)[:, :channels]
+    return torch.cat([guided, cond[:, channels:]], 1)
 
 
 class Packed:
-    """Clips that are denoised together in one row, each with a twin under `none`, the text to guide
-    away from ([]: no twins). shapes [(C, T', H', W')] of the clips, noises alike; rates, texts,
-    none, givens and about: a list each, as lay_out takes them; the twins see the same givens."""
+    """Clips that are denoised together in one packed row, and once more under `negative`, the
+    unconditional text of each ([]: once only). shapes [(C, T', H', W')], noises alike; rates, texts,
+    negative, cond_latents, about: a list each, as lay_out takes them; both see cond_latents."""
 
-    def __init__(self, model, shapes, rates, texts, none, noises, time_stride, givens, about):
-        self.model, self.shapes, n = model, shapes, 2 if none else 1
-        row = lay_out(shapes * n, rates * n, texts + none, time_stride, model.dit.patch, None,
-                      model.kind, givens * n, about * n).to(noises[0].device)
+    def __init__(self, model, shapes, rates, texts, negative, noises, time_stride, cond_latents,
+                 about):
+        self.model, self.shapes, n = model, shapes, 2 if negative else 1
+        row = lay_out(shapes * n, rates * n, texts + negative, time_stride, model.dit.patch, None,
+                      model.kind, cond_latents * n, about * n).to(noises[0].device)
         row.kept = {}                    # texts are read once, not at every step
-        self.tokens = patchify(with_givens(noises, givens), model.dit.patch)
+        self.tokens = patchify(with_cond_latents(noises, cond_latents), model.dit.patch)
         self.row, self.n, self.own = row, n, row.own[:len(row.own) // n]
         self.clip = row.rows[self.own].long()                # of each of the clips' own tokens
         self.lengths = torch.bincount(self.clip)
@@ -1615,31 +1618,32 @@ class Packed:
 
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
-             shift=1.0, time_stride=4, none=(EOS,), givens=None, about=None):
+             shift=1.0, time_stride=4, negative=(EOS,), cond_latents=None, about=None):
     """Latents to videos: denoises clips of `shapes` [(C, T', H', W')] from `noises` under `texts`
-    (as lay_out takes them; `none`: the empty one); uint8 [T, H, W, 3] of each. `givens`: each
-    clip's [(normalised latent [C, T', H', W'], seconds from the clip's first frame to its own)]."""
-    device, how, empty = noises[0].device, model.objective, [[]] * len(shapes)
-    is_told = any(torch.is_tensor(text) or text != none for text in texts)
-    packed = Packed(model, shapes, rates, texts, [none] * len(shapes) * is_told, noises,
-                    time_stride, givens or empty, about or empty)
+    (as lay_out takes them; `negative`: the empty one); uint8 [T, H, W, 3] of each. `cond_latents`:
+    each clip's [(normalised latent [C, T', H', W'], seconds from its first frame to theirs)]."""
+    device, objective, empty = noises[0].device, model.objective, [[]] * len(shapes)
+    is_told = any(torch.is_tensor(text) or text != negative for text in texts)
+    packed = Packed(model, shapes, rates, texts, [negative] * len(shapes) * is_told, noises,
+                    time_stride, cond_latents or empty, about or empty)
     x = packed.tokens[packed.own]
-    if how.shift_tokens:                                     # each token by its clip's length
-        shift = token_shift(shift, packed.lengths, how.shift_tokens)[packed.clip, None]
+    if objective.shift_tokens:                                     # each token by its clip's length
+        shift = token_shift(shift, packed.lengths, objective.shift_tokens)[packed.clip, None]
 
     def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
         output = packed.network(x, t)
-        return read_output(how, guide(*output.chunk(2), guidance) if is_told else output, x, t)
+        output = guide(*output.chunk(2), guidance) if is_told else output
+        return to_velocity_x0_noise(objective, output, x, t)
 
-    if how.path in STEPPED:
-        last = 1.0 if how.path == "sd" else 0.999
+    if objective.path in STEPPED:
+        last = 1.0 if objective.path == "sd" else 0.999
         times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
-        alpha, sigma = (x.double() for x in interpolant(how.path, times)[:2])
+        alpha, sigma = (x.double() for x in interpolant(objective.path, times)[:2])
         steps = ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
                      F.pad(sigma, (0, 1)))
     else:
-        low, high = interval(how, True)
+        low, high = interval(objective, True)
         times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
         steps = runge_kutta(lambda x, t: read(x, t)[0], x, times.unbind())
     *_, x = steps
@@ -1663,13 +1667,13 @@ def sample_codes(model, vae, texts, draws, temperature=1.0, progress=iter):
 
 def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
     """A sheet of videos sampled at held-out clips' captions, sizes and lengths; of a run that is
-    trained with givens, each again from its first frame."""
+    trained with --given, each again from its first frame."""
     rows, device = [], next(model.parameters()).device
-    givens = [[] for _ in keys]
+    cond_latents = [[] for _ in keys]
     if clips.given:
-        givens += [[(clips.latent(f"{key}:first", seed, 0).to(device), 0.0)] for key in keys]
+        cond_latents += [[(clips.latent(f"{key}:first", seed, 0).to(device), 0.0)] for key in keys]
         keys = keys * 2
-    texts, none = ([clips.text(key, seed, 0, drop) for key in keys] for drop in (0.0, 1.0))
+    texts, negative = ([clips.text(key, seed, 0, drop) for key in keys] for drop in (0.0, 1.0))
     shapes = [clips.shape[key] for key in keys]
     if clips.is_codes:
         draws = [rng(seed, "sample", 0, key).random(math.prod(model.dit.shape)) for key in keys]
@@ -1678,10 +1682,11 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
         noises = [x.to(device) for x in gaussians("sample", seed, 0, keys, shapes)]
         rates = [clips.about[key]["fps"] for key in keys]
         videos = generate(model, vae, vae_config, shapes, rates, texts, noises, shift=shift,
-                          time_stride=clips.time_stride, none=none[0], givens=givens,
+                          time_stride=clips.time_stride, negative=negative[0],
+                          cond_latents=cond_latents,
                           about=[clips.told(key, seed, 0, 0.0) for key in keys])
     is_told = clips.tokenizer or clips.embeddings is not None
-    for video, key, given in zip(videos, keys, givens):
+    for video, key, given in zip(videos, keys, cond_latents):
         row = clips.rows[clips.about[key]["clip"]]
         caption = (row["captions"] or [{"text": ""}])[0]["text"] if is_told else ""
         title = caption if clips.labels is None else row["label"]
@@ -2118,8 +2123,7 @@ def train(args, folder):
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
     cost = estimate(args, about["model"], clips, plan, device)
-    step_s = timed_step(args, cost, about["model"], vae, clips, plan, device)
-    cost |= {"step_s": step_s or cost["step_s"], "is_timed": bool(step_s)}
+    cost |= timed_step(args, cost, about["model"], vae, clips, plan, device)
     print_cost(args, cost, clips, held_out, device)
     advise(args, clips, plan)
     if args.estimate:

@@ -277,14 +277,14 @@ def pipeline(r, home, with_image=False):
     sampler = S.Sampler(args, torch.device("cpu"))
     sampler.part.openers["text"] = lambda: lambda prompt: told if prompt else other
     args.quiet = True
-    story, = sampler([S.wish_of(args, {"prompt": "x"})])
-    noise = V.gaussians("sample", 0, 0, ["x"], [story.shape])[0][None]
+    timeline, = sampler([S.request_of(args, {"prompt": "x"})])
+    noise = V.gaussians("sample", 0, 0, ["x"], [timeline.shape])[0][None]
     peer = kind(**parts)
     peer.set_progress_bar_config(disable=True)
     out = peer(prompt_embeds=pad(told), negative_prompt_embeds=pad(other), latents=noise, height=int(height),
                width=int(width), num_frames=frames, num_inference_steps=n, guidance_scale=3.0,
                output_type="latent", **more).frames[0]
-    return away(story.pieces[0].latents, out)
+    return away(timeline.segments[0].latents, out)
 
 
 FAMILIES = {            # function, the largest share of the largest value that is still equal

@@ -434,8 +434,8 @@ def our_pipeline(folder, video, device, dtype):
     _, _, device = V.setup(args)
     sampler = S.Sampler(args, device)
     sampler.part.openers["text"] = lambda: lambda prompt: texts()[not prompt].to(device)
-    wish = S.wish_of(args, {"prompt": "x"})
-    return lambda: np.stack(list(sampler.frames(sampler([wish])[0])))
+    request = S.request_of(args, {"prompt": "x"})
+    return lambda: np.stack(list(sampler.frames(sampler([request])[0])))
 
 
 def their_pipeline(folder, video, device, dtype):

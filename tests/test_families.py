@@ -144,12 +144,12 @@ def test_sentencepiece_alone_gives_the_same_ids(tmp_path):
     folder = changed(tmp_path / "pieces", LLAVA)
     whole = c.Tokens(folder)
     (folder / "tokenizer.json").unlink()
-    pieces = c.Tokens(folder)
+    segments = c.Tokens(folder)
     for text in ("USER: <image>\nDescribe, 2024. ASSISTANT:", "a  b", "<pad>é🙂", ""):
-        assert whole.encode(text) == pieces.encode(text)
-        assert whole.decode(whole.encode(text)).strip() == pieces.decode(pieces.encode(text)).strip() \
+        assert whole.encode(text) == segments.encode(text)
+        assert whole.decode(whole.encode(text)).strip() == segments.decode(segments.encode(text)).strip() \
             or "<" in text
-    assert whole.first == pieces.first == [1] and len(whole) == len(pieces) == 386
+    assert whole.first == segments.first == [1] and len(whole) == len(segments) == 386
     told = json.loads((folder / "tokenizer_config.json").read_text())
     added = told.pop("added_tokens_decoder")                 # older folders have a file of them
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
@@ -158,7 +158,7 @@ def test_sentencepiece_alone_gives_the_same_ids(tmp_path):
     (folder / "added_tokens.json").write_text(json.dumps(
         {token["content"]: int(i) for i, token in added.items()}))
     assert c.Tokens(folder).encode("a <image>") == whole.encode("a <image>")
-    assert pieces.id("<image>") == 384 and pieces.id("</s>") == 2 and pieces.id("nothing") is None
+    assert segments.id("<image>") == 384 and segments.id("</s>") == 2 and segments.id("nothing") is None
     (folder / "tokenizer.model").unlink()
     with pytest.raises(SystemExit):
         c.Tokens(folder)

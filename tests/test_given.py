@@ -35,13 +35,13 @@ def model():
     return model
 
 
-def packed(which, n_tokens=None, givens=GIVENS):
+def packed(which, n_tokens=None, cond_latents=GIVENS):
     """(row, x0 tokens, noise tokens, t) of these clips with what they are given."""
     pick = lambda items: [items[i] for i in which]
-    shapes, givens, patch = pick(SHAPES), pick(givens), OPTIONS["patch"]
-    row = D.lay_out(shapes, pick(RATES), pick(TEXTS), 4, patch, n_tokens, givens=givens)
+    shapes, cond_latents, patch = pick(SHAPES), pick(cond_latents), OPTIONS["patch"]
+    row = D.lay_out(shapes, pick(RATES), pick(TEXTS), 4, patch, n_tokens, cond_latents=cond_latents)
     latents, noises = ([normal(9 * k + i, *SHAPES[i]) for i in which] for k in range(2))
-    x0 = D.patchify(D.with_givens(latents, givens), patch)
+    x0 = D.patchify(D.with_cond_latents(latents, cond_latents), patch)
     x0 = torch.nn.functional.pad(x0, (0, 0, 0, len(row.rows) - len(x0)))
     noise = torch.zeros_like(x0).index_copy(0, row.own, D.patchify(noises, patch))
     return row, x0, noise, TIMES[which]
@@ -121,13 +121,13 @@ def test_generation_keeps_what_is_given_in_both_passes(model, monkeypatch):
     config = {"latents_mean": [0.0] * 5, "latents_std": [1.0] * 5}
     which, noises = [0, 2], [normal(30, *SHAPES[0]), normal(31, *SHAPES[2])]
     pick = lambda items: [items[i] for i in which]
-    sample = lambda givens: D.generate(model, None, config, pick(SHAPES), pick(RATES), pick(TEXTS),
-                                       noises, 1, 3.0, givens=givens)
+    sample = lambda cond_latents: D.generate(model, None, config, pick(SHAPES), pick(RATES), pick(TEXTS),
+                                       noises, 1, 3.0, cond_latents=cond_latents)
     for b, i in enumerate(which):
         outs = []
         for text in (TEXTS[i], [D.EOS]):
             row = D.lay_out([SHAPES[i]], [RATES[i]], [text], 4, (1, 2, 2), None, "video", [GIVENS[i]])
-            x = D.patchify(D.with_givens([noises[b]], [GIVENS[i]]), (1, 2, 2))
+            x = D.patchify(D.with_cond_latents([noises[b]], [GIVENS[i]]), (1, 2, 2))
             with torch.no_grad():
                 outs.append(model(x, torch.tensor([1.0, 0.0]), row)[row.own])
         velocity = D.unpatchify(outs[1] + 3 * (outs[0] - outs[1]), [SHAPES[i]], (1, 2, 2))[0]
@@ -199,8 +199,8 @@ def test_draws_give_every_task_its_share(folder, monkeypatch):
     seen = {}
     for epoch in range(200):
         for key in (key for key in clips.keys if f"{key}:a" in clips.files):
-            names = clips.draw_givens(key, 0, epoch, 0.6)
-            assert names == clips.draw_givens(key, 0, epoch, 0.6)
+            names = clips.draw_conditioning(key, 0, epoch, 0.6)
+            assert names == clips.draw_conditioning(key, 0, epoch, 0.6)
             kind = tuple(name[len(key):] for name in names)
             seen[kind] = seen.get(kind, 0) + 1
     shares = {kind: n / sum(seen.values()) for kind, n in seen.items()}
@@ -208,7 +208,7 @@ def test_draws_give_every_task_its_share(folder, monkeypatch):
                            (":b", ":a"), (":a", ":b"), (":d", ":c"), (":c", ":d")}
     assert abs(shares.pop(("",)) - 0.4) < 0.04
     assert all(abs(share - 0.6 / 7) < 0.03 for share in shares.values())
-    assert clips.draw_givens(clips.keys[0], 0, 0, 0.0) == [clips.keys[0]]
+    assert clips.draw_conditioning(clips.keys[0], 0, 0, 0.0) == [clips.keys[0]]
 
     key = next(key for key in clips.keys if f"{key}:a" in clips.files)
     here = clips.about[f"{key}:b"]["first_frame"]

@@ -473,12 +473,12 @@ def test_section1_narrow_pictures_and_videos(tmp_path, width, height):
 def test_d10_odd_size_of_a_sample(tmp_path, capsys):
     import sample
     args = sample.parse_options("x --prompt a --size 33x47 --frames 5 --fps 8".split())
-    wish = sample.wish_of(args, {"prompt": "a"})
-    assert (wish["height"], wish["width"]) == (32, 46)
+    request = sample.request_of(args, {"prompt": "a"})
+    assert (request["height"], request["width"]) == (32, 46)
     assert "33x47 is cut to 32x46" in capsys.readouterr().err
     args.format = "png"
-    wish = sample.wish_of(args, {"prompt": "a"})
-    assert (wish["height"], wish["width"]) == (33, 47) and not capsys.readouterr().err
+    request = sample.request_of(args, {"prompt": "a"})
+    assert (request["height"], request["width"]) == (33, 47) and not capsys.readouterr().err
 
 
 def test_6b_sizes_that_change_again_and_again(tmp_path):

@@ -42,9 +42,9 @@ def test_every_prediction_is_read_as_the_same_truth(path, prediction):
     how, (x0, noise, t) = D.Objective(prediction, path), drawn()
     x, output = D.interpolate(how, x0, noise, t), true_output(how, x0, noise, t)
     velocity = D.target(D.Objective("velocity", path), x0, noise, t)
-    for found, wanted in zip(D.read_output(how, output, x, t), (velocity, x0, noise)):
+    for found, wanted in zip(D.to_velocity_x0_noise(how, output, x, t), (velocity, x0, noise)):
         assert torch.allclose(found, wanted, atol=1e-10)
-    drift, score = sample.drift_score(how, D.read_output(how, output, x, t), t)
+    drift, score = sample.drift_score(how, D.to_velocity_x0_noise(how, output, x, t), t)
     assert torch.allclose(drift, velocity)
     assert torch.allclose(score, -noise / D.interpolant(path, t)[1])
     for weighting in ("none", "velocity", "likelihood", "min-snr"):
@@ -57,7 +57,7 @@ def test_a_weighted_error_is_that_of_what_it_is_named_for(path, prediction):
     how, (x0, noise, t) = D.Objective(prediction, path), drawn()
     x, output = D.interpolate(how, x0, noise, t), torch.ones_like(x0)
     alpha, sigma, *_ = D.interpolant(path, t)
-    answer = D.read_output(how, output, x, t)
+    answer = D.to_velocity_x0_noise(how, output, x, t)
     (velocity, data, _), (_, score) = answer, sample.drift_score(how, answer, t)
     truth = D.target(D.Objective("velocity", path), x0, noise, t)
     error = {name: D.squared_error(how._replace(weighting=name), output, x0, noise, t)
@@ -79,7 +79,7 @@ def test_a_perfect_model_of_one_video_leads_to_it(path, prediction):
         t = torch.as_tensor(t, dtype=torch.float32)
         alpha, sigma, *_ = D.interpolant(path, t)
         output = true_output(how, goal, (x - alpha * goal) / sigma, t)
-        return D.read_output(how, output, x, t)[0]
+        return D.to_velocity_x0_noise(how, output, x, t)[0]
 
     shift = D.token_shift(1.0, torch.arange(1, 8), 4)[:, None]
     span = D.interval(how, is_sampling=True)
@@ -169,7 +169,7 @@ def test_noise_at_each_step_of_stable_diffusion():
     assert abs(kept[0] - (1 - 0.00085)) < 1e-6 and abs(kept[2] - 0.00466) < 1e-5
     x0, noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     x = D.interpolate(how, x0, noise, t)
-    assert torch.allclose(D.read_output(how, noise, x, t)[1], x0, atol=1e-4)
+    assert torch.allclose(D.to_velocity_x0_noise(how, noise, x, t)[1], x0, atol=1e-4)
 
 
 def test_ddim_follows_a_perfect_model_to_the_data():
@@ -177,7 +177,7 @@ def test_ddim_follows_a_perfect_model_to_the_data():
     for how, last in ((D.Objective("noise", "sd"), 1.0), (D.Objective("ddpm", "ddpm"), 0.999)):
         times = torch.linspace(last, 0.001, 7)
         alpha, sigma, *_ = D.interpolant(how.path, times)
-        predict = lambda x, i: D.read_output(how, noise, x, times[i])[1:]
+        predict = lambda x, i: D.to_velocity_x0_noise(how, noise, x, times[i])[1:]
         *steps, x = D.ddim(predict, D.interpolate(how, x0, noise, times[0]), alpha, sigma)
         assert len(steps) == 5 and torch.allclose(x, alpha[-1] * x0 + sigma[-1] * noise, atol=1e-3)
 

@@ -639,7 +639,7 @@ def sit_losses(case):
 @handles("sit_transport", "drift_score")
 def sit_drift_score(case):
     how, model, t = sit_case(case)
-    answer = D.read_output(how, model(case["in.x"], t), case["in.x"], t)
+    answer = D.to_velocity_x0_noise(how, model(case["in.x"], t), case["in.x"], t)
     drift, score = sample.drift_score(how, answer, t)
     return {"out.drift": -drift, "out.score": score}
 
@@ -717,7 +717,7 @@ def sit_sampling(case, model, how):
     a, kwargs = case["in.z"], case.kwargs
     times = (1 - torch.linspace(kwargs["t0"], kwargs["t1"], kwargs["num_steps"]).double())
     times = times.to(a.dtype).unbind()
-    field = lambda x, t: sample.drift_score(how, D.read_output(how, model(x, t), x, t), t)
+    field = lambda x, t: sample.drift_score(how, D.to_velocity_x0_noise(how, model(x, t), x, t), t)
     if case.call == "sample_ode":
         velocity = lambda x, t: field(x, t)[0]
         if kwargs["method"] == "dopri5":             # to its tolerance: the end of any fine grid
@@ -792,7 +792,7 @@ def wan_pipeline(case):
             first = found["image_latents"][0]
         assert tuple(noise.shape) == sampler.latent_shape(*(about[key] for key in (
             "num_frames", "height", "width")))
-        job = sample.Job(tuple(noise.shape), 16.0, near, far, noise, first=first)
+        job = sample.SamplingJob(tuple(noise.shape), 16.0, near, far, noise, first=first)
         velocities, steps = [], []
 
         def watch(packed, seen):

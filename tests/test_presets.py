@@ -81,7 +81,7 @@ def test_every_denoiser_learns_and_samples(name):
     else:
         none = options["classes"] - 1 if options.get("classes") else texts[0]
         videos = D.generate(model, VAE, {"latents_mean": [0.0] * Z, "latents_std": [1.0] * Z}, shapes,
-                            [8.0, 8.0], texts, [torch.randn(s) for s in shapes], 2, none=none)
+                            [8.0, 8.0], texts, [torch.randn(s) for s in shapes], 2, negative=none)
     assert len(videos) == 2
 
 

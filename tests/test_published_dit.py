@@ -518,12 +518,12 @@ def test_sits_own_checkpoint_is_sampled_as_it_was_trained(way, prediction, path,
     sampler = S.open_sampler(args, torch.device("cpu"))
     how = sampler.part("denoiser").objective
     assert sampler.kind == "sit" and (how.prediction, how.path) == (prediction, path.lower())
-    wish = S.wish_of(args, {"prompt": "3"})
-    story, = sampler([wish])
-    noise = V.gaussians("sample", wish["seed"], 0, ["3"], [(4, 1, 4, 4)])[0]
+    request = S.request_of(args, {"prompt": "3"})
+    timeline, = sampler([request])
+    noise = V.gaussians("sample", request["seed"], 0, ["3"], [(4, 1, 4, 4)])[0]
     ends = (0.0, 1.0) if prediction == "velocity" else (1e-3, 1 - 1e-3)
     wanted = followed(model, how, noise, np.linspace(*ends, 5).tolist(), 3)
-    assert (story.pieces[0].latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (timeline.segments[0].latents - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("said, name, kind", [

@@ -88,20 +88,20 @@ def test_places_in_frames_beyond_the_trained_ones_come_nearer(run, monkeypatch):
     """Neither sides nor area reach further than in training; within it nothing changes."""
     monkeypatch.chdir(run)
     data = {"sizes": [[32, 48, 9], [40, 40, 5], [48, 32, 2]]}
-    assert S.nearness(None, 128, 128) == 1
+    assert S.position_scale(None, 128, 128) == 1
     for size in data["sizes"]:
-        assert S.nearness(data, *size[:2]) == 1
+        assert S.position_scale(data, *size[:2]) == 1
     for height, width in ((48, 48), (64, 64), (80, 80), (128, 128), (16, 96), (96, 32)):
-        factor = S.nearness(data, height, width)
+        factor = S.position_scale(data, height, width)
         assert max(height, width) * factor <= 48 + 1e-6 >= 48 * factor
         assert height * width * factor**2 <= 1600 + 1e-6 and factor < 1
     args = S.parse_options(["tiny", "--prompt", "p", "--device", "cpu"])
     sampler = S.open_sampler(args, torch.device("cpu"))
     sampler.about["data"] = data
-    wishes = [S.wish_of(args, {"prompt": "p", "size": size}) for size in ((64, 64), (32, 48))]
-    jobs = [sampler.job(sampler.begin(wish), 0, {"p": [5, 2], "": [2]}) for wish in wishes]
+    requests = [S.request_of(args, {"prompt": "p", "size": size}) for size in ((64, 64), (32, 48))]
+    jobs = [sampler.job(sampler.begin(request), 0, {"p": [5, 2], "": [2]}) for request in requests]
     z = torch.randn(*jobs[0].shape[:1], 1, *jobs[0].shape[2:])
-    jobs[0] = jobs[0]._replace(givens=[(z, -0.1)])           # what is given lies on the same places
+    jobs[0] = jobs[0]._replace(cond_latents=[(z, -0.1)])           # what is given lies on the same places
     row = S.Guided(sampler.part("denoiser"), jobs, args, 4, torch.device("cpu")).row
     cells = [row.coords[row.cu[i]:row.cu[i + 1], 1:] for i in range(4)]
     for one, factor, size in zip(cells, [0.625, 1] * 2, [(64, 64), (32, 48)] * 2):
@@ -217,8 +217,8 @@ def make(*options, prompts=("a",)):
                             "cpu", *map(str, options)])
     args.quiet = True
     sampler = S.open_sampler(args, torch.device("cpu"))
-    wishes = [S.wish_of(args, {"prompt": prompt}) for prompt in args.prompt]
-    return [np.stack(list(sampler.frames(story))) for story in sampler(wishes)], sampler
+    requests = [S.request_of(args, {"prompt": prompt}) for prompt in args.prompt]
+    return [np.stack(list(sampler.frames(timeline))) for timeline in sampler(requests)], sampler
 
 
 def away(one, other):
@@ -250,7 +250,7 @@ def test_guidance_by_hand(inside):
     sampler = S.open_sampler(args, torch.device("cpu"))
     model, read = sampler.part("denoiser"), sampler.part("text")
     shapes, random = [(6, 2, 4, 4), (6, 1, 4, 5)], torch.Generator().manual_seed(0)
-    jobs = [S.Job(shape, 10.0, read("a square"), read(""), torch.randn(shape, generator=random))
+    jobs = [S.SamplingJob(shape, 10.0, read("a square"), read(""), torch.randn(shape, generator=random))
             for shape in shapes]
     lengths = [math.prod(shape[1:]) for shape in shapes]
 
@@ -291,7 +291,7 @@ def test_rows_of_zeros_behind_wans_texts_count_as_often_as_they_are():
                        positions="index").requires_grad_(False)
     for p in model.parameters():
         p.data.add_(0.3 * draw(*p.shape))
-    jobs = [S.Job((4, n, 4, 4), 16.0, draw(length, 8), draw(1, 8), draw(4, n, 4, 4))
+    jobs = [S.SamplingJob((4, n, 4, 4), 16.0, draw(length, 8), draw(1, 8), draw(4, n, 4, 4))
             for n, length in ((2, 3), (1, 512))]
     args = S.argparse.Namespace(cfg=5.0, dtype="fp32")
     packed = S.Guided(model, jobs, args, 4, torch.device("cpu"))
@@ -390,7 +390,7 @@ def test_prompts_of_a_file_are_shared_out_and_never_made_twice(inside, tmp_path)
     (tmp_path / "list.txt").write_text("a\n\nb\n")
     args = S.parse_options(["tiny", "--prompts", str(tmp_path / "list.txt")])
     args.size, args.fps, args.frames = (32, 32), 10.0, 5
-    assert [wish["prompt"] for wish in S.read_prompts(args)] == ["a", "b"]
+    assert [request["prompt"] for request in S.read_prompts(args)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("row, says", [
@@ -426,16 +426,16 @@ def test_defaults_are_the_datas_and_what_is_outside_of_them_is_said(learnt, tmp_
     call = lambda *options: [S.main(["tiny", "--steps", "2", "--device", "cpu", "--out", str(tmp_path),
                                      *options]), capsys.readouterr().err][1]
     err = call("--prompt", "a square", "狗狗", "--n", "2", "--batch", "3")
-    wish = json.loads(next(tmp_path.glob("a-square-s1-*.json")).read_text())["wish"]
-    assert (wish["height"], wish["width"], wish["frames"], wish["fps"]) == (40, 36, 9, 12.5)
+    request = json.loads(next(tmp_path.glob("a-square-s1-*.json")).read_text())["wish"]
+    assert (request["height"], request["width"], request["frames"], request["fps"]) == (40, 36, 9, 12.5)
     assert "warning" not in err and "4/4" in err             # two batches of two steps
     err = call("--prompt", "a zebra runs", "--size", "40x96", "--frames", "33", "--fps", "30")
     line, = [line for line in err.splitlines() if "warning" in line]
     for part in ("96 px (it learnt 36 to 64)", "33 frames a part (it learnt 5 to 17)",
                  "30 frames/s (it learnt 12.5 to 25)", "the words zebra, runs"):
         assert part in line
-    wish = dict(prompt="a", height=40, width=40, frames=9, fps=25.0)
-    assert S.not_learnt([wish], {**DATA, "text": False}) == ["prompts (it learnt without text)"]
+    request = dict(prompt="a", height=40, width=40, frames=9, fps=25.0)
+    assert S.not_learnt([request], {**DATA, "text": False}) == ["prompts (it learnt without text)"]
 
 
 def test_the_bar_counts_what_the_sampler_yields(inside):
@@ -444,9 +444,9 @@ def test_the_bar_counts_what_the_sampler_yields(inside):
         args = S.parse_options(["tiny", "--prompt", "a", "--steps", "4", "--frames", "5", "--device", "cpu",
                                 *options])
         sampler = S.open_sampler(args, torch.device("cpu"))
-        wishes = [S.wish_of(args, {"prompt": "a"})]
-        with sampler.progress([wishes]) as sampler.bar:
-            sampler(wishes)
+        requests = [S.request_of(args, {"prompt": "a"})]
+        with sampler.progress([requests]) as sampler.bar:
+            sampler(requests)
             assert sampler.bar.n == sampler.bar.total == 4 * (3 if "--extend" in options else 1)
     args.sampler, args.steps, args.extend = "euler", 8, 0
     assert S.count_steps(args, 0.5) == 4 and S.count_steps(args, 0.01) == 1
@@ -483,7 +483,7 @@ def test_names_tell_settings_apart_and_nothing_is_overwritten(learnt, tmp_path, 
     assert call("--prompt", "a") == plain
     args = S.parse_options(["x", "--prompt", "", "--fps", "10", "--size", "32x32", "--frames", "5"])
     args.usual |= {"fps": 10.0, "frames": 5, "size": [32, 32]}
-    stem = lambda prompt: S.stem_of(S.wish_of(args, {"prompt": prompt}), args)
+    stem = lambda prompt: S.stem_of(S.request_of(args, {"prompt": prompt}), args)
     assert stem("红色的圆, \x1b[31m向左!") == "红色的圆-31m向左-s0" and stem("हिन्दी में") == "हिन्दी-में-s0"
     assert stem("cafe\u0301 <b>") == "café-b-s0" and stem("🙂/..") == "empty-s0"
     assert len(stem("猫" * 300).encode()) <= 123 and stem("x" * 300) == "x" * 60 + "-s0"
@@ -740,8 +740,8 @@ def i2v(tmp_path_factory):
         for wan, other in TOWER.items():
             name = name.replace(wan, other)
         if ".attn.to_qkv." in name:
-            renamed |= {name.replace("attn.to_qkv", f"self_attn.{part}_proj"): piece.clone()
-                        for part, piece in zip("qkv", x.chunk(3))}
+            renamed |= {name.replace("attn.to_qkv", f"self_attn.{part}_proj"): segment.clone()
+                        for part, segment in zip("qkv", x.chunk(3))}
         elif name != "head":
             renamed[name] = x.flatten() if name.endswith("class_embedding") else (
                 x[0] if "position" in name else x).contiguous()

@@ -1,4 +1,4 @@
-"""Tasks from images and videos: what each clip of a story is given, and what becomes of it; on the
+"""Tasks from images and videos: what each clip of a timeline is given, and what becomes of it; on the
 demo's model, tests/demo, that it keeps what it is given, moves on from it and meets both ends."""
 from pathlib import Path
 
@@ -28,51 +28,51 @@ def inside(run, monkeypatch):
 
 
 def opened(*options):
-    """(sampler, story before and after it was told, jobs of each step)."""
+    """(sampler, timeline before and after it was told, jobs of each step)."""
     args = S.parse_options(["tiny", "--prompt", "p", "--steps", "2", "--frames", "9", "--device", "cpu",
                             *map(str, options)])
     args.quiet, jobs = True, []
     sampler = S.open_sampler(args, torch.device("cpu"))
     denoise = sampler.denoise
     sampler.denoise = lambda now, *more: [jobs.extend(now), denoise(now, *more)][1]
-    story, = sampler([S.wish_of(args, {"prompt": "p"})])
-    return sampler, story, jobs
+    timeline, = sampler([S.request_of(args, {"prompt": "p"})])
+    return sampler, timeline, jobs
 
 
-def shown(sampler, story):
-    return np.stack(list(sampler.frames(story)))
+def shown(sampler, timeline):
+    return np.stack(list(sampler.frames(timeline)))
 
 
 def test_a_first_frame_is_kept_exactly_and_given(inside):
-    sampler, story, (job,) = opened("--image", "a.mp4")
+    sampler, timeline, (job,) = opened("--image", "a.mp4")
     first = sampler.encode(S.read_media("a.mp4", 10.0, 32, 48)[:1])
-    (given, at), = job.givens
+    (given, at), = job.cond_latents
     assert at == 0 and torch.equal(given, first) and torch.equal(job.first, first)
-    assert torch.allclose(story.pieces[0].latents[:, :1], first, atol=1e-6)
+    assert torch.allclose(timeline.segments[0].latents[:, :1], first, atol=1e-6)
     own = next(sampler.decode(first))[0]                     # the autoencoder's own reconstruction
-    assert away(shown(sampler, story)[0], own) <= 1
+    assert away(shown(sampler, timeline)[0], own) <= 1
 
 
 def test_a_last_frame_is_given_at_its_time(inside):
     _, _, (job,) = opened("--image", "a.mp4", "--last", "b.mp4")
-    assert [at for _, at in job.givens] == [0.0, 0.8] and job.first is not None
+    assert [at for _, at in job.cond_latents] == [0.0, 0.8] and job.first is not None
     _, _, (job,) = opened("--last", "b.mp4")
-    assert [at for _, at in job.givens] == [0.8] and job.first is None
+    assert [at for _, at in job.cond_latents] == [0.8] and job.first is None
 
 
 def test_an_extension_sees_the_end_of_the_part_before_encoded_separately(inside):
     """As training's halves are: the first latent is of one frame, without a past."""
-    sampler, story, jobs = opened("--video", "a.mp4", "--extend", 3, "--context", 9)
+    sampler, timeline, jobs = opened("--video", "a.mp4", "--extend", 3, "--context", 9)
     frames = S.read_media("a.mp4", 10.0, 32, 48)
-    (given, at), = jobs[0].givens
+    (given, at), = jobs[0].cond_latents
     assert at == -0.9 and torch.equal(given, sampler.encode(frames[-9:]))
-    decoded = lambda piece: np.concatenate(list(sampler.decode(piece.latents)))
-    for before, job in zip(story.pieces[1:], jobs[1:]):
-        (given, at), = job.givens
+    decoded = lambda segment: np.concatenate(list(sampler.decode(segment.latents)))
+    for before, job in zip(timeline.segments[1:], jobs[1:]):
+        (given, at), = job.cond_latents
         assert at == -0.9 and job.first is None
         assert torch.equal(given, sampler.encode(decoded(before)[-9:]))
-    video = shown(sampler, story)
-    assert len(video) == 17 + 3 * 9 == story.count() and away(video[:17], frames) == 0
+    video = shown(sampler, timeline)
+    assert len(video) == 17 + 3 * 9 == timeline.count() and away(video[:17], frames) == 0
     assert len({job.noise[0, 0, 0, 0].item() for job in jobs}) == 3
 
 
@@ -80,67 +80,67 @@ def test_an_extension_sees_the_end_of_the_part_before_encoded_separately(inside)
 def test_an_extension_sees_as_much_as_in_training(n_frames, seen, inside):
     """Unless told, as many latents as the first half of a clip that long has (train_vae.py), of a
     file and of a part alike, however few are decoded at a time."""
-    sampler, story, jobs = opened("--video", "a.mp4", "--frames", n_frames, "--extend", 2,
+    sampler, timeline, jobs = opened("--video", "a.mp4", "--frames", n_frames, "--extend", 2,
                                   "--chunk", 1)
     (_, _, half), *_ = [part for part in V.alone("k", 0, max(n_frames, 13), 4) if part[0] == "k:a"]
     assert half == seen
-    for piece, job in zip(story.pieces, jobs):
-        (given, at), = job.givens
-        frames = np.concatenate([*sampler.decode(piece.latents)]) if piece.frames is None else \
-            piece.frames
+    for segment, job in zip(timeline.segments, jobs):
+        (given, at), = job.cond_latents
+        frames = np.concatenate([*sampler.decode(segment.latents)]) if segment.frames is None else \
+            segment.frames
         assert given.shape[1] == 1 + (seen - 1) // 4 and at == pytest.approx(-seen / 10)
         assert torch.equal(given, sampler.encode(frames[-seen:]))
 
 
 def test_extension_backwards_comes_before(inside):
-    sampler, story, jobs = opened("--video", "a.mp4", "--extend", -2)
+    sampler, timeline, jobs = opened("--video", "a.mp4", "--extend", -2)
     frames = S.read_media("a.mp4", 10.0, 32, 48)
-    assert jobs[0].givens[0][1] == jobs[1].givens[0][1] == 0.9
-    assert torch.equal(jobs[0].givens[0][0], sampler.encode(frames[:5]))
-    later = np.concatenate(list(sampler.decode(story.pieces[1].latents)))
-    assert torch.equal(jobs[1].givens[0][0], sampler.encode(later[:5]))
-    assert away(shown(sampler, story)[18:], frames) == 0
+    assert jobs[0].cond_latents[0][1] == jobs[1].cond_latents[0][1] == 0.9
+    assert torch.equal(jobs[0].cond_latents[0][0], sampler.encode(frames[:5]))
+    later = np.concatenate(list(sampler.decode(timeline.segments[1].latents)))
+    assert torch.equal(jobs[1].cond_latents[0][0], sampler.encode(later[:5]))
+    assert away(shown(sampler, timeline)[18:], frames) == 0
 
 
 def test_connecting_and_looping_end_in_what_is_there(inside):
     one, other = (S.read_media(name, 10.0, 32, 48) for name in ("a.mp4", "b.mp4"))
-    sampler, story, (job,) = opened("--video", "a.mp4", "--to", "b.mp4")
-    video = shown(sampler, story)
+    sampler, timeline, (job,) = opened("--video", "a.mp4", "--to", "b.mp4")
+    video = shown(sampler, timeline)
     assert len(video) == 17 + 7 + 17 and away(video[:17], one) == away(video[-17:], other) == 0
-    (first, at), (last, end) = job.givens
+    (first, at), (last, end) = job.cond_latents
     assert (at, end) == (0.0, 0.8) and torch.equal(first, sampler.encode(one[-1:]))
     assert torch.equal(last, sampler.encode(other[:1])) and torch.equal(job.first, first)
-    sampler, story, (job,) = opened("--video", "a.mp4", "--loop")
-    assert torch.equal(job.givens[1][0], sampler.encode(one[:1])) and story.count() == 17 + 7
-    sampler, story, jobs = opened("--loop")                  # of its own video
-    frames = np.concatenate(list(sampler.decode(story.pieces[0].latents)))
-    assert torch.equal(jobs[1].givens[0][0], sampler.encode(frames[-1:]))
-    assert torch.equal(jobs[1].givens[1][0], sampler.encode(frames[:1])) and story.count() == 9 + 7
+    sampler, timeline, (job,) = opened("--video", "a.mp4", "--loop")
+    assert torch.equal(job.cond_latents[1][0], sampler.encode(one[:1])) and timeline.count() == 17 + 7
+    sampler, timeline, jobs = opened("--loop")                  # of its own video
+    frames = np.concatenate(list(sampler.decode(timeline.segments[0].latents)))
+    assert torch.equal(jobs[1].cond_latents[0][0], sampler.encode(frames[-1:]))
+    assert torch.equal(jobs[1].cond_latents[1][0], sampler.encode(frames[:1])) and timeline.count() == 9 + 7
 
 
 def test_prompts_over_time_each_have_their_part(inside):
-    sampler, story, jobs = opened("--then", "q", "r")
+    sampler, timeline, jobs = opened("--then", "q", "r")
     read = sampler.part("text")
-    assert [job.text for job in jobs] == [read("p"), read("q"), read("r")] and story.count() == 27
+    assert [job.text for job in jobs] == [read("p"), read("q"), read("r")] and timeline.count() == 27
 
 
 def test_strength_says_how_much_is_made_anew(inside):
     """The less, the nearer to the video; all of it: as if there were no video."""
-    sampler, story, _ = opened("--video", "a.mp4", "--strength", 1, "--steps", 4)
+    sampler, timeline, _ = opened("--video", "a.mp4", "--strength", 1, "--steps", 4)
     _, free, _ = opened("--steps", 4)
-    assert torch.allclose(story.pieces[0].latents, free.pieces[0].latents, atol=1e-4)
+    assert torch.allclose(timeline.segments[0].latents, free.segments[0].latents, atol=1e-4)
     z = sampler.encode(S.read_media("a.mp4", 10.0, 32, 48)[:9])
-    near = [(opened("--video", "a.mp4", "--strength", s, "--steps", 4)[1].pieces[0].latents - z).norm()
+    near = [(opened("--video", "a.mp4", "--strength", s, "--steps", 4)[1].segments[0].latents - z).norm()
             for s in (0.25, 0.5, 0.75)]
     assert near[0] < near[1] < near[2]
 
 
 def test_a_long_video_is_decoded_as_it_is_written(inside):
-    """Of each piece a chunk at a time: nothing asks for the next before the last is used."""
-    sampler, story, _ = opened("--extend", 2, "--chunk", 1)
+    """Of each segment a chunk at a time: nothing asks for the next before the last is used."""
+    sampler, timeline, _ = opened("--extend", 2, "--chunk", 1)
     asked, decode = [], sampler.decode
     sampler.decode = lambda z: (asked.append(len(part)) or part for part in decode(z))
-    frames = sampler.frames(story)
+    frames = sampler.frames(timeline)
     next(frames)
     assert asked == [1]
     assert len(list(frames)) == 26 and asked == [1, 4, 4] * 3
@@ -196,10 +196,10 @@ def told(rows, *options):
     args = S.parse_options([str(DEMO), "--prompt", "p", "--device", "cpu", *map(str, options)])
     args.quiet = True
     sampler = S.open_sampler(args, torch.device("cpu"))
-    stories = sampler([S.wish_of(args, row) for row in rows])
-    for piece in (piece for story in stories for piece in story.pieces if piece.frames is not None):
-        piece.frames = again(sampler, piece.frames)
-    return [shown(sampler, story).astype(float) for story in stories]
+    timelines = sampler([S.request_of(args, row) for row in rows])
+    for segment in (segment for timeline in timelines for segment in timeline.segments if segment.frames is not None):
+        segment.frames = again(sampler, segment.frames)
+    return [shown(sampler, timeline).astype(float) for timeline in timelines]
 
 
 def again(sampler, frames):
