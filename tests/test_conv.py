@@ -63,6 +63,16 @@ def test_gradients_are_the_formulas(c_in, c_out, kernel, with_gamma):
         torch.testing.assert_close(a, b)
 
 
+def test_the_past_is_no_view():
+    """Of a long chunk only the last frames stay in memory; the next chunk's lie where they lay."""
+    x, weight, bias, gamma = make(4, 6, (3, 1, 1), 9)
+    with torch.no_grad():
+        _, past = causal_conv3d(x, weight, bias, None, gamma)
+        assert past.untyped_storage().nbytes() == past.numel() * past.element_size()
+        _, later = causal_conv3d(x, weight, bias, past, gamma)
+    assert later is past
+
+
 def test_gradients_of_the_fused_norm():
     x, past = (torch.randn(2, 3, n, 1, 2, dtype=torch.float64, requires_grad=True) for n in (3, 2))
     gamma = torch.rand(3, dtype=torch.float64, requires_grad=True)

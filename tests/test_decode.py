@@ -99,3 +99,14 @@ def test_rows_of_very_different_lengths_go_one_by_one(lengths, window, is_apart)
     assert (mask is None) == (is_apart or len(set(lengths)) == 1)
     if is_apart:
         assert [keys.stop for keys in cache.row_keys] == [n + 1 for n in lengths]
+
+
+def test_a_cache_grows_by_steps_of_128():
+    cache, x = Cache(), randn(1, 2, 200, 4)
+    for start in range(0, 200, 50):
+        cache.plan([0], start, 50)
+        cache.mask(50, 0, torch.device(DEVICE))
+        k, v = cache.append("layer", x[:, :, start:start + 50], -x[:, :, start:start + 50])
+        cache.lengths = [start + 50]
+        assert cache.cached["layer"].shape == (2, 1, 2, 128 if start < 100 else 256, 4)
+    assert torch.equal(k, x) and torch.equal(v, -x)

@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import HAS_GPU, ROOT
 
-A, L, R, K, P = (f"test_{name}.py::test_" for name in (
-    "attention", "adaln", "rope", "kernels", "patchify"))
+A, L, R, K, P, C, F, D, O = (f"test_{name}.py::test_" for name in (
+    "attention", "adaln", "rope", "kernels", "patchify", "conv", "linear", "decode", "optim"))
 FENCE = "nothing_outside_is_read_or_written"
 
 # file, what is wrong, the source, what replaces it, the test that finds it
@@ -166,6 +166,39 @@ MUTANTS = [
      K + "numbers_that_do_not_fit_are_named"),
     ("__init__", "the current device", 'if device.type == "cuda" else', 'if device.type == "" else',
      K + "launches_go_to_the_tensors_device"),
+    ("conv", "the past is forgotten", "out[:, :, :n_past] = 0 if past is None else past",
+     "out[:, :, :n_past] = 0", C + "chunks_are_the_formula"),
+    ("conv", "the past gets no gradient", "d_past if ctx.needs_input_grad[2] else None", "None",
+     C + "gradients_are_the_formulas"),
+    ("conv", "the next past is a view", "last = last.clone() if past is None else past.copy_(last)",
+     "past = last", C + "the_past_is_no_view"),
+    ("conv", "the first chunk's last kernel frame alone", "x.shape[2] == n + 1:", "x.shape[2] >= n + 1:",
+     C + "chunks_are_the_formula"),
+    ("conv", "a strip's neighbours are left out", "above, below = max(0, top - 1), min(H, end + 1)",
+     "above, below = top, end", C + "winograd_is_the_convolution"),
+    ("conv", "Winograd with gradients", "            and not torch.is_grad_enabled())", "            )",
+     C + "winograd_takes_only_what_it_is_made_for"),
+    ("conv", "even and odd pixels change places", "[torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)]",
+     "[torch.stack([a + b, c], axis), torch.stack([a, b + c], axis)]", C + "upsampling_is_folded"),
+    ("linear", "the convolution loses the bias", "weight[:, :, None, None], bias)",
+     "weight[:, :, None, None])", F + "large_products_with_gradients"),
+    ("linear", "rows by columns", "flatten(0, 1).T.contiguous()", "flatten(0, 1).T", F + "products"),
+    ("linear", "Columns without the bias", "        return (y if self.bias is None else y + self.bias)",
+     "        return y", F + "joined_layers_are_the_layers"),
+    ("decode", "a key too few", "keys = torch.arange(max(self.lengths) + 1, device=device)",
+     "keys = torch.arange(max(self.lengths), device=device)", D + "cached_tokens"),
+    ("decode", "a window one too wide", "keys > at - (window or", "keys >= at - (window or",
+     D + "cached_tokens"),
+    ("decode", "all prompts in the first one's place", "self.reserve(layer, both)[:, rows,",
+     "self.reserve(layer, both)[:, :1,", D + "cached_tokens"),
+    ("decode", "what is there is lost as it grows", "if both is not None:\n", "if False:\n",
+     D + "a_cache_grows"),
+    ("optim", "vectors decay", "decayed = [p for p in params if p.dim() >= 2]", "decayed = params",
+     O + "many_tensors_step_as_one_by_one"),
+    ("optim", "no bias correction", "[1 - beta2**n for n in steps]", "[1.0 for n in steps]",
+     O + "many_tensors_step_as_one_by_one"),
+    ("optim", "a batch has one norm", "x.norm(dim=(1, 2), keepdim=True)", "x.norm()",
+     O + "many_tensors_step_as_one_by_one"),
 ]
 # changes that no result can show, and why
 EQUIVALENT = [
