@@ -1425,11 +1425,11 @@ def estimate(args, options, clips, plan, device):
 
 
 def timed_step(args, cost, options, vae, clips, plan, device):
-    """s of a step, of a new model on this CPU: a row's median and what each step does once (Muon's
-    products are up to two fifths of a small model's step, and in no count of FLOPs). None where
-    that would take long, where texts are only counted, and on GPUs: what runs there must fit."""
+    """{"step_s": of a new model on this CPU, a row's median and what each step does once (Muon's
+    products are up to two fifths of a small model's step, and in no count of FLOPs); "is_timed"}.
+    Not where it would take long, where texts are only counted, or on GPUs, where it must fit."""
     if device.type != "cpu" or cost["step_s"] > 20 or args.estimate and args.text_encoder:
-        return None
+        return {"is_timed": False}
     world = int(os.environ.get("WORLD_SIZE", 1))
     with torch.random.fork_rng([]):
         model = build(args, options, None, vae)
@@ -1448,7 +1448,7 @@ def timed_step(args, cost, options, vae, clips, plan, device):
             parts.append(np.diff([*times, time.perf_counter()]))
     rows = args.batch_tokens // args.row_tokens / world
     a_row, once_a_step = np.median(parts[1:], 0)             # the first one warms up
-    return float(rows * a_row + once_a_step)
+    return {"step_s": float(rows * a_row + once_a_step), "is_timed": True}
 
 
 def print_cost(args, cost, clips, held_out, device):
@@ -2107,8 +2107,7 @@ def train(args, folder):
     vae, vae_config, clips, held_out, about, weights = open_stage(args, folder, begun, device)
     plan = RowPlan(clips, args.seed, args.given, args.stills)
     cost = estimate(args, about["model"], clips, plan, device)
-    step_s = timed_step(args, cost, about["model"], vae, clips, plan, device)
-    cost |= {"step_s": step_s or cost["step_s"], "is_timed": bool(step_s)}
+    cost |= timed_step(args, cost, about["model"], vae, clips, plan, device)
     print_cost(args, cost, clips, held_out, device)
     advise(args, clips, plan)
     if args.estimate:
