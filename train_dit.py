@@ -1437,10 +1437,9 @@ def estimate(args, options, clips, plan, device):
 
 
 def timed_step(args, cost, options, vae, clips, plan, device):
-    """{"step_s", "is_timed"}: seconds of a step of a new model on this CPU, a row's median and what
-    each step does once (Muon's products are up to two fifths of a small model's step, and in no
-    count of FLOPs). Not timed where that takes long, where texts are only counted, and on GPUs:
-    what runs there must fit."""
+    """{"step_s": of a new model on this CPU, a row's median and what each step does once (Muon's
+    products are up to two fifths of a small model's step, and in no count of FLOPs); "is_timed"}.
+    Not where it would take long, where texts are only counted, or on GPUs, where it must fit."""
     if device.type != "cpu" or cost["step_s"] > 20 or args.estimate and args.text_encoder:
         return {"is_timed": False}
     world = int(os.environ.get("WORLD_SIZE", 1))
