@@ -1787,9 +1787,9 @@ def table_rows(file, is_tsv):
     while True:
         for cells in csv.reader(lines(), **form):
             text = taken[0] if len(taken) == 1 else "".join(taken)
-            if (' "' in text or '\\"' in text) and (mark := next((
+            if (' "' in text and any(map(BLANK, cells)) or '\\"' in text) and (mark := next((
                     one for one in usual if one in text and is_meant(
-                        one, taken, form, cells, len(head or cells))), None)):
+                        one, taken, form, len(head or cells))), None)):
                 usual.remove(mark)                     # its writer means it so, from here on
                 form["skipinitialspace"] = ' "' not in usual
                 is_escaped = '\\"' not in usual
@@ -1819,6 +1819,7 @@ def table_rows(file, is_tsv):
             return
 
 
+BLANK = re.compile(r'\s+"').match
 ESCAPED = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
 MARKED = re.compile(r'(?:(?:"(?:[^"]++|"")*+"|[^"\t\n]++)?(?:[\t\n]|\Z))*+')   # fields of a table
 DOUBLED = re.compile(r'(?:^|\t)"(?:[^"\t]*+""|[^"\t\n]*+\n[^"\t]*+"(?:[\t\n]|\Z))', re.M)
@@ -1835,7 +1836,7 @@ def is_quoted(file):
         DOUBLED.search(text) or re.match(r'\s*("[^"\t\n]*"(\t|\n|\Z))+', text))
 
 
-def is_meant(mark, lines, form, cells, n_columns):
+def is_meant(mark, lines, form, n_columns):
     """Whether a record of a CSV shows that its writer set blanks before marks (' "'), or wrote
     those within a text as \\": other rules read what the usual ones do not."""
     def count(lines, **more):
@@ -1844,8 +1845,7 @@ def is_meant(mark, lines, form, cells, n_columns):
         except csv.Error as error:                     # or its text goes on in the next line
             return n_columns if more and "end of data" in str(error) else 0
     if mark == ' "':
-        return any(cell[:1].isspace() and cell.lstrip()[:1] == '"' for cell in cells) and count(
-            lines, skipinitialspace=True) == n_columns
+        return count(lines, skipinitialspace=True) == n_columns
     return count(lines) != n_columns == count([ESCAPED.sub(r'\1""', line) for line in lines],
                                               doublequote=True)
 
@@ -2049,9 +2049,11 @@ def placed_rows(paths, form, sources):
                 name = next(filter(None, map(row.get, names)), None) or next(
                     filter(None, map(ours(row).get, names)), None) or row[names[0]]
                 source, reason, detail = place(str(name))
-                for other in map(row.get, names) if source is None else ():    # an id, a NaN
-                    if source is None and other and (one := place(str(other)))[0]:
-                        (source, reason, detail), name = one, other
+                if source is None:
+                    for other in filter(None, map(row.get, names)):            # an id, a NaN
+                        if source is None and (one := place(str(other)))[0]:
+                            (source, reason, detail), name = one, other
+                    first = first or source is None and f"row {n}: {name}: {detail or reason}"
                 is_right = is_right or not reader                # its values are its own matter
                 is_placed, missing = is_placed or reason != "missing video", missing or name
                 if not is_right or source is not None and True not in told_of:
@@ -2064,7 +2066,6 @@ def placed_rows(paths, form, sources):
                 first = first or f"row {n}: {why}"
                 yield None, n, "malformed metadata row", why, None
             else:
-                first = first or source is None and f"row {n}: {name}: {detail or reason}"
                 yield (None, n, reason, detail and printable(detail), printable(name)) \
                     if source is None else (stored(source), n, split, None, text)
     if not is_right:
