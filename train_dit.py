@@ -1010,7 +1010,7 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
             cond_latents=None, about=None):
     """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
     lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
-    included; `cond_latents`: each clip's [(latent, seconds from the clip's first frame to its own)];
+    included; `cond_latents`: each clip's [(latent, seconds from its first frame to theirs)];
     `about`: each clip's values for `condition_code`. Behind ids comes padding that nothing sees, up
     to a multiple of 64: shapes that come again are cheaper."""
     time_stride = None if kind == "wan" else time_stride
@@ -1319,7 +1319,7 @@ class RowPlan:
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
     """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
     tokens, t [B]), or (keys, Row, codes [B, T', H', W']). `times`: of each clip; `drawn`: what
-    takes its place and what that is given, as `draw_conditioning` names them (itself and nothing)."""
+    takes its place and its conditioning, as `draw_conditioning` names them (itself, nothing)."""
     drawn = drawn or [[key] for key in keys]
     targets = [target for target, *_ in drawn]
     cond_latents = [clips.given_to(target, names, seed, step) for target, *names in drawn]
@@ -1590,8 +1590,8 @@ def guide(cond, uncond, scale, channels=None):
 
 class Packed:
     """Clips that are denoised together in one packed row, and once more under `negative`, the
-    unconditional text of each ([]: once only). shapes [(C, T', H', W')], noises alike; rates, texts,
-    negative, cond_latents, about: a list each, as lay_out takes them; both see cond_latents."""
+    unconditional text of each ([]: once only). shapes [(C, T', H', W')], noises alike; rates,
+    texts, negative, cond_latents, about: a list each, as lay_out takes them."""
 
     def __init__(self, model, shapes, rates, texts, negative, noises, time_stride, cond_latents,
                  about):

@@ -296,7 +296,7 @@ def test_rows_of_zeros_behind_wans_texts_count_as_often_as_they_are():
     args = S.argparse.Namespace(cfg=5.0, dtype="fp32")
     packed = S.Guided(model, jobs, args, 4, torch.device("cpu"))
     each = lambda name: [getattr(job, name) for job in jobs]
-    plain = D.Packed(model, each("shape"), each("fps"), each("text"), each("none"), each("noise"), 4,
+    plain = D.Packed(model, each("shape"), each("fps"), each("text"), each("negative"), each("noise"), 4,
                      [[]] * 2, [[]] * 2)
     assert [len(x.row.text) for x in (packed, plain)] == [4 + 512 + 2 + 2, 4 * 512]
     t = torch.full((len(packed.start), 1), 0.6)

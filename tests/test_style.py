@@ -119,7 +119,7 @@ def test_readme_is_short_and_its_places_exist():
     assert len(rows) == 12
     for question, answer in rows:
         names = 0
-        for stage, listed in re.findall(r"`(\w+)\.py` ((?:`\w+`[^`]*)+)", answer):
+        for stage, listed in re.findall(r"`([\w/]+)\.py` ((?:`\w+`[^`]*)+)", answer):
             tree = ast.parse((ROOT / f"{stage}.py").read_text())
             defined = {getattr(node, "name", None) for node in tree.body} | {
                 target.id for node in tree.body if isinstance(node, ast.Assign)

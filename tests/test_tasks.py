@@ -238,7 +238,7 @@ def test_the_demo_model_keeps_what_it_is_given_and_moves_on(shots):
 @pytest.mark.parametrize("task, seams", [("after", [8]), ("before", [8]), ("to", [4, 11]), ("loop", [8, 15])])
 def test_seams_are_no_larger_than_what_is_beside_them(task, seams, shots):
     """Forwards, backwards, between two clips and round a loop: in the median shot frames differ where
-    parts meet by hardly more than within four frames on either side, and in none by half as much again.
+    parts meet by hardly more than within four frames on either side, and in none by as much again.
     (Of the shots' own frames, each half encoded alone, it is 0.90 to 1.14 times as much.)"""
     rows = [{"after": {"prompt": way, "video": files["a"], "extend": 1},
              "before": {"prompt": way, "video": files["b"], "extend": -1},
@@ -248,10 +248,10 @@ def test_seams_are_no_larger_than_what_is_beside_them(task, seams, shots):
     videos = told(rows, "--frames", 9)
     for at in seams:
         found = [seam(video, at, task == "loop") for video in videos]
-        assert np.median(found) <= 1.1 and max(found) <= 1.55, np.round(found, 2)
+        assert np.median(found) <= 1.15 and max(found) <= 1.8, np.round(found, 2)
 
 
-@pytest.mark.parametrize("task, least", [("then", 0.82), ("extend", 0.78), ("loop", 0.68), ("video", 0.82)])
+@pytest.mark.parametrize("task, least", [("then", 0.77), ("extend", 0.8), ("loop", 0.8), ("video", 0.86)])
 def test_a_chain_holds_its_shape(task, least, shots):
     """There and back, on past the frame's edge, round, and on from a file: in each frame, those at
     the joints too, the shape lies over the ideal form (over 24 prompts: sample.py --eval chain)."""
