@@ -1405,6 +1405,8 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
         there = next((each for each in names if each in weights), None)
         if there is None:
             faults.append((names[0], "missing"))
+        elif not torch.is_tensor(weights[there]):
+            faults.append((there, "no tensor"))
         elif (tensor := weights[there]).shape != parameter.shape:
             faults.append((there, f"{list(tensor.shape)}, not {list(parameter.shape)}"))
         elif not tensor.is_floating_point():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,7 +232,9 @@ def test_text_encoder_refusals(tmp_path, capsys):
         (bare / name).unlink()
         assert not wanted or wanted in refusal(capsys, bare)
     torch.save({"shared.weight": Path("x")}, bare / "pytorch_model.bin")
-    assert "holds more than weights: pathlib.PosixPath" in refusal(capsys, bare)
+    assert "shared.weight is no tensor" in refusal(capsys, bare)
+    torch.save({"shared.weight": Fraction(1, 2)}, bare / "pytorch_model.bin")
+    assert "holds more than weights: fractions.Fraction" in refusal(capsys, bare)
 
 
 def test_encoded_captions(tmp_path, capsys):

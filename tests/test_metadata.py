@@ -282,7 +282,7 @@ def test_m08_w04_texts_beside_a_file():
 
 
 def test_m09_prompts_are_lines(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "wish_of", lambda args, row: row)
+    monkeypatch.setattr(sample, "request_of", lambda args, row: row)
     rows = [{"prompt": TEXT}, {"prompt": "a\x0cb", "seed": 3}]
     text, lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), f"{TEXT}\r\n\na\x0cb"
     for code in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
@@ -290,7 +290,7 @@ def test_m09_prompts_are_lines(tmp_path, monkeypatch, capsys):
             (tmp_path / name).write_bytes(data.encode(code))
             args = sample.parse_options(["tests/demo", "--prompts", str(tmp_path / name)])
             args.name = "tests/demo"
-            assert [wish["prompt"] for wish in sample.read_prompts(args)] == [TEXT, "a\x0cb"]
+            assert [request["prompt"] for request in sample.read_prompts(args)] == [TEXT, "a\x0cb"]
     for data, says in ((b"caf\xe9\n", "'é' in cp1252"), (b"[" * 100_000, "line 1"),
                        ("a\n".encode("utf-16-le"), "zero bytes")):
         (tmp_path / "p.jsonl").write_bytes(data)

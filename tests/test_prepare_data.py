@@ -629,8 +629,8 @@ def test_after_the_demo_the_next_commands_are_the_quick_start():
     readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
     chain = next(line for line in readme.splitlines() if "prepare_data.py demo &&" in line)
     assert [shlex.split(line) for line in lines[:5]] == [
-        shlex.split(line) for line in chain.split(" && ")[2:7]]
-    assert shlex.split(lines[5]) == shlex.split(chain.split(" && ")[7])[:5]
+        shlex.split(line) for line in chain.split(" && ")[1:6]]
+    assert shlex.split(lines[5]) == shlex.split(chain.split(" && ")[6])[:5]
 
 
 def test_scenes_are_what_their_captions_say():
