@@ -173,7 +173,7 @@ ACTS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH, "silu": F.s
 
 
 @dataclass(frozen=True)
-class Stack:
+class TransformerConfig:
     """The shape of a stack of transformer layers; a published family is one such row."""
     width: int
     depth: int
@@ -400,7 +400,7 @@ class TextTower(nn.Module):
 
     def __init__(self, vocab, width, depth, heads):
         super().__init__()
-        self.stack = Stack(width, depth, heads)
+        self.stack = TransformerConfig(width, depth, heads)
         self.embed = nn.Embedding(vocab, width)
         self.layers, self.norm = self.stack.layers(), self.stack.make_norm()
         initialise(self, depth)
@@ -439,7 +439,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.wide(self.norm(x))))
 
 
-class Tower(nn.Module):
+class Encoder(nn.Module):
     """Frames float [B, n, 3, S, S] to tokens [B, N, D], N = n / t_patch * (S / patch)^2.
 
     Each frame alone goes through convolutions at half the patch's size, and only then do t_patch
@@ -629,10 +629,10 @@ class Captioner(nn.Module):
     def __init__(self, size, frames, t_patch, patch, channels, blocks, width, heads, tower_depth,
                  depth, vocab):
         super().__init__()
-        self.tower = Tower(Stack(width, tower_depth, heads), size, frames, t_patch, patch, channels,
-                           blocks)
+        self.tower = Encoder(TransformerConfig(width, tower_depth, heads), size, frames, t_patch,
+                             patch, channels, blocks)
         self.connector = nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, width))
-        self.decoder = Decoder(Stack(width, depth, heads, causal=True), vocab)
+        self.decoder = Decoder(TransformerConfig(width, depth, heads, causal=True), vocab)
         self.words = nn.Linear(width, vocab)
         initialise(self, tower_depth + depth)
 
@@ -1660,10 +1660,10 @@ def wan_config(weights):
 
 
 def clip_stack(config, depth, **more):
-    """The Stack of one of CLIP's or SigLIP's towers."""
-    return Stack(config["hidden_size"], depth, config["num_attention_heads"],
-                 ffn=config["intermediate_size"], act=config["hidden_act"],
-                 eps=config["layer_norm_eps"], **more)
+    """The TransformerConfig of one of CLIP's or SigLIP's towers."""
+    return TransformerConfig(
+        config["hidden_size"], depth, config["num_attention_heads"], eps=config["layer_norm_eps"],
+        ffn=config["intermediate_size"], act=config["hidden_act"], **more)
 
 
 def make_text_encoder(config):
@@ -1675,9 +1675,10 @@ def make_text_encoder(config):
         if config["feed_forward_proj"] != "gated-gelu":
             raise ValueError(f"feed_forward_proj {config['feed_forward_proj']} of a {kind}: known "
                              "is gated-gelu, that of T5 v1.1 and UMT5")
-        stack = Stack(config["d_model"], config["num_layers"], config["num_heads"],
-                      ffn=config["d_ff"], norm="rms", glu=True, eps=config["layer_norm_epsilon"],
-                      act="gelu_new", head=config["d_kv"], bias=False, scale=1.0)
+        stack = TransformerConfig(
+            config["d_model"], config["num_layers"], config["num_heads"], ffn=config["d_ff"],
+            norm="rms", glu=True, eps=config["layer_norm_epsilon"], act="gelu_new",
+            head=config["d_kv"], bias=False, scale=1.0)
         shape = dict(tables=stack.depth if kind == "umt5" else 1,
                      buckets=config["relative_attention_num_buckets"],
                      furthest=config["relative_attention_max_distance"])
@@ -1697,7 +1698,8 @@ def make_text_encoder(config):
     if kind == "clip" and type(end) is not int:
         raise ValueError(f"eos_token_id {end}: want the number of one token")
     model.end, model.is_siglip = end, kind == "siglip"
-    return model, f"{stack} {shape}"
+    # files that users have are named by a hash of this text, in which the class has its first name
+    return model, f"{stack} {shape}".replace("TransformerConfig", "Stack", 1)
 
 
 def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
@@ -2316,7 +2318,7 @@ ROPES = {"default": (), "mrope": (), "dynamic": (), "linear": ("factor",), "llam
 
 
 def language_stack(config, **more):
-    """The Stack of a published language model's config, in which no default is missing."""
+    """The TransformerConfig of a published language model's whole config."""
     kind = config.get("model_type")
     law, rope = rope_of(config)
     if law not in ROPES:
@@ -2329,7 +2331,7 @@ def language_stack(config, **more):
     if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
         raise ValueError("partial_rotary_factor: only heads that turn whole are known")
     window = config["sliding_window"] if kind in ("mistral", "omnilmm") else 0
-    return Stack(**{**dict(
+    return TransformerConfig(**{**dict(
         width=config["hidden_size"], depth=config["num_hidden_layers"],
         heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"] or 0,
         ffn=config["intermediate_size"], norm="rms", glu=True, causal=True,
@@ -2340,7 +2342,7 @@ def language_stack(config, **more):
         sections=tuple(rope.get("mrope_section", ())), linear=FewRows), **more})
 
 
-class Sight(nn.Module):
+class VisionTower(nn.Module):
     """A published vision tower of square pictures: float [B, 3, H, W] to tokens [B, N, D]. Learned
     positions are stretched to the picture's grid, bicubic, with or without antialiasing."""
 
@@ -2393,7 +2395,7 @@ class Resampler(nn.Module):
     def __init__(self, n, wide, width, adaptive=False):
         super().__init__()
         norm = functools.partial(nn.LayerNorm, eps=1e-6)
-        self.stack, self.adaptive = Stack(width, 0, width // 128), adaptive
+        self.stack, self.adaptive = TransformerConfig(width, 0, width // 128), adaptive
         self.query, self.position = nn.Embedding(n, width), nn.Embedding(n, width)
         self.kv = nn.Identity() if wide == width else Linear(wide, width, bias=False)
         self.norm_q, self.norm_kv, self.post = norm(width), norm(width), norm(width)
@@ -2439,7 +2441,7 @@ def mlp_connector(*layers):
                            if isinstance(each, int) else Linear(*each) for each in layers])
 
 
-class QwenSight(nn.Module):
+class QwenVisionTower(nn.Module):
     """Qwen2-VL's tower with its merger: pictures of any size, as rows of 2 x 2 blocks of patches,
     [L, 3 * 2 * p * p], each row turned by its place; a pair of frames sees itself alone, and in 2.5
     most layers see windows of it. [L, C] to [L / 4, width]."""
@@ -2479,9 +2481,9 @@ class QwenSight(nn.Module):
 
 
 @dataclass
-class Plan:
+class ModelSpec:
     """What a published folder asks for: one a family, made by a function below."""
-    stack: Stack
+    stack: TransformerConfig
     vocab: int
     names: tuple = ()           # its own, before NAMES
     tower: object = None        # makes the tower; None: a language model
@@ -2566,8 +2568,9 @@ def clip_sight(config, last, keep_cls=False, post=False):
     c = CLIP | config
     depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
     stack = clip_stack(c, depth, linear=Linear)
-    return functools.partial(Sight, stack, c["patch_size"], (c["image_size"] // c["patch_size"])**2,
-                             cls=True, keep_cls=keep_cls, pre=True, post=post)
+    places = (c["image_size"] // c["patch_size"])**2
+    return functools.partial(VisionTower, stack, c["patch_size"], places, cls=True,
+                             keep_cls=keep_cls, pre=True, post=post)
 
 
 def normal(picture, mean_std):
@@ -2649,7 +2652,7 @@ def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN, video=None):
 
 
 def plain_lm(c, weights, folder):
-    return Plan(language_stack(with_biases(c, weights)), c["vocab_size"])
+    return ModelSpec(language_stack(with_biases(c, weights)), c["vocab_size"])
 
 
 def with_biases(c, weights):
@@ -2722,7 +2725,7 @@ def llava(c, weights, folder):
     make = functools.partial(clip_sight, tower, last)
     told, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
     is_padded = c.get("image_aspect_ratio") == "pad" or told.get("do_pad")
-    return Plan(
+    return ModelSpec(
         stack, text["vocab_size"], tower=make(),
         connector=functools.partial(mlp_connector, *layers),
         video_tower=make(keep_cls=True) if is_video else None,
@@ -2757,7 +2760,7 @@ def xcomposer(c, weights, folder):
         raise ValueError("plora_glb_GN: the 4KHD and 2.5 forms of XComposer are not known")
     rank = next(len(t) for name, t in weights.items() if name.endswith("wo.Plora_A.weight"))
     stack, wide = language_stack(with_biases(c, weights), expert=rank), tower["hidden_size"]
-    return Plan(
+    return ModelSpec(
         stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
         connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
         picture=functools.partial(squash, size=tower["image_size"]),
@@ -2774,18 +2777,19 @@ RESAMPLER = ((r"connector\.ln_(q|kv)\.", r"connector.norm_\1."),
 
 def qwen_vl(c, weights, folder):
     v, heads = c["visual"], c["num_attention_heads"]
-    stack = Stack(c["hidden_size"], c["num_hidden_layers"], heads, ffn=c["intermediate_size"] // 2,
-                  norm="rms", glu=True, causal=True, rope=float(c["rotary_emb_base"]), act="silu",
-                  eps=c["layer_norm_epsilon"], head=c["kv_channels"], bias=False,
-                  qkv_bias=True, linear=FewRows, trained=c["seq_length"])
+    stack = TransformerConfig(
+        c["hidden_size"], c["num_hidden_layers"], heads, ffn=c["intermediate_size"] // 2,
+        norm="rms", glu=True, causal=True, rope=float(c["rotary_emb_base"]), act="silu",
+        eps=c["layer_norm_epsilon"], head=c["kv_channels"], bias=False, qkv_bias=True,
+        linear=FewRows, trained=c["seq_length"])
     if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c["rotary_pct"] != 1:
         raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
-    tower = Stack(v["width"], v["layers"], v["heads"], ffn=int(v["width"] * v["mlp_ratio"]),
-                  eps=1e-6, linear=Linear)
+    tower = TransformerConfig(v["width"], v["layers"], v["heads"], eps=1e-6, linear=Linear,
+                              ffn=int(v["width"] * v["mlp_ratio"]))
     places = len(weights["transformer.visual.positional_embedding"])
     queries = len(weights["transformer.visual.attn_pool.query"])
-    return Plan(
-        stack, c["vocab_size"], tower=functools.partial(Sight, tower, v["patch_size"], places,
+    return ModelSpec(
+        stack, c["vocab_size"], tower=functools.partial(VisionTower, tower, v["patch_size"], places,
                                                         pre=True),
         connector=functools.partial(Resampler, queries, v["width"], v["output_dim"]),
         picture=functools.partial(squash, size=v["image_size"]), seen="<img>\0</img>",
@@ -2803,12 +2807,12 @@ def cogvlm(c, weights, folder):
     if any("cross_vision" in name for name in weights):
         raise ValueError("this is a CogAgent, which is not known: CogVLM is")
     stack = language_stack(c, expert=-1)
-    tower = Stack(v["hidden_size"], v["num_hidden_layers"], v["num_heads"],
+    tower = TransformerConfig(v["hidden_size"], v["num_hidden_layers"], v["num_heads"],
                   ffn=v["intermediate_size"], act=v["hidden_act"], eps=v["layer_norm_eps"],
                   post_norm=True, linear=Linear)
-    return Plan(
+    return ModelSpec(
         stack, c["vocab_size"], tower=functools.partial(
-            Sight, tower, v["patch_size"], v["num_positions"] - 1, cls=True, bias=True),
+            VisionTower, tower, v["patch_size"], v["num_positions"] - 1, cls=True, bias=True),
         connector=functools.partial(GluHead, v["hidden_size"], stack.width, c["intermediate_size"]),
         picture=functools.partial(squash, size=v["image_size"]),
         prompt="\0Question: {q} Answer:",
@@ -2835,11 +2839,12 @@ def timm_sight(name, told, weights, prefix, **more):
     depth = 1 + max(int(key.split(".")[-4 if "mlp" in key else -3]) for key in weights
                     if re.match(re.escape(prefix) + r"blocks\.\d+\.norm1\.weight", key))
     ffn, width = weights[f"{prefix}blocks.0.mlp.fc1.weight"].shape
-    stack = Stack(width, depth, heads, ffn=ffn, eps=1e-6, linear=Linear, post_norm="cls" in more)
+    stack = TransformerConfig(width, depth, heads, ffn=ffn, eps=1e-6, linear=Linear,
+                              post_norm="cls" in more)
     places = weights[f"{prefix}pos_embed"].shape[1] - ("cls" in more)
     patch = weights[f"{prefix}patch_embed.proj.weight"].shape[-1]
-    return functools.partial(Sight, stack, patch, places, post=True, bias=True, antialias=True,
-                             **more), width, patch
+    return functools.partial(VisionTower, stack, patch, places, post=True, bias=True,
+                             antialias=True, **more), width, patch
 
 
 def minicpm_v(c, weights, folder):
@@ -2849,7 +2854,7 @@ def minicpm_v(c, weights, folder):
         raise ValueError("slice_mode is false: only pictures in slices are known")
     tower, wide, patch = timm_sight(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
     stack = language_stack(c, branch=c["scale_depth"] / math.sqrt(c["num_hidden_layers"]))
-    return Plan(
+    return ModelSpec(
         stack, c["vocab_size"], tower=tower,
         scales=(c["scale_emb"], c["dim_model_base"] / stack.width),
         connector=functools.partial(Resampler, c["query_num"], wide, stack.width, adaptive=True),
@@ -2863,7 +2868,7 @@ def omnilmm(c, weights, folder):
     tower, wide, _ = timm_sight(c["mm_vision_tower"], c.get("nanosora_vit", {}), weights,
                                 "model.vision_tower.", cls=True)
     stack = language_stack(c)
-    return Plan(
+    return ModelSpec(
         stack, c["vocab_size"], tower=tower, zero=r"tower\..*\.k\.bias",
         seen="<im_start>\0<im_end>",
         connector=functools.partial(Resampler, c["num_query"], wide, stack.width),
@@ -2883,9 +2888,10 @@ def qwen2_vl(c, weights, folder):
     v = DEFAULTS[f"{c['model_type']}'s vision"] | (c.get("vision_config") or {})
     stack = language_stack({**text, "model_type": "qwen2"})
     width, patch = v["hidden_size" if is_new else "embed_dim"], v["patch_size"]
-    tower = Stack(width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6, act=v["hidden_act"],
-                  norm="rms" if is_new else "ln", glu=is_new,
-                  ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
+    tower = TransformerConfig(
+        width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6, act=v["hidden_act"],
+        norm="rms" if is_new else "ln", glu=is_new,
+        ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
     told, mean_std = image_processor(folder)
     of_video = read_published(folder / "processor_config.json", {}).get("video_processor") or {}
     of_video = of_video | read_published(folder / "video_preprocessor_config.json", {})
@@ -2899,9 +2905,9 @@ def qwen2_vl(c, weights, folder):
     least, most = limits(told, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
-    return Plan(
+    return ModelSpec(
         stack, text["vocab_size"], tower=functools.partial(
-            QwenSight, tower, patch, stack.width, v["window_size"] if is_new else 0,
+            QwenVisionTower, tower, patch, stack.width, v["window_size"] if is_new else 0,
             v["fullatt_block_indexes"] if is_new else ()),
         picture=functools.partial(
             qwen_rows, patch=patch, least=least, most=most, mean_std=mean_std,
@@ -2949,7 +2955,7 @@ class VLM(nn.Module):
         """(ids with -1 for what is seen, pixels, seconds of two frames if it is a video) of a
         prompt that holds a NUL where uint8 frames [H, W, 3] go: one picture, or a video."""
         plan, seen, pixels = self.plan, self.plan.seen, []
-        is_rows = isinstance(self.tower, QwenSight)
+        is_rows = isinstance(self.tower, QwenVisionTower)
         if is_rows and len(frames):
             pixels = [plan.picture(frames)]
         else:
@@ -2969,7 +2975,7 @@ class VLM(nn.Module):
     def features(self, pixels, is_video=False):
         """What the decoder sees of each picture: [n, width] a picture (rows of Qwen: of all)."""
         device, dtype = self.decoder.embed.weight.device, self.decoder.embed.weight.dtype
-        if isinstance(self.tower, QwenSight):
+        if isinstance(self.tower, QwenVisionTower):
             return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
         tower, found = self.video_tower if is_video and self.video_tower else self.tower, {}
         order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
@@ -3250,7 +3256,7 @@ def asked(args, is_video):
     return ask.replace("{what}", "video" if is_video else "image")
 
 
-def ways_of(vlm, name, args, lm=None):
+def sampling_rules(vlm, name, args, lm=None):
     """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
     is_video = bool(vlm.plan.frames) and not lm
     for model in (vlm, *filter(None, [lm])):         # refused here where it does not fit
@@ -3264,7 +3270,7 @@ def ways_of(vlm, name, args, lm=None):
     return is_video, rule, asked(args, is_video)
 
 
-def look(vlm, prompt, is_video, rule, folder, row):
+def frames_for(vlm, prompt, is_video, rule, folder, row):
     """(What `vlm` reads of a clip, the times of its frames in s): once of a video, or a frame
     (of a still the one) at a time."""
     frames, times = pick_frames(rule, folder, row)
@@ -3282,14 +3288,14 @@ def vlm_writer(name, folder, rows, args, device):
     vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer,
                          None if args.lm else args.template)
     lm = open_vlm(args.lm, device, dtype, sees=False, template=args.template) if args.lm else None
-    is_video, rule, question = ways_of(vlm, name, args, lm)
+    is_video, rule, question = sampling_rules(vlm, name, args, lm)
     told = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
 
     def load(row):
-        return look(vlm, vlm.prompt(question), is_video, rule, folder, row)
+        return frames_for(vlm, vlm.prompt(question), is_video, rule, folder, row)
 
     def notes(pairs):
         """(key, times, texts, mean log-probability) of a clip when all its frames have theirs."""
@@ -3395,7 +3401,8 @@ class Scorer:
                 if self.is_siglip:
                     stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
                     places = (self.size // sight["patch_size"])**2
-                    model.tower = Sight(stack, sight["patch_size"], places, bias=True, post=True)
+                    model.tower = VisionTower(stack, sight["patch_size"], places, bias=True,
+                                              post=True)
                     model.visual, width = Probe(stack), stack.width
                 else:
                     model.tower = clip_sight(sight, -1, True, True)()
@@ -3517,7 +3524,7 @@ def tune(args, run):
     if not is_done:                                  # what is refused leaves no run behind
         model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer,
                            template=args.template)
-        is_video, rule, question = ways_of(model, args.init, args)
+        is_video, rule, question = sampling_rules(model, args.init, args)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": {
         "init": args.init, "tune": args.tune, "rank": args.rank}})
     if is_done:
@@ -3538,7 +3545,7 @@ def tune(args, run):
 
     def read(row, caption):
         prompt = model.prompt(caption.get("prompt") or question)
-        (first, *_), _ = look(model, prompt, is_video, rule, folder, row)
+        (first, *_), _ = frames_for(model, prompt, is_video, rule, folder, row)
         return row["key"], first, ids_of(caption)
 
     def batch(step):

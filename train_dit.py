@@ -646,8 +646,8 @@ class DiT(nn.Module):
         return x + F.pad(places, (0, 0, 0, len(x) - len(places))).to(x.dtype)
 
     def forward(self, x, t, row, text=None, image=None):
-        """x [N, C*P] noisy tokens; t [R], the network's time of each table row; row: a Row, for the
-        layout; text [L, text_dim] and image [I, image_dim]: what the clips read, packed by
+        """x [N, C*P] noisy tokens; t [R], the network's time of each table row; row: a PackedRow;
+        text [L, text_dim] and image [I, image_dim]: what the clips read, packed by
         row.cu_text and row.cu_image. Returns [N, C_out*P]."""
         if self.positions != "sincos":
             row.freqs, row.axes = self.freqs, self.axes
@@ -946,7 +946,7 @@ class Denoiser(nn.Module):
 
 
 @dataclass
-class Row:
+class PackedRow:
     """The layout of a packed row, all on one device. Tokens from cu[-1] on are the null clip."""
     shapes: list             # (C, T', H', W') of each clip, behind it of what it is given
     coords: torch.Tensor     # float32 [N, 3]: t in seconds times TIME_UNIT, y and x in latent cells
@@ -966,7 +966,7 @@ class Row:
     axes: torch.Tensor = None
 
     def to(self, device):
-        return Row(**{key: moved(value, device) if isinstance(value, torch.Tensor) else value
+        return PackedRow(**{key: moved(value, device) if isinstance(value, torch.Tensor) else value
                       for key, value in vars(self).items()})
 
     def table_times(self, t):
@@ -1008,7 +1008,7 @@ WAN_TEXT = 512               # rows of text that Wan's published models read, fi
 
 def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video",
             cond_latents=None, about=None):
-    """The Row of clips of these shapes [(C, T', H', W')] at these frame rates under these texts:
+    """The PackedRow of clips of `shapes` [(C, T', H', W')], at `rates` frames/s, under `texts`:
     lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
     included; `cond_latents`: each clip's [(latent, seconds from its first frame to theirs)];
     `about`: each clip's values for `condition_code`. Behind ids comes padding that nothing sees, up
@@ -1035,7 +1035,7 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
         ids = [i for text in texts for i in text]
         lengths_of_texts = [len(text) for text in texts]
     cumulate = lambda counts: torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
-    return Row(shapes=list(every), coords=torch.from_numpy(coords),
+    return PackedRow(shapes=list(every), coords=torch.from_numpy(coords),
                cu=cumulate(np.bincount(clips, lengths)),
                rows=torch.from_numpy(rows.astype(np.int32)),
                own=torch.from_numpy(np.flatnonzero(rows[:sum(lengths)] < B)),
@@ -1288,7 +1288,7 @@ def encode_text(tokenizer, text, most=256):
 
 
 class RowPlan:
-    """Row s of training for any s: epoch after epoch of `plan_epoch`."""
+    """PackedRow s of training for any s: epoch after epoch of `plan_epoch`."""
 
     def __init__(self, clips, seed, given=0.0, stills=0.0):
         self.clips, self.seed, self.shares = clips, seed, (given, stills)
@@ -1317,8 +1317,8 @@ class RowPlan:
 
 
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
-    """All that one row of training needs, drawn by (seed, step, key): (keys, Row, x0 tokens, noise
-    tokens, t [B]), or (keys, Row, codes [B, T', H', W']). `times`: of each clip; `drawn`: what
+    """A row of training, drawn by (seed, step, key): (keys, PackedRow, x0 tokens, noise tokens,
+    t [B]), or (keys, PackedRow, codes [B, T', H', W']). `times`: of each clip; `drawn`: what
     takes its place and its conditioning, as `draw_conditioning` names them (itself, nothing)."""
     drawn = drawn or [[key] for key in keys]
     targets = [target for target, *_ in drawn]
@@ -2309,29 +2309,29 @@ WAN_KEYS = {                    # in Wan's own layout, and in diffusers'
     "cross_weight": ("norm3.weight", "norm2.weight"), "cross_bias": ("norm3.bias", "norm2.bias"),
     "up": ("ffn.0", "ffn.net.0.proj"), "down": ("ffn.2", "ffn.net.2"),
 }
-TURNS = {"embed.weight": "conv", "pos_embed": "batch", "image_place": "batch", "table": "batch",
-         "head_table": "batch", "head.weight": "head", "head.bias": "head"}
+LAYOUTS = {"embed.weight": "conv", "pos_embed": "batch", "image_place": "batch", "table": "batch",
+           "head_table": "batch", "head.weight": "head", "head.bias": "head"}
 
 
 def their_names(ours, layout):
-    """([the names of one of our tensors in layout "dit", "wan" or "diffusers"], how it turns)."""
+    """([names of one of our tensors in layout "dit", "wan" or "diffusers"], how it is relaid)."""
     keys = DIT_KEYS if layout == "dit" else {
         name: pair[layout == "diffusers"] for name, pair in WAN_KEYS.items()}
     block, name = re.fullmatch(r"(blocks\.\d+\.)?(.*)", ours).groups("")
     module, end = (name, "") if name in keys else name.rsplit(".", 1)
     stem, dot, last = keys[module].rpartition(".")
     names = [block + stem + dot + one + (end and f".{end}") for one in last.split("|")]
-    return names, TURNS.get(name, "")
+    return names, LAYOUTS.get(name, "")
 
 
-def turn(tensor, how, patch, back=False):
+def relayout(tensor, change, patch, back=False):
     """One tensor from a published layout to ours; or, `back`, the other way, bit for bit."""
     volume = math.prod(patch)
-    if how == "conv":                    # a convolution's [D, C, (pt,) ph, pw] is a matrix here
+    if change == "conv":                    # a convolution's [D, C, (pt,) ph, pw] is a matrix here
         return tensor.flatten(1)
-    if how == "batch":                   # [1, ...]
+    if change == "batch":                   # [1, ...]
         return tensor[None] if back else tensor[0]
-    if how == "head":                    # theirs run (patch, channel), ours (channel, patch)
+    if change == "head":                    # theirs run (patch, channel), ours (channel, patch)
         inner = (-1, volume) if back else (volume, -1)
         return tensor.unflatten(0, inner).transpose(0, 1).flatten(0, 1)
     return tensor
@@ -2351,8 +2351,8 @@ def from_published(published, layout, model, path):
         refuse(f"{path}: the weights hold {min(left)}, which this kind of model has not")
     state = {}
     for ours in model.state_dict():
-        theirs, how = their_names(ours, layout)
-        state[ours] = turn(torch.cat([published[name] for name in theirs]), how, model.patch)
+        theirs, change = their_names(ours, layout)
+        state[ours] = relayout(torch.cat([published[name] for name in theirs]), change, model.patch)
     return state
 
 
@@ -2361,9 +2361,9 @@ def to_published(state, layout, model):
     patch = model.patch[1:] if layout == "dit" else model.patch
     published, conv_shape = {}, (-1, model.channels, *patch)
     for ours, tensor in state.items():
-        theirs, how = their_names(ours, layout)
-        whole = turn(tensor, how, model.patch, back=True)
-        whole = whole.view(conv_shape) if how == "conv" else whole
+        theirs, change = their_names(ours, layout)
+        whole = relayout(tensor, change, model.patch, back=True)
+        whole = whole.view(conv_shape) if change == "conv" else whole
         published.update(zip(theirs, whole.chunk(len(theirs))))
     return published
 

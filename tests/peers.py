@@ -67,7 +67,7 @@ def dit(layers, dim, heads, side):
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in theirs:
                 how = "conv" if (own, kind) == ("embed", "weight") else own if own == "head" else ""
-                state[f"{own}.{kind}"] = D.turn(theirs[f"{name}.{kind}"], how, ours.patch)
+                state[f"{own}.{kind}"] = D.relayout(theirs[f"{name}.{kind}"], how, ours.patch)
     ours.load_state_dict(state)
     return peer, ours
 

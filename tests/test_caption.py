@@ -111,7 +111,7 @@ def test_layer_flags():
     torch.manual_seed(0)
     for kv_heads, norm, glu, act, head in ((0, "ln", False, "gelu", 0), (2, "rms", True, "silu", 6),
                                            (1, "ln", True, "quick_gelu", 10)):
-        stack = c.Stack(32, 1, 4, kv_heads=kv_heads, norm=norm, glu=glu, causal=True, act=act,
+        stack = c.TransformerConfig(32, 1, 4, kv_heads=kv_heads, norm=norm, glu=glu, causal=True, act=act,
                         head=head, bias=glu, scale=1.0 if head else None)
         layer, x = c.Layer(stack), torch.randn(2, 6, 32)
         turn = c.rotary(torch.arange(6), stack)
@@ -120,9 +120,9 @@ def test_layer_flags():
         assert torch.allclose(layer(x, turn)[:, :4], y[:, :4], atol=1e-6)
         assert y.shape == (2, 6, 32) and not torch.allclose(layer(x, turn)[:, 4:], y[:, 4:])
     with pytest.raises(ValueError, match="kv_heads 3"):
-        c.Stack(32, 1, 4, kv_heads=3)
+        c.TransformerConfig(32, 1, 4, kv_heads=3)
     with pytest.raises(ValueError, match="activation relu6"):
-        c.Stack(32, 1, 4, act="relu6")
+        c.TransformerConfig(32, 1, 4, act="relu6")
 
 
 # -- published text encoders: the numbers are test_parity's ----------------------------------------
@@ -208,7 +208,7 @@ def test_layouts_of_weights_agree(tmp_path):
 
 @pytest.mark.parametrize("folder, name", [("clip-text", "7c0ad9b3"), ("t5-v1_1-encoder", "03110841")])
 def test_encoded_texts_keep_their_names(folder, name):
-    """Files that were written are found again, whatever Stack learns to say of other models."""
+    """Files that were written are found again, whatever TransformerConfig learns to say of other models."""
     assert c.open_text_encoder(ROOT / "tests" / "fixtures" / folder / "encoder").hash == name
 
 

@@ -250,7 +250,7 @@ def test_rows_do_not_depend_on_their_batch():
 def test_rows_of_other_lengths(window, lengths, is_apart, monkeypatch):
     """Where one of the texts is long each sees its own keys alone; all say what they say alone."""
     torch.manual_seed(0)
-    stack = c.Stack(16, 2, 4, kv_heads=2, causal=True, norm="rms", glu=True, window=window)
+    stack = c.TransformerConfig(16, 2, 4, kv_heads=2, causal=True, norm="rms", glu=True, window=window)
     decoder, mask, seen = c.Decoder(stack, 50), c.Cache.mask, []
 
     def spy(self, *more):
@@ -365,7 +365,7 @@ def test_a_video_is_looked_at(monkeypatch, frames, fps, rule, seconds):
             return len(frames), is_video, seconds
     monkeypatch.setattr(c, "frames_of", lambda folder, row, at: np.zeros((len(at), 4, 4, 3), np.uint8))
     row = {"frames": frames, "fps": fps}
-    (read,), _ = c.look(Seer(), "", True, rule, None, row)
+    (read,), _ = c.frames_for(Seer(), "", True, rule, None, row)
     assert read[:2] == ((1 if frames == 1 else 8), fps is not None)
     assert read[2] == (pytest.approx(seconds) if seconds else None)
 

@@ -904,8 +904,8 @@ def test_a_prompt_that_is_not_known_is_refused_before_work(tmp_path, capsys):
     vlm = c.open_vlm(folder_of(tmp_path / "v", dict(
         model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), tensors))
     args = SimpleNamespace(frames=None, prompt=None, style="long", train=False)
-    assert "give --template NAME" in refused(capsys, vlm, "v", args, c.open_vlm(folder), call=c.ways_of)
-    assert c.ways_of(vlm, "v", args, c.open_vlm(folder, template="vicuna"))[1] == ["uniform", 4]
+    assert "give --template NAME" in refused(capsys, vlm, "v", args, c.open_vlm(folder), call=c.sampling_rules)
+    assert c.sampling_rules(vlm, "v", args, c.open_vlm(folder, template="vicuna"))[1] == ["uniform", 4]
     assert "--template goes with" in refused(capsys, ["set", "--template", "vicuna"], call=c.parse)
 
 
@@ -1219,7 +1219,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_work(tmp_path, capsys):
     config = TINY | {"model_type": "llama", "vocab_size": 100}
     model = c.open_vlm(folder_of(tmp_path / "m", config, weights(lm_shapes(config))), template="vicuna")
     args = SimpleNamespace(frames=None, prompt=None, style="long", train=False)
-    assert "they do not belong together" in refused(capsys, model, "m", args, call=c.ways_of)
+    assert "they do not belong together" in refused(capsys, model, "m", args, call=c.sampling_rules)
     config = CLIP_TEXT | {"model_type": "clip_text_model", "vocab_size": 200}
     folder = folder_of(tmp_path / "t", config, weights(text_shapes(config)))
     assert "they do not belong together" in refused(capsys, folder, call=c.open_text_encoder)
