@@ -406,9 +406,9 @@ class Guided(Packed):
                          self.scale != 1 else [], move(each("noise")), time_stride, cond_latents,
                          each("about"))
         scale = torch.tensor(each("position_scale") * self.n)
-        scale = scale.repeat_interleave(self.row.cu.cpu().diff())
+        scale = scale.repeat_interleave(self.row.cu_seqlens.cpu().diff())
         self.row.coords[:, 1:] *= scale[:, None].to(device)
-        self.start = self.tokens[self.own]                   # noise
+        self.start = self.tokens[self.targets]                   # noise
         self.given = torch.zeros_like(self.start)            # tokens of known first latents
         self.known = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
         for place, z in zip(self.first.tolist(), each("first")):
@@ -418,7 +418,7 @@ class Guided(Packed):
                 self.known[place:place + len(part)] = True
         if model.kind == "wan" and self.known.any():         # known frames are clean tokens
             is_known = self.known[:, 0].repeat(self.n)
-            self.row.rows[self.row.own[is_known]] = self.n_rows
+            self.row.table_index[self.row.targets[is_known]] = self.n_rows
             self.n_rows += 1
         if model.kind == "wan":          # each text's rows of zeros are one that counts as often
             texts = move(each("text") + each("negative"))[:self.n * len(jobs)]

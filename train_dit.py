@@ -10,7 +10,7 @@ Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and wo
 The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a
 transformer learns the velocity noise - x_0 from x_t, t and the caption. Clips keep their own
 length, size and shape: their patches lie end to end in one row of --row_tokens tokens, attention
-stays within each clip, and no clip is padded. What is left of a row is a null clip that nothing
+stays within each clip, and no clip is padded. What is left of a row is padding that nothing
 sees. With --given, frames and clips before or after join a clip's attention as tokens of their own
 time that are clean, t = 0, and bear no loss: one model then continues, connects and loops videos.
 The models gpt-* (VideoGPT's prior) learn the codes of a VQ or FSQ autoencoder, one by one.
@@ -440,7 +440,8 @@ class SelfAttention(nn.Module):
         if row.freqs is not None:
             q, k = qk_norm_rope(q, k, row.coords, row.freqs, row.axes,
                                 self.q_norm.to(h.dtype), self.k_norm.to(h.dtype))
-        return self.out(attention(q, k, v, row.cu, row.cu).flatten(1))               # [N, D]
+        x = attention(q, k, v, row.cu_seqlens, row.cu_seqlens)                       # [N, A, E]
+        return self.out(x.flatten(1))                                                # [N, D]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -451,12 +452,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 def cached(row, key, make):
-    """make(), which a row that is used again and again (`kept` is a dict) computes but once."""
-    if row.kept is None:
+    """make(), which a row that is used again and again (`cache` is a dict) computes but once."""
+    if row.cache is None:
         return make()
-    if key not in row.kept:
-        row.kept[key] = make()
-    return row.kept[key]
+    if key not in row.cache:
+        row.cache[key] = make()
+    return row.cache[key]
 
 
 class CrossAttention(nn.Module):
@@ -488,7 +489,8 @@ class CrossAttention(nn.Module):
             return torch.cat([k, more], 2), F.pad(v, (0, 8))
         k, v = cached(row, kv, make)
         q = q if counts is None else F.pad(F.pad(q, (0, 2), value=1.0), (0, 6))
-        return attention(q, k, v, row.cu, cu_context, E ** -0.5)[..., :E].flatten(1)  # [N, D]
+        x = attention(q, k, v, row.cu_seqlens, cu_context, E ** -0.5)[..., :E]       # [N, A, E]
+        return x.flatten(1)                                                          # [N, D]
 
     def forward(self, h, text, image, row):
         q = self.q_norm(self.q(h)).unflatten(-1, (self.heads, -1))                   # [N, A, E]
@@ -519,10 +521,10 @@ def count_texts(texts, most=512):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, modulated and gated by each token's row of a table; between them,
-    where there is text, cross-attention behind a plain LayerNorm. `after` is the (shift, scale) of
-    what comes next, whose norm is computed together with the last residual. The tables come from a
-    projection of the block's own (DiT), or from one shared by all blocks plus an offset (Wan)."""
+    """adaLN-Zero: self-attention and MLP, each with shift, scale and gate, which a token reads from
+    its row of the modulation; between them, where there is text, cross-attention behind a plain
+    LayerNorm. The modulation is projected by each block (DiT), or once for all blocks, plus an
+    offset of the block's (Wan). The next norm is computed together with the last residual."""
 
     def __init__(self, dim, heads, ffn, own_table, qk_norm, text, image):
         super().__init__()
@@ -537,18 +539,19 @@ class Block(nn.Module):
             self.cross_bias = nn.Parameter(torch.zeros(dim))
         self.up, self.down = Linear(dim, ffn), Linear(ffn, dim)
 
-    def forward(self, x, h, m, after, text, image, row):
-        """x, h [N, D]: the stream and its modulated norm; m: six tables [R, D]."""
-        _, _, gate1, shift2, scale2, gate2 = m
+    def forward(self, x, h, modulation, next_norm, text, image, row):
+        """x, h [N, D]: the stream and its modulated norm; modulation: shift, scale and gate of
+        attention and MLP, [R, D] each; next_norm: shift and scale of what comes next."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
         y = self.attn(h, row)
         if self.cross is not None:
             one, plain = torch.ones_like(gate1), (self.cross_bias, self.cross_weight - 1)
-            plain = [table.float().expand_as(gate1) for table in plain]
-            x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.rows)
+            plain = [one_row.float().expand_as(gate1) for one_row in plain]
+            x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.table_index)
             y, gate1 = self.cross(h, text, image, row), one
-        x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.rows)
+        x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.table_index)
         y = self.down(F.gelu(self.up(h), approximate="tanh"))                        # [N, D]
-        return gate_residual_ln_modulate(x, y, gate2, *after, row.rows)
+        return gate_residual_ln_modulate(x, y, gate2, *next_norm, row.table_index)
 
 
 class DiT(nn.Module):
@@ -619,13 +622,14 @@ class DiT(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def tables(self, t, row):
-        """[(six tables [R, D]) a block], and the head's (shift, scale), all float32: t [R]."""
+    def modulations(self, t, row):
+        """([(shift, scale, gate, shift, scale, gate) a block], the head's (shift, scale)), float32
+        [R, D] each: t [R]."""
         wave = sinusoid(t, self.time[0].in_features).to(self.embed.weight.dtype)
         e = self.time(wave)                                                          # [R, D]
         if self.classes is not None:
-            none = self.classes.num_embeddings - 1           # of what is given
-            e = e + self.classes(F.pad(row.labels, (0, len(t) - len(row.labels)), value=none))
+            no_class = self.classes.num_embeddings - 1       # of cond_latents
+            e = e + self.classes(F.pad(row.labels, (0, len(t) - len(row.labels)), value=no_class))
         if self.about is not None:
             e = e + self.about(F.pad(row.about, (0, 0, 0, len(t) - len(row.about))))
         if self.own_table:
@@ -651,8 +655,8 @@ class DiT(nn.Module):
         row.cu_text and row.cu_image. Returns [N, C_out*P]."""
         if self.positions != "sincos":
             row.freqs, row.axes = self.freqs, self.axes
-        with torch.autocast(x.device.type, enabled=False):   # times and tables in float32, as Wan's
-            tables, last = self.tables(t, row)
+        with torch.autocast(x.device.type, enabled=False):   # in float32, as Wan's
+            modulations, last = self.modulations(t, row)
         if self.text is not None:
             text = cached(row, self.text, functools.partial(self.text, text))          # [L, D]
         if self.image is not None:
@@ -662,12 +666,13 @@ class DiT(nn.Module):
         x = self.embed(x)                                                            # [N, D]
         if self.positions in ("sincos", "both"):
             x = self.place(x, row)
-        h = ln_modulate(x, *tables[0][:2], row.rows)
-        afters = [m[:2] for m in tables[1:]] + [last]
-        for i, (block, m, after) in enumerate(zip(self.blocks, tables, afters)):
+        h = ln_modulate(x, *modulations[0][:2], row.table_index)
+        next_norms = [modulation[:2] for modulation in modulations[1:]] + [last]
+        for i, (block, modulation, next_norm) in enumerate(
+                zip(self.blocks, modulations, next_norms)):
             if self.recompute and i % self.recompute == 0 and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False)
-            x, h = block(x, h, m, after, text, image, row)
+            x, h = block(x, h, modulation, next_norm, text, image, row)
         return self.head(h)                                                          # [N, C_out*P]
 
 
@@ -727,7 +732,7 @@ class UViT(nn.Module):
 
     def forward(self, x, t, condition, shapes):
         """x [N, C*P]: noisy tokens of clips of `shapes` [(C, T', H', W')] as `patchify` lays them,
-        perhaps with a null clip behind; t [B] on the published scale, 1 to 1000 for latents, 0 to
+        perhaps with padding behind; t [B] on the published scale, 1 to 1000 for latents, 0 to
         999 for pixels; condition: int64 [B] labels, [B, L, width] text, or None, as the model is.
         Returns the noise [N, C*P]. A clip's tokens are label and time, or time and text, then x."""
         cells = [tuple(n // p for n, p in zip(shape[1:], self.patch)) for shape in shapes]
@@ -947,12 +952,13 @@ class Denoiser(nn.Module):
 
 @dataclass
 class PackedRow:
-    """The layout of a packed row, all on one device. Tokens from cu[-1] on are the null clip."""
-    shapes: list             # (C, T', H', W') of each clip, behind it of what it is given
+    """The layout of a packed row of N tokens, all on one device; those from cu_seqlens[-1] on are
+    padding."""
+    shapes: list             # (C, T', H', W') of each clip, and behind it of its cond_latents
     coords: torch.Tensor     # float32 [N, 3]: t in seconds times TIME_UNIT, y and x in latent cells
-    cu: torch.Tensor         # int32 [B + 1]: clip b and its given hold tokens cu[b] to cu[b + 1]
-    rows: torch.Tensor       # int32 [N]: the table row of each token: its clip's, or B if given
-    own: torch.Tensor        # int64 [n]: the tokens that are neither given nor the null clip's
+    cu_seqlens: torch.Tensor   # int32 [B + 1]: clip b with its cond_latents is from [b] to [b + 1]
+    table_index: torch.Tensor  # int32 [N]: each token's row of the modulation: its clip, or B where
+    targets: torch.Tensor      # it is conditioning. int64 [n]: tokens that are to be denoised
     ids: torch.Tensor        # int64 [L]: the captions' tokens end to end
     cu_text: torch.Tensor    # int32 [B + 1]
     cu_image: torch.Tensor = None            # int32 [B + 1]: the image tokens that clips read
@@ -960,17 +966,18 @@ class PackedRow:
     image: torch.Tensor = None               # [I, width]: image tokens that clips read (Wan's I2V)
     labels: torch.Tensor = None              # int64 [R]: classes
     about: torch.Tensor = None               # float32 [R, 64 * conditions]
-    kept: dict = None                        # what `once` has kept, of a row that is sampled
+    cache: dict = None                       # of `cached`, for a row that is sampled
     counts: torch.Tensor = None              # float32 [L]: how often each row of `text` is there
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
     axes: torch.Tensor = None
 
     def to(self, device):
-        return PackedRow(**{key: moved(value, device) if isinstance(value, torch.Tensor) else value
-                      for key, value in vars(self).items()})
+        return PackedRow(**{
+            key: moved(value, device) if isinstance(value, torch.Tensor) else value
+            for key, value in vars(self).items()})
 
     def table_times(self, t):
-        """[R] from the clips' times t [B]: where anything is given, a last row at t = 0."""
+        """[R] from the clips' times t [B]: where there are cond_latents, a last row at t = 0."""
         return F.pad(t, (0, 1)) if len(self.shapes) > len(t) else t
 
 
@@ -998,7 +1005,7 @@ def clip_coords(shape, fps, time_stride, patch, offset=0.0):
 
 
 def with_cond_latents(latents, cond_latents):
-    """Each clip's latent and, behind it, what it is given: the order in which a row holds them."""
+    """Each clip's latent and, behind it, its cond_latents: the order in which a row holds them."""
     return [x for z, given in zip(latents, cond_latents)
             for x in (z, *(latent for latent, _ in given))]
 
@@ -1009,7 +1016,7 @@ WAN_TEXT = 512               # rows of text that Wan's published models read, fi
 def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video",
             cond_latents=None, about=None):
     """The PackedRow of clips of `shapes` [(C, T', H', W')], at `rates` frames/s, under `texts`:
-    lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, null clip
+    lists of token ids, embeddings [L, width] or labels. `n_tokens`: the row's length, padding
     included; `cond_latents`: each clip's [(latent, seconds from its first frame to theirs)];
     `about`: each clip's values for `condition_code`. Behind ids comes padding that nothing sees, up
     to a multiple of 64: shapes that come again are cheaper."""
@@ -1022,7 +1029,7 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
     left = (n_tokens or sum(lengths)) - sum(lengths)
     coords = np.concatenate(coords + [np.zeros((left, 3), np.float32)])
     clips, owners, every, _ = zip(*parts)
-    rows = np.repeat([*owners, B - 1], [*lengths, left])
+    table_index = np.repeat([*owners, B - 1], [*lengths, left])
     ids, more, lengths_of_texts = [], {}, [0] * len(texts)
     if about and about[0]:
         more["about"] = torch.stack([condition_code(values) for values in about])
@@ -1036,11 +1043,11 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
         lengths_of_texts = [len(text) for text in texts]
     cumulate = lambda counts: torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
     return PackedRow(shapes=list(every), coords=torch.from_numpy(coords),
-               cu=cumulate(np.bincount(clips, lengths)),
-               rows=torch.from_numpy(rows.astype(np.int32)),
-               own=torch.from_numpy(np.flatnonzero(rows[:sum(lengths)] < B)),
-               ids=torch.tensor(ids + [0] * (-len(ids) % 64), dtype=torch.int64),
-               cu_text=cumulate(lengths_of_texts), **more)
+                     cu_seqlens=cumulate(np.bincount(clips, lengths)),
+                     table_index=torch.from_numpy(table_index.astype(np.int32)),
+                     targets=torch.from_numpy(np.flatnonzero(table_index[:sum(lengths)] < B)),
+                     ids=torch.tensor(ids + [0] * (-len(ids) % 64), dtype=torch.int64),
+                     cu_text=cumulate(lengths_of_texts), **more)
 
 
 def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
@@ -1331,9 +1338,9 @@ def load_row(clips, keys, seed, step, drop, times, drawn=None):
     if clips.is_codes:
         return keys, row, torch.stack(latents)
     noises = gaussians("noise", seed, step, keys, [x.shape for x in latents])
-    left = (0, 0, 0, len(row.rows) - int(row.cu[-1]))        # the null clip's tokens are zeros
+    left = (0, 0, 0, len(row.table_index) - int(row.cu_seqlens[-1]))    # zeros in the padding
     x0 = F.pad(patchify(with_cond_latents(latents, cond_latents), clips.patch), left)
-    noise = torch.zeros_like(x0).index_copy_(0, row.own, patchify(noises, clips.patch))
+    noise = torch.zeros_like(x0).index_copy_(0, row.targets, patchify(noises, clips.patch))
     return keys, row, x0, noise, torch.tensor(times, dtype=torch.float32)
 
 
@@ -1368,7 +1375,7 @@ def step_flops(options, clips, texts):
              + layers * (12 L W^2 + 2 W sum m^2)]                          the tower, of width W
 
     with n tokens and m text tokens a clip, N and L in all, F the MLP's width; without text 4 D^2
-    for 6 D^2. Norms and activations are left out, and what is of no use: the null clip, padding,
+    for 6 D^2. Norms and activations are left out, and what is of no use: padding,
     scores computed again. A GPT's codes see half of each other or less, hear of texts in their
     norms alone, and are read and predicted by (code_dim + K) D."""
     has_text = bool(options.get("text") or options.get("text_dim"))
@@ -1514,14 +1521,15 @@ BEST = "best.safetensors"    # the averaged weights of the lowest held-out loss 
 
 def clip_losses(model, row, x0, noise, t, dtype):
     """[B]: each clip's squared error, its own mean over tokens and channels; what is given, and
-    the null clip, do not count."""
-    device, objective, clip_of = x0.device, model.objective, row.rows[row.own].long()
+    padding, do not count."""
+    device, objective, clip_of = x0.device, model.objective, row.table_index[row.targets].long()
     t = network_time(objective, t)
-    own_x0, own_noise, time_of = x0[row.own], noise[row.own], t[clip_of][:, None]
-    x = x0.index_copy(0, row.own, interpolate(objective, own_x0, own_noise, time_of))
+    target_x0, target_noise, time_of = x0[row.targets], noise[row.targets], t[clip_of][:, None]
+    x = x0.index_copy(0, row.targets, interpolate(objective, target_x0, target_noise, time_of))
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        output = model(x, row.table_times(t), row).index_select(0, row.own)
-    error = squared_error(objective, output.float(), own_x0, own_noise, time_of).mean(-1)  # [n]
+        output = model(x, row.table_times(t), row).index_select(0, row.targets)
+    error = squared_error(objective, output.float(), target_x0, target_noise, time_of)
+    error = error.mean(-1)                                                           # [n]
     sums, counts = (torch.zeros(len(t), device=device).index_add(0, clip_of, each)
                     for each in (error, torch.ones_like(error)))
     return sums / counts
@@ -1598,21 +1606,21 @@ class Packed:
         self.model, self.shapes, n = model, shapes, 2 if negative else 1
         row = lay_out(shapes * n, rates * n, texts + negative, time_stride, model.dit.patch, None,
                       model.kind, cond_latents * n, about * n).to(noises[0].device)
-        row.kept = {}                    # texts are read once, not at every step
+        row.cache = {}                    # texts are read once, not at every step
         self.tokens = patchify(with_cond_latents(noises, cond_latents), model.dit.patch)
-        self.row, self.n, self.own = row, n, row.own[:len(row.own) // n]
-        self.clip = row.rows[self.own].long()                # of each of the clips' own tokens
+        self.row, self.n, self.targets = row, n, row.targets[:len(row.targets) // n]
+        self.clip = row.table_index[self.targets].long()     # of each of the target tokens
         self.lengths = torch.bincount(self.clip)
         self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first own token
-        self.n_rows = int(row.rows.max()) + 1
+        self.n_rows = int(row.table_index.max()) + 1
 
     def network(self, x, t):
         """Outputs [n * N, C_out*P], the twins' behind the clips', of the clips' own tokens x
         [N, C*P] at the network's times t [N, 1]."""
         times = t[self.first, 0].repeat(self.n)
         times = F.pad(times, (0, self.n_rows - len(times)))
-        tokens = self.tokens.index_copy(0, self.own, x).repeat(self.n, 1)
-        return self.model(tokens, times, self.row)[self.row.own]
+        tokens = self.tokens.index_copy(0, self.targets, x).repeat(self.n, 1)
+        return self.model(tokens, times, self.row)[self.row.targets]
 
 
 @torch.no_grad()
@@ -1625,7 +1633,7 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
     is_told = any(torch.is_tensor(text) or text != negative for text in texts)
     packed = Packed(model, shapes, rates, texts, [negative] * len(shapes) * is_told, noises,
                     time_stride, cond_latents or empty, about or empty)
-    x = packed.tokens[packed.own]
+    x = packed.tokens[packed.targets]
     if objective.shift_tokens:                                     # each token by its clip's length
         shift = token_shift(shift, packed.lengths, objective.shift_tokens)[packed.clip, None]
 

@@ -9,7 +9,7 @@ For a clip with queries Q [L, E], keys K and values V [S, E], per head:
 Layout: q [N, A, E], k and v [M, A, E] (N, M packed rows, A heads, E head dim); the last stride is
 1, and where E is a multiple of 8 so are the others (else they are copied): views of a packed
 [N, 3, A, E] projection are read in place. cu_q, cu_k int32 [B+1]: clip b holds rows cu[b] to
-cu[b+1]. Rows from cu_q[-1] on (the null clip that fills a row up) get zeros out, zero gradients and
+cu[b+1]. Rows from cu_q[-1] on (the padding at a row's end) get zeros out, zero gradients and
 an lse of -inf; so do the queries of a clip without keys. What other clips hold, NaN included,
 reaches no result. bias float32 [M] is a number a key, for all queries and heads, -inf where nobody
 sees that key; it gets no gradient, and none flows through lse.
@@ -588,7 +588,7 @@ def _config(kernel, E, dtype, device):
 
 def _tiles(cu, n_rows, block):
     """The tile table of a packed row; what lies before the first clip (nothing, if cu[0] is 0) is a
-    run of its own, and so is the null clip behind the last."""
+    run of its own, and so is the padding behind the last."""
     def make():
         return tile_table(F.pad(F.pad(cu, (0, 1), value=n_rows), (1, 0)), block, n_rows)
 

@@ -42,8 +42,8 @@ def packed(which, n_tokens=None, cond_latents=GIVENS):
     row = D.lay_out(shapes, pick(RATES), pick(TEXTS), 4, patch, n_tokens, cond_latents=cond_latents)
     latents, noises = ([normal(9 * k + i, *SHAPES[i]) for i in which] for k in range(2))
     x0 = D.patchify(D.with_cond_latents(latents, cond_latents), patch)
-    x0 = torch.nn.functional.pad(x0, (0, 0, 0, len(row.rows) - len(x0)))
-    noise = torch.zeros_like(x0).index_copy(0, row.own, D.patchify(noises, patch))
+    x0 = torch.nn.functional.pad(x0, (0, 0, 0, len(row.table_index) - len(x0)))
+    noise = torch.zeros_like(x0).index_copy(0, row.targets, D.patchify(noises, patch))
     return row, x0, noise, TIMES[which]
 
 
@@ -71,9 +71,9 @@ def test_a_clip_with_givens_among_others_equals_it_alone(model, how):
 def test_what_is_given_is_clean_and_bears_no_loss(model):
     row, x0, noise, t = packed([0, 1, 2, 3], 60)
     counts = [12 + 8, 3, 4 + 4, 8 + 6]
-    assert row.cu.tolist() == [0, *np.cumsum(counts)] and len(row.own) == 12 + 3 + 4 + 8
-    given = torch.tensor([i for i in range(int(row.cu[-1])) if i not in row.own])
-    assert (row.rows[given] == 4).all() and (row.rows[row.own] < 4).all()
+    assert row.cu_seqlens.tolist() == [0, *np.cumsum(counts)] and len(row.targets) == 12 + 3 + 4 + 8
+    given = torch.tensor([i for i in range(int(row.cu_seqlens[-1])) if i not in row.targets])
+    assert (row.table_index[given] == 4).all() and (row.table_index[row.targets] < 4).all()
     assert row.shapes == D.lay_out(row.shapes, [1.0] * 8, [[]] * 8, 4, (1, 2, 2)).shapes
     seen = {}
 
@@ -85,16 +85,16 @@ def test_what_is_given_is_clean_and_bears_no_loss(model):
     assert torch.equal(seen["t"], torch.cat([t, torch.zeros(1)]))
     assert torch.equal(seen["x"][given], x0[given])
     is_touched = seen["out"].grad.abs().sum(1) > 0
-    assert is_touched.nonzero()[:, 0].tolist() == row.own.tolist()
+    assert is_touched.nonzero()[:, 0].tolist() == row.targets.tolist()
 
 
 def test_without_givens_a_row_is_what_it_was():
     row = D.lay_out(SHAPES, RATES, TEXTS, 4, (1, 2, 2), 40)
     lengths = [12, 3, 4, 8]
     coords = [D.clip_coords(shape, fps, 4, (1, 2, 2)) for shape, fps in zip(SHAPES, RATES)]
-    assert row.shapes == SHAPES and row.cu.tolist() == [0, 12, 15, 19, 27]
-    assert row.rows.tolist() == [b for b in range(4) for _ in range(lengths[b])] + [3] * 13
-    assert row.own.tolist() == list(range(27)) and row.rows.dtype == torch.int32
+    assert row.shapes == SHAPES and row.cu_seqlens.tolist() == [0, 12, 15, 19, 27]
+    assert row.table_index.tolist() == [b for b in range(4) for _ in range(lengths[b])] + [3] * 13
+    assert row.targets.tolist() == list(range(27)) and row.table_index.dtype == torch.int32
     assert np.array_equal(row.coords, np.concatenate([*coords, np.zeros((13, 3), np.float32)]))
     assert torch.equal(row.table_times(TIMES), TIMES)
 
@@ -129,7 +129,7 @@ def test_generation_keeps_what_is_given_in_both_passes(model, monkeypatch):
             row = D.lay_out([SHAPES[i]], [RATES[i]], [text], 4, (1, 2, 2), None, "video", [GIVENS[i]])
             x = D.patchify(D.with_cond_latents([noises[b]], [GIVENS[i]]), (1, 2, 2))
             with torch.no_grad():
-                outs.append(model(x, torch.tensor([1.0, 0.0]), row)[row.own])
+                outs.append(model(x, torch.tensor([1.0, 0.0]), row)[row.targets])
         velocity = D.unpatchify(outs[1] + 3 * (outs[0] - outs[1]), [SHAPES[i]], (1, 2, 2))[0]
         assert torch.allclose(sample(pick(GIVENS))[b], noises[b] - velocity, atol=1e-4)
     assert not torch.allclose(sample(None)[0], sample(pick(GIVENS))[0], atol=1e-2)
@@ -226,11 +226,11 @@ def test_rows_are_planned_with_what_is_given_and_stay_full(folder, monkeypatch):
     for s in places:
         keys, drawn = plan.row(s)
         _, row, x0, noise, t = D.load_row(clips, keys, 3, s, 0.0, [0.5] * len(keys), drawn)
-        assert len(row.rows) == len(x0) == 512 and int(row.cu[-1]) <= 512
-        assert int(row.cu[-1]) == sum(map(clips.count_tokens, drawn))
-        used.append(int(row.cu[-1]))
+        assert len(row.table_index) == len(x0) == 512 and int(row.cu_seqlens[-1]) <= 512
+        assert int(row.cu_seqlens[-1]) == sum(map(clips.count_tokens, drawn))
+        used.append(int(row.cu_seqlens[-1]))
         if any(len(names) > 1 for names in drawn):
-            given = torch.ones(512, dtype=bool).index_fill(0, row.own, False)
+            given = torch.ones(512, dtype=bool).index_fill(0, row.targets, False)
             assert not noise[given].any() and x0[given][:5].any()
     assert np.mean(used) > 0.9 * 512
     assert D.RowPlan(clips, 3, 0.7).row(places[-1]) == plan.row(places[-1])
@@ -248,7 +248,7 @@ def test_without_the_option_nothing_given_is_read(folder, monkeypatch):
     _, row, x0, noise, _ = D.load_row(clips, clips.keys[:3], 0, 5, 0.0, [0.5] * 3)
     latents = [clips.latent(key, 0, 5) for key in clips.keys[:3]]
     noises = V.gaussians("noise", 0, 5, clips.keys[:3], [z.shape for z in latents])
-    n = int(row.cu[-1])
+    n = int(row.cu_seqlens[-1])
     assert torch.equal(x0[:n], D.patchify(latents, (1, 1, 1))) and not x0[n:].any()
     assert torch.equal(noise[:n], D.patchify(noises, (1, 1, 1))) and not noise[n:].any()
 
@@ -300,7 +300,7 @@ def test_stills_take_their_share_and_rows_stay_full(folder, monkeypatch):
     for s in range(4):
         row, names = plan.row(s)
         _, laid, x0, _, _ = D.load_row(clips, row, 0, 0, 0.0, [0.5] * len(row), names)
-        assert int(laid.cu[-1]) <= clips.row_tokens == len(x0)
+        assert int(laid.cu_seqlens[-1]) <= clips.row_tokens == len(x0)
         assert [shape[1] == 1 for shape in laid.shapes] == [
             n[0].endswith(":first") or clips.shape[n[0]][1] == 1 for n in names]
     C, _, H, W = clips.shape[clips.keys[0]]

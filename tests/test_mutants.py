@@ -81,7 +81,7 @@ MUTANTS = [
     ("attention", "int32 addresses of what is read",
      "_times(row.to(tl.int64), stride, E)[:, None]", "_times(row, stride, E)[:, None]",
      K + "attention_reads_and_writes_beyond_int32"),
-    ("attention", "the null clip's rows are not written", "value=n_rows", "value=0",
+    ("attention", "the padding's rows are not written", "value=n_rows", "value=0",
      A + "rows_behind_the_last_clip_are_zero"),
     ("attention", "the rows before the first clip belong to it",
      "(clip >= 0) & (clip < n_clips)", "clip < n_clips", K + "numbers_that_nobody_saw"),

@@ -94,11 +94,11 @@ def denoise(model, clips, times, texts=None, images=None, labels=None):
     clip, or one a token; texts, images: [L, width] a clip."""
     shapes = [tuple(clip.shape) for clip in clips]
     row = D.lay_out(shapes, [None] * len(clips), [[]] * len(clips), None, model.patch)
-    lengths = row.cu.diff().tolist()
+    lengths = row.cu_seqlens.diff().tolist()
     each = [t.expand(n) if t.dim() == 0 else t[:n] for t, n in zip(times, lengths)]
     if labels is None:
         times, rows = torch.unique(torch.cat(each), return_inverse=True)
-        row.rows = rows.int()
+        row.table_index = rows.int()
     row.labels = labels
     packed, row.cu_text = (None, None) if texts is None else D.fill_texts(texts)
     if images is not None:

@@ -110,5 +110,5 @@ def test_a_flat_frame_tells_its_places_by_added_positions_alone(positions, is_pl
         torch.nn.init.normal_(p, std=0.1)
     row = D.lay_out([(4, 2, 3, 3)], [8.0], [[2]], 4, (1, 1, 1))
     row.cu_text = torch.tensor([0, 1], dtype=torch.int32)
-    out = model(torch.ones(len(row.rows), 4), torch.ones(len(row.cu) - 1), row, torch.ones(1, 8))
+    out = model(torch.ones(len(row.table_index), 4), torch.ones(len(row.cu_seqlens) - 1), row, torch.ones(1, 8))
     assert (out[:18].std(0).max() > 1e-3) == is_placed

@@ -103,7 +103,7 @@ def test_places_in_frames_beyond_the_trained_ones_come_nearer(run, monkeypatch):
     z = torch.randn(*jobs[0].shape[:1], 1, *jobs[0].shape[2:])
     jobs[0] = jobs[0]._replace(cond_latents=[(z, -0.1)])           # what is given lies on the same places
     row = S.Guided(sampler.part("denoiser"), jobs, args, 4, torch.device("cpu")).row
-    cells = [row.coords[row.cu[i]:row.cu[i + 1], 1:] for i in range(4)]
+    cells = [row.coords[row.cu_seqlens[i]:row.cu_seqlens[i + 1], 1:] for i in range(4)]
     for one, factor, size in zip(cells, [0.625, 1] * 2, [(64, 64), (32, 48)] * 2):
         last = [(side / sampler.stride - 0.5) * factor for side in size]
         assert one.min() == factor / 2 and one.amax(0).tolist() == last

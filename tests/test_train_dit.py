@@ -36,7 +36,7 @@ def drawn(patch=(1, 1, 1), n_tokens=None):
     noises = [torch.randn(*shape, generator=torch.Generator().manual_seed(9 + i))
               for i, shape in enumerate(SHAPES)]
     row = D.lay_out(SHAPES, [8.0, 1.0, 12.0], TEXTS, 4, patch, n_tokens)
-    pad = (0, 0, 0, len(row.rows) - int(row.cu[-1]))
+    pad = (0, 0, 0, len(row.table_index) - int(row.cu_seqlens[-1]))
     tokens = [torch.nn.functional.pad(D.patchify(x, patch), pad) for x in (latents, noises)]
     return row, *tokens, torch.tensor([0.2, 0.9, 0.5]), latents
 
@@ -68,7 +68,7 @@ def test_every_published_size_has_its_parameters(name):
 @pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2)])
 @pytest.mark.parametrize("n_tokens", [None, 100])
 def test_packed_equals_each_clip_alone(patch, n_tokens):
-    """The loss of a clip does not depend on what shares its row, nor on the null clip."""
+    """The loss of a clip does not depend on what shares its row, nor on padding."""
     model = shaken(patch=patch)
     row, x0, noise, t, _ = drawn(patch, n_tokens)
     losses = D.clip_losses(model, row, x0, noise, t, "fp32")
@@ -76,7 +76,7 @@ def test_packed_equals_each_clip_alone(patch, n_tokens):
     packed = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for b, shape in enumerate(SHAPES):
-        part = slice(int(row.cu[b]), int(row.cu[b + 1]))
+        part = slice(int(row.cu_seqlens[b]), int(row.cu_seqlens[b + 1]))
         alone = D.lay_out([shape], [[8.0, 1.0, 12.0][b]], [TEXTS[b]], 4, patch)
         loss = D.clip_losses(model, alone, x0[part], noise[part], t[b:b + 1], "fp32")
         loss.sum().backward()
@@ -89,7 +89,7 @@ def test_nothing_of_the_null_clip_is_seen():
     model = shaken()
     row, x0, noise, t, _ = drawn(n_tokens=100)
     losses = D.clip_losses(model, row, x0, noise, t, "fp32")
-    x0[int(row.cu[-1]):] = 1e3
+    x0[int(row.cu_seqlens[-1]):] = 1e3
     assert torch.equal(D.clip_losses(model, row, x0, noise, t, "fp32"), losses)
 
 
@@ -188,12 +188,12 @@ def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch):
     monkeypatch.setattr(caption, "attention", reference)
     texts = [[5] * 30, [6] * 32, [2] * 2]                # 64 tokens: no padding behind them
     row, model = D.lay_out(SHAPES, [8.0] * 3, texts, 4, (1, 1, 1)), shaken()
-    x0 = torch.randn(int(row.cu[-1]), 5)
+    x0 = torch.randn(int(row.cu_seqlens[-1]), 5)
     with FlopCounterMode(display=False) as forward:
         loss = D.clip_losses(model, row, x0, torch.randn_like(x0), torch.rand(3), "fp32").sum()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    wanted = D.step_flops(OPTIONS, (row.cu[1:] - row.cu[:-1]).tolist(), [len(t) for t in texts])
+    wanted = D.step_flops(OPTIONS, (row.cu_seqlens[1:] - row.cu_seqlens[:-1]).tolist(), [len(t) for t in texts])
     assert forward.get_total_flops() == wanted / 3
     inputs = 2 * len(x0) * 5 * 48 + 2 * 3 * 256 * 48         # of patches and times: no gradient
     assert backward.get_total_flops() == 2 * wanted / 3 - inputs
@@ -203,7 +203,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(monkeypatch):
 def test_saved_bytes_are_what_a_forward_pass_saves(backend, dtype):
     device = DEVICE if backend == "triton" else "cpu"
     row = D.lay_out([(5, 2, 4, 10)] * 2, [8.0] * 2, [[5] * 40, [2] * 24], 4, (1, 1, 1)).to(device)
-    model, x0 = shaken().to(device), torch.randn(int(row.cu[-1]), 5, device=device)
+    model, x0 = shaken().to(device), torch.randn(int(row.cu_seqlens[-1]), 5, device=device)
     own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(x):
@@ -272,7 +272,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_zeros():
     """A new model returns zeros: its held-out loss is that level, whatever is predicted."""
     row, x0, noise, t, _ = drawn(n_tokens=100)
     bank = [(["a", "b", "c"], row, x0, noise, t)]
-    own = row.own
+    own = row.targets
     for objective, level in (
             (D.Objective(), (noise - x0)[own].square()), (D.Objective("noise"), noise[own].square()),
             (D.Objective("x"), x0[own].square())):
@@ -281,7 +281,7 @@ def test_a_model_that_knows_nothing_has_the_loss_of_zeros():
         model.objective = objective
         found = D.zero_loss(model, bank)
         assert found == D.held_out_loss(model, bank, torch.device("cpu"), "fp32")["held_out"]
-        clips = [level[row.rows[own] == b].mean().item() for b in range(3)]
+        clips = [level[row.table_index[own] == b].mean().item() for b in range(3)]
         assert found == pytest.approx(np.mean(clips), rel=1e-5)
     model.kind = "gpt"
     assert D.zero_loss(model, [([], row, torch.tensor([0, 0, 1, 3]))]) == pytest.approx(

@@ -45,7 +45,7 @@ def conditions(kind, n):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("null_tokens", [0, 9])
 def test_packed_equals_each_clip_alone(kind, null_tokens):
-    """Nothing of the clips beside it, nor NaN in the null clip, reaches a clip or a gradient."""
+    """Nothing of the clips beside it, nor NaN in the padding, reaches a clip or a gradient."""
     model = shaken(D.UViT, **{**SMALL, **KINDS[kind]})
     random = torch.Generator().manual_seed(2)
     clips = [torch.randn(shape, generator=random) for shape in SHAPES]
