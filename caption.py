@@ -228,7 +228,7 @@ class TransformerConfig:
 
 
 def rotary(positions, stack, prompts=None):
-    """`turns` of positions [...]: base^(-2i/E) a step. With sections positions are [3, ...];
+    """`cos_sin` of positions [...]: base^(-2i/E) a step. With sections positions are [3, ...];
     prompts: lengths [B] of whole prompts, if base heeds them."""
     E, base = stack.head_dim, stack.rope
     i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
@@ -247,10 +247,10 @@ def rotary(positions, stack, prompts=None):
         axis = torch.tensor([axis for axis in range(3) for _ in range(stack.sections[axis])],
                             device=i.device)
         angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
-    return turns(angles)
+    return cos_sin(angles)
 
 
-def turns(angles):
+def cos_sin(angles):
     """(cos, sin) of angles [..., E/2], each [..., 1, E], as `rotate` wants them."""
     cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -324,15 +324,15 @@ class Layer(nn.Module):
         y[image], y[~image] = theirs, f(x[~image])
         return y
 
-    def attend(self, x, turn, cu, cache, bias, image):
+    def attend(self, x, rotation, cu, cache, bias, image):
         stack = self.stack
         q, k, v = self.project(("q", "k", "v"), x, image)
         q, k, v = (y.unflatten(-1, (-1, stack.head_dim)) for y in (q, k, v))
         if stack.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, *turn[:2]), rotate(k, *turn[:2])            # [B, N, A or KV, E]
-            q = q * turn[2][..., None, None].to(q.dtype) if turn[2:] else q
+        if rotation is not None:
+            q, k = rotate(q, *rotation[:2]), rotate(k, *rotation[:2])    # [B, N, A or KV, E]
+            q = q * rotation[2][..., None, None].to(q.dtype) if rotation[2:] else q
         if cu is not None:                                               # packed: [L, A, E]
             o = attention(q, k, v, cu, cu, stack.scale).flatten(1)
             return self.linear("out", o, image)
@@ -352,15 +352,15 @@ class Layer(nn.Module):
         gate, up = self.project(("gate", "up"), x, image)
         return self.linear("down", act(gate) * up, image)
 
-    def forward(self, x, turn=None, cu=None, cache=None, bias=None, image=None):
-        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; turn: the positions' `turns`, and
+    def forward(self, x, rotation=None, cu=None, cache=None, bias=None, image=None):
+        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; rotation: `cos_sin` of positions, and
         perhaps a factor of the queries; bias: [B or 1, A or 1, N, N], float32, added to the
         attention's scores, or bool, what is seen; image: bool [B, N], the rows of images."""
         stack = self.stack
         if stack.post_norm:
-            x = x + self.norm1(self.attend(x, turn, cu, cache, bias, image))
+            x = x + self.norm1(self.attend(x, rotation, cu, cache, bias, image))
             return x + self.norm2(self.mlp(x, image))
-        h = self.attend(self.norm1(x), turn, cu, cache, bias, image)
+        h = self.attend(self.norm1(x), rotation, cu, cache, bias, image)
         x = torch.add(x, h, alpha=stack.branch)
         return torch.add(x, self.mlp(self.norm2(x), image), alpha=stack.branch)
 
@@ -408,10 +408,10 @@ class TextTower(nn.Module):
     def forward(self, ids, cu):
         place = torch.arange(len(ids), device=ids.device, dtype=cu.dtype)
         text = torch.searchsorted(cu[1:], place, right=True).clamp(max=len(cu) - 2)
-        turn = rotary(place - cu[text], self.stack)
+        rotation = rotary(place - cu[text], self.stack)
         x = self.embed(ids)                                              # [L, D]
         for layer in self.layers:
-            x = layer(x, turn, cu)                                       # [L, D]
+            x = layer(x, rotation, cu)                                   # [L, D]
         return self.norm(x)
 
 
@@ -485,16 +485,16 @@ class Decoder(nn.Module):
     def forward(self, x, positions, cache=None, image=None, prompts=None):
         """x [B, L, D] at positions [L] or [B, L] (with sections [3, B, L]) -> hidden states
         [B, L, D], ready for `logits`. image: bool [B, L]; prompts: their lengths [B]."""
-        turn = rotary(positions, self.stack, prompts)
+        rotation = rotary(positions, self.stack, prompts)
         if self.stack.trained:           # of the scores, too: log of a token's number, base trained
-            turn += ((positions + 1.0).log().clamp(min=math.log(self.stack.trained))
+            rotation += ((positions + 1.0).log().clamp(min=math.log(self.stack.trained))
                      / math.log(self.stack.trained),)
         masks = cache or Cache()
         if cache is None:
             masks.plan([0], 0, x.shape[1])
         bias = masks.mask(x.shape[1], self.stack.window, x.device)
         for layer in self.layers:
-            x = layer(x, turn, cache=cache, bias=bias, image=image)      # [B, L, D]
+            x = layer(x, rotation, cache=cache, bias=bias, image=image)  # [B, L, D]
         return self.norm(x)
 
     def logits(self, h):
@@ -2406,9 +2406,9 @@ class Resampler(nn.Module):
         if not self.adaptive:
             return stretch(self.position.weight, rows, cols)
         D = self.position.embedding_dim
-        turns = 1e4 ** (-torch.arange(D // 4, device=like.device, dtype=torch.float64) / (D // 4))
+        rates = 1e4 ** (-torch.arange(D // 4, device=like.device, dtype=torch.float64) / (D // 4))
         places = torch.cartesian_prod(*(torch.arange(n, device=like.device) for n in (rows, cols)))
-        angles = places.flip(1)[..., None] * turns                       # [N, 2, D / 4]
+        angles = places.flip(1)[..., None] * rates                       # [N, 2, D / 4]
         return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).to(like)
 
     def forward(self, x, rows, cols):
@@ -2472,10 +2472,10 @@ class QwenVisionTower(nn.Module):
             counts = key[order].unique_consecutive(return_counts=True)[1]
             windows = F.pad(4 * counts.cumsum(0), (1, 0))
         groups = (4 * order[:, None] + torch.arange(4)).flatten().to(x.device)
-        x, turn = x[groups], turns(angles[groups])
+        x, rotation = x[groups], cos_sin(angles[groups])
         bounds, windows = (cu.int().to(x.device) for cu in (bounds, windows))
         for i, layer in enumerate(self.layers):
-            x = layer(x, turn, bounds if i in self.full or not self.window else windows)
+            x = layer(x, rotation, bounds if i in self.full or not self.window else windows)
         x = self.merge(self.post(x).view(len(order), -1))
         return x[order.argsort().to(x.device)]
 
