@@ -107,11 +107,12 @@ from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulte
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse, rng,
                           run_dir, script, write_rows, write_text)
-from train_vae import (INSIDE, RUN_FORMAT, Stream, barrier, bench, checked,
-                       chosen, claim, fit, is_finished, last_step, load_step, lr_at, moved, one_run,
+from train_vae import (INSIDE, RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
+                       innermost, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_log, read_tensors, refuse_quantized, restore_optimizer, save_file,
-                       setup, start_run, take_step, tensor_sum, training_options)
+                       read_log, read_tensors, refuse_pointer, refuse_quantized,
+                       restore_optimizer, save_file, say_once, setup, start_run, take_step,
+                       tensor_sum, training_options)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -833,6 +834,7 @@ def tokenizer_of(read, path):
     try:
         return read(str(path))
     except Exception as error:           # the libraries raise nothing narrower
+        refuse_pointer(path)
         refuse(f"{path} is no tokenizer: {error}")
 
 
@@ -1352,6 +1354,8 @@ def read_published(path, missing=None):
         found = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(found, dict):
             return found
+    if path.is_file():
+        refuse_pointer(path)
     refuse(f"{path} is missing, or holds no JSON object")
 
 
@@ -1422,12 +1426,13 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     return model.eval().requires_grad_(False)
 
 
-WRAPPED = re.compile(rf"^(?:(?:module|base_model\.model)\.)+|{INSIDE.pattern}")
+WRAPPED = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
 
 
 def published_tensors(path):
     """`read_tensors` without what DDP, FSDP, torch.compile, PEFT or Lightning put before names."""
-    found = {WRAPPED.sub("", name): tensor for name, tensor in read_tensors(path).items()}
+    found = {WRAPPED.sub("", INSIDE.sub("", str(name))): tensor
+             for name, tensor in innermost(read_tensors(path)).items()}
     added = [name for name in found if re.search(r"\.(lora_[AB]|base_layer|lora_magnitude)", name)]
     if added:
         refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: merge it "
@@ -2224,11 +2229,12 @@ class Tokens:
                           **read_published(folder / "added_tokens.json", {})}
             i = self.pieces.bos_id()
             self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
+        ids = self.added.values() if self.pieces else self.table.get_vocab().values()
+        self.size = max([self.pieces.get_piece_size() if self.pieces else 0, *(
+            i + 1 for i in ids)])                        # ids may have holes
 
     def __len__(self):
-        if self.pieces:
-            return max([self.pieces.get_piece_size(), *(i + 1 for i in self.added.values())])
-        return self.table.get_vocab_size()
+        return self.size
 
     def id(self, token):
         """Of a token by its name, or None."""
@@ -2676,7 +2682,8 @@ def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
     for name, value in usual.items():
         says = told.get(name, value)
         sides = set(says.values()) if isinstance(says, dict) else {says}
-        if sides != {value}:
+        squeezes = name == "size" and isinstance(says, dict) and "height" in says
+        if sides != {value} or squeezes:
             raise ValueError(f"its image processor says {name} {says}, known is {value}")
     return told, tuple(tuple(told.get(name, usual)) for name, usual in zip(
         ("image_mean", "image_std"), mean_std))
@@ -3066,6 +3073,9 @@ class VLM(nn.Module):
 def stop_ids(folder, config, tokens, names):
     """Ids that end an answer: the folder's, and the family's marks that are tokens."""
     told = read_published(folder / "generation_config.json", {})
+    for name, usual in (("repetition_penalty", 1), ("no_repeat_ngram_size", 0)):
+        if told.get(name) not in (None, usual):
+            say_once(f"{folder}: {name} {told[name]} of generation_config.json is not applied here")
     found = [each.get("eos_token_id") for each in (config, config.get("text_config", {}), told)]
     found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
     flat = [i for each in found for i in (each if isinstance(each, list) else [each])]

@@ -3040,6 +3040,9 @@ def find_sources(root, folder, form):
     return sorted(sources), others, len(found) - len(sources)
 
 
+BESIDE_FILES = (".txt", ".json", ".cls")
+
+
 def is_archive(name):
     return Path(name).suffix.lower() in ARCHIVES or bool(PACKED.search(name))
 
@@ -3047,10 +3050,14 @@ def is_archive(name):
 def passed_over(others, words="others passed over"):
     """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
     kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
-                    if kind not in (".txt", ".json", ".cls", "hidden")), reverse=True)
-    return f"{sum(n for n, _ in others.values())} {words}" + ": " * bool(kinds) + ", ".join(
+                    if kind not in (*BESIDE_FILES, "hidden")), reverse=True)
+    n_beside = sum(others[kind][0] for kind in BESIDE_FILES if kind in others)
+    n_others = sum(n for n, _ in others.values()) - n_beside
+    return f"{n_others} {words}" + ": " * bool(kinds) + ", ".join(
         f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
-            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "")
+            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "") + (
+            f"; {n_beside} .txt, .json, .cls: NAME.txt is the caption of the file beside it, "
+            "--format folder reads NAME.json and NAME.cls" if n_beside else "")
 
 
 def blocks(sources, most, mib):

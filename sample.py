@@ -952,6 +952,8 @@ def request_of(args, row):
                                               *request.get("then", ())])):
         refuse(f"{request['prompt']!a} is no text in UTF-8")
     has = lambda *names: [f"--{name}" for name in names if request.get(name)]
+    if empty := [name for name in GIVEN_FILES if request.get(name) == ""]:
+        refuse(f"--{empty[0]} names no file: it is empty")
     for both in (("video", "image"), ("video", "last"), ("to", "loop"), ("strength", "to"),
                  ("strength", "loop")):
         if len(has(*both)) == 2:

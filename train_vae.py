@@ -238,7 +238,14 @@ def read_config(folder, kind):
     """config.json of a run; refuses what is no run, or a run of another kind or format."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        refuse(f"{folder} is no run (it has no config.json): train one first, or name another")
+        inside = [*sorted(path.parent.glob("snapshots/*/config.json")),      # of a hub's cache
+                  *sorted(path.parent.glob("checkpoint-*/config.json"))]     # of transformers
+        refuse(f"{folder} is no run " + (
+            f"(it is a file): name {path.parent.parent}" if path.parent.is_file() else
+            f"(it has no config.json): name {inside[-1].parent}" if inside else
+            "(it holds a LoRA's additions alone): merge them into their model (PEFT: "
+            "merge_and_unload)" if path.with_name("adapter_config.json").is_file() else
+            "(it has no config.json): train one first, or name another"))
     try:
         config = json.loads(path.read_text())
         found, _ = (config["format"], config["kind"]), dict(config["args"])
@@ -381,11 +388,18 @@ def weight_files(folder):
     for variant in VARIANTS:
         sets = []
         for stem, end in WEIGHT_FILES:
-            for form in ("{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"):
+            forms = ["{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"]
+            if stem.startswith("diffusion"):     # diffusers reads an index first, and leaves a
+                forms = forms[1:] + forms[:1]    # whole file there that it saved before
+            for form in forms:
                 if (path := folder / form.format(stem, end, variant)).is_file():
                     return [path]
             sets += shards.get((variant, stem, end), {}).items()
-            if whole := [parts for n, parts in sets if len(parts) == n]:
+            whole = [parts for n, parts in sets if len(parts) == n]
+            if len(whole) > 1:
+                refuse(f"{folder} holds two sets of shards, {whole[0][0].name} and "
+                       f"{whole[1][0].name}: remove one of them")
+            if whole:
                 return whole[0]
         for n, parts in sets:
             refuse(f"{folder} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest "
@@ -407,6 +421,13 @@ def refuse_scaled(names, path):
                "only float32, bfloat16, float16 and plain float8: take such a file")
 
 
+def refuse_pointer(path):
+    """Refuses what git leaves in a large file's place where Git LFS did not run."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com"):
+            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
+
+
 def read_tensors(path):
     """{name: tensor} of a published file, or of the one in a folder, perhaps in shards:
     safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
@@ -426,6 +447,7 @@ def read_tensors(path):
             refuse(f"{path} is damaged: it does not map names to files beside it")
         return {k: v for part in parts for k, v in read_tensors(path.with_name(part)).items()}
     try:
+        refuse_pointer(path)
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 refuse_scaled(file.keys(), path)
@@ -452,7 +474,8 @@ def read_tensors(path):
     return found
 
 
-INSIDE = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INSIDE = re.compile(r"\b(_orig_mod|_forward_module|_fsdp_wrapped_module|"
+                    r"_checkpoint_wrapped_module)\.")
 BEFORE = re.compile(r"((model|module|diffusion_model|net|ema|ema_model|dit|transformer|vae|"
                     r"first_stage_model)\.)*")
 BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|conditioner|model_ema)"
@@ -1438,8 +1461,10 @@ class PatchCode(nn.Module):
         z_dim, bases = self.to_code[0].out_features, []
         for t, later in zip(self.times, (False, True)):
             parts = [video[None, :, later:] if later else video[None, :, :1] for video in videos]
-            x = torch.cat([to_blocks(part, t, self.stride).flatten(0, 3) for part in parts
-                           if part.shape[2]]).double()
+            parts = [part for part in parts if part.shape[2]] or [       # of stills: what stays
+                video[None, :, :1].repeat_interleave(t, 2) for video in videos]
+            x = torch.cat([to_blocks(part, t, self.stride).flatten(0, 3)
+                           for part in parts]).double()
             mean = x.mean(0)
             variances, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
             bases.append((mean, vectors[:, -z_dim:], variances[-z_dim:].mean() / t))
@@ -1592,7 +1617,8 @@ def fit_time(n_frames, time_stride, first=1):
 
 def to_tensor(frames):
     """uint8 [T, H, W, 3] to float32 [3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2) / 127.5 - 1
+    frames = np.require(frames, requirements=["C", "W"])
+    return torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1
 
 
 def to_frames(video):

@@ -845,8 +845,8 @@ def test_w01_tars_without_a_format_and_what_is_passed_over(tmp_path, capsys, mon
         write(tmp_path / name, "x")
     os.symlink("nowhere", tmp_path / "in/dead.mp4")
     said = line(capsys, lambda: pd.main(["set", "--videos", "in"]))
-    assert "no videos or stills under in: 8 other files: 2 tar (a.tar), 2 .asf (c.asf), 1 dead link (dead.mp4), 1 .rmvb" in said
-    assert "--format webdataset reads tars" in said
+    assert "no videos or stills under in: 7 other files: 2 tar (a.tar), 2 .asf (c.asf), 1 dead link (dead.mp4), 1 .rmvb" in said
+    assert "--format webdataset reads tars" in said and "1 .txt, .json, .cls: NAME.txt is" in said
     write(tmp_path / "page/x.tar", "<html>")
     assert "x.tar is no tar but a web page" in line(capsys, lambda: pd.main(["set", "--videos", "page", "--format", "webdataset"]))
 

@@ -2,6 +2,7 @@
 transformers leaves out, their names of tensors, their precisions, their chat templates. Sizes are
 small and weights random, or, where shapes alone are asked, as published and on the meta device. The
 numbers are those of the plain float64 reference below."""
+import contextlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from test_families import refused
 
 import caption as c
+import train_vae as V
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = ["<s>", "</s>", "<pad>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>",
@@ -1277,3 +1279,72 @@ def test_r06_training_starts_without_git(tmp_path):
                           env=dict(os.environ, PATH=str(tmp_path)), capture_output=True)
     assert done.returncode == 0 and done.stdout.strip() == "None", done.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["git"] is None
+
+
+def test_what_stands_in_a_files_place_is_named(tmp_path, capsys):
+    """Pointers of Git LFS, a folder's folder, a file of a folder, LoRA's additions."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4096\n"
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(pointer)
+        with pytest.raises(SystemExit):
+            V.read_tensors(folder)
+        assert "is a Git LFS pointer" in capsys.readouterr().err
+    hub = tmp_path / "models--a--b" / "snapshots" / "0123"
+    hub.mkdir(parents=True)
+    (hub / "config.json").write_text("{}")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for path, says in ((hub.parents[1], f"name {hub}"), (hub / "config.json", f"name {hub}"),
+                       (tmp_path / "lora", "merge_and_unload")):
+        with pytest.raises(SystemExit):
+            V.read_config(path, "captioner")
+        assert says in capsys.readouterr().err
+
+
+def test_a_folder_that_was_saved_twice(tmp_path, capsys):
+    """diffusers reads an index before a whole file, transformers the other way round; two sets of
+    shards without an index are refused."""
+    for stem, wanted in (("diffusion_pytorch_model", 2.0), ("model", 1.0)):
+        folder = tmp_path / stem
+        folder.mkdir()
+        save_file({"a": torch.ones(2)}, folder / f"{stem}.safetensors")
+        part = f"{stem}-00001-of-00001.safetensors"
+        save_file({"a": 2 * torch.ones(2)}, folder / part)
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": {"a": part}}))
+        assert V.read_tensors(folder)["a"].tolist() == [wanted] * 2
+    for n in (1, 2):
+        for i in range(n):
+            save_file({f"b{i}": torch.ones(2)},
+                      tmp_path / f"model-{i + 1:05d}-of-{n:05d}.safetensors")
+    with pytest.raises(SystemExit):
+        V.read_tensors(tmp_path)
+    assert "two sets of shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: {"module": state, "epoch": 1}, lambda state: {"state_dict": state},
+    lambda state: {f"_orig_mod.module.{name}": x for name, x in state.items()},
+    lambda state: {f"module._orig_mod.{name}": x for name, x in state.items()},
+    lambda state: {f"_forward_module.{name}": x for name, x in state.items()}])
+def test_p02_state_dicts_in_training_checkpoints(wrap, tmp_path):
+    state = {"model.norm.weight": torch.arange(3.0), "lm_head.weight": torch.ones(2, 3)}
+    torch.save(wrap(state), tmp_path / "pytorch_model.bin")
+    found = c.published_tensors(tmp_path)
+    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+
+
+def test_a_vocabulary_with_holes(tmp_path):
+    table = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<u>": 1, "z": 9}, "<u>"))
+    table.save(str(tmp_path / "tokenizer.json"))
+    assert len(c.Tokens(tmp_path)) == 10
+
+
+def test_pictures_that_are_squeezed_are_refused(tmp_path):
+    for size, is_known in (({"shortest_edge": 28}, True), ({"height": 28, "width": 28}, False)):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(
+            {"do_center_crop": True, "size": size, "crop_size": {"height": 28, "width": 28}}))
+        with contextlib.nullcontext() if is_known else pytest.raises(ValueError, match="size"):
+            c.image_processor(tmp_path, 28)

@@ -581,7 +581,7 @@ def test_what_is_large_is_said_and_what_cannot_fit_refused(inside, tmp_path, cap
 
 @pytest.mark.parametrize("options, says", [
     (["--video", "x.mp4"], "what is to come"), (["--strength", "0.5"], "name it by --video"),
-    (["--image", "nowhere.png"], "no such file"),
+    (["--image", "nowhere.png"], "no such file"), (["--image", ""], "names no file"),
     (["--image", "runs"], "--image runs is a folder"), (["--cfg", "1e30"], "--cfg"),
     (["--text_encoder", "x"], "no use"), (["--motion", "3"], "no use"), (["--eta", "0.5"], "no use"),
     (["--frames", "9", "--seconds", "1"], "both give"), (["--size", "100000x100000"], "--size"),

@@ -172,6 +172,19 @@ def test_the_linear_code_is_fitted_in_closed_form():
     assert 0.4 < std.min() and std.max() < 2.0
 
 
+def test_the_linear_code_of_stills_alone():
+    """A folder of pictures, or --frames 1: nothing moves, and a still that is repeated is coded so."""
+    random = np.random.RandomState(0)
+    stills = [random.randint(0, 255, (1, 16, 16, 3), np.uint8) for _ in range(40)]
+    for frame in stills:
+        frame.setflags(write=False)                          # as pictures that are read
+    code = V.PatchCode(4, 8, 4)
+    code.fit([V.to_tensor(frame) for frame in stills])
+    assert all(torch.isfinite(x).all() for x in code.state_dict().values())
+    model = V.Autoencoder(**{**V.MODELS["vae-xxs"], "dim": 8})
+    model.linear.fit([V.to_tensor(frame) for frame in stills])
+
+
 def test_a_fresh_model_with_a_linear_code_is_that_code():
     torch.manual_seed(0)
     model, video = V.Autoencoder(**TINY), torch.randn(1, 3, 5, 16, 16)
