@@ -1453,8 +1453,6 @@ def under(weights, part, mark):
             for name, tensor in weights.items()}
 
 
-
-
 T5_MARK = "encoder.", "block.0.layer.0.layer_norm.weight"
 CLIP_MARK = "text_model.", "embeddings.token_embedding.weight"
 T5_KEYS = [
@@ -2229,9 +2227,13 @@ class Tokens:
                           **read_published(folder / "added_tokens.json", {})}
             i = self.pieces.bos_id()
             self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
+
+    @functools.cached_property
+    def size(self):
+        """The highest id and one: there may be holes."""
         ids = self.added.values() if self.pieces else self.table.get_vocab().values()
-        self.size = max([self.pieces.get_piece_size() if self.pieces else 0, *(
-            i + 1 for i in ids)])                        # ids may have holes
+        n_pieces = self.pieces.get_piece_size() if self.pieces else 0
+        return max([n_pieces, *(i + 1 for i in ids)])
 
     def __len__(self):
         return self.size

@@ -166,6 +166,7 @@ NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zX
            b"version ": "a pointer of Git LFS"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
+BESIDE_FILES = (".txt", ".json", ".cls")                             # texts beside a file, NAME.txt
 SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError,
                   LookupError, TypeError, zlib.error)              # Pillow's, on bad files
@@ -561,7 +562,7 @@ def tar_index(file, size):
 def located(root, source):
     """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls that go with
     it, in small letters or capitals. A WebDataset key ends at the first dot of the file's name."""
-    path, suffixes = Path(root, source), (".txt", ".json", ".cls")
+    path, suffixes = Path(root, source), BESIDE_FILES
     archive = next((one for one in path.parents
                     if one.suffix.lower() in ARCHIVES and one.is_file()), None)
     if archive is None:
@@ -3038,9 +3039,6 @@ def find_sources(root, folder, form):
     sources = [one for one in found if Path(one[0]).suffix.lower() in VIDEOS
                or stem(one[0]) not in videos]
     return sorted(sources), others, len(found) - len(sources)
-
-
-BESIDE_FILES = (".txt", ".json", ".cls")
 
 
 def is_archive(name):
