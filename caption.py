@@ -101,7 +101,7 @@ from tqdm import tqdm
 
 from kernels.attention import attention
 from kernels.decode import Cache, attend
-from kernels.linear import FewRows, Linear, join
+from kernels.linear import Linear
 from kernels.optim import MuonAdamW
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
@@ -287,35 +287,10 @@ class Layer(nn.Module):
                     nn.Linear(f.in_features, stack.expert, False),
                     nn.Linear(stack.expert, f.out_features, False))
                 for name, f in self.named_children() if isinstance(f, nn.Linear)})
-        self.joined, self.columns = {}, False    # what `join` makes, by the names of its parts
-
-    def join(self, columns=False):
-        """Copies the weights of q, k and v end to end, and those of gate and up: one product in the
-        place of several, where calls cost as much as what they read. Or, for one row on a CPU,
-        copies all weights by `Columns`."""
-        self.columns = columns
-        for names in ("q", "k", "v"), ("out",), ("gate", "up"), ("down",):
-            parts = [getattr(self, name) for name in names]
-            is_plain = all(isinstance(f, nn.Linear) for f in parts)      # no LoRA's, all there
-            if self.stack.expert or self.stack.width > 2048 or not (
-                    is_plain and (columns or parts[1:])):
-                continue
-            self.joined[names] = join(parts, columns)
-
-    def whole(self, names, x):
-        """The layer that `join` made of those of these names, if it takes as many rows as x."""
-        return self.joined.get(names) if not self.columns or x.numel() == x.shape[-1] else None
-
-    def project(self, names, x, image):
-        """What several of the linear layers make of x."""
-        whole = self.whole(names, x)
-        if whole is None:
-            return [self.linear(name, x, image) for name in names]
-        return whole(x).split([getattr(self, name).out_features for name in names], -1)
 
     def linear(self, name, x, image):
         """One of the linear layers, of which rows of images (bool [B, N]) may have their own."""
-        f = self.whole((name,), x) or getattr(self, name)
+        f = getattr(self, name)
         if image is None or not self.stack.expert:
             return f(x)
         theirs = self.expert[name](x[image])
@@ -327,8 +302,8 @@ class Layer(nn.Module):
 
     def attend(self, x, rotation, cu, cache, bias, image):
         stack = self.stack
-        q, k, v = self.project(("q", "k", "v"), x, image)
-        q, k, v = (y.unflatten(-1, (-1, stack.head_dim)) for y in (q, k, v))
+        q, k, v = (self.linear(name, x, image).unflatten(-1, (-1, stack.head_dim))
+                   for name in "qkv")                                    # [B, N, A or KV, E]
         if stack.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -342,15 +317,14 @@ class Layer(nn.Module):
             k, v = cache.append(self, k, v)
         if bias is not None and bias.is_floating_point():                # scores in float32, too
             q, k, v = q.float(), k.float(), v.float()
-        o = attend(q, k, v, bias, stack.scale, stack.causal and bias is None,
-                   cache and cache.row_keys)                             # [B, A, N, E]
+        o = attend(q, k, v, bias, stack.scale, stack.causal and bias is None)    # [B, A, N, E]
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
 
     def mlp(self, x, image):
         act = ACTS[self.stack.act]
         if self.gate is None:
             return self.linear("down", act(self.linear("up", x, image)), image)
-        gate, up = self.project(("gate", "up"), x, image)
+        gate, up = (self.linear(name, x, image) for name in ("gate", "up"))
         return self.linear("down", act(gate) * up, image)
 
     def forward(self, x, rotation=None, cu=None, cache=None, bias=None, image=None):
@@ -2347,7 +2321,7 @@ def language_stack(config, **more):
         act=config["hidden_act"], head=config["head_dim"] or 0, bias=False,
         qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", window=window or 0,
         scaling=tuple(rope[name] for name in ROPES[law]),
-        sections=tuple(rope.get("mrope_section", ())), linear=FewRows), **more})
+        sections=tuple(rope.get("mrope_section", ())), linear=Linear), **more})
 
 
 class VisionTower(nn.Module):
@@ -2790,7 +2764,7 @@ def qwen_vl(c, weights, folder):
         c["hidden_size"], c["num_hidden_layers"], heads, ffn=c["intermediate_size"] // 2,
         norm="rms", glu=True, causal=True, rope=float(c["rotary_emb_base"]), act="silu",
         eps=c["layer_norm_epsilon"], head=c["kv_channels"], bias=False, qkv_bias=True,
-        linear=FewRows, trained=c["seq_length"])
+        linear=Linear, trained=c["seq_length"])
     if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c["rotary_pct"] != 1:
         raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
     tower = TransformerConfig(v["width"], v["layers"], v["heads"], eps=1e-6, linear=Linear,
@@ -3046,18 +3020,9 @@ class VLM(nn.Module):
             after = int(parts[-1].max()) + 1
         return torch.cat(parts, 1)
 
-    def join(self, batch):
-        """Joins the layers' weights to write so many texts at a time; what learns has no copies."""
-        weight = self.decoder.embed.weight
-        columns = batch == 1 and (weight.device.type, weight.dtype) == ("cpu", torch.float32)
-        for name, layer in self.named_modules():
-            if isinstance(layer, Layer) and not layer.joined:
-                layer.join(columns and name.startswith("decoder"))
-
     @torch.no_grad()
     def write(self, requests, batch=1, most=512, temperature=0.0, top_p=1.0, seed=0):
         """Yields (key, text, mean log-probability) as answers end."""
-        self.join(batch)
         own = {name: self.tokens.id(name) for name in self.plan.stop}
         names = [name for name, i in own.items() if i is None or self.tokens.decode([i])]
 

@@ -66,7 +66,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kernels.conv import Conv3d, causal_conv3d, regroup, upsample_conv3d
+from kernels.conv import Conv3d, causal_conv3d, regroup
 from kernels.linear import Linear
 from kernels.memory import keep_memory
 from kernels.optim import MuonAdamW
@@ -1285,7 +1285,9 @@ class Up(nn.Module):
                 rest = rest.permute(0, 2, 3, 1, 4, 5).reshape(B, C, 2 * T, H, W)
             x = torch.cat([start, rest], 2)
         state[self] = True
-        return upsample_conv3d(x, self.conv.weight, self.conv.bias) if self.space else self.conv(x)
+        if self.space:
+            x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
+        return self.conv(x)
 
 
 class Level(nn.Module):

@@ -6,7 +6,7 @@ one): milliseconds, TFLOP/s or GB/s, percent of the device's own ceiling (a matr
 copy, measured in the same run), then the milliseconds of plain torch, of the same under
 torch.compile and, for attention, of scaled_dot_product_attention, and how many times faster than
 the best of them we are. Medians of runs that take turns, after a warm-up; inputs are normal random
-numbers, bfloat16 on CUDA. linear's few rows and columns, decode and optim run without gradients.
+numbers, bfloat16 on CUDA. linear's few rows, decode and optim run without gradients.
 
 On a CPU the torch path is timed, in float32 at smaller shapes, attention against a loop over clips;
 there is no compile column. A multiply-add is 2 flops, GB are 1e9 bytes; bytes counted are those
@@ -112,8 +112,7 @@ def patchify_cases(shapes, make):
 
 
 def conv_cases(shapes, make):
-    causal, upsampled = shapes
-    for (B, C, T, H, W), D, kernel, is_later in causal:
+    for (B, C, T, H, W), D, kernel, is_later in shapes:
         leaves = [make(B, C, T, H, W), make(D, C, *kernel), make(D), make(C)]
         past = make(B, C, kernel[0] - 1, H, W) if is_later else None
         ours, plain = (lambda x, w, b, gamma, past=past, fn=fn: fn(x, w, b, past, gamma)[0]
@@ -121,27 +120,14 @@ def conv_cases(shapes, make):
         flops = 2 * B * T * H * W * leaves[1].numel()
         yield Case(f"norm+SiLU+causal conv {B}x{C}x{T}x{H}x{W}{', later chunk' * is_later}", leaves,
                    ours, {"eager": plain}, flops, 3 * flops, "TFLOP/s")
-    for B, C, T, H, W in upsampled:
-        leaves = [make(B, C, T, H, W), make(C, C, 1, 3, 3), make(C)]
-        flops = 8 * B * T * H * W * leaves[1].numel()
-        yield Case(f"upsample+conv {B}x{C}x{T}x{H}x{W}", leaves, conv.upsample_conv3d,
-                   {"eager": conv.upsample_reference}, flops, 3 * flops, "TFLOP/s")
 
 
 def linear_cases(shapes, make):
     for N, K, M in shapes:
         leaves, flops = [make(N, K), make(M, K), make(M)], 2 * N * K * M
         size = sum(x.numel() for x in leaves) * leaves[0].element_size()
-        if N > 32:
-            yield Case(f"linear {N}x{K}x{M}", leaves, linear.linear, {"eager": F.linear}, flops,
-                       3 * flops, "TFLOP/s")
-            continue
-        yield Case(f"few rows {N}x{K}x{M}", leaves, linear.few_rows, {"eager": F.linear}, size,
-                   None)
-        if N == 1:
-            columns = linear.Columns(*leaves[1:])
-            yield Case(f"columns {N}x{K}x{M}", leaves, lambda x, *_, fn=columns: fn(x),
-                       {"eager": F.linear}, size, None)
+        work = (flops, 3 * flops, "TFLOP/s") if N > 32 else (size, None)     # few rows: bytes
+        yield Case(f"linear {N}x{K}x{M}", leaves, linear.linear, {"eager": F.linear}, *work)
 
 
 def decode_cases(shapes, make):
@@ -152,7 +138,7 @@ def decode_cases(shapes, make):
         mask = cache.mask(1, 0, torch.device(make.device))
         keys = torch.arange(S, device=make.device)
         seen = keys <= torch.tensor(lengths, device=make.device)[:, None, None, None]
-        ours = lambda *qkv, mask=mask, rows=cache.row_keys: decode.attend(*qkv, mask, row_keys=rows)
+        ours = lambda *qkv, mask=mask: decode.attend(*qkv, mask)
         padded = lambda *qkv, seen=seen: F.scaled_dot_product_attention(*qkv, seen, enable_gqa=True)
         yield Case(f"a token of {B} texts of {min(lengths)}-{max(lengths)}, {A}/{KV}x{E}", leaves,
                    ours, {"eager": padded},

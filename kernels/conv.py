@@ -1,4 +1,4 @@
-"""Causal 3D convolutions with their norm and activation, and convolutions of upsampled frames.
+"""Causal 3D convolutions with their norm and activation.
 
 With RMS norm over the channels and SiLU in front, where gamma [C] is given, and behind the last
 KT - 1 frames of the chunk before (zeros before the first chunk):
@@ -18,12 +18,16 @@ On a CPU in float32:
 - oneDNN's convolution always: torch takes another one for a chunk of a single clip, which was 2 to
   13 times slower.
 - The first frame of a clip sees zeros before it: only the kernel's last frame is multiplied.
-- Without gradients, for kernels of 3 x 3 x 3 and at least 32 channels, an even number of frames of
+- Without gradients, for kernels of 3 x 3 x 3 and at least 96 channels, an even number of frames of
   256 pixels or more goes by Winograd's F(2, 3) over time (Lavin and Gray, arXiv 1509.09308): two
   frames take four products of a frame in the place of six, in strips of rows that stay in the
-  cache. With it decoding at width 96 takes 0.75 of the time.
-On every device, 2x nearest-neighbour upsampling before a 3 x 3 convolution: a pixel of the result
-sees 2 x 2 pixels of the input, by sums of the kernel's taps, 4 products in the place of 9.
+  cache.
+
+Shares of a stage's time that each wins alone (two cores; AVX-512, AVX2): Winograd at width 96 15%
+and 9%, but -42% at 32 to 64, where it is not used; the first frame 11% and 8%; oneDNN's convolution
+3 to 31% and up to 29%. norm_silu wins 8% or less, and a training step takes a seventh less memory.
+What lost: 2x upsampling folded into the kernel that follows it (4 products in the place of 9), 5%
+or less; the next past written where the last one lay, nothing.
 
 Limits: Winograd has no gradients; its error stays below 3e-6 of the largest value in the tests.
 """
@@ -38,17 +42,11 @@ from kernels import HAS_ONEDNN
 
 CHUNK = 2**21           # numbers of the largest tensor that a chunk makes in a level, about
 
-# causal: (x's shape, D, kernel, whether it is a later chunk); upsampled: x's shapes. For the bench
-SHAPES = (
-    [((1, 96, 4, 120, 208), 96, (3, 3, 3), True),
-     ((1, 384, 2, 60, 104), 384, (3, 3, 3), True),
-     ((8, 96, 9, 64, 64), 96, (3, 3, 3), False)],
-    [(1, 192, 4, 60, 104), (1, 96, 4, 240, 416)])
-CPU_SHAPES = (
-    [((1, 32, 4, 64, 96), 32, (3, 3, 3), True),
-     ((1, 96, 2, 32, 48), 96, (3, 3, 3), True),
-     ((8, 64, 3, 8, 8), 64, (3, 3, 3), False)],
-    [(1, 64, 2, 32, 48), (8, 64, 3, 8, 8)])
+# (x's shape, D, kernel, whether it is a later chunk): for the bench
+SHAPES = [((1, 96, 4, 120, 208), 96, (3, 3, 3), True), ((1, 384, 2, 60, 104), 384, (3, 3, 3), True),
+          ((8, 96, 9, 64, 64), 96, (3, 3, 3), False)]
+CPU_SHAPES = [((1, 32, 4, 64, 96), 32, (3, 3, 3), True), ((1, 96, 2, 32, 48), 96, (3, 3, 3), True),
+              ((8, 64, 3, 8, 8), 64, (3, 3, 3), False)]
 
 
 def reference(x, weight, bias, past=None, gamma=None):
@@ -60,12 +58,6 @@ def reference(x, weight, bias, past=None, gamma=None):
     past = x.new_zeros(*x.shape[:2], n, *x.shape[3:]) if past is None else past
     x = torch.cat([past, x], 2)
     return F.conv3d(x, weight, bias, padding=(0, KH // 2, KW // 2)), x[:, :, x.shape[2] - n:]
-
-
-def upsample_reference(x, weight, bias):
-    """2x nearest-neighbour upsampling, then the convolution."""
-    x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
-    return F.conv3d(x, weight, bias, padding=(0, 1, 1))
 
 
 # ---- norm and activation
@@ -161,7 +153,7 @@ def winograd(frames, weight, bias, strip=2**18):
 
 def _is_winograd(x, weight, past):
     D, C, *kernel = weight.shape
-    return (past is not None and kernel == [3, 3, 3] and min(C, D) >= 32     # where it is faster
+    return (past is not None and kernel == [3, 3, 3] and min(C, D) >= 96     # where it is faster
             and x.shape[2] % 2 == 0 and x.shape[3] * x.shape[4] >= 256 and _uses_onednn(x)
             and not torch.is_grad_enabled())
 
@@ -169,8 +161,7 @@ def _is_winograd(x, weight, past):
 def causal_conv3d(x, weight, bias, past=None, gamma=None):
     """(y, next past) of x [B, C, T, H, W]: the convolution of x, or with `gamma` of
     silu(RMS norm(x)), with the present and past frames. past: what the call for the chunk before
-    returned, None before the first chunk; its memory is used again. A kernel of one frame has no
-    past: None."""
+    returned, None before the first chunk. A kernel of one frame has no past: None."""
     n = weight.shape[2] - 1
     if _is_winograd(x, weight, past):
         x = x if gamma is None else norm_silu(x, gamma)
@@ -182,29 +173,12 @@ def causal_conv3d(x, weight, bias, past=None, gamma=None):
     elif n:
         B, C, _, H, W = x.shape
         x = torch.cat([x.new_zeros(B, C, n, H, W) if past is None else past, x], 2)
-    is_first, last = past is None, None
-    if n:                    # a copy, since a view would keep all of x; where the last one lay,
-        last = x[:, :, -n:]                      # which wants no new pages and leaves no holes
-        if not torch.is_grad_enabled():
-            last = last.clone() if past is None else past.copy_(last)
-    if is_first and x.shape[2] == n + 1:                         # before a first frame all is zero
+    last = x[:, :, -n:] if n else None
+    if n and not torch.is_grad_enabled():
+        last = last.clone()                                      # a view would keep all of x
+    if past is None and x.shape[2] == n + 1:                     # before a first frame all is zero
         x, weight = x[:, :, n:], weight[:, :, -1:]
     return conv3d(x, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2)), last
-
-
-def upsample_conv3d(x, weight, bias):
-    """2x nearest-neighbour upsampling of x [B, C, T, H, W] in space, then the convolution with
-    weight [D, C, 1, 3, 3], padded in space: [B, D, T, 2 H, 2 W]."""
-    def of_both(kernel, axis):                           # what an even pixel sees, and an odd one
-        a, b, c = kernel.unbind(axis)
-        return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
-
-    (B, _, T, H, W), kernel = x.shape, of_both(of_both(weight, -2), -1).flatten(0, 2)
-    y = conv3d(x, kernel, bias.repeat(4)).unflatten(1, (2, 2, -1))          # odd x, odd y, D
-    y = torch.stack([y[:, i, j, :, :, j:j + H, i:i + W].permute(0, 2, 3, 4, 1)
-                     for j in (0, 1) for i in (0, 1)], -1)                  # [B, T, H, W, D, 4]
-    y = y.unflatten(-1, (2, 2)).permute(0, 4, 1, 2, 5, 3, 6)                # [B, D, T, H, 2, W, 2]
-    return y.reshape(B, len(weight), T, 2 * H, 2 * W)
 
 
 def regroup(chunks, growth, is_first):

@@ -56,7 +56,6 @@ def bench(argv):
         random = np.random.default_rng(0)
         for n, most in [(n, most) for n in args.clips for most in args.frames if most <= n]:
             ours = C.open_vlm(folder)
-            ours.join(n)
             clips = [random.integers(0, 255, (1 + i % most, 224, 224, 3), np.uint8)
                      for i in range(n)]
             asked = ["what is seen in this clip? " * (1 + i % 4) for i in range(n)]

@@ -287,24 +287,6 @@ def test_choose():
     assert set(token.tolist()) == {1}
 
 
-@pytest.mark.parametrize("folder", [LLAVA, QWEN])                    # the second has biases of q, k, v
-def test_joined_layers_are_the_layers(folder):
-    many, one, apart = (c.open_vlm(folder) for _ in range(3))
-    for model, batch in (many, 32), (one, 1):
-        model.join(batch)
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
-                                                     apart.state_dict().values(), strict=True))
-    random, width = torch.Generator().manual_seed(0), apart.plan.stack.width
-    for a, b, plain in zip(many.decoder.layers, one.decoder.layers, apart.decoder.layers):
-        assert [len(layer.joined) for layer in (a, b, plain)] == [2, 4, 0]
-        for shape in (2, 7), (5, 1), (1, 1):
-            x = torch.randn(*shape, width, generator=random)
-            with torch.no_grad():
-                torch.testing.assert_close(a(x), plain(x))
-                torch.testing.assert_close(b(x), plain(x))
-    assert not any(layer.columns for layer in (one.tower.layers if one.tower else ()))
-
-
 def test_stop_marks_and_chat_templates(tmp_path):
     model = c.open_vlm(QWEN)
     assert model.plan.prompt == c.CHATML and model.stop == {406, 408}

@@ -1,4 +1,4 @@
-"""kernels/linear.py: products by oneDNN, of few rows, of one row, joined; each against the formula."""
+"""kernels/linear.py against the formula; what oneDNN does not take goes to torch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import DEVICE
 from torch import nn
 
 from kernels import linear as MODULE
-from kernels.linear import Columns, FewRows, Linear, join, reference
+from kernels.linear import Linear, reference
 
 SHAPES = [(0,), (1, 1), (5, 1), (2, 16), (33,)]                      # few rows, and more
 
@@ -19,11 +19,10 @@ def errors(y, layer, x):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("outs, bias", [(12, True), (16, False), (7, True)])         # 7: in no parts
-@pytest.mark.parametrize("kind", [Linear, FewRows])
-def test_products(kind, shape, outs, bias):
+@pytest.mark.parametrize("outs, bias", [(12, True), (16, False), (7, True)])
+def test_products(shape, outs, bias):
     torch.manual_seed(0)
-    layer, x = kind(24, outs, bias).to(DEVICE), torch.randn(*shape, 24, device=DEVICE)
+    layer, x = Linear(24, outs, bias).to(DEVICE), torch.randn(*shape, 24, device=DEVICE)
     with torch.no_grad():
         y = layer(x)
     torch.testing.assert_close(y, layer(x).detach())
@@ -56,21 +55,6 @@ def test_large_products_with_gradients(is_wide, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_torchs(dtype):
-    layer, x = FewRows(24, 16).to(DEVICE, dtype), torch.randn(3, 24).to(DEVICE, dtype)
+    layer, x = Linear(24, 16).to(DEVICE, dtype), torch.randn(3, 24).to(DEVICE, dtype)
     with torch.no_grad():
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, FewRows])
-@pytest.mark.parametrize("bias", [True, False])
-def test_joined_layers_are_the_layers(kind, bias):
-    torch.manual_seed(0)
-    layers, x = [kind(24, outs, bias).to(DEVICE) for outs in (16, 8, 8)], torch.randn(2, 1, 24)
-    x = x.to(DEVICE)
-    one, columns = join(layers), join(layers, columns=True)
-    assert type(one) is kind and isinstance(columns, Columns)
-    assert not any(p.requires_grad for p in one.parameters())
-    with torch.no_grad():
-        plain = torch.cat([layer(x) for layer in layers], -1)
-        torch.testing.assert_close(one(x), plain)
-        torch.testing.assert_close(columns(x[:1]), plain[:1])

@@ -342,7 +342,6 @@ def published_model(case):
     """Ids, pixels, features, positions, logits, and the greedy tokens: alone, and in a batch with
     rows of other lengths, one of which ends early and makes room."""
     model = caption.open_vlm(case.folder)
-    model.join(2)
     plan, found = model.plan, {}
     for prefix, request, pixels, is_video in read_prompts(case, model):
         found[f"{prefix}input_ids"] = published_ids(case, f"{prefix}input_ids", request)

@@ -72,7 +72,7 @@ def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monk
     (dict(mults=(1, 2), downs=("s",), z_dim=4, residual=False), (32, 48)),
     (dict(mults=(1,), downs=(), z_dim=48, patch=4), (64, 96))])      # a layer without a norm, too
 def test_large_clips_by_pairs_equal_chunks_and_the_way_of_gradients(options, size, monkeypatch):
-    model = shaken(dict(dim=32, n_res=1, **options)).float()
+    model = shaken(dict(dim=96, n_res=1, **options)).float()
     video, calls, winograd = torch.randn(1, 3, 11, *size), [], conv.winograd
     monkeypatch.setattr(conv, "winograd", lambda frames, *rest: (
         calls.append(len(frames)), winograd(frames, *rest))[1])
