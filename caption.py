@@ -64,6 +64,7 @@ Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP,
 Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA,
 2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import argparse
 import ast
 import base64
@@ -87,7 +88,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import sentencepiece
 import tokenizers

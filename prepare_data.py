@@ -79,6 +79,22 @@ Data sets       --format        reads (--meta: the file, or the folder that hold
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """
+import os
+import signal
+import sys
+
+
+def stop_early(*_):
+    """Ctrl-C while packages are imported, which takes seconds and would show where it stood."""
+    os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped\n".encode())
+    os._exit(130)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.path.dirname(
+        __file__) == os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__",
+                                                             "/"))):    # a script of ours runs
+    signal.signal(signal.SIGINT, stop_early)
+
 import argparse
 import ast
 import codecs
@@ -95,16 +111,13 @@ import math
 import mmap
 import multiprocessing
 import operator
-import os
 import random
 import re
 import runpy
 import shlex
 import shutil
-import signal
 import sqlite3
 import struct
-import sys
 import tarfile
 import tempfile
 import textwrap

@@ -34,6 +34,7 @@ latent grid; K codebook size. Time runs from t = 0, clean, to t = 1, noise.
 Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interval, 2404.07724);
 Lin 2023 (rescaled, 2305.08891); Ma 2024 (SiT, 2401.08740); beside each sampler its own.
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import argparse
 import contextlib
 import functools
@@ -50,7 +51,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F

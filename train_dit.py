@@ -36,6 +36,7 @@ Papers: Peebles & Xie 2022 (DiT, 2212.09748); Lipman et al. 2022 (flow matching,
 Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314);
 Yan et al. 2021 (VideoGPT, 2104.10157).
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import argparse
 import copy
 import functools
@@ -52,7 +53,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -32,6 +32,7 @@ Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
 Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import atexit
 import contextlib
 import datetime
@@ -57,7 +58,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
