@@ -1176,6 +1176,44 @@ def write_video(path, frames, fps, crf=18):
         encode(file, map(np.asarray, frames), fps, crf)
 
 
+# Fonts of Linux, macOS and Windows with many scripts, where they are installed: Pillow's has Latin.
+FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
+         "DroidSansFallbackFull", "NotoSans-Regular", "NotoEmoji-Regular", "Arial Unicode",
+         "PingFang", "Hiragino Sans GB", "msyh", "arial", "seguisym", "unifont")
+
+
+@functools.lru_cache
+def label_fonts(is_latin):
+    fonts = [ImageFont.load_default(12)]
+    for name in () if is_latin else FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 12))
+    return fonts
+
+
+def spelled(c):
+    """A character in ASCII: of a letter's or a symbol's name what tells it from others."""
+    name, kind = unicodedata.name(c, f"u{ord(c):04x}"), unicodedata.category(c)
+    if name.startswith(("COMBINING", "VARIATION SELECTOR")):
+        return ""
+    name = re.split(" LETTER | SYLLABLE | SIGN |IDEOGRAPH-", name)[-1].partition(" WITH ")[0]
+    return {"Cf": "", "Pd": "-", "Pi": "'", "Pf": "'"}.get(kind, name.lower().replace(" ", "-"))
+
+
+def lettered(text):
+    """(a font, the text as it can show it): the one that has most of the text's characters; those
+    that it lacks, in whose place it would draw a box, are spelled."""
+    def lacking(font):
+        box = bytes(font.getmask("\uffff"))
+        return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
+
+    font = label_fonts(True)[0]
+    if lacks := lacking(font):
+        lacks, _, font = min(((lacking(font), i, font) for i, font in enumerate(
+            label_fonts(False))), key=lambda found: (len(found[0]), found[1]))
+    return font, "".join(spelled(c) if c in lacks else c for c in text)
+
+
 def contact_sheet(path, rows, cell=96):
     """Writes a PNG for people: per row (frames, label) its frames, uint8 [H, W, 3], fitted into
     squares of `cell` px, with the label below; rows fill as many columns as suit a screen."""
@@ -1185,7 +1223,7 @@ def contact_sheet(path, rows, cell=96):
     across, down = longest * (cell + gap) + 3 * gap, tall + 34 + 2 * gap
     n_columns = max(1, min(len(rows), 1280 // across))
     size = n_columns * across + 3 * gap, -(-len(rows) // n_columns) * down + 2 * gap
-    sheet, font = Image.new("RGB", size, (24, 26, 30)), ImageFont.load_default(12)
+    sheet = Image.new("RGB", size, (24, 26, 30))
     draw = ImageDraw.Draw(sheet)
     for i, (frames, label) in enumerate(rows):
         left, top = 3 * gap + i % n_columns * across, 2 * gap + i // n_columns * down
@@ -1197,7 +1235,10 @@ def contact_sheet(path, rows, cell=96):
                                      else Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + k * (cell + gap) + (cell - picture.width) // 2,
                                   top + tall - picture.height))
-        words = textwrap.wrap(str(label), (across - 3 * gap) // 6, max_lines=2, placeholder=" …")
+        (font, label), n = lettered(str(label)), (across - 3 * gap) // 6
+        wrapped = lambda n: textwrap.wrap(label, n, max_lines=2, placeholder=" …")
+        while max(map(font.getlength, words := wrapped(n)), default=0) > across - gap:
+            n -= 1
         draw.text((left, top + tall + 2), "\n".join(words), (214, 216, 220), font, spacing=2)
     with atomic(path) as part:
         sheet.save(part, format="PNG")

@@ -66,7 +66,7 @@ from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, TOWER_MARK, WAN_T5, Scorer, cl
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, lines_of, number, one_line, open_dataset, read_clip,
-                          read_still, read_text, refuse, render_shot, rng, script, sweep,
+                          read_still, read_text, refuse, render_shot, rng, script, spelled, sweep,
                           true_times, write_fault, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
@@ -1032,9 +1032,12 @@ def settings_of(request, args):
 
 
 def stem_of(request, args):
-    """The name of a video's files: of its prompt, in whatever script, its seed and, by a hash,
-    everything that is not as usual. File systems count bytes: of the prompt 120 stay."""
+    """The name of a video's files: of its prompt, in whatever script, or of symbols alone what they
+    are called, its seed and, by a hash, everything that is not as usual. File systems count bytes:
+    of the prompt 120 stay."""
     text = unicodedata.normalize("NFC", request["prompt"])
+    if not any(unicodedata.category(c)[0] in "LN" for c in text):
+        text = " ".join(spelled(c) for c in text if unicodedata.category(c)[0] == "S")
     text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
     slug = re.sub("-+", "-", text).strip("-")[:60].encode()[:120].decode(errors="ignore")
     settings = settings_of(request, args)
@@ -1111,23 +1114,26 @@ def save_frames(path, frames, fps, args):
 def write_timeline(sampler, timeline, path, args, request):
     """Writes a timeline's video while it is decoded, its sheet and, last, its JSON file, of
     `request` as it was asked for; returns the video's path."""
-    n, shown, means = timeline.count(), [], []
+    n, shown, means, moves = timeline.count(), [], [], []
     wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
 
     def look():
+        before = None
         for i, frame in enumerate(sampler.frames(timeline)):
             if i in wanted:
                 shown.append(frame)
             means.append(frame.mean((0, 1)))
-            yield frame
+            moves.append(0.0 if before is None else apart(frame, before))
+            yield (before := frame)
     if n == 1:
         video = path.with_suffix(".png")
         with atomic(video) as part:
             Image.fromarray(next(look())).save(part, "PNG")
     else:
         video = save_frames(path, look(), timeline.request["fps"], args)
-        label = f"{timeline.request['prompt']} (seed {timeline.request['seed']})"
-        contact_sheet(path.with_suffix(".png"), [(shown, label)])
+        contact_sheet(path.with_suffix(".png"), [(shown, label_of(timeline.request))])
+        if len(timeline.segments) == 1 and timeline.files.keys() & {"image", "last"}:
+            tell_strange(sampler, timeline, video, shown[-1], moves)
     facts = facts_of(sampler, request, args) | {
         "file": video.name, "n_frames": n, "settings": settings_of(request, args)}
     if len(timeline.segments) > 2:
@@ -1135,6 +1141,28 @@ def write_timeline(sampler, timeline, path, args, request):
         facts["drift"] = drift(timeline, np.array(means))
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return video
+
+
+def apart(a, b):
+    """Mean difference of two pictures, levels of 255."""
+    return float(np.abs(np.float32(a) - b).mean())
+
+
+def tell_strange(sampler, timeline, video, last, moves):
+    """Says in a line where a clip does not keep to the picture at one of its ends: it is read, but
+    of what is unlike its data a run has not learnt what comes after or before."""
+    texts = []
+    if "image" in timeline.files and len(moves) > 2 and (
+            moves[1] > max(10, 4 * np.median(moves[2:]))):
+        texts.append(f"leaves --image behind its first frame, by {moves[1]:.0f} of 255 levels")
+    if "last" in timeline.files:
+        seen = next(iter(sampler.decode(sampler.encode(timeline.files["last"][:1]))))
+        if (off := apart(last, cut(seen, timeline.request)[0])) > 10:
+            texts.append(f"ends {off:.0f} of 255 levels off --last")
+    if texts:
+        tqdm.write(f"warning: {video.name} {' and '.join(texts)}: {sampler.args.name} learnt from "
+                   "nothing like it; take pictures like its data's, and a prompt that suits them",
+                   sys.stderr)
 
 
 def drift(timeline, means):
@@ -1225,13 +1253,23 @@ def read_samples(folder):
     return [row for _, *row in sorted(found, key=lambda row: row[:2])], sorted(others)
 
 
+def tasks_of(request):
+    return [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
+            f"{key} {Path(str(value)).name}" for key, value in request.items() if key in TASKS]
+
+
+def label_of(request):
+    """What stands below a sample on a sheet; its end may be cut off."""
+    tasks = ", ".join(tasks_of(request))
+    return f"{tasks}{': ' * bool(tasks)}{request['prompt']} (seed {request['seed']})"
+
+
 def texts_of(facts):
     """Texts for people: what a sample is of, but for its prompt and its seed."""
     request, how, more = facts["wish"], facts["how"], facts.get("settings", {})
     texts = [f"{facts['n_frames']} frames of {request['height']}x{request['width']} at "
              f"{request['fps']:g}/s"]
-    texts += [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
-              f"{key} {Path(str(value)).name}" for key, value in request.items() if key in TASKS]
+    texts += tasks_of(request)
     if how["steps"]:
         texts += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
     texts += [f"{key} {value}" for key, value in more.items() if key not in (
@@ -1301,7 +1339,7 @@ def finish(out, most=64):
     for path, facts, _ in newest:
         with contextlib.suppress(OSError):       # one that cannot be read
             rows.append((frames_of_sheet(path.with_suffix(".png"), facts["n_frames"] == 1),
-                         f"{facts['wish']['prompt']} (seed {facts['wish']['seed']})"))
+                         label_of(facts["wish"])))
     if len(rows) > 1:
         contact_sheet(out / "sheet.png", rows)
     if others:
