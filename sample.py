@@ -347,7 +347,7 @@ def trajectory(args, objective, read, noise, start, strength, shift, draw):
         at = lambda i: (alpha[i].to(noise), sigma[i].to(noise))
     else:
         times = flow_points(args, objective, shift)[skip:]
-        timesteps = torch.floor(1000 * times) / 1000 if args.whole_times else times
+        timesteps = torch.floor(1000 * times) / 1000 if args.grid in WAN_GRIDS else times
         alpha, sigma, _, _ = interpolant(objective.path, times)
         at = lambda i: times[i].to(noise)
     x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
@@ -2201,7 +2201,7 @@ def resolve(args, about, objective, stride):
         args.cfg_channels = None                             # APG is over whole clips
     layout = about.get("layout")
     args.grid, args.rules = (layout, args.sampler), about.get("rules", {})
-    args.ends, args.whole_times = (1.0, 0.0), args.grid in WAN_GRIDS
+    args.ends = 1.0, 0.0
     if args.grid == ("diffusers", "euler") and args.steps > 1:
         least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
         args.ends = 1.0, least - (1 - least) / (args.steps - 1)

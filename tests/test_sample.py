@@ -155,7 +155,7 @@ def test_samplers_turn_noise_into_a_known_distribution(sampler, most):
 
     def error(steps):
         args = S.parse_options(["x", "--prompt", "", "--sampler", sampler, "--steps", str(steps)])
-        args.ends, args.whole_times = (1.0, 0.0), False
+        args.ends = 1.0, 0.0
         draw = lambda i: torch.from_numpy(np.random.default_rng(9 + i).standard_normal((4000, 1))).float()
         *_, x = S.trajectory(args, D.Objective(), read, noise, None, 1.0, 1.0, draw)
         return max(abs(x.mean().item() - 3), abs(x.std().item() - 0.5))
