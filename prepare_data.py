@@ -2447,7 +2447,8 @@ SCORES = {              # what it is; why a clip is rejected that has too little
     "repeats": ("share of frames that repeat the one before", "no repeats", "repeated frames"),
     "damage": ("share of frames that are damaged or missing", "no damage", "damaged"),
     "bpp": ("bits a pixel of the source", "too few bits", "too many bits")}
-DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound
+DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound; of
+                        # --max_seconds below 1 half of it, which is the least of equal pieces
 
 
 def failure(row, options):
@@ -2458,6 +2459,9 @@ def failure(row, options):
         value = row["scores"].get(score)
         for sign, bound, reason in zip((1, -1), ("min_", "max_"), reasons):
             limit = options[bound + score] if reason else None
+            if score == "seconds" and limit and options.get("max_seconds") and row["fps"]:
+                # a length that was asked for is whole frames: of 0.5 s at 25/s often 0.48
+                limit = min(limit, options["max_seconds"] - 1 / row["fps"])
             if value is not None and limit is not None and sign * value < sign * limit:
                 return rejection(row["source"], reason, *times, value, limit)
     faults = [caption_fault(caption["text"], options) for caption in row["captions"]]
@@ -3452,8 +3456,13 @@ def next_steps(name, rows, has_gpu):
         # FLOPs of a window's pixel, and of a token in layers and in attention
         flops = n_vae * 8 * length * side**2 * 2.5e5 + n_dit * per_row * (2.9e7 + 2e4 * largest)
         minutes = flops / 0.4 / matmul_rate() / 60
+        less = [cap for cap, is_over in (
+            ("--max_side 96", lambda row: max(row["width"], row["height"]) > 96),
+            ("--max_fps 12", lambda row: (row.get("fps") or 0) > 12),
+            ("--max_seconds 2", lambda row: row["end"] - row["start"] > 2.2))
+            if any(map(is_over, rows))]
         tells = f"about {minutes:.0f} minutes on this processor" + (
-            "; --max_side 96 --max_fps 12 --max_seconds 2 make it less" if minutes > 90 else "")
+            f"; less with {' '.join(less)}" if minutes > 90 and less else "")
     seconds = sum(row["end"] - row["start"] for row in rows)
     if name == "demo":                   # the quick start: sizes and steps that suit its shapes
         return (f"{len(rows)} clips, {seconds:.0f} s; next (6 to 20 minutes on two cores):\n"
@@ -4011,7 +4020,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {low} " + (
+                "or more" if high == math.inf else f"to {high}"))
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -4052,8 +4062,9 @@ def add_filters(parser):
     for name, (what, *reasons) in SCORES.items():
         for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
             start = DEFAULTS.get(f"{bound}_{name}")
-            add(f"--{bound}_{name}", type=real, default=start, metavar="X",
-                help=f"{word} {what}" + (f" ({start:g})" if start else ""))
+            add(f"--{bound}_{name}", type=real, default=None if name == "seconds" else start,
+                metavar="X", help=f"{word} {what}" + (f" ({start:g})" if start else "")[:-1] +
+                (", or half of --max_seconds" * (name == "seconds") + ")") * bool(start))
     add("--min_words", type=whole, default=0, metavar="N", help="of a caption (%(default)s)")
     add("--max_words", type=whole, metavar="N", help="of a caption")
     add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
@@ -4132,6 +4143,8 @@ def parse_options(argv=None):
     add("--shard_mib", type=number(float, 0.001), default=1024.0, metavar="MIB",
         help="MiB of files that end a shard, 0.001 or more (%(default)s)")
     args = parser.parse_args(argv)
+    if args.min_seconds is None:
+        args.min_seconds = min(DEFAULTS["min_seconds"], args.max_seconds / 2 or math.inf)
     args.shaping = [a.dest for a in parser._actions if a.dest not in own]
     return args
 
@@ -4148,6 +4161,10 @@ def main(argv=None):
         args.meta = Path(args.videos, "captions.jsonl")
         plan, n = (demo_files, 160) if args.name == "demo" else (scene_files, 30)
         make_demo(Path(args.videos), plan(args.demo_files or n), args.workers)
+    if args.report and not args.videos and has_manifest(folder := dataset_dir(args.name)):
+        root = read_json(folder / "plan.json").get("told", {}).get("videos")
+        if root and Path(root).is_dir():
+            return report(folder, Path(root))
     if not args.videos:
         refuse("--videos DIR is needed: the folder that holds the videos")
     if args.name == "bench":            # what only measures is no part of this script

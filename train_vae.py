@@ -1040,7 +1040,8 @@ def training_options(parser, **defaults):
     """Adds the options that all stages that train share; the defaults differ."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
-    add("--lr", type=number(float, 0, 1), help="highest learning rate (%(default)s)")
+    add("--lr", type=number(float, 0, 1), help="highest learning rate, 0 (nothing is learnt) to 1 "
+        "(%(default)s)")
     add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
     add("--schedule", default="cosine", choices=["cosine", "constant"],
         help="of the learning rate after that (%(default)s)")
@@ -2089,7 +2090,9 @@ def draw_held_out(rows, held, folder):
         taken = {min(sizes)}
     if not int(os.environ.get("RANK", 0)):
         why = "" if what == "files" else ", since five files are more than a quarter of the clips"
-        print(f"{folder}: held out are {len(taken)} of {len(sizes)} {what}{why}", file=sys.stderr)
+        print(f"{folder}: {len(taken)} of {len(sizes)} {what} are held out{why}" if taken else
+              f"{folder}: its one clip is learnt from and measured on, nothing is held out",
+              file=sys.stderr)
     return epoch_order([row for row in rows if unit_of(row) in taken], lambda row: row["key"],
                        "held out", 0)
 
@@ -2241,8 +2244,9 @@ def train(args, folder):
     bank = [video.to(device) for video in bank]
     if rank == 0:
         print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-              f"{len(train_rows)} clips to learn from in {budget.n_steps} steps, {len(held_out)} "
-              f"held out, {device}, {'' if perceptual else 'no '}LPIPS (--perceptual)",
+              f"{len(train_rows)} clips to learn from, {budget.n_steps} steps show each once, "
+              f"{len(held_out)} held out, {device}, {'' if perceptual else 'no '}LPIPS "
+              "(--perceptual)",
               file=sys.stderr)
 
     def batch(step):

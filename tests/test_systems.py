@@ -305,6 +305,30 @@ def test_a_run_holds_out_the_same_clips_when_files_are_added(home, tmp_path, mon
     assert len(seen["caption"]) == 9 and seen["caption"][-1:] == first["words"]
 
 
+@pytest.mark.parametrize("word, says", [
+    ("DiT-XL/2", "--model DiT-XL/2: did you mean dit-xl-2?"), ("video_b", "--model video_b: did you mean video-b?")])
+def test_an_unknown_model_is_refused_with_the_nearest_name(word, says, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    with pytest.raises(SystemExit) as stop:
+        D.main(["set", "--model", word])
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(says)
+
+
+def test_a_run_of_ones_own_has_no_published_layout_to_export(home, tmp_path, monkeypatch, capsys):
+    """In one line, which says that its own files are safetensors; nothing is written."""
+    monkeypatch.chdir(home)
+    monkeypatch.setitem(D.MODELS, "video-tiny", dict(
+        kind="video", dim=24, depth=1, heads=2, patch=(1, 1, 1), rope_base=100.0, text=(16, 1, 2)))
+    D.main(["set", "--vae", "set-vae", "--model", "video-tiny", "--row_tokens", "64", "--batch_tokens", "64",
+            "--run", "own", "--steps", "1", "--eval_every", "1"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        D.main(["set", "--run", "own", "--export", str(tmp_path / "own.safetensors")])
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "own did not begin with published weights" in line and "safetensors too" in line
+    assert not (tmp_path / "own.safetensors").exists()
+
+
 def test_runs_are_compared_in_a_table_and_a_picture(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     for run, options, losses in (("one", {"seed": 0}, [2, 1, 3]), ("two", {"seed": 1}, [2, 1.5])):
