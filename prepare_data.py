@@ -1178,8 +1178,8 @@ def write_video(path, frames, fps, crf=18):
 
 # Fonts of Linux, macOS and Windows with many scripts, where they are installed: Pillow's has Latin.
 FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
-         "DroidSansFallbackFull", "NotoSans-Regular", "NotoEmoji-Regular", "Arial Unicode",
-         "PingFang", "Hiragino Sans GB", "msyh", "arial", "seguisym", "unifont")
+         "DroidSansFallbackFull", "FreeSans", "NotoSans-Regular", "NotoEmoji-Regular",
+         "Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "Nirmala", "arial", "seguisym")
 
 
 @functools.lru_cache
@@ -1204,6 +1204,7 @@ def lettered(text):
     """(a font, the text as it can show it): the one that has most of the text's characters; those
     that it lacks, in whose place it would draw a box, are spelled."""
     def lacking(font):
+        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)       # a box as it is
         box = bytes(font.getmask("\uffff"))
         return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
 

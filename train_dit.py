@@ -5,6 +5,7 @@ Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and wo
                   data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
                   samples/ (videos' frames at each evaluation), loss.png (from the first one on),
                   step-000100/ (model, ema, optimizer: safetensors; state.json),
+                  held_out.txt (keys of its held-out clips, the same when others are added),
                   best.safetensors (ema at the lowest held-out loss: what is sampled)
 
 The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a

@@ -2,7 +2,8 @@
 
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once it ends),
-                      log.jsonl, samples/ (originals beside reconstructions), step-000100/
+                      log.jsonl, samples/ (originals beside reconstructions), step-000100/,
+                      held_out.txt (keys of the clips that it measures on, for its whole life)
       data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
                       [2 C, T', H', W'], mean and log-variance; its last frame and its halves,
                       encoded on their own (see `alone`); of a codebook int32 codes [T', H', W'];

@@ -571,6 +571,7 @@ def test_labels_of_sheets_say_the_task_and_are_told_apart(tmp_path, monkeypatch)
     assert not np.array_equal(*sheets[:2])
     full = P.ImageFont.load_default(12)
     full.getmask = lambda text: b"box" if text == "\uffff" else b"letter"
+    full.font_variant = lambda **_: full
     found = lambda: full
     P.label_fonts.cache_clear()
     assert P.lettered("кот") == (full, "кот")
