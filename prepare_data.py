@@ -79,6 +79,22 @@ Data sets       --format        reads (--meta: the file, or the folder that hold
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """
+import os
+import signal
+import sys
+
+
+def stop_early(*_):
+    """Ctrl-C while packages are imported, which takes seconds and would show where it stood."""
+    os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped\n".encode())
+    os._exit(130)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.path.dirname(
+        __file__) == os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__",
+                                                             "/"))):    # a script of ours runs
+    signal.signal(signal.SIGINT, stop_early)
+
 import argparse
 import ast
 import codecs
@@ -95,16 +111,13 @@ import math
 import mmap
 import multiprocessing
 import operator
-import os
 import random
 import re
 import runpy
 import shlex
 import shutil
-import signal
 import sqlite3
 import struct
-import sys
 import tarfile
 import tempfile
 import textwrap
@@ -1163,6 +1176,45 @@ def write_video(path, frames, fps, crf=18):
         encode(file, map(np.asarray, frames), fps, crf)
 
 
+# Fonts of Linux, macOS and Windows with many scripts, where they are installed: Pillow's has Latin.
+FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
+         "DroidSansFallbackFull", "FreeSans", "NotoSans-Regular", "NotoEmoji-Regular",
+         "Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "Nirmala", "arial", "seguisym")
+
+
+@functools.lru_cache
+def label_fonts(is_latin):
+    fonts = [ImageFont.load_default(12)]
+    for name in () if is_latin else FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 12))
+    return fonts
+
+
+def spelled(c):
+    """A character in ASCII: of a letter's or a symbol's name what tells it from others."""
+    name, kind = unicodedata.name(c, f"u{ord(c):04x}"), unicodedata.category(c)
+    if name.startswith(("COMBINING", "VARIATION SELECTOR")):
+        return ""
+    name = re.split(" LETTER | SYLLABLE | SIGN |IDEOGRAPH-", name)[-1].partition(" WITH ")[0]
+    return {"Cf": "", "Pd": "-", "Pi": "'", "Pf": "'"}.get(kind, name.lower().replace(" ", "-"))
+
+
+def lettered(text):
+    """(a font, the text as it can show it): the one that has most of the text's characters; those
+    that it lacks, in whose place it would draw a box, are spelled."""
+    def lacking(font):
+        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)       # a box as it is
+        box = bytes(font.getmask("\uffff"))
+        return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
+
+    font = label_fonts(True)[0]
+    if lacks := lacking(font):
+        lacks, _, font = min(((lacking(font), i, font) for i, font in enumerate(
+            label_fonts(False))), key=lambda found: (len(found[0]), found[1]))
+    return font, "".join(spelled(c) if c in lacks else c for c in text)
+
+
 def contact_sheet(path, rows, cell=96):
     """Writes a PNG for people: per row (frames, label) its frames, uint8 [H, W, 3], fitted into
     squares of `cell` px, with the label below; rows fill as many columns as suit a screen."""
@@ -1172,7 +1224,7 @@ def contact_sheet(path, rows, cell=96):
     across, down = longest * (cell + gap) + 3 * gap, tall + 34 + 2 * gap
     n_columns = max(1, min(len(rows), 1280 // across))
     size = n_columns * across + 3 * gap, -(-len(rows) // n_columns) * down + 2 * gap
-    sheet, font = Image.new("RGB", size, (24, 26, 30)), ImageFont.load_default(12)
+    sheet = Image.new("RGB", size, (24, 26, 30))
     draw = ImageDraw.Draw(sheet)
     for i, (frames, label) in enumerate(rows):
         left, top = 3 * gap + i % n_columns * across, 2 * gap + i // n_columns * down
@@ -1184,7 +1236,10 @@ def contact_sheet(path, rows, cell=96):
                                      else Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + k * (cell + gap) + (cell - picture.width) // 2,
                                   top + tall - picture.height))
-        words = textwrap.wrap(str(label), (across - 3 * gap) // 6, max_lines=2, placeholder=" …")
+        (font, label), n = lettered(str(label)), (across - 3 * gap) // 6
+        wrapped = lambda n: textwrap.wrap(label, n, max_lines=2, placeholder=" …")
+        while max(map(font.getlength, words := wrapped(n)), default=0) > across - gap:
+            n -= 1
         draw.text((left, top + tall + 2), "\n".join(words), (214, 216, 220), font, spacing=2)
     with atomic(path) as part:
         sheet.save(part, format="PNG")
@@ -2393,7 +2448,8 @@ SCORES = {              # what it is; why a clip is rejected that has too little
     "repeats": ("share of frames that repeat the one before", "no repeats", "repeated frames"),
     "damage": ("share of frames that are damaged or missing", "no damage", "damaged"),
     "bpp": ("bits a pixel of the source", "too few bits", "too many bits")}
-DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound
+DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound; of
+                        # --max_seconds below 1 half of it, which is the least of equal pieces
 
 
 def failure(row, options):
@@ -2404,6 +2460,9 @@ def failure(row, options):
         value = row["scores"].get(score)
         for sign, bound, reason in zip((1, -1), ("min_", "max_"), reasons):
             limit = options[bound + score] if reason else None
+            if score == "seconds" and limit and options.get("max_seconds") and row["fps"]:
+                # a length that was asked for is whole frames: of 0.5 s at 25/s often 0.48
+                limit = min(limit, options["max_seconds"] - 1 / row["fps"])
             if value is not None and limit is not None and sign * value < sign * limit:
                 return rejection(row["source"], reason, *times, value, limit)
     faults = [caption_fault(caption["text"], options) for caption in row["captions"]]
@@ -3398,8 +3457,13 @@ def next_steps(name, rows, has_gpu):
         # FLOPs of a window's pixel, and of a token in layers and in attention
         flops = n_vae * 8 * length * side**2 * 2.5e5 + n_dit * per_row * (2.9e7 + 2e4 * largest)
         minutes = flops / 0.4 / matmul_rate() / 60
+        less = [cap for cap, is_over in (
+            ("--max_side 96", lambda row: max(row["width"], row["height"]) > 96),
+            ("--max_fps 12", lambda row: (row.get("fps") or 0) > 12),
+            ("--max_seconds 2", lambda row: row["end"] - row["start"] > 2.2))
+            if any(map(is_over, rows))]
         tells = f"about {minutes:.0f} minutes on this processor" + (
-            "; --max_side 96 --max_fps 12 --max_seconds 2 make it less" if minutes > 90 else "")
+            f"; less with {' '.join(less)}" if minutes > 90 and less else "")
     seconds = sum(row["end"] - row["start"] for row in rows)
     if name == "demo":                   # the quick start: sizes and steps that suit its shapes
         return (f"{len(rows)} clips, {seconds:.0f} s; next (6 to 20 minutes on two cores):\n"
@@ -3957,7 +4021,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, must be {low} " + (
+                "or more" if high == math.inf else f"to {high}"))
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -3998,8 +4063,9 @@ def add_filters(parser):
     for name, (what, *reasons) in SCORES.items():
         for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
             start = DEFAULTS.get(f"{bound}_{name}")
-            add(f"--{bound}_{name}", type=real, default=start, metavar="X",
-                help=f"{word} {what}" + (f" ({start:g})" if start else ""))
+            add(f"--{bound}_{name}", type=real, default=None if name == "seconds" else start,
+                metavar="X", help=f"{word} {what}" + (f" ({start:g})" if start else "")[:-1] +
+                (", or half of --max_seconds" * (name == "seconds") + ")") * bool(start))
     add("--min_words", type=whole, default=0, metavar="N", help="of a caption (%(default)s)")
     add("--max_words", type=whole, metavar="N", help="of a caption")
     add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
@@ -4078,6 +4144,8 @@ def parse_options(argv=None):
     add("--shard_mib", type=number(float, 0.001), default=1024.0, metavar="MIB",
         help="MiB of files that end a shard, 0.001 or more (%(default)s)")
     args = parser.parse_args(argv)
+    if args.min_seconds is None:
+        args.min_seconds = min(DEFAULTS["min_seconds"], args.max_seconds / 2 or math.inf)
     args.shaping = [a.dest for a in parser._actions if a.dest not in own]
     return args
 
@@ -4094,6 +4162,10 @@ def main(argv=None):
         args.meta = Path(args.videos, "captions.jsonl")
         plan, n = (demo_files, 160) if args.name == "demo" else (scene_files, 30)
         make_demo(Path(args.videos), plan(args.demo_files or n), args.workers)
+    if args.report and not args.videos and has_manifest(folder := dataset_dir(args.name)):
+        root = read_json(folder / "plan.json").get("told", {}).get("videos")
+        if root and Path(root).is_dir():
+            return report(folder, Path(root))
     if not args.videos:
         refuse("--videos DIR is needed: the folder that holds the videos")
     if args.name == "bench":            # what only measures is no part of this script

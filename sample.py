@@ -34,6 +34,7 @@ latent grid; K codebook size. Time runs from t = 0, clean, to t = 1, noise.
 Papers: Ho & Salimans 2022 (guidance, 2207.12598); Kynkaanniemi 2024 (its interval, 2404.07724);
 Lin 2023 (rescaled, 2305.08891); Ma 2024 (SiT, 2401.08740); beside each sampler its own.
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import argparse
 import contextlib
 import functools
@@ -50,7 +51,6 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,20 +60,20 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
-from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, WAN_T5, Scorer, clip_sight, crop,
-                     image_processor, load_strictly, normal, open_vlm, read_as_config,
-                     read_published, rewrite, to_ours)
+from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, TOWER_MARK, WAN_T5, Scorer, clip_sight, crop,
+                     image_processor, load_strictly, normal, open_vlm, published_tensors,
+                     read_as_config, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, lines_of, number, one_line, open_dataset, read_clip,
-                          read_still, read_text, refuse, render_shot, rng, script, sweep,
+                          read_still, read_text, refuse, render_shot, rng, script, spelled, sweep,
                           true_times, write_fault, write_text, write_video)
 from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
                        count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
                        open_text_encoder, runge_kutta, sample_codes, shifted, target,
                        to_velocity_x0_noise, token_shift, words_of)
-from train_vae import (INSIDE, barrier, bench, decode_long, encode_long, frechet, gaussian,
+from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian,
                        gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
                        option_parser, read_class, read_config, read_tensors, save_file, say_once,
                        setup, sheet_frames, to_frames, to_tensor)
@@ -347,7 +347,7 @@ def trajectory(args, objective, read, noise, start, strength, shift, draw):
         at = lambda i: (alpha[i].to(noise), sigma[i].to(noise))
     else:
         times = flow_points(args, objective, shift)[skip:]
-        timesteps = torch.floor(1000 * times) / 1000 if args.whole_times else times
+        timesteps = torch.floor(1000 * times) / 1000 if args.grid in WAN_GRIDS else times
         alpha, sigma, _, _ = interpolant(objective.path, times)
         at = lambda i: times[i].to(noise)
     x = noise if start is None else alpha[0].to(noise) * start + sigma[0].to(noise) * noise
@@ -1032,9 +1032,12 @@ def settings_of(request, args):
 
 
 def stem_of(request, args):
-    """The name of a video's files: of its prompt, in whatever script, its seed and, by a hash,
-    everything that is not as usual. File systems count bytes: of the prompt 120 stay."""
+    """The name of a video's files: of its prompt, in whatever script, or of symbols alone what they
+    are called, its seed and, by a hash, everything that is not as usual. File systems count bytes:
+    of the prompt 120 stay."""
     text = unicodedata.normalize("NFC", request["prompt"])
+    if not any(unicodedata.category(c)[0] in "LN" for c in text):
+        text = " ".join(spelled(c) for c in text if unicodedata.category(c)[0] == "S")
     text = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
     slug = re.sub("-+", "-", text).strip("-")[:60].encode()[:120].decode(errors="ignore")
     settings = settings_of(request, args)
@@ -1111,23 +1114,26 @@ def save_frames(path, frames, fps, args):
 def write_timeline(sampler, timeline, path, args, request):
     """Writes a timeline's video while it is decoded, its sheet and, last, its JSON file, of
     `request` as it was asked for; returns the video's path."""
-    n, shown, means = timeline.count(), [], []
+    n, shown, means, moves = timeline.count(), [], [], []
     wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
 
     def look():
+        before = None
         for i, frame in enumerate(sampler.frames(timeline)):
             if i in wanted:
                 shown.append(frame)
             means.append(frame.mean((0, 1)))
-            yield frame
+            moves.append(0.0 if before is None else apart(frame, before))
+            yield (before := frame)
     if n == 1:
         video = path.with_suffix(".png")
         with atomic(video) as part:
             Image.fromarray(next(look())).save(part, "PNG")
     else:
         video = save_frames(path, look(), timeline.request["fps"], args)
-        label = f"{timeline.request['prompt']} (seed {timeline.request['seed']})"
-        contact_sheet(path.with_suffix(".png"), [(shown, label)])
+        contact_sheet(path.with_suffix(".png"), [(shown, label_of(timeline.request))])
+        if len(timeline.segments) == 1 and timeline.files.keys() & {"image", "last"}:
+            tell_strange(sampler, timeline, video, shown[-1], moves)
     facts = facts_of(sampler, request, args) | {
         "file": video.name, "n_frames": n, "settings": settings_of(request, args)}
     if len(timeline.segments) > 2:
@@ -1135,6 +1141,28 @@ def write_timeline(sampler, timeline, path, args, request):
         facts["drift"] = drift(timeline, np.array(means))
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return video
+
+
+def apart(a, b):
+    """Mean difference of two pictures, levels of 255."""
+    return float(np.abs(np.float32(a) - b).mean())
+
+
+def tell_strange(sampler, timeline, video, last, moves):
+    """Says in a line where a clip does not keep to the picture at one of its ends: it is read, but
+    of what is unlike its data a run has not learnt what comes after or before."""
+    texts = []
+    if "image" in timeline.files and len(moves) > 2 and (
+            moves[1] > max(10, 4 * np.median(moves[2:]))):
+        texts.append(f"leaves --image behind its first frame, by {moves[1]:.0f} of 255 levels")
+    if "last" in timeline.files:
+        seen = next(iter(sampler.decode(sampler.encode(timeline.files["last"][:1]))))
+        if (off := apart(last, cut(seen, timeline.request)[0])) > 10:
+            texts.append(f"ends {off:.0f} of 255 levels off --last")
+    if texts:
+        tqdm.write(f"warning: {video.name} {' and '.join(texts)}: {sampler.args.name} learnt from "
+                   "nothing like it; take pictures like its data's, and a prompt that suits them",
+                   sys.stderr)
 
 
 def drift(timeline, means):
@@ -1225,13 +1253,23 @@ def read_samples(folder):
     return [row for _, *row in sorted(found, key=lambda row: row[:2])], sorted(others)
 
 
+def tasks_of(request):
+    return [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
+            f"{key} {Path(str(value)).name}" for key, value in request.items() if key in TASKS]
+
+
+def label_of(request):
+    """What stands below a sample on a sheet; its end may be cut off."""
+    tasks = ", ".join(tasks_of(request))
+    return f"{tasks}{': ' * bool(tasks)}{request['prompt']} (seed {request['seed']})"
+
+
 def texts_of(facts):
     """Texts for people: what a sample is of, but for its prompt and its seed."""
     request, how, more = facts["wish"], facts["how"], facts.get("settings", {})
     texts = [f"{facts['n_frames']} frames of {request['height']}x{request['width']} at "
              f"{request['fps']:g}/s"]
-    texts += [key if value is True else f"{key} {' | '.join(value)}" if key == "then" else
-              f"{key} {Path(str(value)).name}" for key, value in request.items() if key in TASKS]
+    texts += tasks_of(request)
     if how["steps"]:
         texts += [f"{how['sampler']} {how['steps']} steps", f"guidance {how['cfg']}"]
     texts += [f"{key} {value}" for key, value in more.items() if key not in (
@@ -1301,7 +1339,7 @@ def finish(out, most=64):
     for path, facts, _ in newest:
         with contextlib.suppress(OSError):       # one that cannot be read
             rows.append((frames_of_sheet(path.with_suffix(".png"), facts["n_frames"] == 1),
-                         f"{facts['wish']['prompt']} (seed {facts['wish']['seed']})"))
+                         label_of(facts["wish"])))
     if len(rows) > 1:
         contact_sheet(out / "sheet.png", rows)
     if others:
@@ -2099,27 +2137,13 @@ def tower_config(path):
                            if not name.startswith(f"visual.transformer.{depth - 1}.")}
 
 
-def tower_weights(where):
-    """The tensors of CLIP's vision tower in a folder, alone or in a whole CLIP, without what a
-    wrapper puts before their names."""
-    weights = {INSIDE.sub("", name): x for name, x in read_tensors(where).items()}
-    mark = "embeddings.class_embedding"
-    before = {name[:-len(mark)].removesuffix("vision_model.") for name in weights
-              if name.endswith(mark)}
-    if len(before) != 1:
-        refuse(f"{where}: the weights have {len(before)} tensors {mark}, a CLIP has one")
-    prefix, = before
-    return {name.removeprefix(prefix): x for name, x in weights.items() if not re.match(
-        r"(text_model|text_projection|logit_scale)(\.|$)", name.removeprefix(prefix))}
-
-
 def open_image_encoder(path, device):
     """uint8 [H, W, 3] -> [1 + patches, width]: what Wan 2.1's I2V reads of its image, the hidden
     states before the last layer of CLIP's vision tower, in a folder of either layout. Wan's own
     scales the whole picture to a square, diffusers' cuts the middle square out."""
     where, config, weights = tower_config(path)
     is_wan, size, mean_std = weights is not None, config["image_size"], CLIP_MEAN
-    weights = weights or tower_weights(where)
+    weights = weights or published_tensors(where, TOWER_MARK)
     beside = path / "image_processor"
     with read_as_config(beside if beside.is_dir() else where, "preprocessor_config.json"):
         if not is_wan:
@@ -2129,8 +2153,9 @@ def open_image_encoder(path, device):
             model = nn.Module()
             model.tower = clip_sight(config, -2, keep_cls=True)()
         weights = to_ours(weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
-    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
-                  r"head|layers\.\d+))\..*", torch.float32, device, where)
+    load_strictly(model, weights, [(".*", r"\g<0>")], r"(text_model|text_projection|"
+                  r"logit_scale|visual_projection|tower\.(post|post_norm|head|layers\.\d+))\..*",
+                  torch.float32, device, where)
 
     @torch.no_grad()
     def read(picture):
@@ -2176,7 +2201,7 @@ def resolve(args, about, objective, stride):
         args.cfg_channels = None                             # APG is over whole clips
     layout = about.get("layout")
     args.grid, args.rules = (layout, args.sampler), about.get("rules", {})
-    args.ends, args.whole_times = (1.0, 0.0), args.grid in WAN_GRIDS
+    args.ends = 1.0, 0.0
     if args.grid == ("diffusers", "euler") and args.steps > 1:
         least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
         args.ends = 1.0, least - (1 - least) / (args.steps - 1)
@@ -2229,8 +2254,9 @@ def add_requests(parser):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (%(default)s)")
     add = parser.add_argument_group("from images and videos (of a run trained with "
                                     "--given)").add_argument
-    add("--image", metavar="FILE", help="the first frame")
-    add("--last", metavar="FILE", help="the last frame")
+    add("--image", metavar="FILE", help="the first frame; one of a kind that the data lacks is left "
+        "behind at once, which a line says")
+    add("--last", metavar="FILE", help="the last frame, of the data's kind as well")
     add("--video", metavar="FILE", help="the video to go on from, or to change")
     add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
         help="go on N times by --seconds, below 0: backwards; what the data never shows, such as "

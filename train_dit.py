@@ -5,6 +5,7 @@ Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and wo
                   data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
                   samples/ (videos' frames at each evaluation), loss.png (from the first one on),
                   step-000100/ (model, ema, optimizer: safetensors; state.json),
+                  held_out.txt (keys of its held-out clips, the same when others are added),
                   best.safetensors (ema at the lowest held-out loss: what is sampled)
 
 The idea: flow matching. A clip's latent x_0 is mixed with noise, x_t = (1 - t) x_0 + t noise, and a
@@ -36,6 +37,7 @@ Papers: Peebles & Xie 2022 (DiT, 2212.09748); Lipman et al. 2022 (flow matching,
 Ma et al. 2024 (SiT, 2401.08740); Dehghani et al. 2023 (packing, 2307.06304); Wan 2025 (2503.20314);
 Yan et al. 2021 (VideoGPT, 2104.10157).
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import argparse
 import copy
 import functools
@@ -52,7 +54,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -2477,7 +2478,7 @@ def uvit_options(state, heads, text_tokens, path):
         time_mlp="time_embed.0.weight" in state)
 
 
-MARKS = ("x_embedder.proj.weight", "mid_block.mlp.fc1.weight", "patch_embedding.weight")
+MARK = r"(x_embedder\.proj|mid_block\.mlp\.fc1|patch_embedding)\.weight"
 
 
 # What DiT's and SiT's trainings say of a network in `args` of their checkpoints, beside its name:
@@ -2550,7 +2551,7 @@ def load_published(path, heads=None, text_tokens=77):
     if "hyper_parameters" in file:
         model, options, _ = load_gpt(path, file)
         return model, "gpt", options
-    state = plain(innermost(file), path, MARKS)
+    state = plain(innermost(file), path, MARK)
     with read_as_config(path):
         if "mid_block.mlp.fc1.weight" in state and layout == "dit":
             options = uvit_options(state, heads, text_tokens, path)

@@ -2,7 +2,8 @@
 
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once it ends),
-                      log.jsonl, samples/ (originals beside reconstructions), step-000100/
+                      log.jsonl, samples/ (originals beside reconstructions), step-000100/,
+                      held_out.txt (keys of the clips that it measures on, for its whole life)
       data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
                       [2 C, T', H', W'], mean and log-variance; its last frame and its halves,
                       encoded on their own (see `alone`); of a codebook int32 codes [T', H', W'];
@@ -32,6 +33,7 @@ Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
 Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
 """
+import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
 import atexit
 import contextlib
 import datetime
@@ -57,7 +59,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
 
-import prepare_data  # noqa: F401  first of all: it says in one line what is not installed
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -71,8 +72,9 @@ from kernels.linear import Linear
 from kernels.memory import keep_memory
 from kernels.optim import MuonAdamW
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
-                          is_sole, number, one_line, open_dataset, read_clip, read_text, refuse,
-                          rng, run_dir, script, sweep, where, writable, write_rows, write_text)
+                          is_sole, lines_of, number, one_line, open_dataset, read_clip, read_text,
+                          refuse, rng, run_dir, script, sweep, where, writable, write_rows,
+                          write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 
@@ -263,6 +265,7 @@ def write_config(folder, config):
 
 
 HELD = {}               # of this process's runs: (lock file, whether it made the run)
+HELD_OUT = "held_out.txt"       # of a run: its held-out clips' keys, one a line
 
 
 def one_run(train):
@@ -279,7 +282,7 @@ def one_run(train):
             if lock:
                 Path(lock.name).unlink(missing_ok=True)
                 if is_new and not any(Path(folder).glob("step-*")) and not read_log(folder):
-                    for name in ("config.json", "tokenizer.json", "log.jsonl"):
+                    for name in ("config.json", "tokenizer.json", "log.jsonl", HELD_OUT):
                         Path(folder, name).unlink(missing_ok=True)
                     with contextlib.suppress(OSError):           # what others put there stays
                         Path(folder).rmdir()
@@ -474,23 +477,31 @@ def read_tensors(path):
     return found
 
 
-INSIDE = re.compile(r"\b(_orig_mod|_forward_module|_fsdp_wrapped_module|"
-                    r"_checkpoint_wrapped_module)\.")
-BEFORE = re.compile(r"((model|module|diffusion_model|net|ema|ema_model|dit|transformer|vae|"
-                    r"first_stage_model)\.)*")
+WRAPPER = r"(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+WRAPPERS = re.compile(rf"^(?:{WRAPPER}|module\.|base_model\.model\.)+|\b{WRAPPER}")
 BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|conditioner|model_ema)"
                     r"\.")                       # other networks of a checkpoint that holds several
 
 
-def plain(weights, path, marks):
-    """A network's published tensors in float32 under its own names. Half precision and fp8 without
-    scales are cast up; what a wrapper (torch.compile, DDP, Lightning, ComfyUI) puts before names is
-    taken off: whatever stands before one of `marks`, names that every network of a kind has."""
-    weights = {INSIDE.sub("", name): tensor for name, tensor in weights.items()}
-    before = {name[:-len(mark)] for name in weights for mark in marks if name.endswith(mark)}
-    prefix = min(filter(BEFORE.fullmatch, before), key=len, default="")
-    found = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
-             if name.startswith(prefix) or not BESIDE.match(name)}
+def unwrapped(weights, mark, ours=""):
+    """Tensors without what a wrapper (torch.compile, DDP, FSDP, PEFT, Lightning, ComfyUI, a
+    pipeline) puts before their names: whatever stands before `mark`, the pattern of a name that
+    every network of a kind has; the shortest, where several networks have one. `ours` comes before
+    the names instead, unless the mark found begins with it."""
+    weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in weights.items()}
+    marks = filter(None, map(re.compile(rf"((?:.*?\.)??)({mark})").fullmatch, weights))
+    before, mark = min((match.group(1, 2) for match in marks),
+                       key=lambda found: (len(found[0]), found), default=("", ours))
+    ours = "" if mark.startswith(ours) else ours
+    return {ours + name[len(before):] if name.startswith(before) else name: tensor
+            for name, tensor in weights.items()
+            if name.startswith(before) or not BESIDE.match(name)}
+
+
+def plain(weights, path, mark):
+    """A network's published tensors, `unwrapped`, in float32: half precision and fp8 without scales
+    are cast up."""
+    found = unwrapped(weights, mark)
     for name, tensor in found.items():
         if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
             kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
@@ -1030,7 +1041,8 @@ def training_options(parser, **defaults):
     """Adds the options that all stages that train share; the defaults differ."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
-    add("--lr", type=number(float, 0, 1), help="highest learning rate (%(default)s)")
+    add("--lr", type=number(float, 0, 1), help="highest learning rate, 0 (nothing is learnt) to 1 "
+        "(%(default)s)")
     add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
     add("--schedule", default="cosine", choices=["cosine", "constant"],
         help="of the learning rate after that (%(default)s)")
@@ -2015,20 +2027,39 @@ def latent_statistics(model, videos):
 def split_rows(rows, folder, run=None):
     """(training rows, held-out rows): by the data set's own split. One that prepare_data.py drew,
     or none, is brought to five files at least (`draw_held_out`); but a run from before that rule
-    keeps what it began with. Refuses a data set that has nothing to train on."""
-    held = [row for row in rows if row["split"] != "train"]
+    keeps what it began with, and each run its own (`same_held_out`). Refuses a data set that has
+    nothing to train on."""
     is_drawn = all(row["split"] == drawn_split(row.get("source", row["key"])) for row in rows)
-    if run and has_older_split(run):
-        if not held:
+
+    def draw():
+        held = [row for row in rows if row["split"] != "train"]
+        if run and has_older_split(run):
             order = epoch_order(rows, lambda row: row["key"], "held out", 0)
-            held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
-    elif is_drawn or not held:
-        held = draw_held_out(rows, held, folder)
+            return held or order[:max(1, len(rows) // 20) if len(rows) > 1 else 0]
+        return draw_held_out(rows, held, folder) if is_drawn or not held else held
+
+    held = same_held_out(run, rows, draw)
     keys = {row["key"] for row in held}
-    train = [row for row in rows if row["key"] not in keys]
+    train = [row for row in rows if row["key"] not in keys and (
+        is_drawn or row["split"] == "train")]
     if not train:
         refuse(f"{folder} has no clip in its training split")
     return train, held or train
+
+
+def same_held_out(run, rows, draw):
+    """The rows that a run holds out: those that its HELD_OUT names, so that its losses stay those
+    of the same clips when others are added; else draw()'s, which a run that trains writes there."""
+    path = Path(run or "", HELD_OUT)
+    if run and path.is_file():
+        known = {row["key"]: row for row in rows}
+        held = [known[key] for key in lines_of(read_text(path)) if key in known]
+        if held:
+            return held
+    held = draw()
+    if held and str(run) in HELD:
+        write_text(path, "".join(f"{row['key']}\n" for row in held))
+    return held
 
 
 def has_older_split(run):
@@ -2062,7 +2093,9 @@ def draw_held_out(rows, held, folder):
         taken = {min(sizes)}
     if not int(os.environ.get("RANK", 0)):
         why = "" if what == "files" else ", since five files are more than a quarter of the clips"
-        print(f"{folder}: held out are {len(taken)} of {len(sizes)} {what}{why}", file=sys.stderr)
+        print(f"{folder}: {len(taken)} of {len(sizes)} {what} are held out{why}" if taken else
+              f"{folder}: its one clip is learnt from and measured on, nothing is held out",
+              file=sys.stderr)
     return epoch_order([row for row in rows if unit_of(row) in taken], lambda row: row["key"],
                        "held out", 0)
 
@@ -2214,8 +2247,9 @@ def train(args, folder):
     bank = [video.to(device) for video in bank]
     if rank == 0:
         print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-              f"{len(train_rows)} clips to learn from in {budget.n_steps} steps, {len(held_out)} "
-              f"held out, {device}, {'' if perceptual else 'no '}LPIPS (--perceptual)",
+              f"{len(train_rows)} clips to learn from, {budget.n_steps} steps show each once, "
+              f"{len(held_out)} held out, {device}, {'' if perceptual else 'no '}LPIPS "
+              "(--perceptual)",
               file=sys.stderr)
 
     def batch(step):
@@ -2749,7 +2783,7 @@ def load_videogpt(path, saved):
 
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-MARKS = ("encoder.conv1.weight", "encoder.conv_in.weight")
+MARK = r"encoder\.conv(1|_in)\.weight"
 
 
 def load_published(path):
@@ -2770,7 +2804,7 @@ def load_published(path):
         model, options = load_videogpt(path, weights)
         mean, std = [0.0] * model.z_dim, [1.0] * model.z_dim
     else:
-        weights = plain(innermost(weights), path, MARKS)
+        weights = plain(innermost(weights), path, MARK)
         if config:
             check_class(name, config, len(weights), path / "config.json")
         elif not {"encoder.conv1.weight", "conv2.weight", "decoder.head.0.gamma"} <= set(weights):

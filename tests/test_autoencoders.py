@@ -199,12 +199,13 @@ def test_few_held_out_clips_become_five_files_or_shots(tmp_path, capsys):
     assert drawn < {row["source"] for row in V.split_rows(made(25, 4), "x")[1]}
     assert "5 of 25 files" in capsys.readouterr().err
     assert units(made(7, 8, 2), "source", "shot_start") >= 5
-    assert "shots, since five files" in capsys.readouterr().err
+    assert "shots are held out, since five files" in capsys.readouterr().err
     assert units(made(1, 1, 20), "key") == 5 and units(made(1, 1, 3), "key") == 1
     assert units(made(10), "source") == 2
     assert made(1)[0]["split"] == "val"                      # a draw that leaves nothing to learn
+    capsys.readouterr()
     one = V.split_rows(made(1), "x")
-    assert one[0] == one[1] == made(1)
+    assert one[0] == one[1] == made(1) and "one clip is learnt from" in capsys.readouterr().err
     large = [{**row, "split": "train"} for row in made(400)]
     assert units(large, "source") == 20
     uneven = large[:25] + [{**large[0], "key": f"long{i}", "shot_start": float(i)}

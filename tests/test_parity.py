@@ -805,7 +805,7 @@ def wan_pipeline(case):
         video = torch.cat(list(D.decode_long(sampler.part("vae")[0], (
             latents * sampler.std + sampler.mean)[None])), 2).clamp(-1, 1)
         found |= {f"{name}.latents": whole(latents), f"{name}.sigmas": times, f"{name}.timesteps":
-                  told.floor() if args.whole_times else told,
+                  told.floor() if args.grid in sample.WAN_GRIDS else told,
                   f"{name}.video": video if batched else video[0]}
         found |= {f"{name}.{what}_step{i}": x for what, each in (("v", velocities), ("latents", steps))
                   for i, x in enumerate(each)}

@@ -300,3 +300,12 @@ def test_every_command_of_the_readme_runs(demo, tmp_path, monkeypatch):
     for command in commands:
         run_here(demo, [os.path.expanduser(word) for word in shortened(command)])
     assert len(list((demo / "runs/mine/samples").glob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize("script", ["prepare_data", "train_vae", "caption", "train_dit", "sample"])
+def test_ctrl_c_while_packages_are_imported_ends_in_one_line(script, tmp_path):
+    name = "av" if script == "prepare_data" else "torch"
+    (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n1 / 0\n")
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", "demo"], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, f"\n{script}.py: stopped\n")

@@ -407,6 +407,36 @@ def test_metadata_forms(tmp_path):
         (12, 6.0, 32, 24), (3, 6.0, 32, 24)]
 
 
+def test_pieces_of_the_length_that_was_asked_for_are_kept(tmp_path, capsys, monkeypatch):
+    """Of 0.5 s at 25/s there are 12 or 13 frames; without --min_seconds what is left is kept too, as are
+    equal pieces. --report alone writes its folder from a finished set; bounds without an end say 'or more'."""
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/x.mp4", shot(RED, 60), 25)
+    monkeypatch.chdir(tmp_path)
+    for i, (options, frames) in enumerate((
+            (["--split", "seconds"], [13, 12, 13, 12, 10]), (["--split", "seconds", "--min_seconds", "0.5"],
+                                                             [13, 12, 13, 12]), ([], [12] * 5))):
+        pd.main([f"set{i}", "--videos", "in", "--workers", "1", "--max_seconds", "0.5", *options])
+        found = [row["frames"] for row in pd.open_dataset(tmp_path / f"data/set{i}")]
+        assert sorted(found) == sorted(frames) and ("min_seconds" in " ".join(options)) == bool(
+            pd.read_rows(tmp_path / f"data/set{i}/rejected.jsonl"))
+    pd.main(["set0", "--report"])
+    assert (tmp_path / "data/set0/report/report.txt").is_file()
+    for options, says in ((["set9", "--report"], "--videos DIR is needed"),
+                          (["a", "--workers", "0"], "--workers: 0 is out of range, must be 1 or more"),
+                          (["a", "--crf", "99"], "must be 0 to 51")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            pd.main(options)
+        assert says in capsys.readouterr().err
+    monkeypatch.setattr(pd, "matmul_rate", lambda: 1e9)
+    row = {"frames": 50, "height": 480, "width": 640, "start": 0, "end": 2, "fps": 25.0, "captions": []}
+    told = lambda **more: pd.next_steps("mine", [row | more] * 9, False).splitlines()[0]
+    assert "; less with --max_side 96 --max_fps 12)" in told()
+    assert "; less with --max_seconds 2)" in told(height=64, width=96, fps=10.0, end=9)
+    assert "less with" not in told(height=64, width=96, fps=12.0)
+
+
 def test_captions_beside_the_files_need_no_option(tmp_path):
     (tmp_path / "in/cats").mkdir(parents=True)
     for name in "ab":

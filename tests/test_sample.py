@@ -155,7 +155,7 @@ def test_samplers_turn_noise_into_a_known_distribution(sampler, most):
 
     def error(steps):
         args = S.parse_options(["x", "--prompt", "", "--sampler", sampler, "--steps", str(steps)])
-        args.ends, args.whole_times = (1.0, 0.0), False
+        args.ends = 1.0, 0.0
         draw = lambda i: torch.from_numpy(np.random.default_rng(9 + i).standard_normal((4000, 1))).float()
         *_, x = S.trajectory(args, D.Objective(), read, noise, None, 1.0, 1.0, draw)
         return max(abs(x.mean().item() - 3), abs(x.std().item() - 0.5))
@@ -485,7 +485,8 @@ def test_names_tell_settings_apart_and_nothing_is_overwritten(learnt, tmp_path, 
     args.usual |= {"fps": 10.0, "frames": 5, "size": [32, 32]}
     stem = lambda prompt: S.stem_of(S.request_of(args, {"prompt": prompt}), args)
     assert stem("红色的圆, \x1b[31m向左!") == "红色的圆-31m向左-s0" and stem("हिन्दी में") == "हिन्दी-में-s0"
-    assert stem("cafe\u0301 <b>") == "café-b-s0" and stem("🙂/..") == "empty-s0"
+    assert stem("cafe\u0301 <b>") == "café-b-s0" and stem("..") == stem("") == "empty-s0"
+    assert stem("🙂/..") == "slightly-smiling-face-s0" and stem("🐱\ufe0f 🐶") == "cat-face-dog-face-s0"
     assert len(stem("猫" * 300).encode()) <= 123 and stem("x" * 300) == "x" * 60 + "-s0"
 
 
@@ -522,6 +523,59 @@ def test_the_page_shows_the_samples_that_are_there(learnt, tmp_path, capsys, mon
     next(tmp_path.glob("i-b*.mp4")).unlink()
     call("--prompt", "a")
     assert "i-b-i" not in (tmp_path / "index.html").read_text()
+
+
+def test_pictures_that_a_run_cannot_keep_to_are_told(tmp_path, capsys, monkeypatch):
+    """tests/demo, and at either end a frame like its data's, or one of a kind that it never saw."""
+    shot = demo_shot(rng(77, 0), [("red", "circle", "right")], "dark", 48, 32, 10.0)
+    y, x = np.mgrid[:32, :48]
+    strange = np.stack([5 * x, 7 * y, 255 - 5 * x], -1).astype(np.uint8)
+    for name, picture in (("known", render_shot(shot)[-1]), ("strange", strange)):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    rows = [{"prompt": f"{name} {end}", end: str(tmp_path / f"{name}.png")}
+            for name in ("known", "strange") for end in ("image", "last")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    S.main([str(Path(__file__).with_name("demo")), "--prompts", str(tmp_path / "p.jsonl"), "--steps", "8", "--device",
+            "cpu", "--out", str(tmp_path / "out")])
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "levels" in line]
+    assert len(lines) == 2 and "strange-image" in lines[0] and "leaves --image" in lines[0]
+    assert "strange-last" in lines[1] and "levels off --last" in lines[1]
+
+
+def test_labels_of_sheets_say_the_task_and_are_told_apart(tmp_path, monkeypatch):
+    """Of scripts without a font spelled, or in a font that has them; none runs into its neighbour."""
+    label = S.label_of({"prompt": "a boat", "seed": 3, "image": "/x/ball.png", "extend": 2, "frames": 5})
+    assert label == "image ball.png, extend 2: a boat (seed 3)"
+    assert S.label_of({"prompt": "a boat", "seed": 3}) == "a boat (seed 3)"
+    opened, whole, found = [], P.ImageFont.truetype, lambda: open("/nonexistent/font")
+
+    def truetype(font, *more, **others):
+        if not isinstance(font, str):                        # Pillow's own
+            return whole(font, *more, **others)
+        opened.append(font)
+        return found()
+    monkeypatch.setattr(P.ImageFont, "truetype", truetype)
+    P.label_fonts.cache_clear()
+    assert P.lettered("a cat …")[1] == "a cat …" and not opened
+    for text, said in (("кот", "kaote"), ("猫 犬", "732b 72ac"), ("कब", "kaba"), ("🐱\ufe0f", "cat-face"),
+                       ("cafe\u0301 – «é»", "cafe - «e»")):
+        assert P.lettered(text)[1] == said
+    assert opened == [*P.FONTS]
+    frames = np.zeros((2, 32, 48, 3), np.uint8)
+    sheets = []
+    for text in ("猫" * 99, "犬" * 99, "W" * 99, "WIDE " * 40):
+        P.contact_sheet(tmp_path / "sheet.png", [(frames, text)] * 3)
+        sheets.append(np.asarray(Image.open(tmp_path / "sheet.png")))
+        for column in (1, 2):                                # 212 px each, the label 12 px from its left
+            assert (sheets[-1][:, 12 + 212 * column - 4:12 + 212 * column] == (24, 26, 30)).all(), text
+    assert not np.array_equal(*sheets[:2])
+    full = P.ImageFont.load_default(12)
+    full.getmask = lambda text: b"box" if text == "\uffff" else b"letter"
+    full.font_variant = lambda **_: full
+    found = lambda: full
+    P.label_fonts.cache_clear()
+    assert P.lettered("кот") == (full, "кот")
+    P.label_fonts.cache_clear()
 
 
 def test_ctrl_c_keeps_what_is_finished(inside, tmp_path, capsys, monkeypatch):
