@@ -857,6 +857,40 @@ def test_folders_that_are_not_read_yet_end_in_one_line(i2v, tmp_path, capsys):
     sampled(tmp_path / "it", tmp_path / "o", "--image", str(i2v / "picture.png"))
 
 
+def test_the_shift_of_a_folder_without_a_scheduler_is_said(i2v, tmp_path, capsys):
+    """By layout, kind and size, as published; a scheduler or --shift ends the guess."""
+    wanted = {("diffusers", "wan"): (3.0, 5.0), ("diffusers", "i2v"): (3.0, 5.0), ("diffusers", "ti2v"): (5.0, 5.0),
+              ("wan", "wan"): (5.0, 5.0), ("wan", "i2v"): (3.0, 5.0), ("wan", "ti2v"): (5.0, 5.0)}
+    for (layout, kind), shifts in wanted.items():
+        for size, shift in zip(("480x832", "1280x720"), shifts):
+            V.say_once.cache_clear()
+            args = S.parse_options(["x", "--prompt", "a", "--size", size])
+            assert S.usual_shift(args, tmp_path, kind, layout) == shift
+            said = capsys.readouterr().err
+            assert f"{shift:g} is assumed" in said and "--shift" in said and said.count("\n") == 1
+    assert S.usual_shift(S.parse_options(["x", "--prompt", "a"]), tmp_path, "wan", "diffusers") == 3.0
+    for layout, word in (("diffusers", "has no scheduler/"), ("wan", "Wan's own code")):
+        for more, shift in ((("--shift", "7"), 7.0), ((), 3.0)):
+            V.say_once.cache_clear()
+            capsys.readouterr()
+            out = tmp_path / f"{layout}{shift}"
+            sampled(i2v / layout, out, "--image", str(i2v / "picture.png"), *more)
+            assert (word in capsys.readouterr().err) == (not more)
+            assert [json.loads(path.read_text())["how"]["shift"] for path in out.glob("*.json")] == [shift]
+
+
+def test_an_i2v_without_its_image_encoder_says_where_to_get_it(i2v, tmp_path, capsys):
+    for layout, part in (("diffusers", "image_encoder"), ("wan", S.WAN_CLIP)):
+        place = tmp_path / layout
+        shutil.copytree(i2v / layout, place)
+        (place / part).rename(tmp_path / part)
+        run = lambda: sampled(place, tmp_path / "o", "--image", str(i2v / "picture.png"))
+        told = refused(capsys, run)
+        assert "put image_encoder/ of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers" in told and S.WAN_CLIP in told
+        (tmp_path / part).rename(place / part)                             # as told
+        run()
+
+
 def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys):
     """An encoder of another width, an autoencoder of other channels; a superscript is no class."""
     place = i2v / "diffusers"
