@@ -79,7 +79,7 @@ from train_vae import (Namespace, barrier, bench, checked, chosen, claim,
                        is_finished, is_run, last_checkpoint, latents_path, load_autoencoder,
                        load_step, lr_at, model_path, normaliser, moved, one_run, optimizer_tensors,
                        option_parser, peak_mib, plain, read_class, read_config, read_header,
-                       read_log, read_tensors, restore_optimizer, save_file, say_once, setup,
+                       read_log, read_tensors, refuse_nan, restore_optimizer, save_file, say_once, setup,
                        sheet_frames, split_rows, start_run, sum_over_ranks, take_step, tensor_sum,
                        to_frames, training_options)
 
@@ -2357,6 +2357,7 @@ def from_published(published, layout, model, path):
             and not key.endswith("norm_added_q.weight")]     # diffusers' I2V files hold it, and
     if left:                                                 # nothing reads it
         refuse(f"{path}: the weights hold {min(left)}, which this kind of model has not")
+    refuse_nan(published, path)
     state = {}
     for ours in model.state_dict():
         theirs, change = their_names(ours, layout)
@@ -2590,6 +2591,7 @@ def filled(make, options, state, path):
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         refuse(f"{path}: {error}")
+    refuse_nan(state, path)
     return model.eval()
 
 

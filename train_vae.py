@@ -421,6 +421,19 @@ def refuse_scaled(names, path):
                "only float32, bfloat16, float16 and plain float8: take such a file")
 
 
+def refuse_nan(tensors, path):
+    """Refuses weights that are not all finite, {name: tensor}: one sum each, looked at together."""
+    sums = {name: x.sum(dtype=torch.float32) for name, x in tensors.items()
+            if torch.is_tensor(x) and x.is_floating_point() and not x.is_meta}
+    if not sums or torch.stack(list(sums.values())).sum().isfinite():
+        return
+    bad = [name for name in sums if not tensors[name].isfinite().all()]    # sums may overflow
+    if bad:
+        n = tensors[bad[0]].isfinite().logical_not().sum().item()
+        refuse(f"{path}: {bad[0]} holds {n:,} numbers that are NaN or infinite, one of {len(bad)} "
+               "such tensors: fetch the file again, or take another")
+
+
 def refuse_pointer(path):
     """Refuses what git leaves in a large file's place where Git LFS did not run."""
     with open(path, "rb") as file:
@@ -2681,6 +2694,7 @@ def load_names(model, names, weights, path):
             refuse(f"{path}: {name} has shape {list(weights[name].shape)}, "
                    f"not {list(state[own].shape)}")
         state[own] = weights[name].float().reshape(state[own].shape)
+    refuse_nan({name: weights[name] for name in names.values()}, path)
     if next(model.parameters()).is_meta:
         model.to_empty(device="cpu")
     model.load_state_dict(state)

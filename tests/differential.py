@@ -94,6 +94,11 @@ def save(model, folder, r):
                 part["rope_scaling"] = rope
     if told["model_type"] in ("qwen2_vl", "qwen2_5_vl") and "text_config" in told and r.integers(2):
         told = {k: v for k, v in told.pop("text_config").items()} | told  # as 4.45 wrote it
+    said = dict(repetition_penalty=pick(r, 1.0, 1.02, 1.05, 1.1, 1.3), no_repeat_ngram_size=int(pick(r, 0, 0, 1, 2, 3)))
+    for part in (told, told.get("text_config", {})):
+        if said["repetition_penalty"] > 1 and part.get("hidden_act") == "silu":
+            part["hidden_act"] = "swish"             # the same by another of its names
+    (folder / "generation_config.json").write_text(json.dumps(said))
     (folder / "config.json").write_text(json.dumps(told))
     index = folder / "model.safetensors.index.json"
     if index.exists() and r.integers(2):
@@ -221,9 +226,10 @@ def compare_writer(name, theirs, folder, r):
         [len(request.ids)]))
     mine, wanted = ours.decoder.logits(h)[0], theirs(**given).logits[0]
     error = float((mine - wanted).abs().max() / wanted.std())
+    theirs.generation_config = T.GenerationConfig.from_pretrained(folder)
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
     found = theirs.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -8:].tolist()
-    said = next(C.generate(ours.decoder, [request], 1, 8))[1]
+    said = next(C.generate(ours.decoder, [request], 1, 8, penalties=ours.penalties))[1]
     return error, said == found
 
 

@@ -248,6 +248,33 @@ def test_p05_files_of_half_precision_are_read_as_float32(tmp_path):
             assert all(x.dtype == torch.float32 for x in found.state_dict().values())
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
+    """Of a Wan, a DiT, a U-ViT's training, both autoencoders."""
+    config, state, *_ = wan_fixture()
+    places = [(D.load_published, written(tmp_path / "wan", config, state), "blocks.0.ffn.net.0.proj.weight")]
+    for kind, name in (("sd-vae/vae", "decoder.conv_in.weight"), ("wan-vae-original", "decoder.conv1.weight")):
+        shutil.copytree(FIXTURES / kind, tmp_path / kind)
+        places.append((V.load_published, tmp_path / kind, name))
+    for name in ("dit", "uvit"):
+        folder = FIXTURES / {"dit": "dit-sigma", "uvit": "uvit-class"}[name]
+        place = shutil.copytree(folder, tmp_path / name)
+        file = next(p for p in place.iterdir() if p.suffix in (".pt", ".pth"))
+        places.append((lambda place: D.load_published(place, 2), file,
+                       "blocks.0.attn.proj.weight" if name == "dit" else "mid_block.mlp.fc1.weight"))
+    for load, place, name in places:
+        for value in (float("nan"), float("inf")):
+            files = [p for p in place.rglob("*") if p.suffix in (".safetensors", ".pth", ".pt")
+                     and p.name != "io.safetensors"] if place.is_dir() else [place]
+            path, = files
+            found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            assert name in found, sorted(found)[:5]
+            found = {n: x.clone() for n, x in found.items()}
+            found[name].view(-1)[1] = value
+            path.unlink()
+            (save_file if path.suffix == ".safetensors" else torch.save)(found, path)
+            assert f"{name} holds 1 numbers" in refused(capsys, load, place)
+
+
 def test_names_inside_that_wrappers_make_are_taken_off(tmp_path):
     config, state, _ = wan_fixture()
     found, _, _ = D.load_published(written(tmp_path, config, {
