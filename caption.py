@@ -107,12 +107,12 @@ from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulte
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse, rng,
                           run_dir, script, write_rows, write_text)
-from train_vae import (INSIDE, RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
+from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
                        innermost, is_finished, last_step, load_step, lr_at, moved, one_run,
                        optimizer_tensors, option_parser, prefetch, read_config, read_header,
                        read_log, read_tensors, refuse_nan, refuse_pointer, refuse_quantized,
-                       restore_optimizer, save_file, say_once, setup, start_run, take_step,
-                       tensor_sum, training_options)
+                       restore_optimizer, same_held_out, save_file, say_once, setup, start_run,
+                       take_step, tensor_sum, training_options, unwrapped)
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
@@ -965,11 +965,11 @@ def captioned(args, run):
     if len(learnt) < FEWEST and not is_allowed:
         refuse(f"{folder}: {len(learnt)} captioned clips are too few to train a captioner on, at "
                f"least {FEWEST} are wanted. {WITHOUT}. --few trains it all the same")
-    held_out = [row for row in rows if row["split"] != "train"]
-    if not held_out:
+    held_out = same_held_out(run, rows, lambda: [
+        row for row in rows if row["split"] != "train"] or learnt[:16])
+    if held_out[0]["split"] == "train":
         print(f"{folder} holds out no captioned clip: the held-out loss is that of clips that are "
               "learnt from", file=sys.stderr)
-        held_out = learnt[:16]
     return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
 
 
@@ -983,6 +983,7 @@ def pick_caption(row, args, step):
 @one_run
 def train(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
+    claim(run)
     folder, learnt, held_out = captioned(args, run)
     checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
                                  "model": MODELS[args.model]})
@@ -1461,35 +1462,22 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     return model.eval().requires_grad_(False)
 
 
-WRAPPED = re.compile(r"^(?:(?:module|base_model\.model)\.)+")
-
-
-def published_tensors(path):
-    """`read_tensors` without what DDP, FSDP, torch.compile, PEFT or Lightning put before names."""
-    found = {WRAPPED.sub("", INSIDE.sub("", str(name))): tensor
-             for name, tensor in innermost(read_tensors(path)).items()}
+def published_tensors(path, mark, ours=""):
+    """`read_tensors` under a network's own names: `mark` and `ours` as `unwrapped` has them."""
+    found = unwrapped(innermost(read_tensors(path)), mark, ours)
     added = [name for name in found if re.search(r"\.(lora_[AB]|base_layer|lora_magnitude)", name)]
     if added:
         refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: merge it "
                "(PEFT: merge_and_unload) and save that")
-    if any(re.match(r"model\.(language_model\.)?(model|lm_head)\.", name) for name in found):
-        found = {name.removeprefix("model."): tensor for name, tensor in found.items()}
     return found
 
 
-def under(weights, part, mark):
-    """Tensors whose names begin with `part`, whatever stands there before `mark`, which is the name
-    of one that each has: nothing, text_model., model.text_model. and so on."""
-    before = min((name[:-len(mark)] for name in weights if name.endswith(mark)
-                  and not name[:-len(mark)].endswith("decoder.")), key=len, default=part)
-    ours = part if not before.endswith(part) else ""
-    before = before.removesuffix(part)
-    return {ours + name.removeprefix(before) if name.startswith(before) else name: tensor
-            for name, tensor in weights.items()}
-
-
-T5_MARK = "encoder.", "block.0.layer.0.layer_norm.weight"
-CLIP_MARK = "text_model.", "embeddings.token_embedding.weight"
+# Marks of `unwrapped`: a name's pattern, and what its network's names begin with
+T5_MARK = r"(encoder\.)?block\.0\.layer\.0\.layer_norm\.weight", "encoder."
+CLIP_MARK = r"(text_model\.)?embeddings\.token_embedding\.weight", "text_model."
+TOWER_MARK = r"(vision_model\.)?embeddings\.patch_embedding\.weight"
+LM = r"(?:language_model\.model|model\.language_model|llm\.model|transformer|model)\."
+LM_MARK = LM + r"(embed_tokens|tok_embeddings|wte)\.weight"
 T5_KEYS = [
     (r"embed", r"shared|encoder.embed_tokens"), (r"norm", r"encoder.final_layer_norm"),
     (r"tables.(\d+)", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
@@ -1768,9 +1756,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
-    weights = weights or published_tensors(where)
-    if not patterns:
-        weights = under(weights, *(CLIP_MARK if is_clip else T5_MARK))
+    weights = weights or published_tensors(where, *(CLIP_MARK if is_clip else T5_MARK))
     patterns = patterns or ((CLIP_KEYS, CLIP_IGNORED) if is_clip else (T5_KEYS, T5_IGNORED))
     load_strictly(model, weights, *patterns, dtype, device, where)
     model.is_wan, model.where = is_wan, tokens
@@ -1850,8 +1836,7 @@ NAMES = [   # of layers, whatever the model: (published, ours), each tried once,
     (r"mlp\.(w1|up_proj|fc1|c_fc)\.", "up."),
     (r"mlp\.(down_proj|c_proj|fc2)\.", "down."),
     (r"feed_forward\.w(\d)\.", lambda found: ("gate.", "down.", "up.")[int(found[1]) - 1]),
-    (r"^(?:language_model\.model|model\.language_model|llm\.model|transformer|model)\."
-     r"(layers|norm|ln_f|embed_tokens|tok_embeddings|wte)\.", r"decoder.\1."),
+    (rf"^{LM}(layers|norm|ln_f|embed_tokens|tok_embeddings|wte)\.", r"decoder.\1."),
     (r"^decoder\.(embed_tokens|tok_embeddings|wte)\.", "decoder.embed."),
     (r"^decoder\.ln_f\.", "decoder.norm."),
     (r"^(language_model\.|llm\.)?(lm_head|output)\.", "decoder.head."),
@@ -3188,7 +3173,7 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
             refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
             refuse(f"{path} is of a {made}, which writes no text: the {kind} that does is read")
-        weights = published_tensors(path)
+        weights = published_tensors(path, LM_MARK)
         config = DEFAULTS.get(kind, {}) | config | {"model_type": kind}
         plan = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
@@ -3198,7 +3183,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and tower and not any(
                 "vision_tower" in name for name in weights):
-            beside = published_tensors(sub_config(path, tower)["folder"])    # perhaps all of a CLIP
+            beside = published_tensors(                         # perhaps all of a CLIP
+                sub_config(path, tower)["folder"], TOWER_MARK)
             weights |= {name: beside[name] for name in beside
                         if "vision_model." in name or re.match(
                             "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
@@ -3471,7 +3457,7 @@ class Scorer:
             refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: it is of a {kind}")
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
-        weights = under(published_tensors(args.clip), *CLIP_MARK)
+        weights = published_tensors(args.clip, *CLIP_MARK)
         with read_as_config(args.clip):
             sight = {**(SIGLIP if self.is_siglip else CLIP), **(config.get("vision_config") or {}),
                      **(config.get("vision_config_dict") or {})}

@@ -60,9 +60,9 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
-from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, WAN_T5, Scorer, clip_sight, crop,
-                     image_processor, load_strictly, normal, open_vlm, read_as_config,
-                     read_published, rewrite, to_ours)
+from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, TOWER_MARK, WAN_T5, Scorer, clip_sight, crop,
+                     image_processor, load_strictly, normal, open_vlm, published_tensors,
+                     read_as_config, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, lines_of, number, one_line, open_dataset, read_clip,
@@ -73,7 +73,7 @@ from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averag
                        interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
                        open_text_encoder, runge_kutta, sample_codes, shifted, target,
                        to_velocity_x0_noise, token_shift, words_of)
-from train_vae import (INSIDE, barrier, bench, decode_long, encode_long, frechet, gaussian,
+from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian,
                        gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
                        option_parser, read_class, read_config, read_tensors, save_file, say_once,
                        setup, sheet_frames, to_frames, to_tensor)
@@ -2119,27 +2119,13 @@ def tower_config(path):
                            if not name.startswith(f"visual.transformer.{depth - 1}.")}
 
 
-def tower_weights(where):
-    """The tensors of CLIP's vision tower in a folder, alone or in a whole CLIP, without what a
-    wrapper puts before their names."""
-    weights = {INSIDE.sub("", name): x for name, x in read_tensors(where).items()}
-    mark = "embeddings.class_embedding"
-    before = {name[:-len(mark)].removesuffix("vision_model.") for name in weights
-              if name.endswith(mark)}
-    if len(before) != 1:
-        refuse(f"{where}: the weights have {len(before)} tensors {mark}, a CLIP has one")
-    prefix, = before
-    return {name.removeprefix(prefix): x for name, x in weights.items() if not re.match(
-        r"(text_model|text_projection|logit_scale)(\.|$)", name.removeprefix(prefix))}
-
-
 def open_image_encoder(path, device):
     """uint8 [H, W, 3] -> [1 + patches, width]: what Wan 2.1's I2V reads of its image, the hidden
     states before the last layer of CLIP's vision tower, in a folder of either layout. Wan's own
     scales the whole picture to a square, diffusers' cuts the middle square out."""
     where, config, weights = tower_config(path)
     is_wan, size, mean_std = weights is not None, config["image_size"], CLIP_MEAN
-    weights = weights or tower_weights(where)
+    weights = weights or published_tensors(where, TOWER_MARK)
     beside = path / "image_processor"
     with read_as_config(beside if beside.is_dir() else where, "preprocessor_config.json"):
         if not is_wan:
@@ -2149,8 +2135,9 @@ def open_image_encoder(path, device):
             model = nn.Module()
             model.tower = clip_sight(config, -2, keep_cls=True)()
         weights = to_ours(weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
-    load_strictly(model, weights, [(".*", r"\g<0>")], r"(visual_projection|tower\.(post|post_norm|"
-                  r"head|layers\.\d+))\..*", torch.float32, device, where)
+    load_strictly(model, weights, [(".*", r"\g<0>")], r"(text_model|text_projection|"
+                  r"logit_scale|visual_projection|tower\.(post|post_norm|head|layers\.\d+))\..*",
+                  torch.float32, device, where)
 
     @torch.no_grad()
     def read(picture):

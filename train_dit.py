@@ -2478,7 +2478,7 @@ def uvit_options(state, heads, text_tokens, path):
         time_mlp="time_embed.0.weight" in state)
 
 
-MARKS = ("x_embedder.proj.weight", "mid_block.mlp.fc1.weight", "patch_embedding.weight")
+MARK = r"(x_embedder\.proj|mid_block\.mlp\.fc1|patch_embedding)\.weight"
 
 
 # What DiT's and SiT's trainings say of a network in `args` of their checkpoints, beside its name:
@@ -2551,7 +2551,7 @@ def load_published(path, heads=None, text_tokens=77):
     if "hyper_parameters" in file:
         model, options, _ = load_gpt(path, file)
         return model, "gpt", options
-    state = plain(innermost(file), path, MARKS)
+    state = plain(innermost(file), path, MARK)
     with read_as_config(path):
         if "mid_block.mlp.fc1.weight" in state and layout == "dit":
             options = uvit_options(state, heads, text_tokens, path)

@@ -71,8 +71,9 @@ from kernels.linear import Linear
 from kernels.memory import keep_memory
 from kernels.optim import MuonAdamW
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
-                          is_sole, number, one_line, open_dataset, read_clip, read_text, refuse,
-                          rng, run_dir, script, sweep, where, writable, write_rows, write_text)
+                          is_sole, lines_of, number, one_line, open_dataset, read_clip, read_text,
+                          refuse, rng, run_dir, script, sweep, where, writable, write_rows,
+                          write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 
@@ -263,6 +264,7 @@ def write_config(folder, config):
 
 
 HELD = {}               # of this process's runs: (lock file, whether it made the run)
+HELD_OUT = "held_out.txt"       # of a run: its held-out clips' keys, one a line
 
 
 def one_run(train):
@@ -279,7 +281,7 @@ def one_run(train):
             if lock:
                 Path(lock.name).unlink(missing_ok=True)
                 if is_new and not any(Path(folder).glob("step-*")) and not read_log(folder):
-                    for name in ("config.json", "tokenizer.json", "log.jsonl"):
+                    for name in ("config.json", "tokenizer.json", "log.jsonl", HELD_OUT):
                         Path(folder, name).unlink(missing_ok=True)
                     with contextlib.suppress(OSError):           # what others put there stays
                         Path(folder).rmdir()
@@ -487,23 +489,31 @@ def read_tensors(path):
     return found
 
 
-INSIDE = re.compile(r"\b(_orig_mod|_forward_module|_fsdp_wrapped_module|"
-                    r"_checkpoint_wrapped_module)\.")
-BEFORE = re.compile(r"((model|module|diffusion_model|net|ema|ema_model|dit|transformer|vae|"
-                    r"first_stage_model)\.)*")
+WRAPPER = r"(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+WRAPPERS = re.compile(rf"^(?:{WRAPPER}|module\.|base_model\.model\.)+|\b{WRAPPER}")
 BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|conditioner|model_ema)"
                     r"\.")                       # other networks of a checkpoint that holds several
 
 
-def plain(weights, path, marks):
-    """A network's published tensors in float32 under its own names. Half precision and fp8 without
-    scales are cast up; what a wrapper (torch.compile, DDP, Lightning, ComfyUI) puts before names is
-    taken off: whatever stands before one of `marks`, names that every network of a kind has."""
-    weights = {INSIDE.sub("", name): tensor for name, tensor in weights.items()}
-    before = {name[:-len(mark)] for name in weights for mark in marks if name.endswith(mark)}
-    prefix = min(filter(BEFORE.fullmatch, before), key=len, default="")
-    found = {name.removeprefix(prefix): tensor for name, tensor in weights.items()
-             if name.startswith(prefix) or not BESIDE.match(name)}
+def unwrapped(weights, mark, ours=""):
+    """Tensors without what a wrapper (torch.compile, DDP, FSDP, PEFT, Lightning, ComfyUI, a
+    pipeline) puts before their names: whatever stands before `mark`, the pattern of a name that
+    every network of a kind has; the shortest, where several networks have one. `ours` comes before
+    the names instead, unless the mark found begins with it."""
+    weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in weights.items()}
+    marks = filter(None, map(re.compile(rf"((?:.*?\.)??)({mark})").fullmatch, weights))
+    before, mark = min((match.group(1, 2) for match in marks),
+                       key=lambda found: (len(found[0]), found), default=("", ours))
+    ours = "" if mark.startswith(ours) else ours
+    return {ours + name[len(before):] if name.startswith(before) else name: tensor
+            for name, tensor in weights.items()
+            if name.startswith(before) or not BESIDE.match(name)}
+
+
+def plain(weights, path, mark):
+    """A network's published tensors, `unwrapped`, in float32: half precision and fp8 without scales
+    are cast up."""
+    found = unwrapped(weights, mark)
     for name, tensor in found.items():
         if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
             kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
@@ -2026,20 +2036,39 @@ def latent_statistics(model, videos):
 def split_rows(rows, folder, run=None):
     """(training rows, held-out rows): by the data set's own split. One that prepare_data.py drew,
     or none, is brought to five files at least (`draw_held_out`); but a run from before that rule
-    keeps what it began with. Refuses a data set that has nothing to train on."""
-    held = [row for row in rows if row["split"] != "train"]
+    keeps what it began with, and each run its own (`same_held_out`). Refuses a data set that has
+    nothing to train on."""
     is_drawn = all(row["split"] == drawn_split(row.get("source", row["key"])) for row in rows)
-    if run and has_older_split(run):
-        if not held:
+
+    def draw():
+        held = [row for row in rows if row["split"] != "train"]
+        if run and has_older_split(run):
             order = epoch_order(rows, lambda row: row["key"], "held out", 0)
-            held = order[:max(1, len(rows) // 20)] if len(rows) > 1 else []
-    elif is_drawn or not held:
-        held = draw_held_out(rows, held, folder)
+            return held or order[:max(1, len(rows) // 20) if len(rows) > 1 else 0]
+        return draw_held_out(rows, held, folder) if is_drawn or not held else held
+
+    held = same_held_out(run, rows, draw)
     keys = {row["key"] for row in held}
-    train = [row for row in rows if row["key"] not in keys]
+    train = [row for row in rows if row["key"] not in keys and (
+        is_drawn or row["split"] == "train")]
     if not train:
         refuse(f"{folder} has no clip in its training split")
     return train, held or train
+
+
+def same_held_out(run, rows, draw):
+    """The rows that a run holds out: those that its HELD_OUT names, so that its losses stay those
+    of the same clips when others are added; else draw()'s, which a run that trains writes there."""
+    path = Path(run or "", HELD_OUT)
+    if run and path.is_file():
+        known = {row["key"]: row for row in rows}
+        held = [known[key] for key in lines_of(read_text(path)) if key in known]
+        if held:
+            return held
+    held = draw()
+    if held and str(run) in HELD:
+        write_text(path, "".join(f"{row['key']}\n" for row in held))
+    return held
 
 
 def has_older_split(run):
@@ -2761,7 +2790,7 @@ def load_videogpt(path, saved):
 
 
 WAN_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-MARKS = ("encoder.conv1.weight", "encoder.conv_in.weight")
+MARK = r"encoder\.conv(1|_in)\.weight"
 
 
 def load_published(path):
@@ -2782,7 +2811,7 @@ def load_published(path):
         model, options = load_videogpt(path, weights)
         mean, std = [0.0] * model.z_dim, [1.0] * model.z_dim
     else:
-        weights = plain(innermost(weights), path, MARKS)
+        weights = plain(innermost(weights), path, MARK)
         if config:
             check_class(name, config, len(weights), path / "config.json")
         elif not {"encoder.conv1.weight", "conv2.weight", "decoder.head.0.gamma"} <= set(weights):

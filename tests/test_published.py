@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from test_families import refused
 
 import caption as c
+import train_dit as D
 import train_vae as V
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1484,8 +1485,25 @@ def test_a_folder_that_was_saved_twice(tmp_path, capsys):
 def test_p02_state_dicts_in_training_checkpoints(wrap, tmp_path):
     state = {"model.norm.weight": torch.arange(3.0), "lm_head.weight": torch.ones(2, 3)}
     torch.save(wrap(state), tmp_path / "pytorch_model.bin")
-    found = c.published_tensors(tmp_path)
+    found = c.published_tensors(tmp_path, c.LM_MARK)
     assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("before", ["", "module.", "base_model.model.", "wrapped.pipe.", "net._orig_mod."])
+def test_p02_one_rule_for_what_stands_before_names(before):
+    """Of denoisers, autoencoders, towers, text encoders and captioners; another network beside is left out."""
+    for mark, ours, names in (
+            (D.MARK, "", "x_embedder.proj.weight blocks.0.a"), (V.MARK, "", "encoder.conv_in.weight decoder.a"),
+            (c.TOWER_MARK, "", "vision_model.embeddings.patch_embedding.weight vision_model.a"),
+            (*c.T5_MARK, "encoder.block.0.layer.0.layer_norm.weight shared.weight "
+             "decoder.block.0.layer.0.layer_norm.weight"),
+            (*c.CLIP_MARK, "text_model.embeddings.token_embedding.weight text_projection.weight"),
+            (c.LM_MARK, "", "model.embed_tokens.weight model.a visual.a lm_head.weight"),
+            (c.LM_MARK, "", "language_model.model.embed_tokens.weight vision_tower.a"),
+            (c.LM_MARK, "", "model.language_model.embed_tokens.weight model.visual.a lm_head.weight")):
+        beside = {"text_encoders.a": 0} if before.startswith("wrapped") else {}
+        found = V.unwrapped({**{before + name: i for i, name in enumerate(names.split())}, **beside}, mark, ours)
+        assert found == {name: i for i, name in enumerate(names.split())}, (mark, before)
 
 
 def test_a_vocabulary_with_holes(tmp_path):

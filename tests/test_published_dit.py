@@ -974,7 +974,7 @@ def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
             dict(config=lambda c: whole(c | {"quantization_config": {"quant_method": "gptq"}})), "gptq"), (
             dict(config=lambda c: c | {"model_type": "siglip_vision_model"}), "siglip_vision_model"), (
             dict(config=lambda c: c | {"hidden_act": "relu6"}), "relu6"), (
-            dict(name=lambda name: name.replace("class_embedding", "cls")), "class_embedding")):
+            dict(name=lambda name: name.replace("class_embedding", "cls")), "embeddings.cls is unexpected")):
         assert told in refused(capsys, S.open_image_encoder, folder(**more), "cpu")
 
 

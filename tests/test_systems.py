@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import caption
 import prepare_data
 import sample
 import train_dit as D
@@ -261,6 +262,47 @@ def test_a_run_shows_how_it_goes_and_its_best_weights_are_sampled(
         "size": [32, 32], "frames": 9, "fps": 9.0, "sizes": [[32, 32, 8]], "frames_range": [9, 9],
         "fps_range": [9.0, 9.0], "side_range": [32, 32], "grid_range": [[3, 4, 4], [3, 4, 4]],
         "text": True, "words": ["a", "bright", "dark", "video"]}
+
+
+def test_a_run_holds_out_the_same_clips_when_files_are_added(home, tmp_path, monkeypatch):
+    """All three that train: their losses before and after are of the same clips, and what came later is
+    learnt; a run without a record of its clips makes one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(D.MODELS, "video-tiny", dict(
+        kind="video", dim=24, depth=1, heads=2, patch=(1, 1, 1), rope_base=100.0, text=(16, 1, 2)))
+    seen = {}
+    for module, name, at in ((train_vae, "held_out_bank", 2), (D, "held_out_bank", 0), (caption, "Frames", 1)):
+        def spy(*args, whole=getattr(module, name), of=(module.__name__, at), **kw):
+            seen[of[0]] = [row if isinstance(row, str) else row["key"] for row in getattr(
+                args[of[1]], "keys", args[of[1]])]
+            return whole(*args, **kw)
+        monkeypatch.setattr(module, name, spy)
+
+    def train(steps, files, *stages):
+        for path, name in files:
+            shutil.copy(path, f"videos/{name}.mp4")
+            shutil.copy(path.with_suffix(".txt"), f"videos/{name}.txt")
+        prepare_data.main(["set", "--videos", "videos", "--min_sharpness", "0", "--workers", "1"])
+        common = ["set", "--steps", steps, "--eval_every", "1", "--warmup", "0"]
+        for stage in stages:
+            {"dit": lambda: D.main([*common, "--run", "dit", "--model", "video-tiny", "--row_tokens", "64",
+                                    "--batch_tokens", "64"]),
+             "vae": lambda: train_vae.main([*common, "--batch", "2"]),
+             "encode": lambda: train_vae.main(["set", "--encode"]),
+             "words": lambda: caption.main([*common, "--train", "--few", "--run", "words", "--batch", "2"])}[stage]()
+        return {run: Path("runs", run, "held_out.txt").read_text().split() for run in ("set-vae", "dit", "words")}
+    (tmp_path / "videos").mkdir()
+    files = [home / f"videos/{label}/{label}{i}.mp4" for label in ("dark", "bright") for i in range(5)]
+    drawn = [f"v{i}" for i in range(99) if prepare_data.drawn_split(f"v{i}.mp4") == "val"]
+    first = train("1", zip(files, ["a", "b", "c", "d", drawn[0]]), "vae", "encode", "dit", "words")
+    before = dict(seen)
+    assert all(first.values()) and before["train_dit"] == first["dit"] and len(before["caption"]) == 5
+    Path("runs/words/held_out.txt").unlink()                 # a run of before: it makes one, and goes on
+    train("1", (), "words")
+    assert train("2", zip(files[5:], ["e", "f", "g", "h", drawn[1]]), "encode", "dit", "words", "vae") == first
+    assert {name: seen[name] for name in ("train_vae", "train_dit")} == {
+        name: before[name] for name in ("train_vae", "train_dit")}
+    assert len(seen["caption"]) == 9 and seen["caption"][-1:] == first["words"]
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(home, monkeypatch, capsys):
