@@ -105,12 +105,12 @@ from kernels.linear import FewRows, Linear, join
 from kernels.optim import MuonAdamW
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
-                          number, one_line, open_dataset, read_rows, read_text, refuse, rng,
-                          run_dir, script, write_rows, write_text)
+                          number, one_line, open_dataset, read_rows, read_text, refuse,
+                          refuse_pointer, rng, run_dir, script, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
-                       innermost, is_finished, last_step, load_step, lr_at, moved, one_run,
-                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_log, read_tensors, refuse_nan, refuse_pointer, refuse_quantized,
+                       innermost, is_finished, last_step, load_step, lr_at, lying_in, moved,
+                       one_run, optimizer_tensors, option_parser, prefetch, read_config,
+                       read_header, read_log, read_tensors, refuse_nan, refuse_quantized,
                        restore_optimizer, same_held_out, save_file, say_once, setup, start_run,
                        take_step, tensor_sum, training_options, unwrapped)
 
@@ -1390,7 +1390,7 @@ def read_published(path, missing=None):
             return found
     if path.is_file():
         refuse_pointer(path)
-    refuse(f"{path} is missing, or holds no JSON object")
+    refuse(f"{path} is missing, or holds no JSON object{lying_in(path.parent)}")
 
 
 @contextlib.contextmanager
@@ -1411,6 +1411,16 @@ class Renamed(dict):
     """Tensors under our names; `theirs`: {our name: the file's}."""
 
 
+USUALLY = {     # a module's name in most files | in Wan's CLIP
+    "decoder.head": "lm_head", "decoder.norm": "model.norm", "decoder.embed": "model.embed_tokens",
+    "tower.cls": "embeddings.class_embedding|visual.cls_embedding",
+    "tower.position": "embeddings.position_embedding|visual.pos_embedding",
+    "tower.patch": "embeddings.patch_embedding|visual.patch_embedding",
+    "tower.pre": "pre_layrnorm|visual.pre_norm", "tower.post": "post_layernorm",
+    "connector.0": "multi_modal_projector.linear_1", "visual": "visual_projection",
+    "connector.2": "multi_modal_projector.linear_2", "textual": "text_projection"}
+
+
 def name_there(name, weights):
     """The file's name of one of ours; of what it lacks by a neighbour's, another layer's or a
     weight's for its bias."""
@@ -1421,9 +1431,11 @@ def name_there(name, weights):
     if name in theirs or not theirs:
         return theirs.get(name, name)
     near = next((found for ours, found in theirs.items() if form(ours) == form(name)), None)
-    if not near:                                     # as most name them
-        return {"decoder.head.weight": "lm_head.weight", "decoder.norm.weight": "model.norm.weight",
-                "decoder.embed.weight": "model.embed_tokens.weight"}.get(name, name)
+    if not near:
+        module, _, kind = name.rpartition(".")
+        is_wan = any(each.startswith("visual.p") for each in theirs.values())
+        module = USUALLY.get(module, module).split("|")[-1 if is_wan else 0]
+        return module if re.search("(class|cls|pos)_embedding$", module) else f"{module}.{kind}"
     near = re.sub(r"\.(weight|bias)$", f".{name.rpartition('.')[2]}", near)
     layer = re.search(r"\.layers\.(\d+)\.", name)
     return re.sub(r"\.\d+\.", f".{layer[1]}.", near, count=1) if layer else near
@@ -1464,12 +1476,7 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
 
 def published_tensors(path, mark, ours=""):
     """`read_tensors` under a network's own names: `mark` and `ours` as `unwrapped` has them."""
-    found = unwrapped(innermost(read_tensors(path)), mark, ours)
-    added = [name for name in found if re.search(r"\.(lora_[AB]|base_layer|lora_magnitude)", name)]
-    if added:
-        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: merge it "
-               "(PEFT: merge_and_unload) and save that")
-    return found
+    return unwrapped(innermost(read_tensors(path)), mark, ours)
 
 
 # Marks of `unwrapped`: a name's pattern, and what its network's names begin with
@@ -1715,8 +1722,9 @@ def make_text_encoder(config):
         stack = clip_stack(config, config["num_hidden_layers"], causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
     else:
-        raise ValueError(f"model_type {kind}: known text encoders are t5 and umt5 with gated-gelu, "
-                         "clip, clip_text_model and siglip")
+        says = f"model_type {kind}" if kind else "its config.json names no model_type"
+        raise ValueError(f"{says}: known text encoders are t5 and umt5 with gated-gelu, clip, "
+                         "clip_text_model and siglip")
     with torch.device("meta"):
         model = TextEncoder(stack, config["vocab_size"], **shape)
     end = config.get("eos_token_id")
@@ -1741,7 +1749,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     elif (path / "text_encoder").is_dir():
         where, tokens = path / "text_encoder", path / "tokenizer"
     elif not (path / "config.json").exists():
-        refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
+        refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}"
+               f"{lying_in(path)}")
     with read_as_config(where):
         config = wan_config(weights) if weights else values_of(read_published(
             where / "config.json"))
@@ -1892,15 +1901,17 @@ def to_ours(weights, model, names):
     return found
 
 
-def chat_template(folder, told):
+def chat_template(folder, is_lm=False):
     """The Jinja text by which a folder's model is asked, "" where it has none: from the file that
-    its version of transformers writes; the default one of several."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8", errors="replace")
-    for each in (read_published(folder / "chat_template.json", {}), told,
-                 read_published(folder / "processor_config.json", {})):
-        found = each.get("chat_template") or ""
+    its version of transformers writes; the default one of several. A language model's tokenizer
+    reads its own files before a processor's, a captioner's processor after them."""
+    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+        if (folder / name).exists():
+            return (folder / name).read_text(encoding="utf-8", errors="replace")
+    names = ["chat_template", "processor_config"]
+    names.insert(0 if is_lm else 2, "tokenizer_config")
+    for name in names:
+        found = read_published(folder / f"{name}.json", {}).get("chat_template") or ""
         if isinstance(found, list):
             found = {one["name"]: one["template"] for one in found}
         if isinstance(found, dict):
@@ -2213,9 +2224,9 @@ class Tokens:
     vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
     bytes that spell rare signs, so that its pieces come first.)"""
 
-    def __init__(self, folder):
+    def __init__(self, folder, remedy="put those of the published folder there"):
         told = read_published(folder / "tokenizer_config.json", {})
-        self.template, self.pieces, self.added = chat_template(folder, told), None, {}
+        self.template, self.pieces, self.added = "", None, {}
         self.fault, is_llama = "", str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
         marks = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
         marks |= read_published(folder / "special_tokens_map.json", {}) | told
@@ -2225,8 +2236,7 @@ class Tokens:
         names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
-            refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
-                   "--tokenizer names a folder that has one")
+            refuse(f"{folder} has no tokenizer, none of {', '.join(names)}: {remedy}")
         self.first, self.inner = [], None
         if path.name == "tokenizer.json":
             self.table = tokenizer_of(tokenizers.Tokenizer.from_file, path)
@@ -2765,7 +2775,9 @@ def llava(c, weights, folder):
         layers = [(wide, width), width, "gelu", (width, width), width]
     make = functools.partial(clip_sight, tower, last)
     told, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
-    is_padded = c.get("image_aspect_ratio") == "pad" or told.get("do_pad")
+    made = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+    is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's own class pads nothing
+        told.get("do_pad") and not made.startswith("CLIP"))
     return ModelSpec(
         stack, text["vocab_size"], tower=make(),
         connector=functools.partial(mlp_connector, *layers),
@@ -3145,8 +3157,7 @@ def check_published(path, config):
         refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
                "merge_and_unload) and give the folder that is saved then; if its weights are "
                "merged, remove adapter_config.json")
-    for each in (config, config.get("text_config"), config.get("vision_config")):
-        refuse_quantized(path, each)
+    refuse_quantized(path, config)
 
 
 def kind_of(config):
@@ -3169,6 +3180,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     with read_as_config(path):
         check_published(path, config)
         kind, made = kind_of(config)
+        if kind == "?":
+            refuse(f"{path}: its config.json names neither model_type nor architectures: fetch the "
+                   f"published one, or add \"model_type\", one of {', '.join(FAMILIES)}")
         if kind not in FAMILIES:
             refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
@@ -3192,7 +3206,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
             model = VLM(plan)
         found = to_ours(weights, model, plan.names)
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    if sees is not None and sees != (plan.tower is not None):
+    is_lm = plan.tower is None
+    if sees is not None and sees == is_lm:
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
     if tied and "decoder.embed.weight" in found:
@@ -3201,10 +3216,10 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
     with read_as_config(tokenizer or path, "tokenizer_config.json"):
-        model.where, model.tokens = path, Tokens(Path(tokenizer or path))
-        if tokenizer:                                # the model's own template, if it has one
-            model.tokens.template = chat_template(path, read_published(
-                path / "tokenizer_config.json", {})) or model.tokens.template
+        remedy = ["put them there, or name a folder of them by --tokenizer"][is_lm:]
+        model.where, model.tokens = path, Tokens(Path(tokenizer or path), *remedy)
+        model.tokens.template = chat_template(path, is_lm) or chat_template(
+            Path(tokenizer or path), is_lm)          # the model's own, if it has one
         if plan.slot and model.tokens.id(plan.slot) is None:
             refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
         set_prompt(plan, kind, model.tokens, template, path)
@@ -3454,7 +3469,8 @@ class Scorer:
         config = values_of(read_published(Path(args.clip, "config.json")))
         self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
         if kind not in ("clip", "siglip"):
-            refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: it is of a {kind}")
+            refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: " + (
+                f"it is of a {kind}" if kind else "its config.json names no model_type"))
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
         weights = published_tensors(args.clip, *CLIP_MARK)

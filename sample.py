@@ -75,7 +75,8 @@ from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averag
                        to_velocity_x0_noise, token_shift, words_of)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian,
                        gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
-                       option_parser, read_class, read_config, read_tensors, save_file, say_once,
+                       option_parser, read_class, read_config, read_tensors, refuse_others,
+                       save_file, say_once,
                        setup, sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
@@ -1827,6 +1828,7 @@ def check_weights(path, what):
     """Refuses a file that does not begin as weights do: .pt and its like are ZIPs or pickles, of a
     .safetensors a dict follows 8 bytes."""
     if Path(path).is_file():
+        refuse_others(Path(path))
         with open(path, "rb") as file:
             head = file.read(9)
         if head[:2] != b"PK" and head[:1] != b"\x80" and head[8:] != b"{":

@@ -77,11 +77,11 @@ from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, 
 from train_vae import (Namespace, barrier, bench, checked, chosen, claim,
                        decode_long, ema_update, epoch_order, fit, gaussians, innermost,
                        is_finished, is_run, last_checkpoint, latents_path, load_autoencoder,
-                       load_step, lr_at, model_path, normaliser, moved, one_run, optimizer_tensors,
-                       option_parser, peak_mib, plain, read_class, read_config, read_header,
-                       read_log, read_tensors, refuse_nan, restore_optimizer, save_file, say_once, setup,
-                       sheet_frames, split_rows, start_run, sum_over_ranks, take_step, tensor_sum,
-                       to_frames, training_options)
+                       load_step, lr_at, lying_in, model_path, normaliser, moved, one_run,
+                       optimizer_tensors, option_parser, peak_mib, plain, read_class, read_config,
+                       read_header, read_log, read_tensors, refuse_nan, restore_optimizer,
+                       save_file, say_once, setup, sheet_frames, split_rows, start_run,
+                       sum_over_ranks, take_step, tensor_sum, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -2544,7 +2544,7 @@ def load_published(path, heads=None, text_tokens=77):
         refuse_experts(path)
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
-            refuse(f"{path} has no config.json: not a published folder, nor a run")
+            refuse(f"{path} has no config.json: not a published folder, nor a run{lying_in(path)}")
         name, config, told = read_class(path / "config.json", CLASSES)
         layout = {"WanModel": "wan"}.get(name, "diffusers")
     file = read_tensors(path)

@@ -1456,6 +1456,103 @@ def test_what_stands_in_a_files_place_is_named(tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
+def test_folders_that_are_not_what_is_asked_are_named(tmp_path, capsys):
+    """What lies there in the place of weights, of an index's files, of a config's kind, of a tokenizer."""
+    def line(call, name, config, tensors=None, lies=(), tokenizer=True):
+        folder = folder_of(tmp_path / name, config, tensors, tokenizer)
+        for each in lies:
+            path = folder / each
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"GGUF" + bytes(40))
+        return refused(capsys, folder, call=call)
+    llama, tensors = TINY | {"model_type": "llama"}, weights(lm_shapes(TINY))
+    for i, (lies, says) in enumerate([
+            ("llama-Q4_K_M.gguf", "llama-Q4_K_M.gguf is there, GGUF is quantized"),
+            ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors is there, a LoRA: merge it"),
+            ("adapter_model.bin", "adapter_model.bin is there, a LoRA: merge it"),
+            ("model.safetensors.incomplete", "a download that did not end"),
+            (".cache/huggingface/download/abc.0f.incomplete", "abc.0f.incomplete is there, a download that did not"),
+            ("tf_model.h5", "tf_model.h5 is there, a form that is not read")]):
+        assert says in line(c.open_vlm, f"lies{i}", llama, None, [lies])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "x.gguf").write_bytes(b"GGUF")
+    for call in (c.open_vlm, c.open_text_encoder, V.load_published):
+        assert "x.gguf is there, GGUF is quantized" in refused(capsys, tmp_path / "bare", call=call)
+    for file in ("x.gguf", "x.safetensors.incomplete"):
+        (tmp_path / file).write_bytes(b"GGUF" if "gguf" in file else b"")
+        assert ("GGUF" if "gguf" in file else "did not end") in refused(capsys, tmp_path / file, call=V.read_tensors)
+    folder = folder_of(tmp_path / "index", llama, None)
+    names = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "names 2 files, of which 2 are not there: fetch model-00001-of-00002.safetensors and the others" in refused(
+        capsys, folder, call=c.open_vlm)
+    save_file({n: t for n, t in tensors.items() if "00001" in names[n]}, folder / names[min(tensors, key=names.get)])
+    assert "of which 1 are not there: fetch model-00002-of-00002.safetensors" in refused(capsys, folder, call=c.open_vlm)
+    bare = {k: v for k, v in llama.items() if k not in ("model_type", "architectures")}
+    assert 'names neither model_type nor architectures: fetch the published one, or add "model_type", one of llama' in (
+        line(c.open_vlm, "kindless", bare, tensors))
+    assert "its config.json names no model_type: known text encoders are t5" in line(
+        c.open_text_encoder, "kindless_t", {k: v for k, v in CLIP_TEXT.items() if k != "model_type"}, {})
+    assert "its config.json names no model_type" in line(scorer_of, "kindless_c", {"projection_dim": 24}, {})
+    told = line(c.open_text_encoder, "mute", CLIP_TEXT | {"model_type": "clip_text_model"},
+                weights(text_shapes(CLIP_TEXT)), tokenizer=False)
+    assert "has no tokenizer" in told and "put those of the published folder there" in told and "--" not in told
+    assert "--" not in line(c.open_vlm, "mute_lm", llama, tensors, tokenizer=False)
+    v, sees = qwen_parts(False)
+    config = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    assert "by --tokenizer" in line(c.open_vlm, "mute_vlm", config, sees, tokenizer=False)
+
+
+def test_a_plain_file_comes_before_variants_and_the_line_says_so(tmp_path, capsys):
+    """As transformers and diffusers without `variant`; whichever of them is newer."""
+    for i, stem in enumerate(("model", "diffusion_pytorch_model", "pytorch_model")):
+        folder, end = tmp_path / stem, "bin" if "py" in stem[:2] else "safetensors"
+        folder.mkdir()
+        for n, name in enumerate((f"{stem}.{end}", f"{stem}.fp16.{end}")):
+            (torch.save if end == "bin" else save_file)({"a": torch.full((2,), float(n))}, folder / name)
+            os.utime(folder / name, (1e9 + n, 1e9 + n))
+        V.say_once.cache_clear()
+        assert V.read_tensors(folder)["a"].tolist() == [0, 0]
+        assert f"{stem}.{end} is read; {stem}.fp16.{end} beside it is not" in capsys.readouterr().err
+        (folder / f"{stem}.{end}").unlink()
+        V.say_once.cache_clear()
+        assert V.read_tensors(folder)["a"].tolist() == [1, 1] and not capsys.readouterr().err
+
+
+def test_templates_by_who_reads_them(tmp_path):
+    """A language model's own tokenizer reads no processor's file; a captioner's processor does before it.
+    One of several in additional_chat_templates/ is the default."""
+    files = dict(chat_template="J", processor_config="P", tokenizer_config="T")
+    for name, template in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"chat_template": template}))
+    assert (c.chat_template(tmp_path, True), c.chat_template(tmp_path)) == ("T", "J")
+    (tmp_path / "chat_template.json").unlink()
+    assert (c.chat_template(tmp_path, True), c.chat_template(tmp_path)) == ("T", "P")
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("R")
+    assert c.chat_template(tmp_path, True) == "T"
+    (more / "default.jinja").write_text("D")
+    assert (c.chat_template(tmp_path, True), c.chat_template(tmp_path)) == ("D", "D")
+    (tmp_path / "chat_template.jinja").write_text("X")
+    assert c.chat_template(tmp_path, True) == "X"
+    config, tensors = TINY | {"model_type": "llama"}, weights(lm_shapes(TINY))
+    template = "{% for m in messages %}A {{ m['content'] }} B{% endfor %}"
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, chat_template__json={"chat_template": "{{ nothing"},
+                                 tokenizer_config__json={"chat_template": template}))
+    assert model.plan.prompt == "A {q} B"
+
+
+@pytest.mark.parametrize("made, pads", [("CLIPImageProcessor", False), ("CLIPImageProcessorFast", False),
+                                        ("LlavaImageProcessor", True), ("LlavaImageProcessorFast", True), (None, True)])
+def test_do_pad_is_of_llavas_own_image_processor(made, pads, tmp_path):
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
+    told = dict(do_pad=True, **({"image_processor_type": made} if made else {}))
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, preprocessor_config__json=told))
+    assert (model.plan.picture.func is c.pad_square) == pads
+
+
 def test_a_folder_that_was_saved_twice(tmp_path, capsys):
     """diffusers reads an index before a whole file, transformers the other way round; two sets of
     shards without an index are refused."""

@@ -275,6 +275,32 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
             assert f"{name} holds 1 numbers" in refused(capsys, load, place)
 
 
+@pytest.mark.parametrize("made", [
+    lambda n: n.replace(".weight", ".base_layer.weight") if "to_q" in n else n,                # PEFT's, wrapped
+    lambda n: f"transformer.{n}".replace(".weight", ".lora_A.weight"),                         # diffusers' and PEFT's
+    lambda n: f"diffusion_model.{n}".replace(".weight", ".lora_down.weight"),                  # ComfyUI's
+    lambda n: "lora_unet_" + n.replace(".", "_") + ".alpha",                                   # kohya's
+    lambda n: n.replace(".weight", ".lokr_w1")])
+def test_a_lora_in_the_place_of_a_model_is_named(made, tmp_path, capsys):
+    """In a folder, in a file of safetensors and of torch, as a denoiser and as an autoencoder."""
+    config, state, _ = wan_fixture()
+    state = {made(name): x for name, x in state.items()}
+    folder = written(tmp_path / "wan", config, state)
+    torch.save({"state_dict": state}, tmp_path / "lora.pt")
+    for load in (D.load_published, V.load_published, lambda path: S.main([
+            str(path), "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "o")])):
+        for path in (tmp_path / "lora.pt", folder / "diffusion_pytorch_model.safetensors"):
+            assert "a LoRA that is not merged into its model: merge" in refused(capsys, load, path)
+    assert "a LoRA that is not merged into its model: merge" in refused(capsys, D.load_published, folder)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_file({"a": torch.zeros(1)}, bare / "pytorch_lora_weights.safetensors")
+    assert "has no config.json" in (told := refused(capsys, D.load_published, bare)) and "a LoRA: merge" in told
+    for name, says in (("q4.gguf", "GGUF is quantized"), ("p.pt", "Git LFS pointer")):
+        (tmp_path / name).write_bytes(b"GGUF\3" if "gguf" in name else b"version https://git-lfs.github.com/spec/v1\n")
+        assert says in refused(capsys, S.main, [str(tmp_path / name), "--prompt", "a", "--out", str(tmp_path / "o")])
+
+
 def test_names_inside_that_wrappers_make_are_taken_off(tmp_path):
     config, state, _ = wan_fixture()
     found, _, _ = D.load_published(written(tmp_path, config, {
@@ -409,7 +435,8 @@ REFUSED = [         # autoencoder or denoiser, what its config.json says beside,
     ("kl", dict(block_out_channels=[8] * 10**5), "a list"), ("kl", dict(norm_num_groups=3), "does not divide"),
     ("kl", dict(act_fn="relu"), "act_fn"), ("kl", dict(mid_block_add_attention=False), "mid_block_add_attention"),
     ("kl", dict(latent_channels="four"), 'latent_channels is "four"'), ("kl", dict(scaling_factor=True), "a number"),
-    ("kl", dict(in_channels=4), "in_channels"), ("kl", dict(use_post_quant_conv=False), "use_post_quant_conv"),
+    ("kl", dict(in_channels=4), "in_channels"), ("kl", dict(use_post_quant_conv=False), "use_quant_conv true and"),
+    ("kl", dict(use_quant_conv=False), "use_quant_conv false and use_post_quant_conv true"),
     ("kl", dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "down_block_types"),
     ("wan", dict(_class_name="WanVACETransformer3DModel"), "WanVACETransformer3DModel"),
     ("wan", dict(_class_name=["x"]), "names no _class_name"), ("wan", dict(num_layers=10**6), "the weights have 2"),
@@ -927,6 +954,24 @@ def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         S.class_number("\u00b2", 10)
     assert stop.value.code == 2 and "0 to 9" in capsys.readouterr().err
+
+
+def test_what_an_image_encoder_lacks_is_named_as_its_file_names_it(i2v, tmp_path, capsys):
+    for layout, file, drop, says in (
+            ("diffusers", "image_encoder/model.safetensors", "class_embedding", "embeddings.class_embedding is missing"),
+            ("diffusers", "image_encoder/model.safetensors", "pre_layrnorm", "pre_layrnorm.weight is missing"),
+            ("diffusers", "image_encoder/model.safetensors", "position_embedding", "position_embedding.weight is missing"),
+            ("diffusers", "image_encoder/model.safetensors", "layers.0.mlp.fc1", "layers.0.mlp.fc1.weight is missing"),
+            ("wan", S.WAN_CLIP, "visual.cls_embedding", "visual.cls_embedding is missing"),
+            ("wan", S.WAN_CLIP, "visual.pre_norm", "visual.pre_norm.weight is missing")):
+        place = shutil.copytree(i2v / layout, tmp_path / "it")
+        path = place / file
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        found = {name: x.clone() for name, x in found.items() if drop not in name}
+        (save_file if path.suffix == ".safetensors" else torch.save)(found, path)
+        told = refused(capsys, S.open_image_encoder, place, "cpu")
+        assert says in told and "tower." not in told, told
+        shutil.rmtree(place)
 
 
 def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
