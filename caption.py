@@ -1749,8 +1749,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     elif (path / "text_encoder").is_dir():
         where, tokens = path / "text_encoder", path / "tokenizer"
     elif not (path / "config.json").exists():
-        refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}"
-               f"{lying_in(path)}")
+        refuse(f"{path} holds no text encoder, neither config.json nor text_encoder/ nor {WAN_T5}: "
+               f"fetch it, or name another by --text_encoder{lying_in(path)}")
     with read_as_config(where):
         config = wan_config(weights) if weights else values_of(read_published(
             where / "config.json"))

@@ -2409,6 +2409,7 @@ CLASSES = {
         patch_size=[1, 2, 2], num_attention_heads=40, attention_head_dim=128, in_channels=16,
         out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40,
         cross_attn_norm=True, eps=1e-6, image_dim=0, added_kv_proj_dim=0, pos_embed_seq_len=0)}
+MARKED_BY = {"num_attention_heads": "WanTransformer3DModel", "num_heads": "WanModel"}
 WAN_SIZES = {                   # of ours: the key of each class
     "patch": ("patch_size", "patch_size"), "channels": ("in_dim", "in_channels"),
     "dim": ("dim", None), "depth": ("num_layers", "num_layers"), "ffn": ("ffn_dim", "ffn_dim"),
@@ -2544,8 +2545,11 @@ def load_published(path, heads=None, text_tokens=77):
         refuse_experts(path)
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
-            refuse(f"{path} has no config.json: not a published folder, nor a run{lying_in(path)}")
-        name, config, told = read_class(path / "config.json", CLASSES)
+            refuse(f"{path} is a pipeline without its transformer/: fetch that too" if
+                   (path / "model_index.json").is_file() else f"{path} has no config.json: not a "
+                   f"published folder, nor a run{lying_in(path)}")
+        name, config, told = read_class(path / "config.json", CLASSES, lambda config: next(
+            (name for key, name in MARKED_BY.items() if key in config), None))
         layout = {"WanModel": "wan"}.get(name, "diffusers")
     file = read_tensors(path)
     if "hyper_parameters" in file:

@@ -628,12 +628,14 @@ def read_class(path, classes, guess=None, inner=None):
     except FileNotFoundError:
         refuse(f"{path}: no such file")
     except (ValueError, RecursionError):
+        refuse_pointer(path)
         refuse(f"{path} is damaged: it is no JSON object")
     outer, config = config, config[inner] if isinstance(config.get(inner), dict) else config
     name = config.get("_class_name") or (guess and guess(config))
     if not isinstance(name, str) or name not in classes:
-        says = f"is of class {name}" if isinstance(name, str) else "names no _class_name"
-        refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
+        refuse(f"{path} is of class {name}, which is not read here: {' and '.join(classes)} are" if
+               isinstance(name, str) else f"{path} names no _class_name: fetch the published one, "
+               f"or add \"_class_name\", one of {', '.join(classes)}")
     refuse_quantized(path, outer)
     told = {key for key, default in classes[name].items() if config.get(key) is not None
             or key in config and isinstance(default, bool)}

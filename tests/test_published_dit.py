@@ -248,6 +248,25 @@ def test_p05_files_of_half_precision_are_read_as_float32(tmp_path):
             assert all(x.dtype == torch.float32 for x in found.state_dict().values())
 
 
+def test_configs_without_a_class_and_folders_without_a_part_say_what_is_missing(tmp_path, capsys):
+    """A Wan's keys tell its class; nothing else does. A pointer of Git LFS is no damaged config."""
+    config, state, io = wan_fixture()
+    nameless = {key: value for key, value in config.items() if key != "_class_name"}
+    found, layout, _ = D.load_published(written(tmp_path / "wan", nameless, state))
+    assert layout == "diffusers" and torch.equal(found.embed.weight, D.load_published(
+        FIXTURES / "wan-denoiser-diffusers")[0].embed.weight)
+    told = refused(capsys, D.load_published, written(tmp_path / "bare", {"eps": 1e-6}, state))
+    assert 'names no _class_name: fetch the published one, or add "_class_name", one of WanModel' in told
+    (tmp_path / "bare/config.json").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    assert "is a Git LFS pointer" in refused(capsys, D.load_published, tmp_path / "bare")
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    assert "is a pipeline without its transformer/: fetch that too" in refused(
+        capsys, D.load_published, tmp_path / "pipe")
+    told = refused(capsys, S.open_text_encoder, tmp_path / "pipe")
+    assert "holds no text encoder" in told and "or name another by --text_encoder" in told
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
     """Of a Wan, a DiT, a U-ViT's training, both autoencoders."""
     config, state, *_ = wan_fixture()
