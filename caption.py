@@ -105,12 +105,12 @@ from kernels.linear import Linear
 from kernels.optim import MuonAdamW
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
-                          number, one_line, open_dataset, read_rows, read_text, refuse, rng,
-                          run_dir, script, write_rows, write_text)
+                          number, one_line, open_dataset, read_rows, read_text, refuse,
+                          refuse_pointer, rng, run_dir, script, write_rows, write_text)
 from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
-                       innermost, is_finished, last_step, load_step, lr_at, moved, one_run,
-                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
-                       read_log, read_tensors, refuse_pointer, refuse_quantized,
+                       innermost, is_finished, last_step, load_step, lr_at, lying_in, moved,
+                       one_run, optimizer_tensors, option_parser, prefetch, read_config,
+                       read_header, read_log, read_tensors, refuse_nan, refuse_quantized,
                        restore_optimizer, same_held_out, save_file, say_once, setup, start_run,
                        take_step, tensor_sum, training_options, unwrapped)
 
@@ -169,8 +169,11 @@ def pad(lists):
 
 
 TANH = functools.partial(F.gelu, approximate="tanh")
-ACTS = {"gelu": F.gelu, "gelu_new": TANH, "gelu_pytorch_tanh": TANH, "silu": F.silu,
-        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTS = {**dict.fromkeys(("gelu", "gelu_python"), F.gelu), "relu": F.relu,
+        **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
+                         "gelu_python_tanh"), TANH),
+        **dict.fromkeys(("silu", "swish"), F.silu), "quick_gelu": lambda x: x * torch.sigmoid(
+            1.702 * x)}
 
 
 @dataclass(frozen=True)
@@ -482,6 +485,7 @@ class Request(NamedTuple):
     x: torch.Tensor             # float [n, D]
     positions: torch.Tensor     # int64 [n], or [3, n]
     image: torch.Tensor | None = None       # bool [n]: rows of images
+    said: list = []             # ids that `penalised` counts before the answer's own
 
 
 class Row:
@@ -489,6 +493,7 @@ class Row:
 
     def __init__(self, request, most, seed):
         self.request, self.ids, self.total = request, [], 0.0
+        self.seen, self.grams, self.n_noted = None, {}, 0               # of `penalised`
         self.after = int(request.positions.max()) + 1
         self.draws = rng(seed, "token", 0, request.key).random(most)
 
@@ -538,14 +543,39 @@ def prefill(decoder, cache, slots, rows):
     return torch.cat(last)
 
 
-def choose(logits, draws, temperature, top_p, vocab):
+def penalised(logits, rows, penalty, size):
+    """Logits [B, V] as transformers changes them for repetition_penalty and no_repeat_ngram_size,
+    which count the prompt too: that of a token which a row holds is divided by `penalty`, or below
+    0 multiplied; one that would repeat `size` tokens (0: any may) is impossible."""
+    scores, ends = logits.float(), []
+    for row in rows:
+        ids = row.request.said + row.ids
+        if row.seen is None:
+            row.seen = torch.zeros_like(scores[0], dtype=torch.bool)
+        row.seen[ids[row.n_noted:]] = True
+        for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
+            row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
+        row.n_noted = len(ids)
+        ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
+    changed = torch.where(scores < 0, scores * penalty, scores / penalty)
+    scores = torch.where(torch.stack([row.seen for row in rows]), changed, scores)
+    for score, banned in zip(scores, ends):
+        if banned:
+            score[banned] = -torch.inf
+    return scores
+
+
+def choose(logits, draws, temperature, top_p, vocab, scores=None):
     """(token, log-probability) of each row of logits [B, V]: the likeliest, or by draws [B] in 0..1
-    among the likeliest tokens that together have top_p, of the `vocab` that have a text."""
+    among the likeliest tokens that together have top_p, of the `vocab` that have a text; by
+    `scores`, if given, in the place of the logits, whose probability is told."""
     logits = logits.float()
+    scores = logits if scores is None else scores
     if not temperature:
-        best, token = logits.log_softmax(-1).max(-1)
-        return token, best
-    order = (logits[:, :vocab] / temperature).softmax(-1).double().sort(
+        best, token = scores.log_softmax(-1).max(-1)
+        return token, best if scores is logits else logits.log_softmax(-1).gather(
+            1, token[:, None])[:, 0]
+    order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
         dim=-1, descending=True, stable=True)
     reach = order.values.cumsum(-1)
     reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
@@ -557,11 +587,12 @@ def choose(logits, draws, temperature, top_p, vocab):
 
 @torch.inference_mode()
 def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=0.0, top_p=1.0,
-             seed=0, vocab=None):
+             seed=0, vocab=None, penalties=None):
     """Yields (request, ids, mean log-probability) of each request as its text ends: at a token of
     `stop`, which ids leave out, where is_over(ids) says so, or after `most` tokens. `batch` rows at
     a time are written together; one that ends makes room for the next request, whose prompt is read
-    while the others wait. Draws are keyed by the seed and the request, whatever its neighbours."""
+    while the others wait. Draws are keyed by the seed and the request, whatever its neighbours.
+    penalties: those of `penalised`."""
     source, rows, cache = iter(requests), [], Cache()
     while True:
         free = [i for i, row in enumerate(rows) if row is None]
@@ -587,7 +618,9 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
                         prompts)[:, -1]
             cache.lengths = [length + 1 for length in cache.lengths]
         draws = torch.tensor([rows[slot].draws[len(rows[slot].ids)] for slot in slots])
-        found = choose(decoder.logits(h), draws, temperature, top_p, vocab)
+        logits = decoder.logits(h)
+        scores = penalties and penalised(logits, [rows[slot] for slot in slots], *penalties)
+        found = choose(logits, draws, temperature, top_p, vocab, scores)
         for slot, token, logprob in zip(slots, *(each.tolist() for each in found)):
             row = rows[slot]
             row.ids.append(token)
@@ -1331,7 +1364,7 @@ def read_published(path, missing=None):
             return found
     if path.is_file():
         refuse_pointer(path)
-    refuse(f"{path} is missing, or holds no JSON object")
+    refuse(f"{path} is missing, or holds no JSON object{lying_in(path.parent)}")
 
 
 @contextlib.contextmanager
@@ -1352,6 +1385,16 @@ class Renamed(dict):
     """Tensors under our names; `theirs`: {our name: the file's}."""
 
 
+USUALLY = {     # a module's name in most files | in Wan's CLIP
+    "decoder.head": "lm_head", "decoder.norm": "model.norm", "decoder.embed": "model.embed_tokens",
+    "tower.cls": "embeddings.class_embedding|visual.cls_embedding",
+    "tower.position": "embeddings.position_embedding|visual.pos_embedding",
+    "tower.patch": "embeddings.patch_embedding|visual.patch_embedding",
+    "tower.pre": "pre_layrnorm|visual.pre_norm", "tower.post": "post_layernorm",
+    "connector.0": "multi_modal_projector.linear_1", "visual": "visual_projection",
+    "connector.2": "multi_modal_projector.linear_2", "textual": "text_projection"}
+
+
 def name_there(name, weights):
     """The file's name of one of ours; of what it lacks by a neighbour's, another layer's or a
     weight's for its bias."""
@@ -1362,9 +1405,11 @@ def name_there(name, weights):
     if name in theirs or not theirs:
         return theirs.get(name, name)
     near = next((found for ours, found in theirs.items() if form(ours) == form(name)), None)
-    if not near:                                     # as most name them
-        return {"decoder.head.weight": "lm_head.weight", "decoder.norm.weight": "model.norm.weight",
-                "decoder.embed.weight": "model.embed_tokens.weight"}.get(name, name)
+    if not near:
+        module, _, kind = name.rpartition(".")
+        is_wan = any(each.startswith("visual.p") for each in theirs.values())
+        module = USUALLY.get(module, module).split("|")[-1 if is_wan else 0]
+        return module if re.search("(class|cls|pos)_embedding$", module) else f"{module}.{kind}"
     near = re.sub(r"\.(weight|bias)$", f".{name.rpartition('.')[2]}", near)
     layer = re.search(r"\.layers\.(\d+)\.", name)
     return re.sub(r"\.\d+\.", f".{layer[1]}.", near, count=1) if layer else near
@@ -1374,7 +1419,7 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
     our module's name, published name; several with | are one tensor's, one of them must be there).
     Whatever is missing, of another shape, or neither known nor `ignored`, is refused by name."""
-    state, known, faults = {}, set(), []
+    state, read, known, faults = {}, {}, set(), []
     for name, parameter in model.state_dict().items():
         module, _, kind = name.rpartition(".")
         theirs = next(match.expand(theirs) for ours, theirs in patterns
@@ -1392,23 +1437,20 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
             faults.append((there, f"{str(tensor.dtype)[6:]}, as quantized weights are"))
         else:
             state[name] = tensor.to(device, dtype)
+            read[name_there(there, weights)] = state[name]
     faults += [(name, "unexpected") for name in sorted(weights)
                if name not in known and not re.fullmatch(ignored, name)]
     if faults:
         said = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
         refuse(f"{where}: " + "; ".join(said) + f"; {len(faults)} in all" * (len(faults) > 8))
+    refuse_nan(read, where)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def published_tensors(path, mark, ours=""):
     """`read_tensors` under a network's own names: `mark` and `ours` as `unwrapped` has them."""
-    found = unwrapped(innermost(read_tensors(path)), mark, ours)
-    added = [name for name in found if re.search(r"\.(lora_[AB]|base_layer|lora_magnitude)", name)]
-    if added:
-        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: merge it "
-               "(PEFT: merge_and_unload) and save that")
-    return found
+    return unwrapped(innermost(read_tensors(path)), mark, ours)
 
 
 # Marks of `unwrapped`: a name's pattern, and what its network's names begin with
@@ -1654,8 +1696,9 @@ def make_text_encoder(config):
         stack = clip_stack(config, config["num_hidden_layers"], causal=kind != "siglip")
         shape = dict(positions=config["max_position_embeddings"])
     else:
-        raise ValueError(f"model_type {kind}: known text encoders are t5 and umt5 with gated-gelu, "
-                         "clip, clip_text_model and siglip")
+        says = f"model_type {kind}" if kind else "its config.json names no model_type"
+        raise ValueError(f"{says}: known text encoders are t5 and umt5 with gated-gelu, clip, "
+                         "clip_text_model and siglip")
     with torch.device("meta"):
         model = TextEncoder(stack, config["vocab_size"], **shape)
     end = config.get("eos_token_id")
@@ -1680,7 +1723,8 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
     elif (path / "text_encoder").is_dir():
         where, tokens = path / "text_encoder", path / "tokenizer"
     elif not (path / "config.json").exists():
-        refuse(f"{path} holds no text encoder: neither config.json nor text_encoder/ nor {WAN_T5}")
+        refuse(f"{path} holds no text encoder, neither config.json nor text_encoder/ nor {WAN_T5}: "
+               f"fetch it, or name another by --text_encoder{lying_in(path)}")
     with read_as_config(where):
         config = wan_config(weights) if weights else values_of(read_published(
             where / "config.json"))
@@ -1831,15 +1875,17 @@ def to_ours(weights, model, names):
     return found
 
 
-def chat_template(folder, told):
+def chat_template(folder, is_lm=False):
     """The Jinja text by which a folder's model is asked, "" where it has none: from the file that
-    its version of transformers writes; the default one of several."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8", errors="replace")
-    for each in (read_published(folder / "chat_template.json", {}), told,
-                 read_published(folder / "processor_config.json", {})):
-        found = each.get("chat_template") or ""
+    its version of transformers writes; the default one of several. A language model's tokenizer
+    reads its own files before a processor's, a captioner's processor after them."""
+    for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+        if (folder / name).exists():
+            return (folder / name).read_text(encoding="utf-8", errors="replace")
+    names = ["chat_template", "processor_config"]
+    names.insert(0 if is_lm else 2, "tokenizer_config")
+    for name in names:
+        found = read_published(folder / f"{name}.json", {}).get("chat_template") or ""
         if isinstance(found, list):
             found = {one["name"]: one["template"] for one in found}
         if isinstance(found, dict):
@@ -2144,14 +2190,17 @@ class ChatTemplate:
         return datetime.datetime.strptime(TODAY, "%d %b %Y").strftime(form)
 
 
+NO_PREFIX = b"\x1a\x02\x18\x00"     # joined to a sentencepiece model: add_dummy_prefix is false
+
+
 class Tokens:
     """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
     vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
     bytes that spell rare signs, so that its pieces come first.)"""
 
-    def __init__(self, folder):
+    def __init__(self, folder, remedy="put those of the published folder there"):
         told = read_published(folder / "tokenizer_config.json", {})
-        self.template, self.pieces, self.added = chat_template(folder, told), None, {}
+        self.template, self.pieces, self.added = "", None, {}
         self.fault, is_llama = "", str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
         marks = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
         marks |= read_published(folder / "special_tokens_map.json", {}) | told
@@ -2161,9 +2210,8 @@ class Tokens:
         names = ("spiece.model", "tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
-            refuse(f"{folder} has no tokenizer: none of {', '.join(names)}; caption.py's "
-                   "--tokenizer names a folder that has one")
-        self.first = []
+            refuse(f"{folder} has no tokenizer, none of {', '.join(names)}: {remedy}")
+        self.first, self.inner = [], None
         if path.name == "tokenizer.json":
             self.table = tokenizer_of(tokenizers.Tokenizer.from_file, path)
             self.table.no_truncation()
@@ -2186,6 +2234,11 @@ class Tokens:
                           **read_published(folder / "added_tokens.json", {})}
             i = self.pieces.bos_id()
             self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
+            by = str(read_published(folder / "config.json", {}).get("transformers_version"))
+            is_old = told["legacy"] if told.get("legacy") is not None else not by.startswith("5.")
+            if is_llama and not is_old:              # the text alone begins with a space, and not
+                proto = self.pieces.serialized_model_proto()             # what follows a mark
+                self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
 
     @functools.cached_property
     def size(self):
@@ -2210,8 +2263,11 @@ class Tokens:
             return self.table.encode(text, add_special_tokens=False).ids if text else []
         names = sorted(self.added, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        if self.inner and parts[0] and parts[0][0] not in " ▁":
+            parts[0] = f"▁{parts[0]}"
+        split = (self.inner or self.pieces).encode
         return [i for part in parts if part for i in
-                ([self.added[part]] if part in self.added else self.pieces.encode(part))]
+                ([self.added[part]] if part in self.added else split(part))]
 
     def decode(self, ids):
         if self.pieces is None:
@@ -2468,6 +2524,7 @@ class ModelSpec:
     video_slot: str = ""
     rate: float = 1.0           # of a video's places in time, a second
     longest: int = 0            # tokens beyond which positions would be scaled: refused; 0: any
+    counts_prompt: bool = True  # for penalties; codes that give no ids to generate() do not
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -2692,7 +2749,9 @@ def llava(c, weights, folder):
         layers = [(wide, width), width, "gelu", (width, width), width]
     make = functools.partial(clip_sight, tower, last)
     told, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
-    is_padded = c.get("image_aspect_ratio") == "pad" or told.get("do_pad")
+    made = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+    is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's own class pads nothing
+        told.get("do_pad") and not made.startswith("CLIP"))
     return ModelSpec(
         stack, text["vocab_size"], tower=make(),
         connector=functools.partial(mlp_connector, *layers),
@@ -2700,6 +2759,7 @@ def llava(c, weights, folder):
         picture=functools.partial(pad_square if is_padded else crop, size=size, mean_std=mean_std),
         prompt=YI if is_yi else ("" if is_port else VICUNA) + "USER: \0\n{q} ASSISTANT:",
         slot="<image>" if is_port else "", video_slot="<video>", frames=8 if is_video else 0,
+        counts_prompt=is_port,
         stop=("###",) if is_yi else (), ignored=r"(video_)?tower\.(post|layers\.\d+)\..*",
         names=((r"^(?:model\.)?image_tower\.(image_tower\.)?(vision_model\.)?", "tower."),
                (r"^(?:model\.)?video_tower\.(video_tower\.)?(vision_model\.)?", "video_tower."),
@@ -2731,7 +2791,7 @@ def xcomposer(c, weights, folder):
     return ModelSpec(
         stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
         connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
-        picture=functools.partial(squash, size=tower["image_size"]),
+        picture=functools.partial(squash, size=tower["image_size"]), counts_prompt=False,
         names=((r"^vision_proj\.", "connector."), CLIP_TOWER),
         prompt="[UNUSED_TOKEN_146]system\nYou are an AI assistant.[UNUSED_TOKEN_145]\n"
                + INTERNLM.replace("{q}", "\0{q}"), stop=("[UNUSED_TOKEN_145]",))
@@ -2828,7 +2888,7 @@ def minicpm_v(c, weights, folder):
         connector=functools.partial(Resampler, c["query_num"], wide, stack.width, adaptive=True),
         picture=functools.partial(slices, size=c["scale_resolution"], patch=patch,
                                   most=c["max_slice_nums"]),
-        prompt="<用户>\0\n{q}<AI>", slot="<unk>",
+        prompt="<用户>\0\n{q}<AI>", slot="<unk>", counts_prompt=False,
         names=((r"^vpm\.", "tower."), (r"^resampler\.", "connector."), *RESAMPLER))
 
 
@@ -2838,7 +2898,7 @@ def omnilmm(c, weights, folder):
     stack = language_stack(c)
     return ModelSpec(
         stack, c["vocab_size"], tower=tower, zero=r"tower\..*\.k\.bias",
-        seen="<im_start>\0<im_end>",
+        seen="<im_start>\0<im_end>", counts_prompt=False,
         connector=functools.partial(Resampler, c["num_query"], wide, stack.width),
         picture=functools.partial(squash, size=c["image_size"]), slot="<im_patch>",
         prompt="<|system|>\nYou are an artificial intelligence assistant, which gives helpful, "
@@ -2988,7 +3048,10 @@ class VLM(nn.Module):
             positions = torch.where(positions < last, positions.clamp(max=first + 1),
                                     positions - last + first + 2)
             seen[last] = False                           # the end mark passes as text
-        return Request(key, ids, x, positions.to(x.device), seen.to(x.device))
+        slot = self.tokens.id(self.plan.slot if seconds is None else self.plan.video_slot)
+        said = [slot if i < 0 else i for i in ids if i >= 0 or slot is not None]
+        return Request(key, ids, x, positions.to(x.device), seen.to(x.device),
+                       said * self.plan.counts_prompt)
 
     def grid_positions(self, runs, pixels, seconds):
         """int64 [3, n], Qwen2-VL's: text counts on alike in all three; what is seen has time, row
@@ -3015,23 +3078,40 @@ class VLM(nn.Module):
             return any(name in self.tokens.decode(ids[-16:]) for name in names)
         for request, ids, score in generate(
                 self.decoder, requests, batch, most, self.stop, is_over if names else None,
-                temperature, top_p, seed, len(self.tokens)):
+                temperature, top_p, seed, len(self.tokens), self.penalties):
             text = self.tokens.decode(ids)
             for name in names:
                 text = text.split(name)[0]
             yield request.key, re.sub(r"(?s)^.*</think>", "", text).strip(), score
 
 
-def stop_ids(folder, config, tokens, names):
-    """Ids that end an answer: the folder's, and the family's marks that are tokens."""
-    told = read_published(folder / "generation_config.json", {})
-    for name, usual in (("repetition_penalty", 1), ("no_repeat_ngram_size", 0)):
-        if told.get(name) not in (None, usual):
-            say_once(f"{folder}: {name} {told[name]} of generation_config.json is not applied here")
-    found = [each.get("eos_token_id") for each in (config, config.get("text_config", {}), told)]
+# What else of a generation_config.json would change a greedy answer: {key: its default}.
+NOT_APPLIED = dict(
+    num_beams=1, min_length=0, min_new_tokens=0, guidance_scale=1, encoder_repetition_penalty=1,
+    bad_words_ids=[], suppress_tokens=[], begin_suppress_tokens=[], sequence_bias={},
+    forced_bos_token_id=None, forced_eos_token_id=None, exponential_decay_length_penalty=None)
+
+
+def answer_rules(folder, config, tokens, names):
+    """(ids that end an answer: the folder's, and the family's marks that are tokens; None or its
+    repetition_penalty and no_repeat_ngram_size). A folder without generation_config.json may have
+    these in its config.json."""
+    text, file = config.get("text_config") or {}, folder / "generation_config.json"
+    told = read_published(file, {})
+    said = values_of(told if file.exists() else {**text, **config})
+    penalty, size = said.get("repetition_penalty") or 1.0, said.get("no_repeat_ngram_size") or 0
+    if not (0 < penalty < 1e6 and isinstance(size, int) and size >= 0):
+        raise ValueError(f"repetition_penalty {penalty}, no_repeat_ngram_size {size}: above 0, and "
+                         "a whole number from 0 on")
+    others = [f"{name} {json.dumps(said[name])[:40]}" for name, usual in NOT_APPLIED.items()
+              if said.get(name) not in (None, usual)]
+    if others:
+        say_once(f"{folder}: {', '.join(others)} of its generation_config.json: not applied here")
+    found = [each.get("eos_token_id") for each in (config, text, told)]
     found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
     flat = [i for each in found for i in (each if isinstance(each, list) else [each])]
-    return {i for i in flat if i is not None}
+    rules = (penalty, size)
+    return {i for i in flat if i is not None}, None if rules == (1, 0) else rules
 
 
 def check_published(path, config):
@@ -3042,8 +3122,7 @@ def check_published(path, config):
         refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
                "merge_and_unload) and give the folder that is saved then; if its weights are "
                "merged, remove adapter_config.json")
-    for each in (config, config.get("text_config"), config.get("vision_config")):
-        refuse_quantized(path, each)
+    refuse_quantized(path, config)
 
 
 def kind_of(config):
@@ -3066,6 +3145,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
     with read_as_config(path):
         check_published(path, config)
         kind, made = kind_of(config)
+        if kind == "?":
+            refuse(f"{path}: its config.json names neither model_type nor architectures: fetch the "
+                   f"published one, or add \"model_type\", one of {', '.join(FAMILIES)}")
         if kind not in FAMILIES:
             refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
@@ -3089,7 +3171,8 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
             model = VLM(plan)
         found = to_ours(weights, model, plan.names)
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    if sees is not None and sees != (plan.tower is not None):
+    is_lm = plan.tower is None
+    if sees is not None and sees == is_lm:
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
     if tied and "decoder.embed.weight" in found:
@@ -3098,14 +3181,15 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
                   if name not in found and re.fullmatch(plan.zero, name)})
     load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
     with read_as_config(tokenizer or path, "tokenizer_config.json"):
-        model.where, model.tokens = path, Tokens(Path(tokenizer or path))
-        if tokenizer:                                # the model's own template, if it has one
-            model.tokens.template = chat_template(path, read_published(
-                path / "tokenizer_config.json", {})) or model.tokens.template
+        remedy = ["put them there, or name a folder of them by --tokenizer"][is_lm:]
+        model.where, model.tokens = path, Tokens(Path(tokenizer or path), *remedy)
+        model.tokens.template = chat_template(path, is_lm) or chat_template(
+            Path(tokenizer or path), is_lm)          # the model's own, if it has one
         if plan.slot and model.tokens.id(plan.slot) is None:
             refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
         set_prompt(plan, kind, model.tokens, template, path)
-        model.stop = stop_ids(path, config, model.tokens, plan.stop)
+    with read_as_config(path, "generation_config.json"):
+        model.stop, model.penalties = answer_rules(path, config, model.tokens, plan.stop)
     return model
 
 
@@ -3350,7 +3434,8 @@ class Scorer:
         config = values_of(read_published(Path(args.clip, "config.json")))
         self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
         if kind not in ("clip", "siglip"):
-            refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: it is of a {kind}")
+            refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: " + (
+                f"it is of a {kind}" if kind else "its config.json names no model_type"))
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
         weights = published_tensors(args.clip, *CLIP_MARK)
@@ -3586,7 +3671,9 @@ def parse(argv=None):
         "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
         "(%(default)s; 0: none)")
     add("--source", help="what the data set calls these captions (the folder's name and the style)")
-    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy (%(default)s)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
+        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
+        "apply (%(default)s)")
     add("--top_p", type=number(float, 1e-6, 1), default=1.0,
         help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
     add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")

@@ -174,9 +174,10 @@ HEIC = (b"heic", b"heix", b"mif1")
 ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
 ARCHIVES = (".tar", ".tfrecords")
 PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.I)
+LFS = b"version https://git-lfs"         # begins what git leaves where Git LFS did not run
 NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
            b"(\xb5/\xfd": "zstd: unpack it", b"PK\3\4": "zip: unpack it", b"<": "a web page",
-           b"version ": "a pointer of Git LFS"}
+           LFS: "a pointer of Git LFS"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 BESIDE_FILES = (".txt", ".json", ".cls")                             # texts beside a file, NAME.txt
@@ -194,6 +195,13 @@ def refuse(message):
         bar.close()                                    # else its last state would follow the line
     print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
+
+
+def refuse_pointer(path):
+    """Refuses a pointer of Git LFS in a file's place."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
 
 
 def printable(text):

@@ -75,7 +75,8 @@ from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averag
                        to_velocity_x0_noise, token_shift, words_of)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian,
                        gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
-                       option_parser, read_class, read_config, read_tensors, save_file, say_once,
+                       option_parser, read_class, read_config, read_tensors, refuse_others,
+                       save_file, say_once,
                        setup, sheet_frames, to_frames, to_tensor)
 
 # ------------------------------------------------------------------------------------------------
@@ -1865,6 +1866,7 @@ def check_weights(path, what):
     """Refuses a file that does not begin as weights do: .pt and its like are ZIPs or pickles, of a
     .safetensors a dict follows 8 bytes."""
     if Path(path).is_file():
+        refuse_others(Path(path))
         with open(path, "rb") as file:
             head = file.read(9)
         if head[:2] != b"PK" and head[:1] != b"\x80" and head[8:] != b"{":
@@ -2034,7 +2036,10 @@ def open_foreign(args, device):
         about["cells"] = options["size"][1] if kind == "uvit" else (
             options["grid"][0] * options["patch"][1])
         return openers, about
-    return openers, about | wan_facts(args, path, options) | scheduled
+    about |= wan_facts(args, path, options)
+    if not scheduled:
+        scheduled = {"shift": usual_shift(args, path, about["kind"], layout)}
+    return openers, about | scheduled
 
 
 def wan_facts(args, path, options):
@@ -2042,7 +2047,7 @@ def wan_facts(args, path, options):
     if options["image_tokens"]:
         refuse(f"{path} takes a first and a last frame (FLF2V), which is not known here: take an "
                "I2V or a TI2V")
-    about = {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "shift": 5.0}
+    about = {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "kind": "wan"}
     n, n_out = options["channels"], options["out_channels"]
     if n not in (n_out, 2 * n_out + 4):
         refuse(f"{path} sees {n} channels of {n_out} (Fun-Control, VACE or another kin of Wan's), "
@@ -2054,10 +2059,23 @@ def wan_facts(args, path, options):
             if config["hidden_size"] != options["image_dim"]:
                 refuse(f"{where} makes tokens {config['hidden_size']} wide, {path} reads "
                        f"{options['image_dim']}: they were not published together")
-        about["shift"] = 3.0 if min(args.size or KINDS["i2v"]["size"]) <= 480 else 5.0
     elif options["channels"] == 48 or is_expanded(path):
         about |= {"adapt": give_image, "kind": "ti2v"}
     return about
+
+
+def usual_shift(args, path, kind, layout):
+    """The shift of a Wan folder that has no scheduler, as it was published: 5; 3 up to 480 px of
+    an I2V, and in diffusers' layout of a T2V. Says so: nothing in the folder does."""
+    is_small = min(args.size or KINDS[kind]["size"]) <= 480
+    shift = 3.0 if is_small and (kind == "i2v" or (kind, layout) == ("wan", "diffusers")) else 5.0
+    if args.shift is None:
+        why = "has no scheduler/: shift {} is assumed, as published (480 px: 3, 720 px and TI2V: 5)"
+        if layout == "wan":
+            why = ("names no shift: {} is assumed, as in Wan's own code (I2V of 480 px: 3, else 5; "
+                   "its README for a 1.3B: 8 to 12)")
+        say_once(f"{path} {why.format(f'{shift:g}')}; --shift takes another")
+    return shift
 
 
 def is_expanded(path):
@@ -2119,6 +2137,10 @@ def tower_config(path):
     where = path / WAN_CLIP
     if not where.is_file():
         where = path / "image_encoder"
+        if not (where / "config.json").is_file():
+            refuse(f"{path} has no image encoder, which this I2V reads: put image_encoder/ of "
+                   "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers (every 2.1 I2V has the same), or the file "
+                   f"{WAN_CLIP}, into it")
         names = {None: "CLIPVisionModel", "clip": "CLIPVisionModel",
                  "clip_vision_model": "CLIPVisionModel"}
         guess = lambda c: names.get(c.get("model_type"), str(c.get("model_type")))

@@ -78,11 +78,11 @@ from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, 
 from train_vae import (Namespace, barrier, bench, checked, chosen, claim,
                        decode_long, ema_update, epoch_order, fit, gaussians, innermost,
                        is_finished, is_run, last_checkpoint, latents_path, load_autoencoder,
-                       load_step, lr_at, model_path, normaliser, moved, one_run, optimizer_tensors,
-                       option_parser, peak_mib, plain, read_class, read_config, read_header,
-                       read_log, read_tensors, restore_optimizer, save_file, say_once, setup,
-                       sheet_frames, split_rows, start_run, sum_over_ranks, take_step, tensor_sum,
-                       to_frames, training_options)
+                       load_step, lr_at, lying_in, model_path, normaliser, moved, one_run,
+                       optimizer_tensors, option_parser, peak_mib, plain, read_class, read_config,
+                       read_header, read_log, read_tensors, refuse_nan, restore_optimizer,
+                       save_file, say_once, setup, sheet_frames, split_rows, start_run,
+                       sum_over_ranks, take_step, tensor_sum, to_frames, training_options)
 
 # ------------------------------------------------------------------------------------------------
 # The objective: pure functions of x_t = alpha(t) x_0 + sigma(t) noise
@@ -2358,6 +2358,7 @@ def from_published(published, layout, model, path):
             and not key.endswith("norm_added_q.weight")]     # diffusers' I2V files hold it, and
     if left:                                                 # nothing reads it
         refuse(f"{path}: the weights hold {min(left)}, which this kind of model has not")
+    refuse_nan(published, path)
     state = {}
     for ours in model.state_dict():
         theirs, change = their_names(ours, layout)
@@ -2409,6 +2410,7 @@ CLASSES = {
         patch_size=[1, 2, 2], num_attention_heads=40, attention_head_dim=128, in_channels=16,
         out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40,
         cross_attn_norm=True, eps=1e-6, image_dim=0, added_kv_proj_dim=0, pos_embed_seq_len=0)}
+MARKED_BY = {"num_attention_heads": "WanTransformer3DModel", "num_heads": "WanModel"}
 WAN_SIZES = {                   # of ours: the key of each class
     "patch": ("patch_size", "patch_size"), "channels": ("in_dim", "in_channels"),
     "dim": ("dim", None), "depth": ("num_layers", "num_layers"), "ffn": ("ffn_dim", "ffn_dim"),
@@ -2544,8 +2546,11 @@ def load_published(path, heads=None, text_tokens=77):
         refuse_experts(path)
         path = path / "transformer" if (path / "transformer").is_dir() else path
         if not (path / "config.json").is_file():
-            refuse(f"{path} has no config.json: not a published folder, nor a run")
-        name, config, told = read_class(path / "config.json", CLASSES)
+            refuse(f"{path} is a pipeline without its transformer/: fetch that too" if
+                   (path / "model_index.json").is_file() else f"{path} has no config.json: not a "
+                   f"published folder, nor a run{lying_in(path)}")
+        name, config, told = read_class(path / "config.json", CLASSES, lambda config: next(
+            (name for key, name in MARKED_BY.items() if key in config), None))
         layout = {"WanModel": "wan"}.get(name, "diffusers")
     file = read_tensors(path)
     if "hyper_parameters" in file:
@@ -2591,6 +2596,7 @@ def filled(make, options, state, path):
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         refuse(f"{path}: {error}")
+    refuse_nan(state, path)
     return model.eval()
 
 

@@ -73,8 +73,8 @@ from kernels.memory import keep_memory
 from kernels.optim import MuonAdamW
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
                           is_sole, lines_of, number, one_line, open_dataset, read_clip, read_text,
-                          refuse, rng, run_dir, script, sweep, where, writable, write_rows,
-                          write_text)
+                          refuse, refuse_pointer, rng, run_dir, script, sweep, where, writable,
+                          write_rows, write_text)
 
 RUN_FORMAT = 1          # of a run's folder and of a latents file
 
@@ -373,6 +373,7 @@ STAND_INS = [           # classes in published checkpoints, read as data without
 WEIGHT_FILES = [("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"),
                 ("pytorch_model", "bin"), ("diffusion_pytorch_model", "bin")]
 VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, the best first
+VARIANT = re.compile(r"\w+(?:-\d+-of-\d+)?(\.fp32|\.fp16|\.bf16)[.-].*(?:safetensors|bin)")
 
 
 SHARD = re.compile(r"(\w+?)(\.\w+)?-\d+-of-(\d+)(\.\w+)?\.(\w+)")
@@ -409,7 +410,7 @@ def weight_files(folder):
                    "of them")
     names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
     refuse(f"{folder} has no weights: none of {names}, of their .fp16 and .bf16 variants, nor an "
-           ".index.json")
+           f".index.json{lying_in(folder)}")
 
 
 # What says that numbers have scales of their own (the last part of a name): fp8, int8, 4 bits.
@@ -424,11 +425,53 @@ def refuse_scaled(names, path):
                "only float32, bfloat16, float16 and plain float8: take such a file")
 
 
-def refuse_pointer(path):
-    """Refuses what git leaves in a large file's place where Git LFS did not run."""
+def refuse_nan(tensors, path):
+    """Refuses weights that are not all finite, {name: tensor}: one sum each, looked at together."""
+    sums = {name: x.sum(dtype=torch.float32) for name, x in tensors.items()
+            if torch.is_tensor(x) and x.is_floating_point() and not x.is_meta}
+    if not sums or torch.stack(list(sums.values())).sum().isfinite():
+        return
+    bad = [name for name in sums if not tensors[name].isfinite().all()]    # sums may overflow
+    if bad:
+        n = tensors[bad[0]].isfinite().logical_not().sum().item()
+        refuse(f"{path}: {bad[0]} holds {n:,} numbers that are NaN or infinite, one of {len(bad)} "
+               "such tensors: fetch the file again, or take another")
+
+
+LORA = re.compile(r"(^|[._])(lora_([AB]|up|down|unet|te\d?|magnitude_vector|embedding_[AB])|"
+                  r"base_layer|dora_scale|lokr_w\d|hada_w\d)(?=[._]|$)")
+MERGE = "merge it into its model (PEFT: merge_and_unload; diffusers: fuse_lora) and take that"
+
+
+def refuse_lora(names, path):
+    added = [name for name in map(str, names) if LORA.search(name)]
+    if added:
+        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: {MERGE}")
+
+
+NOT_READ = {            # what lies in folders in the place of weights, and what to do
+    "*.gguf": "GGUF is quantized and not read: take a folder of safetensors",
+    "*lora*.safetensors": f"a LoRA: {MERGE}", "adapter_model.*": f"a LoRA: {MERGE}",
+    **dict.fromkeys((
+        "*.incomplete", ".cache/huggingface/**/*.incomplete", "../../blobs/*.incomplete", "*.part",
+        "*.crdownload", "*.aria2"), "a download that did not end: go on with it"),
+    **dict.fromkeys(("*.h5", "*.msgpack", "*.onnx"), "a form that is not read: take safetensors")}
+
+
+def lying_in(folder):
+    """What a refusal of a folder without its parts adds."""
+    found = ((next(folder.glob(form), None), what) for form, what in NOT_READ.items())
+    return next((f"; {path.name} is there, {what}" for path, what in found if path), "")
+
+
+def refuse_others(path):
+    """Refuses a file that is none of weights, by its first bytes or its name."""
+    refuse_pointer(path)
     with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs.github.com"):
-            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
+        if file.read(4) == b"GGUF":
+            refuse(f"{path}: {NOT_READ['*.gguf']}")
+    if path.suffix == ".incomplete":
+        refuse(f"{path}: {NOT_READ['*.incomplete']}")
 
 
 def read_tensors(path):
@@ -438,6 +481,10 @@ def read_tensors(path):
     path = Path(path)
     if path.is_dir():
         path, *others = weight_files(path)
+        spare = [found[0] for name in sorted(os.listdir(path.parent))
+                 if (found := VARIANT.fullmatch(name)) and found[1] not in path.name]
+        if spare:
+            say_once(f"{path} is read; {spare[0]} beside it is not")
         if others:
             return {k: v for part in (path, *others) for k, v in read_tensors(part).items()}
     if path.suffix == ".json":
@@ -448,12 +495,17 @@ def read_tensors(path):
             parts = is_near = ()
         if not parts or not is_near:
             refuse(f"{path} is damaged: it does not map names to files beside it")
+        away = [part for part in parts if not path.with_name(part).exists()]
+        if away:
+            refuse(f"{path} names {len(parts)} files, of which {len(away)} are not there: fetch "
+                   f"{away[0]}" + " and the others" * (len(away) > 1) + lying_in(path.parent))
         return {k: v for part in parts for k, v in read_tensors(path.with_name(part)).items()}
     try:
-        refuse_pointer(path)
+        refuse_others(path)
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 refuse_scaled(file.keys(), path)
+                refuse_lora(file.keys(), path)
                 sums = json.loads((file.metadata() or {}).get("nanosora", "{}")).get("sums", {})
                 return {name: checked(file.get_tensor(name), sums.get(name), path, name)
                         for name in file.keys()}
@@ -474,6 +526,7 @@ def read_tensors(path):
     if not isinstance(found, dict):
         refuse(f"{path} cannot be read as weights: it holds no names")
     refuse_scaled(innermost(found), path)
+    refuse_lora(innermost(found), path)
     return found
 
 
@@ -554,9 +607,10 @@ def cleared(value, default):
 
 
 def refuse_quantized(path, config):
-    """Refuses by its method what a published config says is quantized."""
-    how = config.get("quantization_config") if isinstance(config, dict) else None
-    if how:
+    """Refuses by its method what a published config, or one within it, says is quantized."""
+    for how in (each["quantization_config"] for each in (
+            config, config.get("text_config"), config.get("vision_config"))
+            if isinstance(each, dict) and each.get("quantization_config")):
         how = how.get("quant_method", "?") if isinstance(how, dict) else how
         refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
                "float16 and plain float8: take a folder without quantization_config")
@@ -575,14 +629,15 @@ def read_class(path, classes, guess=None, inner=None):
     except FileNotFoundError:
         refuse(f"{path}: no such file")
     except (ValueError, RecursionError):
+        refuse_pointer(path)
         refuse(f"{path} is damaged: it is no JSON object")
     outer, config = config, config[inner] if isinstance(config.get(inner), dict) else config
     name = config.get("_class_name") or (guess and guess(config))
     if not isinstance(name, str) or name not in classes:
-        says = f"is of class {name}" if isinstance(name, str) else "names no _class_name"
-        refuse(f"{path} {says}, which is not read here: {' and '.join(classes)} are")
+        refuse(f"{path} is of class {name}, which is not read here: {' and '.join(classes)} are" if
+               isinstance(name, str) else f"{path} names no _class_name: fetch the published one, "
+               f"or add \"_class_name\", one of {', '.join(classes)}")
     refuse_quantized(path, outer)
-    refuse_quantized(path, config)
     told = {key for key, default in classes[name].items() if config.get(key) is not None
             or key in config and isinstance(default, bool)}
     values = {**classes[name], **{key: cleared(config[key], classes[name][key]) for key in told}}
@@ -2674,7 +2729,11 @@ def check_class(name, config, n_tensors, path):
     if is_image:
         only = dict(down_block_types=["DownEncoderBlock2D"] * levels, act_fn="silu",
                     up_block_types=["UpDecoderBlock2D"] * levels, in_channels=3, out_channels=3,
-                    mid_block_add_attention=True, use_post_quant_conv=config["use_quant_conv"])
+                    mid_block_add_attention=True)
+        if config["use_quant_conv"] != config["use_post_quant_conv"]:
+            says = [f"{key} {json.dumps(config[key])}" for key in (
+                "use_quant_conv", "use_post_quant_conv")]
+            refuse(f"{path}: {' and '.join(says)}: both or neither are read")
         widths, groups = config["block_out_channels"], config["norm_num_groups"]
         if widths and any(width % widths[0] for width in widths):
             refuse(f"{path}: block_out_channels {widths}: only multiples of the first are read")
@@ -2717,6 +2776,7 @@ def load_names(model, names, weights, path):
             refuse(f"{path}: {name} has shape {list(weights[name].shape)}, "
                    f"not {list(state[own].shape)}")
         state[own] = weights[name].float().reshape(state[own].shape)
+    refuse_nan({name: weights[name] for name in names.values()}, path)
     if next(model.parameters()).is_meta:
         model.to_empty(device="cpu")
     model.load_state_dict(state)
@@ -2797,7 +2857,7 @@ def load_published(path):
     if path.is_dir():
         if not (path / "config.json").exists():
             refuse(f"{path} holds no autoencoder: neither a run nor a published folder "
-                   f"(config.json with weights, {' or '.join(WAN_FILES)})")
+                   f"(config.json with weights, {' or '.join(WAN_FILES)}){lying_in(path)}")
         name, config, _ = read_class(path / "config.json", CLASSES, guess_class)
     weights = read_tensors(path)
     if "hyper_parameters" in weights:

@@ -3,6 +3,7 @@ transformers leaves out, their names of tensors, their precisions, their chat te
 small and weights random, or, where shapes alone are asked, as published and on the meta device. The
 numbers are those of the plain float64 reference below."""
 import contextlib
+import io
 import json
 import math
 import os
@@ -886,6 +887,42 @@ def test_tokenizers_of_vocab_and_merges(tmp_path):
         assert old.encode("<|endoftext|> a") == whole.encode("<|endoftext|> a")
 
 
+def test_slow_llama_tokenizers_by_what_legacy_says(tmp_path):
+    """The pieces are what transformers makes of the same model: 4.48.3's slow class for legacy, 5.24.0's
+    where it is false; an absent one is as the version says that saved the folder."""
+    lines = ["the quick brown fox jumps over the lazy dog", "a dog runs", "a cat sits on the mat", "hello world",
+             "user asks: describe the picture in detail", "assistant: the picture shows a dog and a cat"] * 20
+    file, out = tmp_path / "tokenizer.model", io.BytesIO()
+    c.sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=340, model_type="bpe", byte_fallback=True,
+        character_coverage=1.0, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    file.write_bytes(out.getvalue())
+    pieces = c.sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    image = pieces.get_piece_size()
+    wanted = {      # text: pieces with legacy, without
+        "a dog": ("▁a ▁dog",) * 2, "<s>a dog": ("<s> ▁a ▁dog", "<s> a ▁dog"),
+        "the cat</s>a dog runs": ("▁the ▁cat </s> ▁a ▁dog ▁ ru ns", "▁the ▁cat </s> a ▁dog ▁ ru ns"),
+        "the cat <image>the dog": ("▁the ▁cat ▁ <image> ▁the ▁dog", "▁the ▁cat ▁ <image> t he ▁dog"),
+        "<image>\nthe cat": ("<image> ▁ <0x0A> t he ▁cat", "<image> <0x0A> t he ▁cat"),
+        "</s></s>hello": ("</s> </s> ▁ he llo", "</s> </s> he llo"), "": ("", ""),
+        " a  dog": ("▁ ▁a ▁ ▁dog", "▁a ▁ ▁dog"), "\n\nhello": ("▁ <0x0A> <0x0A> he llo",) * 2,
+        "a dog</s> runs <image>  x": ("▁a ▁dog </s> ▁ ▁ ru ns ▁ <image> ▁ ▁ ▁ x",
+                                      "▁a ▁dog </s> ▁ ru ns ▁ <image> ▁ ▁ x")}
+    for name, said, by, is_new in (
+            ("LlamaTokenizer", True, "5.24.0", 0), ("LlamaTokenizer", False, "4.48.3", 1),
+            ("LlamaTokenizerFast", False, None, 1), ("LlamaTokenizer", None, "4.31.0", 0),
+            ("LlamaTokenizer", None, None, 0), ("LlamaTokenizer", None, "5.24.0", 1), ("Other", False, "5.24.0", 0)):
+        told = dict(tokenizer_class=name, added_tokens_decoder={str(image): {"content": "<image>"}})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told | ({} if said is None else {"legacy": said})))
+        (tmp_path / "config.json").write_text(json.dumps({"transformers_version": by}))
+        tokens = c.Tokens(tmp_path)
+        for text, both in wanted.items():
+            found = [pieces.id_to_piece(i) if i < image else "<image>" for i in tokens.encode(text)]
+            assert " ".join(found) == both[is_new], (text, said, by)
+        assert tokens.decode(tokens.encode("a dog")) == "a dog" and tokens.first == [1]
+
+
 def test_a_template_says_the_beginning_that_its_tokenizer_leaves_out(tmp_path):
     """As Llama 3's first tokenizers did; and an empty thought only where the template thinks."""
     tensors = weights(lm_shapes(TINY))
@@ -1128,6 +1165,102 @@ def test_v02_clip_whose_parts_are_null(tmp_path, capsys):
         capsys, folder_of(tmp_path / "n", config, tensors), call=scorer_of)
 
 
+def test_activations_by_every_name_of_transformers():
+    """ACT2FN's names of the same curve; each is one of four formulas."""
+    x = torch.linspace(-6, 6, 99, dtype=torch.float64)
+    tanh = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    curves = {"gelu gelu_python": x * 0.5 * (1 + torch.erf(x / 2**0.5)), "silu swish": x / (1 + (-x).exp()),
+              "gelu_new gelu_fast gelu_accurate gelu_pytorch_tanh gelu_python_tanh": tanh, "relu": x.clamp(min=0),
+              "quick_gelu": x / (1 + (-1.702 * x).exp())}
+    assert {name for names in curves for name in names.split()} == set(c.ACTS)
+    for names, curve in curves.items():
+        for name in names.split():
+            near(c.ACTS[name](x), curve, 1e-9)
+
+
+# -- generation_config.json ------------------------------------------------------------------------
+
+def greedy(model, said, n, penalty=1.0, size=0):
+    """n tokens by the formulas of transformers' repetition_penalty and no_repeat_ngram_size."""
+    ids = list(said)
+    for _ in range(n):
+        x = torch.cat([model.decoder.embed.weight[ids]])[None]
+        scores = model.decoder.logits(model.decoder(x, torch.arange(len(ids))[None]))[0, -1].tolist()
+        for i in set(ids):
+            scores[i] *= 1 / penalty if scores[i] >= 0 else penalty
+        for i in range(size and len(ids) - size + 1):
+            if ids[i:i + size - 1] == ids[len(ids) - size + 1:]:
+                scores[ids[i + size - 1]] = -math.inf
+        ids.append(int(np.argmax(scores)))
+    return ids[len(said):]
+
+
+@pytest.mark.parametrize("where", ["generation_config__json", "config__json"])
+@pytest.mark.parametrize("penalty, size", [(1.05, 0), (1.3, 0), (0.8, 0), (1.0, 1), (1.0, 2), (1.1, 3)])
+@torch.no_grad()
+def test_answers_are_held_back_as_generation_config_says(penalty, size, where, tmp_path):
+    """In greedy answers alone and side by side; a draw cannot break it; the prompt counts too."""
+    config, said = TINY | {"model_type": "llama"}, dict(repetition_penalty=penalty, no_repeat_ngram_size=size)
+    tensors = weights(lm_shapes(TINY))
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:1] + 0.02 * tensors["lm_head.weight"]    # all near
+    tensors |= {n: 0.05 * w for n, w in tensors.items() if "o_proj" in n or "down" in n}  # the last token decides
+    more = {where: said} if where.startswith("gen") else {}
+    model = c.open_vlm(folder_of(tmp_path / "m", config | (said if not more else {}), tensors, **more),
+                       template="vicuna")
+    assert model.penalties == (penalty, size)
+    prompts = [IDS, ([7] + greedy(model, [7], 2)) * 2, [7]]
+    prompts[1].pop()                                                         # as it would go on
+    wanted = [greedy(model, ids, 12, penalty, size) for ids in prompts]
+    assert any(wanted[i] != greedy(model, ids, 12) for i, ids in enumerate(prompts))
+    requests = [model.request(str(i), ids, [], None, []) for i, ids in enumerate(prompts)]
+    for batch in (1, 3):
+        found = {int(request.key): ids for request, ids, _ in c.generate(
+            model.decoder, requests, batch, 12, penalties=model.penalties)}
+        assert [found[i] for i in range(3)] == wanted
+    (_, ids, score), = c.generate(model.decoder, requests[:1], 1, 1, penalties=model.penalties)
+    raw = logits_of(model, requests[0])[-1].log_softmax(-1)[ids[0]]
+    assert score == pytest.approx(float(raw), abs=1e-5)                      # the model's own
+    for _, ids, _ in c.generate(model.decoder, requests, 3, 12, temperature=2.0, penalties=(1.0, 1)):
+        assert len(set(ids)) == 12
+    called, plain = [], c.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c, "generate", lambda *at: called.append(at[-1]) or plain(*at))
+        list(model.write(requests[:1], most=2))
+    assert called == [(penalty, size)]
+
+
+def test_what_is_seen_counts_as_its_slot_where_the_published_code_counts_it(tmp_path):
+    """Qwen2-VL's generate() is given ids; LLaVA's own code gives it embeddings alone."""
+    v, tensors = qwen_parts(False)
+    config = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors))
+    for is_video in (False, True):
+        request, _ = picture(model, is_video)
+        assert request.said == [model.tokens.id("<|video_pad|>" if is_video else "<|image_pad|>")
+                                if i < 0 else i for i in request.ids] and -1 in request.ids
+    model.plan.counts_prompt = False
+    assert picture(model)[0].said == []
+
+
+def test_what_generation_config_says_and_is_not_applied_is_named(tmp_path, capsys):
+    config, tensors = TINY | {"model_type": "llama"}, weights(lm_shapes(TINY))
+    said = dict(num_beams=4, suppress_tokens=[1, 2], repetition_penalty="1.1", temperature=0.2, top_k=1, do_sample=True)
+    V.say_once.cache_clear()
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, generation_config__json=said))
+    err = capsys.readouterr().err
+    assert "num_beams 4, suppress_tokens [1, 2] of its generation_config.json: not applied" in err
+    assert err.count("\n") == 1 and model.penalties == (1.1, 0)
+    usual = dict(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, suppress_tokens=None, guidance_scale=None)
+    model = c.open_vlm(folder_of(tmp_path / "n", config | {"repetition_penalty": 1.5}, tensors,
+                                 generation_config__json=usual))
+    assert capsys.readouterr().err == "" and model.penalties is None         # that file comes first
+    for i, wrong in enumerate((dict(repetition_penalty=-1), dict(no_repeat_ngram_size=1.5),
+                               dict(repetition_penalty=[2]), dict(no_repeat_ngram_size=-1))):
+        folder = folder_of(tmp_path / str(i), config, tensors, generation_config__json=wrong)
+        told = refused(capsys, folder, call=c.open_vlm)
+        assert "generation_config.json" in told or "no_repeat_ngram_size -1: above 0" in told or "above 0" in told
+
+
 # -- what is refused, by its name ------------------------------------------------------------------
 
 @pytest.mark.parametrize("says, config", [
@@ -1191,6 +1324,25 @@ def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
     assert "holds a LoRA's additions alone" in refused(capsys, folder, call=c.open_vlm)
     folder = folder_of(tmp_path / "t5", dict(model_type="t5"), {})
     assert "feed_forward_proj relu of a t5" in refused(capsys, folder, call=c.open_text_encoder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused_by_name(value, dtype, tmp_path, capsys):
+    """One number of one tensor, as the file names it; large finite ones are read."""
+    tensors = {n: w.to(dtype) for n, w in weights(lm_shapes(TINY)).items()}
+    q = "model.layers.1.self_attn.k_proj.weight"
+    large = {q: torch.full_like(tensors[q], torch.finfo(dtype).max)}         # their sum overflows
+    config = TINY | {"model_type": "llama"}
+    assert c.open_vlm(folder_of(tmp_path / "large", config, tensors | large)).penalties is None
+    tensors[q][3, 4] = value
+    folder = folder_of(tmp_path / "m", config, tensors)
+    assert f"{folder}: {q} holds 1 numbers that are NaN or infinite" in refused(capsys, folder, call=c.open_vlm)
+    tensors = {n: w.to(dtype) for n, w in weights(text_shapes(CLIP_TEXT)).items()}
+    name = "text_model.final_layer_norm.weight"
+    tensors[name][0] = value
+    folder = folder_of(tmp_path / "t", CLIP_TEXT | {"model_type": "clip_text_model"}, tensors)
+    assert f"{name} holds 1" in refused(capsys, folder, call=c.open_text_encoder)
 
 
 def test_refusals_name_the_files_tensors(tmp_path, capsys):
@@ -1302,6 +1454,103 @@ def test_what_stands_in_a_files_place_is_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             V.read_config(path, "captioner")
         assert says in capsys.readouterr().err
+
+
+def test_folders_that_are_not_what_is_asked_are_named(tmp_path, capsys):
+    """What lies there in the place of weights, of an index's files, of a config's kind, of a tokenizer."""
+    def line(call, name, config, tensors=None, lies=(), tokenizer=True):
+        folder = folder_of(tmp_path / name, config, tensors, tokenizer)
+        for each in lies:
+            path = folder / each
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"GGUF" + bytes(40))
+        return refused(capsys, folder, call=call)
+    llama, tensors = TINY | {"model_type": "llama"}, weights(lm_shapes(TINY))
+    for i, (lies, says) in enumerate([
+            ("llama-Q4_K_M.gguf", "llama-Q4_K_M.gguf is there, GGUF is quantized"),
+            ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors is there, a LoRA: merge it"),
+            ("adapter_model.bin", "adapter_model.bin is there, a LoRA: merge it"),
+            ("model.safetensors.incomplete", "a download that did not end"),
+            (".cache/huggingface/download/abc.0f.incomplete", "abc.0f.incomplete is there, a download that did not"),
+            ("tf_model.h5", "tf_model.h5 is there, a form that is not read")]):
+        assert says in line(c.open_vlm, f"lies{i}", llama, None, [lies])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "x.gguf").write_bytes(b"GGUF")
+    for call in (c.open_vlm, c.open_text_encoder, V.load_published):
+        assert "x.gguf is there, GGUF is quantized" in refused(capsys, tmp_path / "bare", call=call)
+    for file in ("x.gguf", "x.safetensors.incomplete"):
+        (tmp_path / file).write_bytes(b"GGUF" if "gguf" in file else b"")
+        assert ("GGUF" if "gguf" in file else "did not end") in refused(capsys, tmp_path / file, call=V.read_tensors)
+    folder = folder_of(tmp_path / "index", llama, None)
+    names = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(tensors)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "names 2 files, of which 2 are not there: fetch model-00001-of-00002.safetensors and the others" in refused(
+        capsys, folder, call=c.open_vlm)
+    save_file({n: t for n, t in tensors.items() if "00001" in names[n]}, folder / names[min(tensors, key=names.get)])
+    assert "of which 1 are not there: fetch model-00002-of-00002.safetensors" in refused(capsys, folder, call=c.open_vlm)
+    bare = {k: v for k, v in llama.items() if k not in ("model_type", "architectures")}
+    assert 'names neither model_type nor architectures: fetch the published one, or add "model_type", one of llama' in (
+        line(c.open_vlm, "kindless", bare, tensors))
+    assert "its config.json names no model_type: known text encoders are t5" in line(
+        c.open_text_encoder, "kindless_t", {k: v for k, v in CLIP_TEXT.items() if k != "model_type"}, {})
+    assert "its config.json names no model_type" in line(scorer_of, "kindless_c", {"projection_dim": 24}, {})
+    told = line(c.open_text_encoder, "mute", CLIP_TEXT | {"model_type": "clip_text_model"},
+                weights(text_shapes(CLIP_TEXT)), tokenizer=False)
+    assert "has no tokenizer" in told and "put those of the published folder there" in told and "--" not in told
+    assert "--" not in line(c.open_vlm, "mute_lm", llama, tensors, tokenizer=False)
+    v, sees = qwen_parts(False)
+    config = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
+    assert "by --tokenizer" in line(c.open_vlm, "mute_vlm", config, sees, tokenizer=False)
+
+
+def test_a_plain_file_comes_before_variants_and_the_line_says_so(tmp_path, capsys):
+    """As transformers and diffusers without `variant`; whichever of them is newer."""
+    for i, stem in enumerate(("model", "diffusion_pytorch_model", "pytorch_model")):
+        folder, end = tmp_path / stem, "bin" if "py" in stem[:2] else "safetensors"
+        folder.mkdir()
+        for n, name in enumerate((f"{stem}.{end}", f"{stem}.fp16.{end}")):
+            (torch.save if end == "bin" else save_file)({"a": torch.full((2,), float(n))}, folder / name)
+            os.utime(folder / name, (1e9 + n, 1e9 + n))
+        V.say_once.cache_clear()
+        assert V.read_tensors(folder)["a"].tolist() == [0, 0]
+        assert f"{stem}.{end} is read; {stem}.fp16.{end} beside it is not" in capsys.readouterr().err
+        (folder / f"{stem}.{end}").unlink()
+        V.say_once.cache_clear()
+        assert V.read_tensors(folder)["a"].tolist() == [1, 1] and not capsys.readouterr().err
+
+
+def test_templates_by_who_reads_them(tmp_path):
+    """A language model's own tokenizer reads no processor's file; a captioner's processor does before it.
+    One of several in additional_chat_templates/ is the default."""
+    files = dict(chat_template="J", processor_config="P", tokenizer_config="T")
+    for name, template in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"chat_template": template}))
+    assert (c.chat_template(tmp_path, True), c.chat_template(tmp_path)) == ("T", "J")
+    (tmp_path / "chat_template.json").unlink()
+    assert (c.chat_template(tmp_path, True), c.chat_template(tmp_path)) == ("T", "P")
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("R")
+    assert c.chat_template(tmp_path, True) == "T"
+    (more / "default.jinja").write_text("D")
+    assert (c.chat_template(tmp_path, True), c.chat_template(tmp_path)) == ("D", "D")
+    (tmp_path / "chat_template.jinja").write_text("X")
+    assert c.chat_template(tmp_path, True) == "X"
+    config, tensors = TINY | {"model_type": "llama"}, weights(lm_shapes(TINY))
+    template = "{% for m in messages %}A {{ m['content'] }} B{% endfor %}"
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, chat_template__json={"chat_template": "{{ nothing"},
+                                 tokenizer_config__json={"chat_template": template}))
+    assert model.plan.prompt == "A {q} B"
+
+
+@pytest.mark.parametrize("made, pads", [("CLIPImageProcessor", False), ("CLIPImageProcessorFast", False),
+                                        ("LlavaImageProcessor", True), ("LlavaImageProcessorFast", True), (None, True)])
+def test_do_pad_is_of_llavas_own_image_processor(made, pads, tmp_path):
+    text, v, tensors = llava_parts(["vision_tower"], 28)
+    config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
+    told = dict(do_pad=True, **({"image_processor_type": made} if made else {}))
+    model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, preprocessor_config__json=told))
+    assert (model.plan.picture.func is c.pad_square) == pads
 
 
 def test_a_folder_that_was_saved_twice(tmp_path, capsys):

@@ -248,6 +248,78 @@ def test_p05_files_of_half_precision_are_read_as_float32(tmp_path):
             assert all(x.dtype == torch.float32 for x in found.state_dict().values())
 
 
+def test_configs_without_a_class_and_folders_without_a_part_say_what_is_missing(tmp_path, capsys):
+    """A Wan's keys tell its class; nothing else does. A pointer of Git LFS is no damaged config."""
+    config, state, io = wan_fixture()
+    nameless = {key: value for key, value in config.items() if key != "_class_name"}
+    found, layout, _ = D.load_published(written(tmp_path / "wan", nameless, state))
+    assert layout == "diffusers" and torch.equal(found.embed.weight, D.load_published(
+        FIXTURES / "wan-denoiser-diffusers")[0].embed.weight)
+    told = refused(capsys, D.load_published, written(tmp_path / "bare", {"eps": 1e-6}, state))
+    assert 'names no _class_name: fetch the published one, or add "_class_name", one of WanModel' in told
+    (tmp_path / "bare/config.json").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    assert "is a Git LFS pointer" in refused(capsys, D.load_published, tmp_path / "bare")
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    assert "is a pipeline without its transformer/: fetch that too" in refused(
+        capsys, D.load_published, tmp_path / "pipe")
+    told = refused(capsys, S.open_text_encoder, tmp_path / "pipe")
+    assert "holds no text encoder" in told and "or name another by --text_encoder" in told
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
+    """Of a Wan, a DiT, a U-ViT's training, both autoencoders."""
+    config, state, *_ = wan_fixture()
+    places = [(D.load_published, written(tmp_path / "wan", config, state), "blocks.0.ffn.net.0.proj.weight")]
+    for kind, name in (("sd-vae/vae", "decoder.conv_in.weight"), ("wan-vae-original", "decoder.conv1.weight")):
+        shutil.copytree(FIXTURES / kind, tmp_path / kind)
+        places.append((V.load_published, tmp_path / kind, name))
+    for name in ("dit", "uvit"):
+        folder = FIXTURES / {"dit": "dit-sigma", "uvit": "uvit-class"}[name]
+        place = shutil.copytree(folder, tmp_path / name)
+        file = next(p for p in place.iterdir() if p.suffix in (".pt", ".pth"))
+        places.append((lambda place: D.load_published(place, 2), file,
+                       "blocks.0.attn.proj.weight" if name == "dit" else "mid_block.mlp.fc1.weight"))
+    for load, place, name in places:
+        for value in (float("nan"), float("inf")):
+            files = [p for p in place.rglob("*") if p.suffix in (".safetensors", ".pth", ".pt")
+                     and p.name != "io.safetensors"] if place.is_dir() else [place]
+            path, = files
+            found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            assert name in found, sorted(found)[:5]
+            found = {n: x.clone() for n, x in found.items()}
+            found[name].view(-1)[1] = value
+            path.unlink()
+            (save_file if path.suffix == ".safetensors" else torch.save)(found, path)
+            assert f"{name} holds 1 numbers" in refused(capsys, load, place)
+
+
+@pytest.mark.parametrize("made", [
+    lambda n: n.replace(".weight", ".base_layer.weight") if "to_q" in n else n,                # PEFT's, wrapped
+    lambda n: f"transformer.{n}".replace(".weight", ".lora_A.weight"),                         # diffusers' and PEFT's
+    lambda n: f"diffusion_model.{n}".replace(".weight", ".lora_down.weight"),                  # ComfyUI's
+    lambda n: "lora_unet_" + n.replace(".", "_") + ".alpha",                                   # kohya's
+    lambda n: n.replace(".weight", ".lokr_w1")])
+def test_a_lora_in_the_place_of_a_model_is_named(made, tmp_path, capsys):
+    """In a folder, in a file of safetensors and of torch, as a denoiser and as an autoencoder."""
+    config, state, _ = wan_fixture()
+    state = {made(name): x for name, x in state.items()}
+    folder = written(tmp_path / "wan", config, state)
+    torch.save({"state_dict": state}, tmp_path / "lora.pt")
+    for load in (D.load_published, V.load_published, lambda path: S.main([
+            str(path), "--prompt", "a", "--device", "cpu", "--out", str(tmp_path / "o")])):
+        for path in (tmp_path / "lora.pt", folder / "diffusion_pytorch_model.safetensors"):
+            assert "a LoRA that is not merged into its model: merge" in refused(capsys, load, path)
+    assert "a LoRA that is not merged into its model: merge" in refused(capsys, D.load_published, folder)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_file({"a": torch.zeros(1)}, bare / "pytorch_lora_weights.safetensors")
+    assert "has no config.json" in (told := refused(capsys, D.load_published, bare)) and "a LoRA: merge" in told
+    for name, says in (("q4.gguf", "GGUF is quantized"), ("p.pt", "Git LFS pointer")):
+        (tmp_path / name).write_bytes(b"GGUF\3" if "gguf" in name else b"version https://git-lfs.github.com/spec/v1\n")
+        assert says in refused(capsys, S.main, [str(tmp_path / name), "--prompt", "a", "--out", str(tmp_path / "o")])
+
+
 def test_names_inside_that_wrappers_make_are_taken_off(tmp_path):
     config, state, _ = wan_fixture()
     found, _, _ = D.load_published(written(tmp_path, config, {
@@ -382,7 +454,8 @@ REFUSED = [         # autoencoder or denoiser, what its config.json says beside,
     ("kl", dict(block_out_channels=[8] * 10**5), "a list"), ("kl", dict(norm_num_groups=3), "does not divide"),
     ("kl", dict(act_fn="relu"), "act_fn"), ("kl", dict(mid_block_add_attention=False), "mid_block_add_attention"),
     ("kl", dict(latent_channels="four"), 'latent_channels is "four"'), ("kl", dict(scaling_factor=True), "a number"),
-    ("kl", dict(in_channels=4), "in_channels"), ("kl", dict(use_post_quant_conv=False), "use_post_quant_conv"),
+    ("kl", dict(in_channels=4), "in_channels"), ("kl", dict(use_post_quant_conv=False), "use_quant_conv true and"),
+    ("kl", dict(use_quant_conv=False), "use_quant_conv false and use_post_quant_conv true"),
     ("kl", dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "down_block_types"),
     ("wan", dict(_class_name="WanVACETransformer3DModel"), "WanVACETransformer3DModel"),
     ("wan", dict(_class_name=["x"]), "names no _class_name"), ("wan", dict(num_layers=10**6), "the weights have 2"),
@@ -857,6 +930,40 @@ def test_folders_that_are_not_read_yet_end_in_one_line(i2v, tmp_path, capsys):
     sampled(tmp_path / "it", tmp_path / "o", "--image", str(i2v / "picture.png"))
 
 
+def test_the_shift_of_a_folder_without_a_scheduler_is_said(i2v, tmp_path, capsys):
+    """By layout, kind and size, as published; a scheduler or --shift ends the guess."""
+    wanted = {("diffusers", "wan"): (3.0, 5.0), ("diffusers", "i2v"): (3.0, 5.0), ("diffusers", "ti2v"): (5.0, 5.0),
+              ("wan", "wan"): (5.0, 5.0), ("wan", "i2v"): (3.0, 5.0), ("wan", "ti2v"): (5.0, 5.0)}
+    for (layout, kind), shifts in wanted.items():
+        for size, shift in zip(("480x832", "1280x720"), shifts):
+            V.say_once.cache_clear()
+            args = S.parse_options(["x", "--prompt", "a", "--size", size])
+            assert S.usual_shift(args, tmp_path, kind, layout) == shift
+            said = capsys.readouterr().err
+            assert f"{shift:g} is assumed" in said and "--shift" in said and said.count("\n") == 1
+    assert S.usual_shift(S.parse_options(["x", "--prompt", "a"]), tmp_path, "wan", "diffusers") == 3.0
+    for layout, word in (("diffusers", "has no scheduler/"), ("wan", "Wan's own code")):
+        for more, shift in ((("--shift", "7"), 7.0), ((), 3.0)):
+            V.say_once.cache_clear()
+            capsys.readouterr()
+            out = tmp_path / f"{layout}{shift}"
+            sampled(i2v / layout, out, "--image", str(i2v / "picture.png"), *more)
+            assert (word in capsys.readouterr().err) == (not more)
+            assert [json.loads(path.read_text())["how"]["shift"] for path in out.glob("*.json")] == [shift]
+
+
+def test_an_i2v_without_its_image_encoder_says_where_to_get_it(i2v, tmp_path, capsys):
+    for layout, part in (("diffusers", "image_encoder"), ("wan", S.WAN_CLIP)):
+        place = tmp_path / layout
+        shutil.copytree(i2v / layout, place)
+        (place / part).rename(tmp_path / part)
+        run = lambda: sampled(place, tmp_path / "o", "--image", str(i2v / "picture.png"))
+        told = refused(capsys, run)
+        assert "put image_encoder/ of Wan-AI/Wan2.1-I2V-14B-480P-Diffusers" in told and S.WAN_CLIP in told
+        (tmp_path / part).rename(place / part)                             # as told
+        run()
+
+
 def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys):
     """An encoder of another width, an autoencoder of other channels; a superscript is no class."""
     place = i2v / "diffusers"
@@ -866,6 +973,24 @@ def test_parts_that_do_not_belong_together_end_in_one_line(i2v, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         S.class_number("\u00b2", 10)
     assert stop.value.code == 2 and "0 to 9" in capsys.readouterr().err
+
+
+def test_what_an_image_encoder_lacks_is_named_as_its_file_names_it(i2v, tmp_path, capsys):
+    for layout, file, drop, says in (
+            ("diffusers", "image_encoder/model.safetensors", "class_embedding", "embeddings.class_embedding is missing"),
+            ("diffusers", "image_encoder/model.safetensors", "pre_layrnorm", "pre_layrnorm.weight is missing"),
+            ("diffusers", "image_encoder/model.safetensors", "position_embedding", "position_embedding.weight is missing"),
+            ("diffusers", "image_encoder/model.safetensors", "layers.0.mlp.fc1", "layers.0.mlp.fc1.weight is missing"),
+            ("wan", S.WAN_CLIP, "visual.cls_embedding", "visual.cls_embedding is missing"),
+            ("wan", S.WAN_CLIP, "visual.pre_norm", "visual.pre_norm.weight is missing")):
+        place = shutil.copytree(i2v / layout, tmp_path / "it")
+        path = place / file
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        found = {name: x.clone() for name, x in found.items() if drop not in name}
+        (save_file if path.suffix == ".safetensors" else torch.save)(found, path)
+        told = refused(capsys, S.open_image_encoder, place, "cpu")
+        assert says in told and "tower." not in told, told
+        shutil.rmtree(place)
 
 
 def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
