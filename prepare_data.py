@@ -11,6 +11,8 @@ What comes out  data/NAME/, which every later stage reads:
                                 hash; converted: HDR, interlaced, HEIC, where it was so
     shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
                                 file), reason, figure, threshold
+    shard-00000.metadata.jsonl  {key, split, label, captions, scores} of its clips of which texts
+                                beside the files, or --meta, say something else by now
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
     faults.log                  tracebacks of files at which this program failed, if any
 
@@ -35,6 +37,8 @@ Rules           Time 0 is a file's first frame; only the frames' timestamps coun
                 A bad packet is skipped and counted (scores: bad_packets, with frames that the
                 decoder mends); decoding goes on. Scores: damage is their share of a clip.
                 HDR (PQ, HLG) becomes BT.709: see `tone_mapped`.
+                What is told of the files may change, or come later: the same command again takes
+                it in; shards keep their bytes. Of duplicates the one that stays has the caption.
                 A caption with times belongs to each clip of which at least half lies inside them
                 (if of none, it is listed), one without times to every clip of its file. A variable
                 rate becomes the median rate: frame k shows the last frame that began at or before
@@ -1700,7 +1704,8 @@ FORMATS = {
     "videoinstruct": ("*.json", None, ("video_id", "video"), videoinstruct),
     "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
     "tgif": ("*.tsv", tgif_rows, ("gif",), None)}
-BESIDE = ("folder", "webdataset", "bair")     # no --meta: what is told stands beside the videos
+IN_ARCHIVES = ("webdataset", "bair")
+BESIDE = ("folder", *IN_ARCHIVES)       # no --meta: what is told stands beside the videos
 
 
 codecs.register_error("half", lambda error: ("\ud800", error.end))
@@ -2447,6 +2452,15 @@ def row_of(source, n, facts, fps, width, height, scores, samples, times=(0.0,) *
             "hash": video_hash(samples)}
 
 
+def place_frames(facts, scan, fps):
+    """Gives facts that name frames of the file, the last one included, their times."""
+    for fact in facts:
+        if "frames" in fact:
+            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
+            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
+                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
+
+
 def plan_clips(scan, source, facts, options):
     """[(row, frames, border)] of a video's clips in order, those that filters will drop too:
     `frames` are the numbers of the source's frames that the clip shows, border is what to crop."""
@@ -2454,11 +2468,7 @@ def plan_clips(scan, source, facts, options):
     if fps > 1000:
         raise Unreadable("too fast a rate", fps)
     every = max(1, math.ceil(fps / options["max_fps"] - 1e-3)) if options["max_fps"] else 1
-    for fact in facts:
-        if "frames" in fact:                           # of the file, the last one included
-            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
-            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
-                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
+    place_frames(facts, scan, fps)
     clips = []
     for begin, end, first, stop in find_shots(scan, fps, options):
         shot = float(scan.times[begin]), scan.end(end, fps)
@@ -3024,7 +3034,7 @@ def find_sources(root, folder, form):
                 pass_over("hidden")
             elif not path.is_file():
                 pass_over("dead link" if path.is_symlink() else "no file")
-            elif is_archive(name) and form in ("webdataset", "bair"):
+            elif is_archive(name) and form in IN_ARCHIVES:
                 inside, wrong = archive_index(path)
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
                           if Path(inner).suffix.lower() in VIDEOS | STILLS
@@ -3072,8 +3082,9 @@ def blocks(sources, most, mib):
 
 def make_plan(args, folder, root):
     """(plan, whether it is new): what the data set is made of, as plan.json holds it: the sorted
-    sources, the shards, the options that shape the result. New files become further shards, with
-    what --meta now says of them; anything else that differs from the start is refused."""
+    sources, the shards, the options that shape the result. New files become further shards. What
+    is told of files may change: --meta's rows, or a --meta or --format that comes later. Anything
+    else that differs from the start is refused."""
     options = {name: getattr(args, name) for name in args.shaping}
     options["meta"] = None
     if args.meta:
@@ -3085,8 +3096,9 @@ def make_plan(args, folder, root):
     told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, others, n_pictures = find_sources(root, folder, args.format)
+    args.present = {name for name, _ in sources}
     damaged = [name for name, _ in sources if is_archive(name)]
-    is_whole = plan and is_finished(folder, plan) and not lost_shards(folder, plan)
+    is_whole = plan and not lost_shards(folder, plan)
     if plan is None:
         if damaged:
             wrong = f"{damaged[0]} is {archive_index(root / damaged[0])[1]}"
@@ -3109,29 +3121,40 @@ def make_plan(args, folder, root):
             f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
             "only be added); use that, or another NAME")
     new = [source for source in sources if source[0] not in before]
+    if gone := [name for name in before if name not in now]:
+        print(f"warning: {len(gone)} of the {len(before)} files of {folder} are gone from {root}, "
+              f"such as {printable(gone[0])}: their clips stay", file=sys.stderr)
     had, plan["options"] = plan["options"], {**options, **OLD, **plan["options"]}
+    is_same = not (began["meta"] and args.meta) or os.path.abspath(began["meta"]) == \
+        os.path.abspath(args.meta)
+    may_change = {"meta": is_same or new, "format": not {*IN_ARCHIVES} & {
+        had.get("format"), args.format}}               # what is told of files, once it is told
     for name, value in options.items():
         was = had.get(name, value)
-        if was != value and not (name == "meta" and was and value and new):
-            if name == "meta":
-                was = was and (began["meta"] if plan.get("told") else "another file")
-                value = f"{args.meta}, whose rows changed" if was == told["meta"] else args.meta
+        if was == value:
+            continue
+        if not value or not may_change.get(name):
+            was, value = (began["meta"], args.meta) if name == "meta" else (was, value)
             refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
                    "NAME")
+        plan |= {"is_retold": True, "told": {**began, "meta": told["meta"]}}
+        plan["options"][name] = value
+    is_retold = plan["options"] != {**plan["options"], **had}
     if not new or args.finish or (folder / "joining.json").exists():    # a join ends first
-        return plan, False
+        return plan, is_retold
     print(f"{len(new)} new files under {root} are added to {folder}, as further shards; what is "
           "there stays as it is", file=sys.stderr)
     n = len(before)
-    return {**plan, "options": options, "told": told, "sources": plan["sources"] + new, "shards":
+    return {**plan, "told": told, "sources": plan["sources"] + new, "shards":
             plan["shards"] + [[n + first, n + stop] for first, stop in blocks(
                 new, args.shard_sources, args.shard_mib)]}, True
 
 
 def is_finished(folder, plan):
-    """Whether the manifest holds all shards of the plan."""
-    return has_manifest(folder) and \
-        len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
+    """Whether the manifest holds all shards of the plan, with what --meta now says."""
+    about = read_json(folder / "manifest.json") if has_manifest(folder) else {"shards": ()}
+    return len(about["shards"]) == len(plan["shards"]) and all(
+        about.get("options", {}).get(name) == plan["options"][name] for name in ("meta", "format"))
 
 
 def lost_shards(folder, plan):
@@ -3163,12 +3186,11 @@ def prepare(args):
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
     plan, is_new = make_plan(args, folder, root)
-    if not is_new and is_finished(folder, plan) and lost_shards(folder, plan):
-        # the decision on duplicates stays; then the missing ones are made, and all joined again
-        write_text(folder / "joining.json", json.dumps({
-            "format": FORMAT, "duplicates": read_rows(folder / "duplicates.jsonl")}))
-        (folder / "manifest.json").unlink()
-    if not is_new and is_finished(folder, plan):
+    is_whole = not is_new and is_finished(folder, plan) and not lost_shards(folder, plan)
+    if is_whole and not args.meta and any(told_now(args, folder, plan, n)[2] for n in range(
+            len(plan["shards"]))):                     # texts beside the files are new or changed
+        is_whole, is_new, plan["is_retold"] = False, True, True
+    if is_whole:
         print(f"{folder} is finished; nothing to do")
         return report(folder, root) if args.report else None
     had = [path.exists() for path in (folder, folder.parent)]
@@ -3198,12 +3220,13 @@ def make_shards(args, folder, root, plan, is_new, lock):
     path, text = folder / "plan.json", json.dumps(plan)
     if is_new and not (path.exists() and path.read_text(encoding="utf-8") == text):
         if database:
-            database.unlink(missing_ok=True)           # of fewer files
+            database.unlink(missing_ok=True)           # of fewer files, of other rows
         write_text(path, text)
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
     if fcntl:
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN + 1)
+    open_again(folder, plan, lock)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
         if n % n_parts == part - 1 and not is_done(folder, n):
             jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,
@@ -3218,10 +3241,26 @@ def make_shards(args, folder, root, plan, is_new, lock):
         return
     claim(lock, SPAN, 1, wait=True)
     if not is_finished(folder, plan):
-        finish(folder, plan, database)
+        finish(args, folder, plan, database)
     (folder / "facts.db").unlink(missing_ok=True)      # made again beside a part that was joining
     if args.report:
         report(folder, root)
+
+
+def open_again(folder, plan, lock):
+    """Takes back the manifest of a data set of which shards were lost, or whose captions changed:
+    they are made, and all is joined again. The decision on duplicates stays."""
+    def is_joined():
+        return has_manifest(folder) and \
+            len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
+    if is_joined():
+        claim(lock, SPAN, 1, wait=True)                # somebody may be joining just now
+        if is_joined():
+            write_text(folder / "joining.json", json.dumps({
+                "format": FORMAT, "duplicates": read_rows(folder / "duplicates.jsonl")}))
+            (folder / "manifest.json").unlink()
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN)
 
 
 def has_manifest(folder):
@@ -3288,21 +3327,62 @@ def leave_out(folder, name, of):
     write_rows(folder / f"{name}.jsonl", rows)
 
 
-def finish(folder, plan, database):
+def told_now(args, folder, plan, number, database=None):
+    """(rows, rejects, whether the rows are others than at the last time) of a shard: {key, split,
+    label, captions, scores} of the clips of which metadata says something else than when the shard
+    was made, and what of it is of no use. Of a file that is gone the last word stays. Captions that
+    fail a filter are left out."""
+    name, options, root = f"shard-{number:05d}", plan["options"], Path(args.videos)
+    path, shard, rows = folder / f"{name}.metadata.jsonl", {}, []
+    was = {row["key"]: row for row in read_rows(path)} if path.exists() else {}
+    lost = [one for one in read_rows(folder / f"{name}.rejected.jsonl")
+            if one["reason"] not in ROW_REASONS or not database
+            and one["source"] not in args.present]
+    for row in read_rows(folder / f"{name}.jsonl"):
+        shard.setdefault(row["source"], []).append(row)
+    for source, _ in plan["sources"][slice(*plan["shards"][number])]:
+        mine = shard.get(source, [])
+        if not database and (source not in args.present or options["format"] == "bair"):
+            rows += [was[row["key"]] for row in mine if row["key"] in was]
+            continue
+        facts, wrong = facts_of(database, options["format"], source) if database else beside(
+            source, located(root, source)[1], options["format"] is None)
+        if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
+            scan = Scan(Video(located(root, source)[0]))
+            place_frames(facts, scan, scan.rate()[0])
+        lost += [*wrong, *unused(source, facts, [(row,) for row in mine], math.inf)]
+        for row in mine:
+            new, more = told(source, facts, row["start"], row["end"])
+            new["captions"] = [one for one in new["captions"]
+                               if not caption_fault(one["text"], options)]
+            new["scores"] = {**more, **{one: value for one, value in row["scores"].items()
+                                        if one in SCORES or one == "bad_packets"}}
+            rows += [{"key": row["key"], **new}] if {**row, **new} != row else []
+    return rows, lost, rows != list(was.values())
+
+
+def finish(args, folder, plan, database):
     """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
     Whoever comes second writes the same bytes."""
-    duplicates, rows, shards, reasons = settle(folder, plan), [], {}, Counter()
-    twins = {row["key"] for row in duplicates}
-    for name in (f"shard-{n:05d}" for n in range(len(plan["shards"]))):
-        rows += [{**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")
-                 if row["key"] not in twins]
+    duplicates, shards, reasons, retold = settle(folder, plan), {}, Counter(), {}
+    for n in range(len(plan["shards"])):
+        name, later = f"shard-{n:05d}", folder / f"shard-{n:05d}.metadata.jsonl"
+        if plan.get("is_retold"):
+            *retold[name], _ = told_now(args, folder, plan, n, database)
+            later.unlink(missing_ok=True)
+            retold[name][0] and write_rows(later, retold[name][0])
         shards[name] = {}
-        for suffix in SUFFIXES:
+        for suffix in (*SUFFIXES, *["metadata.jsonl"] * later.exists()):
             with open(folder / f"{name}.{suffix}", "rb") as file:
                 shards[name][f"{name}.{suffix}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = kept_rows(folder, shards, duplicates)
+    if n_retold := sum(len(some) for some, _ in retold.values()):
+        print(f"{folder}: captions, labels or splits of {n_retold} clips are others than when their "
+              "shards were made: shard-*.metadata.jsonl holds them", file=sys.stderr)
 
     def rejects():
-        parts = (read_rows(folder / f"{name}.rejected.jsonl") for name in shards)
+        parts = (retold[name][1] if name in retold else read_rows(
+            folder / f"{name}.rejected.jsonl") for name in shards)
         missing = query(database, None, "number, note, row, detail") if database else ()
         lost = (rejection(name, reason, figure=n, detail=why) for n, reason, name, why in missing)
         for one in itertools.chain(lost, *parts):
@@ -3452,15 +3532,17 @@ def open_dataset(folder):
                f"{folder.name} --videos DIR)")
     if not (folder / "manifest.json").is_file():
         refuse(f"{folder} is not finished: run its prepare_data.py command (again)")
-    manifest, rows = read_json(folder / "manifest.json"), []
-    twins = {row["key"] for row in read_rows(folder / "duplicates.jsonl")}
+    manifest = read_json(folder / "manifest.json")
     for name, files in manifest["shards"].items():
-        path = folder / f"{name}.jsonl"
-        if not is_done(folder, int(name[-5:])) or \
-                hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
-            refuse(f"{path} or its tar is not what the manifest says: {MAKE_AGAIN.format(name)}")
-        mine = {row["key"]: {**row, "shard": name} for row in read_rows(path)
-                if row["key"] not in twins}
+        for path in (folder / file for file in files if re.fullmatch(r".*\d(\.metadata)?\.jsonl",
+                                                                     file)):
+            if not path.is_file() or not is_done(folder, int(name[-5:])) or \
+                    hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
+                refuse(f"{path} or its tar is not what the manifest says: "
+                       f"{MAKE_AGAIN.format(name)}")
+    rows = kept_rows(folder, manifest["shards"], read_rows(folder / "duplicates.jsonl"))
+    mine = {row["key"]: row for row in rows}
+    for name in manifest["shards"]:
         for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
             run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
             total = captions.with_name(f"{captions.name}.crc")       # of what caption.py wrote
@@ -3472,7 +3554,6 @@ def open_dataset(folder):
                 if row["key"] in mine:
                     mine[row["key"]]["captions"].append(
                         {"text": row["caption"], "source": run, "weight": 1.0})
-        rows += mine.values()
     if not int(os.environ.get("RANK", 0)):
         shards = list(manifest["shards"].items())
         stats = [os.stat(folder / file) for _, files in shards for file in files]
@@ -3482,6 +3563,24 @@ def open_dataset(folder):
             check_sums(folder, shards, time.monotonic() + 1)
             CHECKED.add(state)
     return rows
+
+
+def kept_rows(folder, shards, duplicates):
+    """The rows of shards {name: its files}, without duplicates, with row["shard"]; as told by
+    metadata that came later. A clip without a caption, or label, has that of its duplicate."""
+    of, kept, left_out = {one["key"]: one["of"] for one in duplicates}, {}, {}
+    for name, files in shards.items():
+        mine = {row["key"]: {**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")}
+        later = f"{name}.metadata.jsonl"
+        for row in read_rows(folder / later) if later in files else ():
+            mine[row["key"]] |= row
+        for key, row in mine.items():
+            (left_out if key in of else kept)[key] = row
+    for key, row in left_out.items():
+        stays = kept.get(of[key], row)
+        stays |= {name: row[name] for name in ("captions", "label")
+                  if row[name] and not stays[name]}
+    return list(kept.values())
 
 
 CHECKED = set()         # data sets, as their files are, whose sums this process has compared

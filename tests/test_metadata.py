@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import sys
 import tarfile
 import time
@@ -15,6 +16,7 @@ import tracemalloc
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,7 +27,7 @@ import sample  # noqa: E402
 import train_dit as D  # noqa: E402
 import train_vae as V  # noqa: E402
 from conftest import sums_as_they_are  # noqa: E402
-from test_prepare_data import BLUE, GREEN, RED, encode, row_lines, run, shot  # noqa: E402
+from test_prepare_data import BLUE, GREEN, RED, bytes_of, encode, row_lines, run, shot  # noqa: E402
 from test_readers import brief, told, write  # noqa: E402
 
 GOOD = '{"video": "b.mp4", "caption": "good"}\n'
@@ -893,3 +895,127 @@ def test_6e_members_of_tars_are_not_read_whole(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+# -- captions that come later, captions of what is left out ----------------------------------------
+
+def texts_of(folder, **more):
+    return {row["source"]: [one["text"] for one in row["captions"]] for row in pd.open_dataset(folder)}
+
+
+def test_captions_that_come_later_are_taken_in(tmp_path, monkeypatch, capsys):
+    """They were not noticed: 'finished; nothing to do'. Shards keep their bytes; a file that is gone, its captions."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+    write(tmp_path / "in/a.txt", "first")
+    command = ["set", "--videos", "in", "--near", "0", "--workers", "1", "--max_words", "3", "--shard_sources", "2"]
+    pd.main(command)
+    before = bytes_of(tmp_path / "data/set")
+    pd.main(command)
+    assert "nothing to do" in capsys.readouterr().out and bytes_of(tmp_path / "data/set") == before
+    write(tmp_path / "in/a.txt", "edited")
+    write(tmp_path / "in/c.txt", "new")
+    write(tmp_path / "in/b.txt", "of more words than three")
+    pd.main(command)
+    said = capsys.readouterr()
+    assert "captions, labels or splits of 2 clips are others" in said.err and "3 clips kept of 3" in said.out and "2 captioned" in said.out
+    assert texts_of("data/set") == {"a.mp4": ["edited"], "b.mp4": [], "c.mp4": ["new"]}
+    after = bytes_of(tmp_path / "data/set")
+    assert all(after[name] == digest for name, digest in before.items() if name.startswith("shard-"))
+    assert {"shard-00000.metadata.jsonl", "shard-00001.metadata.jsonl"} == {*after} - {*before}
+    pd.main(command)
+    assert "nothing to do" in capsys.readouterr().out and bytes_of(tmp_path / "data/set") == after
+    (tmp_path / "in/a.mp4").unlink(), (tmp_path / "in/a.txt").unlink(), (tmp_path / "in/c.txt").unlink()
+    pd.main(command)
+    assert "1 of the 3 files of data/set are gone from in, such as a.mp4: their clips stay" in capsys.readouterr().err
+    assert texts_of("data/set") == {"a.mp4": ["edited"], "b.mp4": [], "c.mp4": []}
+    pd.verify(Path("data/set"))
+    path = tmp_path / "data/set/shard-00000.metadata.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"edited", b"edxted"))
+    assert "not what the manifest says" in line(capsys, lambda: pd.open_dataset("data/set"))
+
+
+def test_metadata_that_changes_or_comes_later_is_taken_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/a.mp4", shot(RED, 24, (32, 32)) + shot(GREEN, 12, (32, 32)))
+    command = ["set", "--videos", "in", "--near", "0", "--workers", "1"]
+    pd.main(command)
+    before, options = bytes_of(tmp_path / "data/set"), [*command, "--meta", "m.jsonl"]
+    rows = [{"video": "a", "frames": [24, 35], "caption": "green", "split": "test", "aes": 3}, {"video": "a", "start": 8, "end": 9, "caption": "x"}]
+    write(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pd.main(options)
+    one, two = pd.open_dataset("data/set")
+    assert (one["captions"], one["split"]) == ([], "test") and [c["text"] for c in two["captions"]] == ["green"]
+    assert two["scores"]["aes"] == 3 and "aes" not in one["scores"] and two["scores"]["flow"] is not None
+    assert [(r["reason"], r["detail"]) for r in row_lines(tmp_path / "data/set/rejected.jsonl")] == [("caption of no clip", "x")]
+    rows = [{"video": "a", "caption": "both"}, {"video": "z", "caption": "of none"}, {"video": "a", "start": 2, "end": 1, "caption": "bad"}]
+    write(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pd.main(options)
+    assert [[c["text"] for c in row["captions"]] for row in pd.open_dataset("data/set")] == [["both"]] * 2
+    assert [r["reason"] for r in row_lines(tmp_path / "data/set/rejected.jsonl")] == ["missing video", "malformed metadata row"]
+    assert not (tmp_path / "data/set/facts.db").exists() and not (tmp_path / "data/set/joining.json").exists()
+    assert all(bytes_of(tmp_path / "data/set")[name] == digest for name, digest in before.items() if name.startswith("shard-"))
+    capsys.readouterr()
+    pd.main(options)
+    assert "nothing to do" in capsys.readouterr().out
+    assert "--meta m.jsonl, not None" in line(capsys, lambda: pd.main([*command, "--format", "folder"]))
+
+
+def test_6c_killed_while_captions_are_taken_in(tmp_path, monkeypatch):
+    """Whichever of its files is the last that a run writes: the next one ends with the same bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pd, "next_steps", lambda *given: "")
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/a.mp4", shot(RED, 9, (32, 32)))
+    write(tmp_path / "in/a.txt", "old")
+    options, replace = ["--videos", "in", "--workers", "1"], os.replace
+    pd.main(["begun", *options])
+    write(tmp_path / "in/a.txt", "new")
+    write(tmp_path / "m.csv", "video,caption\na.mp4,meta\n")
+    for more, text in (([], "new"), (["--meta", "m.csv"], "meta")):
+        shutil.copytree("data/begun", f"data/{text}")
+        pd.main([text, *options, *more])
+        assert texts_of(f"data/{text}") == {"a.mp4": [text]}
+        n_killed = 0
+        for at in range(1, 12):
+            left = [at]
+
+            def once(*given):
+                left[0] -= 1
+                if not left[0]:
+                    raise KeyboardInterrupt
+                replace(*given)
+            shutil.copytree("data/begun", f"data/{text}-{at}")
+            monkeypatch.setattr(os, "replace", once)
+            with contextlib.suppress(KeyboardInterrupt):
+                pd.main([f"{text}-{at}", *options, *more])
+            monkeypatch.setattr(os, "replace", replace)
+            n_killed += left[0] == 0
+            pd.main([f"{text}-{at}", *options, *more])
+            assert bytes_of(tmp_path / f"data/{text}-{at}") == bytes_of(tmp_path / f"data/{text}"), at
+        assert n_killed >= 5
+
+
+def test_a_caption_of_a_duplicate_goes_to_the_clip_that_stays(tmp_path):
+    """Of duplicates the larger one stays, else the first: the caption of the other one was lost."""
+    (tmp_path / "in/cats").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    for name, size in {"a": (96, 128), "cats/b": (96, 128), "c": (48, 64)}.items():
+        picture = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+        picture.save(tmp_path / f"in/{name}.png")
+    write(tmp_path / "in/cats/b.txt", "of an exact copy")
+    for name in ("set", "near"):
+        run(tmp_path, name, "--videos", "in", "--format", "folder", "--workers", 1)
+        row, = pd.open_dataset(tmp_path / f"data/{name}")
+        assert (row["source"], row["label"]) == ("a.png", "cats")
+        assert [one["text"] for one in row["captions"]] == ["of an exact copy" if name == "set" else "of a small one"]
+        manifest = json.loads((tmp_path / f"data/{name}/manifest.json").read_text())
+        assert manifest["counts"]["captioned_clips"] == 1 and manifest["counts"]["duplicates"] == 2
+        (tmp_path / "in/cats/b.txt").unlink(missing_ok=True)
+        write(tmp_path / "in/c.txt", "of a small one")
+    write(tmp_path / "in/a.txt", "its own")
+    run(tmp_path, "near", "--videos", "in", "--format", "folder", "--workers", 1)
+    assert texts_of(tmp_path / "data/near") == {"a.png": ["its own"]}
