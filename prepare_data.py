@@ -3370,15 +3370,16 @@ def finish(args, folder, plan, database):
         if plan.get("is_retold"):
             *retold[name], _ = told_now(args, folder, plan, n, database)
             later.unlink(missing_ok=True)
-            retold[name][0] and write_rows(later, retold[name][0])
+            if retold[name][0]:
+                write_rows(later, retold[name][0])
         shards[name] = {}
         for suffix in (*SUFFIXES, *["metadata.jsonl"] * later.exists()):
             with open(folder / f"{name}.{suffix}", "rb") as file:
                 shards[name][f"{name}.{suffix}"] = hashlib.file_digest(file, "sha256").hexdigest()
     rows = kept_rows(folder, shards, duplicates)
     if n_retold := sum(len(some) for some, _ in retold.values()):
-        print(f"{folder}: captions, labels or splits of {n_retold} clips are others than when their "
-              "shards were made: shard-*.metadata.jsonl holds them", file=sys.stderr)
+        print(f"{folder}: captions, labels or splits of {n_retold} clips are others than when "
+              "their shards were made: shard-*.metadata.jsonl holds them", file=sys.stderr)
 
     def rejects():
         parts = (retold[name][1] if name in retold else read_rows(
