@@ -3278,7 +3278,8 @@ def make_plan(args, folder, root):
     sources, others, n_pictures = find_sources(root, folder, args.format)
     args.present = {name for name, _ in sources}
     damaged = [name for name, _ in sources if is_archive(name)]
-    is_whole = plan and not lost_shards(folder, plan)
+    is_whole = plan and not lost_shards(folder, plan) and (
+        has_manifest(folder) or (folder / "joining.json").exists())
     if plan is None:
         if damaged:
             wrong = f"{damaged[0]} is {archive_index(root / damaged[0])[1]}"
@@ -3460,7 +3461,8 @@ def settle(folder, plan):
     if path.exists():
         duplicates = read_json(path)["duplicates"]
     else:
-        duplicates = read_rows(folder / "duplicates.jsonl") if before else []
+        known = folder / "duplicates.jsonl"            # also where the manifest was removed
+        duplicates = read_rows(known) if known.exists() else []
         lost, seen, rows = {one["key"] for one in duplicates}, {}, []
         for name in names:
             for row in read_rows(folder / f"{name}.jsonl"):
