@@ -11,6 +11,8 @@ What comes out  data/NAME/, which every later stage reads:
                                 hash; converted: HDR, interlaced, HEIC, where it was so
     shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
                                 file), reason, figure, threshold
+    shard-00000.metadata.jsonl  {key, split, label, captions, scores} of its clips of which texts
+                                beside the files, or --meta, say something else by now
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
     faults.log                  tracebacks of files at which this program failed, if any
 
@@ -35,6 +37,8 @@ Rules           Time 0 is a file's first frame; only the frames' timestamps coun
                 A bad packet is skipped and counted (scores: bad_packets, with frames that the
                 decoder mends); decoding goes on. Scores: damage is their share of a clip.
                 HDR (PQ, HLG) becomes BT.709: see `tone_mapped`.
+                What is told of the files may change, or come later: the same command again takes
+                it in; shards keep their bytes. Of duplicates the one that stays has the caption.
                 A caption with times belongs to each clip of which at least half lies inside them
                 (if of none, it is listed), one without times to every clip of its file. A variable
                 rate becomes the median rate: frame k shows the last frame that began at or before
@@ -52,14 +56,19 @@ Matching        what                matches
                 a tar               each of its files, links too; of a damaged one those before the
                                     damage; compressed ones are listed as rejects
                 a picture           is a thumbnail where a video of its name is beside it: no clip
-                a column            ours, whatever its blanks and capitals (csv, tsv, json, jsonl)
+                a column            ours, or a usual one of its meaning (OWN, IDS, TEXTS, ALIASES),
+                                    whatever its blanks, signs and capitals; a prompt alone is the
+                                    caption, a pair (timestamp, segment, span) start and end
                 a caption           a text, a list, an object (its keys are the styles), nested
                                     ones, what an assistant says; not '', nan, null, none
-                a text              UTF-8, or UTF-16 and UTF-32 by their mark; \\n, \\r\\n end lines
+                a text              UTF-8, or UTF-16 and UTF-32 by their mark; else cp1252 or cp1251
+                                    where it can be no other (LEGACY); \\n, \\r\\n end lines
                 a link to a folder  that folder, once; a hidden file or folder nothing
 Data sets       --format        reads (--meta: the file, or the folder that holds them), and keeps
                 csv tsv json    columns video (path, file), start, end, caption (text; a list:
-                jsonl txt       several), split, label; any other number becomes a score
+                jsonl           several), split, label; any other number becomes a score. JSON:
+                                an array, an object a line, {id: caption}, {id: row} (ActivityNet's)
+                txt             a file a line, and its caption behind a tab or its suffix
                 panda70m        panda70m_*.csv, 5 or 7 columns: times, captions, matching_score,
                                 desirable; split by the file's name
                 webvid          results_*.csv or the mirror's partitions: caption
@@ -395,30 +404,69 @@ def encoding_of(head):
     return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
 
 
-def as_text(data):
-    """The text of a file's bytes. Raises ValueError that says what they are in its place."""
+# Of Windows' code pages these two are told apart from all others: what no text in them holds, and
+# one of what others do not. cp1252: letters that Czech, Polish, Turkish and others lack or have
+# elsewhere, at most two in a row, marks that stand in no word. cp1251: words of Cyrillic letters
+# alone, mostly small, none of whose small ones goes before a capital (KOI8-R, Greek and Arabic
+# have such); with capitals, or letters that Hebrew has not.
+MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
+LEGACY = {
+    "cp1252": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
+        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
+    "cp1251": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
+        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
+
+
+def legacy(data):
+    """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
+    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
+        return None                                    # UTF-8, perhaps with damage
+    for code, (wrong, sure) in LEGACY.items():
+        text = data.decode(code, "replace")
+        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
+        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
+            return code
+    return None
+
+
+def decoded(data):
+    """(text, code page) of a file's bytes; None of UTF-8, -16 and -32. Raises ValueError that says
+    what they are in its place."""
     code = encoding_of(data)
     if code.startswith("utf-8") and b"\0" in data:
         raise ValueError("no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
     try:
-        return data.decode(code)
+        return data.decode(code), None
     except UnicodeDecodeError as error:
+        if code == "utf-8" and (page := legacy(data)):
+            return data.decode(page), page
         raise ValueError(f"no text in {code.upper()}: " + (
             not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
 
 
+def as_text(data):
+    return decoded(data)[0]
+
+
 def not_utf8(byte):
     """What is said of a byte that is none of UTF-8's."""
-    known = bytes([byte]).decode("cp1252", "replace")
-    return f"it holds byte 0x{byte:x} ('{known}' in cp1252, Windows' own): save it as UTF-8"
+    known = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
+    return (f"it holds byte 0x{byte:x} ({known}): make it UTF-8 (iconv -f CP1252 -t UTF-8 FILE > "
+            "NEW, with the encoding that it has)")
 
 
 def read_text(path, option=""):
     """The text of a file that an option names; refuses what is none."""
     try:
-        return as_text(Path(path).read_bytes())
+        text, page = decoded(Path(path).read_bytes())
     except ValueError as error:
         refuse(f"{option} {path} is {error}")
+    if page:
+        print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
+    return text
 
 
 def lines_of(text):
@@ -1665,8 +1713,7 @@ def find_shots(scan, fps, options):
 
 def columns(**names):
     """A reader of rows whose columns only have other names: ours=theirs."""
-    return lambda row: [{our: row[their if their in row else our_name(their)]
-                         for our, their in names.items()}]
+    return lambda row: [{our: row[their] for our, their in names.items()}]
 
 
 def literal(text):
@@ -1732,6 +1779,26 @@ def msrvtt_rows(path):
                 if video else sentence
 
 
+NAMED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, sorted(VIDEOS | STILLS)))}))(?:\s*[\t|,;:]"
+                   r"\s*|\s+)(\S.*)", re.I)
+
+
+def text_rows(path):
+    """A file a line, perhaps with its caption behind a tab, or behind its suffix and a blank or
+    sign; or a table whose columns tabs divide."""
+    with open_text(path) as file:
+        head = [our_name(cell) for cell in file.readline().split("\t")]
+        file.seek(0)
+        if {*head} & {*OWN, *IDS} and {*head} & {*TEXTS, "prompt"}:
+            yield from table_rows(file, True)
+            return
+        for line in filter(None, map(str.strip, file)):
+            parts = line.split("\t", 1) if "\t" in line else \
+                found.groups() if (found := NAMED.fullmatch(line)) and bare(line) == line.rsplit(
+                    "/", 1)[-1] else [line]            # else a file's name with blanks
+            yield dict(zip(("video", "caption"), parts))
+
+
 def tgif_rows(path):
     """url<TAB>sentence; splits/NAME.txt beside the file lists the addresses of a split."""
     splits = {url: part.stem for part in path.parent.glob("splits/*.txt")
@@ -1746,11 +1813,15 @@ def tgif_rows(path):
 # or a stem), and a function from a row to ours (None: it is one). Ours may have start and end (s or
 # H:MM:SS.mmm) or frames (first, last), caption (a text or a list), prompt, split, label; every
 # other number is a score. Where no row tells the split, the file's name does.
-OWN = ("video", "path", "file")
+OWN = ("video path file videopath filepath filename videofile videofilename videofilepath "
+       "videoname image imagepath imagefile imagename imagefilename img imgpath clip clippath "
+       "clipname clipfile media mediapath mediafile relpath relativepath fullpath").split()
+IDS = ("videoid vid clipid youtubeid ytid uid imageid id key name url videourl imageurl contenturl "
+       "link uri").split()             # where no column of OWN is there
 FORMATS = {
     "csv": ("*.csv", None, OWN, None), "tsv": ("*.tsv", None, OWN, None),
     "json": ("*.json", None, OWN, None), "jsonl": ("*.jsonl", None, OWN, None),
-    "txt": ("*.txt", lambda path: ({"video": line} for line in read_lines(path)), OWN, None),
+    "txt": ("*.txt", text_rows, OWN, None),
     "panda70m": ("*.csv", None, ("videoID",), panda70m),
     "webvid": ("*.csv", None, ("videoid",), columns(caption="name")),
     "internvid": ("*.jsonl", None, ("YoutubeID",), columns(
@@ -1763,9 +1834,12 @@ FORMATS = {
     "videoinstruct": ("*.json", None, ("video_id", "video"), videoinstruct),
     "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
     "tgif": ("*.tsv", tgif_rows, ("gif",), None)}
-BESIDE = ("folder", "webdataset", "bair")     # no --meta: what is told stands beside the videos
+IN_ARCHIVES = ("webdataset", "bair")
+BESIDE = ("folder", *IN_ARCHIVES)       # no --meta: what is told stands beside the videos
 
 
+NO_TABLES = {b"PK\3\4": "a zip or a workbook: save its table as .csv", b"PAR1": "Parquet: write it "
+            "as .jsonl", b"\x1f\x8b": "gzip: unpack it", b"%PDF": "a PDF: save its table as .csv"}
 codecs.register_error("half", lambda error: ("\ud800", error.end))
 
 
@@ -1773,7 +1847,14 @@ def open_text(path, newline="\n"):
     """A text file, open; bytes that are no text come as lone surrogates, which `plain` refuses."""
     with open(path, "rb") as file:
         head = file.read(8)
-    code = encoding_of(head)
+        code = encoding_of(head)
+        page = legacy(head + file.read(2**20)) if code == "utf-8" else None
+    for mark, kind in NO_TABLES.items():
+        if head.startswith(mark):
+            refuse(f"{path} is {kind}")
+    if page:
+        print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
+        return open(path, encoding=page, newline=newline, errors="replace")
     if code == "utf-8" and b"\0" in head[:2]:
         refuse(f"{path} is no text in UTF-8: it holds zero bytes, as UTF-16 without its mark does")
     unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
@@ -1796,10 +1877,58 @@ def file_rows(path):
     says how."""
     kind = path.suffix.lower()
     with open_text(path, "\n" if kind in (".json", ".jsonl") else "") as file:
-        yield from json_items(file) if kind == ".json" else json_lines(file) if kind == ".jsonl" \
-            else table_rows(file, kind == ".tsv")
+        yield from json_rows(file, kind == ".jsonl") if kind in (".json", ".jsonl") else \
+            table_rows(file, kind == ".tsv")
 
 
+def json_rows(file, is_lines):
+    """The rows of an open file of JSON, by what it holds: an array of objects, or an object a line;
+    an object that has such an array; or one of captions or rows by the names of their files."""
+    head = file.read(2**20)
+    file.seek(0)
+    text = head.lstrip()
+    line = text.split("\n", 1)[0].rstrip()
+    if text[:1] != "{":
+        yield from json_items(file) if text[:1] == "[" or not is_lines else json_lines(file)
+        return
+    try:
+        is_lines = bool(named(JSON.decode(line), OWN) or text[len(line):].strip())
+    except (ValueError, RecursionError):               # cut by us, damaged, or of several lines
+        is_lines = line != "{" if is_lines else line.endswith("}") and "\n{" in text
+    if is_lines:
+        yield from json_lines(file)
+        return
+    key, is_array = wrapped(text)
+    for one in json_items(file, key, not is_array):
+        if is_array or isinstance(one, Exception):
+            yield one
+        elif isinstance(one[1], (dict, list, str)):
+            is_named = isinstance(one[1], dict) and named(one[1], OWN)
+            yield one[1] if is_named else {"video": one[0], **(
+                one[1] if isinstance(one[1], dict) else {"caption": one[1]})}
+
+
+def wrapped(text):
+    """(key, whether an array) of what holds the rows of an object that `text` begins: an array of
+    objects that name a file, or an object of them; (None, False) where it is one itself."""
+    at, key = 1, KEY.match(text, 1)
+    while key:
+        name, at = key[1], key.end()
+        with contextlib.suppress(ValueError, RecursionError):
+            if item := re.compile(r"\[\s*(?=\{)").match(text, at):
+                if name.lower() in WRAPPERS or named(JSON.raw_decode(text, item.end())[0], OWN):
+                    return name, True
+            if text[at:at + 1] == "{" and name.lower() in WRAPPERS:
+                return name, False
+        try:
+            key = KEY.match(text, JSON.raw_decode(text, at)[1])
+        except (ValueError, RecursionError):
+            break
+    return None, False
+
+
+WRAPPERS = ("database", "data", "annotations", "videos", "captions", "results")
+KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.){0,2000}+)"\s*:\s*')
 JSON = json.JSONDecoder(strict=False)    # takes tabs and line ends that stand raw in a text
 
 
@@ -1837,7 +1966,9 @@ def table_rows(file, is_tsv):
     csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
     is_raw = is_tsv and not is_quoted(file)
     waiting, taken, head = deque([next(filter(str.strip, file), "")]), [], None
-    comma = "\t" if is_tsv else max(",;\t", key=waiting[0].count)      # Excel's, by its language
+    if told := re.match(r'"?sep=(.)"?\s*\Z', waiting[0]):       # Excel's
+        waiting[0] = next(filter(str.strip, file), "")
+    comma = told[1] if told else "\t" if is_tsv else max(",;\t", key=waiting[0].count)
     form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL}
     usual, is_escaped = [] if is_raw else [' "', '\\"'], False
 
@@ -1868,11 +1999,13 @@ def table_rows(file, is_tsv):
                 break
             taken.clear()
             if not head:
-                head = [our_name(name) for name in cells]
-                continue
+                head = [name.strip() for name in cells]
+                if bare(head[0]) == head[0].rsplit("/", 1)[-1] or len(head) > 2:
+                    continue
+                head = ["video", "caption"][:len(head)]        # a first row that is none
             while len(cells) > len(head) and not cells[-1].strip():
                 cells.pop()
-            if len(cells) > len(head) and head[-1] in TEXTS:
+            if len(cells) > len(head) and our_name(head[-1]) in (*TEXTS, "prompt"):
                 cells[len(head) - 1:] = [comma.join(cells[len(head) - 1:])]
             if len(cells) == len(head):
                 yield dict(zip(head, cells))
@@ -1927,13 +2060,15 @@ def hides_rows(lines, form, n_columns):
         or all(bare(cells[0]) != cells[0].rsplit("/", 1)[-1] for cells in alone))
 
 
-ITEM = re.compile(r'\{\s*"')
+ITEM, MEMBER = re.compile(r'\{\s*"'), re.compile(r'"[^"\n]*"\s*:\s*["\[{]')
 
 
-def json_items(file, key=None):
-    """The items of the array in an open JSON file (of the one named `key`), without holding it. In
-    the place of an item that is damaged an error; what looks like the next one goes on."""
-    start, text = re.compile(rf'"{key}"\s*:\s*\[' if key else r"\["), file.read(2**20)
+def json_items(file, key=None, is_object=False):
+    """The items of the array in an open JSON file (of the one named `key`), without holding it; of
+    an object pairs of names and values. In the place of an item that is damaged an error; what
+    looks like the next one goes on."""
+    bracket, text = r"\{" if is_object else r"\[", file.read(2**20)
+    start = re.compile(rf'"{re.escape(key)}"\s*:\s*{bracket}' if key else bracket)
     while not (found := start.search(text)):
         more = file.read(2**20)
         text = text[-100:] + more
@@ -1941,11 +2076,21 @@ def json_items(file, key=None):
             yield ValueError(f"no array{key and f' named {key}' or ''}")
             return
     at, is_end, wasted, decode = found.end(), False, 0, JSON.raw_decode
-    between, last = re.compile(r"[\s,]*"), re.compile(r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)")
+    between, last = re.compile(r"[\s,]*"), re.compile(
+        r"\}\s*\}?\s*\Z" if is_object else r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)")
+    following = MEMBER if is_object else ITEM
+
+    def decode_member(text, at):
+        if not (name := KEY.match(text, at)):
+            is_cut = len(text) - at < 2**12 and '":' not in text[at:]
+            raise json.JSONDecodeError("no name", text, len(text) if is_cut else at)
+        value, at = JSON.raw_decode(text, name.end())
+        return (json.loads(f'"{name[1]}"', strict=False), value), at
+    decode = decode_member if is_object else decode
     while True:
         at = between.match(text, at).end()
         try:
-            if text[at:at + 1] == "]" and last.match(text, at):
+            if text[at:at + 1] in ("]", "}") and last.match(text, at):
                 return
             item, at = decode(text, at)
             yield item
@@ -1965,12 +2110,12 @@ def json_items(file, key=None):
         at = at + 1 if wasted < 2**24 and not is_deep else behind
         if at > max(2**13, len(text) // 256):          # an error counts lines from the beginning
             text, at = text[at:], 0
-        while not (following := ITEM.search(text, at)):
+        while not (found := following.search(text, at)):
             more = file.read(2**20)
             if not more:
                 return
             text, at = text[max(at, len(text) - 100):] + more, 0
-        at = following.start()
+        at = found.start()
 
 
 def meta_files(path, form):
@@ -2100,7 +2245,7 @@ def placed_rows(paths, form, sources):
     places, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
     place = functools.lru_cache(2**16)(places.find)
     missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
-    first = ""                                         # of the rows that are of no use: why
+    first, bad, n_bytes = "", None, 0  # why rows are of no use; those with bytes that are no text
     for path in paths:
         split = split_of(path.stem)
         for n, row in enumerate((rows or file_rows)(path), n + 1):
@@ -2110,21 +2255,22 @@ def placed_rows(paths, form, sources):
                 if not isinstance(row, dict):
                     raise ValueError(f"a row is a {type(row).__name__}, no object of named values")
                 columns_found = columns_found or tuple(filter(None, row))
-                name = next(filter(None, map(row.get, names)), None) or next(
-                    filter(None, map(ours(row).get, names)), None) or row[names[0]]
+                name, *others = named(row, names) or [row[names[0]]]
                 source, reason, detail = place(str(name))
                 if source is None:
-                    for other in filter(None, map(row.get, names)):            # an id, a NaN
+                    for other in others:               # the first one is an id, a NaN
                         if source is None and (one := place(str(other)))[0]:
                             (source, reason, detail), name = one, other
                     first = first or source is None and f"row {n}: {name}: {detail or reason}"
+                text = source and json.dumps(row)
+                if text and (byte := re.search(r"\\udc([89a-f].)", text)):
+                    bad, n_bytes = bad or (n, int(byte[1], 16)), n_bytes + 1
                 is_right = is_right or not reader                # its values are its own matter
                 is_placed, missing = is_placed or reason != "missing video", missing or name
                 if not is_right or source is not None and True not in told_of:
                     facts = read_row(row, reader, None)
                     is_right = is_right or bool(facts)
                     told_of |= what_is_told(row, facts) if source is not None else set()
-                text = source and json.dumps(row)
             except BAD_ROW as error:
                 why = "cut off, or not of its format" if row is None else printable(fault(error))
                 first = first or f"row {n}: {why}"
@@ -2132,24 +2278,29 @@ def placed_rows(paths, form, sources):
             else:
                 yield (None, n, reason, detail and printable(detail), printable(name)) \
                     if source is None else (stored(source), n, split, None, text)
+    if not n:
+        refuse(f"{paths[0]} holds no rows")
     if not is_right:
-        has_name = {*names} & {*columns_found, *map(our_name, columns_found)}
+        has_name = {*names, *IDS} & {*columns_found, *map(our_name, columns_found)}
         refuse(f"no row of {paths[0]} reads as --format {form}: " + (
             first if first and (has_name or not columns_found) else "its columns are "
-            f"{', '.join(columns_found) or 'none'}; one of {', '.join(names)} must name the video"))
+            f"{', '.join(columns_found)}; one of {', '.join(names[:6])} must name the video"))
     if not is_placed:
         refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
                f"{sources[0]}")
     if sources and not told_of and first:
-        print(f"warning: no row of {paths[0]} is of use: {printable(first)}", file=sys.stderr)
-    elif sources and True not in told_of:
+        refuse(f"no row of {paths[0]} is of use: {first}")
+    if n_bytes:
+        print(f"warning: {n_bytes} rows of {paths[0]} are not in UTF-8, the first is row {bad[0]}: "
+              f"{not_utf8(bad[1])}", file=sys.stderr)
+    if sources and True not in told_of:
         refuse_silent(paths[0], told_of)
 
 
 def what_is_told(row, facts):
     """The columns in which a row of ours has what is no number; True where it has a caption."""
     return {True} if any(fact["captions"] for fact in facts) else {
-        name for name, value in ours(row).items() if name not in ("video", "path", "file")
+        name for name, value in ours(row).items() if our_name(name) not in (*OWN, *IDS)
         and value is not None and (name in OURS or number_of(value) is None and value != "")}
 
 
@@ -2203,12 +2354,17 @@ def read_row(row, reader, split):
 
 
 def timed(row):
-    """The rows in one of our rows whose caption is a list of objects with times of their own."""
+    """The rows in one of our rows whose caption is a list of objects with times of their own, or
+    goes with a list of times."""
     name = next((name for name in TEXTS if isinstance(row.get(name), list)), None)
+    for spans in (row[one] for one in SPANS if name and isinstance(row.get(one), list)):
+        if spans and all(map(is_span, spans)):         # as many texts as spans: ActivityNet's
+            return [{**row, "start": start, "end": end, name: text}
+                    for (start, end), text in zip(spans, row[name], strict=True)]
     if name is None or not any(isinstance(one, dict) and {"start", "end"} <= {*ours(one)}
                                for one in row[name]):
         return [row]
-    times, found = ("start", "end"), []
+    times, found = ("start", "end", *SPANS), []
     for one in row[name]:
         own = ours(one) if isinstance(one, dict) else {}
         found.append({**row, **{key: own[key] for key in times if key in own}, name: {
@@ -2216,15 +2372,34 @@ def timed(row):
     return found
 
 
+@functools.lru_cache(2**12)
 def our_name(name):
-    """A column's name without blanks, if it is one of ours in small letters."""
-    name = name.strip()
-    return ALIASES.get(name.lower(), name.lower() if name.lower() in OURS else name)
+    """A column's name, if it is one of ours in small letters, without blanks and signs."""
+    plain = re.sub(r"[\W_]+", "", name).lower()
+    return ALIASES.get(plain, plain if plain in OURS else name.strip())
 
 
 def ours(row):
-    """A row under our names; one that stands there as it is comes first."""
-    return {our_name(name): value for name, value in row.items()} | row
+    """A row under our names; one that stands there as it is comes first. A pair of times is start
+    and end; a prompt without any text is the caption."""
+    row = {our_name(name): value for name, value in row.items()} | row
+    for name in SPANS:
+        if name[-1] != "s" and is_span(row.get(name)) and "start" not in row:
+            row["start"], row["end"] = row.pop(name)
+    return {**row, "caption": row["prompt"], "prompt": None} \
+        if row.get("prompt") and not any(name in row for name in TEXTS) else row
+
+
+def is_span(value):
+    return isinstance(value, list) and len(value) == 2 and all(
+        isinstance(one, (int, float, str)) for one in value)
+
+
+def named(row, names):
+    """The values of the columns that may name a row's file, the best first."""
+    row = ours(row)
+    return [row[name] for name in names if row.get(name)] or [
+        row[name] for name in IDS if row.get(name) and names is OWN]
 
 
 def plain(text):
@@ -2260,8 +2435,8 @@ def texts_in(value, style=None):
         words = {key: {*re.split(r"[\W_]+", key.lower())} for key in value}
         keys = [key for key in value if isinstance(value[key], (str, list, dict))
                 and not words[key] & ABOUT]
-        if any(key.lower() in TEXTS for key in keys):
-            keys = [key for key in keys if words[key] & {*TEXTS}]
+        if any(key.lower() in IN_OBJECTS for key in keys):
+            keys = [key for key in keys if words[key] & IN_OBJECTS]
         return [pair for key in keys
                 for pair in texts_in(value[key], f"{style}.{key}" if style else key)]
     if value is None or value != value:                # NaN
@@ -2311,12 +2486,19 @@ def read_fact(row, split=None):
     return fact | {"scores": scores} if scores else fact
 
 
-ALIASES = {"start_time": "start", "end_time": "end"}
-TEXTS = ("caption", "captions", "text", "conversations", "messages")        # the best first
+ALIASES = {f"{one}{unit}": our for one, our in {"start": "start", "begin": "start", "end": "end",
+           "stop": "end"}.items() for unit in ("time", "timestamp", "sec", "seconds")} | {
+    "timestart": "start", "timeend": "end", "begin": "start", "stop": "end"}
+SPANS = ("timestamps", "timestamp", "segments", "segment", "span", "interval")      # [start, end]
+TEXTS = ("caption captions text cap description descriptions sentence sentences longcaption "
+         "densecaption detailedcaption shortcaption briefcaption videocaption imagecaption "
+         "recaption gptcaption generatedcaption longdescription shortdescription encap "
+         "goldencaption conversations messages annotations").split()
+IN_OBJECTS = {"caption", "captions", "text", "conversations", "messages"}
 ASKING = {"human", "user", "system", "tool", "function"}       # speakers of no captions
 ABOUT = set("model lang language id source author license url type version".split())
 NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
-OURS = {"video", "path", "file", "start", "end", "frames", "prompt", "split", "label", *TEXTS}
+OURS = {*OWN, *IDS, *TEXTS, *SPANS, "start", "end", "frames", "prompt", "split", "label"}
 
 
 def number_of(value):
@@ -2344,7 +2526,7 @@ def beside(source, texts, is_caption_alone=False):
     NAME.json (our keys) beside the source; its folder is its label, and may name its split. Without
     a --format the caption alone counts. A file that is no text, or damaged, is a reject, and hides
     no other."""
-    rejects, found = [], {".txt": "", ".json": "{}"}
+    rejects, found, encoding = [], {".txt": "", ".json": "{}"}, {}
 
     def lost(suffix, error):
         rejects.append(rejection(source, "malformed text beside it", detail=printable(
@@ -2352,13 +2534,15 @@ def beside(source, texts, is_caption_alone=False):
 
     for suffix, data in texts.items():
         try:
-            found[suffix] = plain(" ".join(as_text(data).split())) if suffix != ".json" else \
-                as_text(data)
+            text, page = decoded(data)
+            found[suffix] = plain(" ".join(text.split())) if suffix != ".json" else text
+            encoding |= {"encoding": page} if page else {}
         except ValueError as error:
             lost(suffix, error)
     caption = {"caption": found[".txt"]}
     if is_caption_alone:
-        return [read_fact(caption)], [one for one in rejects if ".txt: " in one["detail"]]
+        return [read_fact(caption) | encoding], [
+            one for one in rejects if ".txt: " in one["detail"]]
     *folders, _ = source.split("/")
     n = next((n for n, name in enumerate(folders) if is_archive(name)), len(folders))
     split = next((split_of(name) for name in folders if name.lower() in SPLITS
@@ -2367,13 +2551,14 @@ def beside(source, texts, is_caption_alone=False):
     classes = [found[".cls"]] if ".cls" in found else [
         printable(name) for name in folders[:n] if name.lower() not in SPLITS
         and not NUMBERED.fullmatch(name.lower())]      # those within a tar are part of the key
-    fact = read_fact({"label": classes[-1] if classes else None, **caption}, split)
+    fact = read_fact({"label": classes[-1] if classes else None, **caption}, split) | encoding
     try:
         more = JSON.decode(found[".json"])
         more = {key: value for key, value in ours(
             more if isinstance(more, dict) else {"caption": more}).items()
                 if value is not None and (key != "split" or str(value).lower() in SPLITS)}
-        facts = [read_fact({"label": fact["label"], **one}, split) for one in timed(more)]
+        facts = [read_fact({"label": fact["label"], **one}, split) | encoding
+                 for one in timed(more)]
         whole = {**fact, "captions": []} if any(one["captions"] for one in facts) else fact
         if any(one["start"] is not None or "frames" in one for one in facts):
             return [*facts, whole], rejects            # outside of its times the rest holds
@@ -2400,7 +2585,7 @@ def told(source, facts, start, end):
     labels = [f["label"] for f in mine if f["label"] is not None]
     return {"split": (splits or [drawn_split(source)])[0], "label": (labels or [None])[0],
             "captions": [{"text": text, "source": "meta", "weight": 1.0,
-                          **{key: f[key] for key in ("prompt",) if key in f},
+                          **{key: f[key] for key in ("prompt", "encoding") if key in f},
                           **({"style": style} if style else {})}
                          for f in mine for text, style in itertools.zip_longest(
                              f["captions"], f.get("styles", ()))]}, \
@@ -2514,6 +2699,15 @@ def row_of(source, n, facts, fps, width, height, scores, samples, times=(0.0,) *
             "hash": video_hash(samples)}
 
 
+def place_frames(facts, scan, fps):
+    """Gives facts that name frames of the file, the last one included, their times."""
+    for fact in facts:
+        if "frames" in fact:
+            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
+            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
+                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
+
+
 def plan_clips(scan, source, facts, options):
     """[(row, frames, border)] of a video's clips in order, those that filters will drop too:
     `frames` are the numbers of the source's frames that the clip shows, border is what to crop."""
@@ -2521,11 +2715,7 @@ def plan_clips(scan, source, facts, options):
     if fps > 1000:
         raise Unreadable("too fast a rate", fps)
     every = max(1, math.ceil(fps / options["max_fps"] - 1e-3)) if options["max_fps"] else 1
-    for fact in facts:
-        if "frames" in fact:                           # of the file, the last one included
-            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
-            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
-                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
+    place_frames(facts, scan, fps)
     clips = []
     for begin, end, first, stop in find_shots(scan, fps, options):
         shot = float(scan.times[begin]), scan.end(end, fps)
@@ -3091,7 +3281,7 @@ def find_sources(root, folder, form):
                 pass_over("hidden")
             elif not path.is_file():
                 pass_over("dead link" if path.is_symlink() else "no file")
-            elif is_archive(name) and form in ("webdataset", "bair"):
+            elif is_archive(name) and form in IN_ARCHIVES:
                 inside, wrong = archive_index(path)
                 found += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
                           if Path(inner).suffix.lower() in VIDEOS | STILLS
@@ -3139,8 +3329,9 @@ def blocks(sources, most, mib):
 
 def make_plan(args, folder, root):
     """(plan, whether it is new): what the data set is made of, as plan.json holds it: the sorted
-    sources, the shards, the options that shape the result. New files become further shards, with
-    what --meta now says of them; anything else that differs from the start is refused."""
+    sources, the shards, the options that shape the result. New files become further shards. What
+    is told of files may change: --meta's rows, or a --meta or --format that comes later. Anything
+    else that differs from the start is refused."""
     options = {name: getattr(args, name) for name in args.shaping}
     options["meta"] = None
     if args.meta:
@@ -3152,8 +3343,10 @@ def make_plan(args, folder, root):
     told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, others, n_pictures = find_sources(root, folder, args.format)
+    args.present = {name for name, _ in sources}
     damaged = [name for name, _ in sources if is_archive(name)]
-    is_whole = plan and is_finished(folder, plan) and not lost_shards(folder, plan)
+    is_whole = plan and not lost_shards(folder, plan) and (
+        has_manifest(folder) or (folder / "joining.json").exists())
     if plan is None:
         if damaged:
             wrong = f"{damaged[0]} is {archive_index(root / damaged[0])[1]}"
@@ -3176,29 +3369,40 @@ def make_plan(args, folder, root):
             f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
             "only be added); use that, or another NAME")
     new = [source for source in sources if source[0] not in before]
+    if gone := [name for name in before if name not in now]:
+        print(f"warning: {len(gone)} of the {len(before)} files of {folder} are gone from {root}, "
+              f"such as {printable(gone[0])}: their clips stay", file=sys.stderr)
     had, plan["options"] = plan["options"], {**options, **OLD, **plan["options"]}
+    is_same = not (began["meta"] and args.meta) or os.path.abspath(began["meta"]) == \
+        os.path.abspath(args.meta)
+    may_change = {"meta": is_same or new, "format": not {*IN_ARCHIVES} & {
+        had.get("format"), args.format}}               # what is told of files, once it is told
     for name, value in options.items():
         was = had.get(name, value)
-        if was != value and not (name == "meta" and was and value and new):
-            if name == "meta":
-                was = was and (began["meta"] if plan.get("told") else "another file")
-                value = f"{args.meta}, whose rows changed" if was == told["meta"] else args.meta
+        if was == value:
+            continue
+        if not value or not may_change.get(name):
+            was, value = (began["meta"], args.meta) if name == "meta" else (was, value)
             refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
                    "NAME")
+        plan |= {"is_retold": True, "told": {**began, "meta": told["meta"]}}
+        plan["options"][name] = value
+    is_retold = plan["options"] != {**plan["options"], **had}
     if not new or args.finish or (folder / "joining.json").exists():    # a join ends first
-        return plan, False
+        return plan, is_retold
     print(f"{len(new)} new files under {root} are added to {folder}, as further shards; what is "
           "there stays as it is", file=sys.stderr)
     n = len(before)
-    return {**plan, "options": options, "told": told, "sources": plan["sources"] + new, "shards":
+    return {**plan, "told": told, "sources": plan["sources"] + new, "shards":
             plan["shards"] + [[n + first, n + stop] for first, stop in blocks(
                 new, args.shard_sources, args.shard_mib)]}, True
 
 
 def is_finished(folder, plan):
-    """Whether the manifest holds all shards of the plan."""
-    return has_manifest(folder) and \
-        len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
+    """Whether the manifest holds all shards of the plan, with what --meta now says."""
+    about = read_json(folder / "manifest.json") if has_manifest(folder) else {"shards": ()}
+    return len(about["shards"]) == len(plan["shards"]) and all(
+        about.get("options", {}).get(name) == plan["options"][name] for name in ("meta", "format"))
 
 
 def lost_shards(folder, plan):
@@ -3230,12 +3434,11 @@ def prepare(args):
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
     plan, is_new = make_plan(args, folder, root)
-    if not is_new and is_finished(folder, plan) and lost_shards(folder, plan):
-        # the decision on duplicates stays; then the missing ones are made, and all joined again
-        write_text(folder / "joining.json", json.dumps({
-            "format": FORMAT, "duplicates": read_rows(folder / "duplicates.jsonl")}))
-        (folder / "manifest.json").unlink()
-    if not is_new and is_finished(folder, plan):
+    is_whole = not is_new and is_finished(folder, plan) and not lost_shards(folder, plan)
+    if is_whole and not args.meta and any(told_now(args, folder, plan, n)[2] for n in range(
+            len(plan["shards"]))):                     # texts beside the files are new or changed
+        is_whole, is_new, plan["is_retold"] = False, True, True
+    if is_whole:
         print(f"{folder} is finished; nothing to do")
         return report(folder, root) if args.report else None
     had = [path.exists() for path in (folder, folder.parent)]
@@ -3265,12 +3468,13 @@ def make_shards(args, folder, root, plan, is_new, lock):
     path, text = folder / "plan.json", json.dumps(plan)
     if is_new and not (path.exists() and path.read_text(encoding="utf-8") == text):
         if database:
-            database.unlink(missing_ok=True)           # of fewer files
+            database.unlink(missing_ok=True)           # of fewer files, of other rows
         write_text(path, text)
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
     if fcntl:
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN + 1)
+    open_again(folder, plan, lock)
     for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
         if n % n_parts == part - 1 and not is_done(folder, n):
             jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,
@@ -3285,10 +3489,26 @@ def make_shards(args, folder, root, plan, is_new, lock):
         return
     claim(lock, SPAN, 1, wait=True)
     if not is_finished(folder, plan):
-        finish(folder, plan, database)
+        finish(args, folder, plan, database)
     (folder / "facts.db").unlink(missing_ok=True)      # made again beside a part that was joining
     if args.report:
         report(folder, root)
+
+
+def open_again(folder, plan, lock):
+    """Takes back the manifest of a data set of which shards were lost, or whose captions changed:
+    they are made, and all is joined again. The decision on duplicates stays."""
+    def is_joined():
+        return has_manifest(folder) and \
+            len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
+    if is_joined():
+        claim(lock, SPAN, 1, wait=True)                # somebody may be joining just now
+        if is_joined():
+            write_text(folder / "joining.json", json.dumps({
+                "format": FORMAT, "duplicates": read_rows(folder / "duplicates.jsonl")}))
+            (folder / "manifest.json").unlink()
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN)
 
 
 def has_manifest(folder):
@@ -3308,7 +3528,8 @@ def settle(folder, plan):
     if path.exists():
         duplicates = read_json(path)["duplicates"]
     else:
-        duplicates = read_rows(folder / "duplicates.jsonl") if before else []
+        known = folder / "duplicates.jsonl"            # also where the manifest was removed
+        duplicates = read_rows(known) if known.exists() else []
         lost, seen, rows = {one["key"] for one in duplicates}, {}, []
         for name in names:
             for row in read_rows(folder / f"{name}.jsonl"):
@@ -3355,21 +3576,63 @@ def leave_out(folder, name, of):
     write_rows(folder / f"{name}.jsonl", rows)
 
 
-def finish(folder, plan, database):
+def told_now(args, folder, plan, number, database=None):
+    """(rows, rejects, whether the rows are others than at the last time) of a shard: {key, split,
+    label, captions, scores} of the clips of which metadata says something else than when the shard
+    was made, and what of it is of no use. Of a file that is gone the last word stays. Captions that
+    fail a filter are left out."""
+    name, options, root = f"shard-{number:05d}", plan["options"], Path(args.videos)
+    path, shard, rows = folder / f"{name}.metadata.jsonl", {}, []
+    was = {row["key"]: row for row in read_rows(path)} if path.exists() else {}
+    lost = [one for one in read_rows(folder / f"{name}.rejected.jsonl")
+            if one["reason"] not in ROW_REASONS or not database
+            and one["source"] not in args.present]
+    for row in read_rows(folder / f"{name}.jsonl"):
+        shard.setdefault(row["source"], []).append(row)
+    for source, _ in plan["sources"][slice(*plan["shards"][number])]:
+        mine = shard.get(source, [])
+        if not database and (source not in args.present or options["format"] == "bair"):
+            rows += [was[row["key"]] for row in mine if row["key"] in was]
+            continue
+        facts, wrong = facts_of(database, options["format"], source) if database else beside(
+            source, located(root, source)[1], options["format"] is None)
+        if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
+            scan = Scan(Video(located(root, source)[0]))
+            place_frames(facts, scan, scan.rate()[0])
+        lost += [*wrong, *unused(source, facts, [(row,) for row in mine], math.inf)]
+        for row in mine:
+            new, more = told(source, facts, row["start"], row["end"])
+            new["captions"] = [one for one in new["captions"]
+                               if not caption_fault(one["text"], options)]
+            new["scores"] = {**more, **{one: value for one, value in row["scores"].items()
+                                        if one in SCORES or one == "bad_packets"}}
+            rows += [{"key": row["key"], **new}] if {**row, **new} != row else []
+    return rows, lost, rows != list(was.values())
+
+
+def finish(args, folder, plan, database):
     """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
     Whoever comes second writes the same bytes."""
-    duplicates, rows, shards, reasons = settle(folder, plan), [], {}, Counter()
-    twins = {row["key"] for row in duplicates}
-    for name in (f"shard-{n:05d}" for n in range(len(plan["shards"]))):
-        rows += [{**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")
-                 if row["key"] not in twins]
+    duplicates, shards, reasons, retold = settle(folder, plan), {}, Counter(), {}
+    for n in range(len(plan["shards"])):
+        name, later = f"shard-{n:05d}", folder / f"shard-{n:05d}.metadata.jsonl"
+        if plan.get("is_retold"):
+            *retold[name], _ = told_now(args, folder, plan, n, database)
+            later.unlink(missing_ok=True)
+            if retold[name][0]:
+                write_rows(later, retold[name][0])
         shards[name] = {}
-        for suffix in SUFFIXES:
+        for suffix in (*SUFFIXES, *["metadata.jsonl"] * later.exists()):
             with open(folder / f"{name}.{suffix}", "rb") as file:
                 shards[name][f"{name}.{suffix}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = kept_rows(folder, shards, duplicates)
+    if n_retold := sum(len(some) for some, _ in retold.values()):
+        print(f"{folder}: captions, labels or splits of {n_retold} clips are others than when "
+              "their shards were made: shard-*.metadata.jsonl holds them", file=sys.stderr)
 
     def rejects():
-        parts = (read_rows(folder / f"{name}.rejected.jsonl") for name in shards)
+        parts = (retold[name][1] if name in retold else read_rows(
+            folder / f"{name}.rejected.jsonl") for name in shards)
         missing = query(database, None, "number, note, row, detail") if database else ()
         lost = (rejection(name, reason, figure=n, detail=why) for n, reason, name, why in missing)
         for one in itertools.chain(lost, *parts):
@@ -3405,10 +3668,10 @@ def finish(folder, plan, database):
           + f"; look at {folder / 'contact.png'}")
     if rows:
         print(next_steps(dataset_name(folder), rows, Path("/dev/nvidiactl").exists()))
-    warn(folder, plan["options"], counts)
+    warn(folder, plan["options"], counts, rows)
 
 
-def warn(folder, options, counts):
+def warn(folder, options, counts, rows=()):
     """Says what a user would not look for: metadata that hardly says a word, and faults of ours,
     whose log is put in order (a shard that was begun twice has told of some twice)."""
     n, told = sum(counts["rejected"][reason] for reason in counts["rejected"]
@@ -3416,6 +3679,14 @@ def warn(folder, options, counts):
     if options["meta"] and told < counts["clips"] / 10 and options["format"] not in (
             "txt", "ucf101"):
         print(f"warning: --meta captions {told} of {counts['clips']} clips", file=sys.stderr)
+    if texts := Counter(one["encoding"] for row in rows for one in row["captions"]
+                        if "encoding" in one):
+        print("warning: " + ", ".join(f"{count} captions are read as {page}" for page, count in
+                                      sorted(texts.items())) + ", as they are not in UTF-8",
+              file=sys.stderr)
+    if bad := counts["rejected"].get("malformed text beside it"):
+        print(f"warning: {bad} texts beside files cannot be read: {folder / 'rejected.jsonl'} says "
+              "why; once they are mended, the same command takes them in", file=sys.stderr)
     if n and (log := folder / "faults.log").is_file():
         text = log.read_text(encoding="utf-8", errors="replace")
         write_text(log, "".join(sorted(dict.fromkeys(re.split(r'(?<=\n\n)(?=")', text)))))
@@ -3524,15 +3795,17 @@ def open_dataset(folder):
                f"{folder.name} --videos DIR)")
     if not (folder / "manifest.json").is_file():
         refuse(f"{folder} is not finished: run its prepare_data.py command (again)")
-    manifest, rows = read_json(folder / "manifest.json"), []
-    twins = {row["key"] for row in read_rows(folder / "duplicates.jsonl")}
+    manifest = read_json(folder / "manifest.json")
     for name, files in manifest["shards"].items():
-        path = folder / f"{name}.jsonl"
-        if not is_done(folder, int(name[-5:])) or \
-                hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
-            refuse(f"{path} or its tar is not what the manifest says: {MAKE_AGAIN.format(name)}")
-        mine = {row["key"]: {**row, "shard": name} for row in read_rows(path)
-                if row["key"] not in twins}
+        for path in (folder / file for file in files if re.fullmatch(r".*\d(\.metadata)?\.jsonl",
+                                                                     file)):
+            if not path.is_file() or not is_done(folder, int(name[-5:])) or \
+                    hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
+                refuse(f"{path} or its tar is not what the manifest says: "
+                       f"{MAKE_AGAIN.format(name)}")
+    rows = kept_rows(folder, manifest["shards"], read_rows(folder / "duplicates.jsonl"))
+    mine = {row["key"]: row for row in rows}
+    for name in manifest["shards"]:
         for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
             run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
             total = captions.with_name(f"{captions.name}.crc")       # of what caption.py wrote
@@ -3544,7 +3817,6 @@ def open_dataset(folder):
                 if row["key"] in mine:
                     mine[row["key"]]["captions"].append(
                         {"text": row["caption"], "source": run, "weight": 1.0})
-        rows += mine.values()
     if not int(os.environ.get("RANK", 0)):
         shards = list(manifest["shards"].items())
         stats = [os.stat(folder / file) for _, files in shards for file in files]
@@ -3554,6 +3826,24 @@ def open_dataset(folder):
             check_sums(folder, shards, time.monotonic() + 1)
             CHECKED.add(state)
     return rows
+
+
+def kept_rows(folder, shards, duplicates):
+    """The rows of shards {name: its files}, without duplicates, with row["shard"]; as told by
+    metadata that came later. A clip without a caption, or label, has that of its duplicate."""
+    of, kept, left_out = {one["key"]: one["of"] for one in duplicates}, {}, {}
+    for name, files in shards.items():
+        mine = {row["key"]: {**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")}
+        later = f"{name}.metadata.jsonl"
+        for row in read_rows(folder / later) if later in files else ():
+            mine[row["key"]] |= row
+        for key, row in mine.items():
+            (left_out if key in of else kept)[key] = row
+    for key, row in left_out.items():
+        stays = kept.get(of[key], row)
+        stays |= {name: row[name] for name in ("captions", "label")
+                  if row[name] and not stays[name]}
+    return list(kept.values())
 
 
 CHECKED = set()         # data sets, as their files are, whose sums this process has compared
@@ -4063,6 +4353,16 @@ def words_of(text):
         raise argparse.ArgumentTypeError(f"{text} is {error}") from None
 
 
+def alphabet(text):
+    """argparse type: the first words of the names of some letters."""
+    names = {unicodedata.name(chr(n), "").split(" ")[0] for n in range(2**17) if chr(n).isalpha()}
+    if text.upper().split()[:1] and text.upper().split()[0] in names:
+        return text.upper()
+    raise argparse.ArgumentTypeError(
+        f"{text} begins no letter's name: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, CJK, HANGUL, "
+        "HIRAGANA, KATAKANA, DEVANAGARI, THAI and others do")
+
+
 def add_filters(parser):
     """The options of scores, filters and near-duplicates."""
     whole, real = number(int, 0), number(float, 0)
@@ -4078,8 +4378,8 @@ def add_filters(parser):
     add("--max_words", type=whole, metavar="N", help="of a caption")
     add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
         help="greatest share of a caption's pairs of words that came before, 0 to 1 (%(default)s)")
-    add("--alphabet", type=str.upper, metavar="NAME", help="Unicode's name, such as LATIN or CJK, "
-        "of which nine in ten of a caption's letters must be")
+    add("--alphabet", type=alphabet, metavar="NAME", help="that of nine in ten of a caption's "
+        "letters, as Unicode names them: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, CJK, HANGUL, …")
     add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
     add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
         "and loses the others, or all must be good (%(default)s)")
@@ -4184,6 +4484,7 @@ def main(argv=None):
     if args.meta and not args.format:
         args.format = args.meta.suffix.lower().lstrip(".")
     if args.meta and args.format not in {*FORMATS, *BESIDE}:
+        args.meta.is_file() and open_text(args.meta).close()
         refuse(f"--meta {args.meta}: its suffix tells no format, so give --format, one of "
                f"{' '.join(FORMATS)}")
     if bool(args.meta) != (args.format in FORMATS):

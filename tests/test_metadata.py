@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import sys
 import tarfile
 import time
@@ -15,6 +16,7 @@ import tracemalloc
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,7 +27,7 @@ import sample  # noqa: E402
 import train_dit as D  # noqa: E402
 import train_vae as V  # noqa: E402
 from conftest import sums_as_they_are  # noqa: E402
-from test_prepare_data import BLUE, GREEN, RED, encode, row_lines, run, shot  # noqa: E402
+from test_prepare_data import BLUE, GREEN, RED, bytes_of, encode, row_lines, run, shot  # noqa: E402
 from test_readers import brief, told, write  # noqa: E402
 
 GOOD = '{"video": "b.mp4", "caption": "good"}\n'
@@ -181,12 +183,14 @@ def test_m10_what_is_no_caption(tmp_path, none):
 
 
 @pytest.mark.parametrize("name, text, says", [
-    ("m.json", '[{"path": "a.mp4", "cap": ["x"]}]', "cap: did you mean caption?"),
+    ("m.json", '[{"path": "a.mp4", "kaption": ["x"]}]', "kaption: did you mean caption?"),
     ("m.csv", "video,captoins,fps\na.mp4,x,25\n", "captoins: did you mean captions?"),
     ("m.csv", "video,caption\na.mp4,nan\nb.mp4,\n", "captions nothing"),
-    ("m.jsonl", '{"video": "a.mp4", "sentence": "x"}\n', "sentence: not known"),
+    ("m.jsonl", '{"video": "a.mp4", "beschrieben": "x"}\n', "beschrieben: not known"),
     ("m.csv", "video,caption\nz.mp4,x\n", "names a file under --videos"),
-    ("m.csv", "vid,caption\na.mp4,x\n", "its columns are vid, caption")])
+    ("m.csv", "wo,caption\na.mp4,x\n", "its columns are wo, caption"), ("m.csv", "", "holds no rows"), ("m.csv", "video,caption\n", "holds no rows"),
+    ("m.csv", b"video,caption\na.mp4,za\xbf\xf3\xb3\xe6\n", "it holds byte 0xbf ('¿' in cp1252 or 'ї' in cp1251): make it UTF-8 (iconv -f"),
+    ("m.csv", b"PK\3\4junk", "a workbook"), ("m.jsonl", b"PAR1", "Parquet")])
 def test_m05_metadata_that_captions_nothing_is_an_error(tmp_path, capsys, name, text, says):
     assert says in line(capsys, lambda: captions(tmp_path, name, text, ["a.mp4", "b.mp4"]))
 
@@ -227,8 +231,8 @@ def test_m11_frames_of_every_shape():
 
 def test_m11_the_only_row_is_damaged(tmp_path, capsys):
     text = '{"video": "a.mp4", "caption": "x", "frames": [0.5, 7.5]}'
-    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4"])
-    assert not found and "[0.5, 7.5]" in lost[0][2] and "no row of" in capsys.readouterr().err
+    said = line(capsys, lambda: captions(tmp_path, "m.jsonl", text, ["a.mp4"]))
+    assert "[0.5, 7.5]" in said and "no row of" in said
 
 
 # -- text and lines --------------------------------------------------------------------------------
@@ -250,15 +254,16 @@ def test_m08_one_reader_of_text(tmp_path, code):
 
 
 def test_m08_what_is_no_text_is_named(tmp_path, capsys):
-    with pytest.raises(ValueError, match="byte 0xe9 .'é' in cp1252"):
-        pd.as_text("café".encode("cp1252"))
+    with pytest.raises(ValueError, match="byte 0xb3 .'³' in cp1252"):
+        pd.as_text("mały".encode("cp1250"))
     with pytest.raises(ValueError, match="zero bytes"):
         pd.as_text("café".encode("utf-16-le"))
-    found, lost = captions(tmp_path, "m.csv", "video,caption\na.mp4,café\nb.mp4,plain\n".encode("cp1252"), ["a.mp4", "b.mp4"])
-    assert found == {"b.mp4": ["plain"]} and "'é' in cp1252" in lost[0][2]
+    found, lost = captions(tmp_path, "m.csv", "video,caption\na.mp4,mały\nb.mp4,plain\n".encode("cp1250"), ["a.mp4", "b.mp4"])
+    assert found == {"b.mp4": ["plain"]} and "'³' in cp1252" in lost[0][2]
+    assert "1 rows of" in (said := capsys.readouterr().err) and "the first is row 1: it holds byte 0xb3" in said
     data = "video,caption\na.mp4,b\n".encode("utf-16-le")
     assert "zero bytes" in line(capsys, lambda: captions(tmp_path, "m.csv", data, ["a.mp4"]))
-    (tmp_path / "words").write_bytes(b"caf\xe9")
+    (tmp_path / "words").write_bytes(b"caf\xb3")
     assert "--banned" in line(capsys, lambda: pd.parse_options(["x", "--banned", str(tmp_path / "words")]))
 
 
@@ -277,8 +282,9 @@ def test_m08_w04_texts_beside_a_file():
     for bad in ("[1, 2]", "[" * 100_000, '{"caption": "\\ud83d"}', '{"frames": [9, 2]}', '{"x": 1' + "0" * 5000 + "}"):
         assert of(json=bad, txt="t")[0] == ["t"] and len(of(json=bad)[1]) == 1
     assert of(json='{"views": 1' + "0" * 400 + ', "frames": ["1.jpg"], "caption": "j"}') == (["j"], [])
-    none, said = of(txt=b"caf\xe9 \x97 x")
-    assert none == [] and said == ["a.txt: no text in UTF-8: it holds byte 0xe9 ('é' in cp1252, Windows' own): save it as UTF-8"]
+    assert of(txt=b"caf\xe9 \x97 x") == (["café — x"], [])
+    none, said = of(txt=b"m\xb3 \x97 x")
+    assert none == [] and said[0].startswith("a.txt: no text in UTF-8: it holds byte 0xb3 ('³' in cp1252 or 'і' in cp1251): make it UTF-8 (iconv")
 
 
 def test_m09_prompts_are_lines(tmp_path, monkeypatch, capsys):
@@ -291,7 +297,7 @@ def test_m09_prompts_are_lines(tmp_path, monkeypatch, capsys):
             args = sample.parse_options(["tests/demo", "--prompts", str(tmp_path / name)])
             args.name = "tests/demo"
             assert [request["prompt"] for request in sample.read_prompts(args)] == [TEXT, "a\x0cb"]
-    for data, says in ((b"caf\xe9\n", "'é' in cp1252"), (b"[" * 100_000, "line 1"),
+    for data, says in ((b"caf\xb3\n", "'³' in cp1252"), (b"[" * 100_000, "line 1"),
                        ("a\n".encode("utf-16-le"), "zero bytes")):
         (tmp_path / "p.jsonl").write_bytes(data)
         args = sample.parse_options(["tests/demo", "--prompts", str(tmp_path / "p.jsonl")])
@@ -395,13 +401,13 @@ def test_d13_yt_dlp_end_to_end(tmp_path):
         Image.linear_gradient("L").save(tmp_path / f"in/{name}.webp")
     os.rename(tmp_path / "in/-xY.mp4", os.fsencode(tmp_path) + b"/in/caf\xe9.mp4")
     (tmp_path / "in/AbC.TXT").write_bytes("in capitals".encode("utf-16"))
-    (tmp_path / "in" / unicodedata.normalize("NFC", "nfd\u0301.txt")).write_bytes(b"na\xefve")
+    (tmp_path / "in" / unicodedata.normalize("NFC", "nfd\u0301.txt")).write_bytes(b"na\xb3ve")
     done = run(tmp_path, "set", "--videos", "in", "--near", 0, "--workers", 1)
     rows = {row["source"]: row for row in pd.open_dataset(tmp_path / "data/set")}
     assert set(rows) == {"AbC.mp4", os.fsdecode(b"caf\xe9.mp4"), "nfd\u0301.mp4", "-xY.webp"}
     assert [one["text"] for one in rows["AbC.mp4"]["captions"]] == ["in capitals"]
     lost, = row_lines(tmp_path / "data/set/rejected.jsonl")
-    assert (lost["source"], lost["reason"]) == ("nfd\u0301.mp4", "malformed text beside it") and "'ï' in cp1252" in lost["detail"]
+    assert (lost["source"], lost["reason"]) == ("nfd\u0301.mp4", "malformed text beside it") and "'³' in cp1252" in lost["detail"]
     assert "2 pictures, thumbnails" in done.stderr
 
 
@@ -522,7 +528,7 @@ def test_rows_that_are_no_objects_and_what_is_no_file(tmp_path, monkeypatch, cap
     (tmp_path / "in").mkdir()
     (tmp_path / "meta").mkdir()
     encode(tmp_path / "in/a.mp4", shot(RED, 9, (32, 32)))
-    for text in ('[{"video": "a.mp4", "caption": "x"}]', '["a.mp4", {"q": 1}]', '[[1, 2]]', '"a"'):
+    for text in ('["a.mp4", {"q": 1}]', '[[1, 2]]', '"a"'):
         (tmp_path / "rows.jsonl").write_text(text)
         assert "no row of rows.jsonl" in line(capsys, lambda: pd.main(
             ["set", "--videos", "in", "--meta", "rows.jsonl"]))
@@ -893,3 +899,239 @@ def test_6e_members_of_tars_are_not_read_whole(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+# -- captions that come later, captions of what is left out ----------------------------------------
+
+def texts_of(folder, **more):
+    return {row["source"]: [one["text"] for one in row["captions"]] for row in pd.open_dataset(folder)}
+
+
+def test_captions_that_come_later_are_taken_in(tmp_path, monkeypatch, capsys):
+    """They were not noticed: 'finished; nothing to do'. Shards keep their bytes; a file that is gone, its captions."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+    write(tmp_path / "in/a.txt", "first")
+    command = ["set", "--videos", "in", "--near", "0", "--workers", "1", "--max_words", "3", "--shard_sources", "2"]
+    pd.main(command)
+    before = bytes_of(tmp_path / "data/set")
+    pd.main(command)
+    assert "nothing to do" in capsys.readouterr().out and bytes_of(tmp_path / "data/set") == before
+    write(tmp_path / "in/a.txt", "edited")
+    write(tmp_path / "in/c.txt", "new")
+    write(tmp_path / "in/b.txt", "of more words than three")
+    pd.main(command)
+    said = capsys.readouterr()
+    assert "captions, labels or splits of 2 clips are others" in said.err and "3 clips kept of 3" in said.out and "2 captioned" in said.out
+    assert texts_of("data/set") == {"a.mp4": ["edited"], "b.mp4": [], "c.mp4": ["new"]}
+    after = bytes_of(tmp_path / "data/set")
+    assert all(after[name] == digest for name, digest in before.items() if name.startswith("shard-"))
+    assert {"shard-00000.metadata.jsonl", "shard-00001.metadata.jsonl"} == {*after} - {*before}
+    pd.main(command)
+    assert "nothing to do" in capsys.readouterr().out and bytes_of(tmp_path / "data/set") == after
+    (tmp_path / "in/a.mp4").unlink(), (tmp_path / "in/a.txt").unlink(), (tmp_path / "in/c.txt").unlink()
+    pd.main(command)
+    assert "1 of the 3 files of data/set are gone from in, such as a.mp4: their clips stay" in capsys.readouterr().err
+    assert texts_of("data/set") == {"a.mp4": ["edited"], "b.mp4": [], "c.mp4": []}
+    pd.verify(Path("data/set"))
+    path = tmp_path / "data/set/shard-00000.metadata.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"edited", b"edxted"))
+    assert "not what the manifest says" in line(capsys, lambda: pd.open_dataset("data/set"))
+
+
+def test_metadata_that_changes_or_comes_later_is_taken_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/a.mp4", shot(RED, 24, (32, 32)) + shot(GREEN, 12, (32, 32)))
+    command = ["set", "--videos", "in", "--near", "0", "--workers", "1"]
+    pd.main(command)
+    before, options = bytes_of(tmp_path / "data/set"), [*command, "--meta", "m.jsonl"]
+    rows = [{"video": "a", "frames": [24, 35], "caption": "green", "split": "test", "aes": 3}, {"video": "a", "start": 8, "end": 9, "caption": "x"}]
+    write(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pd.main(options)
+    one, two = pd.open_dataset("data/set")
+    assert (one["captions"], one["split"]) == ([], "test") and [c["text"] for c in two["captions"]] == ["green"]
+    assert two["scores"]["aes"] == 3 and "aes" not in one["scores"] and two["scores"]["flow"] is not None
+    assert [(r["reason"], r["detail"]) for r in row_lines(tmp_path / "data/set/rejected.jsonl")] == [("caption of no clip", "x")]
+    rows = [{"video": "a", "caption": "both"}, {"video": "z", "caption": "of none"}, {"video": "a", "start": 2, "end": 1, "caption": "bad"}]
+    write(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    pd.main(options)
+    assert [[c["text"] for c in row["captions"]] for row in pd.open_dataset("data/set")] == [["both"]] * 2
+    assert [r["reason"] for r in row_lines(tmp_path / "data/set/rejected.jsonl")] == ["missing video", "malformed metadata row"]
+    assert not (tmp_path / "data/set/facts.db").exists() and not (tmp_path / "data/set/joining.json").exists()
+    assert all(bytes_of(tmp_path / "data/set")[name] == digest for name, digest in before.items() if name.startswith("shard-"))
+    capsys.readouterr()
+    pd.main(options)
+    assert "nothing to do" in capsys.readouterr().out
+    assert "--meta m.jsonl, not None" in line(capsys, lambda: pd.main([*command, "--format", "folder"]))
+
+
+def test_6c_killed_while_captions_are_taken_in(tmp_path, monkeypatch):
+    """Whichever of its files is the last that a run writes: the next one ends with the same bytes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pd, "next_steps", lambda *given: "")
+    (tmp_path / "in").mkdir()
+    encode(tmp_path / "in/a.mp4", shot(RED, 9, (32, 32)))
+    write(tmp_path / "in/a.txt", "old")
+    options, replace = ["--videos", "in", "--workers", "1"], os.replace
+    pd.main(["begun", *options])
+    write(tmp_path / "in/a.txt", "new")
+    write(tmp_path / "m.csv", "video,caption\na.mp4,meta\n")
+    for more, text in (([], "new"), (["--meta", "m.csv"], "meta")):
+        shutil.copytree("data/begun", f"data/{text}")
+        pd.main([text, *options, *more])
+        assert texts_of(f"data/{text}") == {"a.mp4": [text]}
+        n_killed = 0
+        for at in range(1, 12):
+            left = [at]
+
+            def once(*given):
+                left[0] -= 1
+                if not left[0]:
+                    raise KeyboardInterrupt
+                replace(*given)
+            shutil.copytree("data/begun", f"data/{text}-{at}")
+            monkeypatch.setattr(os, "replace", once)
+            with contextlib.suppress(KeyboardInterrupt):
+                pd.main([f"{text}-{at}", *options, *more])
+            monkeypatch.setattr(os, "replace", replace)
+            n_killed += left[0] == 0
+            pd.main([f"{text}-{at}", *options, *more])
+            assert bytes_of(tmp_path / f"data/{text}-{at}") == bytes_of(tmp_path / f"data/{text}"), at
+        assert n_killed >= 5
+
+
+def test_a_caption_of_a_duplicate_goes_to_the_clip_that_stays(tmp_path):
+    """Of duplicates the larger one stays, else the first: the caption of the other one was lost."""
+    (tmp_path / "in/cats").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    for name, size in {"a": (96, 128), "cats/b": (96, 128), "c": (48, 64)}.items():
+        picture = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+        picture.save(tmp_path / f"in/{name}.png")
+    write(tmp_path / "in/cats/b.txt", "of an exact copy")
+    for name in ("set", "near"):
+        run(tmp_path, name, "--videos", "in", "--format", "folder", "--workers", 1)
+        row, = pd.open_dataset(tmp_path / f"data/{name}")
+        assert (row["source"], row["label"]) == ("a.png", "cats")
+        assert [one["text"] for one in row["captions"]] == ["of an exact copy" if name == "set" else "of a small one"]
+        manifest = json.loads((tmp_path / f"data/{name}/manifest.json").read_text())
+        assert manifest["counts"]["captioned_clips"] == 1 and manifest["counts"]["duplicates"] == 2
+        (tmp_path / "in/cats/b.txt").unlink(missing_ok=True)
+        write(tmp_path / "in/c.txt", "of a small one")
+    write(tmp_path / "in/a.txt", "its own")
+    run(tmp_path, "near", "--videos", "in", "--format", "folder", "--workers", 1)
+    assert texts_of(tmp_path / "data/near") == {"a.png": ["its own"]}
+
+
+# -- as other programs write them ------------------------------------------------------------------
+
+GERMAN, FRENCH, RUSSIAN = "Ein Mädchen läuft über die Straße – schön", "L’été où il créa « l’œuvre »", "Девочка бежит по улице — «быстро»"
+
+
+def test_m08_text_in_code_pages_that_can_be_told(tmp_path, capsys):
+    """They were rejects, so that the set had no captions; others stay rejects, with what to do."""
+    for text, code in ((GERMAN, "cp1252"), (FRENCH, "cp1252"), ("naïve façade", "latin-1"), ("a man—tall…", "cp1252"), (RUSSIAN, "cp1251"),
+                       ("Ходит пёс, объявление №5", "cp1251")):
+        assert pd.as_text(text.encode(code)) == text and pd.as_text(text.encode()) == text
+        found, lost = captions(tmp_path, "m.csv", f"video;caption\r\na.mp4;{text}\r\n".encode(code), ["a.mp4"])
+        assert found == {"a.mp4": [text]} and not lost and "m.csv is not in UTF-8, and is read as cp125" in capsys.readouterr().err
+    for text, code in (("Żółta łódź płynie", "cp1250"), ("příliš žluťoučký kůň", "cp1250"), ("şişe ağaç ıslak", "cp1254"), ("привет мир Как", "koi8-r"),
+                       ("быстро бежит", "koi8-r"), ("μια γυναίκα περπατά", "cp1253"), ("ילדה רצה ברחוב", "cp1255"), ("طفلة تجري في", "cp1256"),
+                       ("一个女孩在跑步", "gbk"), ("女の子が走る", "shift-jis"), ("소녀가 달린다", "euc-kr"), ("Девочка бежит", "cp866"), ("Девочка бежит", "iso8859-5"),
+                       ("Mädchen läuft über", "cp437"), ("une fille créée", "mac-roman"), ("เด็กวิ่ง", "cp874")):
+        with pytest.raises(ValueError, match="it holds byte 0x.*iconv"):
+            pd.as_text(text.encode(code))
+    assert pd.legacy(f"{GERMAN}\n".encode("cp1252") + "é".encode()) is None and pd.legacy("中文".encode()[:-1]) is None
+
+
+def test_m08_texts_beside_files_in_a_code_page(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("abc", (RED, GREEN, BLUE)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+    write(tmp_path / "in/a.txt", "plain")
+    (tmp_path / "in/b.txt").write_bytes(GERMAN.encode("cp1252"))
+    (tmp_path / "in/c.txt").write_bytes("Żółta łódź".encode("cp1250"))
+    done = run(tmp_path, "set", "--videos", "in", "--workers", 1, "--near", 0)
+    assert texts_of(tmp_path / "data/set") == {"a.mp4": ["plain"], "b.mp4": [GERMAN], "c.mp4": []}
+    assert "1 captions are read as cp1252" in done.stderr and "1 texts beside files cannot be read" in done.stderr
+    (tmp_path / "in/c.txt").write_text("Żółta łódź")                    # as the line says
+    done = run(tmp_path, "set", "--videos", "in", "--workers", 1, "--near", 0)
+    assert texts_of(tmp_path / "data/set")["c.mp4"] == ["Żółta łódź"] and "cannot be read" not in done.stderr
+    assert not row_lines(tmp_path / "data/set/rejected.jsonl")
+
+
+@pytest.mark.parametrize("head", [
+    "video_path,caption", "Video Path;Text", "file_name,text", "Filename,Description", "FilePath\tprompt", "videoid,cap", "image_path,long_caption",
+    "clip-id,Sentence", "name,caption", "media_path,Dense Caption", "url,caption"])
+def test_m04_usual_names_of_columns(tmp_path, head):
+    comma = next(one for one in ",;\t" if one in head)
+    found, lost = captions(tmp_path, "m.csv", f"{head}\nx/a.mp4{comma}one\nhttp://h/x/b.mp4{comma}two\n", ["x/a.mp4", "x/b.mp4"])
+    assert found == {"x/a.mp4": ["one"], "x/b.mp4": ["two"]} and not lost
+
+
+def test_m04_ids_give_way_to_paths_and_prompts_to_captions(tmp_path):
+    rows = [{"id": "b", "video_path": "a.mp4", "prompt": "q?", "caption": "one"}, {"id": "b", "file": "gone.mp4", "caption": "of none"},
+            {"id": 7, "video": "b.mp4", "text": "", "description": "two", "prompt": "q?"}, {"video": "c.mp4", "prompt": "three", "aes": 5.5}]
+    found, lost = captions(tmp_path, "m.json", json.dumps(rows), ["a.mp4", "b.mp4", "c.mp4"])
+    assert found == {"a.mp4": ["one"], "b.mp4": ["two"], "c.mp4": ["three"]} and [one[:2] for one in lost] == [("gone.mp4", "missing video")]
+    fact, = pd.read_row(rows[0], None, None)
+    assert fact["prompt"] == "q?" and "scores" not in fact
+    fact, = pd.read_row(rows[3], None, None)
+    assert "prompt" not in fact and fact["scores"] == {"aes": 5.5}
+    for reader in ("videoinstruct",):                                   # an empty answer is no caption, nor is its question
+        fact, = pd.read_row({"q": "what?", "a": "", "video_id": "a"}, pd.FORMATS[reader][3], None)
+        assert fact["captions"] == []
+
+
+@pytest.mark.parametrize("name, text", [
+    ("m.txt", "a.mp4\tone two\nx/b.mp4\tthree"), ("m.txt", "a.mp4 one two\nx/b.mp4|three\n"), ("m.txt", "video\tcaption\na.mp4\tone two\nb.mp4\tthree\n"),
+    ("m.csv", "sep=;\nvideo;caption\na.mp4;one two\nb.mp4;three\n"), ("m.csv", '"sep=,"\r\nvideo,caption\r\na.mp4,one two\r\nb.mp4,three\r\n'),
+    ("m.csv", "a.mp4,one two\nx/b.mp4,three\n"), ("m.jsonl", '[{"video": "a.mp4", "caption": "one two"},\n {"video": "b.mp4", "caption": "three"}]'),
+    ("m.json", '{"video": "a.mp4", "caption": "one two"}\n{"video": "b.mp4", "caption": "three"}\n'),
+    ("m.json", '{"a.mp4": "one two", "b": ["three"]}'), ("m.jsonl", '{\n "a.mp4": "one two",\n "x/b.mp4": "three"\n}\n'),
+    ("m.json", '{"/data/a.mp4": {"caption": "one two", "tags": "t"}, "b.mp4": {"caption": "three"}}'),
+    ("m.json", '{"version": "1.0", "info": {"n": 2}, "data": [{"video": "a.mp4", "caption": "one two"}, {"video": "b.mp4", "caption": "three"}]}'),
+    ("m.json", '{"0": {"video": "a.mp4", "caption": "one two"}, "1": {"video": "b.mp4", "caption": "three"}}'),
+    ("m.json", json.dumps({"a.mp4": "one two", "b": "three"}, indent=2)), ("m.json", '[\n{"file_name": "a.mp4", "text": "one two"},\n{"file_name": "b", "text": "three"}\n]')])
+def test_m04_layouts_as_other_programs_write_them(tmp_path, name, text):
+    found, lost = captions(tmp_path, name, text, ["a.mp4", "x/b.mp4"])
+    assert found == {"a.mp4": ["one two"], "x/b.mp4": ["three"]} and not lost
+
+
+def test_m04_captions_with_spans(tmp_path):
+    """ActivityNet's and YouCook2's."""
+    net = {"v_a": {"duration": 9.5, "timestamps": [[0.5, 2], [2, 9.5]], "sentences": ["one", " two"]}, "v_b": {"timestamps": [[0, 1]], "sentences": ["x", "y"]}}
+    cook = {"database": {"a": {"subset": "training", "duration": 9, "annotations": [
+        {"segment": [1, 2], "id": 0, "sentence": "cut"}, {"segment": [2, 4], "id": 1, "sentence": "stir"}]}}}
+    row = [{"video": "a", "timestamp": [1, "0:02"], "caption": "c"}]
+    for text, spans in ((net, [(0.5, 2, ["one"]), (2, 9.5, ["two"])]), (cook, [(1, 2, ["cut"]), (2, 4, ["stir"])]), (row, [(1, 2, ["c"])])):
+        name = "v_a.mp4" if text is net else "a.mp4"
+        found, lost = captions(tmp_path, "m.json", json.dumps(text), [name, "v_b.mp4"])
+        facts, _ = pd.facts_of(tmp_path / "facts.db", "json", name)
+        assert [(f["start"], f["end"], f["captions"]) for f in facts] == spans
+        assert [why for *_, why in lost] == ["lists of unequal lengths"] * (text is net)
+
+
+def test_m04_large_and_damaged_objects_are_read_in_linear_time(tmp_path):
+    """Members of an object are not held, and a damaged one costs itself."""
+    members = [f'"v{n}.mp4": {{"caption": "{n}", "more": ["{"-" * 500}"]}}' for n in range(4000)]
+    for bad in ('"a.mp4": {"caption" "x"}', '"a.mp4": nothing', '"a.mp4" {"caption": "x"}', '"a.mp4": {"caption": "' + "[" * 5000):
+        since = time.process_time()
+        (tmp_path / "m.json").write_text("{" + ",\n".join([*members[:3000], bad, *members[3000:]]) + "}")
+        rows = list(pd.file_rows(tmp_path / "m.json"))
+        good = [row["video"] for row in rows if isinstance(row, dict)]
+        assert {f"v{n}.mp4" for n in range(4000) if n != 3000} <= {*good} and time.process_time() - since < 6
+    since = time.process_time()
+    for text in ('{"a' * 300_000, '{"a": [' + "{" * 300_000, '{"' + "x" * 1_000_000, '{"a":1,' * 200_000):
+        (tmp_path / "m.json").write_text(text)
+        list(pd.file_rows(tmp_path / "m.json"))
+    assert time.process_time() - since < 12
+
+
+def test_alphabets_are_those_of_letters(capsys):
+    for name in ("latin", "CJK", "Cyrillic", "hangul"):
+        assert pd.parse_options(["x", "--alphabet", name]).alphabet == name.upper()
+    for name in ("KLINGON", "LATN", ""):
+        assert f"{name} begins no letter's name: LATIN, CYRILLIC" in line(capsys, lambda: pd.parse_options(["x", "--alphabet", name]))

@@ -561,8 +561,10 @@ def test_new_files_are_added_and_what_is_there_keeps_its_bytes(tmp_path):
     wrong = run(tmp_path, "set", "--videos", "other", *options[2:], check=False)
     assert wrong.returncode == 2 and "--videos in, not other" in wrong.stderr
     meta.write_text("\n" + meta.read_text())
-    wrong = run(tmp_path, "set", "--videos", "moved", *options[2:], check=False)
-    assert wrong.returncode == 2 and "--meta m.jsonl, not m.jsonl, whose rows" in wrong.stderr
+    run(tmp_path, "set", "--videos", "moved", *options[2:])             # says the same
+    assert {**bytes_of(tmp_path / "data/set"), "plan.json": 0, "manifest.json": 0} == {
+        **after, "plan.json": 0, "manifest.json": 0}
+    meta.write_text("\n" + meta.read_text())
     shutil.copy(meta, tmp_path / "other.jsonl")
     wrong = run(tmp_path, "set", "--videos", "moved", "--meta", "other.jsonl", check=False)
     assert wrong.returncode == 2 and "--meta m.jsonl, not other.jsonl" in wrong.stderr
