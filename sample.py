@@ -2276,8 +2276,8 @@ def add_requests(parser):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (%(default)s)")
     add = parser.add_argument_group("from images and videos (of a run trained with "
                                     "--given)").add_argument
-    add("--image", metavar="FILE", help="the first frame; one of a kind that the data lacks is left "
-        "behind at once, which a line says")
+    add("--image", metavar="FILE", help="the first frame; one of a kind that the data lacks is "
+        "left behind at once, which a line says")
     add("--last", metavar="FILE", help="the last frame, of the data's kind as well")
     add("--video", metavar="FILE", help="the video to go on from, or to change")
     add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
