@@ -243,7 +243,9 @@ MACHINE = {getattr(errno, name): remedy for names, remedy in (
     ("ENOSPC EDQUOT", "make room there (TMPDIR names the folder of temporary files)"),
     ("EMFILE ENFILE", "allow more open files (ulimit -n)"),
     ("ENOMEM", "free memory, or start fewer processes at a time"),
-    ("EIO ESTALE", "see to that disk or network"),
+    ("EFBIG", "allow larger files (ulimit -f)"),
+    ("EIO ESTALE ENOTCONN ETIMEDOUT EREMOTEIO EHOSTUNREACH ENETUNREACH ENETDOWN ECONNRESET ENODEV "
+     "ENXIO EUCLEAN", "see to that disk or network"),
     ("EROFS", "make it writable")) for name in names.split() if hasattr(errno, name)}
 
 
@@ -339,7 +341,12 @@ def atomic(path):
 
 
 def sweep(folder):
-    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock)."""
+    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock), and
+    those of safetensors, which knows no lock, that nobody has written to for an hour."""
+    for part in Path(folder).glob(".tmp??????"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
     for part in Path(folder).glob(".*.tmp*") if fcntl else ():
         with contextlib.suppress(FileNotFoundError), open(part, "rb") as file:
             if is_sole(file):
@@ -2785,6 +2792,9 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
     except Exception as error:          # what nobody thought of costs this file, not the run
         if is_machine_error(error):
             raise
+        if isinstance(error, FileNotFoundError) and not (   # unmounted: all others would be lost
+                os.path.isdir(root) and any(os.scandir(root))):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root)) from None
         yield faulted(source, error), None, None
 
 
