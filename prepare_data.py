@@ -405,6 +405,10 @@ LEGACY = {
         f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
 
 
+ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE -t "
+         "UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
+
+
 def legacy(data):
     """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
@@ -423,7 +427,7 @@ def decoded(data):
     what they are in its place."""
     code = encoding_of(data)
     if code.startswith("utf-8") and b"\0" in data:
-        raise ValueError("no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
+        raise ValueError(f"no text in UTF-8: {ZEROS}")
     try:
         return data.decode(code), None
     except UnicodeDecodeError as error:
@@ -1730,10 +1734,10 @@ NAMED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, sorted(VIDEOS | STILLS)))}
 def text_rows(path):
     """A file a line, perhaps with its caption behind a tab, or behind its suffix and a blank or
     sign; or a table whose columns tabs divide."""
-    with open_text(path) as file:
-        head = [our_name(cell) for cell in file.readline().split("\t")]
+    with open_text(path, "") as file:
+        head = {our_name(cell) for cell in file.readline().split("\t")}
         file.seek(0)
-        if {*head} & {*OWN, *IDS} and {*head} & {*TEXTS, "prompt"}:
+        if head & {*OWN, *IDS} and head & {*TEXTS, "prompt"}:
             yield from table_rows(file, True)
             return
         for line in filter(None, map(str.strip, file)):
@@ -1800,7 +1804,7 @@ def open_text(path, newline="\n"):
         print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
         return open(path, encoding=page, newline=newline, errors="replace")
     if code == "utf-8" and b"\0" in head[:2]:
-        refuse(f"{path} is no text in UTF-8: it holds zero bytes, as UTF-16 without its mark does")
+        refuse(f"{path} is no text in UTF-8: {ZEROS}")
     unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
     if path.stat().st_size % unit:                     # all behind a lost byte would be other words
         refuse(f"{path} is damaged: {path.stat().st_size} bytes, and {code.upper()} has {unit} or "
@@ -2206,8 +2210,8 @@ def placed_rows(paths, form, sources):
                         if source is None and (one := place(str(other)))[0]:
                             (source, reason, detail), name = one, other
                     first = first or source is None and f"row {n}: {name}: {detail or reason}"
-                text = source and json.dumps(row)
-                if text and (byte := re.search(r"\\udc([89a-f].)", text)):
+                text = json.dumps(row)
+                if byte := re.search(r"\\udc([89a-f].)", text):
                     bad, n_bytes = bad or (n, int(byte[1], 16)), n_bytes + 1
                 is_right = is_right or not reader                # its values are its own matter
                 is_placed, missing = is_placed or reason != "missing video", missing or name

@@ -1089,7 +1089,7 @@ def test_m04_ids_give_way_to_paths_and_prompts_to_captions(tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("m.txt", "a.mp4\tone two\nx/b.mp4\tthree"), ("m.txt", "a.mp4 one two\nx/b.mp4|three\n"), ("m.txt", "video\tcaption\na.mp4\tone two\nb.mp4\tthree\n"),
+    ("m.txt", "a.mp4\tone two\nx/b.mp4\tthree"), ("m.txt", "a.mp4 one two\nx/b.mp4|three\n"), ("m.txt", "video\tcaption\na.mp4\tone two\rb.mp4\tthree\n"),
     ("m.csv", "sep=;\nvideo;caption\na.mp4;one two\nb.mp4;three\n"), ("m.csv", '"sep=,"\r\nvideo,caption\r\na.mp4,one two\r\nb.mp4,three\r\n'),
     ("m.csv", "a.mp4,one two\nx/b.mp4,three\n"), ("m.jsonl", '[{"video": "a.mp4", "caption": "one two"},\n {"video": "b.mp4", "caption": "three"}]'),
     ("m.json", '{"video": "a.mp4", "caption": "one two"}\n{"video": "b.mp4", "caption": "three"}\n'),
