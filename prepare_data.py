@@ -444,8 +444,8 @@ def as_text(data):
 def not_utf8(byte):
     """What is said of a byte that is none of UTF-8's."""
     known = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
-    return (f"it holds byte 0x{byte:x} ({known}): make it UTF-8 (iconv -f CP1252 -t UTF-8 FILE > "
-            "NEW, with the encoding that it has)")
+    return (f"it holds byte 0x{byte:x} ({known}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE > "
+            "NEW; ENCODING is what wrote it, such as CP1250)")
 
 
 def read_text(path, option=""):
@@ -3324,7 +3324,7 @@ def make_plan(args, folder, root):
         os.path.abspath(args.meta)
     may_change = {"meta": is_same or new, "format": not {*IN_ARCHIVES} & {
         had.get("format"), args.format}}               # what is told of files, once it is told
-    for name, value in options.items():
+    for name, value in sorted(options.items(), key=lambda one: one[0] != "meta"):
         was = had.get(name, value)
         if was == value:
             continue
