@@ -405,8 +405,8 @@ LEGACY = {
         f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
 
 
-ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE -t "
-         "UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
+ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
+         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
 
 
 def legacy(data):
@@ -2345,6 +2345,8 @@ def is_span(value):
 
 def named(row, names):
     """The values of the columns that may name a row's file, the best first."""
+    if found := [row[name] for name in names if row.get(name)]:
+        return found
     row = ours(row)
     return [row[name] for name in names if row.get(name)] or [
         row[name] for name in IDS if row.get(name) and names is OWN]
