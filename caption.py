@@ -106,7 +106,8 @@ from kernels.optim import MuonAdamW
 from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
                           frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
                           number, one_line, open_dataset, read_rows, read_text, refuse,
-                          refuse_pointer, rng, run_dir, script, write_rows, write_text)
+                          refuse_pointer, rng, run_dir, script, sweep, write_rows,
+                          write_text)
 from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
                        innermost, is_finished, last_step, load_step, lr_at, lying_in, moved,
                        one_run, optimizer_tensors, option_parser, prefetch, read_config,
@@ -1166,9 +1167,24 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
             rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
         path.with_name(f"{path.name}.crc").unlink(missing_ok=True)
         write_rows(path, [row for row in written if "rejected" not in row])
-        write_text(path.with_name(f"{path.name}.crc"), f"{zlib.crc32(path.read_bytes())}\n")
+        write_sum(path)
         part.unlink()
     remove_parts(path)
+
+
+def write_sum(path):
+    write_text(path.with_name(f"{path.name}.crc"), f"{zlib.crc32(path.read_bytes())}\n")
+
+
+def is_captioned(path, keys, args):
+    """Whether the captions of a shard are written; does what a run that ended behind them left."""
+    if not holds(path, keys):
+        return False
+    if path.exists() and part_path(path, args).exists() and \
+            not path.with_name(f"{path.name}.crc").exists():
+        write_sum(path)
+    remove_parts(path)
+    return True
 
 
 def part_path(path, args):
@@ -1217,12 +1233,11 @@ def caption(args):
             shards.setdefault(row["shard"], []).append(row)
     if not os.access(folder, os.W_OK):
         refuse(f"{folder} cannot be written to: captions are kept beside its shards")
+    sweep(folder)                        # what a killed run left
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
-        if holds(path, [row["key"] for row in shards[shard]]):
-            remove_parts(path)
-        else:
+        if not is_captioned(path, [row["key"] for row in shards[shard]], args):
             todo.append((path, shards[shard]))
     wanted = [row for shard in sorted(shards) for row in shards[shard]]
     if todo:

@@ -264,7 +264,9 @@ MACHINE = {getattr(errno, name): remedy for names, remedy in (
     ("ENOSPC EDQUOT", "make room there (TMPDIR names the folder of temporary files)"),
     ("EMFILE ENFILE", "allow more open files (ulimit -n)"),
     ("ENOMEM", "free memory, or start fewer processes at a time"),
-    ("EIO ESTALE", "see to that disk or network"),
+    ("EFBIG", "allow larger files (ulimit -f)"),
+    ("EIO ESTALE ENOTCONN ETIMEDOUT EREMOTEIO EHOSTUNREACH ENETUNREACH ENETDOWN ECONNRESET ENODEV "
+     "ENXIO EUCLEAN", "see to that disk or network"),
     ("EROFS", "make it writable")) for name in names.split() if hasattr(errno, name)}
 
 
@@ -360,7 +362,12 @@ def atomic(path):
 
 
 def sweep(folder):
-    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock)."""
+    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock), and
+    those of safetensors, which knows no lock, that nobody has written to for an hour."""
+    for part in Path(folder).glob(".tmp??????"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
     for part in Path(folder).glob(".*.tmp*") if fcntl else ():
         with contextlib.suppress(FileNotFoundError), open(part, "rb") as file:
             if is_sole(file):
@@ -419,6 +426,10 @@ LEGACY = {
         f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
 
 
+ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
+         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
+
+
 def legacy(data):
     """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
     text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
@@ -437,7 +448,7 @@ def decoded(data):
     what they are in its place."""
     code = encoding_of(data)
     if code.startswith("utf-8") and b"\0" in data:
-        raise ValueError("no text in UTF-8: it holds zero bytes (UTF-16 without its mark has such)")
+        raise ValueError(f"no text in UTF-8: {ZEROS}")
     try:
         return data.decode(code), None
     except UnicodeDecodeError as error:
@@ -454,8 +465,8 @@ def as_text(data):
 def not_utf8(byte):
     """What is said of a byte that is none of UTF-8's."""
     known = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
-    return (f"it holds byte 0x{byte:x} ({known}): make it UTF-8 (iconv -f CP1252 -t UTF-8 FILE > "
-            "NEW, with the encoding that it has)")
+    return (f"it holds byte 0x{byte:x} ({known}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE > "
+            "NEW; ENCODING is what wrote it, such as CP1250)")
 
 
 def read_text(path, option=""):
@@ -1786,10 +1797,10 @@ NAMED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, sorted(VIDEOS | STILLS)))}
 def text_rows(path):
     """A file a line, perhaps with its caption behind a tab, or behind its suffix and a blank or
     sign; or a table whose columns tabs divide."""
-    with open_text(path) as file:
-        head = [our_name(cell) for cell in file.readline().split("\t")]
+    with open_text(path, "") as file:
+        head = {our_name(cell) for cell in file.readline().split("\t")}
         file.seek(0)
-        if {*head} & {*OWN, *IDS} and {*head} & {*TEXTS, "prompt"}:
+        if head & {*OWN, *IDS} and head & {*TEXTS, "prompt"}:
             yield from table_rows(file, True)
             return
         for line in filter(None, map(str.strip, file)):
@@ -1856,7 +1867,7 @@ def open_text(path, newline="\n"):
         print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
         return open(path, encoding=page, newline=newline, errors="replace")
     if code == "utf-8" and b"\0" in head[:2]:
-        refuse(f"{path} is no text in UTF-8: it holds zero bytes, as UTF-16 without its mark does")
+        refuse(f"{path} is no text in UTF-8: {ZEROS}")
     unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
     if path.stat().st_size % unit:                     # all behind a lost byte would be other words
         refuse(f"{path} is damaged: {path.stat().st_size} bytes, and {code.upper()} has {unit} or "
@@ -2262,8 +2273,8 @@ def placed_rows(paths, form, sources):
                         if source is None and (one := place(str(other)))[0]:
                             (source, reason, detail), name = one, other
                     first = first or source is None and f"row {n}: {name}: {detail or reason}"
-                text = source and json.dumps(row)
-                if text and (byte := re.search(r"\\udc([89a-f].)", text)):
+                text = json.dumps(row)
+                if byte := re.search(r"\\udc([89a-f].)", text):
                     bad, n_bytes = bad or (n, int(byte[1], 16)), n_bytes + 1
                 is_right = is_right or not reader                # its values are its own matter
                 is_placed, missing = is_placed or reason != "missing video", missing or name
@@ -2397,6 +2408,8 @@ def is_span(value):
 
 def named(row, names):
     """The values of the columns that may name a row's file, the best first."""
+    if found := [row[name] for name in names if row.get(name)]:
+        return found
     row = ours(row)
     return [row[name] for name in names if row.get(name)] or [
         row[name] for name in IDS if row.get(name) and names is OWN]
@@ -2852,6 +2865,9 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
     except Exception as error:          # what nobody thought of costs this file, not the run
         if is_machine_error(error):
             raise
+        if isinstance(error, FileNotFoundError) and not (   # unmounted: all others would be lost
+                os.path.isdir(root) and any(os.scandir(root))):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root)) from None
         yield faulted(source, error), None, None
 
 
@@ -3377,7 +3393,7 @@ def make_plan(args, folder, root):
         os.path.abspath(args.meta)
     may_change = {"meta": is_same or new, "format": not {*IN_ARCHIVES} & {
         had.get("format"), args.format}}               # what is told of files, once it is told
-    for name, value in options.items():
+    for name, value in sorted(options.items(), key=lambda one: one[0] != "meta"):
         was = had.get(name, value)
         if was == value:
             continue

@@ -1,5 +1,6 @@
 """What people's metadata, captions and folders look like: each kind that was found to end a run, or to give wrong
 captions in silence. Rows alone where these suffice, and a run each for what a folder as a whole shows."""
+import builtins
 import contextlib
 import csv
 import errno
@@ -14,6 +15,7 @@ import tarfile
 import time
 import tracemalloc
 import unicodedata
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import caption as caption_py  # noqa: E402
 import prepare_data as pd  # noqa: E402
 import sample  # noqa: E402
 import train_dit as D  # noqa: E402
@@ -1086,7 +1089,7 @@ def test_m04_ids_give_way_to_paths_and_prompts_to_captions(tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("m.txt", "a.mp4\tone two\nx/b.mp4\tthree"), ("m.txt", "a.mp4 one two\nx/b.mp4|three\n"), ("m.txt", "video\tcaption\na.mp4\tone two\nb.mp4\tthree\n"),
+    ("m.txt", "a.mp4\tone two\nx/b.mp4\tthree"), ("m.txt", "a.mp4 one two\nx/b.mp4|three\n"), ("m.txt", "video\tcaption\na.mp4\tone two\rb.mp4\tthree\n"),
     ("m.csv", "sep=;\nvideo;caption\na.mp4;one two\nb.mp4;three\n"), ("m.csv", '"sep=,"\r\nvideo,caption\r\na.mp4,one two\r\nb.mp4,three\r\n'),
     ("m.csv", "a.mp4,one two\nx/b.mp4,three\n"), ("m.jsonl", '[{"video": "a.mp4", "caption": "one two"},\n {"video": "b.mp4", "caption": "three"}]'),
     ("m.json", '{"video": "a.mp4", "caption": "one two"}\n{"video": "b.mp4", "caption": "three"}\n'),
@@ -1135,3 +1138,103 @@ def test_alphabets_are_those_of_letters(capsys):
         assert pd.parse_options(["x", "--alphabet", name]).alphabet == name.upper()
     for name in ("KLINGON", "LATN", ""):
         assert f"{name} begins no letter's name: LATIN, CYRILLIC" in line(capsys, lambda: pd.parse_options(["x", "--alphabet", name]))
+
+
+# -- faults of the machine -------------------------------------------------------------------------
+
+def faults(monkeypatch, undisturbed, attempt, folder, error):
+    """Lets the n-th rename, sync, or opening for writing fail, n = 1, 2, …, each in a copy of `folder`: a line and
+    status 2, or a machine's error; then, undisturbed, the same bytes. Returns how many were tried."""
+    want, n_tried, work = undisturbed(), 0, folder.with_name("faulty")
+    for owner, name in ((os, "replace"), (os, "fsync"), (builtins, "open")):
+        call = getattr(owner, name)
+        for n in range(1, 30):
+            left = [n]
+
+            def failing(*given, **more):
+                mode = str(more.get("mode", given[1] if len(given) > 1 else "r"))
+                left[0] -= name != "open" or mode[0] in "wax"
+                if left[0] == 0 and (name != "open" or mode[0] in "wax"):
+                    raise OSError(error, os.strerror(error), str(given[0]))
+                return call(*given, **more)
+            shutil.copytree(folder, work)
+            monkeypatch.setattr(owner, name, failing)
+            try:
+                attempt(work)
+            except (OSError, SystemExit) as stop:
+                assert isinstance(stop, SystemExit) and stop.code == 2 or pd.is_machine_error(stop), (name, n)
+            finally:
+                monkeypatch.setattr(owner, name, call)
+            assert not [*work.glob(".*.tmp*")] and (left[0] > 0 or bytes_of(work) is not None)
+            if left[0] <= 0:
+                n_tried += 1
+                attempt(work)
+                assert bytes_of(work) == want, (name, n)
+            shutil.rmtree(work)
+            if left[0] > 0:
+                break
+    return n_tried
+
+
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.ENOSPC])
+def test_6d_faults_of_the_disk_at_each_call(tmp_path, monkeypatch, capsys, error):
+    """Renames, syncs and writes that fail once in a shard's process, in a join, in a file of captions."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pd, "next_steps", lambda *given: "")
+    (tmp_path / "in").mkdir()
+    for name, colour in (("a", RED), ("b", GREEN)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+    write(tmp_path / "in/a.txt", "one")
+    command = ["--videos", "in", "--workers", "1", "--near", "0"]
+    with monkeypatch.context() as only:
+        only.setattr(pd, "finish", lambda *given: None)
+        pd.main(["data/begun", *command])                               # its shard is made, nothing joined
+
+    def whole(attempt):
+        def run_once():
+            shutil.copytree("data/begun", "data/whole")
+            attempt(tmp_path / "data/whole")
+            return bytes_of(tmp_path / "data/whole")
+        shutil.rmtree("data/whole", ignore_errors=True)
+        return run_once
+
+    def join(folder):
+        pd.main([f"data/{folder.name}", *command])
+    assert faults(monkeypatch, whole(join), join, tmp_path / "data/begun", error) > 8
+    plan = json.loads((tmp_path / "data/begun/plan.json").read_text())
+    pipe = type("Pipe", (), {"send": lambda self, message: None})()
+
+    def make(folder):
+        pd.make_shard(pipe, folder, 1, tmp_path / "in", ["a.mp4", "b.mp4"], None, plan["options"], {})
+    assert faults(monkeypatch, whole(make), make, tmp_path / "data/begun", error) > 8
+    rows = [{"key": key, "shard": "shard-00000"} for key in "xyz"]
+
+    def caption(folder):
+        args = Namespace(batch=2, style="short", sure=0.5)
+        path = folder / "shard-00000.captions-r.jsonl"
+        if not caption_py.is_captioned(path, list("xyz"), args):
+            caption_py.caption_shard(lambda row: row, lambda pairs: ((row["key"], f"of {row['key']}", "", {"sure": 0.2 if row["key"] == "y" else 1})
+                                     for row, _ in pairs), None, rows, path, args, pd.tqdm(disable=True))
+    assert faults(monkeypatch, whole(caption), caption, tmp_path / "data/begun", error) > 6
+
+
+def test_6a_a_disk_that_is_gone_rejects_no_file(tmp_path):
+    """Of a folder that was unmounted in the midst of a run each file was a reject for good."""
+    options = json.loads(json.dumps({**vars(pd.parse_options(["x"])), "meta": None}, default=str))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(OSError) as gone:
+        list(pd.clips_of(tmp_path / "in", "a.mp4", [], options))
+    assert pd.is_machine_error(gone.value) and "see to that disk" in pd.fault_of(gone.value)
+    write(tmp_path / "in/b.txt", "x")
+    (reject, _, _), = pd.clips_of(tmp_path / "in", "a.mp4", [], options)
+    assert reject["reason"].startswith("cannot be read")
+    for name in ("ENOTCONN", "ETIMEDOUT", "EFBIG", "EREMOTEIO"):
+        assert pd.is_machine_error(OSError(getattr(errno, name), "x"))
+
+
+def test_6c_temporary_files_of_safetensors_are_swept(tmp_path):
+    for name, age in ((".tmpAbC12x", 7200), (".tmpAbC12y", 0), (".tmpfile", 7200), ("x.tmpAbC12x", 7200)):
+        write(tmp_path / name, "x")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    pd.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".tmpAbC12y", ".tmpfile", "x.tmpAbC12x"}
