@@ -479,13 +479,13 @@ def read_tensors(path):
     that a large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
-        path, *others = weight_files(path)
-        spare = [found[0] for name in sorted(os.listdir(path.parent))
-                 if (found := VARIANT.fullmatch(name)) and found[1] not in path.name]
+        files = weight_files(path)
+        tensors = {k: v for part in files for k, v in read_tensors(part).items()}
+        spare = [found[0] for name in sorted(os.listdir(path))
+                 if (found := VARIANT.fullmatch(name)) and found[1] not in files[0].name]
         if spare:
-            say_once(f"{path} is read; {spare[0]} beside it is not")
-        if others:
-            return {k: v for part in (path, *others) for k, v in read_tensors(part).items()}
+            say_once(f"{files[0]} is read; {spare[0]} beside it is not")
+        return tensors
     if path.suffix == ".json":
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
