@@ -494,7 +494,7 @@ class Row:
 
     def __init__(self, request, most, seed):
         self.request, self.ids, self.total = request, [], 0.0
-        self.seen, self.grams, self.n_noted = None, {}, 0               # of `penalised`
+        self.seen, self.grams, self.n_noted = {}, {}, 0                 # of `penalised`
         self.after = int(request.positions.max()) + 1
         self.draws = rng(seed, "token", 0, request.key).random(most)
 
@@ -548,18 +548,18 @@ def penalised(logits, rows, penalty, size):
     """Logits [B, V] as transformers changes them for repetition_penalty and no_repeat_ngram_size,
     which count the prompt too: that of a token which a row holds is divided by `penalty`, or below
     0 multiplied; one that would repeat `size` tokens (0: any may) is impossible."""
-    scores, ends = logits.float(), []
+    scores, ends = logits.float().clone(), []
     for row in rows:
         ids = row.request.said + row.ids
-        if row.seen is None:
-            row.seen = torch.zeros_like(scores[0], dtype=torch.bool)
-        row.seen[ids[row.n_noted:]] = True
+        row.seen.update(dict.fromkeys(ids[row.n_noted:]))
         for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
             row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
         row.n_noted = len(ids)
         ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
-    changed = torch.where(scores < 0, scores * penalty, scores / penalty)
-    scores = torch.where(torch.stack([row.seen for row in rows]), changed, scores)
+    places = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
+                                              for n, row in enumerate(rows)])).to(scores.device)
+    seen = scores.view(-1)[places]
+    scores.view(-1)[places] = torch.where(seen < 0, seen * penalty, seen / penalty)
     for score, banned in zip(scores, ends):
         if banned:
             score[banned] = -torch.inf
@@ -3121,7 +3121,8 @@ def answer_rules(folder, config, tokens, names):
     others = [f"{name} {json.dumps(said[name])[:40]}" for name, usual in NOT_APPLIED.items()
               if said.get(name) not in (None, usual)]
     if others:
-        say_once(f"{folder}: {', '.join(others)} of its generation_config.json: not applied here")
+        where = file.name if file.exists() else "config.json"
+        say_once(f"{folder}: {', '.join(others)} of its {where}: not applied here")
     found = [each.get("eos_token_id") for each in (config, text, told)]
     found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
     flat = [i for each in found for i in (each if isinstance(each, list) else [each])]

@@ -426,12 +426,12 @@ def refuse_scaled(names, path):
 
 
 def refuse_nan(tensors, path):
-    """Refuses weights that are not all finite, {name: tensor}: one sum each, looked at together."""
-    sums = {name: x.sum(dtype=torch.float32) for name, x in tensors.items()
-            if torch.is_tensor(x) and x.is_floating_point() and not x.is_meta}
-    if not sums or torch.stack(list(sums.values())).sum().isfinite():
-        return
-    bad = [name for name in sums if not tensors[name].isfinite().all()]    # sums may overflow
+    """Refuses weights that are not all finite, {name: tensor}: by the ends of each, which need no
+    copy, looked at together."""
+    ends = {name: torch.stack(x.aminmax()).float() for name, x in tensors.items()
+            if torch.is_tensor(x) and x.is_floating_point() and x.numel() and not x.is_meta}
+    fine = torch.stack(list(ends.values())).isfinite().all(1).tolist() if ends else ()
+    bad = [name for name, is_fine in zip(ends, fine) if not is_fine]
     if bad:
         n = tensors[bad[0]].isfinite().logical_not().sum().item()
         refuse(f"{path}: {bad[0]} holds {n:,} numbers that are NaN or infinite, one of {len(bad)} "
@@ -480,13 +480,13 @@ def read_tensors(path):
     that a large model is in memory once; no code of theirs is ever run."""
     path = Path(path)
     if path.is_dir():
-        path, *others = weight_files(path)
-        spare = [found[0] for name in sorted(os.listdir(path.parent))
-                 if (found := VARIANT.fullmatch(name)) and found[1] not in path.name]
+        files = weight_files(path)
+        tensors = {k: v for part in files for k, v in read_tensors(part).items()}
+        spare = [found[0] for name in sorted(os.listdir(path))
+                 if (found := VARIANT.fullmatch(name)) and found[1] not in files[0].name]
         if spare:
-            say_once(f"{path} is read; {spare[0]} beside it is not")
-        if others:
-            return {k: v for part in (path, *others) for k, v in read_tensors(part).items()}
+            say_once(f"{files[0]} is read; {spare[0]} beside it is not")
+        return tensors
     if path.suffix == ".json":
         try:
             parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
