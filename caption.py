@@ -115,6 +115,7 @@ from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, clai
                        restore_optimizer, same_held_out, save_file, say_once, setup, start_run,
                        take_step, tensor_sum, training_options, unwrapped)
 
+
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
@@ -127,9 +128,8 @@ MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, b
                         heads=6, tower_depth=6, depth=6),
 }
 
-# ------------------------------------------------------------------------------------------------
-# Text
-# ------------------------------------------------------------------------------------------------
+
+# -- words to numbers ------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts, vocab_size):
@@ -161,13 +161,10 @@ def encode(tokenizer, text, most):
 
 def pad(lists):
     """[B, L, …] of B lists or tensors [L, …] of any lengths, with zeros (PAD) behind them."""
-    return nn.utils.rnn.pad_sequence([torch.as_tensor(each) for each in lists], True, PAD)
+    return nn.utils.rnn.pad_sequence([torch.as_tensor(ids) for ids in lists], True, PAD)
 
 
-# ------------------------------------------------------------------------------------------------
-# One transformer layer for all
-# ------------------------------------------------------------------------------------------------
-
+# -- one transformer layer -------------------------------------------------------------------------
 
 TANH = functools.partial(F.gelu, approximate="tanh")
 ACTS = {**dict.fromkeys(("gelu", "gelu_python"), F.gelu), "relu": F.relu,
@@ -385,18 +382,16 @@ class TextTower(nn.Module):
         initialise(self, depth)
 
     def forward(self, ids, cu):
-        place = torch.arange(len(ids), device=ids.device, dtype=cu.dtype)
-        text = torch.searchsorted(cu[1:], place, right=True).clamp(max=len(cu) - 2)
-        rotation = rotary(place - cu[text], self.stack)
+        positions = torch.arange(len(ids), device=ids.device, dtype=cu.dtype)
+        text = torch.searchsorted(cu[1:], positions, right=True).clamp(max=len(cu) - 2)
+        rotation = rotary(positions - cu[text], self.stack)
         x = self.embed(ids)                                              # [L, D]
         for layer in self.layers:
             x = layer(x, rotation, cu)                                   # [L, D]
         return self.norm(x)
 
 
-# ------------------------------------------------------------------------------------------------
-# The captioner
-# ------------------------------------------------------------------------------------------------
+# -- the captioner ---------------------------------------------------------------------------------
 
 
 class PixelNorm(nn.LayerNorm):
@@ -502,9 +497,9 @@ class Row:
 def side_by_side(requests):
     """(x [B, L, D], positions [B, L] or [3, B, L], image [B, L] or None) of requests, padded at
     the end, where a causal model does not see it."""
-    places = pad(request.positions.movedim(-1, 0) for request in requests)
+    positions = pad(request.positions.movedim(-1, 0) for request in requests)
     return (pad(request.x for request in requests),
-            places.movedim(-1, 0) if places.dim() > 2 else places,
+            positions.movedim(-1, 0) if positions.dim() > 2 else positions,
             None if requests[0].image is None else pad(request.image for request in requests))
 
 
@@ -532,10 +527,10 @@ def prefill(decoder, cache, slots, rows):
     most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
     for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):
         slots, rows = zip(*part)
-        x, places, image = side_by_side([row.request for row in rows])
+        x, positions, image = side_by_side([row.request for row in rows])
         counts = [len(row.request.ids) for row in rows]
         cache.plan(slots, start, x.shape[1] - start)
-        h = decoder(x[:, start:], places[..., start:], cache,
+        h = decoder(x[:, start:], positions[..., start:], cache,
                     None if image is None else image[:, start:],
                     torch.tensor(counts, device=x.device))
         last.append(h[range(len(rows)), [count - start - 1 for count in counts]])
@@ -581,8 +576,8 @@ def choose(logits, draws, temperature, top_p, vocab, scores=None):
     reach = order.values.cumsum(-1)
     reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
     most = reach.masked_fill(reach.isinf(), 0).amax(-1)
-    place = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
-    token = order.indices.gather(1, place.clamp(max=reach.shape[1] - 1))
+    index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
+    token = order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
     return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
 
 
@@ -621,8 +616,8 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
         draws = torch.tensor([rows[slot].draws[len(rows[slot].ids)] for slot in slots])
         logits = decoder.logits(h)
         scores = penalties and penalised(logits, [rows[slot] for slot in slots], *penalties)
-        found = choose(logits, draws, temperature, top_p, vocab, scores)
-        for slot, token, logprob in zip(slots, *(each.tolist() for each in found)):
+        chosen = choose(logits, draws, temperature, top_p, vocab, scores)
+        for slot, token, logprob in zip(slots, *(values.tolist() for values in chosen)):
             row = rows[slot]
             row.ids.append(token)
             row.total += logprob
@@ -648,8 +643,8 @@ class Captioner(nn.Module):
     def positions(self, n_visual, n_text):
         """All visual tokens stand at place 0, so that what is read first is looked up by what it
         shows and not by where it stands in the list; the text counts 1, 2, …"""
-        places = torch.arange(n_visual + n_text, device=self.words.weight.device)
-        return (places - n_visual + 1).clamp(min=0)
+        positions = torch.arange(n_visual + n_text, device=self.words.weight.device)
+        return (positions - n_visual + 1).clamp(min=0)
 
     def forward(self, frames, ids):
         """ids int64 [B, L] -> logits of the next tokens [B, L, vocab]; and of which tokens the
@@ -667,14 +662,12 @@ class Captioner(nn.Module):
         positions, ids = self.positions(x.shape[1], 1), [-1] * x.shape[1] + [BOS]
         requests = [Request(str(i), ids, each, positions)
                     for i, each in enumerate(torch.cat([x, start], 1))]
-        found = {int(request.key): (ids, score) for request, ids, score
+        captions = {int(request.key): (ids, score) for request, ids, score
                  in generate(self.decoder, requests, len(x), most, {EOS})}
-        return [found[i] for i in range(len(x))]
+        return [captions[i] for i in range(len(x))]
 
 
-# ------------------------------------------------------------------------------------------------
-# What it looks at
-# ------------------------------------------------------------------------------------------------
+# -- frames of any size ----------------------------------------------------------------------------
 
 
 def spread(n, n_frames, start=0.0, stop=1.0):
@@ -699,8 +692,8 @@ class Frames:
     def __init__(self, folder, rows, size, n, mib=1024):
         self.folder, self.rows = folder, {row["key"]: row for row in rows}
         self.size, self.n = size, n
-        room = int(mib * 2**20 / (4 * n * size * size * 3))
-        self.load = functools.lru_cache(maxsize=room)(self.load)
+        capacity = int(mib * 2**20 / (4 * n * size * size * 3))
+        self.load = functools.lru_cache(maxsize=capacity)(self.load)
 
     def load(self, key):
         """uint8 [K, S, S, 3]"""
@@ -746,9 +739,7 @@ def vary(frames, jitter):
     return x * jitter[:, 3].exp().view(B, 1, 1, 1, 1) + light
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# -- training on captioned clips -------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -813,8 +804,8 @@ def losses(model, x, ids, blank=None):
     loss = caption_loss(logits, ids)
     holds = torch.zeros_like(words).scatter_(1, wanted, 1.0)
     holds[:, :len(SPECIAL)] = 0
-    about = F.binary_cross_entropy_with_logits(words, holds, reduction="sum")
-    return torch.stack([loss, about])
+    presence = F.binary_cross_entropy_with_logits(words, holds, reduction="sum")
+    return torch.stack([loss, presence])
 
 
 def own_captions(folder, rows):
@@ -1016,9 +1007,7 @@ def train(args, run):
     barrier()
 
 
-# ------------------------------------------------------------------------------------------------
-# Captioning
-# ------------------------------------------------------------------------------------------------
+# -- captioning a data set -------------------------------------------------------------------------
 
 
 def finished(run):
@@ -1046,8 +1035,8 @@ def holds(path, keys):
     """Whether a finished file of captions holds all of `keys`."""
     if not path.exists():
         return not keys
-    files = [each for each in (path, rejected_path(path)) if each.exists()]
-    return set(keys) <= {row["key"] for each in files for row in read_rows(each)}
+    files = [file for file in (path, rejected_path(path)) if file.exists()]
+    return set(keys) <= {row["key"] for file in files for row in read_rows(file)}
 
 
 def resume(part, keys, block):
@@ -1271,9 +1260,7 @@ def caption(args):
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
 
 
-# ------------------------------------------------------------------------------------------------
-# Scores against references
-# ------------------------------------------------------------------------------------------------
+# -- scores against reference captions -------------------------------------------------------------
 
 
 def words_of(text):
@@ -1322,16 +1309,16 @@ def score_captions(candidates, references, words=words_of):
     texts = {key: [words(text) for text in references[key]] for key in candidates}
     mine = {key: words(text) for key, text in candidates.items()}
     counted = {key: bleu_counts(mine[key], texts[key]) for key in mine}
-    sums = [np.sum(each, 0) for each in zip(*counted.values())]
+    sums = [np.sum(figures, 0) for figures in zip(*counted.values())]
     counts = {key: [grams(text) for text in texts[key]] for key in texts}
-    seen = Counter(g for each in counts.values() for g in set().union(*each))
+    seen = Counter(g for figures in counts.values() for g in set().union(*figures))
 
     def weigh(counts):
         """By length of run {run: weight}; the number of pairs, which stands for the length."""
-        found = [{}, {}, {}, {}]
+        tables = [{}, {}, {}, {}]
         for g, n in counts.items():
-            found[len(g) - 1][g] = n * (math.log(len(mine)) - math.log(max(1, seen[g])))
-        return found, sum(n for g, n in counts.items() if len(g) == 2)
+            tables[len(g) - 1][g] = n * (math.log(len(mine)) - math.log(max(1, seen[g])))
+        return tables, sum(n for g, n in counts.items() if len(g) == 2)
 
     def cider(key):
         (a, length), total = weigh(grams(mine[key])), 0.0
@@ -1342,11 +1329,12 @@ def score_captions(candidates, references, words=words_of):
                 total += dot / (norm or 1) * math.exp(-(length - other)**2 / 72)
         return 10 * total / 4 / len(counts[key])
 
-    each = {"bleu_each": {key: bleu(*counted[key]) for key in mine},
+    figures = {"bleu_each": {key: bleu(*counted[key]) for key in mine},
             "rouge_l_each": {key: rouge_l(mine[key], texts[key]) for key in mine},
             "cider_each": {key: cider(key) for key in mine}}
-    return {"bleu": bleu(*sums), **each, **{
-        name: float(np.mean(list(each[f"{name}_each"].values()))) for name in ("rouge_l", "cider")}}
+    return {"bleu": bleu(*sums), **figures, **{
+        name: float(np.mean(list(figures[f"{name}_each"].values())))
+        for name in ("rouge_l", "cider")}}
 
 
 def evaluate(path, rows, texts):
@@ -1364,9 +1352,104 @@ def evaluate(path, rows, texts):
     print(" ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
-# ================================================================================================
-# Published models, strictly by their published names. First: T5 v1.1, UMT5 and CLIP read text
-# ================================================================================================
+# -- the command line ------------------------------------------------------------------------------
+
+
+def frame_rule(text):
+    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
+    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
+    if not match or not float(match[2] or match[4]):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
+    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
+
+
+def parse(argv=None):
+    parser = option_parser(__doc__)
+    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl "
+                     "takes the captions of RUN back.")
+    parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--train", action="store_true", help="train a captioner; else one captions the clips")
+    add("--few", action="store_true", help="with --train: learn from fewer captioned clips than "
+        f"{FEWEST} all the same")
+    add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
+    add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
+    add("--all", action="store_true", help="caption every clip, also those that have a caption")
+    add("--eval", action="store_true",
+        help="score the captions against the clips' own: BLEU, ROUGE-L, CIDEr")
+    add("--batch", type=number(int, 1), default=32,
+        help="clips a step, over all ranks, or at a time (%(default)s)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="captioner-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--vocab", type=number(int, 259), default=512,
+        help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
+    add("--max_tokens", type=number(int, 1), default=128,
+        help="longest caption, in tokens (%(default)s)")
+    add("--paste", type=number(float, 0, 1), default=0.0, help="share of clips upon which what "
+        "moves in another is laid, the captions joined by 'and' (%(default)s; dark grounds)")
+    training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
+    add = parser.add_argument_group("published captioners").add_argument
+    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
+    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
+    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
+        "for image or video")
+    add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
+    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
+        "uniform:8, for --lm uniform:4, else uniform:1)")
+    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="a captioner of one's "
+        "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
+        "(%(default)s; 0: none)")
+    add("--source", help="what the data set calls these captions (the folder's name and the style)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
+        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
+        "apply (%(default)s)")
+    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
+        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
+    add("--template", choices=sorted(CHATS), metavar="NAME", help="how --lm, or else --vlm or "
+        "--init, is asked: " + ", ".join(CHATS) + " (as its folder's chat template says)")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
+    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
+    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
+    add("--tune", default="connector", choices=["connector", "lora", "all"],
+        help="what of --init learns (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 unless told")
+    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.init:
+        parser.set_defaults(lr={"connector": 1e-3, "lora": 2e-4, "all": 2e-5}[args.tune])
+        args = parser.parse_args(argv)
+    if (args.vlm and args.train) or (args.run and not args.train):
+        refuse("--run goes with --train, --vlm without it")
+    if args.template and not (args.vlm or args.lm or args.init):
+        refuse("--template goes with --vlm, --lm or --init: a captioner of one's own has none")
+    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
+                                       "few train")):
+        if getattr(args, name) and not getattr(args, other):
+            refuse(f"--{name} goes with --{other}")
+    if args.source and not re.fullmatch(r"[\w.-]+", args.source):
+        refuse(f"--source {args.source}: letters, digits, '.', '-' and '_' are what it may hold")
+    return args
+
+
+@one_line
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return bench("bench", argv[1:], "caption_peers.py", "transformers")
+    args = parse(argv)
+    if not args.train:
+        return caption(args)
+    run = run_dir(args.run or f"{Path(args.name).name}-captioner")
+    try:
+        (tune if args.init else train)(args, run)
+    except Unreadable as error:
+        refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
+    print(f"{run}: trained; look at {run / ('log.jsonl' if args.init else 'samples')}",
+          file=sys.stderr)
+
+
+# == published weights: key maps, text encoders ====================================================
 
 
 def read_published(path, missing=None):
@@ -1374,9 +1457,9 @@ def read_published(path, missing=None):
     if missing is not None and not path.exists():
         return missing
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        if isinstance(found, dict):
-            return found
+        result = json.loads(path.read_text(encoding="utf-8-sig"))
+        if isinstance(result, dict):
+            return result
     if path.is_file():
         refuse_pointer(path)
     refuse(f"{path} is missing, or holds no JSON object{lying_in(path.parent)}")
@@ -1419,29 +1502,29 @@ def name_there(name, weights):
     theirs = getattr(weights, "theirs", {})
     if name in theirs or not theirs:
         return theirs.get(name, name)
-    near = next((found for ours, found in theirs.items() if form(ours) == form(name)), None)
-    if not near:
+    nearest = next((one for ours, one in theirs.items() if form(ours) == form(name)), None)
+    if not nearest:
         module, _, kind = name.rpartition(".")
         is_wan = any(each.startswith("visual.p") for each in theirs.values())
         module = USUALLY.get(module, module).split("|")[-1 if is_wan else 0]
         return module if re.search("(class|cls|pos)_embedding$", module) else f"{module}.{kind}"
-    near = re.sub(r"\.(weight|bias)$", f".{name.rpartition('.')[2]}", near)
+    nearest = re.sub(r"\.(weight|bias)$", f".{name.rpartition('.')[2]}", nearest)
     layer = re.search(r"\.layers\.(\d+)\.", name)
-    return re.sub(r"\.\d+\.", f".{layer[1]}.", near, count=1) if layer else near
+    return re.sub(r"\.\d+\.", f".{layer[1]}.", nearest, count=1) if layer else nearest
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
     our module's name, published name; several with | are one tensor's, one of them must be there).
     Whatever is missing, of another shape, or neither known nor `ignored`, is refused by name."""
-    state, read, known, faults = {}, {}, set(), []
+    state, read, used, faults = {}, {}, set(), []
     for name, parameter in model.state_dict().items():
         module, _, kind = name.rpartition(".")
         theirs = next(match.expand(theirs) for ours, theirs in patterns
                       if (match := re.fullmatch(ours, module)))
-        names = [f"{each}.{kind}" for each in theirs.split("|")]
-        known.update(names)
-        there = next((each for each in names if each in weights), None)
+        names = [f"{part}.{kind}" for part in theirs.split("|")]
+        used.update(names)
+        there = next((part for part in names if part in weights), None)
         if there is None:
             faults.append((names[0], "missing"))
         elif not torch.is_tensor(weights[there]):
@@ -1454,7 +1537,7 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
             state[name] = tensor.to(device, dtype)
             read[name_there(there, weights)] = state[name]
     faults += [(name, "unexpected") for name in sorted(weights)
-               if name not in known and not re.fullmatch(ignored, name)]
+               if name not in used and not re.fullmatch(ignored, name)]
     if faults:
         said = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
         refuse(f"{where}: " + "; ".join(said) + f"; {len(faults)} in all" * (len(faults) > 8))
@@ -1501,6 +1584,8 @@ CLIP_KEYS = [
     (r"layers.(\d+).down", r"text_model.encoder.layers.\1.mlp.fc2")]
 CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_scale|"
                 r"(text|visual)_projection\.weight|text_model\.head\..*|logit_bias")
+
+
 def values_of(config):
     """A published config whose numbers, and yes or no, are no texts. Nulls are as absent keys, but
     for what DEFAULTS has a row of: there null is a value (no sliding window), or wrong."""
@@ -1582,11 +1667,11 @@ def distance_buckets(n, buckets, furthest):
     """int64 [n, n]: the row of T5's table for query i and key j. Half of the rows are for keys that
     come later; of each half the first half is for one distance each, the others widen with its
     logarithm, and the last holds all from `furthest` on."""
-    place, half = torch.arange(n), buckets // 2
-    away, exact = place - place[:, None], half // 2
-    far = (away.abs().clamp(min=1).float() / exact).log() / math.log(furthest / exact)
-    far = (exact + (far * (half - exact)).long()).clamp(max=half - 1)
-    return torch.where(away.abs() < exact, away.abs(), far) + half * (away > 0)
+    positions, half = torch.arange(n), buckets // 2
+    away, exact = positions - positions[:, None], half // 2
+    large = (away.abs().clamp(min=1).float() / exact).log() / math.log(furthest / exact)
+    large = (exact + (large * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(away.abs() < exact, away.abs(), large) + half * (away > 0)
 
 
 class TextEncoder(nn.Module):
@@ -1625,8 +1710,8 @@ class TextEncoder(nn.Module):
         marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
         marks = 2 * ["</s>"] if self.is_siglip else marks
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            told = read_published(folder / name, {}).get("pad_token")
-            marks[-1] = told["content"] if isinstance(told, dict) else told or marks[-1]
+            setting = read_published(folder / name, {}).get("pad_token")
+            marks[-1] = setting["content"] if isinstance(setting, dict) else setting or marks[-1]
         *self.begin, self.after, self.padding = map(tokens.id, marks)
         if None in (*self.begin, self.after, self.padding):
             refuse(f"{folder}: the tokenizer lacks one of {', '.join(marks)}")
@@ -1660,13 +1745,13 @@ class TextEncoder(nn.Module):
     def encode(self, texts, max_length=None, batch=8):
         """A tensor [L, D] for each text, up to the end of its own; of CLIP's all max_length rows,
         as the models that read them were given."""
-        found, device = [], self.embed.weight.device
+        encoded, device = [], self.embed.weight.device
         for i in range(0, len(texts), batch):
             ids, mask = self.ids(texts[i:i + batch], max_length)
             lengths = (mask if self.tables else torch.ones_like(mask)).sum(1).tolist()
             ids, mask = (x[:, :max(lengths)].to(device) for x in (ids, mask))
-            found += [x[:n] for x, n in zip(self(ids, mask)[0], lengths)]
-        return found
+            encoded += [x[:n] for x, n in zip(self(ids, mask)[0], lengths)]
+        return encoded
 
 
 def wan_config(weights):
@@ -1803,24 +1888,22 @@ class TextEmbeddings:
     """What `encode_captions` wrote for some shards: text -> [L, D], read when it is asked for."""
 
     def __init__(self, folder, shards, name):
-        self.places, self.sums = {}, {}
+        self.locations, self.sums = {}, {}
         for path in (text_path(folder, shard, name) for shard in sorted(set(shards))):
             if not path.exists():
                 refuse(f"{path} is missing: encode the captions (again)")
             header = read_header(path)
             self.sums[path] = header.get("sums", {})
             for i, text in enumerate(header["texts"]):
-                self.places.setdefault(text, (path, str(i)))
+                self.locations.setdefault(text, (path, str(i)))
 
     def __getitem__(self, text):
-        path, name = self.places[text]
+        path, name = self.locations[text]
         with safe_open(path, "pt") as file:
             return checked(file.get_tensor(name), self.sums[path].get(name), path, name)
 
 
-# ------------------------------------------------------------------------------------------------
-# Published language models and captioners: a folder's parts under our names
-# ------------------------------------------------------------------------------------------------
+# -- published captioners: key maps and chat templates ---------------------------------------------
 
 NAMES = [   # of layers, whatever the model: (published, ours), each tried once, in this order
     (r"\.(?:transformer\.)?(?:encoder\.)?(?:layers?|h|blocks|resblocks)\.(\d+)\.", r".layers.\1."),
@@ -1833,7 +1916,7 @@ NAMES = [   # of layers, whatever the model: (published, ours), each tried once,
     (r"attention\.wqkv\.", "qkv_kv."), (r"mlp\.(w2|gate_proj)\.", "gate."),
     (r"mlp\.(w1|up_proj|fc1|c_fc)\.", "up."),
     (r"mlp\.(down_proj|c_proj|fc2)\.", "down."),
-    (r"feed_forward\.w(\d)\.", lambda found: ("gate.", "down.", "up.")[int(found[1]) - 1]),
+    (r"feed_forward\.w(\d)\.", lambda match: ("gate.", "down.", "up.")[int(match[1]) - 1]),
     (rf"^{LM}(layers|norm|ln_f|embed_tokens|tok_embeddings|wte)\.", r"decoder.\1."),
     (r"^decoder\.(embed_tokens|tok_embeddings|wte)\.", "decoder.embed."),
     (r"^decoder\.ln_f\.", "decoder.norm."),
@@ -1859,7 +1942,7 @@ def split_qkv(tensor, heads, kv, groups):
 def to_ours(weights, model, names):
     """Published tensors under our names: `names`, a family's own, come before NAMES."""
     modules = dict(model.named_modules())
-    found, theirs = {}, {}
+    result, theirs = {}, {}
     for named, tensor in weights.items():
         if re.fullmatch(IGNORED, name := named):
             continue
@@ -1870,24 +1953,24 @@ def to_ours(weights, model, names):
         tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor       # convolutions of patches
         tensor = tensor.T if name == "connector.proj.weight" else tensor
         layer, cut, rest = re.fullmatch(r"(.*?)(?:(qkv\w*)\.(.*))?", name).groups()
-        whole = modules.get(layer.rstrip(".").removesuffix(".expert"))
+        module = modules.get(layer.rstrip(".").removesuffix(".expert"))
         parts = {name: tensor}
         if cut and rest.startswith("Plora_A"):
             parts = {f"{layer}{part}.{rest}": tensor for part in "qkv"}
-        elif cut and whole:
-            heads, kv = whole.stack.heads, whole.stack.kv_heads or whole.stack.heads
+        elif cut and module:
+            heads, kv = module.stack.heads, module.stack.kv_heads or module.stack.heads
             if len(tensor) % (heads + 2 * kv):
                 raise ValueError(f"{named} has {len(tensor)} rows, which {heads} queries, {kv} "
                                  f"keys and {kv} values do not divide")
             shares = split_qkv(tensor, heads, kv, {"qkv_kv": kv, "qkv_heads": heads}.get(cut, 1))
-            parts = {f"{layer}{part}.{rest}": each for part, each in zip("qkv", shares)}
+            parts = {f"{layer}{part}.{rest}": value for part, value in zip("qkv", shares)}
         for name, part in parts.items():
             name = re.sub(r"\.(\w+)\.Plora_([AB])\.", lambda plora:
                           f".expert.{plora[1]}.{'AB'.index(plora[2])}.", name)
-            found[name], theirs[name] = part, named
-    found = Renamed(found)
-    found.theirs = theirs
-    return found
+            result[name], theirs[name] = part, named
+    result = Renamed(result)
+    result.theirs = theirs
+    return result
 
 
 def chat_template(folder, is_lm=False):
@@ -1900,19 +1983,14 @@ def chat_template(folder, is_lm=False):
     names = ["chat_template", "processor_config"]
     names.insert(0 if is_lm else 2, "tokenizer_config")
     for name in names:
-        found = read_published(folder / f"{name}.json", {}).get("chat_template") or ""
-        if isinstance(found, list):
-            found = {one["name"]: one["template"] for one in found}
-        if isinstance(found, dict):
-            found = found.get("default") or next(iter(found.values()), "")
-        if found:
-            return str(found)
+        template = read_published(folder / f"{name}.json", {}).get("chat_template") or ""
+        if isinstance(template, list):
+            template = {one["name"]: one["template"] for one in template}
+        if isinstance(template, dict):
+            template = template.get("default") or next(iter(template.values()), "")
+        if template:
+            return str(template)
     return ""
-
-
-# ------------------------------------------------------------------------------------------------
-# Chat templates: as much of Jinja as they use
-# ------------------------------------------------------------------------------------------------
 
 
 class Undefined:
@@ -1949,15 +2027,15 @@ def having(items, name, test="", *value, wanted=True):
     return [item for item in items if wanted == bool(CHECKS[test](part_of(item, name), *value))]
 
 
-def part_of(whole, name):
+def part_of(value, name):
     """What a template means by whole.name or whole[name]."""
-    if whole is UNDEFINED:
+    if value is UNDEFINED:
         raise ValueError(f"what has a part {name} is not defined")
-    if isinstance(whole, dict):
-        return whole.get(name, UNDEFINED)
-    is_there = isinstance(name, int) and isinstance(whole, (str, list)) and (
-        -len(whole) <= name < len(whole))
-    return whole[name] if is_there else UNDEFINED
+    if isinstance(value, dict):
+        return value.get(name, UNDEFINED)
+    is_there = isinstance(name, int) and isinstance(value, (str, list)) and (
+        -len(value) <= name < len(value))
+    return value[name] if is_there else UNDEFINED
 
 
 CHECKS = {  # tests, after "is"
@@ -2015,8 +2093,8 @@ class ChatTemplate:
             if i % 2 == 0:
                 yield f"{' ' * depth}{self.between(parts, i)!r}"
                 continue
-            inside = re.sub(rf"(?s){QUOTED}|[|~\n]", lambda found: {
-                "|": "**", "~": "@", "\n": " "}.get(found[0], found[0].replace("\n", "\\n")),
+            inside = re.sub(rf"(?s){QUOTED}|[|~\n]", lambda match: {
+                "|": "**", "~": "@", "\n": " "}.get(match[0], match[0].replace("\n", "\\n")),
                 re.fullmatch(r"(?s)[-+]?\s*(.*?)\s*-?", part[2:-2])[1])
             if part[1] == "{":
                 yield f"{' ' * depth}({inside})"
@@ -2094,12 +2172,12 @@ class ChatTemplate:
                 case _:
                     raise ValueError(f"{type(node).__name__} is not known")
 
-    def macro(self, node, names, *given, **named):
+    def macro(self, node, names, *args, **named):
         words = [arg.arg for arg in node.args.args]
-        usual = [self.value(each, names) for each in node.args.defaults]
+        usual = [self.value(element, names) for element in node.args.defaults]
         outer, self.written = self.written, []
         self.run(node.body, names | dict.fromkeys(words, UNDEFINED)
-                 | dict(zip(words[::-1], usual[::-1])) | dict(zip(words, given)) | named)
+                 | dict(zip(words[::-1], usual[::-1])) | dict(zip(words, args)) | named)
         text, self.written = bounded("".join(self.written)), outer
         return text
 
@@ -2110,8 +2188,8 @@ class ChatTemplate:
             case ast.Attribute(value=ast.Name(id=name), attr=attr):      # of a namespace
                 names[name][attr] = value
             case ast.Tuple(elts=parts):
-                for part, each in zip(parts, value, strict=True):
-                    self.assign(part, each, names)
+                for part, element in zip(parts, value, strict=True):
+                    self.assign(part, element, names)
 
     def value(self, node, names):
         self.left -= 1
@@ -2119,22 +2197,22 @@ class ChatTemplate:
             raise ValueError("it takes too many steps")
         get = functools.partial(self.value, names=names)
         match node:
-            case ast.Constant(value=found):
-                return found
+            case ast.Constant(value=result):
+                return result
             case ast.Name(id=name):
                 return names.get(name, UNDEFINED)
             case ast.List(elts=parts) | ast.Tuple(elts=parts):
                 return [get(part) for part in parts]
             case ast.Dict(keys=keys, values=values):
-                return {get(key): get(each) for key, each in zip(keys, values)}
+                return {get(key): get(element) for key, element in zip(keys, values)}
             case ast.IfExp():
                 return get(node.body if get(node.test) else node.orelse)
             case ast.BoolOp(op=op, values=parts):
                 for part in parts:
-                    found = get(part)
-                    if bool(found) is isinstance(op, ast.Or):
+                    result = get(part)
+                    if bool(result) is isinstance(op, ast.Or):
                         break
-                return found
+                return result
             case ast.UnaryOp(op=op):
                 return not get(node.operand) if isinstance(op, ast.Not) else -get(node.operand)
             case ast.BinOp(op=ast.Pow()):
@@ -2155,17 +2233,17 @@ class ChatTemplate:
                     raise ValueError("it compares lists or objects")
                 return ORDERS[type(op)](a, get(right))
             case ast.Subscript(slice=ast.Slice() as part):
-                return get(node.value)[slice(*(each and get(each) for each in (
+                return get(node.value)[slice(*(element and get(element) for element in (
                     part.lower, part.upper, part.step)))]
             case ast.Subscript() | ast.Attribute():
                 is_named = isinstance(node, ast.Attribute)
                 return part_of(get(node.value), node.attr if is_named else get(node.slice))
-            case ast.ListComp(generators=[ast.comprehension(target=target, ifs=[test]) as each]):
-                found = []                           # for … in … if …
-                for item in get(each.iter):
+            case ast.ListComp(generators=[ast.comprehension(target=target, ifs=[test]) as element]):
+                result = []                           # for … in … if …
+                for item in get(element.iter):
                     self.assign(target, item, inner := dict(names))
-                    found += [item] * bool(self.value(test, inner))
-                return found
+                    result += [item] * bool(self.value(test, inner))
+                return result
             case ast.Call():
                 return self.called(node, names)
             case _:
@@ -2180,14 +2258,14 @@ class ChatTemplate:
         return bounded(FILTERS[name](value, *args, **named))
 
     def arguments(self, node, names):
-        return ([self.value(each, names) for each in node.args],
-                {each.arg: self.value(each.value, names) for each in node.keywords})
+        return ([self.value(element, names) for element in node.args],
+                {element.arg: self.value(element.value, names) for element in node.keywords})
 
     def called(self, node, names):
         args, named = self.arguments(node, names)
         if isinstance(node.func, ast.Attribute):
-            whole = self.value(node.func.value, names)
-            return bounded(METHODS[type(whole), node.func.attr](whole, *args, **named))
+            owner = self.value(node.func.value, names)
+            return bounded(METHODS[type(owner), node.func.attr](owner, *args, **named))
         return bounded(names[node.func.id](*args, **named))
 
     def complain(self, what=""):
@@ -2214,11 +2292,11 @@ class Tokens:
     bytes that spell rare signs, so that its pieces come first.)"""
 
     def __init__(self, folder, remedy="put those of the published folder there"):
-        told = read_published(folder / "tokenizer_config.json", {})
+        config = read_published(folder / "tokenizer_config.json", {})
         self.template, self.pieces, self.added = "", None, {}
-        self.fault, is_llama = "", str(told.get("tokenizer_class")).startswith("LlamaTokenizer")
+        self.fault, is_llama = "", str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
         marks = {"bos_token": "<s>", "eos_token": "</s>"} if is_llama else {}
-        marks |= read_published(folder / "special_tokens_map.json", {}) | told
+        marks |= read_published(folder / "special_tokens_map.json", {}) | config
         marks = {key: mark.get("content") if isinstance(mark, dict) else mark
                  for key, mark in marks.items() if key.endswith("_token")}
         self.marks = {key: mark for key, mark in marks.items() if isinstance(mark, str)}
@@ -2235,22 +2313,23 @@ class Tokens:
             ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
-            if is_llama and not told.get("add_bos_token", True):
+            if is_llama and not config.get("add_bos_token", True):
                 self.first = []                          # what the file says, this class overrules
         elif path.suffix != ".model":
             self.table = tokenizer_of(merges_tokenizer if path.suffix == ".json" else
                                       qwen_tokenizer, path)
         else:
             self.pieces = tokenizer_of(sentencepiece.SentencePieceProcessor, path)
-            added = told.get("added_tokens_decoder") or {}
+            added = config.get("added_tokens_decoder") or {}
             controls = filter(self.pieces.is_control, range(self.pieces.get_piece_size()))
             self.added = {**{self.pieces.id_to_piece(i): i for i in controls},     # <s>, </s>
                           **{token["content"]: int(i) for i, token in added.items()},
                           **read_published(folder / "added_tokens.json", {})}
             i = self.pieces.bos_id()
-            self.first = [i] if told.get("add_bos_token", True) and i >= 0 else []
+            self.first = [i] if config.get("add_bos_token", True) and i >= 0 else []
             by = str(read_published(folder / "config.json", {}).get("transformers_version"))
-            is_old = told["legacy"] if told.get("legacy") is not None else not by.startswith("5.")
+            is_old = config.get("legacy")
+            is_old = not by.startswith("5.") if is_old is None else is_old
             if is_llama and not is_old:              # the text alone begins with a space, and not
                 proto = self.pieces.serialized_model_proto()             # what follows a mark
                 self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
@@ -2323,9 +2402,9 @@ def merges_tokenizer(path):
     """CLIP's or Qwen2's of a vocab.json, with the merges.txt beside it: Stable Diffusion's folders
     have no other."""
     folder = Path(path).parent
-    vocab, told = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
+    vocab, setting = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
     added = {int(i): token["content"] for i, token in (
-        read_published(told, {}).get("added_tokens_decoder") or {}).items()}
+        read_published(setting, {}).get("added_tokens_decoder") or {}).items()}
     added |= {i: name for name, i in read_published(folder / "added_tokens.json", {}).items()}
     marks = [added[i] for i in sorted(added)]
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -2384,13 +2463,13 @@ class VisionTower(nn.Module):
     """A published vision tower of square pictures: float [B, 3, H, W] to tokens [B, N, D]. Learned
     positions are stretched to the picture's grid, bicubic, with or without antialiasing."""
 
-    def __init__(self, stack, patch, places, cls=False, keep_cls=False, pre=False, post=False,
+    def __init__(self, stack, patch, positions, cls=False, keep_cls=False, pre=False, post=False,
                  bias=False, antialias=False):
         super().__init__()
         self.size, self.keep_cls, self.antialias = patch, keep_cls, antialias
         self.patch = Linear(3 * patch**2, stack.width, bias)
         self.cls = nn.Embedding(1, stack.width) if cls else None
-        self.position = nn.Embedding(places + cls, stack.width)
+        self.position = nn.Embedding(positions + cls, stack.width)
         self.pre = stack.make_norm() if pre else nn.Identity()
         self.layers, self.post = stack.layers(), stack.make_norm() if post else nn.Identity()
 
@@ -2399,8 +2478,8 @@ class VisionTower(nn.Module):
         pictures = pictures[:, :, :rows * p, :cols * p]                  # a part of a patch is lost
         x = pictures.unflatten(3, (cols, p)).unflatten(2, (rows, p))     # [B, 3, h, p, w, p]
         x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
-        marks, places = self.position.weight.tensor_split([1 if self.cls else 0])
-        x = x + stretch(places, rows, cols, self.antialias)              # [B, N, D]
+        marks, positions = self.position.weight.tensor_split([1 if self.cls else 0])
+        x = x + stretch(positions, rows, cols, self.antialias)              # [B, N, D]
         if self.cls is not None:
             x = torch.cat([(self.cls.weight + marks).expand(len(x), 1, -1), x], 1)
         x = self.pre(x)
@@ -2410,14 +2489,14 @@ class VisionTower(nn.Module):
         return x[:, 1:] if self.cls is not None and not self.keep_cls else x
 
 
-def stretch(places, rows, cols, antialias=False):
+def stretch(positions, rows, cols, antialias=False):
     """A table of positions [side^2, D] for another grid, [rows * cols, D]."""
-    side = math.isqrt(len(places))
+    side = math.isqrt(len(positions))
     if (side, side) == (rows, cols):
-        return places
-    square = places.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+        return positions
+    square = positions.float().view(1, side, side, -1).permute(0, 3, 1, 2)
     square = F.interpolate(square, (rows, cols), mode="bicubic", antialias=antialias)
-    return square.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(places.dtype)
+    return square.permute(0, 2, 3, 1).reshape(rows * cols, -1).to(positions.dtype)
 
 
 def gather(q, k, v, heads):
@@ -2445,8 +2524,9 @@ class Resampler(nn.Module):
             return stretch(self.position.weight, rows, cols)
         D = self.position.embedding_dim
         rates = 1e4 ** (-torch.arange(D // 4, device=like.device, dtype=torch.float64) / (D // 4))
-        places = torch.cartesian_prod(*(torch.arange(n, device=like.device) for n in (rows, cols)))
-        angles = places.flip(1)[..., None] * rates                       # [N, 2, D / 4]
+        axes = (torch.arange(n, device=like.device) for n in (rows, cols))
+        positions = torch.cartesian_prod(*axes)
+        angles = positions.flip(1)[..., None] * rates                       # [N, 2, D / 4]
         return torch.cat([angles.sin(), angles.cos()], -1).flatten(1).to(like)
 
     def forward(self, x, rows, cols):
@@ -2475,8 +2555,8 @@ class GluHead(nn.Module):
 
 def mlp_connector(*layers):
     """Of widths (a linear layer each), norms and activations, numbered as published."""
-    return nn.Sequential(*[nn.GELU() if each == "gelu" else nn.LayerNorm(each)
-                           if isinstance(each, int) else Linear(*each) for each in layers])
+    return nn.Sequential(*[nn.GELU() if part == "gelu" else nn.LayerNorm(part)
+                           if isinstance(part, int) else Linear(*part) for part in layers])
 
 
 class QwenVisionTower(nn.Module):
@@ -2495,16 +2575,17 @@ class QwenVisionTower(nn.Module):
     def forward(self, rows, grid):
         """grid: (pairs of frames, patches down, patches across)."""
         t, h, w = grid
-        place = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
-        place = place.view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).flatten(0, 3).repeat(t, 1)
+        positions = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
+        positions = positions.view(h // 2, 2, w // 2, 2, 2).transpose(1, 2).flatten(0, 3)
+        positions = positions.repeat(t, 1)
         E = self.stack.head_dim
         speeds = self.stack.rope ** (-torch.arange(0, E // 2, 2) / (E // 2))
-        angles = (place[..., None] * speeds).flatten(1).to(rows.device)  # [L, E / 2]
+        angles = (positions[..., None] * speeds).flatten(1).to(rows.device)  # [L, E / 2]
         x, bounds = self.patch(rows), torch.arange(t + 1) * h * w
         order, windows = torch.arange(t * h * w // 4), bounds
         if self.window:                                  # groups of a window come one after another
             pair = order // (h * w // 4)
-            down, across = (place[::4] // 2 // self.window).unbind(1)
+            down, across = (positions[::4] // 2 // self.window).unbind(1)
             key = (pair * h + down) * w + across
             order = key.argsort(stable=True)
             counts = key[order].unique_consecutive(return_counts=True)[1]
@@ -2607,14 +2688,14 @@ def clip_sight(config, last, keep_cls=False, post=False):
     c = CLIP | config
     depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
     stack = clip_stack(c, depth, linear=Linear)
-    places = (c["image_size"] // c["patch_size"])**2
-    return functools.partial(VisionTower, stack, c["patch_size"], places, cls=True,
+    positions = (c["image_size"] // c["patch_size"])**2
+    return functools.partial(VisionTower, stack, c["patch_size"], positions, cls=True,
                              keep_cls=keep_cls, pre=True, post=post)
 
 
 def normal(picture, mean_std):
     """uint8 [H, W, 3] -> float [3, H, W]."""
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in mean_std)
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in mean_std)
     return (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - mean) / std
 
 
@@ -2650,7 +2731,7 @@ def slices(frame, size, patch, most, slots=False):
     grid, of one tile more or fewer, that is nearest in shape."""
     H, W = frame.shape[:2]
 
-    def near(w, h, grow):
+    def nearest(w, h, grow):
         if w * h > size * size or grow:
             h_new = int(size / math.sqrt(w / h))
             w, h = int(h_new * (w / h)), h_new
@@ -2658,16 +2739,16 @@ def slices(frame, size, patch, most, slots=False):
 
     n = min(math.ceil(W * H / size**2), most)
     if n <= 1:
-        return [normal(resize(frame, *near(W, H, True)), HALF)], "<image>\0</image>"
+        return [normal(resize(frame, *nearest(W, H, True)), HALF)], "<image>\0</image>"
     grids = [(across, i // across) for i in (n - 1, n, n + 1) if 1 < i <= most
              for across in range(1, i + 1) if i % across == 0]
     across, down = min(grids, key=lambda grid: abs(math.log(W / H) - math.log(grid[0] / grid[1])))
-    w, h = near(max(across, round(W / across) * across) / across,
+    w, h = nearest(max(across, round(W / across) * across) / across,
                 max(down, round(H / down) * down) / down, True)
     fine = resize(frame, w * across, h * down)
     tiles = [fine[y * h:(y + 1) * h, x * w:(x + 1) * w] for y in range(down) for x in range(across)]
     rows = "\n".join(["<image>\0</image>" * across] * down)
-    return ([normal(picture, HALF) for picture in (resize(frame, *near(W, H, False)), *tiles)],
+    return ([normal(picture, HALF) for picture in (resize(frame, *nearest(W, H, False)), *tiles)],
             f"<image>\0</image><slice>{rows}</slice>")
 
 
@@ -2703,22 +2784,22 @@ def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
     """(What a folder says of its pictures, in the file of its version of transformers; their mean
     and standard deviation.) Refuses what is not done here: all but pictures that are scaled,
     bicubic, whose middle, or `size` says which square, is cut out; `free`: what may differ."""
-    told = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
-    told = values_of(told | read_published(folder / "preprocessor_config.json", {}))
+    config = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
+    config = values_of(config | read_published(folder / "preprocessor_config.json", {}))
     usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
     usual = {name: value for name, value in usual.items() if name not in free}
-    if abs(told.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"its image processor says rescale_factor {told['rescale_factor']}, known "
-                         "is 1/255")
+    if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        raise ValueError(f"its image processor says rescale_factor {config['rescale_factor']}, "
+                         "known is 1/255")
     if size:
         usual |= dict(do_center_crop=True, size=size, crop_size=size)
     for name, value in usual.items():
-        says = told.get(name, value)
+        says = config.get(name, value)
         sides = set(says.values()) if isinstance(says, dict) else {says}
         squeezes = name == "size" and isinstance(says, dict) and "height" in says
         if sides != {value} or squeezes:
             raise ValueError(f"its image processor says {name} {says}, known is {value}")
-    return told, tuple(tuple(told.get(name, usual)) for name, usual in zip(
+    return config, tuple(tuple(config.get(name, usual)) for name, usual in zip(
         ("image_mean", "image_std"), mean_std))
 
 
@@ -2743,7 +2824,7 @@ def llava(c, weights, folder):
     size, wide, width = tower["image_size"], tower["hidden_size"], stack.width
     has_bias = c.get("multimodal_projector_bias", True)
     layers = [(wide, width, has_bias), "gelu", (width, width, has_bias)]
-    told = dict(
+    config = dict(
         add_time_attn=(tower.get("add_time_attn"), (None, False)),
         vision_config=(tower.get("model_type", "clip_vision_model"), ("clip_vision_model", "clip")),
         mm_video_tower=(c.get("mm_video_tower"), (None,)),
@@ -2754,7 +2835,7 @@ def llava(c, weights, folder):
         mm_projector_type=(is_port or projector, (True, "mlp2x_gelu", "mlp2x_gelu_Norm")),
         mm_use_im_start_end=(c.get("mm_use_im_start_end", False), (False,)),
         image_aspect_ratio=(c.get("image_aspect_ratio"), (None, "pad", "square")))
-    for name, (value, known) in told.items():
+    for name, (value, known) in config.items():
         if value not in known:
             raise ValueError(f"{name} is {value}: known of LLaVA-1.5's kind are " + (
                 "single layers" if isinstance(known, range) else
@@ -2763,10 +2844,10 @@ def llava(c, weights, folder):
     if is_yi:
         layers = [(wide, width), width, "gelu", (width, width), width]
     make = functools.partial(clip_sight, tower, last)
-    told, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
-    made = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+    config, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
+    made = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
     is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's own class pads nothing
-        told.get("do_pad") and not made.startswith("CLIP"))
+        config.get("do_pad") and not made.startswith("CLIP"))
     return ModelSpec(
         stack, text["vocab_size"], tower=make(),
         connector=functools.partial(mlp_connector, *layers),
@@ -2829,11 +2910,11 @@ def qwen_vl(c, weights, folder):
         raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
     tower = TransformerConfig(v["width"], v["layers"], v["heads"], eps=1e-6, linear=Linear,
                               ffn=int(v["width"] * v["mlp_ratio"]))
-    places = len(weights["transformer.visual.positional_embedding"])
+    positions = len(weights["transformer.visual.positional_embedding"])
     queries = len(weights["transformer.visual.attn_pool.query"])
     return ModelSpec(
-        stack, c["vocab_size"], tower=functools.partial(VisionTower, tower, v["patch_size"], places,
-                                                        pre=True),
+        stack, c["vocab_size"], tower=functools.partial(
+            VisionTower, tower, v["patch_size"], positions, pre=True),
         connector=functools.partial(Resampler, queries, v["width"], v["output_dim"]),
         picture=functools.partial(squash, size=v["image_size"]), seen="<img>\0</img>",
         prompt=CHATML_SYSTEM.replace("{q}", "Picture 1: \0\n{q}"), slot="<imgpad>",
@@ -2874,9 +2955,9 @@ def cogvlm(c, weights, folder):
 TIMM_HEADS = {"eva02_enormous_patch14_clip_224": 16, "vit_so400m_patch14_siglip_384": 16}
 
 
-def timm_sight(name, told, weights, prefix, **more):
+def timm_sight(name, config, weights, prefix, **more):
     """(a timm tower's sizes from its weights, and its heads from its name; its width)."""
-    heads = told.get("num_heads") or TIMM_HEADS.get(name.split(".")[0])
+    heads = config.get("num_heads") or TIMM_HEADS.get(name.split(".")[0])
     if not heads:
         raise ValueError(f"vision tower {name}: known are {', '.join(TIMM_HEADS)}")
     depth = 1 + max(int(key.split(".")[-4 if "mlp" in key else -3]) for key in weights
@@ -2884,9 +2965,9 @@ def timm_sight(name, told, weights, prefix, **more):
     ffn, width = weights[f"{prefix}blocks.0.mlp.fc1.weight"].shape
     stack = TransformerConfig(width, depth, heads, ffn=ffn, eps=1e-6, linear=Linear,
                               post_norm="cls" in more)
-    places = weights[f"{prefix}pos_embed"].shape[1] - ("cls" in more)
+    positions = weights[f"{prefix}pos_embed"].shape[1] - ("cls" in more)
     patch = weights[f"{prefix}patch_embed.proj.weight"].shape[-1]
-    return functools.partial(VisionTower, stack, patch, places, post=True, bias=True,
+    return functools.partial(VisionTower, stack, patch, positions, post=True, bias=True,
                              antialias=True, **more), width, patch
 
 
@@ -2935,17 +3016,17 @@ def qwen2_vl(c, weights, folder):
         width, v["depth"], v["num_heads"], linear=Linear, eps=1e-6, act=v["hidden_act"],
         norm="rms" if is_new else "ln", glu=is_new,
         ffn=v["intermediate_size"] if is_new else int(width * v["mlp_ratio"]))
-    told, mean_std = image_processor(folder)
+    config, mean_std = image_processor(folder)
     of_video = read_published(folder / "processor_config.json", {}).get("video_processor") or {}
     of_video = of_video | read_published(folder / "video_preprocessor_config.json", {})
 
-    def limits(told, least, most):
-        size = told.get("size") or {}
-        told = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge"),
+    def limits(config, least, most):
+        size = config.get("size") or {}
+        config = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge"),
                 **{name: size[name] for name in ("min_pixels", "max_pixels") if name in size},
-                **{name: told[name] for name in ("min_pixels", "max_pixels") if told.get(name)}}
-        return told["min_pixels"] or least, told["max_pixels"] or most
-    least, most = limits(told, 3136, 1003520)
+                **{name: config[name] for name in ("min_pixels", "max_pixels") if config.get(name)}}
+        return config["min_pixels"] or least, config["max_pixels"] or most
+    least, most = limits(config, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
         raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
     return ModelSpec(
@@ -3020,24 +3101,24 @@ class VLM(nn.Module):
         device, dtype = self.decoder.embed.weight.device, self.decoder.embed.weight.dtype
         if isinstance(self.tower, QwenVisionTower):
             return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
-        tower, found = self.video_tower if is_video and self.video_tower else self.tower, {}
+        tower, features = self.video_tower if is_video and self.video_tower else self.tower, {}
         order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
         for shape, same in itertools.groupby(order, key=lambda i: pixels[i].shape):
             grid = [side // self.tower.size for side in shape[1:]]
             for some in in_groups(same, 32):                             # of one shape, at once
                 x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
                 x = self.connector(x, *grid if isinstance(self.connector, Resampler) else ())
-                found.update(zip(some, x))
-        return [found[i] for i in range(len(pixels))]
+                features.update(zip(some, x))
+        return [features[i] for i in range(len(pixels))]
 
     def requests(self, keys, reads):
         """Requests of what `read` returned, a key each; their pictures pass the tower together."""
         blocks = [None] * len(reads)
         for is_video in (False, True):
             some = [i for i, read in enumerate(reads) if (read[2] is not None) == is_video]
-            found = iter(self.features([each for i in some for each in reads[i][1]], is_video))
+            features = iter(self.features([each for i in some for each in reads[i][1]], is_video))
             for i in some:
-                blocks[i] = [next(found) for _ in reads[i][1]]
+                blocks[i] = [next(features) for _ in reads[i][1]]
         return [self.request(key, *read, mine) for key, read, mine in zip(keys, reads, blocks)]
 
     def request(self, key, ids, pixels, seconds, blocks):
@@ -3073,13 +3154,14 @@ class VLM(nn.Module):
         and column; a video's time, in 2.5, is in half seconds."""
         parts, after, grids = [], 0, iter(pixels)
         for i, n in runs:
-            place = torch.zeros(3, 1, dtype=torch.long)
+            positions = torch.zeros(3, 1, dtype=torch.long)
             if i < 0:
                 t, h, w = next(grids)[1]
-                place = torch.cartesian_prod(*(torch.arange(k) for k in (t, h // 2, w // 2))).T
+                positions = torch.cartesian_prod(*(torch.arange(k) for k in (t, h // 2, w // 2))).T
                 if seconds is not None and self.tower.window:
-                    place = torch.stack([(place[0] * seconds * self.plan.rate).long(), *place[1:]])
-            parts.append(place + after)
+                    times = (positions[0] * seconds * self.plan.rate).long()
+                    positions = torch.stack([times, *positions[1:]])
+            parts.append(positions + after)
             after = int(parts[-1].max()) + 1
         return torch.cat(parts, 1)
 
@@ -3123,18 +3205,18 @@ def answer_rules(folder, config, tokens, names):
     if others:
         where = file.name if file.exists() else "config.json"
         say_once(f"{folder}: {', '.join(others)} of its {where}: not applied here")
-    found = [each.get("eos_token_id") for each in (config, text, told)]
-    found += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
-    flat = [i for each in found for i in (each if isinstance(each, list) else [each])]
+    result = [each.get("eos_token_id") for each in (config, text, told)]
+    result += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
+    flat = [i for each in result for i in (each if isinstance(each, list) else [each])]
     rules = (penalty, size)
     return {i for i in flat if i is not None}, None if rules == (1, 0) else rules
 
 
 def check_published(path, config):
     """Refuses by its name a folder that is quantized, or holds a LoRA."""
-    told = path / "adapter_config.json"
-    if told.exists():
-        of = read_published(told).get("base_model_name_or_path") or "another model"
+    adapter = path / "adapter_config.json"
+    if adapter.exists():
+        of = read_published(adapter).get("base_model_name_or_path") or "another model"
         refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
                "merge_and_unload) and give the folder that is saved then; if its weights are "
                "merged, remove adapter_config.json")
@@ -3185,17 +3267,17 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
                             "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
         with torch.device("meta"):
             model = VLM(plan)
-        found = to_ours(weights, model, plan.names)
+        result = to_ours(weights, model, plan.names)
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     is_lm = plan.tower is None
     if sees is not None and sees == is_lm:
         refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
                f"{path} is a captioner: give a language model alone")
-    if tied and "decoder.embed.weight" in found:
-        found.setdefault("decoder.head.weight", found["decoder.embed.weight"])
-    found.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
-                  if name not in found and re.fullmatch(plan.zero, name)})
-    load_strictly(model, found, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
+    if tied and "decoder.embed.weight" in result:
+        result.setdefault("decoder.head.weight", result["decoder.embed.weight"])
+    result.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
+                  if name not in result and re.fullmatch(plan.zero, name)})
+    load_strictly(model, result, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
     with read_as_config(tokenizer or path, "tokenizer_config.json"):
         remedy = ["put them there, or name a folder of them by --tokenizer"][is_lm:]
         model.where, model.tokens = path, Tokens(Path(tokenizer or path), *remedy)
@@ -3236,9 +3318,7 @@ def set_prompt(plan, kind, tokens, name, where):
     plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
 
 
-# ------------------------------------------------------------------------------------------------
-# Captioning with published models
-# ------------------------------------------------------------------------------------------------
+# -- what a published captioner is asked, what its answers are worth -------------------------------
 
 STYLES = {  # what is asked, fewest and most words of an answer that will do
     "short": ("Describe this {what} in one sentence: who or what is there, what happens.", 3, 60),
@@ -3299,8 +3379,8 @@ def pick_frames(rule, folder, row):
         at = np.searchsorted(change, np.linspace(0, change[-1], int(value) + 1)[:-1]
                              + change[-1] / value / 2)
     at = at.clip(max=n - 1).tolist()
-    found = dict(zip(sorted(set(at)), frames_of(folder, row, set(at))))
-    return [found[i] for i in at], [i / fps for i in at]
+    frames = dict(zip(sorted(set(at)), frames_of(folder, row, set(at))))
+    return [frames[i] for i in at], [i / fps for i in at]
 
 
 def text_option(value):
@@ -3352,7 +3432,7 @@ def vlm_writer(name, folder, rows, args, device):
                          None if args.lm else args.template)
     lm = open_vlm(args.lm, device, dtype, sees=False, template=args.template) if args.lm else None
     is_video, rule, question = sampling_rules(vlm, name, args, lm)
-    told = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
+    template = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
@@ -3390,7 +3470,7 @@ def vlm_writer(name, folder, rows, args, device):
             for key, times, texts, score in notes(pairs):
                 scores[key] = score
                 lines = "\n".join(f"{at:.1f} s: {text}" for at, text in zip(times, texts))
-                words = told.replace("{notes}", lines).replace(
+                words = template.replace("{notes}", lines).replace(
                     "{meta}", f"Its publisher says: {meta[key]}\n" if meta[key] else "")
                 yield lm.request(key, *lm.read(lm.prompt(words)), [])
         for key, text, score in lm.write(requests(), **how):
@@ -3426,17 +3506,18 @@ class Probe(nn.Module):
 def scored_picture(folder, size, is_siglip):
     """What makes the input of CLIP or SigLIP of a frame, as the folder's image processor says:
     squeezed, or scaled by its shorter side and cut to the middle square."""
-    told, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN, ("resample",))
-    scaled, cut = told.get("size", size), told.get("crop_size", size)
-    is_cut = told.get("do_center_crop", not is_siglip)
+    config, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN,
+                                       ("resample",))
+    scaled, cut = config.get("size", size), config.get("crop_size", size)
+    is_cut = config.get("do_center_crop", not is_siglip)
     is_whole = "height" in scaled if isinstance(scaled, dict) else is_siglip
-    scaled, cut = (set(each.values()) if isinstance(each, dict) else {each}
-                   for each in (scaled, cut))
-    short, how = max(scaled), Image.Resampling(told.get("resample", 3))
+    scaled, cut = (set(value.values()) if isinstance(value, dict) else {value}
+                   for value in (scaled, cut))
+    short, how = max(scaled), Image.Resampling(config.get("resample", 3))
     if (is_cut and cut != {size}) or len(scaled) > 1 or short < size or (
             short > size and (is_whole or not is_cut)) or not (is_whole or is_cut):
-        cut = f"cut to {told.get('crop_size')}" if is_cut else "not cut"
-        raise ValueError(f"its image processor makes pictures of {told.get('size')}, {cut}: "
+        cut = f"cut to {config.get('crop_size')}" if is_cut else "not cut"
+        raise ValueError(f"its image processor makes pictures of {config.get('size')}, {cut}: "
                          f"{size} x {size} px are wanted")
     return functools.partial(squash, mean_std=mean_std, how=how) if is_whole else functools.partial(
         crop, mean_std=mean_std, how=how, short=short)
@@ -3464,8 +3545,8 @@ class Scorer:
                 model = nn.Module()
                 if self.is_siglip:
                     stack = clip_stack(sight, sight["num_hidden_layers"], linear=Linear)
-                    places = (self.size // sight["patch_size"])**2
-                    model.tower = VisionTower(stack, sight["patch_size"], places, bias=True,
+                    positions = (self.size // sight["patch_size"])**2
+                    model.tower = VisionTower(stack, sight["patch_size"], positions, bias=True,
                                               post=True)
                     model.visual, width = Probe(stack), stack.width
                 else:
@@ -3478,8 +3559,8 @@ class Scorer:
                      (r"^(text_projection|text_model\.head)\.", "textual."))
             sights = {name: t for name, t in weights.items()
                       if not re.match(r"text_model\.(?!head)|logit_", name)}
-            found = to_ours(sights, model, names)
-        self.model = load_strictly(model, found, [(".*", r"\g<0>")], "-", torch.float32, device,
+            result = to_ours(sights, model, names)
+        self.model = load_strictly(model, result, [(".*", r"\g<0>")], "-", torch.float32, device,
                                    args.clip)
         self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
         shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
@@ -3496,16 +3577,14 @@ class Scorer:
         seen = F.normalize(self.model.visual(x if self.is_siglip else x[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)
         said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
-        found = {"clip": (seen @ said[0]).mean().item()}
+        scores = {"clip": (seen @ said[0]).mean().item()}
         if self.head:
             weight, bias = self.head["weight"].to(seen), self.head["bias"].to(seen)
-            found["aesthetic"] = F.linear(seen, weight, bias).mean().item()
-        return found
+            scores["aesthetic"] = F.linear(seen, weight, bias).mean().item()
+        return scores
 
 
-# ------------------------------------------------------------------------------------------------
-# Training a published captioner further
-# ------------------------------------------------------------------------------------------------
+# -- a published captioner trained further: --tune -------------------------------------------------
 
 
 class LoRA(nn.Module):
@@ -3563,14 +3642,14 @@ def answer_loss(model, requests, answers):
     """Nats, summed over the answers' tokens (lists of ids, the stop among them)."""
     decoder, whole = model.decoder, []
     for request, ids in zip(requests, answers):
-        places = request.positions
-        after = torch.arange(len(ids) - 1, device=places.device) + places.max() + 1
+        positions = request.positions
+        after = torch.arange(len(ids) - 1, device=positions.device) + positions.max() + 1
         whole.append(request._replace(
             x=torch.cat([request.x, decoder.read(ids[:-1])]),
-            positions=torch.cat([places, after.expand(*places.shape[:-1], -1)], -1),
+            positions=torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1),
             image=F.pad(request.image, (0, len(ids) - 1))))
-    x, places, image = side_by_side(whole)
-    h = decoder(x, places, image=image, prompts=torch.tensor(
+    x, positions, image = side_by_side(whole)
+    h = decoder(x, positions, image=image, prompts=torch.tensor(
         [len(request.ids) for request in requests], device=x.device))
     h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
                    for row, request, ids in zip(h, requests, answers)])
@@ -3635,105 +3714,6 @@ def tune(args, run):
 
     fit(args, run, step, batch, learn, held_out_nats,
         lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
-
-
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
-
-
-def frame_rule(text):
-    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
-    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
-    if not match or not float(match[2] or match[4]):
-        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
-    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
-
-
-def parse(argv=None):
-    parser = option_parser(__doc__)
-    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl "
-                     "takes the captions of RUN back.")
-    parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
-    add = parser.add_argument_group("what to do").add_argument
-    add("--train", action="store_true", help="train a captioner; else one captions the clips")
-    add("--few", action="store_true", help="with --train: learn from fewer captioned clips than "
-        f"{FEWEST} all the same")
-    add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
-    add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
-    add("--all", action="store_true", help="caption every clip, also those that have a caption")
-    add("--eval", action="store_true",
-        help="score the captions against the clips' own: BLEU, ROUGE-L, CIDEr")
-    add("--batch", type=number(int, 1), default=32,
-        help="clips a step, over all ranks, or at a time (%(default)s)")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="captioner-xs", choices=sorted(MODELS), help="size (%(default)s)")
-    add("--vocab", type=number(int, 259), default=512,
-        help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
-    add("--max_tokens", type=number(int, 1), default=128,
-        help="longest caption, in tokens (%(default)s)")
-    add("--paste", type=number(float, 0, 1), default=0.0, help="share of clips upon which what "
-        "moves in another is laid, the captions joined by 'and' (%(default)s; dark grounds)")
-    training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
-    add = parser.add_argument_group("published captioners").add_argument
-    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
-    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
-    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
-        "for image or video")
-    add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
-    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
-        "uniform:8, for --lm uniform:4, else uniform:1)")
-    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="a captioner of one's "
-        "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
-        "(%(default)s; 0: none)")
-    add("--source", help="what the data set calls these captions (the folder's name and the style)")
-    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
-        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
-        "apply (%(default)s)")
-    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
-        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
-    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
-    add("--template", choices=sorted(CHATS), metavar="NAME", help="how --lm, or else --vlm or "
-        "--init, is asked: " + ", ".join(CHATS) + " (as its folder's chat template says)")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
-    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
-    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
-    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
-    add("--tune", default="connector", choices=["connector", "lora", "all"],
-        help="what of --init learns (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 unless told")
-    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.init:
-        parser.set_defaults(lr={"connector": 1e-3, "lora": 2e-4, "all": 2e-5}[args.tune])
-        args = parser.parse_args(argv)
-    if (args.vlm and args.train) or (args.run and not args.train):
-        refuse("--run goes with --train, --vlm without it")
-    if args.template and not (args.vlm or args.lm or args.init):
-        refuse("--template goes with --vlm, --lm or --init: a captioner of one's own has none")
-    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
-                                       "few train")):
-        if getattr(args, name) and not getattr(args, other):
-            refuse(f"--{name} goes with --{other}")
-    if args.source and not re.fullmatch(r"[\w.-]+", args.source):
-        refuse(f"--source {args.source}: letters, digits, '.', '-' and '_' are what it may hold")
-    return args
-
-
-@one_line
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:
-        return bench("bench", argv[1:], "caption_peers.py", "transformers")
-    args = parse(argv)
-    if not args.train:
-        return caption(args)
-    run = run_dir(args.run or f"{Path(args.name).name}-captioner")
-    try:
-        (tune if args.init else train)(args, run)
-    except Unreadable as error:
-        refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
-    print(f"{run}: trained; look at {run / ('log.jsonl' if args.init else 'samples')}",
-          file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -174,1145 +174,8 @@ try:
 except ImportError:                      # Windows: what a killed run left half-written stays behind
     fcntl = None
 
-FORMAT = 1                               # version of the folder's format
-VIDEOS = {f".{name}" for name in "mp4 m4v mov mkv webm avi flv wmv mpg mpeg ts mts m2ts 3gp 3g2 "
-          "ogv mxf vob".split()}
-STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic heif hif "
-          "ppm".split()}
-HEIC = (b"heic", b"heix", b"mif1")
-ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
-ARCHIVES = (".tar", ".tfrecords")
-PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.I)
-LFS = b"version https://git-lfs"         # begins what git leaves where Git LFS did not run
-NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
-           b"(\xb5/\xfd": "zstd: unpack it", b"PK\3\4": "zip: unpack it", b"<": "a web page",
-           LFS: "a pointer of Git LFS"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
-          "validation": "val", "test": "test", "testing": "test"}
-BESIDE_FILES = (".txt", ".json", ".cls")                             # texts beside a file, NAME.txt
-SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError,
-                  LookupError, TypeError, zlib.error)              # Pillow's, on bad files
 
-
-# -- files, randomness, refusals -------------------------------------------------------------------
-
-def refuse(message):
-    """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.leave = False
-        bar.close()                                    # else its last state would follow the line
-    print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
-    sys.exit(2)
-
-
-def refuse_pointer(path):
-    """Refuses a pointer of Git LFS in a file's place."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
-
-
-def printable(text):
-    """The text with escapes in the place of what is no character, or steers a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses wrong options in one line, with the nearest name that there is."""
-
-    def error(self, message):
-        choice = re.fullmatch(r"argument (\S+?): invalid choice: '?(.*?)'? \(choose from (.*)\)",
-                              message)
-        words = message.removeprefix("unrecognized arguments: ").split()
-        if choice:
-            near = nearest(choice[2], re.findall("[^', ]+", choice[3]))
-            message = f"{choice[1]} {choice[2]}: did you mean {near}?" if near else message
-        elif message.startswith("unrecognized") and (
-                bad := next((word for word in words if word.startswith("-")), "").split("=")[0]):
-            near = nearest(bad, self._option_string_actions)
-            message = f"{bad} is not an option: " + (f"did you mean {near}?" if near else
-                                                     "--help names them")
-        refuse(message)
-
-
-def nearest(word, names):
-    """The name that `word` is closest to, whatever its case and signs, or None."""
-    plain = lambda text: re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
-    names = {plain(name): name for name in names}
-    return names.get(next(iter(difflib.get_close_matches(plain(word), names, 1)), None))
-
-
-def interrupted(*_):
-    """The first Ctrl-C ends what is open, the second at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
-def script(main):
-    """Runs a script's main; Ctrl-C ends it in one line, status 130, and a second one at once."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # as a shell's background job has it
-        signal.signal(signal.SIGINT, interrupted)
-    try:
-        return main()
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-MACHINE = {getattr(errno, name): remedy for names, remedy in (
-    ("ENOSPC EDQUOT", "make room there (TMPDIR names the folder of temporary files)"),
-    ("EMFILE ENFILE", "allow more open files (ulimit -n)"),
-    ("ENOMEM", "free memory, or start fewer processes at a time"),
-    ("EFBIG", "allow larger files (ulimit -f)"),
-    ("EIO ESTALE ENOTCONN ETIMEDOUT EREMOTEIO EHOSTUNREACH ENETUNREACH ENETDOWN ECONNRESET ENODEV "
-     "ENXIO EUCLEAN", "see to that disk or network"),
-    ("EROFS", "make it writable")) for name in names.split() if hasattr(errno, name)}
-
-
-def is_machine_error(error):
-    """Whether an error is the machine's: it says nothing of the file in work, and may be gone the
-    next time. FFmpeg has no memory for what damaged files claim, either: above 2 GiB."""
-    if isinstance(error, MemoryError):
-        with contextlib.suppress(OSError, ValueError):
-            return not isinstance(error, FFmpegError) or bool(mmap.mmap(-1, 2**31).close())
-        return True
-    return getattr(error, "errno", None) in MACHINE
-
-
-def fault_of(error):
-    """What a line says of an error of the machine, or of a process beside; '' of any other."""
-    text = str(error)
-    number = re.search(r"\(os error (\d+)\)", text)      # of libraries in Rust
-    number = int(number[1]) if number else getattr(error, "errno", None)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:       # torch's
-        number = errno.ENOMEM
-    remedy = MACHINE.get(number) or isinstance(error, PermissionError) and MACHINE[errno.EROFS]
-    if remedy and isinstance(number, int):
-        path = Path(str(getattr(error, "filename", None) or ""))
-        path = path.parent if path.name.startswith(".") else path       # a temporary file's folder
-        return (f"{path}: " if path.name else "") + f"{os.strerror(number)}: {remedy}"
-    if "gloo" in text or "ProcessGroup" in text or "NCCL" in text:
-        return f"rank {os.environ.get('RANK', 0)}: another rank ended, or its machine: see its line"
-    return ""
-
-
-def one_line(main):
-    """Wraps a script's main: an error of the machine ends it in one line, status 2."""
-    @functools.wraps(main)
-    def run(*args, **options):
-        try:
-            return main(*args, **options)
-        except Exception as error:
-            fault = fault_of(error)
-            if not fault:
-                raise
-            refuse(f"{fault}; nothing is lost, the same command goes on")
-    return run
-
-
-def write_fault(folder):
-    """Why a folder cannot be written or made, or ''; makes nothing."""
-    place = next(each for each in (Path(folder), *Path(folder).absolute().parents) if each.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return ""
-    except OSError as error:
-        return (error.strerror or str(error)).lower() + (
-            f" ({place})" if place != Path(folder) else "")
-
-
-def writable(folder):
-    """Refuses, before any work, a folder that cannot be written or made."""
-    if fault := write_fault(folder):
-        refuse(f"{folder} cannot be written: {fault}")
-
-
-def dataset_dir(name):
-    """Path of a data set: a bare name means data/NAME, anything with a slash is a path."""
-    return Path(name) if "/" in str(name) or os.sep in str(name) else Path("data", name)
-
-
-def run_dir(name):
-    """Path of a training run: a bare name means runs/NAME, anything with a slash is a path."""
-    return Path(name) if "/" in str(name) or os.sep in str(name) else Path("runs", name)
-
-
-@contextlib.contextmanager
-def atomic(path):
-    """Yields a temporary path beside `path` (same suffix) to write to. On success the file is
-    flushed to disk and renamed, so that `path` never holds half of anything; on an exception it is
-    removed. The lock tells `sweep` that its writer lives."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
-    with open(part, "ab") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield part
-            with open(part, "rb+") as written:
-                is_sole(written)                       # another file, where a library renamed its
-                os.chmod(part, os.fstat(lock.fileno()).st_mode & 0o777)     # own, of mode 0600
-                os.fsync(written.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def sweep(folder):
-    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock), and
-    those of safetensors, which knows no lock, that nobody has written to for an hour."""
-    for part in Path(folder).glob(".tmp??????"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > 3600:
-                part.unlink()
-    for part in Path(folder).glob(".*.tmp*") if fcntl else ():
-        with contextlib.suppress(FileNotFoundError), open(part, "rb") as file:
-            if is_sole(file):
-                part.unlink()
-
-
-def is_sole(file):
-    """Locks an open file for this process; False where another one holds it."""
-    with contextlib.suppress(BlockingIOError):
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def rng(*key):
-    """numpy Generator (Philox) keyed by the sha256 of `key`, any strings and integers: the same
-    draws whatever else was drawn before, on any machine. rng(seed, "noise", step, clip_key)"""
-    text = json.dumps([part if isinstance(part, str) else int(part) for part in key])
-    digest = hashlib.sha256(text.encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-
-
-def write_text(path, text):
-    with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def json_line(row):
-    """One line of JSON, as people read it; escapes only where a file's name is no text."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    return json.dumps(row) + "\n" if re.search("[\ud800-\udfff]", line) else line
-
-
-MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
-         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-
-
-def encoding_of(head):
-    """The encoding of a text, by its first bytes: its byte order mark's; without one UTF-8."""
-    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
-
-
-# Of Windows' code pages these two are told apart from all others: what no text in them holds, and
-# one of what others do not. cp1252: letters that Czech, Polish, Turkish and others lack or have
-# elsewhere, at most two in a row, marks that stand in no word. cp1251: words of Cyrillic letters
-# alone, mostly small, none of whose small ones goes before a capital (KOI8-R, Greek and Arabic
-# have such); with capitals, or letters that Hebrew has not.
-MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
-LEGACY = {
-    "cp1252": (re.compile(
-        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
-        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
-    "cp1251": (re.compile(
-        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
-        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
-
-
-ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
-         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
-
-
-def legacy(data):
-    """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
-    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
-    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
-        return None                                    # UTF-8, perhaps with damage
-    for code, (wrong, sure) in LEGACY.items():
-        text = data.decode(code, "replace")
-        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
-        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
-            return code
-    return None
-
-
-def decoded(data):
-    """(text, code page) of a file's bytes; None of UTF-8, -16 and -32. Raises ValueError that says
-    what they are in its place."""
-    code = encoding_of(data)
-    if code.startswith("utf-8") and b"\0" in data:
-        raise ValueError(f"no text in UTF-8: {ZEROS}")
-    try:
-        return data.decode(code), None
-    except UnicodeDecodeError as error:
-        if code == "utf-8" and (page := legacy(data)):
-            return data.decode(page), page
-        raise ValueError(f"no text in {code.upper()}: " + (
-            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
-
-
-def as_text(data):
-    return decoded(data)[0]
-
-
-def not_utf8(byte):
-    """What is said of a byte that is none of UTF-8's."""
-    known = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
-    return (f"it holds byte 0x{byte:x} ({known}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE > "
-            "NEW; ENCODING is what wrote it, such as CP1250)")
-
-
-def read_text(path, option=""):
-    """The text of a file that an option names; refuses what is none."""
-    try:
-        text, page = decoded(Path(path).read_bytes())
-    except ValueError as error:
-        refuse(f"{option} {path} is {error}")
-    if page:
-        print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
-    return text
-
-
-def lines_of(text):
-    """The lines of a text. Only \\n and \\r\\n end one: other programs write U+2028, U+0085 and
-    form feeds inside of a line."""
-    return [line.removesuffix("\r") for line in text.split("\n")]
-
-
-def write_rows(path, rows):
-    with atomic(path) as part, open(part, "w", encoding="utf-8") as file:
-        file.writelines(map(json_line, rows))
-
-
-def read_rows(path):
-    """The objects of one of our own jsonl files; refuses a damaged line."""
-    with open(path, "rb") as file:
-        lines, rows = file.read().split(b"\n"), []
-    for n, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            refuse(f"{path}: line {n} is damaged: remove the file, and run the command that wrote "
-                   "it again")
-    return rows
-
-
-def read_json(path):
-    """The object in one of our own files; refuses a damaged one and one of another FORMAT."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        version = found["format"]
-    except (ValueError, TypeError, KeyError):
-        refuse(f"{path} is damaged: remove its folder and prepare the data set again")
-    if version != FORMAT:
-        refuse(f"{path} has format {version}, this version reads {FORMAT}: prepare it again")
-    return found
-
-
-# -- reading pictures and videos -------------------------------------------------------------------
-
-PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
-          **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
-             for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
-FORMS_OF_NAMES = (str, functools.partial(unicodedata.normalize, "NFC"),
-                  functools.partial(unicodedata.normalize, "NFD"))      # as disks may spell them
-BEAT = 64               # frames after which a worker says again that it is at work
-MOST_PIXELS = 2**26     # of a picture or frame (8192 x 8192): what more would take is GiB of memory
-MOST_BYTES = 2**33 - 1  # of a tar's member
-SQUARE = 16             # sample aspect ratios beyond 1 to so many, or so many to 1, are damage
-HDR = {16: "PQ", 18: "HLG"}             # H.273's transfer characteristics
-WHITE, PEAK = 203.0, 1000.0             # cd/m2: SDR's white (BT.2408), and where HDR is cut off
-TO_709 = {1: np.eye(3), 12: ((1.224940, -0.224940, 0), (-0.042057, 1.042057, 0), (
-    -0.019638, -0.078636, 1.098274))}   # primaries' linear RGB in BT.709's: 12 is P3, others 2020
-FROM_2020 = ((1.660491, -0.587641, -0.072850), (-0.124550, 1.132900, -0.008349),
-             (-0.018151, -0.100579, 1.118730))
-Image.MAX_IMAGE_PIXELS = None           # `opened_picture` has its own bound, and no warning
-
-
-class Unreadable(Exception):
-    """A file that gives no clip; its arguments, reason and figure, go into rejected.jsonl."""
-
-
-def in_memory(data, suffix):
-    """An open file of bytes that is used like a path: it has a suffix."""
-    file = io.BytesIO(data)
-    file.suffix = suffix
-    return file
-
-
-class Member(io.RawIOBase):
-    """A part of a file, as an open file that is used like a path: it has a suffix."""
-
-    def __init__(self, path, start, size, suffix):
-        self.file, self.start, self.size, self.suffix = open(path, "rb"), start, size, suffix
-        self.at = 0
-
-    def readable(self):
-        return True
-
-    seekable = readable
-
-    def seek(self, to, whence=os.SEEK_SET):
-        self.at = max(0, to + (0, self.at, self.size)[whence])
-        return self.at
-
-    def readinto(self, buffer):
-        self.file.seek(self.start + self.at)
-        n = self.file.readinto(memoryview(buffer)[:max(0, self.size - self.at)])
-        self.at += n
-        return n
-
-    def getvalue(self):
-        self.seek(0)
-        return self.read()
-
-    def close(self):
-        self.file.close()
-        super().close()
-
-
-def members(archive):
-    """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
-    of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
-    before the damage."""
-    return archive_index(archive)[0]
-
-
-@functools.lru_cache(2)
-def archive_index(archive):
-    """(`members` of an archive, '' or what is wrong with it)."""
-    found, size = {}, archive.stat().st_size
-    with open(archive, "rb") as file:
-        if archive.suffix.lower() != ".tfrecords":
-            head, file_is = file.read(8), "compressed: unpack it to a .tar"
-            found, wrong = ({}, file_is) if PACKED.search(archive.name) else tar_index(file, size)
-            kinds = [kind for mark, kind in NO_TARS.items() if head.startswith(mark)]
-            return found, f"no tar but {kinds[0]}" if wrong and kinds and not found else wrong
-        while file.tell() + 12 < size:                 # a length, its CRC, the record, its CRC
-            length, = struct.unpack("<Q4x", file.read(12))
-            if file.tell() + length + 4 > size:
-                break
-            found[f"{len(found):05d}.mkv"] = file.tell(), length
-            file.seek(length + 4, 1)
-        return found, f"cut off or damaged behind {len(found)} records" * (file.tell() < size)
-
-
-def tar_index(file, size):
-    """`archive_index` of an open tar of `size` bytes, or of several in one file."""
-    found, links, at, wrong = {}, {}, 0, "an empty file" if not size else ""
-    plain = lambda path: os.path.normpath("/" + path).replace(os.sep, "/").lstrip("/")
-    while at < size and not wrong:
-        file.seek(at)
-        if not any(block := file.read(tarfile.BLOCKSIZE)):             # a mark of the end
-            at += len(block)
-            continue
-        file.seek(begin := at)
-        with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), \
-                tarfile.open(fileobj=file, mode="r:") as tar:
-            for one in tar:
-                name = "/".join(part for part in one.name.split("/") if part not in ("", "."))
-                if one.size < 0:
-                    raise ValueError
-                if one.issym() or one.islnk():
-                    links[name] = plain(one.linkname if one.islnk() else os.path.join(
-                        os.path.dirname(name), one.linkname))
-                elif one.isfile() and one.offset_data + one.size <= size:      # not cut off
-                    found[name] = one.offset_data, one.size
-            at = tar.offset
-        if at == begin or at >= size:                  # no mark of the end
-            wrong = f"cut off or damaged behind {len(found)} members" if found else "no tar"
-    dead = []
-    for name, target in links.items():
-        for _ in range(8):
-            target = links.get(target, target) if target not in found else target
-        if target in found:
-            found[name] = found[target]
-        elif Path(name).suffix.lower() in VIDEOS | STILLS:
-            dead.append(name)
-    return found, wrong or (f"{len(dead)} links to nothing in it: {dead[0]}" if dead else "")
-
-
-def located(root, source):
-    """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls that go with
-    it, in small letters or capitals. A WebDataset key ends at the first dot of the file's name."""
-    path, suffixes = Path(root, source), BESIDE_FILES
-    archive = next((one for one in path.parents
-                    if one.suffix.lower() in ARCHIVES and one.is_file()), None)
-    if archive is None:
-        names = {form(path.stem) for form in FORMS_OF_NAMES} if not path.stem.isascii() else \
-            {path.stem}
-        beside_it = [(suffix, path.with_name(name + ending)) for suffix in suffixes
-                     for name in sorted(names) for ending in (suffix.upper(), suffix)]
-        return path, {suffix: one.read_bytes() for suffix, one in beside_it if one.is_file()}
-    name, index = path.relative_to(archive).as_posix(), members(archive)
-    key = re.match(r"(.*/)?[^.]*", name)[0]
-    with open(archive, "rb") as file:
-        def read(name):
-            file.seek(index[name][0])
-            return file.read(index[name][1])
-        texts = {suffix: read(key + ending) for suffix in suffixes
-                 for ending in (suffix.upper(), suffix) if key + ending in index}
-        if archive.suffix.lower() == ".tfrecords":
-            return in_memory(bair_video(read(name)), ".png"), texts
-    return Member(archive, *index[name], path.suffix), texts
-
-
-def bair_video(record):
-    """A lossless video, 10 frames a second (nothing tells the rate), of the main camera's frames
-    in a record of softmotion30_44k: a tf.train.Example, in which 64 x 64 px of raw RGB stand behind
-    each frame's name, with the tags and lengths of three messages between them."""
-    found = dict(re.findall(rb"\n.(\d+)/image_main/encoded\x12..\n..\n\x80\x60(.{12288})", record,
-                            re.DOTALL))
-    try:
-        first, *rest = [Image.frombytes("RGB", (64, 64), found[b"%d" % n])
-                        for n in range(max(1, len(found)))]
-    except KeyError:
-        raise Unreadable("not a record of BAIR's") from None
-    file = io.BytesIO()
-    first.save(file, "PNG", save_all=True, append_images=rest, duration=100)
-    return file.getvalue()
-
-
-def flat_rgb(picture):
-    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white. White is
-    what the format says: 2**bits - 1; of floats 1, or where they are larger, 255 or 65535."""
-    if picture.mode[0] in "IF":                                     # 16 bits and more; floats
-        tags = getattr(picture, "tag_v2", {})
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
-        most = values.max(initial=0)
-        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
-            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
-        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
-        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
-
-
-@contextlib.contextmanager
-def opened_picture(file):
-    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG of more than
-    MOST_PIXELS at a half, a quarter or an eighth of its size. Raises Unreadable."""
-    with Image.open(file) as picture:
-        size, k = picture.size, 1
-        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
-            k *= 2
-            picture.draft(picture.mode, [side // k for side in size])
-        if math.prod(picture.size) > MOST_PIXELS:
-            raise Unreadable("too many pixels", math.prod(size))
-        yield picture
-
-
-def brand_of(file):
-    """The brand of an ISO file, such as b"heic" or b"avif"; b"" of any other."""
-    with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as inside:
-        inside.seek(0)
-        head = inside.read(12)
-        inside.seek(0)
-    return head[8:] if head[4:8] == b"ftyp" else b""
-
-
-def decoded_still(file, hdr="tonemap"):
-    """(uint8 [H, W, 3], what was done to it) of a picture file (path or file object), turned the
-    way it says itself."""
-    if brand_of(file) in (*HEIC, b"avif") and (found := read_heif(file, hdr)):
-        return found
-    with opened_picture(file) as picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        return flat_rgb(picture), ()
-
-
-def read_still(file):
-    """uint8 [H, W, 3] of a picture file."""
-    return decoded_still(file)[0]
-
-
-def is_animated(path):
-    """Whether a still's extension hides a video. Pages of a TIFF and the second view of a stereo
-    JPEG are no frames, so only the formats that animate count."""
-    if brand_of(path) in HEIC:
-        return False
-    try:
-        with opened_picture(path) as picture:
-            return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
-                getattr(picture, "n_frames", 1) > 1
-    except PICTURE_ERRORS as error:
-        if is_machine_error(error):
-            raise
-        raise Unreadable("not a picture that can be read") from None
-
-
-def boxes(data, start, stop):
-    """{type: (first, last)} of the boxes of an ISO file between two places of its bytes, and the
-    same as a list."""
-    found = []
-    while start + 8 <= stop:
-        size, kind = struct.unpack_from(">I4s", data, start)
-        head = 16 if size == 1 else 8
-        size = struct.unpack_from(">Q", data, start + 8)[0] if size == 1 else size or stop - start
-        found.append((kind, (start + head, min(stop, start + max(size, head)))))
-        start += max(size, head)
-    return dict(found), found
-
-
-def heif_item(data):
-    """(type, [number of each tile], columns, (width, height), [(property, its bytes)]) of the main
-    picture of a HEIF file: a coded picture, or a grid of them."""
-    meta, _ = boxes(data, boxes(data, 0, len(data))[0][b"meta"][0] + 4, len(data))
-    reads = lambda form, at: struct.unpack_from(">" + form, data, at)
-    number = lambda at, is_wide: reads("I" if is_wide else "H", at)[0]
-    start = lambda name: (meta[name][0] + 4, data[meta[name][0]])       # behind version and flags
-    at, version = start(b"pitm")
-    main, kinds, tiles, columns, size, told = number(at, version), {}, None, 1, None, []
-    at, version = start(b"iinf")
-    for _, (at, _) in boxes(data, at + (4 if version else 2), meta[b"iinf"][1])[1]:
-        wide = data[at] > 2
-        kinds[number(at + 4, wide)] = data[at + 8 + 2 * wide:at + 12 + 2 * wide]
-    if kinds[main] == b"grid":
-        at, wide = start(b"iref")
-        for kind, (at, _) in boxes(data, at, meta[b"iref"][1])[1]:
-            if kind == b"dimg" and number(at, wide) == main:
-                step = 4 if wide else 2
-                tiles = [number(at + step + 2 + n * step, wide) for n in range(*reads(
-                    "H", at + step))]
-        at, version = start(b"iloc")
-        sizes = [data[at] >> 4, data[at] & 15, data[at + 1] >> 4,
-                 data[at + 1] & 15 if version else 0]
-        long = lambda at, n: int.from_bytes(data[at:at + n])
-        at, count = at + (6 if version > 1 else 4), number(at + 2, version > 1)
-        for _ in range(count):
-            item, at = number(at, version > 1), at + (4 if version > 1 else 2)
-            method = reads("H", at)[0] & 15 if version else 0
-            at += 2 * (version > 0) + 2
-            base, n = long(at, sizes[2]), reads("H", at + sizes[2])[0]
-            at += sizes[2] + 2
-            place = base + long(at + sizes[3], sizes[0]) + (meta[b"idat"][0] if method == 1 else 0)
-            at += n * (sizes[3] + sizes[0] + sizes[1])
-            if item == main:                           # version, flags, rows - 1, columns - 1, size
-                flags, _, columns, *size = reads("4B" + ("II" if data[place + 1] & 1 else "HH"),
-                                                 place)[1:]
-                columns += 1
-    part, _ = boxes(data, *meta[b"iprp"])
-    known = [(kind, data[a:b]) for kind, (a, b) in boxes(data, *part[b"ipco"])[1]]
-    at, wide = part[b"ipma"][0] + 8, data[part[b"ipma"][0] + 3] & 1
-    for _ in range(*reads("I", at - 4)):
-        item, at = number(at, data[part[b"ipma"][0]]), at + (4 if data[part[b"ipma"][0]] else 2)
-        for n in range(data[at]):
-            k = reads("H", at + 1 + 2 * n)[0] & 0x7fff if wide else data[at + 1 + n] & 0x7f
-            if item == main and k:
-                told.append(known[k - 1])
-        at += 1 + data[at] * (2 if wide else 1)
-    return kinds[main], tiles or [main], columns, size, told
-
-
-def read_heif(file, hdr):
-    """(uint8 [H, W, 3], what was done to it) of a HEIC, also one of tiles as telephones write it,
-    or of an AVIF in HDR, by FFmpeg and turned; None of an AVIF that Pillow reads. Raises
-    Unreadable."""
-    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
-    try:
-        kind, tiles, columns, size, told = heif_item(data)
-        colour = next((one for name, one in told if one[:4] == b"nclx"), b"")
-        if data[8:11] == b"avi" and int.from_bytes(colour[6:8]) not in HDR:
-            return None
-        if kind not in (b"hvc1", b"av01", b"grid"):
-            raise Unreadable(f"HEIF of type {kind.decode('latin-1')}")
-        with av.open(io.BytesIO(data)) as container:
-            streams, parts = {one.id: one for one in container.streams.video}, {}
-            for packet in container.demux([streams[tile] for tile in tiles]):
-                for frame in packet.decode():
-                    parts.setdefault(packet.stream.id, frame)
-        frames, video = [parts[tile] for tile in tiles], Video(file, hdr=hdr)
-        video.note_tags(frames[0])
-        frames = [video.pixels(frame, frame.width, frame.height) for frame in frames]
-        rows = [np.concatenate(frames[at:at + columns], 1) for at in range(0, len(frames), columns)]
-    except (FFmpegError, LookupError, TypeError, ValueError, struct.error):
-        raise Unreadable("broken picture") from None
-    width, height = size or rows[0].shape[1::-1]
-    pixels = np.concatenate(rows)[:height, :width]
-    for name, one in told:
-        pixels = np.rot90(pixels, one[0] & 3) if name == b"irot" else \
-            np.flip(pixels, one[0] & 1) if name == b"imir" else pixels
-    return np.ascontiguousarray(pixels), {"HEIF to PNG", *video.converted}
-
-
-class Video:
-    """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
-    av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
-    again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation),
-    `codec` and `step` (s between frames as the stream's header has it); after the last
-    `bad_packets` and `bits`, those of its packets, and `converted`, what was done to the frames:
-    interlaced ones have their lines filled in, and `small`, `luma` and `rgb` bring HDR to BT.709.
-    Calls `beat` with their number each BEAT frames, or each second. Raises Unreadable, also for
-    what `hdr` and `interlaced` say to reject."""
-
-    def __init__(self, path, beat=lambda n: None, hdr="tonemap", interlaced="deinterlace"):
-        self.path, self.beat, self.tick, self.sar, self.step = path, beat, 0.001, 1, 0.04
-        self.hdr, self.interlaced, self.converted = hdr, interlaced, set()
-        self.matrix = self.turn = None
-        self.bad_packets, self.bits, self.codec, self.scaler = 0, 0, None, VideoReformatter()
-
-    def __iter__(self):
-        self.bad_packets = self.bits = 0
-        since = time.monotonic()
-        for n, frame in enumerate(self.pictures() if self.path.suffix.lower() in STILLS
-                                  else self.progressive(self.packets()), 1):
-            if n % BEAT == 0 or time.monotonic() - since > 1:        # one may take long
-                self.beat(n)
-                since = time.monotonic()
-            yield frame
-
-    def progressive(self, frames):
-        """The frames; from the first interlaced one on, those that are so pass FFmpeg's bwdif."""
-        graph, shape, waiting = None, None, deque()
-
-        def deinterlaced(frame):
-            graph.vpush(frame)
-            with contextlib.suppress(BlockingIOError, EOFError):
-                while waiting:
-                    out = graph.vpull()
-                    out.pts, out.dts = waiting.popleft()
-                    yield out
-        for frame in frames:
-            if graph and shape != (frame.width, frame.height, frame.format.name):
-                yield from deinterlaced(None)
-                graph = None
-            if frame.interlaced_frame and not graph and self.interlaced != "keep" \
-                    and min(frame.width, frame.height) >= 16:
-                if self.interlaced == "reject":
-                    raise Unreadable("interlaced")
-                self.converted.add("deinterlaced")
-                shape = frame.width, frame.height, frame.format.name
-                graph = deinterlacer(frame)
-            if graph:
-                waiting.append((frame.pts, frame.dts))
-                yield from deinterlaced(frame)
-            else:
-                yield frame
-        if graph:
-            yield from deinterlaced(None)
-
-    def pictures(self):
-        """Frames of an animated picture by Pillow, with delays as browsers take them."""
-        at = 0
-        try:
-            with opened_picture(self.path) as picture:
-                if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
-                    raise Unreadable("too many pixels", math.prod(picture.size))
-                unit = 10 if picture.format == "GIF" else 1            # ms that delays are told in
-                self.tick = unit / 1000
-                for n in range(picture.n_frames):
-                    picture.seek(n)
-                    if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
-                        raise ValueError
-                    picture.load()
-                    frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
-                    frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
-                    at += delay if delay > 10 else 100
-                    yield frame
-        except PICTURE_ERRORS as error:
-            if is_machine_error(error):
-                raise
-            self.bad_packets += 1                      # the frames before the damage stay
-
-    def packets(self):
-        """Frames by FFmpeg, packet by packet; one that does not decode is counted and skipped."""
-        with opened(self.path) as (container, stream):
-            self.tick, self.sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
-            if not 1 / SQUARE <= self.sar <= SQUARE:
-                raise Unreadable("pixels far from square", self.sar)
-            self.codec, n, n_lost = stream.codec_context.name, 0, 0
-            packets, packet, n_packets = demuxed(container, stream), stream, 0
-            while packet is not None:                  # None, the end, is decoded too
-                try:
-                    packet = next(packets, None)
-                    n_packets += 1
-                except FFmpegError as error:           # the container is broken from here on
-                    raise_machine(error, self.path, stream.index, n_packets)
-                    self.bad_packets, packet = self.bad_packets + 1, None
-                self.bits += 8 * packet.size if packet else 0
-                n_lost += bool(packet and packet.size and not packet.is_discard)
-                try:
-                    frames = stream.codec_context.decode(packet)
-                except FFmpegError as error:
-                    if is_machine_error(error):
-                        raise
-                    self.bad_packets += not isinstance(error, EOFError)
-                    n_lost -= not isinstance(error, EOFError)
-                    frames = ()
-                for frame in frames:
-                    if n == 0 or frame.key_frame:
-                        self.note_tags(frame)
-                        self.step = 1 / min(float(stream.codec_context.framerate or 25), 1000)
-                    n, n_lost = n + 1, n_lost - 1
-                    self.bad_packets += frame.is_corrupt
-                    yield frame
-            if self.codec == "hevc":    # its decoder leaves out in silence what refers to lost ones
-                self.bad_packets += max(0, n_lost)
-
-    def note_tags(self, frame):
-        if frame.width * frame.height > MOST_PIXELS:
-            raise Unreadable("too many pixels", frame.width * frame.height)
-        if frame.color_trc in HDR:
-            if self.hdr == "reject" or frame.colorspace > 10:       # ICtCp, constant luminance
-                raise Unreadable("HDR", max(frame.color_trc, frame.colorspace))
-            self.converted.add(f"{HDR[frame.color_trc]} to BT.709")
-        if self.turn == frame.rotation:     # a frame whose side_data were read lives until a gc
-            return
-        found = {data.type.name: data for data in frame.side_data.keys()}
-        if "DOVI_METADATA" in found and frame.colorspace == 2:
-            raise Unreadable("HDR", "Dolby Vision without a base layer")
-        self.matrix = np.frombuffer(bytes(found["DISPLAYMATRIX"]), np.int32)[
-            [0, 1, 3, 4]].tolist() if "DISPLAYMATRIX" in found else None
-        self.turn = frame.rotation
-
-    def small(self, frame, side=64):
-        """float32 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`.
-        Of a large one four luma samples a cell and one of chroma, taken from the decoded planes:
-        twenty times as fast as scaling, and cuts are found as well."""
-        shrink = min(1.0, side / max(frame.width, frame.height))
-        width, height = (max(1, round(v * shrink)) for v in (frame.width, frame.height))
-        known = PLANAR.get(frame.format.name)
-        if frame.color_trc in HDR:
-            pixels = self.pixels(frame, width, height, Interpolation.AREA).astype(np.float32)
-            return (pixels @ YCC.T).transpose(2, 0, 1) + np.float32([[[0]], [[128]], [[128]]])
-        if shrink > 0.5 or not known:
-            return self.scaler.reformat(
-                frame, width, height, "yuv444p", src_colorspace=colour_matrix(frame),
-                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.JPEG,
-                interpolation=Interpolation.AREA, threads=1).to_ndarray().astype(np.float32)
-        (kind, unit), found = known, []
-        for plane, n in zip(frame.planes, (4, 1, 1)):
-            values = np.frombuffer(plane, kind)
-            at = cells(plane.width, plane.height, plane.line_size // values.itemsize,
-                       width, height, n)
-            found.append(values.take(at, mode="clip").sum(0, dtype=np.float32))
-        out = np.stack(found).reshape(3, height, width)
-        full = frame.color_range == 2 or frame.format.name.startswith("yuvj")
-        black, white, swing = (0, 255, 255) if full else (16, 235, 224)
-        out[0] = (out[0] * (0.25 / unit) - black) * (255 / (white - black))
-        out[1:] = (out[1:] / unit - 128) * (255 / swing) + 128
-        return out
-
-    def luma(self, frame):
-        """[H, W] luma of a frame, 0..255 (a view where 8 bits are stored, headroom and all)."""
-        if frame.color_trc in HDR:
-            return (self.pixels(frame, frame.width, frame.height) @ YCC[0]).astype(np.uint8)
-        kind, unit = PLANAR.get(frame.format.name, (None, 1))
-        if kind is None or max(frame.width, frame.height) < 128:
-            return frame.reformat(format="gray", threads=1).to_ndarray()
-        plane = frame.planes[0]
-        luma = np.frombuffer(plane, kind).reshape(plane.height, -1)[:, :frame.width]
-        return luma if unit == 1 else (luma // unit).astype(np.uint8)
-
-    def rgb(self, frame, max_side=0, border=(0, 0, 0, 0)):
-        """uint8 [H, W, 3] of a frame: turned and mirrored as the file says, square pixels, even
-        sides, the longer at most `max_side` px (0: no limit); without `border`, the parts to cut
-        off at the top, bottom, left and right as stored."""
-        width, height = frame.width * max(1, self.sar), frame.height * max(1, 1 / self.sar)
-        shrink = min(1, max_side / max(width, height)) if max_side else 1
-        if shrink < 1 or self.sar != 1:
-            width, height = (max(2, 2 * round(v * shrink / 2)) for v in (width, height))
-        kind = Interpolation.AREA if width < frame.width else \
-            Interpolation.BILINEAR if width == frame.width else Interpolation.BICUBIC
-        pixels = self.pixels(frame, int(width), int(height), kind)
-        (h, w), (top, bottom, left, right) = pixels.shape[:2], border
-        pixels = pixels[math.ceil(top * h):h - math.ceil(bottom * h),
-                        math.ceil(left * w):w - math.ceil(right * w)]
-        pixels = turned(pixels, self.matrix)
-        return np.ascontiguousarray(pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2])
-
-
-    def pixels(self, frame, width, height, kind=Interpolation.BILINEAR):
-        """uint8 [height, width, 3]: a frame scaled and, of HDR, then tone-mapped."""
-        is_hdr = frame.color_trc in HDR
-        found = self.scaler.reformat(
-            frame, width, height, "rgb48le" if is_hdr else "rgb24", interpolation=kind, threads=1,
-            src_colorspace=colour_matrix(frame)).to_ndarray()
-        return tone_mapped(found, frame.color_trc, frame.color_primaries) if is_hdr else found
-
-
-YCC = np.float32(((0.2126, 0.7152, 0.0722), (-0.114572, -0.385428, 0.5),
-                  (0.5, -0.454153, -0.045847)))        # BT.709's, full range
-
-
-def tone_mapped(signal, transfer, primaries=9):
-    """uint8 [H, W, 3]: BT.709 for a BT.1886 display, of R'G'B' in PQ or HLG, uint16 [H, W, 3] in
-    full range. Display light (HLG: by BT.2100's OOTF at PEAK) is compressed by BT.2390's EETF from
-    0..PEAK to 0..WHITE cd/m2, which leaves all below 90 cd/m2 as it is, by the greatest of R, G, B,
-    so that hues stay; colours outside of BT.709 are clipped."""
-    linear, bent, encoded = hdr_tables(transfer)
-    matrix = np.float32(TO_709.get(primaries, FROM_2020))
-    flat, out = signal.reshape(-1, 3), np.empty(signal.shape, np.uint8)
-    for at in range(0, len(flat), 2**15):              # what the processor's cache holds
-        light = linear[np.ascontiguousarray(flat[at:at + 2**15].T)]
-        if transfer == 18:
-            light *= (np.float32((0.2627, 0.678, 0.0593)) @ light) ** np.float32(0.2)
-        top = light.max(0)
-        gain = bent[(np.sqrt(top.clip(0, 1)) * 65535).astype(np.uint16)] / top.clip(1e-9)
-        light = matrix @ light * gain
-        out.reshape(-1, 3)[at:at + 2**15] = encoded[
-            (np.sqrt(light.clip(0, 1)) * 65535 + 0.5).astype(np.uint16)].T
-    return out
-
-
-@functools.lru_cache(2)
-def hdr_tables(transfer):
-    """Tables of 65536 for `tone_mapped`: light / PEAK (HLG: of the scene) by the signal; light /
-    WHITE after BT.2390's EETF by the root of light / PEAK; levels by the root of light / WHITE."""
-    x = np.linspace(0, 1, 65536)
-
-    def eotf(signal):                                  # of PQ: SMPTE ST 2084
-        power = signal ** (1 / 78.84375)
-        return 1e4 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (
-            1 / 0.1593017578125)
-
-    def inverse(light):
-        power = (light / 1e4) ** 0.1593017578125
-        return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
-    if transfer == 16:
-        linear = eotf(x) / PEAK
-    else:
-        linear = np.where(x <= 0.5, x * x / 3, (np.exp((x - 0.55991073) / 0.17883277)
-                                                + 0.28466892) / 12)
-    top, most = inverse(x * x * PEAK) / inverse(PEAK), inverse(WHITE) / inverse(PEAK)
-    knee = 1.5 * most - 0.5
-    t = (top - knee) / (1 - knee)
-    curve = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) \
-        + (3 * t**2 - 2 * t**3) * most
-    bent = eotf(np.where(top < knee, top, curve) * inverse(PEAK)) / WHITE
-    return linear.astype(np.float32), bent.astype(np.float32), \
-        (x ** (2 / 2.4) * 255).round().astype(np.uint8)
-
-
-def turned(pixels, matrix):
-    """[H, W, …] turned and mirrored by a display matrix: x' = a x + c y, y' = b x + d y."""
-    a, b, c, d = matrix or (1, 0, 0, 1)
-    if abs(b) > abs(a):
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
-
-
-@functools.lru_cache(8)
-def cells(width, height, line, across, down, n):
-    """Where to read a plane of `line` samples a row for a grid [down, across]: int [n, down *
-    across], n = 1 (the cells' centres) or 4 (a square within them)."""
-    offsets = [(0.5, 0.5)] if n == 1 else [(y, x) for y in (0.25, 0.75) for x in (0.25, 0.75)]
-    return np.stack([(((np.arange(down) + y) * height / down).astype(int)[:, None] * line
-                      + ((np.arange(across) + x) * width / across).astype(int)).ravel()
-                     for y, x in offsets])
-
-
-@contextlib.contextmanager
-def opened(path):
-    """Yields (container, stream) of a video (path or open file) and closes it: the stream that
-    people see (cover art and thumbnails are none, the largest wins), decoded in one thread, as
-    FFmpeg's threads hang on some damaged files. Raises Unreadable."""
-    is_open = not isinstance(path, Path)
-    if not (path.seek(0, os.SEEK_END) if is_open else path.stat().st_size):
-        raise Unreadable("empty file")
-    try:
-        if is_open:
-            path.seek(0)
-        container = av.open(path if is_open else str(path), metadata_errors="replace")
-    except FFmpegError as error:
-        raise_machine(error, path)
-        raise Unreadable(f"cannot be opened: {error.strerror}") from None
-    with container:
-        hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-        streams = [s for s in container.streams.video if not s.disposition & hidden]
-        known = [s for s in streams if s.codec_context is not None]
-        if not known:
-            raise Unreadable("no decoder for its codec" if streams else "no video stream")
-        stream = max(known, key=lambda s: s.codec_context.width * s.codec_context.height)
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        yield container, stream
-
-
-def raise_machine(error, path, index=0, n_packets=0):
-    """Raises FFmpegError that is the machine's. EIO and ENOMEM are what FFmpeg says of damaged
-    files, too: these can be read as files, but opening them, or the stream's packets to the n-th,
-    fails again."""
-    if error.errno in (errno.EIO, errno.ENOMEM) and not (
-            error.errno == errno.ENOMEM and is_machine_error(error)):
-        if isinstance(path, Path):
-            with open(path, "rb") as file:
-                while file.read(2**24):
-                    pass
-        else:
-            path.seek(0)
-        try:
-            with av.open(str(path) if isinstance(path, Path) else path) as container:
-                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
-        except FFmpegError:
-            return
-    elif not is_machine_error(error):
-        return
-    raise OSError(error.errno, error.strerror, str(path))
-
-
-def demuxed(container, stream):
-    """The packets of a stream. One of a stream that begins within the file is passed over: PyAV
-    knows only those that were there when it was opened, and ends its iteration."""
-    for packets in iter(lambda: container.demux(stream), None):
-        try:
-            yield from packets
-            return
-        except IndexError:
-            continue
-
-
-def deinterlacer(frame):
-    """FFmpeg's bwdif for frames like `frame`, one for one, in one thread."""
-    graph = av.filter.Graph()
-    graph.threads = 1
-    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
-                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
-                     graph.add("buffersink"))
-    graph.configure()
-    return graph
-
-
-def unnamed(kind, value):
-    """A member of PyAV's enumeration of side data for a type that it does not know: else it reads
-    none of that frame's, not even the rotation."""
-    one = object.__new__(kind)
-    one._name_ = one._value_ = value
-    return one
-
-
-av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
-
-
-def colour_matrix(frame):
-    """What to pass as src_colorspace: None = the frame's own tag; untagged is BT.601, or BT.709
-    at HD sizes, as players have it; HDR is BT.2020."""
-    if frame.colorspace in (2, 10) and frame.color_trc in HDR:
-        return Colorspace.BT2020
-    if frame.colorspace != 2:                                       # AVCOL_SPC_UNSPECIFIED
-        return None
-    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
-
-
-# -- writing videos and contact sheets -------------------------------------------------------------
-
-def encode(file, frames, fps, crf=18):
-    """Writes H.264 in MP4 to a seekable file object and returns its (height, width): yuv420p,
-    tagged BT.709, one thread, hence the same bytes each time. frames: iterable of uint8 [H, W, 3]
-    RGB, at least one, all of one size; odd sides lose their last row or column."""
-    rate, scaler = frame_rate(fps), VideoReformatter()
-    with av.open(file, "w", format="mp4") as container:
-        # x264's mbtree reads memory that nobody wrote (frames of few blocks): bytes would vary
-        stream = container.add_stream("libx264", rate=rate, options={
-            "crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})
-        context = stream.codec_context
-        context.thread_count, context.time_base = 1, 1 / rate
-        context.colorspace = context.color_primaries = context.color_trc = 1        # BT.709
-        context.color_range = 1                                                     # 16..235
-        for n, rgb in enumerate(frames):
-            rgb = np.ascontiguousarray(rgb[:len(rgb) // 2 * 2, :rgb.shape[1] // 2 * 2])
-            if n == 0:
-                stream.height, stream.width = rgb.shape[:2]
-            frame = scaler.reformat(
-                av.VideoFrame.from_ndarray(rgb, format="rgb24"), format="yuv420p",
-                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1)
-            frame.pts, frame.time_base = n, 1 / rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return rgb.shape[:2]
-
-
-def frame_rate(fps):
-    """The rate as the encoder takes it: a fraction such as 30000/1001, at least one in 1000 s."""
-    return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1000))
-
-
-def write_video(path, frames, fps, crf=18):
-    """Writes an MP4 of `frames` (iterable of uint8 [H, W, 3] RGB, at least one, all of one size),
-    whole or not at all. fps in frames a second, crf 0 (lossless) to 51."""
-    with atomic(path) as part, open(part, "wb") as file:
-        encode(file, map(np.asarray, frames), fps, crf)
-
-
-# Fonts of Linux, macOS and Windows with many scripts, where they are installed: Pillow's has Latin.
-FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
-         "DroidSansFallbackFull", "FreeSans", "NotoSans-Regular", "NotoEmoji-Regular",
-         "Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "Nirmala", "arial", "seguisym")
-
-
-@functools.lru_cache
-def label_fonts(is_latin):
-    fonts = [ImageFont.load_default(12)]
-    for name in () if is_latin else FONTS:
-        with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, 12))
-    return fonts
-
-
-def spelled(c):
-    """A character in ASCII: of a letter's or a symbol's name what tells it from others."""
-    name, kind = unicodedata.name(c, f"u{ord(c):04x}"), unicodedata.category(c)
-    if name.startswith(("COMBINING", "VARIATION SELECTOR")):
-        return ""
-    name = re.split(" LETTER | SYLLABLE | SIGN |IDEOGRAPH-", name)[-1].partition(" WITH ")[0]
-    return {"Cf": "", "Pd": "-", "Pi": "'", "Pf": "'"}.get(kind, name.lower().replace(" ", "-"))
-
-
-def lettered(text):
-    """(a font, the text as it can show it): the one that has most of the text's characters; those
-    that it lacks, in whose place it would draw a box, are spelled."""
-    def lacking(font):
-        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)       # a box as it is
-        box = bytes(font.getmask("\uffff"))
-        return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
-
-    font = label_fonts(True)[0]
-    if lacks := lacking(font):
-        lacks, _, font = min(((lacking(font), i, font) for i, font in enumerate(
-            label_fonts(False))), key=lambda found: (len(found[0]), found[1]))
-    return font, "".join(spelled(c) if c in lacks else c for c in text)
-
-
-def contact_sheet(path, rows, cell=96):
-    """Writes a PNG for people: per row (frames, label) its frames, uint8 [H, W, 3], fitted into
-    squares of `cell` px, with the label below; rows fill as many columns as suit a screen."""
-    gap, longest = 4, max((len(frames) for frames, _ in rows), default=1)
-    sides = [np.asarray(frame).shape[:2] for frames, _ in rows for frame in frames]
-    tall = max((round(cell * h / max(h, w)) for h, w in sides), default=cell)
-    across, down = longest * (cell + gap) + 3 * gap, tall + 34 + 2 * gap
-    n_columns = max(1, min(len(rows), 1280 // across))
-    size = n_columns * across + 3 * gap, -(-len(rows) // n_columns) * down + 2 * gap
-    sheet = Image.new("RGB", size, (24, 26, 30))
-    draw = ImageDraw.Draw(sheet)
-    for i, (frames, label) in enumerate(rows):
-        left, top = 3 * gap + i % n_columns * across, 2 * gap + i // n_columns * down
-        for k, frame in enumerate(frames):
-            picture = Image.fromarray(np.asarray(frame))
-            scale = cell / max(picture.size)
-            picture = picture.resize([max(1, round(v * scale)) for v in picture.size],
-                                     Image.Resampling.NEAREST if scale > 1.5
-                                     else Image.Resampling.LANCZOS)
-            sheet.paste(picture, (left + k * (cell + gap) + (cell - picture.width) // 2,
-                                  top + tall - picture.height))
-        (font, label), n = lettered(str(label)), (across - 3 * gap) // 6
-        wrapped = lambda n: textwrap.wrap(label, n, max_lines=2, placeholder=" …")
-        while max(map(font.getlength, words := wrapped(n)), default=0) > across - gap:
-            n -= 1
-        draw.text((left, top + tall + 2), "\n".join(words), (214, 216, 220), font, spacing=2)
-    with atomic(path) as part:
-        sheet.save(part, format="PNG")
-
-
-# -- shots and scores: the first pass --------------------------------------------------------------
+# -- shots and scores: the first pass over a file --------------------------------------------------
 
 REACH = 5               # how many frames back each frame is compared: flashes up to 4 frames long
 WINDOW = 4              # frames on either side that say what change is usual here
@@ -1604,8 +467,8 @@ def usual_change(change, j):
     still shot before a fast one)."""
     sides = change[max(1, j - WINDOW):j], change[j + 1:j + 1 + WINDOW]
     sides = [[value for value in side if value < math.inf] for side in sides]
-    near = sorted([0, 0, *sides[0], *sides[1]])[-2]
-    return max(1.0, min(near, 1.25 * sum(max(side, default=0) for side in sides) / 2))
+    close = sorted([0, 0, *sides[0], *sides[1]])[-2]
+    return max(1.0, min(close, 1.25 * sum(max(side, default=0) for side in sides) / 2))
 
 
 def find_cuts(scan, ratio, min_shot):
@@ -1614,15 +477,15 @@ def find_cuts(scan, ratio, min_shot):
     switched on leaves the picture's structure as it was. Of cuts less than `min_shot` s apart, or
     from the start, the greatest stays."""
     change = scan.change.tolist()
-    found = {frame: math.inf for frame in scan.breaks}
+    at_frame = {frame: math.inf for frame in scan.breaks}
     for j, across in scan.across.items():
         times_usual = change[j] / usual_change(change, j)
         if times_usual >= ratio and across > 0.4 * change[j] and scan.alike[j] < LAMP:
-            found[j] = times_usual
+            at_frame[j] = times_usual
     cuts = []
-    for j in sorted(found, key=lambda j: -found[j]):
+    for j in sorted(at_frame, key=lambda j: -at_frame[j]):
         gaps = [abs(scan.times[j] - scan.times[other]) for other in [0, *cuts]]
-        if min(gaps) >= min_shot - 1e-6 or found[j] == math.inf:
+        if min(gaps) >= min_shot - 1e-6 or at_frame[j] == math.inf:
             cuts.append(j)
     return sorted(cuts)
 
@@ -1631,7 +494,7 @@ def find_gradual(scan, fps, cuts):
     """[(first, stop)]: frames of fades and dissolves, sorted, apart, without cuts inside. A fade
     passes a flat picture. In a dissolve every frame is a mixture of the first and the last, in
     growing parts, and both sides of it are quieter than it."""
-    hard, found = np.array(cuts, dtype=int), []
+    hard, result = np.array(cuts, dtype=int), []
     reach = round(1.2 * fps)
     for level, floor in ((scan.spread, 8), (scan.spread + scan.light, 14)):    # flat; black
         runs = np.flatnonzero(np.diff(np.r_[0, level < floor, 0])).reshape(-1, 2)
@@ -1647,12 +510,12 @@ def find_gradual(scan, fps, cuts):
             if a - early + late - b < 4:               # a flash, a blank frame
                 continue
             # a long flat run is a shot of its own, with a fade on either side
-            found += [(math.inf, early, late)] if b - a < 1.5 * fps else \
+            result += [(math.inf, early, late)] if b - a < 1.5 * fps else \
                 [(math.inf, *span) for span in ((early, a), (b, late)) if span[0] < span[1]]
     for seconds_long in (0.3, 0.45, 0.65, 0.95, 1.4):
-        found += dissolves(scan, max(4, round(seconds_long * fps / 4) * 4), hard)
+        result += dissolves(scan, max(4, round(seconds_long * fps / 4) * 4), hard)
     kept = []
-    for _, a, b in sorted(found, reverse=True):
+    for _, a, b in sorted(result, reverse=True):
         if all(b <= other or a >= stop for other, stop in kept) and \
                 not ((hard > a) & (hard < b)).any():
             kept.append((a, b))
@@ -1661,7 +524,7 @@ def find_gradual(scan, fps, cuts):
 
 def dissolves(scan, n, hard):
     """[(score, first, stop)] of the dissolves that take about n frames."""
-    found, pad = [], n // 2
+    runs, pad = [], n // 2
     for at in range(0, len(scan.tiny) - n, 4096):      # a block at a time: it is read as floats
         tiny = scan.tiny[at:at + 4096 + n].reshape(-1, 432)
         some = tiny[:, ::4].astype(np.float32)
@@ -1686,9 +549,9 @@ def dissolves(scan, n, hard):
             if ends.max() > 8 and is_mixed and rest.max() < 0.35 \
                     and max(quiet) < 0.4 and np.diff(parts[::max(1, n // 8)]).min() > 0 \
                     and likeness(outer[1][0], outer[2][0]) < 0.3:
-                found.append((float(np.abs(way).mean() * (1 - rest.max() - max(quiet))),
+                runs.append((float(np.abs(way).mean() * (1 - rest.max() - max(quiet))),
                               first + 1, first + n))
-    return found
+    return runs
 
 
 def find_shots(scan, fps, options):
@@ -1720,918 +583,6 @@ def find_shots(scan, fps, options):
     return shots
 
 
-# -- metadata: what a data set says of its files ---------------------------------------------------
-
-def columns(**names):
-    """A reader of rows whose columns only have other names: ours=theirs."""
-    return lambda row: [{our: row[their] for our, their in names.items()}]
-
-
-def literal(text):
-    """The value of a Python literal; raises ValueError, whatever the text is."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):    # of deep nesting
-        raise ValueError(f"no Python literal: {str(text)[:40]}") from None
-
-
-def panda70m(row):
-    """One row a source video; its cells are Python literals, lists of one length."""
-    cells = [literal(row[name]) for name in ("timestamp", "caption", "matching_score")]
-    wanted = literal(row.get("desirable_filtering") or "None") or [None] * len(cells[0])
-    for (start, end), text, score, kind in zip(*cells, wanted, strict=True):
-        told = {} if kind is None else {"desirable": int(kind == "desirable")}
-        yield {"start": start, "end": end, "caption": text, "matching_score": score, **told}
-
-
-def shot2story(row):
-    """A clip's summary, then each shot's caption; shots are CLIP_FIRST_LAST.mp4, in frames."""
-    if "clip_id" in row:                                            # NAME_meta.csv
-        yield {"label": literal(row["categories"])[0]}
-        return
-    yield {"caption": row["whole_caption"]}
-    for name, text in zip(row["video_names"], row["captions"], strict=True):
-        frames = re.fullmatch(r".*_(\d+)_(\d+)\.\w+", name)
-        if not frames:
-            raise ValueError(f"{name} is no CLIP_FIRST_LAST.mp4")
-        yield {"caption": text, "frames": [int(n) for n in frames.groups()]}
-
-
-def youku_mplug(row):
-    texts = [row[name] for name in ("golden_caption", "caption", "title") if row.get(name)]
-    yield {"caption": texts[0] if texts else row["title"], "label": row.get("label")}
-
-
-def videoinstruct(row):
-    """A question a row, or a conversation (question, answer, question, …) a row."""
-    turns = [turn["value"] for turn in row.get("conversations", [])] or [row["q"], row["a"]]
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        yield {"caption": answer, "prompt": question.replace("<video>", "").strip()}
-
-
-def ucf101_rows(path):
-    """CLASS/FILE.avi, in the training lists a class's number behind it."""
-    for line in read_lines(path):
-        yield {"video": line.split()[0], "label": line.split("/")[0]}
-
-
-def msrvtt_rows(path):
-    """A row a sentence, with what the file says of its video."""
-    names = dict(line.split("\t")[1::-1] for line in read_lines(path.with_name("category.txt"))
-                 if "\t" in line)
-    with open_text(path) as file:
-        videos = {str(video.get("video_id")): video for video in json_items(file, "videos")
-                  if isinstance(video, dict)}
-        file.seek(0)
-        for sentence in json_items(file, "sentences"):
-            video = isinstance(sentence, dict) and videos.get(str(sentence.get("video_id")), {})
-            label = video.get("category") if video else None
-            yield {"split": None, **video, **sentence, "label": names.get(str(label), label)} \
-                if video else sentence
-
-
-NAMED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, sorted(VIDEOS | STILLS)))}))(?:\s*[\t|,;:]"
-                   r"\s*|\s+)(\S.*)", re.I)
-
-
-def text_rows(path):
-    """A file a line, perhaps with its caption behind a tab, or behind its suffix and a blank or
-    sign; or a table whose columns tabs divide."""
-    with open_text(path, "") as file:
-        head = {our_name(cell) for cell in file.readline().split("\t")}
-        file.seek(0)
-        if head & {*OWN, *IDS} and head & {*TEXTS, "prompt"}:
-            yield from table_rows(file, True)
-            return
-        for line in filter(None, map(str.strip, file)):
-            parts = line.split("\t", 1) if "\t" in line else \
-                found.groups() if (found := NAMED.fullmatch(line)) and bare(line) == line.rsplit(
-                    "/", 1)[-1] else [line]            # else a file's name with blanks
-            yield dict(zip(("video", "caption"), parts))
-
-
-def tgif_rows(path):
-    """url<TAB>sentence; splits/NAME.txt beside the file lists the addresses of a split."""
-    splits = {url: part.stem for part in path.parent.glob("splits/*.txt")
-              for url in read_lines(part)}
-    for url, text in (line.partition("\t")[::2] for line in read_lines(path)):
-        yield {"gif": "/".join(url.split("/")[-2:]), "caption": text, "split": splits.get(url)} \
-            if text else None
-
-
-# A new data set is one line: the files that it reads of a folder, a function from a file to its
-# rows (None: as the suffix says), the columns of which one names the video (by a path, a file name
-# or a stem), and a function from a row to ours (None: it is one). Ours may have start and end (s or
-# H:MM:SS.mmm) or frames (first, last), caption (a text or a list), prompt, split, label; every
-# other number is a score. Where no row tells the split, the file's name does.
-OWN = ("video path file videopath filepath filename videofile videofilename videofilepath "
-       "videoname image imagepath imagefile imagename imagefilename img imgpath clip clippath "
-       "clipname clipfile media mediapath mediafile relpath relativepath fullpath").split()
-IDS = ("videoid vid clipid youtubeid ytid uid imageid id key name url videourl imageurl contenturl "
-       "link uri").split()             # where no column of OWN is there
-FORMATS = {
-    "csv": ("*.csv", None, OWN, None), "tsv": ("*.tsv", None, OWN, None),
-    "json": ("*.json", None, OWN, None), "jsonl": ("*.jsonl", None, OWN, None),
-    "txt": ("*.txt", text_rows, OWN, None),
-    "panda70m": ("*.csv", None, ("videoID",), panda70m),
-    "webvid": ("*.csv", None, ("videoid",), columns(caption="name")),
-    "internvid": ("*.jsonl", None, ("YoutubeID",), columns(
-        start="Start_timestamp", end="End_timestamp", caption="Caption",
-        Aesthetic_Score="Aesthetic_Score", UMT_Score="UMT_Score")),
-    "msrvtt": ("*videodatainfo.json", msrvtt_rows, ("video_id",), columns(
-        caption="caption", split="split", label="label")),
-    "shot2story": ("*.json", None, ("video", "clip_id"), shot2story),
-    "youku": ("*.csv", None, ("video_id:FILE", "clip_name:FILE"), youku_mplug),
-    "videoinstruct": ("*.json", None, ("video_id", "video"), videoinstruct),
-    "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
-    "tgif": ("*.tsv", tgif_rows, ("gif",), None)}
-IN_ARCHIVES = ("webdataset", "bair")
-BESIDE = ("folder", *IN_ARCHIVES)       # no --meta: what is told stands beside the videos
-
-
-NO_TABLES = {b"PK\3\4": "a zip or a workbook: save its table as .csv", b"PAR1": "Parquet: write it "
-            "as .jsonl", b"\x1f\x8b": "gzip: unpack it", b"%PDF": "a PDF: save its table as .csv"}
-codecs.register_error("half", lambda error: ("\ud800", error.end))
-
-
-def open_text(path, newline="\n"):
-    """A text file, open; bytes that are no text come as lone surrogates, which `plain` refuses."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        code = encoding_of(head)
-        page = legacy(head + file.read(2**20)) if code == "utf-8" else None
-    for mark, kind in NO_TABLES.items():
-        if head.startswith(mark):
-            refuse(f"{path} is {kind}")
-    if page:
-        print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
-        return open(path, encoding=page, newline=newline, errors="replace")
-    if code == "utf-8" and b"\0" in head[:2]:
-        refuse(f"{path} is no text in UTF-8: {ZEROS}")
-    unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
-    if path.stat().st_size % unit:                     # all behind a lost byte would be other words
-        refuse(f"{path} is damaged: {path.stat().st_size} bytes, and {code.upper()} has {unit} or "
-               "more a character: some are missing")
-    return open(path, encoding=code, newline=newline,
-                errors="surrogateescape" if unit == 1 else "half")
-
-
-def read_lines(path):
-    """The lines of a text file without their ends, those that are not empty; none if it is not
-    there."""
-    with open_text(path) if path.is_file() else io.StringIO() as file:
-        yield from filter(None, (line.strip() for line in file))
-
-
-def file_rows(path):
-    """The rows of a metadata file, one at a time: dicts; for a row that is damaged an error that
-    says how."""
-    kind = path.suffix.lower()
-    with open_text(path, "\n" if kind in (".json", ".jsonl") else "") as file:
-        yield from json_rows(file, kind == ".jsonl") if kind in (".json", ".jsonl") else \
-            table_rows(file, kind == ".tsv")
-
-
-def json_rows(file, is_lines):
-    """The rows of an open file of JSON, by what it holds: an array of objects, or an object a line;
-    an object that has such an array; or one of captions or rows by the names of their files."""
-    head = file.read(2**20)
-    file.seek(0)
-    text = head.lstrip()
-    line = text.split("\n", 1)[0].rstrip()
-    if text[:1] != "{":
-        yield from json_items(file) if text[:1] == "[" or not is_lines else json_lines(file)
-        return
-    try:
-        is_lines = bool(named(JSON.decode(line), OWN) or text[len(line):].strip())
-    except (ValueError, RecursionError):               # cut by us, damaged, or of several lines
-        is_lines = line != "{" if is_lines else line.endswith("}") and "\n{" in text
-    if is_lines:
-        yield from json_lines(file)
-        return
-    key, is_array = wrapped(text)
-    for one in json_items(file, key, not is_array):
-        if is_array or isinstance(one, Exception):
-            yield one
-        elif isinstance(one[1], (dict, list, str)):
-            is_named = isinstance(one[1], dict) and named(one[1], OWN)
-            yield one[1] if is_named else {"video": one[0], **(
-                one[1] if isinstance(one[1], dict) else {"caption": one[1]})}
-
-
-def wrapped(text):
-    """(key, whether an array) of what holds the rows of an object that `text` begins: an array of
-    objects that name a file, or an object of them; (None, False) where it is one itself."""
-    at, key = 1, KEY.match(text, 1)
-    while key:
-        name, at = key[1], key.end()
-        with contextlib.suppress(ValueError, RecursionError):
-            if item := re.compile(r"\[\s*(?=\{)").match(text, at):
-                if name.lower() in WRAPPERS or named(JSON.raw_decode(text, item.end())[0], OWN):
-                    return name, True
-            if text[at:at + 1] == "{" and name.lower() in WRAPPERS:
-                return name, False
-        try:
-            key = KEY.match(text, JSON.raw_decode(text, at)[1])
-        except (ValueError, RecursionError):
-            break
-    return None, False
-
-
-WRAPPERS = ("database", "data", "annotations", "videos", "captions", "results")
-KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.){0,2000}+)"\s*:\s*')
-JSON = json.JSONDecoder(strict=False)    # takes tabs and line ends that stand raw in a text
-
-
-def json_lines(file):
-    """The objects of an open jsonl file; a text that holds raw line ends may span 100 lines."""
-    held, n_held, wrong = "", 0, None
-    for line in file:
-        if held and (line.lstrip()[:1] == "{" or n_held == 100):
-            yield wrong
-            held = ""
-        if not held and not line.strip():
-            continue
-        held, n_held = held + line, n_held + 1 if held else 1
-        try:
-            yield JSON.decode(held)
-        except (ValueError, RecursionError) as error:
-            wrong = ValueError(fault(error))
-            if "Unterminated" in str(error):
-                continue
-            yield wrong
-        held = ""
-    if held:
-        yield wrong
-
-
-LONGEST = 1000          # lines that a record of a csv may span
-
-
-def table_rows(file, is_tsv):
-    """The rows of an open CSV or TSV. A TSV knows no quotation marks, unless all of its marks are
-    as a writer of csv sets them. Of a CSV, a mark that nothing closes costs its line; those behind
-    it are read on their own. Marks within a text may be doubled, or have a \\ before them; blanks
-    may stand before a text in marks. Commas in a last column that is a text need no marks. Names
-    of our columns may have blanks around them and capitals."""
-    csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
-    is_raw = is_tsv and not is_quoted(file)
-    waiting, taken, head = deque([next(filter(str.strip, file), "")]), [], None
-    if told := re.match(r'"?sep=(.)"?\s*\Z', waiting[0]):       # Excel's
-        waiting[0] = next(filter(str.strip, file), "")
-    comma = told[1] if told else "\t" if is_tsv else max(",;\t", key=waiting[0].count)
-    form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL}
-    usual, is_escaped = [] if is_raw else [' "', '\\"'], False
-
-    def lines():
-        for line in itertools.chain(iter(lambda: waiting.popleft() if waiting else "", ""), file):
-            taken.append(ESCAPED.sub(r'\1""', line) if is_escaped else line)
-            yield taken[-1]
-            if len(taken) == LONGEST:
-                return
-
-    while True:
-        for cells in csv.reader(lines(), **form):
-            text = taken[0] if len(taken) == 1 else "".join(taken)
-            if (' "' in text and any(map(BLANK, cells)) or '\\"' in text) and (mark := next((
-                    one for one in usual if one in text and is_meant(
-                        one, taken, form, len(head or cells))), None)):
-                usual.remove(mark)                     # its writer means it so, from here on
-                form["skipinitialspace"] = ' "' not in usual
-                is_escaped = '\\"' not in usual
-                waiting.extendleft(reversed(taken))
-                taken.clear()
-                break
-            if len(taken) > 1 and hides_rows(taken, form, len(head or cells)):
-                yield ValueError(f"a quotation mark that nothing closes; {len(taken) - 1} lines "
-                                 "behind it are read on their own")
-                waiting.extendleft(reversed(taken[1:]))
-                taken.clear()
-                break
-            taken.clear()
-            if not head:
-                head = [name.strip() for name in cells]
-                if bare(head[0]) == head[0].rsplit("/", 1)[-1] or len(head) > 2:
-                    continue
-                head = ["video", "caption"][:len(head)]        # a first row that is none
-            while len(cells) > len(head) and not cells[-1].strip():
-                cells.pop()
-            if len(cells) > len(head) and our_name(head[-1]) in (*TEXTS, "prompt"):
-                cells[len(head) - 1:] = [comma.join(cells[len(head) - 1:])]
-            if len(cells) == len(head):
-                yield dict(zip(head, cells))
-            elif cells:
-                yield ValueError(f"{len(cells)} cells for {len(head)} columns: cut off, or a text "
-                                 "with commas that stands in no quotation marks")
-        else:
-            return
-
-
-BLANK = re.compile(r'\s+"').match
-ESCAPED = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
-MARKED = re.compile(r'(?:(?:"(?:[^"]++|"")*+"|[^"\t\n]++)?(?:[\t\n]|\Z))*+')   # fields of a table
-DOUBLED = re.compile(r'(?:^|\t)"(?:[^"\t]*+""|[^"\t\n]*+\n[^"\t]*+"(?:[\t\n]|\Z))', re.M)
-
-
-def is_quoted(file):
-    """Whether the first MiB of an open TSV is as a writer of csv makes it: marks around whole
-    fields only, and doubled ones or line ends within, or its head in marks."""
-    text = file.read(2**20).replace("\r\n", "\n")
-    file.seek(0)
-    left = text[MARKED.match(text).end():]             # a field that was cut by us, if all is well
-    is_cut = len(text) > 2**19 and len(left) < 2**16
-    return (is_cut or not left) and bool(
-        DOUBLED.search(text) or re.match(r'\s*("[^"\t\n]*"(\t|\n|\Z))+', text))
-
-
-def is_meant(mark, lines, form, n_columns):
-    """Whether a record of a CSV shows that its writer set blanks before marks (' "'), or wrote
-    those within a text as \\": other rules read what the usual ones do not."""
-    def count(lines, **more):
-        try:
-            return len(next(csv.reader(lines, **{**form, "strict": True, **more})))
-        except csv.Error as error:                     # or its text goes on in the next line
-            return n_columns if more and "end of data" in str(error) else 0
-    if mark == ' "':
-        return count(lines, skipinitialspace=True) == n_columns
-    return count(lines) != n_columns == count([ESCAPED.sub(r'\1""', line) for line in lines],
-                                              doublequote=True)
-
-
-def hides_rows(lines, form, n_columns):
-    """Whether the lines of one record of a CSV are rows behind a mark that nothing closes."""
-    try:
-        found = next(csv.reader(lines, strict=True, **form))
-        alone = [next(csv.reader([line], **form), []) for line in lines[1:]]
-    except csv.Error:
-        return True
-    return len(lines) == LONGEST or len(found) == n_columns and all(
-        len(cells) == n_columns for cells in alone) and (
-        all(line.count('"') % 2 == 0 for line in lines[1:])
-        or all(bare(cells[0]) != cells[0].rsplit("/", 1)[-1] for cells in alone))
-
-
-ITEM, MEMBER = re.compile(r'\{\s*"'), re.compile(r'"[^"\n]*"\s*:\s*["\[{]')
-
-
-def json_items(file, key=None, is_object=False):
-    """The items of the array in an open JSON file (of the one named `key`), without holding it; of
-    an object pairs of names and values. In the place of an item that is damaged an error; what
-    looks like the next one goes on."""
-    bracket, text = r"\{" if is_object else r"\[", file.read(2**20)
-    start = re.compile(rf'"{re.escape(key)}"\s*:\s*{bracket}' if key else bracket)
-    while not (found := start.search(text)):
-        more = file.read(2**20)
-        text = text[-100:] + more
-        if not more:
-            yield ValueError(f"no array{key and f' named {key}' or ''}")
-            return
-    at, is_end, wasted, decode = found.end(), False, 0, JSON.raw_decode
-    between, last = re.compile(r"[\s,]*"), re.compile(
-        r"\}\s*\}?\s*\Z" if is_object else r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)")
-    following = MEMBER if is_object else ITEM
-
-    def decode_member(text, at):
-        if not (name := KEY.match(text, at)):
-            is_cut = len(text) - at < 2**12 and '":' not in text[at:]
-            raise json.JSONDecodeError("no name", text, len(text) if is_cut else at)
-        value, at = JSON.raw_decode(text, name.end())
-        return (json.loads(f'"{name[1]}"', strict=False), value), at
-    decode = decode_member if is_object else decode
-    while True:
-        at = between.match(text, at).end()
-        try:
-            if text[at:at + 1] in ("]", "}") and last.match(text, at):
-                return
-            item, at = decode(text, at)
-            yield item
-            continue
-        except (ValueError, RecursionError) as error:
-            wrong = error
-        if not is_end and len(text) - at < 2**24 and (
-                at == len(text) or isinstance(wrong, json.JSONDecodeError) and (
-                    wrong.pos > len(text) - 16 or "Unterminated" in wrong.msg)):     # cut by us
-            more = file.read(max(2**20, len(text) - at))
-            is_end, text, at = not more, text[at:] + more, 0
-            continue
-        yield ValueError(fault(wrong))
-        is_deep = isinstance(wrong, RecursionError)    # by 1000 characters at least
-        behind = max(at + 1, at + 1000 if is_deep else getattr(wrong, "pos", 0))
-        wasted += behind - at
-        at = at + 1 if wasted < 2**24 and not is_deep else behind
-        if at > max(2**13, len(text) // 256):          # an error counts lines from the beginning
-            text, at = text[at:], 0
-        while not (found := following.search(text, at)):
-            more = file.read(2**20)
-            if not more:
-                return
-            text, at = text[max(at, len(text) - 100):] + more, 0
-        at = found.start()
-
-
-def meta_files(path, form):
-    """The files that --meta means: itself, a folder's, or both lists of a fold of UCF-101."""
-    if path.is_dir():
-        return sorted(file for file in path.glob(FORMATS[form][0])
-                      if file.is_file() and not file.name.startswith("."))
-    return sorted(path.parent.glob(f"*list{path.stem[-2:]}.txt")) if form == "ucf101" else [path]
-
-
-def bare(name):
-    """A file's name without folders and without the suffixes of videos, stills and pickles."""
-    name = name.rsplit("/", 1)[-1]
-    while (dot := name.rfind(".")) > 0 and name[dot:].lower() in ENDINGS:
-        name = name[:dot]
-    return name
-
-
-def split_of(name):
-    """The split that a file's name tells: of its words one, and no other, is a split's."""
-    words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", name.lower()) if word in SPLITS}
-    return words.pop() if len(words) == 1 else None
-
-
-class Places:
-    """Finds the source that a row's path means. Names and folders are the same in every Unicode
-    form. Of the sources with its file's name (else with its stem: the name without its suffixes)
-    those fit whose folders, from the last one up, are the row's as far as both tell any; the
-    longest fit wins. Where `is_id`, names are unique by themselves: a lone one fits, wherever."""
-
-    def __init__(self, sources, is_id):
-        self.is_id, self.known, self.by_tail = is_id, {}, {}
-        for source in sources:
-            last = folded(source.rsplit("/", 1)[-1])
-            for key in {last, bare(last)}:
-                one = self.known.setdefault(key, source)
-                if one is not source:
-                    if isinstance(one, str):
-                        self.known[key] = one = [one]
-                    one.append(source)
-
-    def fitting(self, key, folders):
-        """The sources of this name that fit a row's folders, best."""
-        if isinstance(one := self.known[key], str):
-            own = folders_of(one)
-            return [one] if all(map(operator.eq, own[::-1], folders[::-1])) else []
-        if key not in self.by_tail:                    # many of one name: by folders' tails
-            tails, whole = self.by_tail[key] = {}, {}
-            for source in one:
-                own = folders_of(source)
-                whole.setdefault(own, []).append(source)
-                for k in range(len(own) + 1):
-                    tails.setdefault(own[k:], []).append(source)
-        tails, whole = self.by_tail[key]
-        found = whole.get(folders) or tails.get(folders)
-        return found or next((whole[folders[k:]] for k in range(1, len(folders) + 1)
-                              if folders[k:] in whole), [])
-
-    def find(self, name):
-        """(source or None, reason, detail): the reason of None."""
-        if "\\" in name or name[:1].isspace() or name[-1:].isspace():
-            name = name if name in self.known else name.strip().replace("\\", "/")
-        last = folded(name[name.rfind("/") + 1:])
-        one = self.known.get(last)
-        if one == name or last == name and isinstance(one, str):         # the most, and soonest
-            return one, "", None
-        keys = [key for key in {last: 0, bare(last): 0} if key in self.known]
-        if not keys:
-            return None, "missing video", None
-        folders, others = folders_of(name), []
-        for key in keys:
-            found = self.fitting(key, folders)
-            if len(found) > 1:                         # names apart in their spelling only
-                found = [one for form in FORMS_OF_NAMES for one in found if form(one) == form(name)
-                         ][:1] or found
-            if len(found) == 1:
-                return found[0], "", None
-            if found:
-                return None, "several videos of this name", "ambiguous: " + ", ".join(found[:4])
-            one = self.known[key]
-            others += [one] if isinstance(one, str) else one
-        others = list(dict.fromkeys(others))
-        if len(others) > 1:
-            return None, "several videos of this name", "none in its folders, but " + ", ".join(
-                others[:4])
-        return (others[0], "", None) if others and self.is_id else (
-            None, "missing video", f"{others[0]} is in another folder" if others else None)
-
-
-def folded(name):
-    return name if name.isascii() else unicodedata.normalize("NFKC", name)
-
-
-def folders_of(path):
-    """The folders of a path, a tuple, without what says nothing."""
-    *folders, _ = path.split("/")
-    if "./" in path:
-        folders = os.path.normpath("/".join(folders)).replace(os.sep, "/").split("/")
-    return tuple(folded(one) for one in folders if one not in ("", ".", ".."))
-
-
-ROW_REASONS = ("caption behind the end", "caption of no clip", "missing video", "several videos of "
-               "this name", "malformed metadata row", "malformed text beside it")
-BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, RecursionError,
-           OverflowError)                              # what readers raise
-
-
-def read_metadata(paths, form, sources, database):
-    """Writes an SQLite file, so that memory holds no metadata and start-up reads nothing but names:
-    each row as JSON, with its number, its source and its file's split; a row that is damaged, or
-    whose video is missing, without a source, with its reason and the name of its video."""
-    with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
-        store.executescript("pragma journal_mode=off; pragma synchronous=off; "
-                            "create table rows(source, number, note, detail, row)")
-        store.executemany("insert into rows values(?, ?, ?, ?, ?)",
-                          placed_rows(paths, form, sources))
-        store.execute("create index by_source on rows(source)")
-        store.commit()
-        n, = store.execute("select count(distinct source) from rows").fetchone()
-    if n < len(sources) / 10:
-        print(f"warning: {paths[0]} names {n} of {len(sources)} files", file=sys.stderr)
-
-
-def placed_rows(paths, form, sources):
-    """Yields what `read_metadata` stores."""
-    _, rows, names, reader = FORMATS[form]
-    places, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
-    place = functools.lru_cache(2**16)(places.find)
-    missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
-    first, bad, n_bytes = "", None, 0  # why rows are of no use; those with bytes that are no text
-    for path in paths:
-        split = split_of(path.stem)
-        for n, row in enumerate((rows or file_rows)(path), n + 1):
-            try:
-                if isinstance(row, Exception):
-                    raise row
-                if not isinstance(row, dict):
-                    raise ValueError(f"a row is a {type(row).__name__}, no object of named values")
-                columns_found = columns_found or tuple(filter(None, row))
-                name, *others = named(row, names) or [row[names[0]]]
-                source, reason, detail = place(str(name))
-                if source is None:
-                    for other in others:               # the first one is an id, a NaN
-                        if source is None and (one := place(str(other)))[0]:
-                            (source, reason, detail), name = one, other
-                    first = first or source is None and f"row {n}: {name}: {detail or reason}"
-                text = json.dumps(row)
-                if byte := re.search(r"\\udc([89a-f].)", text):
-                    bad, n_bytes = bad or (n, int(byte[1], 16)), n_bytes + 1
-                is_right = is_right or not reader                # its values are its own matter
-                is_placed, missing = is_placed or reason != "missing video", missing or name
-                if not is_right or source is not None and True not in told_of:
-                    facts = read_row(row, reader, None)
-                    is_right = is_right or bool(facts)
-                    told_of |= what_is_told(row, facts) if source is not None else set()
-            except BAD_ROW as error:
-                why = "cut off, or not of its format" if row is None else printable(fault(error))
-                first = first or f"row {n}: {why}"
-                yield None, n, "malformed metadata row", why, None
-            else:
-                yield (None, n, reason, detail and printable(detail), printable(name)) \
-                    if source is None else (stored(source), n, split, None, text)
-    if not n:
-        refuse(f"{paths[0]} holds no rows")
-    if not is_right:
-        has_name = {*names, *IDS} & {*columns_found, *map(our_name, columns_found)}
-        refuse(f"no row of {paths[0]} reads as --format {form}: " + (
-            first if first and (has_name or not columns_found) else "its columns are "
-            f"{', '.join(columns_found)}; one of {', '.join(names[:6])} must name the video"))
-    if not is_placed:
-        refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
-               f"{sources[0]}")
-    if sources and not told_of and first:
-        refuse(f"no row of {paths[0]} is of use: {first}")
-    if n_bytes:
-        print(f"warning: {n_bytes} rows of {paths[0]} are not in UTF-8, the first is row {bad[0]}: "
-              f"{not_utf8(bad[1])}", file=sys.stderr)
-    if sources and True not in told_of:
-        refuse_silent(paths[0], told_of)
-
-
-def what_is_told(row, facts):
-    """The columns in which a row of ours has what is no number; True where it has a caption."""
-    return {True} if any(fact["captions"] for fact in facts) else {
-        name for name, value in ours(row).items() if our_name(name) not in (*OWN, *IDS)
-        and value is not None and (name in OURS or number_of(value) is None and value != "")}
-
-
-def refuse_silent(path, told_of):
-    """Refuses metadata that captions nothing, though it was meant to, or tells nothing else."""
-    others = {name: nearest(name, OURS) for name in sorted(told_of - OURS)}
-    if told_of & {*TEXTS} or {*TEXTS} & {*others.values()} or others and not told_of & OURS:
-        refuse(f"{path} captions nothing: no row has a text in a column named caption or text"
-               + "".join(f"; {name}: did you mean {near}?" if near else f"; {name}: not known"
-                         for name, near in others.items()))
-    print(f"warning: no row of {path} has a caption", file=sys.stderr)
-
-
-def stored(source):
-    """A source as SQLite takes it: not every file's name is a text."""
-    return source if source.isascii() else os.fsencode(source)
-
-
-def query(database, source, names="number, note, row"):
-    """Yields `names` of the stored rows of a source; of None, the rejects."""
-    address = f"{Path(database).absolute().as_uri()}?mode=ro&immutable=1"
-    with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
-        yield from store.execute(f"select {names} from rows where source is ? order by rowid",
-                                 [source and stored(source)])
-
-
-def facts_of(database, form, source):
-    """(facts, rejects) that the stored rows tell of a source."""
-    facts, rejects = [], []
-    for n, split, row in query(database, source):
-        try:
-            facts += read_row(json.loads(row), FORMATS[form][3], split)
-        except BAD_ROW as error:
-            rejects.append(rejection(None, "malformed metadata row", figure=n,
-                                     detail=printable(fault(error))))
-    return facts, rejects
-
-
-def fault(error):
-    """What one of BAD_ROW says, for people."""
-    return f"no column {error}" if isinstance(error, KeyError) else \
-        "cut off, or not of its format" if isinstance(error, json.JSONDecodeError) else \
-        "lists of unequal lengths" if str(error).startswith("zip()") else \
-        " ".join(str(error).split())[:300]
-
-
-def read_row(row, reader, split):
-    """The facts in a row as published; raises one of BAD_ROW."""
-    return [read_fact(one, split) for told in (reader(row) if reader else [ours(row)])
-            for one in timed(told)]
-
-
-def timed(row):
-    """The rows in one of our rows whose caption is a list of objects with times of their own, or
-    goes with a list of times."""
-    name = next((name for name in TEXTS if isinstance(row.get(name), list)), None)
-    for spans in (row[one] for one in SPANS if name and isinstance(row.get(one), list)):
-        if spans and all(map(is_span, spans)):         # as many texts as spans: ActivityNet's
-            return [{**row, "start": start, "end": end, name: text}
-                    for (start, end), text in zip(spans, row[name], strict=True)]
-    if name is None or not any(isinstance(one, dict) and {"start", "end"} <= {*ours(one)}
-                               for one in row[name]):
-        return [row]
-    times, found = ("start", "end", *SPANS), []
-    for one in row[name]:
-        own = ours(one) if isinstance(one, dict) else {}
-        found.append({**row, **{key: own[key] for key in times if key in own}, name: {
-            key: one[key] for key in one if our_name(key) not in times} if own else one})
-    return found
-
-
-@functools.lru_cache(2**12)
-def our_name(name):
-    """A column's name, if it is one of ours in small letters, without blanks and signs."""
-    plain = re.sub(r"[\W_]+", "", name).lower()
-    return ALIASES.get(plain, plain if plain in OURS else name.strip())
-
-
-def ours(row):
-    """A row under our names; one that stands there as it is comes first. A pair of times is start
-    and end; a prompt without any text is the caption."""
-    row = {our_name(name): value for name, value in row.items()} | row
-    for name in SPANS:
-        if name[-1] != "s" and is_span(row.get(name)) and "start" not in row:
-            row["start"], row["end"] = row.pop(name)
-    return {**row, "caption": row["prompt"], "prompt": None} \
-        if row.get("prompt") and not any(name in row for name in TEXTS) else row
-
-
-def is_span(value):
-    return isinstance(value, list) and len(value) == 2 and all(
-        isinstance(one, (int, float, str)) for one in value)
-
-
-def named(row, names):
-    """The values of the columns that may name a row's file, the best first."""
-    if found := [row[name] for name in names if row.get(name)]:
-        return found
-    row = ours(row)
-    return [row[name] for name in names if row.get(name)] or [
-        row[name] for name in IDS if row.get(name) and names is OWN]
-
-
-def plain(text):
-    """A text without blanks around it. Raises ValueError where it holds what is no text."""
-    text = text.strip()
-    if not text.isascii() and (wrong := re.search("[\ud800-\udfff]", text)):
-        byte = ord(wrong[0]) - 0xdc00
-        raise ValueError(f"no text: {not_utf8(byte)}" if 0x80 <= byte < 0x100 else
-                         f"no text: half a character, {ascii(wrong[0])}")
-    return text
-
-
-def texts_in(value, style=None):
-    """[(text, its style)] of a caption of any shape: a text, a list, an object, or one of these in
-    JSON or as a Python literal. An object's keys are the styles (in its depth, joined by dots), but
-    where one of them says that it is the text, others tell of it (its model, its language); of a
-    conversation only what the assistant says counts."""
-    if isinstance(value, str):
-        text, inner = plain(value), None
-        for read in (json.loads, literal) if text[:1] in ("[", "{", "(") else ():
-            with contextlib.suppress(ValueError, RecursionError):    # else it is just a text
-                inner = read(text)
-                break
-        if isinstance(inner, (list, tuple, set, dict)):
-            return texts_in(sorted(inner, key=str) if isinstance(inner, set) else inner, style)
-        return [(text, style)] if text.lower() not in NO_TEXTS else []
-    if isinstance(value, dict):
-        speaker = next((value[key] for key in ("from", "role") if isinstance(value.get(key), str)
-                        and ("value" in value or "content" in value)), None)
-        if speaker:
-            return [] if speaker.strip().lower() in ASKING else texts_in(
-                value.get("value", value.get("content")), style)
-        words = {key: {*re.split(r"[\W_]+", key.lower())} for key in value}
-        keys = [key for key in value if isinstance(value[key], (str, list, dict))
-                and not words[key] & ABOUT]
-        if any(key.lower() in IN_OBJECTS for key in keys):
-            keys = [key for key in keys if words[key] & IN_OBJECTS]
-        return [pair for key in keys
-                for pair in texts_in(value[key], f"{style}.{key}" if style else key)]
-    if value is None or value != value:                # NaN
-        return []
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"a caption is no text: {value!r}")
-    return [pair for one in value for pair in texts_in(one, style)]
-
-
-def frames_in(value):
-    """{"frames": (first, last)} of a pair of numbers, or of its text. Another list (of pictures'
-    names, of sampled frames) is somebody else's, and says nothing of times."""
-    if isinstance(value, str) and (pair := re.fullmatch(r"[\[(]\s*(\d+),\s*(\d+)\s*[\])]",
-                                                        value.strip())):
-        value = [int(pair[1]), int(pair[2])]
-    if not isinstance(value, list) or len(value) != 2 or not any(
-            isinstance(one, (int, float)) for one in value):
-        return {}
-    if not all(isinstance(one, (int, float)) and one == one // 1 for one in value) or \
-            not 0 <= value[0] <= value[1]:
-        raise ValueError(f"frames {value!r}: not the numbers of the first and the last one")
-    return {"frames": [int(min(one, 2**62)) for one in value]}
-
-
-def read_fact(row, split=None):
-    """The fact in one of our rows: start, end (s, None: the whole file), captions (list of str),
-    split and label (or None), scores. Raises one of BAD_ROW on a bad one."""
-    start, end = seconds(row.get("start")), seconds(row.get("end"))
-    texts = next(filter(None, (texts_in(row[name]) for name in TEXTS if name in row)), [])
-    named, label = plain(str(row.get("split") or "")).lower(), row.get("label")
-    named = "" if named in NO_TEXTS else named
-    if (start is None) != (end is None) or start is not None and not 0 <= start < end:
-        raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < "
-                         "end")
-    if named and named not in SPLITS:
-        raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
-    label = int(label) if isinstance(label, float) and label.is_integer() else label   # 1.0 is 1
-    label = None if str(label).strip().lower() in NO_TEXTS else plain(str(label))
-    fact = {"start": start, "end": end, "captions": [text for text, _ in texts],
-            "split": SPLITS.get(named, split), "label": label or None}
-    fact |= frames_in(row.get("frames"))
-    fact |= {"styles": [style for _, style in texts]} if any(style for _, style in texts) else {}
-    prompt = plain(str(row.get("prompt") or ""))
-    fact |= {"prompt": prompt} if prompt.lower() not in NO_TEXTS else {}
-    scores = {key: value for key in row if key not in OURS and our_name(key) not in OURS
-              and (value := number_of(row[key])) is not None}
-    return fact | {"scores": scores} if scores else fact
-
-
-ALIASES = {f"{one}{unit}": our for one, our in {"start": "start", "begin": "start", "end": "end",
-           "stop": "end"}.items() for unit in ("time", "timestamp", "sec", "seconds")} | {
-    "timestart": "start", "timeend": "end", "begin": "start", "stop": "end"}
-SPANS = ("timestamps", "timestamp", "segments", "segment", "span", "interval")      # [start, end]
-TEXTS = ("caption captions text cap description descriptions sentence sentences longcaption "
-         "densecaption detailedcaption shortcaption briefcaption videocaption imagecaption "
-         "recaption gptcaption generatedcaption longdescription shortdescription encap "
-         "goldencaption conversations messages annotations").split()
-IN_OBJECTS = {"caption", "captions", "text", "conversations", "messages"}
-ASKING = {"human", "user", "system", "tool", "function"}       # speakers of no captions
-ABOUT = set("model lang language id source author license url type version".split())
-NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
-OURS = {*OWN, *IDS, *TEXTS, *SPANS, "start", "end", "frames", "prompt", "split", "label"}
-
-
-def number_of(value):
-    """A finite number, or a text that is one; else None."""
-    try:
-        return value if math.isfinite(value := float(value)) else None
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def seconds(value):
-    """Seconds of a number or of a text such as '12.5' or '1:02:03.250'; None of nothing."""
-    if value is None or str(value).strip().lower() in NO_TEXTS:
-        return None
-    total = 0.0
-    for part in str(value).split(":"):
-        total = 60 * total + float(part)
-    if not math.isfinite(total):
-        raise ValueError(f"{value} is no time")
-    return total
-
-
-def beside(source, texts, is_caption_alone=False):
-    """(facts, rejects) without --meta: `texts` {suffix: bytes} are the files NAME.txt (caption) and
-    NAME.json (our keys) beside the source; its folder is its label, and may name its split. Without
-    a --format the caption alone counts. A file that is no text, or damaged, is a reject, and hides
-    no other."""
-    rejects, found, encoding = [], {".txt": "", ".json": "{}"}, {}
-
-    def lost(suffix, error):
-        rejects.append(rejection(source, "malformed text beside it", detail=printable(
-            f"{Path(source).stem}{suffix}: {fault(error)}")))
-
-    for suffix, data in texts.items():
-        try:
-            text, page = decoded(data)
-            found[suffix] = plain(" ".join(text.split())) if suffix != ".json" else text
-            encoding |= {"encoding": page} if page else {}
-        except ValueError as error:
-            lost(suffix, error)
-    caption = {"caption": found[".txt"]}
-    if is_caption_alone:
-        return [read_fact(caption) | encoding], [
-            one for one in rejects if ".txt: " in one["detail"]]
-    *folders, _ = source.split("/")
-    n = next((n for n, name in enumerate(folders) if is_archive(name)), len(folders))
-    split = next((split_of(name) for name in folders if name.lower() in SPLITS
-                  or NUMBERED.fullmatch(name.lower()) and split_of(name)), None) or split_of(
-                      "".join(folders[n:n + 1]))
-    classes = [found[".cls"]] if ".cls" in found else [
-        printable(name) for name in folders[:n] if name.lower() not in SPLITS
-        and not NUMBERED.fullmatch(name.lower())]      # those within a tar are part of the key
-    fact = read_fact({"label": classes[-1] if classes else None, **caption}, split) | encoding
-    try:
-        more = JSON.decode(found[".json"])
-        more = {key: value for key, value in ours(
-            more if isinstance(more, dict) else {"caption": more}).items()
-                if value is not None and (key != "split" or str(value).lower() in SPLITS)}
-        facts = [read_fact({"label": fact["label"], **one}, split) | encoding
-                 for one in timed(more)]
-        whole = {**fact, "captions": []} if any(one["captions"] for one in facts) else fact
-        if any(one["start"] is not None or "frames" in one for one in facts):
-            return [*facts, whole], rejects            # outside of its times the rest holds
-        return [{**facts[0], "captions": facts[0]["captions"] or fact["captions"]}], rejects
-    except BAD_ROW as error:
-        lost(".json", error)
-        return [fact], rejects
-
-
-NUMBERED = re.compile(rf"\d{{5,}}([-_]\d+)*|(shard|part|chunk|batch|{'|'.join(SPLITS)})[-_. ]*\d+")
-
-
-def drawn_split(source):
-    """The split of a file of which no metadata name one, drawn by its name: one in twenty 'val'."""
-    draw = int(hashlib.sha256(os.fsencode(source)).hexdigest()[8:16], 16) % 20
-    return "train" if draw else "val"
-
-
-def told(source, facts, start, end):
-    """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
-    hold at least half of the clip, or speak of the whole file."""
-    mine = [f for f in facts if f["start"] is None or holds(f, start, end)]
-    splits = [f["split"] for f in [*mine, *facts] if f["split"]]
-    labels = [f["label"] for f in mine if f["label"] is not None]
-    return {"split": (splits or [drawn_split(source)])[0], "label": (labels or [None])[0],
-            "captions": [{"text": text, "source": "meta", "weight": 1.0,
-                          **{key: f[key] for key in ("prompt", "encoding") if key in f},
-                          **({"style": style} if style else {})}
-                         for f in mine for text, style in itertools.zip_longest(
-                             f["captions"], f.get("styles", ()))]}, \
-        {name: value for f in mine for name, value in f.get("scores", {}).items()}
-
-
-def holds(fact, start, end):
-    """Whether at least half of start..end lies within a fact's times."""
-    return min(end, fact["end"]) - max(start, fact["start"]) >= (end - start) / 2 - 1e-6
-
-
-def unused(source, facts, clips, stop):
-    """The rejects of captions whose times are those of no clip (row, ...) of a file, `stop` s
-    long."""
-    spans = [(row["start"], row["end"]) for row, *_ in clips]
-    for fact in facts:
-        start, end = fact["start"], fact["end"]
-        if fact["captions"] and start is not None and not any(holds(fact, *one) for one in spans):
-            times = (None, None) if start == math.inf else (start, end)
-            yield rejection(
-                source, "caption behind the end" if start >= stop else "caption of no clip", *times,
-                figure=round(stop, 3), detail=("" if times[1] else f"frames {fact['frames']}: ")
-                + printable(fact["captions"][0])[:100])
-
-
-FAULT = "fault: "       # begins the reason of a file at which a function of ours failed
-
-
-def rejection(source, reason, start=None, end=None, figure=None, threshold=None, detail=None):
-    return {"source": source, "shot_start": start, "shot_end": end, "reason": reason,
-            "figure": figure, "threshold": threshold, **({"detail": detail} if detail else {})}
-
-
 # -- clips: what to cut, what to leave out, the second pass ----------------------------------------
 
 SCORES = {              # what it is; why a clip is rejected that has too little, or too much (None:
@@ -2655,9 +606,9 @@ SCORES = {              # what it is; why a clip is rejected that has too little
     "damage": ("share of frames that are damaged or missing", "no damage", "damaged"),
     "bpp": ("bits a pixel of the source", "too few bits", "too many bits")}
 DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound; of
+
+
                         # --max_seconds below 1 half of it, which is the least of equal pieces
-
-
 def failure(row, options):
     """The reject of a row whose scores or captions fail a filter (the first that they fail), or
     None. Captions that fail are dropped from a row that keeps another (--policy any)."""
@@ -2927,7 +878,7 @@ def video_hash(samples):
     colours of 4 x 4 cells. Bits: of four moments, which of 8 x 8 cells are lighter than the median.
     None for pictures too plain to be told apart so."""
     top, bottom, left, right = np.min([one.border for one in samples], axis=0)
-    some, found = [samples[i] for i in np.linspace(0, len(samples) - 1, 4).round().astype(int)], []
+    some, result = [samples[i] for i in np.linspace(0, len(samples) - 1, 4).round().astype(int)], []
     for margin in (0, 0.04, 0.08, 0.12):
         bits = []
         for one in some:
@@ -2936,11 +887,11 @@ def video_hash(samples):
             cell = one.thumb[(y * 24).astype(int)[:, None], (x * 24).astype(int)]
             cell = turned(cell.reshape(8, 2, 8, 2).sum((1, 3), dtype=int), one.matrix)
             bits.append(cell > np.median(cell) + 8)
-        found.append(np.packbits(bits).tobytes().hex())
+        result.append(np.packbits(bits).tobytes().hex())
         if np.mean(bits) < 0.2:
             return []
     colours = np.mean([turned(one.colours, one.matrix) for one in some], axis=0)
-    return [*found, colours.astype(np.uint8).tobytes().hex()]
+    return [*result, colours.astype(np.uint8).tobytes().hex()]
 
 
 LOOK = 32               # side of the pictures that a closer look compares
@@ -2997,7 +948,7 @@ def like_pairs(bits, most, stop):
     bands of the bits one differs in at most `most // m`: clips are looked up by band, with so many
     bits changed, in a table of the uncropped ones; or all are compared where that is less work (in
     ns, about)."""
-    n, plans, found = len(bits), [], []
+    n, plans, pairs = len(bits), [], []
     for m in range(13, 65):
         width, radius = -(-256 // m), most // m
         n_masks = sum(math.comb(width, i) for i in range(radius + 1))
@@ -3007,15 +958,15 @@ def like_pairs(bits, most, stop):
     if work >= NS_A_PAIR * (stop - np.arange(n)).sum():
         for a in range(n):
             b = np.flatnonzero(apart(bits[a:a + 1], bits[a + 1:stop[a]]) <= most) + a + 1
-            found.append(a * n + b)
-        found = np.concatenate(found)
-        return found // n, found % n
+            pairs.append(a * n + b)
+        pairs = np.concatenate(pairs)
+        return pairs // n, pairs % n
     masks = [sum(1 << i for i in some) for k in range(radius + 1)
              for some in itertools.combinations(range(width), k)]
     for k in range(m):                                 # neighbours are alike: every m-th bit
         codes = [np.unpackbits(np.ascontiguousarray(bits[:, j]).view(np.uint8), axis=1)[:, k::m]
                  for j in range(4)]
-        codes = [each @ (1 << np.arange(each.shape[1])) for each in codes]
+        codes = [code @ (1 << np.arange(code.shape[1])) for code in codes]
         order = np.argsort(codes[0], kind="stable")
         first = np.concatenate([[0], np.cumsum(np.bincount(codes[0], minlength=2**width))])
         is_there = np.diff(first) > 0
@@ -3030,10 +981,10 @@ def like_pairs(bits, most, stop):
                 key = np.minimum(a, b) * n + np.maximum(a, b)
                 near = (a != b) & (key % n < stop[key // n])
                 a, b, key = a[near], b[near], key[near]
-                found.append(key[np.bitwise_count(bits[a, 0] ^ bits[b, j]).sum(1, dtype=int)
+                pairs.append(key[np.bitwise_count(bits[a, 0] ^ bits[b, j]).sum(1, dtype=int)
                                  <= most])
-        found = [np.unique(np.concatenate(found))]
-    return found[0] // n, found[0] % n
+        pairs = [np.unique(np.concatenate(pairs))]
+    return pairs[0] // n, pairs[0] % n
 
 
 def near_duplicates(rows, near, same=lambda a, b: True):
@@ -3043,15 +994,15 @@ def near_duplicates(rows, near, same=lambda a, b: True):
     compared with those that stay only, so that likeness does not creep from clip to clip. Chroma
     must be about the same, unless one is grey; and since many clips share the hash of a plain
     picture, all colours must be the same there. `same` looks closer at a pair that passes."""
-    known = sorted((i for i, row in enumerate(rows) if row.get("hash")),
+    hashed = sorted((i for i, row in enumerate(rows) if row.get("hash")),
                    key=lambda i: rows[i]["end"] - rows[i]["start"])
-    if not known or not near:
+    if not hashed or not near:
         return []
-    length = np.array([rows[i]["end"] - rows[i]["start"] for i in known])
-    stills = np.array([rows[i]["fps"] is None for i in known])
-    light = np.array([rows[i]["scores"]["brightness"] for i in known])
-    hashes = np.frombuffer(bytes.fromhex("".join("".join(rows[i]["hash"]) for i in known)),
-                           np.uint8).reshape(len(known), -1)
+    length = np.array([rows[i]["end"] - rows[i]["start"] for i in hashed])
+    stills = np.array([rows[i]["fps"] is None for i in hashed])
+    light = np.array([rows[i]["scores"]["brightness"] for i in hashed])
+    hashes = np.frombuffer(bytes.fromhex("".join("".join(rows[i]["hash"]) for i in hashed)),
+                           np.uint8).reshape(len(hashed), -1)
     bits = np.ascontiguousarray(hashes[:, :128]).reshape(-1, 4, 32).view(np.uint64)
     colours = hashes[:, 128:].reshape(-1, 16, 3).astype(np.int16)
     grey = np.abs(colours[..., 1:] - 128).mean((1, 2)) < 4
@@ -3060,7 +1011,7 @@ def near_duplicates(rows, near, same=lambda a, b: True):
             + (cell[..., 1:] != cell[..., :-1]).mean((1, 2, 3))) / 2 > RICH
     stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
     a, b = like_pairs(bits, math.ceil(near * 256) - 1, stop)
-    for a, b in zip(*(np.array_split(each, len(a) // 2**16 + 1) for each in (a, b))):
+    for a, b in zip(*(np.array_split(part, len(a) // 2**16 + 1) for part in (a, b))):
         distance = apart(bits[a], bits[b]) / 256
         alike = (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
         luma, *chroma = np.abs(colours[b] - colours[a]).mean(1).T
@@ -3068,24 +1019,25 @@ def near_duplicates(rows, near, same=lambda a, b: True):
         alike &= np.where(rich[b] & rich[a], (hue < HUE) | grey[b] | grey[a],
                           np.maximum(hue, luma) < COLOUR)
         for k in np.flatnonzero(alike).tolist():
-            i, j = known[a[k]], known[b[k]]
+            i, j = hashed[a[k]], hashed[b[k]]
             pairs.setdefault(i, []).append((float(distance[k]), j))
             pairs.setdefault(j, []).append((float(distance[k]), i))
     order = sorted(pairs, key=lambda i: (
         not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"], -rows[i]["length"], i))
-    kept, found = set(), []
+    kept, result = set(), []
     for i in order:
         twins = [] if rows[i].get("is_fixed") else sorted(
             pair for pair in pairs[i] if pair[1] in kept)
         twin = next((pair for pair in twins if same(rows[i], rows[pair[1]])), None)
         if twin:
-            found.append((rows[i], rows[twin[1]], twin[0]))
+            result.append((rows[i], rows[twin[1]], twin[0]))
         else:
             kept.add(i)
-    return found
+    return result
 
 
 # -- shards: one process each, watched -------------------------------------------------------------
+
 
 def run_shard(pipe, *arguments):
     """The process of a shard. Of an error of the machine it tells `pipe` in words."""
@@ -3257,6 +1209,7 @@ def run_jobs(jobs, n_workers, timeout):
 
 # -- the plan, the run, the end --------------------------------------------------------------------
 
+
 def walk(root, folder):
     """Yields (folder, names of its files) of `root` and all below it, links to folders included:
     each folder once, by its own name if it has one here. Hidden ones, the data set's own and links
@@ -3285,7 +1238,7 @@ def find_sources(root, folder, form):
     thumbnails) under `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of
     formats that come in archives their members count, and an archive itself that is not whole. A
     picture beside a video of its name is that one's thumbnail."""
-    found, others = [], {}
+    result, others = [], {}
 
     def pass_over(kind):
         n, first = others.get(kind, (0, name))
@@ -3299,19 +1252,19 @@ def find_sources(root, folder, form):
                 pass_over("dead link" if path.is_symlink() else "no file")
             elif is_archive(name) and form in IN_ARCHIVES:
                 inside, wrong = archive_index(path)
-                found += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
+                result += [[f"{name}/{inner}", size] for inner, (_, size) in inside.items()
                           if Path(inner).suffix.lower() in VIDEOS | STILLS
                           and not Path(inner).name.startswith("._")]
-                found += [[name, path.stat().st_size]] * bool(wrong)
+                result += [[name, path.stat().st_size]] * bool(wrong)
             elif kind not in VIDEOS | STILLS:
                 pass_over("tar" if is_archive(name) else kind)
             else:
-                found.append([name, path.stat().st_size])
+                result.append([name, path.stat().st_size])
     stem = lambda name: name[:name.rfind("/") + 1] + bare(name)
-    videos = {stem(name) for name, _ in found if Path(name).suffix.lower() in VIDEOS}
-    sources = [one for one in found if Path(one[0]).suffix.lower() in VIDEOS
+    videos = {stem(name) for name, _ in result if Path(name).suffix.lower() in VIDEOS}
+    sources = [one for one in result if Path(one[0]).suffix.lower() in VIDEOS
                or stem(one[0]) not in videos]
-    return sorted(sources), others, len(found) - len(sources)
+    return sorted(sources), others, len(result) - len(sources)
 
 
 def is_archive(name):
@@ -3334,13 +1287,13 @@ def passed_over(others, words="others passed over"):
 def blocks(sources, most, mib):
     """[[first, stop]] of the shards: a block ends with its `most`-th source, or with the one whose
     bytes fill `mib`."""
-    found, first, size = [], 0, 0
+    result, first, size = [], 0, 0
     for n, (_, n_bytes) in enumerate(sources, 1):
         size += n_bytes
         if n - first >= most or size >= mib * 2**20 or n == len(sources):
-            found.append([first, n])
+            result.append([first, n])
             first, size = n, 0
-    return found
+    return result
 
 
 def make_plan(args, folder, root):
@@ -3356,7 +1309,7 @@ def make_plan(args, folder, root):
             with open(one, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         options["meta"] = digest.hexdigest()
-    told = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
+    inputs = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, others, n_pictures = find_sources(root, folder, args.format)
     args.present = {name for name, _ in sources}
@@ -3373,10 +1326,10 @@ def make_plan(args, folder, root):
         print(f"{len(sources)} files under {root}; {passed_over(others)}" + (
             f", and {n_pictures} pictures, thumbnails of the videos beside them" if n_pictures
             else ""), file=sys.stderr)
-        return {"format": FORMAT, "options": options, "told": told, "sources": sources,
+        return {"format": FORMAT, "options": options, "told": inputs, "sources": sources,
                 "shards": blocks(sources, args.shard_sources, args.shard_mib)}, True
     before, now = dict(map(tuple, plan["sources"])), dict(map(tuple, sources))
-    began = {**told, **plan.get("told", {})}
+    began = {**inputs, **plan.get("told", {})}
     is_other = os.path.abspath(began["videos"]) != os.path.abspath(args.videos)
     lost = [name for name in before if now.get(
         name, before[name] if is_whole and not is_other else None) != before[name]]
@@ -3401,7 +1354,7 @@ def make_plan(args, folder, root):
             was, value = (began["meta"], args.meta) if name == "meta" else (was, value)
             refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
                    "NAME")
-        plan |= {"is_retold": True, "told": {**began, "meta": told["meta"]}}
+        plan |= {"is_retold": True, "told": {**began, "meta": inputs["meta"]}}
         plan["options"][name] = value
     is_retold = plan["options"] != {**plan["options"], **had}
     if not new or args.finish or (folder / "joining.json").exists():    # a join ends first
@@ -3409,7 +1362,7 @@ def make_plan(args, folder, root):
     print(f"{len(new)} new files under {root} are added to {folder}, as further shards; what is "
           "there stays as it is", file=sys.stderr)
     n = len(before)
-    return {**plan, "told": told, "sources": plan["sources"] + new, "shards":
+    return {**plan, "told": inputs, "sources": plan["sources"] + new, "shards":
             plan["shards"] + [[n + first, n + stop] for first, stop in blocks(
                 new, args.shard_sources, args.shard_mib)]}, True
 
@@ -3575,7 +1528,7 @@ def leave_out(folder, name, of):
     """Takes the clips of a shard that `of` names out of its tar, and marks their rows. The tar is
     first: of a tar without them the same bytes come again."""
     rows = read_rows(folder / f"{name}.jsonl")
-    mine, places = {row["key"] for row in rows if "duplicate_of" not in row} & of.keys(), {}
+    mine, offsets = {row["key"] for row in rows if "duplicate_of" not in row} & of.keys(), {}
     if not mine:
         return
     with tarfile.open(folder / f"{name}.tar", "r:") as old, \
@@ -3584,10 +1537,10 @@ def leave_out(folder, name, of):
         for one in old:
             key, suffix = one.name.split(".")
             if key not in mine:
-                place = add_member(tar, one.name, old.extractfile(one))
-                places |= {} if suffix == "json" else {key: place}
+                offset = add_member(tar, one.name, old.extractfile(one))
+                offsets |= {} if suffix == "json" else {key: offset}
     for row in rows:
-        row["offset"], row["length"] = places.get(row["key"], (None, None))
+        row["offset"], row["length"] = offsets.get(row["key"], (None, None))
         row |= {"duplicate_of": of[row["key"]]} if row["key"] in mine else {}
     write_rows(folder / f"{name}.jsonl", rows)
 
@@ -3736,8 +1689,8 @@ def next_steps(name, rows, has_gpu):
     side = max(8, min(side, int(np.median([max(r["width"], r["height"]) for r in rows])) // 8 * 8))
     length = min(length, int(np.median([row["frames"] for row in rows]) - 1) // 4 * 4 + 1)
     per_row = max(least, -(-4 * largest // 256) * 256)
-    told = next((row["captions"][0]["text"] for row in rows if row["captions"]), "")
-    told = " ".join(told.split())[:80]
+    example = next((row["captions"][0]["text"] for row in rows if row["captions"]), "")
+    example = " ".join(example.split())[:80]
     more, blind = f" --max_cells {cells}", "without captions it learns without text; "
     tells, few, quick = "the one before the last with --estimate tells the hours", "", ""
     if not has_gpu:
@@ -3765,32 +1718,15 @@ def next_steps(name, rows, has_gpu):
                 + "\n".join(f"python {line}" for line in (
                     "train_vae.py demo", "train_vae.py demo --encode",
                     "caption.py demo --train --paste 0.1", "caption.py demo", "train_dit.py demo",
-                    f"sample.py demo --prompt {shlex.quote(told)}")))
+                    f"sample.py demo --prompt {shlex.quote(example)}")))
     last = " --checkpoint last" * (len(rows) < 300)      # few are memorised; the best is vague
     return (f"{len(rows)} clips, {seconds:.0f} s, {n_tokens} tokens of {dit}; next ("
-            + blind * (not told) + f"{tells}):\n"
+            + blind * (not example) + f"{tells}):\n"
             f"python train_vae.py {name} --model {vae} --size {side} --frames {length}{few}\n"
             f"python train_vae.py {name} --encode{more * (cells != 2048)}\n"
             f"python train_dit.py {name} --model {dit} --row_tokens {per_row} --batch_tokens "
             f"{per_row * max(1, batch // per_row)}{quick}\n"
-            f"python sample.py {name} --prompt {shlex.quote(told)} --n 4{last}")
-
-
-def matmul_rate(n=1024):
-    """FLOP/s of numpy's product of two n x n matrices here, the best of four."""
-    x, best = np.ones((n, n), np.float32), math.inf
-    for _ in range(4):
-        began = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
-
-
-def cpu_dtype():
-    """bf16 where the processor multiplies it (a step of video-xs-2 takes 0.65 of the time)."""
-    path = Path("/proc/cpuinfo")
-    flags = path.read_text() if path.exists() else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+            f"python sample.py {name} --prompt {shlex.quote(example)} --n 4{last}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -3798,537 +1734,8 @@ def sheet_row(folder, row, n_frames=4):
     return list(clip_frames(folder, row, some)), (*row["captions"], {"text": row["key"]})[0]["text"]
 
 
-# -- reading a prepared data set: what the later stages use ----------------------------------------
+# -- the command line ------------------------------------------------------------------------------
 
-def open_dataset(folder):
-    """The kept rows (dicts, a row of shard-*.jsonl each) of a finished data set, in shard order,
-    duplicates left out. Adds row["shard"], and to row["captions"] those that caption.py wrote:
-    {"text", "source": RUN, "weight": 1.0}. Refuses a folder that is missing, unfinished, damaged,
-    or of another FORMAT."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        refuse(f"{folder} does not exist: prepare it first (python prepare_data.py "
-               f"{folder.name} --videos DIR)")
-    if not (folder / "manifest.json").is_file():
-        refuse(f"{folder} is not finished: run its prepare_data.py command (again)")
-    manifest = read_json(folder / "manifest.json")
-    for name, files in manifest["shards"].items():
-        for path in (folder / file for file in files if re.fullmatch(r".*\d(\.metadata)?\.jsonl",
-                                                                     file)):
-            if not path.is_file() or not is_done(folder, int(name[-5:])) or \
-                    hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
-                refuse(f"{path} or its tar is not what the manifest says: "
-                       f"{MAKE_AGAIN.format(name)}")
-    rows = kept_rows(folder, manifest["shards"], read_rows(folder / "duplicates.jsonl"))
-    mine = {row["key"]: row for row in rows}
-    for name in manifest["shards"]:
-        for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
-            run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
-            total = captions.with_name(f"{captions.name}.crc")       # of what caption.py wrote
-            if total.is_file() and total.read_text().strip() != str(
-                    zlib.crc32(captions.read_bytes())):
-                refuse(f"{captions} is not as it was written: remove it and caption again, or, if "
-                       f"you have edited it, remove {total.name}")
-            for row in read_rows(captions):
-                if row["key"] in mine:
-                    mine[row["key"]]["captions"].append(
-                        {"text": row["caption"], "source": run, "weight": 1.0})
-    if not int(os.environ.get("RANK", 0)):
-        shards = list(manifest["shards"].items())
-        stats = [os.stat(folder / file) for _, files in shards for file in files]
-        state = folder.absolute(), *((stat.st_size, stat.st_mtime_ns) for stat in stats)
-        if state not in CHECKED:
-            random.shuffle(shards)                     # a sample: no result depends on it
-            check_sums(folder, shards, time.monotonic() + 1)
-            CHECKED.add(state)
-    return rows
-
-
-def kept_rows(folder, shards, duplicates):
-    """The rows of shards {name: its files}, without duplicates, with row["shard"]; as told by
-    metadata that came later. A clip without a caption, or label, has that of its duplicate."""
-    of, kept, left_out = {one["key"]: one["of"] for one in duplicates}, {}, {}
-    for name, files in shards.items():
-        mine = {row["key"]: {**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")}
-        later = f"{name}.metadata.jsonl"
-        for row in read_rows(folder / later) if later in files else ():
-            mine[row["key"]] |= row
-        for key, row in mine.items():
-            (left_out if key in of else kept)[key] = row
-    for key, row in left_out.items():
-        stays = kept.get(of[key], row)
-        stays |= {name: row[name] for name in ("captions", "label")
-                  if row[name] and not stays[name]}
-    return list(kept.values())
-
-
-CHECKED = set()         # data sets, as their files are, whose sums this process has compared
-MAKE_AGAIN = "remove {}.tar and run its prepare_data.py command, which makes that shard again"
-
-
-def check_sums(folder, shards, until=math.inf):
-    """Refuses shards, of [(name, {file: sha256})], that are not as they were written. What takes
-    longer than `until`, of time.monotonic, is left unchecked."""
-    for name, files in shards:
-        for file, digest in files.items():
-            found = hashlib.sha256()
-            with open(Path(folder, file), "rb") as opened_file:
-                while part := opened_file.read(2**22):
-                    found.update(part)
-                    if time.monotonic() > until:
-                        return
-            if found.hexdigest() != digest:
-                refuse(f"{folder}/{file} is damaged, its sum is not the manifest's: "
-                       f"{MAKE_AGAIN.format(name)}")
-
-
-def verify(folder):
-    """--verify: compares all sums that stages have written beside their results."""
-    rows = open_dataset(folder)
-    shards = list(read_json(folder / "manifest.json")["shards"].items())
-    check_sums(folder, tqdm(shards, desc="verify", unit="shard"))
-    n_tensors, files = 0, sorted(folder.glob("shard-*.safetensors"))
-    for path in files:                                 # latents, embeddings of captions
-        with open(path, "rb") as file:
-            try:
-                size, = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(size, path.stat().st_size)))
-                sums = json.loads(header["__metadata__"]["nanosora"]).get("sums", {})
-                places = {name: header[name]["data_offsets"] for name in sums}
-            except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-                refuse(f"{path} is damaged: remove it, and encode again")
-            for name, (start, stop) in places.items():
-                file.seek(8 + size + start)
-                if zlib.crc32(file.read(stop - start)) != sums[name]:
-                    refuse(f"{path} is damaged at {name}: remove it, and encode again")
-            n_tensors += len(sums)
-    print(f"{folder}: {len(shards)} shards of {len(rows)} clips, and {n_tensors} latents and "
-          f"embeddings in {len(files)} files, are as they were written")
-
-
-def read_member(folder, row):
-    """The bytes of a row's clip, found in its tar by offset."""
-    with open(Path(folder, f"{row['shard']}.tar"), "rb") as file:
-        file.seek(row["offset"])
-        return file.read(row["length"])
-
-
-def clip_frames(folder, row, some=None):
-    """Yields the frames of a row's clip, uint8 [H, W, 3] RGB; only those numbered in `some`."""
-    data = io.BytesIO(read_member(folder, row))
-    if row["fps"] is None:
-        pixels, size = read_still(data), (row["width"], row["height"])
-        yield pixels if pixels.shape[1::-1] == size else np.array(
-            Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-        return
-    scaler = VideoReformatter()
-    with av.open(data) as container:
-        container.streams.video[0].thread_type = "NONE"
-        for n, frame in enumerate(container.decode(video=0)):
-            if some is None or n in some:
-                yield scaler.reformat(frame, format="rgb24", src_colorspace=colour_matrix(frame),
-                                      threads=1).to_ndarray()
-
-
-FIELDS = ("frames", "fps", "width", "height", "start", "end", "split", "label", "source")
-
-
-def where(rows, text):
-    """The rows for which `text` holds: comparisons (< <= > >= == !=) of a score, or of one of
-    FIELDS, with a number or a quoted text, joined by and, or, not and parentheses; no comparison
-    holds for a row without that value. where(rows, "flow > 0.1 and not (text > 0.05)"). Refuses
-    what it cannot read and scores that no row has."""
-    rows = list(rows)
-    known = {name for row in rows for name in row["scores"]} | set(FIELDS)
-    compare = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-               ast.GtE: operator.ge, ast.Eq: operator.eq, ast.NotEq: operator.ne}
-
-    def test_of(node):
-        match node:
-            case ast.BoolOp(op=op, values=parts):
-                tests, join = [test_of(part) for part in parts], \
-                    all if isinstance(op, ast.And) else any
-                return lambda row: join(test(row) for test in tests)
-            case ast.UnaryOp(op=ast.Not(), operand=inner):
-                test = test_of(inner)
-                return lambda row: not test(row)
-            case ast.Compare(left=ast.Name(id=name), ops=[sign], comparators=[value]):
-                value, holds = ast.literal_eval(value), compare[type(sign)]
-                if rows and name not in known:
-                    refuse(f"'{text}': no clip has '{name}'; there are {', '.join(sorted(known))}")
-                if not isinstance(value, (int, float, str)):
-                    raise ValueError
-
-                def test(row):
-                    own = row["scores"].get(name, row.get(name) if name in FIELDS else None)
-                    return own is not None and isinstance(own, str) == isinstance(value, str) \
-                        and holds(own, value)
-                return test
-        raise ValueError
-    try:
-        test = test_of(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError, KeyError):
-        refuse(f"'{text}' is not of the kind: flow > 0.1 and not (text > 0.05 or split == 'test')")
-    found = [row for row in rows if test(row)]
-    if rows and not found:
-        values = {name: [value for row in rows if (value := row["scores"].get(
-            name, row.get(name))) is not None] for name in sorted(known & set(
-                re.findall(r"\w+", text)))}
-        refuse(f"'{text}' holds for none of the {len(rows)} clips: " + "; ".join(
-            f"{name} runs from {min(v)} to {max(v)}" if v else f"{name} is never known"
-            for name, v in values.items()))
-    return found
-
-
-def frames_of(folder, row, some=None):
-    """The frames of a row's clip, or of them those numbered in `some`. Raises Unreadable, which
-    names it, of a clip that cannot be read or has lost some."""
-    try:
-        frames = list(clip_frames(folder, row, some))
-        if len(frames) == (row["frames"] if some is None else len(some)):
-            return frames
-        error = f"{len(frames)} frames came"
-    except Exception as found:          # whatever the damage does: it is this clip's
-        if is_machine_error(found):
-            raise
-        error = found
-    raise Unreadable(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read "
-                     f"({error})")
-
-
-def read_clip(folder, row):
-    """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still. Raises Unreadable."""
-    return np.stack(frames_of(folder, row))
-
-
-# -- for people ------------------------------------------------------------------------------------
-
-def report(folder, root):
-    """report/ of a finished data set: report.txt (how scores are spread, what other bounds would
-    cost, why clips were rejected), spread.png, kept.png, rejected.png, duplicates.png."""
-    rejects, twins = read_rows(folder / "rejected.jsonl"), read_rows(folder / "duplicates.jsonl")
-    rows = open_dataset(folder)
-    values = {name: [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
-              for name in SCORES}
-    values["words"] = [len(one["text"].split()) for row in rows for one in row["captions"]]
-    values = {name: np.sort(found) for name, found in values.items() if found}
-    marks = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
-    lines = [f"{len(rows)} clips, {len(rejects)} rejects, {len(twins)} duplicates", "",
-             "How the kept clips' scores are spread, by percent of the clips (a lower bound of "
-             "what stands under 10 would lose 10% of them)",
-             f"{'':12}" + "".join(f"{mark:>10}" for mark in marks)]
-    lines += [f"{name:12}" + "".join(f"{v:10.4g}" for v in np.percentile(found, marks))
-              for name, found in values.items()]
-    lines += ["", "Why clips and files were left out, and the bound that would have let a quarter, "
-              "half and all of them pass"]
-    for reason, n in Counter(one["reason"] for one in rejects).most_common():
-        mine = [one for one in rejects if one["reason"] == reason]
-        figures = sorted(one["figure"] for one in mine if number_of(one["threshold"]) is not None
-                         and number_of(one["figure"]) is not None)
-        if figures and figures[0] < mine[0]["threshold"]:
-            figures = figures[::-1]                    # a lower bound has to go down
-        lines.append(f"{n:8} {reason:40}" + "".join(
-            f"{figures[math.ceil(len(figures) * q) - 1]:10.4g}" for q in (0.25, 0.5, 1) if figures))
-    write_text(folder / "report/report.txt", "\n".join(lines) + "\n")
-    contact_sheet(folder / "report/spread.png", [
-        (bars(found), "{}: {:.4g} to {:.4g}".format(name, *np.percentile(found, (1, 99))))
-        for name, found in values.items()], 192)
-    every = {row["key"]: {**row, "shard": name} for name in read_json(
-        folder / "manifest.json")["shards"] for row in read_rows(folder / f"{name}.jsonl")}
-    contact_sheet(folder / "report/kept.png", [
-        sheet_row(folder, row) for row in rows[::max(1, len(rows) // 36)][:36]])
-    contact_sheet(folder / "report/duplicates.png", [
-        (sheet_row(folder, every[one["of"]], 1)[0] + glimpse(root, every[one["key"]]),
-         f"{one['distance']} {one['key']} of {one['of']}") for one in twins[:36]])
-    shown = [one for reason in sorted({one["reason"] for one in rejects})
-             for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
-    contact_sheet(folder / "report/rejected.png", [
-        (glimpse(root, one), " ".join(str(part) for part in (
-            one["reason"], one["figure"], Path(one["source"]).name) if part is not None))
-        for one in shown], 160)
-    print(f"look at {folder / 'report'}")
-
-
-def bars(values, height=60):
-    """[uint8 [height, 96, 3]]: a histogram from the 1st to the 99th percentile."""
-    counts, _ = np.histogram(values, 48, np.percentile(values, (1, 99)))
-    tops = np.repeat(counts * height / max(1, counts.max()), 2)
-    return [np.where((np.arange(height, 0, -1)[:, None] <= tops)[..., None],
-                     np.uint8((90, 150, 230)), np.uint8((40, 44, 52)))]
-
-
-def glimpse(root, reject):
-    """[frame] from about the middle of what was rejected; [] where nothing decodes."""
-    try:
-        path, _ = located(root, reject["source"])
-        if path.suffix.lower() in STILLS:
-            return [read_still(path)]
-        with opened(path) as (container, stream):
-            middle = ((reject["shot_start"] or 0) + (reject["shot_end"] or 0)) / 2
-            container.seek(int(middle / stream.time_base) + (stream.start_time or 0), stream=stream)
-            return [Video(path).rgb(next(container.decode(stream)), 256)]
-    except (FFmpegError, Unreadable, StopIteration, *PICTURE_ERRORS):
-        return []
-
-
-# -- demo: moving shapes whose form, colour and direction are known --------------------------------
-
-COLOURS = {"red": (240, 60, 50), "green": (60, 210, 80), "blue": (70, 110, 255),
-           "yellow": (245, 225, 60), "purple": (205, 80, 240), "cyan": (60, 220, 230)}
-FORMS = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-GROUNDS = {"black": 12, "dark": 40, "grey": 68}      # levels far below every colour's own luma
-TEXTURES = ("plain", "striped", "checked", "dotted")
-DEMO_SIZES = ((32, 32), (48, 32), (32, 40), (40, 32), (36, 32), (32, 48), (40, 40), (32, 36))
-
-
-def is_left_out(colour, form, direction):
-    """Whether the training split never shows this combination: 24 of the 72, chosen so that every
-    pair (colour and form, form and direction, colour and direction) is still seen."""
-    index = list(COLOURS).index(colour) + FORMS.index(form) + list(DIRECTIONS).index(direction)
-    return index % 3 == 0
-
-
-def demo_files(n_files=160, seed=0):
-    """The plan of the demo: a list of files {name, width, height, fps, split, shots}; a shot holds
-    all that `render_shot` needs, its caption, and whether the metadata file tells that caption.
-    Every eighth file is for the test split, and half of its shots show combinations left out. In
-    files beyond the usual 160 all turn or stop: see `paced`."""
-    every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
-    seen = [combination for combination in every if not is_left_out(*combination)]
-    left_out = [combination for combination in every if is_left_out(*combination)]
-    files = []
-    for i in range(n_files):
-        random = rng(seed, "demo", i)
-        width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
-        is_test, is_more, shots, level = i % 8 == 7, i >= 160, [], None
-        fps = int(random.choice([8, 10, 12]))
-        for j in range(8):
-            level = random.choice([g for g in GROUNDS if g != level])    # so that every cut shows
-            pool = left_out if is_test and j % 2 else seen
-            n_shapes = 1 if is_test and j % 2 or random.random() < 0.8 else 2
-            picked = [pool[k] for k in random.choice(len(pool), n_shapes, replace=False)]
-            if len({colour for colour, _, _ in picked}) < n_shapes:
-                picked = picked[:1]
-            shot = demo_shot(random, picked, str(level), width, height, fps)
-            shots.append(paced(rng(seed, "pace", i, j), shot) if is_more else shot)
-        files.append({"name": f"demo-{i:03d}.mp4", "width": width, "height": height, "fps": fps,
-                      "split": "test" if is_test else "train", "shots": shots})
-    return files
-
-
-def demo_shot(random, combinations, level, width, height, fps):
-    """One shot: shapes [{colour, form, direction, radius, start, stop}] (pixels), a ground, a
-    number of frames, a caption. Shapes stay inside the frame and clear of each other; two are
-    smaller than one, so that there is room for both ways."""
-    side, n_frames = min(width, height), int(random.integers(9, 15))
-    radii = (0.25, 0.29) if len(combinations) == 1 else (0.17, 0.2)
-    for _ in range(200):
-        shapes = []
-        for colour, form, direction in combinations:
-            radius = side * random.uniform(*radii)
-            size, step = np.array([width, height]), np.array(DIRECTIONS[direction])
-            room = size / 2 - radius - 1                                 # how far a centre may go
-            path = step * random.uniform(0.75, 1.0) * 2 * room * np.abs(step)
-            free = room - np.abs(path) / 2
-            middle = size / 2 + random.uniform(-1, 1, 2) * free
-            shapes.append({"colour": colour, "form": form, "direction": direction,
-                           "radius": float(radius), "start": (middle - path / 2).tolist(),
-                           "stop": (middle + path / 2).tolist()})
-        at = [np.linspace(s["start"], s["stop"], n_frames) for s in shapes]
-        gap = min((np.linalg.norm(at[0] - other, axis=1).min() for other in at[1:]), default=side)
-        if gap > 1.3 * sum(s["radius"] for s in shapes[:2]) or len(shapes) == 1:
-            break
-    else:
-        shapes = shapes[:1]                                              # no room for both
-    texture = str(random.choice(TEXTURES))
-    caption = " and ".join(f"a {s['colour']} {s['form']} moves {s['direction']}" for s in shapes)
-    if random.random() < 0.5:
-        caption += f" on a {texture} {level} ground"
-    return {"shapes": shapes, "texture": texture, "level": level,
-            "cell": int(random.integers(4, 8)), "tint": random.uniform(-6, 6, 3).round(1).tolist(),
-            "frames": n_frames, "width": width, "height": height, "fps": fps,
-            "caption": caption, "captioned": random.random() < 0.5}
-
-
-def paced(random, shot):
-    """A shot of which more is shown: its shapes come back to where they turn, or rest where they
-    stop, as those of a video that goes on under the same prompt or another."""
-    kind = str(random.choice(["turn", "rest"]))
-    more = int(random.integers(5, 9) if kind == "turn" else random.integers(5, 15))
-    n_frames = shot["frames"] + more
-    return {**shot, "frames": n_frames, kind: more / n_frames, "captioned": True}
-
-
-def progress(shot):
-    """[T]: where on its way a shape is in each frame, 0 at its start and 1 where it stops."""
-    turn, rest = shot.get("turn", 0), shot.get("rest", 0)        # shares of the frames
-    return np.interp(np.linspace(0, 1, shot["frames"]), [0, turn, 1 - rest, 1],
-                     [turn / (1 - turn - rest), 0, 1, 1])
-
-
-def render_shot(shot, oversample=4):
-    """uint8 [T, H, W, 3]: the shot drawn at `oversample` times its size and averaged down."""
-    height, width, cell = shot["height"], shot["width"], shot["cell"]
-    y, x = np.mgrid[:height, :width]
-    pattern = {"plain": np.zeros_like(x), "striped": (x + y) // cell % 2,
-               "checked": (x // cell + y // cell) % 2,
-               "dotted": (x % cell < cell // 2) & (y % cell < cell // 2)}[shot["texture"]]
-    ground = GROUNDS[shot["level"]] + 10.0 * pattern[..., None] + np.array(shot["tint"])
-    frames = np.repeat(ground[None], shot["frames"], axis=0)
-    y, x = (np.mgrid[:height * oversample, :width * oversample] + 0.5) / oversample
-    for shape in shot["shapes"]:
-        start, stop = np.array(shape["start"]), np.array(shape["stop"])
-        for frame, share in zip(frames, progress(shot)):
-            centre_x, centre_y = start + share * (stop - start)
-            u, v = (x - centre_x) / shape["radius"], (y - centre_y) / shape["radius"]
-            inside = {"circle": u * u + v * v < 1,
-                      "square": np.maximum(np.abs(u), np.abs(v)) < 0.88,
-                      "triangle": (v < 0.85) & (np.abs(u) < 0.56 * (v + 1.1))}[shape["form"]]
-            cover = inside.reshape(height, oversample, width, oversample).mean((1, 3))[..., None]
-            frame += cover * (np.array(COLOURS[shape["colour"]]) - frame)
-    return frames.clip(0, 255).round().astype(np.uint8)
-
-
-# A second demo, to see what a few real videos give: landscapes of textures under a moving camera.
-# Colours of the sky at the zenith and at the horizon, and of what is lit.
-LIGHTS = {"noon": ((70, 130, 225), (190, 220, 245), (255, 255, 245)),
-          "dusk": ((60, 50, 110), (250, 150, 80), (250, 190, 140)),
-          "fog": ((150, 160, 170), (205, 210, 212), (205, 210, 215)),
-          "night": ((10, 14, 40), (40, 56, 96), (90, 105, 150))}
-SCENES = {"hills": ("balloon", (96, 150, 62)), "sea": ("boat", (24, 84, 110)),
-          "desert": ("ball", (226, 178, 110))}
-CAMERAS = {"still": (0, 1), "pans left": (-0.7, 1), "pans right": (0.7, 1), "zooms in": (0, 1.7)}
-
-
-def scene_files(n_files=30, seed=0):
-    """The plan of demo-scenes, like `demo_files`: two shots a file, every light and scene."""
-    files = []
-    for i in range(n_files):
-        random, shots = rng(seed, "scenes", i), []
-        for j in range(2):
-            ground, light = list(SCENES)[(i + j) % 3], list(LIGHTS)[(i // 3 + 2 * j) % 4]
-            camera = str(random.choice(list(CAMERAS)))
-            colour = str(random.choice([c for c in COLOURS if c != "green"]))
-            shots.append(dict(
-                scene=ground, light=light, camera=camera, colour=colour, frames=48, height=72,
-                width=96, seed=(seed, "scene", i, j), captioned=True, caption=f"a {colour} "
-                f"{SCENES[ground][0]}, {ground}, {light}, the camera {camera}"))
-        files.append({"name": f"scene-{i:03d}.mp4", "fps": 24, "shots": shots,
-                      "split": "test" if i % 10 == 9 else "train"})
-    return files
-
-
-def random_texture(random, power, n=128):
-    """Periodic noise [n, n] of mean 0.5 in 0..1; a wave of frequency f has the size f**-power."""
-    f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n))
-    f[0, 0] = np.inf
-    texture = np.fft.irfft2(np.exp(2j * np.pi * random.random(f.shape)) * f**-power, (n, n))
-    return (0.5 + texture / (5 * texture.std())).clip(0, 1)
-
-
-def look_up(texture, y, x):
-    """A periodic texture at real coordinates, between its points bilinear."""
-    n, i, j = len(texture), np.floor(y).astype(int), np.floor(x).astype(int)
-    a, b = y - i, x - j
-    at = lambda k, m: texture[(i + k) % n, (j + m) % n]
-    return (1 - a) * ((1 - b) * at(0, 0) + b * at(0, 1)) + a * (
-        (1 - b) * at(1, 0) + b * at(1, 1))
-
-
-def scene_object(kind, u, v, t):
-    """(what it covers, how bright it is) of a boat, balloon or ball about (0, 0), of radius 1."""
-    r = np.hypot(u, v)
-    shade = 0.45 + 0.55 * (1 - np.hypot(u + 0.4, v + 0.45) / 1.7).clip(0, 1)
-    if kind == "boat":
-        hull, sail = (v > 0.5) & (v < 0.95) & (np.abs(u) < 1.3 - v / 2), (
-            (v < 0.45) & (v > -1.2) & (u > -0.1) & (u < 0.6 * (v + 1.2)))
-        return hull | sail, np.where(hull, 0.35, 1.1)
-    if kind == "balloon":
-        basket = (np.abs(u) < 0.25) & (v > 1.25) & (v < 1.6)
-        stripes = 0.75 + 0.25 * np.sign(np.sin(7 * u))
-        return (r < 1) | basket, np.where(basket, 0.3, shade * stripes)
-    turn = np.arctan2(v, u) + 5 * t
-    return r < 1, shade * (0.7 + 0.3 * np.sign(np.cos(2 * turn)))
-
-
-def render_scene(shot):
-    """uint8 [T, H, W, 3]: sky with drifting clouds and a sun, ridges or waves, each moved by the
-    camera as far as it is near, and the object that crosses it; drawn at twice its size."""
-    random, (H, W) = rng(*shot["seed"]), (2 * shot["height"], 2 * shot["width"])
-    clouds, rough = random_texture(random, 1.7), random_texture(random, 0.9)
-    kind, ground = SCENES[shot["scene"]]
-    zenith, low, lit = (np.array(c, float) for c in LIGHTS[shot["light"]])
-    ground, colour = np.array(ground) * lit / 255, np.array(COLOURS[shot["colour"]]) * lit / 255
-    pan, zoom = CAMERAS[shot["camera"]]
-    sun, side, level = random.uniform(-0.5, 0.5), random.choice([-1, 1]), random.uniform(0.25, 0.4)
-    y, x = (np.mgrid[:H, :W] + 0.5) / H - np.array([0.5, W / H / 2])[:, None, None]
-    mix = lambda a, b, share: a + (b - a) * np.clip(share, 0, 1)[..., None]
-    frames = []
-    for t in np.linspace(0, 1, shot["frames"]):
-        view = lambda depth: (y / (1 + (zoom - 1) * t * depth), pan * depth * (t - 0.5)
-                              + x / (1 + (zoom - 1) * t * depth))
-        v, u = view(0.15)
-        frame = mix(zenith, low, 1.1 + 2 * v)
-        frame = mix(frame, lit, 1.2 - np.hypot(u - sun, v + 0.25) * 12)                   # the sun
-        frame = mix(frame, lit, 3.5 * look_up(clouds, v * 60, u * 40 + 9 * t) - 2)
-        for depth in (0.3, 0.5, 0.8) if shot["scene"] != "sea" else (0.5,):
-            v, u = view(depth)
-            ridge = depth * 0.55 - 0.16
-            if shot["scene"] == "sea":
-                ridge, near = 0.05, 1 / (v - 0.02).clip(0.03)
-                light = look_up(rough, 14 * near + 10 * t, 6 * u * near) + (
-                    0.3 - np.abs(u - sun)).clip(0)
-            else:
-                ridge = ridge + 0.45 * (1 - depth / 2) * (look_up(clouds, np.full_like(
-                    u, 90 * depth), u * 14 + 50 * depth) - 0.5)
-                light = look_up(rough, v * 70 / depth, u * 50 / depth)
-            face = mix(low, ground * (0.55 + 0.9 * light[..., None]), np.full_like(u, depth + 0.2))
-            frame = mix(frame, face, (v - ridge) * H / 2)
-        v, u = view(0.8)
-        place = side * (1.1 * t - 0.55)
-        height = {"boat": 0.1, "ball": level - 0.1 * np.abs(np.sin(9 * t)),
-                  "balloon": -level / 2 - 0.1 * t}[kind]
-        size = {"boat": 0.16, "ball": 0.11, "balloon": 0.14}[kind]
-        covers, bright = scene_object(kind, (u - place) / size, (v - height) / size, side * t)
-        frame = mix(frame, colour * bright[..., None], covers.astype(float))
-        frames.append(frame.reshape(H // 2, 2, W // 2, 2, 3).mean((1, 3)))
-    return np.stack(frames).clip(0, 255).round().astype(np.uint8)
-
-
-def render_file(folder, file):
-    write_video(folder / file["name"], (
-        frame for shot in file["shots"]
-        for frame in (render_scene if "scene" in shot else render_shot)(shot)), file["fps"], crf=10)
-
-
-def make_demo(folder, files, n_workers):
-    """Renders a demo's videos, those that are not there, and captions.jsonl, as if they were a
-    user's: each file's split, and its captions (of the first demo for about half of its shots)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
-    rows = []
-    for file in files:
-        rows.append({"video": file["name"], "split": file["split"]})
-        edges = np.cumsum([0, *(shot["frames"] for shot in file["shots"])]) / file["fps"]
-        rows += [{"video": file["name"], "start": round(float(start), 6),
-                  "end": round(float(end), 6), "caption": shot["caption"], "split": file["split"]}
-                 for shot, start, end in zip(file["shots"], edges, edges[1:]) if shot["captioned"]]
-    there = {path.name for path in folder.glob("*.mp4")}
-    if there - {file["name"] for file in files}:
-        refuse(f"{folder} holds more than a demo of {len(files)} files: remove it")
-    todo = [file for file in files if file["name"] not in there]
-    if todo:
-        context = multiprocessing.get_context("spawn")
-        with deaf_children():
-            pool = context.Pool(min(n_workers, len(todo)), die_with_parent)
-        with pool:                                     # is ended, not waited for, on an error
-            work = pool.imap(functools.partial(render_file, folder), todo)
-            list(tqdm(work, total=len(todo), unit="file", desc="demo videos"))
-    write_rows(folder / "captions.jsonl", rows)
-
-
-# -- options ---------------------------------------------------------------------------------------
 
 def number(kind, low, high=math.inf):
     """argparse type: an int or float within low..high."""
@@ -4474,6 +1881,31 @@ def parse_options(argv=None):
     return args
 
 
+def one_line(main):
+    """Wraps a script's main: an error of the machine ends it in one line, status 2."""
+    @functools.wraps(main)
+    def run(*args, **options):
+        try:
+            return main(*args, **options)
+        except Exception as error:
+            fault = fault_of(error)
+            if not fault:
+                raise
+            refuse(f"{fault}; nothing is lost, the same command goes on")
+    return run
+
+
+def script(main):
+    """Runs a script's main; Ctrl-C ends it in one line, status 130, and a second one at once."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # as a shell's background job has it
+        signal.signal(signal.SIGINT, interrupted)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
 @one_line
 def main(argv=None):
     args = parse_options(argv)
@@ -4508,6 +1940,2586 @@ def main(argv=None):
     if args.split == "seconds" and not args.max_seconds:
         refuse("--split seconds needs a --max_seconds above 0")
     prepare(args)
+
+
+# -- what other stages borrow: files, randomness, refusals -----------------------------------------
+
+FORMAT = 1                               # version of the folder's format
+
+
+def refuse(message):
+    """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.leave = False
+        bar.close()                                    # else its last state would follow the line
+    print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    sys.exit(2)
+
+
+def refuse_pointer(path):
+    """Refuses a pointer of Git LFS in a file's place."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
+
+
+def printable(text):
+    """The text with escapes in the place of what is no character, or steers a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses wrong options in one line, with the nearest name that there is."""
+
+    def error(self, message):
+        choice = re.fullmatch(r"argument (\S+?): invalid choice: '?(.*?)'? \(choose from (.*)\)",
+                              message)
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if choice:
+            close = nearest(choice[2], re.findall("[^', ]+", choice[3]))
+            message = f"{choice[1]} {choice[2]}: did you mean {close}?" if close else message
+        elif message.startswith("unrecognized") and (
+                bad := next((word for word in words if word.startswith("-")), "").split("=")[0]):
+            close = nearest(bad, self._option_string_actions)
+            message = f"{bad} is not an option: " + (f"did you mean {close}?" if close else
+                                                     "--help names them")
+        refuse(message)
+
+
+def nearest(word, names):
+    """The name that `word` is closest to, whatever its case and signs, or None."""
+    plain = lambda text: re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+    names = {plain(name): name for name in names}
+    return names.get(next(iter(difflib.get_close_matches(plain(word), names, 1)), None))
+
+
+def interrupted(*_):
+    """The first Ctrl-C ends what is open, the second at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+MACHINE = {getattr(errno, name): remedy for names, remedy in (
+    ("ENOSPC EDQUOT", "make room there (TMPDIR names the folder of temporary files)"),
+    ("EMFILE ENFILE", "allow more open files (ulimit -n)"),
+    ("ENOMEM", "free memory, or start fewer processes at a time"),
+    ("EFBIG", "allow larger files (ulimit -f)"),
+    ("EIO ESTALE ENOTCONN ETIMEDOUT EREMOTEIO EHOSTUNREACH ENETUNREACH ENETDOWN ECONNRESET ENODEV "
+     "ENXIO EUCLEAN", "see to that disk or network"),
+    ("EROFS", "make it writable")) for name in names.split() if hasattr(errno, name)}
+
+
+def is_machine_error(error):
+    """Whether an error is the machine's: it says nothing of the file in work, and may be gone the
+    next time. FFmpeg has no memory for what damaged files claim, either: above 2 GiB."""
+    if isinstance(error, MemoryError):
+        with contextlib.suppress(OSError, ValueError):
+            return not isinstance(error, FFmpegError) or bool(mmap.mmap(-1, 2**31).close())
+        return True
+    return getattr(error, "errno", None) in MACHINE
+
+
+def fault_of(error):
+    """What a line says of an error of the machine, or of a process beside; '' of any other."""
+    text = str(error)
+    number = re.search(r"\(os error (\d+)\)", text)      # of libraries in Rust
+    number = int(number[1]) if number else getattr(error, "errno", None)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:       # torch's
+        number = errno.ENOMEM
+    remedy = MACHINE.get(number) or isinstance(error, PermissionError) and MACHINE[errno.EROFS]
+    if remedy and isinstance(number, int):
+        path = Path(str(getattr(error, "filename", None) or ""))
+        path = path.parent if path.name.startswith(".") else path       # a temporary file's folder
+        return (f"{path}: " if path.name else "") + f"{os.strerror(number)}: {remedy}"
+    if "gloo" in text or "ProcessGroup" in text or "NCCL" in text:
+        return f"rank {os.environ.get('RANK', 0)}: another rank ended, or its machine: see its line"
+    return ""
+
+
+def write_fault(folder):
+    """Why a folder cannot be written or made, or ''; makes nothing."""
+    folder_there = next(one for one in (Path(folder), *Path(folder).absolute().parents)
+                        if one.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder_there):
+            return ""
+    except OSError as error:
+        return (error.strerror or str(error)).lower() + (
+            f" ({folder_there})" if folder_there != Path(folder) else "")
+
+
+def writable(folder):
+    """Refuses, before any work, a folder that cannot be written or made."""
+    if fault := write_fault(folder):
+        refuse(f"{folder} cannot be written: {fault}")
+
+
+def dataset_dir(name):
+    """Path of a data set: a bare name means data/NAME, anything with a slash is a path."""
+    return Path(name) if "/" in str(name) or os.sep in str(name) else Path("data", name)
+
+
+def run_dir(name):
+    """Path of a training run: a bare name means runs/NAME, anything with a slash is a path."""
+    return Path(name) if "/" in str(name) or os.sep in str(name) else Path("runs", name)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yields a temporary path beside `path` (same suffix) to write to. On success the file is
+    flushed to disk and renamed, so that `path` never holds half of anything; on an exception it is
+    removed. The lock tells `sweep` that its writer lives."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
+    with open(part, "ab") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield part
+            with open(part, "rb+") as written:
+                is_sole(written)                       # another file, where a library renamed its
+                os.chmod(part, os.fstat(lock.fileno()).st_mode & 0o777)     # own, of mode 0600
+                os.fsync(written.fileno())
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def sweep(folder):
+    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock), and
+    those of safetensors, which knows no lock, that nobody has written to for an hour."""
+    for part in Path(folder).glob(".tmp??????"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+    for part in Path(folder).glob(".*.tmp*") if fcntl else ():
+        with contextlib.suppress(FileNotFoundError), open(part, "rb") as file:
+            if is_sole(file):
+                part.unlink()
+
+
+def is_sole(file):
+    """Locks an open file for this process; False where another one holds it."""
+    with contextlib.suppress(BlockingIOError):
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def rng(*key):
+    """numpy Generator (Philox) keyed by the sha256 of `key`, any strings and integers: the same
+    draws whatever else was drawn before, on any machine. rng(seed, "noise", step, clip_key)"""
+    text = json.dumps([part if isinstance(part, str) else int(part) for part in key])
+    digest = hashlib.sha256(text.encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def write_text(path, text):
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def json_line(row):
+    """One line of JSON, as people read it; escapes only where a file's name is no text."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row) + "\n" if re.search("[\ud800-\udfff]", line) else line
+
+
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
+         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def encoding_of(head):
+    """The encoding of a text, by its first bytes: its byte order mark's; without one UTF-8."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+# Of Windows' code pages these two are told apart from all others: what no text in them holds, and
+# one of what others do not. cp1252: letters that Czech, Polish, Turkish and others lack or have
+# elsewhere, at most two in a row, marks that stand in no word. cp1251: words of Cyrillic letters
+# alone, mostly small, none of whose small ones goes before a capital (KOI8-R, Greek and Arabic
+# have such); with capitals, or letters that Hebrew has not.
+MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
+LEGACY = {
+    "cp1252": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
+        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
+    "cp1251": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
+        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
+
+ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
+         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
+
+
+def legacy(data):
+    """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
+    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
+        return None                                    # UTF-8, perhaps with damage
+    for code, (wrong, sure) in LEGACY.items():
+        text = data.decode(code, "replace")
+        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
+        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
+            return code
+    return None
+
+
+def decoded(data):
+    """(text, code page) of a file's bytes; None of UTF-8, -16 and -32. Raises ValueError that says
+    what they are in its place."""
+    code = encoding_of(data)
+    if code.startswith("utf-8") and b"\0" in data:
+        raise ValueError(f"no text in UTF-8: {ZEROS}")
+    try:
+        return data.decode(code), None
+    except UnicodeDecodeError as error:
+        if code == "utf-8" and (page := legacy(data)):
+            return data.decode(page), page
+        raise ValueError(f"no text in {code.upper()}: " + (
+            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
+
+
+def as_text(data):
+    return decoded(data)[0]
+
+
+def not_utf8(byte):
+    """What is said of a byte that is none of UTF-8's."""
+    letter = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
+    return (f"it holds byte 0x{byte:x} ({letter}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE >"
+            " NEW; ENCODING is what wrote it, such as CP1250)")
+
+
+def read_text(path, option=""):
+    """The text of a file that an option names; refuses what is none."""
+    try:
+        text, page = decoded(Path(path).read_bytes())
+    except ValueError as error:
+        refuse(f"{option} {path} is {error}")
+    if page:
+        print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
+    return text
+
+
+def lines_of(text):
+    """The lines of a text. Only \\n and \\r\\n end one: other programs write U+2028, U+0085 and
+    form feeds inside of a line."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def write_rows(path, rows):
+    with atomic(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.writelines(map(json_line, rows))
+
+
+def read_rows(path):
+    """The objects of one of our own jsonl files; refuses a damaged line."""
+    with open(path, "rb") as file:
+        lines, rows = file.read().split(b"\n"), []
+    for n, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            refuse(f"{path}: line {n} is damaged: remove the file, and run the command that wrote "
+                   "it again")
+    return rows
+
+
+def read_json(path):
+    """The object in one of our own files; refuses a damaged one and one of another FORMAT."""
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = result["format"]
+    except (ValueError, TypeError, KeyError):
+        refuse(f"{path} is damaged: remove its folder and prepare the data set again")
+    if version != FORMAT:
+        refuse(f"{path} has format {version}, this version reads {FORMAT}: prepare it again")
+    return result
+
+
+# -- what other stages borrow: pictures and videos, read and written -------------------------------
+
+VIDEOS = {f".{name}" for name in "mp4 m4v mov mkv webm avi flv wmv mpg mpeg ts mts m2ts 3gp 3g2 "
+          "ogv mxf vob".split()}
+STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic heif hif "
+          "ppm".split()}
+
+PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
+          **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
+             for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
+FORMS_OF_NAMES = (str, functools.partial(unicodedata.normalize, "NFC"),
+                  functools.partial(unicodedata.normalize, "NFD"))      # as disks may spell them
+BEAT = 64               # frames after which a worker says again that it is at work
+MOST_PIXELS = 2**26     # of a picture or frame (8192 x 8192): what more would take is GiB of memory
+MOST_BYTES = 2**33 - 1  # of a tar's member
+SQUARE = 16             # sample aspect ratios beyond 1 to so many, or so many to 1, are damage
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError,
+                  LookupError, TypeError, zlib.error)              # Pillow's, on bad files
+Image.MAX_IMAGE_PIXELS = None           # `opened_picture` has its own bound, and no warning
+
+
+class Unreadable(Exception):
+    """A file that gives no clip; its arguments, reason and figure, go into rejected.jsonl."""
+
+
+def flat_rgb(picture):
+    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white. White is
+    what the format says: 2**bits - 1; of floats 1, or where they are larger, 255 or 65535."""
+    if picture.mode[0] in "IF":                                     # 16 bits and more; floats
+        tags = getattr(picture, "tag_v2", {})
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
+        most = values.max(initial=0)
+        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
+            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
+        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
+        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def opened_picture(file):
+    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG of more than
+    MOST_PIXELS at a half, a quarter or an eighth of its size. Raises Unreadable."""
+    with Image.open(file) as picture:
+        size, k = picture.size, 1
+        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
+            k *= 2
+            picture.draft(picture.mode, [side // k for side in size])
+        if math.prod(picture.size) > MOST_PIXELS:
+            raise Unreadable("too many pixels", math.prod(size))
+        yield picture
+
+
+def decoded_still(file, hdr="tonemap"):
+    """(uint8 [H, W, 3], what was done to it) of a picture file (path or file object), turned the
+    way it says itself."""
+    if brand_of(file) in (*HEIC, b"avif") and (heif := read_heif(file, hdr)):
+        return heif
+    with opened_picture(file) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        return flat_rgb(picture), ()
+
+
+def read_still(file):
+    """uint8 [H, W, 3] of a picture file."""
+    return decoded_still(file)[0]
+
+
+def is_animated(path):
+    """Whether a still's extension hides a video. Pages of a TIFF and the second view of a stereo
+    JPEG are no frames, so only the formats that animate count."""
+    if brand_of(path) in HEIC:
+        return False
+    try:
+        with opened_picture(path) as picture:
+            return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
+                getattr(picture, "n_frames", 1) > 1
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
+        raise Unreadable("not a picture that can be read") from None
+
+
+class Video:
+    """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
+    av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
+    again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation),
+    `codec` and `step` (s between frames as the stream's header has it); after the last
+    `bad_packets` and `bits`, those of its packets, and `converted`, what was done to the frames:
+    interlaced ones have their lines filled in, and `small`, `luma` and `rgb` bring HDR to BT.709.
+    Calls `beat` with their number each BEAT frames, or each second. Raises Unreadable, also for
+    what `hdr` and `interlaced` say to reject."""
+
+    def __init__(self, path, beat=lambda n: None, hdr="tonemap", interlaced="deinterlace"):
+        self.path, self.beat, self.tick, self.sar, self.step = path, beat, 0.001, 1, 0.04
+        self.hdr, self.interlaced, self.converted = hdr, interlaced, set()
+        self.matrix = self.turn = None
+        self.bad_packets, self.bits, self.codec, self.scaler = 0, 0, None, VideoReformatter()
+
+    def __iter__(self):
+        self.bad_packets = self.bits = 0
+        since = time.monotonic()
+        for n, frame in enumerate(self.pictures() if self.path.suffix.lower() in STILLS
+                                  else self.progressive(self.packets()), 1):
+            if n % BEAT == 0 or time.monotonic() - since > 1:        # one may take long
+                self.beat(n)
+                since = time.monotonic()
+            yield frame
+
+    def progressive(self, frames):
+        """The frames; from the first interlaced one on, those that are so pass FFmpeg's bwdif."""
+        graph, shape, waiting = None, None, deque()
+
+        def deinterlaced(frame):
+            graph.vpush(frame)
+            with contextlib.suppress(BlockingIOError, EOFError):
+                while waiting:
+                    out = graph.vpull()
+                    out.pts, out.dts = waiting.popleft()
+                    yield out
+        for frame in frames:
+            if graph and shape != (frame.width, frame.height, frame.format.name):
+                yield from deinterlaced(None)
+                graph = None
+            if frame.interlaced_frame and not graph and self.interlaced != "keep" \
+                    and min(frame.width, frame.height) >= 16:
+                if self.interlaced == "reject":
+                    raise Unreadable("interlaced")
+                self.converted.add("deinterlaced")
+                shape = frame.width, frame.height, frame.format.name
+                graph = deinterlacer(frame)
+            if graph:
+                waiting.append((frame.pts, frame.dts))
+                yield from deinterlaced(frame)
+            else:
+                yield frame
+        if graph:
+            yield from deinterlaced(None)
+
+    def pictures(self):
+        """Frames of an animated picture by Pillow, with delays as browsers take them."""
+        at = 0
+        try:
+            with opened_picture(self.path) as picture:
+                if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
+                    raise Unreadable("too many pixels", math.prod(picture.size))
+                unit = 10 if picture.format == "GIF" else 1            # ms that delays are told in
+                self.tick = unit / 1000
+                for n in range(picture.n_frames):
+                    picture.seek(n)
+                    if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
+                        raise ValueError
+                    picture.load()
+                    frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
+                    frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
+                    at += delay if delay > 10 else 100
+                    yield frame
+        except PICTURE_ERRORS as error:
+            if is_machine_error(error):
+                raise
+            self.bad_packets += 1                      # the frames before the damage stay
+
+    def packets(self):
+        """Frames by FFmpeg, packet by packet; one that does not decode is counted and skipped."""
+        with opened(self.path) as (container, stream):
+            self.tick, self.sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
+            if not 1 / SQUARE <= self.sar <= SQUARE:
+                raise Unreadable("pixels far from square", self.sar)
+            self.codec, n, n_lost = stream.codec_context.name, 0, 0
+            packets, packet, n_packets = demuxed(container, stream), stream, 0
+            while packet is not None:                  # None, the end, is decoded too
+                try:
+                    packet = next(packets, None)
+                    n_packets += 1
+                except FFmpegError as error:           # the container is broken from here on
+                    raise_machine(error, self.path, stream.index, n_packets)
+                    self.bad_packets, packet = self.bad_packets + 1, None
+                self.bits += 8 * packet.size if packet else 0
+                n_lost += bool(packet and packet.size and not packet.is_discard)
+                try:
+                    frames = stream.codec_context.decode(packet)
+                except FFmpegError as error:
+                    if is_machine_error(error):
+                        raise
+                    self.bad_packets += not isinstance(error, EOFError)
+                    n_lost -= not isinstance(error, EOFError)
+                    frames = ()
+                for frame in frames:
+                    if n == 0 or frame.key_frame:
+                        self.note_tags(frame)
+                        self.step = 1 / min(float(stream.codec_context.framerate or 25), 1000)
+                    n, n_lost = n + 1, n_lost - 1
+                    self.bad_packets += frame.is_corrupt
+                    yield frame
+            if self.codec == "hevc":    # its decoder leaves out in silence what refers to lost ones
+                self.bad_packets += max(0, n_lost)
+
+    def note_tags(self, frame):
+        if frame.width * frame.height > MOST_PIXELS:
+            raise Unreadable("too many pixels", frame.width * frame.height)
+        if frame.color_trc in HDR:
+            if self.hdr == "reject" or frame.colorspace > 10:       # ICtCp, constant luminance
+                raise Unreadable("HDR", max(frame.color_trc, frame.colorspace))
+            self.converted.add(f"{HDR[frame.color_trc]} to BT.709")
+        if self.turn == frame.rotation:     # a frame whose side_data were read lives until a gc
+            return
+        tags = {data.type.name: data for data in frame.side_data.keys()}
+        if "DOVI_METADATA" in tags and frame.colorspace == 2:
+            raise Unreadable("HDR", "Dolby Vision without a base layer")
+        self.matrix = np.frombuffer(bytes(tags["DISPLAYMATRIX"]), np.int32)[
+            [0, 1, 3, 4]].tolist() if "DISPLAYMATRIX" in tags else None
+        self.turn = frame.rotation
+
+    def small(self, frame, side=64):
+        """float32 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`.
+        Of a large one four luma samples a cell and one of chroma, taken from the decoded planes:
+        twenty times as fast as scaling, and cuts are found as well."""
+        shrink = min(1.0, side / max(frame.width, frame.height))
+        width, height = (max(1, round(v * shrink)) for v in (frame.width, frame.height))
+        planes = PLANAR.get(frame.format.name)
+        if frame.color_trc in HDR:
+            pixels = self.pixels(frame, width, height, Interpolation.AREA).astype(np.float32)
+            return (pixels @ YCC.T).transpose(2, 0, 1) + np.float32([[[0]], [[128]], [[128]]])
+        if shrink > 0.5 or not planes:
+            return self.scaler.reformat(
+                frame, width, height, "yuv444p", src_colorspace=colour_matrix(frame),
+                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.JPEG,
+                interpolation=Interpolation.AREA, threads=1).to_ndarray().astype(np.float32)
+        (kind, unit), result = planes, []
+        for plane, n in zip(frame.planes, (4, 1, 1)):
+            values = np.frombuffer(plane, kind)
+            at = cells(plane.width, plane.height, plane.line_size // values.itemsize,
+                       width, height, n)
+            result.append(values.take(at, mode="clip").sum(0, dtype=np.float32))
+        out = np.stack(result).reshape(3, height, width)
+        full = frame.color_range == 2 or frame.format.name.startswith("yuvj")
+        black, white, swing = (0, 255, 255) if full else (16, 235, 224)
+        out[0] = (out[0] * (0.25 / unit) - black) * (255 / (white - black))
+        out[1:] = (out[1:] / unit - 128) * (255 / swing) + 128
+        return out
+
+    def luma(self, frame):
+        """[H, W] luma of a frame, 0..255 (a view where 8 bits are stored, headroom and all)."""
+        if frame.color_trc in HDR:
+            return (self.pixels(frame, frame.width, frame.height) @ YCC[0]).astype(np.uint8)
+        kind, unit = PLANAR.get(frame.format.name, (None, 1))
+        if kind is None or max(frame.width, frame.height) < 128:
+            return frame.reformat(format="gray", threads=1).to_ndarray()
+        plane = frame.planes[0]
+        luma = np.frombuffer(plane, kind).reshape(plane.height, -1)[:, :frame.width]
+        return luma if unit == 1 else (luma // unit).astype(np.uint8)
+
+    def rgb(self, frame, max_side=0, border=(0, 0, 0, 0)):
+        """uint8 [H, W, 3] of a frame: turned and mirrored as the file says, square pixels, even
+        sides, the longer at most `max_side` px (0: no limit); without `border`, the parts to cut
+        off at the top, bottom, left and right as stored."""
+        width, height = frame.width * max(1, self.sar), frame.height * max(1, 1 / self.sar)
+        shrink = min(1, max_side / max(width, height)) if max_side else 1
+        if shrink < 1 or self.sar != 1:
+            width, height = (max(2, 2 * round(v * shrink / 2)) for v in (width, height))
+        kind = Interpolation.AREA if width < frame.width else \
+            Interpolation.BILINEAR if width == frame.width else Interpolation.BICUBIC
+        pixels = self.pixels(frame, int(width), int(height), kind)
+        (h, w), (top, bottom, left, right) = pixels.shape[:2], border
+        pixels = pixels[math.ceil(top * h):h - math.ceil(bottom * h),
+                        math.ceil(left * w):w - math.ceil(right * w)]
+        pixels = turned(pixels, self.matrix)
+        return np.ascontiguousarray(pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2])
+
+
+    def pixels(self, frame, width, height, kind=Interpolation.BILINEAR):
+        """uint8 [height, width, 3]: a frame scaled and, of HDR, then tone-mapped."""
+        is_hdr = frame.color_trc in HDR
+        picture = self.scaler.reformat(
+            frame, width, height, "rgb48le" if is_hdr else "rgb24", interpolation=kind, threads=1,
+            src_colorspace=colour_matrix(frame)).to_ndarray()
+        return tone_mapped(picture, frame.color_trc, frame.color_primaries) if is_hdr else picture
+
+
+YCC = np.float32(((0.2126, 0.7152, 0.0722), (-0.114572, -0.385428, 0.5),
+                  (0.5, -0.454153, -0.045847)))        # BT.709's, full range
+
+
+def turned(pixels, matrix):
+    """[H, W, …] turned and mirrored by a display matrix: x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = matrix or (1, 0, 0, 1)
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+
+
+@functools.lru_cache(8)
+def cells(width, height, line, across, down, n):
+    """Where to read a plane of `line` samples a row for a grid [down, across]: int [n, down *
+    across], n = 1 (the cells' centres) or 4 (a square within them)."""
+    offsets = [(0.5, 0.5)] if n == 1 else [(y, x) for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    return np.stack([(((np.arange(down) + y) * height / down).astype(int)[:, None] * line
+                      + ((np.arange(across) + x) * width / across).astype(int)).ravel()
+                     for y, x in offsets])
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Yields (container, stream) of a video (path or open file) and closes it: the stream that
+    people see (cover art and thumbnails are none, the largest wins), decoded in one thread, as
+    FFmpeg's threads hang on some damaged files. Raises Unreadable."""
+    is_open = not isinstance(path, Path)
+    if not (path.seek(0, os.SEEK_END) if is_open else path.stat().st_size):
+        raise Unreadable("empty file")
+    try:
+        if is_open:
+            path.seek(0)
+        container = av.open(path if is_open else str(path), metadata_errors="replace")
+    except FFmpegError as error:
+        raise_machine(error, path)
+        raise Unreadable(f"cannot be opened: {error.strerror}") from None
+    with container:
+        hidden = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+        streams = [s for s in container.streams.video if not s.disposition & hidden]
+        decodable = [s for s in streams if s.codec_context is not None]
+        if not decodable:
+            raise Unreadable("no decoder for its codec" if streams else "no video stream")
+        stream = max(decodable, key=lambda s: s.codec_context.width * s.codec_context.height)
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        yield container, stream
+
+
+def raise_machine(error, path, index=0, n_packets=0):
+    """Raises FFmpegError that is the machine's. EIO and ENOMEM are what FFmpeg says of damaged
+    files, too: these can be read as files, but opening them, or the stream's packets to the n-th,
+    fails again."""
+    if error.errno in (errno.EIO, errno.ENOMEM) and not (
+            error.errno == errno.ENOMEM and is_machine_error(error)):
+        if isinstance(path, Path):
+            with open(path, "rb") as file:
+                while file.read(2**24):
+                    pass
+        else:
+            path.seek(0)
+        try:
+            with av.open(str(path) if isinstance(path, Path) else path) as container:
+                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
+        except FFmpegError:
+            return
+    elif not is_machine_error(error):
+        return
+    raise OSError(error.errno, error.strerror, str(path))
+
+
+def demuxed(container, stream):
+    """The packets of a stream. One of a stream that begins within the file is passed over: PyAV
+    knows only those that were there when it was opened, and ends its iteration."""
+    for packets in iter(lambda: container.demux(stream), None):
+        try:
+            yield from packets
+            return
+        except IndexError:
+            continue
+
+
+def deinterlacer(frame):
+    """FFmpeg's bwdif for frames like `frame`, one for one, in one thread."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def unnamed(kind, value):
+    """A member of PyAV's enumeration of side data for a type that it does not know: else it reads
+    none of that frame's, not even the rotation."""
+    one = object.__new__(kind)
+    one._name_ = one._value_ = value
+    return one
+
+
+av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
+
+
+def colour_matrix(frame):
+    """What to pass as src_colorspace: None = the frame's own tag; untagged is BT.601, or BT.709
+    at HD sizes, as players have it; HDR is BT.2020."""
+    if frame.colorspace in (2, 10) and frame.color_trc in HDR:
+        return Colorspace.BT2020
+    if frame.colorspace != 2:                                       # AVCOL_SPC_UNSPECIFIED
+        return None
+    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
+
+
+def encode(file, frames, fps, crf=18):
+    """Writes H.264 in MP4 to a seekable file object and returns its (height, width): yuv420p,
+    tagged BT.709, one thread, hence the same bytes each time. frames: iterable of uint8 [H, W, 3]
+    RGB, at least one, all of one size; odd sides lose their last row or column."""
+    rate, scaler = frame_rate(fps), VideoReformatter()
+    with av.open(file, "w", format="mp4") as container:
+        # x264's mbtree reads memory that nobody wrote (frames of few blocks): bytes would vary
+        stream = container.add_stream("libx264", rate=rate, options={
+            "crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})
+        context = stream.codec_context
+        context.thread_count, context.time_base = 1, 1 / rate
+        context.colorspace = context.color_primaries = context.color_trc = 1        # BT.709
+        context.color_range = 1                                                     # 16..235
+        for n, rgb in enumerate(frames):
+            rgb = np.ascontiguousarray(rgb[:len(rgb) // 2 * 2, :rgb.shape[1] // 2 * 2])
+            if n == 0:
+                stream.height, stream.width = rgb.shape[:2]
+            frame = scaler.reformat(
+                av.VideoFrame.from_ndarray(rgb, format="rgb24"), format="yuv420p",
+                dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, threads=1)
+            frame.pts, frame.time_base = n, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return rgb.shape[:2]
+
+
+def frame_rate(fps):
+    """The rate as the encoder takes it: a fraction such as 30000/1001, at least one in 1000 s."""
+    return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1000))
+
+
+def write_video(path, frames, fps, crf=18):
+    """Writes an MP4 of `frames` (iterable of uint8 [H, W, 3] RGB, at least one, all of one size),
+    whole or not at all. fps in frames a second, crf 0 (lossless) to 51."""
+    with atomic(path) as part, open(part, "wb") as file:
+        encode(file, map(np.asarray, frames), fps, crf)
+
+
+# Fonts of Linux, macOS and Windows with many scripts, where they are installed: Pillow's has Latin.
+FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
+         "DroidSansFallbackFull", "FreeSans", "NotoSans-Regular", "NotoEmoji-Regular",
+         "Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "Nirmala", "arial", "seguisym")
+
+
+@functools.lru_cache
+def label_fonts(is_latin):
+    fonts = [ImageFont.load_default(12)]
+    for name in () if is_latin else FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 12))
+    return fonts
+
+
+def spelled(c):
+    """A character in ASCII: of a letter's or a symbol's name what tells it from others."""
+    name, kind = unicodedata.name(c, f"u{ord(c):04x}"), unicodedata.category(c)
+    if name.startswith(("COMBINING", "VARIATION SELECTOR")):
+        return ""
+    name = re.split(" LETTER | SYLLABLE | SIGN |IDEOGRAPH-", name)[-1].partition(" WITH ")[0]
+    return {"Cf": "", "Pd": "-", "Pi": "'", "Pf": "'"}.get(kind, name.lower().replace(" ", "-"))
+
+
+def lettered(text):
+    """(a font, the text as it can show it): the one that has most of the text's characters; those
+    that it lacks, in whose place it would draw a box, are spelled."""
+    def lacking(font):
+        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)       # a box as it is
+        box = bytes(font.getmask("\uffff"))
+        return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
+
+    font = label_fonts(True)[0]
+    if lacks := lacking(font):
+        lacks, _, font = min(((lacking(font), i, font) for i, font in enumerate(
+            label_fonts(False))), key=lambda result: (len(result[0]), result[1]))
+    return font, "".join(spelled(c) if c in lacks else c for c in text)
+
+
+def contact_sheet(path, rows, cell=96):
+    """Writes a PNG for people: per row (frames, label) its frames, uint8 [H, W, 3], fitted into
+    squares of `cell` px, with the label below; rows fill as many columns as suit a screen."""
+    gap, longest = 4, max((len(frames) for frames, _ in rows), default=1)
+    sides = [np.asarray(frame).shape[:2] for frames, _ in rows for frame in frames]
+    tall = max((round(cell * h / max(h, w)) for h, w in sides), default=cell)
+    across, down = longest * (cell + gap) + 3 * gap, tall + 34 + 2 * gap
+    n_columns = max(1, min(len(rows), 1280 // across))
+    size = n_columns * across + 3 * gap, -(-len(rows) // n_columns) * down + 2 * gap
+    sheet = Image.new("RGB", size, (24, 26, 30))
+    draw = ImageDraw.Draw(sheet)
+    for i, (frames, label) in enumerate(rows):
+        left, top = 3 * gap + i % n_columns * across, 2 * gap + i // n_columns * down
+        for k, frame in enumerate(frames):
+            picture = Image.fromarray(np.asarray(frame))
+            scale = cell / max(picture.size)
+            picture = picture.resize([max(1, round(v * scale)) for v in picture.size],
+                                     Image.Resampling.NEAREST if scale > 1.5
+                                     else Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left + k * (cell + gap) + (cell - picture.width) // 2,
+                                  top + tall - picture.height))
+        (font, label), n = lettered(str(label)), (across - 3 * gap) // 6
+        wrapped = lambda n: textwrap.wrap(label, n, max_lines=2, placeholder=" …")
+        while max(map(font.getlength, words := wrapped(n)), default=0) > across - gap:
+            n -= 1
+        draw.text((left, top + tall + 2), "\n".join(words), (214, 216, 220), font, spacing=2)
+    with atomic(path) as part:
+        sheet.save(part, format="PNG")
+
+
+# -- what other stages borrow: a prepared data set -------------------------------------------------
+
+
+def open_dataset(folder):
+    """The kept rows (dicts, a row of shard-*.jsonl each) of a finished data set, in shard order,
+    duplicates left out. Adds row["shard"], and to row["captions"] those that caption.py wrote:
+    {"text", "source": RUN, "weight": 1.0}. Refuses a folder that is missing, unfinished, damaged,
+    or of another FORMAT."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        refuse(f"{folder} does not exist: prepare it first (python prepare_data.py "
+               f"{folder.name} --videos DIR)")
+    if not (folder / "manifest.json").is_file():
+        refuse(f"{folder} is not finished: run its prepare_data.py command (again)")
+    manifest = read_json(folder / "manifest.json")
+    for name, files in manifest["shards"].items():
+        for path in (folder / file for file in files if re.fullmatch(r".*\d(\.metadata)?\.jsonl",
+                                                                     file)):
+            if not path.is_file() or not is_done(folder, int(name[-5:])) or \
+                    hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
+                refuse(f"{path} or its tar is not what the manifest says: "
+                       f"{MAKE_AGAIN.format(name)}")
+    rows = kept_rows(folder, manifest["shards"], read_rows(folder / "duplicates.jsonl"))
+    mine = {row["key"]: row for row in rows}
+    for name in manifest["shards"]:
+        for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
+            run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
+            total = captions.with_name(f"{captions.name}.crc")       # of what caption.py wrote
+            if total.is_file() and total.read_text().strip() != str(
+                    zlib.crc32(captions.read_bytes())):
+                refuse(f"{captions} is not as it was written: remove it and caption again, or, if "
+                       f"you have edited it, remove {total.name}")
+            for row in read_rows(captions):
+                if row["key"] in mine:
+                    mine[row["key"]]["captions"].append(
+                        {"text": row["caption"], "source": run, "weight": 1.0})
+    if not int(os.environ.get("RANK", 0)):
+        shards = list(manifest["shards"].items())
+        stats = [os.stat(folder / file) for _, files in shards for file in files]
+        state = folder.absolute(), *((stat.st_size, stat.st_mtime_ns) for stat in stats)
+        if state not in CHECKED:
+            random.shuffle(shards)                     # a sample: no result depends on it
+            check_sums(folder, shards, time.monotonic() + 1)
+            CHECKED.add(state)
+    return rows
+
+
+def kept_rows(folder, shards, duplicates):
+    """The rows of shards {name: its files}, without duplicates, with row["shard"]; as told by
+    metadata that came later. A clip without a caption, or label, has that of its duplicate."""
+    of, kept, left_out = {one["key"]: one["of"] for one in duplicates}, {}, {}
+    for name, files in shards.items():
+        mine = {row["key"]: {**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")}
+        later = f"{name}.metadata.jsonl"
+        for row in read_rows(folder / later) if later in files else ():
+            mine[row["key"]] |= row
+        for key, row in mine.items():
+            (left_out if key in of else kept)[key] = row
+    for key, row in left_out.items():
+        stays = kept.get(of[key], row)
+        stays |= {name: row[name] for name in ("captions", "label")
+                  if row[name] and not stays[name]}
+    return list(kept.values())
+
+
+CHECKED = set()         # data sets, as their files are, whose sums this process has compared
+MAKE_AGAIN = "remove {}.tar and run its prepare_data.py command, which makes that shard again"
+
+
+def check_sums(folder, shards, until=math.inf):
+    """Refuses shards, of [(name, {file: sha256})], that are not as they were written. What takes
+    longer than `until`, of time.monotonic, is left unchecked."""
+    for name, files in shards:
+        for file, digest in files.items():
+            result = hashlib.sha256()
+            with open(Path(folder, file), "rb") as opened_file:
+                while part := opened_file.read(2**22):
+                    result.update(part)
+                    if time.monotonic() > until:
+                        return
+            if result.hexdigest() != digest:
+                refuse(f"{folder}/{file} is damaged, its sum is not the manifest's: "
+                       f"{MAKE_AGAIN.format(name)}")
+
+
+def verify(folder):
+    """--verify: compares all sums that stages have written beside their results."""
+    rows = open_dataset(folder)
+    shards = list(read_json(folder / "manifest.json")["shards"].items())
+    check_sums(folder, tqdm(shards, desc="verify", unit="shard"))
+    n_tensors, files = 0, sorted(folder.glob("shard-*.safetensors"))
+    for path in files:                                 # latents, embeddings of captions
+        with open(path, "rb") as file:
+            try:
+                size, = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(size, path.stat().st_size)))
+                sums = json.loads(header["__metadata__"]["nanosora"]).get("sums", {})
+                offsets = {name: header[name]["data_offsets"] for name in sums}
+            except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+                refuse(f"{path} is damaged: remove it, and encode again")
+            for name, (start, stop) in offsets.items():
+                file.seek(8 + size + start)
+                if zlib.crc32(file.read(stop - start)) != sums[name]:
+                    refuse(f"{path} is damaged at {name}: remove it, and encode again")
+            n_tensors += len(sums)
+    print(f"{folder}: {len(shards)} shards of {len(rows)} clips, and {n_tensors} latents and "
+          f"embeddings in {len(files)} files, are as they were written")
+
+
+def read_member(folder, row):
+    """The bytes of a row's clip, found in its tar by offset."""
+    with open(Path(folder, f"{row['shard']}.tar"), "rb") as file:
+        file.seek(row["offset"])
+        return file.read(row["length"])
+
+
+def clip_frames(folder, row, some=None):
+    """Yields the frames of a row's clip, uint8 [H, W, 3] RGB; only those numbered in `some`."""
+    data = io.BytesIO(read_member(folder, row))
+    if row["fps"] is None:
+        pixels, size = read_still(data), (row["width"], row["height"])
+        yield pixels if pixels.shape[1::-1] == size else np.array(
+            Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+        return
+    scaler = VideoReformatter()
+    with av.open(data) as container:
+        container.streams.video[0].thread_type = "NONE"
+        for n, frame in enumerate(container.decode(video=0)):
+            if some is None or n in some:
+                yield scaler.reformat(frame, format="rgb24", src_colorspace=colour_matrix(frame),
+                                      threads=1).to_ndarray()
+
+
+FIELDS = ("frames", "fps", "width", "height", "start", "end", "split", "label", "source")
+
+
+def where(rows, text):
+    """The rows for which `text` holds: comparisons (< <= > >= == !=) of a score, or of one of
+    FIELDS, with a number or a quoted text, joined by and, or, not and parentheses; no comparison
+    holds for a row without that value. where(rows, "flow > 0.1 and not (text > 0.05)"). Refuses
+    what it cannot read and scores that no row has."""
+    rows = list(rows)
+    names = {name for row in rows for name in row["scores"]} | set(FIELDS)
+    compare = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+               ast.GtE: operator.ge, ast.Eq: operator.eq, ast.NotEq: operator.ne}
+
+    def test_of(node):
+        match node:
+            case ast.BoolOp(op=op, values=parts):
+                tests, join = [test_of(part) for part in parts], \
+                    all if isinstance(op, ast.And) else any
+                return lambda row: join(test(row) for test in tests)
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                test = test_of(inner)
+                return lambda row: not test(row)
+            case ast.Compare(left=ast.Name(id=name), ops=[sign], comparators=[value]):
+                value, holds = ast.literal_eval(value), compare[type(sign)]
+                if rows and name not in names:
+                    refuse(f"'{text}': no clip has '{name}'; there are {', '.join(sorted(names))}")
+                if not isinstance(value, (int, float, str)):
+                    raise ValueError
+
+                def test(row):
+                    own = row["scores"].get(name, row.get(name) if name in FIELDS else None)
+                    return own is not None and isinstance(own, str) == isinstance(value, str) \
+                        and holds(own, value)
+                return test
+        raise ValueError
+    try:
+        test = test_of(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, KeyError):
+        refuse(f"'{text}' is not of the kind: flow > 0.1 and not (text > 0.05 or split == 'test')")
+    result = [row for row in rows if test(row)]
+    if rows and not result:
+        values = {name: [value for row in rows if (value := row["scores"].get(
+            name, row.get(name))) is not None] for name in sorted(names & set(
+                re.findall(r"\w+", text)))}
+        refuse(f"'{text}' holds for none of the {len(rows)} clips: " + "; ".join(
+            f"{name} runs from {min(v)} to {max(v)}" if v else f"{name} is never known"
+            for name, v in values.items()))
+    return result
+
+
+def frames_of(folder, row, some=None):
+    """The frames of a row's clip, or of them those numbered in `some`. Raises Unreadable, which
+    names it, of a clip that cannot be read or has lost some."""
+    try:
+        frames = list(clip_frames(folder, row, some))
+        if len(frames) == (row["frames"] if some is None else len(some)):
+            return frames
+        error = f"{len(frames)} frames came"
+    except Exception as result:          # whatever the damage does: it is this clip's
+        if is_machine_error(result):
+            raise
+        error = result
+    raise Unreadable(f"{Path(folder, row['shard'])}.tar: the clip {row['key']} cannot be read "
+                     f"({error})")
+
+
+def read_clip(folder, row):
+    """uint8 [T, H, W, 3] RGB of a row of `open_dataset`; T = 1 for a still. Raises Unreadable."""
+    return np.stack(frames_of(folder, row))
+
+
+def matmul_rate(n=1024):
+    """FLOP/s of numpy's product of two n x n matrices here, the best of four."""
+    x, best = np.ones((n, n), np.float32), math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def cpu_dtype():
+    """bf16 where the processor multiplies it (a step of video-xs-2 takes 0.65 of the time)."""
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text() if path.exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+# -- the report and its pictures -------------------------------------------------------------------
+
+
+def report(folder, root):
+    """report/ of a finished data set: report.txt (how scores are spread, what other bounds would
+    cost, why clips were rejected), spread.png, kept.png, rejected.png, duplicates.png."""
+    rejects, twins = read_rows(folder / "rejected.jsonl"), read_rows(folder / "duplicates.jsonl")
+    rows = open_dataset(folder)
+    values = {name: [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
+              for name in SCORES}
+    values["words"] = [len(one["text"].split()) for row in rows for one in row["captions"]]
+    values = {name: np.sort(numbers) for name, numbers in values.items() if numbers}
+    marks = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+    lines = [f"{len(rows)} clips, {len(rejects)} rejects, {len(twins)} duplicates", "",
+             "How the kept clips' scores are spread, by percent of the clips (a lower bound of "
+             "what stands under 10 would lose 10% of them)",
+             f"{'':12}" + "".join(f"{mark:>10}" for mark in marks)]
+    lines += [f"{name:12}" + "".join(f"{v:10.4g}" for v in np.percentile(numbers, marks))
+              for name, numbers in values.items()]
+    lines += ["", "Why clips and files were left out, and the bound that would have let a quarter, "
+              "half and all of them pass"]
+    for reason, n in Counter(one["reason"] for one in rejects).most_common():
+        mine = [one for one in rejects if one["reason"] == reason]
+        figures = sorted(one["figure"] for one in mine if number_of(one["threshold"]) is not None
+                         and number_of(one["figure"]) is not None)
+        if figures and figures[0] < mine[0]["threshold"]:
+            figures = figures[::-1]                    # a lower bound has to go down
+        lines.append(f"{n:8} {reason:40}" + "".join(
+            f"{figures[math.ceil(len(figures) * q) - 1]:10.4g}" for q in (0.25, 0.5, 1) if figures))
+    write_text(folder / "report/report.txt", "\n".join(lines) + "\n")
+    contact_sheet(folder / "report/spread.png", [
+        (bars(numbers), "{}: {:.4g} to {:.4g}".format(name, *np.percentile(numbers, (1, 99))))
+        for name, numbers in values.items()], 192)
+    every = {row["key"]: {**row, "shard": name} for name in read_json(
+        folder / "manifest.json")["shards"] for row in read_rows(folder / f"{name}.jsonl")}
+    contact_sheet(folder / "report/kept.png", [
+        sheet_row(folder, row) for row in rows[::max(1, len(rows) // 36)][:36]])
+    contact_sheet(folder / "report/duplicates.png", [
+        (sheet_row(folder, every[one["of"]], 1)[0] + glimpse(root, every[one["key"]]),
+         f"{one['distance']} {one['key']} of {one['of']}") for one in twins[:36]])
+    shown = [one for reason in sorted({one["reason"] for one in rejects})
+             for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
+    contact_sheet(folder / "report/rejected.png", [
+        (glimpse(root, one), " ".join(str(part) for part in (
+            one["reason"], one["figure"], Path(one["source"]).name) if part is not None))
+        for one in shown], 160)
+    print(f"look at {folder / 'report'}")
+
+
+def bars(values, height=60):
+    """[uint8 [height, 96, 3]]: a histogram from the 1st to the 99th percentile."""
+    counts, _ = np.histogram(values, 48, np.percentile(values, (1, 99)))
+    tops = np.repeat(counts * height / max(1, counts.max()), 2)
+    return [np.where((np.arange(height, 0, -1)[:, None] <= tops)[..., None],
+                     np.uint8((90, 150, 230)), np.uint8((40, 44, 52)))]
+
+
+def glimpse(root, reject):
+    """[frame] from about the middle of what was rejected; [] where nothing decodes."""
+    try:
+        path, _ = located(root, reject["source"])
+        if path.suffix.lower() in STILLS:
+            return [read_still(path)]
+        with opened(path) as (container, stream):
+            middle = ((reject["shot_start"] or 0) + (reject["shot_end"] or 0)) / 2
+            container.seek(int(middle / stream.time_base) + (stream.start_time or 0), stream=stream)
+            return [Video(path).rgb(next(container.decode(stream)), 256)]
+    except (FFmpegError, Unreadable, StopIteration, *PICTURE_ERRORS):
+        return []
+
+
+# -- the demo: moving shapes whose form, colour and direction are known ----------------------------
+
+COLOURS = {"red": (240, 60, 50), "green": (60, 210, 80), "blue": (70, 110, 255),
+           "yellow": (245, 225, 60), "purple": (205, 80, 240), "cyan": (60, 220, 230)}
+FORMS = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+GROUNDS = {"black": 12, "dark": 40, "grey": 68}      # levels far below every colour's own luma
+TEXTURES = ("plain", "striped", "checked", "dotted")
+DEMO_SIZES = ((32, 32), (48, 32), (32, 40), (40, 32), (36, 32), (32, 48), (40, 40), (32, 36))
+
+
+def is_left_out(colour, form, direction):
+    """Whether the training split never shows this combination: 24 of the 72, chosen so that every
+    pair (colour and form, form and direction, colour and direction) is still seen."""
+    index = list(COLOURS).index(colour) + FORMS.index(form) + list(DIRECTIONS).index(direction)
+    return index % 3 == 0
+
+
+def demo_files(n_files=160, seed=0):
+    """The plan of the demo: a list of files {name, width, height, fps, split, shots}; a shot holds
+    all that `render_shot` needs, its caption, and whether the metadata file tells that caption.
+    Every eighth file is for the test split, and half of its shots show combinations left out. In
+    files beyond the usual 160 all turn or stop: see `paced`."""
+    every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
+    seen = [combination for combination in every if not is_left_out(*combination)]
+    left_out = [combination for combination in every if is_left_out(*combination)]
+    files = []
+    for i in range(n_files):
+        random = rng(seed, "demo", i)
+        width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
+        is_test, is_more, shots, level = i % 8 == 7, i >= 160, [], None
+        fps = int(random.choice([8, 10, 12]))
+        for j in range(8):
+            level = random.choice([g for g in GROUNDS if g != level])    # so that every cut shows
+            pool = left_out if is_test and j % 2 else seen
+            n_shapes = 1 if is_test and j % 2 or random.random() < 0.8 else 2
+            picked = [pool[k] for k in random.choice(len(pool), n_shapes, replace=False)]
+            if len({colour for colour, _, _ in picked}) < n_shapes:
+                picked = picked[:1]
+            shot = demo_shot(random, picked, str(level), width, height, fps)
+            shots.append(paced(rng(seed, "pace", i, j), shot) if is_more else shot)
+        files.append({"name": f"demo-{i:03d}.mp4", "width": width, "height": height, "fps": fps,
+                      "split": "test" if is_test else "train", "shots": shots})
+    return files
+
+
+def demo_shot(random, combinations, level, width, height, fps):
+    """One shot: shapes [{colour, form, direction, radius, start, stop}] (pixels), a ground, a
+    number of frames, a caption. Shapes stay inside the frame and clear of each other; two are
+    smaller than one, so that there is room for both ways."""
+    side, n_frames = min(width, height), int(random.integers(9, 15))
+    radii = (0.25, 0.29) if len(combinations) == 1 else (0.17, 0.2)
+    for _ in range(200):
+        shapes = []
+        for colour, form, direction in combinations:
+            radius = side * random.uniform(*radii)
+            size, step = np.array([width, height]), np.array(DIRECTIONS[direction])
+            reach = size / 2 - radius - 1                                 # how far a centre may go
+            path = step * random.uniform(0.75, 1.0) * 2 * reach * np.abs(step)
+            free = reach - np.abs(path) / 2
+            middle = size / 2 + random.uniform(-1, 1, 2) * free
+            shapes.append({"colour": colour, "form": form, "direction": direction,
+                           "radius": float(radius), "start": (middle - path / 2).tolist(),
+                           "stop": (middle + path / 2).tolist()})
+        at = [np.linspace(s["start"], s["stop"], n_frames) for s in shapes]
+        gap = min((np.linalg.norm(at[0] - other, axis=1).min() for other in at[1:]), default=side)
+        if gap > 1.3 * sum(s["radius"] for s in shapes[:2]) or len(shapes) == 1:
+            break
+    else:
+        shapes = shapes[:1]                                              # no room for both
+    texture = str(random.choice(TEXTURES))
+    caption = " and ".join(f"a {s['colour']} {s['form']} moves {s['direction']}" for s in shapes)
+    if random.random() < 0.5:
+        caption += f" on a {texture} {level} ground"
+    return {"shapes": shapes, "texture": texture, "level": level,
+            "cell": int(random.integers(4, 8)), "tint": random.uniform(-6, 6, 3).round(1).tolist(),
+            "frames": n_frames, "width": width, "height": height, "fps": fps,
+            "caption": caption, "captioned": random.random() < 0.5}
+
+
+def paced(random, shot):
+    """A shot of which more is shown: its shapes come back to where they turn, or rest where they
+    stop, as those of a video that goes on under the same prompt or another."""
+    kind = str(random.choice(["turn", "rest"]))
+    more = int(random.integers(5, 9) if kind == "turn" else random.integers(5, 15))
+    n_frames = shot["frames"] + more
+    return {**shot, "frames": n_frames, kind: more / n_frames, "captioned": True}
+
+
+def progress(shot):
+    """[T]: where on its way a shape is in each frame, 0 at its start and 1 where it stops."""
+    turn, rest = shot.get("turn", 0), shot.get("rest", 0)        # shares of the frames
+    return np.interp(np.linspace(0, 1, shot["frames"]), [0, turn, 1 - rest, 1],
+                     [turn / (1 - turn - rest), 0, 1, 1])
+
+
+def render_shot(shot, oversample=4):
+    """uint8 [T, H, W, 3]: the shot drawn at `oversample` times its size and averaged down."""
+    height, width, cell = shot["height"], shot["width"], shot["cell"]
+    y, x = np.mgrid[:height, :width]
+    pattern = {"plain": np.zeros_like(x), "striped": (x + y) // cell % 2,
+               "checked": (x // cell + y // cell) % 2,
+               "dotted": (x % cell < cell // 2) & (y % cell < cell // 2)}[shot["texture"]]
+    ground = GROUNDS[shot["level"]] + 10.0 * pattern[..., None] + np.array(shot["tint"])
+    frames = np.repeat(ground[None], shot["frames"], axis=0)
+    y, x = (np.mgrid[:height * oversample, :width * oversample] + 0.5) / oversample
+    for shape in shot["shapes"]:
+        start, stop = np.array(shape["start"]), np.array(shape["stop"])
+        for frame, share in zip(frames, progress(shot)):
+            centre_x, centre_y = start + share * (stop - start)
+            u, v = (x - centre_x) / shape["radius"], (y - centre_y) / shape["radius"]
+            inside = {"circle": u * u + v * v < 1,
+                      "square": np.maximum(np.abs(u), np.abs(v)) < 0.88,
+                      "triangle": (v < 0.85) & (np.abs(u) < 0.56 * (v + 1.1))}[shape["form"]]
+            cover = inside.reshape(height, oversample, width, oversample).mean((1, 3))[..., None]
+            frame += cover * (np.array(COLOURS[shape["colour"]]) - frame)
+    return frames.clip(0, 255).round().astype(np.uint8)
+
+
+# A second demo, to see what a few real videos give: landscapes of textures under a moving camera.
+# Colours of the sky at the zenith and at the horizon, and of what is lit.
+LIGHTS = {"noon": ((70, 130, 225), (190, 220, 245), (255, 255, 245)),
+          "dusk": ((60, 50, 110), (250, 150, 80), (250, 190, 140)),
+          "fog": ((150, 160, 170), (205, 210, 212), (205, 210, 215)),
+          "night": ((10, 14, 40), (40, 56, 96), (90, 105, 150))}
+SCENES = {"hills": ("balloon", (96, 150, 62)), "sea": ("boat", (24, 84, 110)),
+          "desert": ("ball", (226, 178, 110))}
+CAMERAS = {"still": (0, 1), "pans left": (-0.7, 1), "pans right": (0.7, 1), "zooms in": (0, 1.7)}
+
+
+def scene_files(n_files=30, seed=0):
+    """The plan of demo-scenes, like `demo_files`: two shots a file, every light and scene."""
+    files = []
+    for i in range(n_files):
+        random, shots = rng(seed, "scenes", i), []
+        for j in range(2):
+            ground, light = list(SCENES)[(i + j) % 3], list(LIGHTS)[(i // 3 + 2 * j) % 4]
+            camera = str(random.choice(list(CAMERAS)))
+            colour = str(random.choice([c for c in COLOURS if c != "green"]))
+            shots.append(dict(
+                scene=ground, light=light, camera=camera, colour=colour, frames=48, height=72,
+                width=96, seed=(seed, "scene", i, j), captioned=True, caption=f"a {colour} "
+                f"{SCENES[ground][0]}, {ground}, {light}, the camera {camera}"))
+        files.append({"name": f"scene-{i:03d}.mp4", "fps": 24, "shots": shots,
+                      "split": "test" if i % 10 == 9 else "train"})
+    return files
+
+
+def random_texture(random, power, n=128):
+    """Periodic noise [n, n] of mean 0.5 in 0..1; a wave of frequency f has the size f**-power."""
+    f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n))
+    f[0, 0] = np.inf
+    texture = np.fft.irfft2(np.exp(2j * np.pi * random.random(f.shape)) * f**-power, (n, n))
+    return (0.5 + texture / (5 * texture.std())).clip(0, 1)
+
+
+def look_up(texture, y, x):
+    """A periodic texture at real coordinates, between its points bilinear."""
+    n, i, j = len(texture), np.floor(y).astype(int), np.floor(x).astype(int)
+    a, b = y - i, x - j
+    at = lambda k, m: texture[(i + k) % n, (j + m) % n]
+    return (1 - a) * ((1 - b) * at(0, 0) + b * at(0, 1)) + a * (
+        (1 - b) * at(1, 0) + b * at(1, 1))
+
+
+def scene_object(kind, u, v, t):
+    """(what it covers, how bright it is) of a boat, balloon or ball about (0, 0), of radius 1."""
+    r = np.hypot(u, v)
+    shade = 0.45 + 0.55 * (1 - np.hypot(u + 0.4, v + 0.45) / 1.7).clip(0, 1)
+    if kind == "boat":
+        hull, sail = (v > 0.5) & (v < 0.95) & (np.abs(u) < 1.3 - v / 2), (
+            (v < 0.45) & (v > -1.2) & (u > -0.1) & (u < 0.6 * (v + 1.2)))
+        return hull | sail, np.where(hull, 0.35, 1.1)
+    if kind == "balloon":
+        basket = (np.abs(u) < 0.25) & (v > 1.25) & (v < 1.6)
+        stripes = 0.75 + 0.25 * np.sign(np.sin(7 * u))
+        return (r < 1) | basket, np.where(basket, 0.3, shade * stripes)
+    turn = np.arctan2(v, u) + 5 * t
+    return r < 1, shade * (0.7 + 0.3 * np.sign(np.cos(2 * turn)))
+
+
+def render_scene(shot):
+    """uint8 [T, H, W, 3]: sky with drifting clouds and a sun, ridges or waves, each moved by the
+    camera as far as it is near, and the object that crosses it; drawn at twice its size."""
+    random, (H, W) = rng(*shot["seed"]), (2 * shot["height"], 2 * shot["width"])
+    clouds, rough = random_texture(random, 1.7), random_texture(random, 0.9)
+    kind, ground = SCENES[shot["scene"]]
+    zenith, low, lit = (np.array(c, float) for c in LIGHTS[shot["light"]])
+    ground, colour = np.array(ground) * lit / 255, np.array(COLOURS[shot["colour"]]) * lit / 255
+    pan, zoom = CAMERAS[shot["camera"]]
+    sun, side, level = random.uniform(-0.5, 0.5), random.choice([-1, 1]), random.uniform(0.25, 0.4)
+    y, x = (np.mgrid[:H, :W] + 0.5) / H - np.array([0.5, W / H / 2])[:, None, None]
+    mix = lambda a, b, share: a + (b - a) * np.clip(share, 0, 1)[..., None]
+    frames = []
+    for t in np.linspace(0, 1, shot["frames"]):
+        view = lambda depth: (y / (1 + (zoom - 1) * t * depth), pan * depth * (t - 0.5)
+                              + x / (1 + (zoom - 1) * t * depth))
+        v, u = view(0.15)
+        frame = mix(zenith, low, 1.1 + 2 * v)
+        frame = mix(frame, lit, 1.2 - np.hypot(u - sun, v + 0.25) * 12)                   # the sun
+        frame = mix(frame, lit, 3.5 * look_up(clouds, v * 60, u * 40 + 9 * t) - 2)
+        for depth in (0.3, 0.5, 0.8) if shot["scene"] != "sea" else (0.5,):
+            v, u = view(depth)
+            ridge = depth * 0.55 - 0.16
+            if shot["scene"] == "sea":
+                ridge, nearness = 0.05, 1 / (v - 0.02).clip(0.03)
+                light = look_up(rough, 14 * nearness + 10 * t, 6 * u * nearness) + (
+                    0.3 - np.abs(u - sun)).clip(0)
+            else:
+                ridge = ridge + 0.45 * (1 - depth / 2) * (look_up(clouds, np.full_like(
+                    u, 90 * depth), u * 14 + 50 * depth) - 0.5)
+                light = look_up(rough, v * 70 / depth, u * 50 / depth)
+            face = mix(low, ground * (0.55 + 0.9 * light[..., None]), np.full_like(u, depth + 0.2))
+            frame = mix(frame, face, (v - ridge) * H / 2)
+        v, u = view(0.8)
+        offset = side * (1.1 * t - 0.55)
+        height = {"boat": 0.1, "ball": level - 0.1 * np.abs(np.sin(9 * t)),
+                  "balloon": -level / 2 - 0.1 * t}[kind]
+        size = {"boat": 0.16, "ball": 0.11, "balloon": 0.14}[kind]
+        covers, bright = scene_object(kind, (u - offset) / size, (v - height) / size, side * t)
+        frame = mix(frame, colour * bright[..., None], covers.astype(float))
+        frames.append(frame.reshape(H // 2, 2, W // 2, 2, 3).mean((1, 3)))
+    return np.stack(frames).clip(0, 255).round().astype(np.uint8)
+
+
+def render_file(folder, file):
+    write_video(folder / file["name"], (
+        frame for shot in file["shots"]
+        for frame in (render_scene if "scene" in shot else render_shot)(shot)), file["fps"], crf=10)
+
+
+def make_demo(folder, files, n_workers):
+    """Renders a demo's videos, those that are not there, and captions.jsonl, as if they were a
+    user's: each file's split, and its captions (of the first demo for about half of its shots)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    rows = []
+    for file in files:
+        rows.append({"video": file["name"], "split": file["split"]})
+        edges = np.cumsum([0, *(shot["frames"] for shot in file["shots"])]) / file["fps"]
+        rows += [{"video": file["name"], "start": round(float(start), 6),
+                  "end": round(float(end), 6), "caption": shot["caption"], "split": file["split"]}
+                 for shot, start, end in zip(file["shots"], edges, edges[1:]) if shot["captioned"]]
+    there = {path.name for path in folder.glob("*.mp4")}
+    if there - {file["name"] for file in files}:
+        refuse(f"{folder} holds more than a demo of {len(files)} files: remove it")
+    todo = [file for file in files if file["name"] not in there]
+    if todo:
+        context = multiprocessing.get_context("spawn")
+        with deaf_children():
+            pool = context.Pool(min(n_workers, len(todo)), die_with_parent)
+        with pool:                                     # is ended, not waited for, on an error
+            work = pool.imap(functools.partial(render_file, folder), todo)
+            list(tqdm(work, total=len(todo), unit="file", desc="demo videos"))
+    write_rows(folder / "captions.jsonl", rows)
+
+
+# == what lies on people's disks: archives, HEIC, HDR ==============================================
+
+HEIC = (b"heic", b"heix", b"mif1")
+ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
+ARCHIVES = (".tar", ".tfrecords")
+PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.I)
+LFS = b"version https://git-lfs"         # begins what git leaves where Git LFS did not run
+NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
+           b"(\xb5/\xfd": "zstd: unpack it", b"PK\3\4": "zip: unpack it", b"<": "a web page",
+           LFS: "a pointer of Git LFS"}
+
+
+def in_memory(data, suffix):
+    """An open file of bytes that is used like a path: it has a suffix."""
+    file = io.BytesIO(data)
+    file.suffix = suffix
+    return file
+
+
+class Member(io.RawIOBase):
+    """A part of a file, as an open file that is used like a path: it has a suffix."""
+
+    def __init__(self, path, start, size, suffix):
+        self.file, self.start, self.size, self.suffix = open(path, "rb"), start, size, suffix
+        self.at = 0
+
+    def readable(self):
+        return True
+
+    seekable = readable
+
+    def seek(self, to, whence=os.SEEK_SET):
+        self.at = max(0, to + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer):
+        self.file.seek(self.start + self.at)
+        n = self.file.readinto(memoryview(buffer)[:max(0, self.size - self.at)])
+        self.at += n
+        return n
+
+    def getvalue(self):
+        self.seek(0)
+        return self.read()
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+def members(archive):
+    """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
+    of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
+    before the damage."""
+    return archive_index(archive)[0]
+
+
+@functools.lru_cache(2)
+def archive_index(archive):
+    """(`members` of an archive, '' or what is wrong with it)."""
+    index, size = {}, archive.stat().st_size
+    with open(archive, "rb") as file:
+        if archive.suffix.lower() != ".tfrecords":
+            head, file_is = file.read(8), "compressed: unpack it to a .tar"
+            index, wrong = ({}, file_is) if PACKED.search(archive.name) else tar_index(file, size)
+            kinds = [kind for mark, kind in NO_TARS.items() if head.startswith(mark)]
+            return index, f"no tar but {kinds[0]}" if wrong and kinds and not index else wrong
+        while file.tell() + 12 < size:                 # a length, its CRC, the record, its CRC
+            length, = struct.unpack("<Q4x", file.read(12))
+            if file.tell() + length + 4 > size:
+                break
+            index[f"{len(index):05d}.mkv"] = file.tell(), length
+            file.seek(length + 4, 1)
+        return index, f"cut off or damaged behind {len(index)} records" * (file.tell() < size)
+
+
+def tar_index(file, size):
+    """`archive_index` of an open tar of `size` bytes, or of several in one file."""
+    index, links, at, wrong = {}, {}, 0, "an empty file" if not size else ""
+    plain = lambda path: os.path.normpath("/" + path).replace(os.sep, "/").lstrip("/")
+    while at < size and not wrong:
+        file.seek(at)
+        if not any(block := file.read(tarfile.BLOCKSIZE)):             # a mark of the end
+            at += len(block)
+            continue
+        file.seek(begin := at)
+        with contextlib.suppress(tarfile.TarError, ValueError, OverflowError), \
+                tarfile.open(fileobj=file, mode="r:") as tar:
+            for one in tar:
+                name = "/".join(part for part in one.name.split("/") if part not in ("", "."))
+                if one.size < 0:
+                    raise ValueError
+                if one.issym() or one.islnk():
+                    links[name] = plain(one.linkname if one.islnk() else os.path.join(
+                        os.path.dirname(name), one.linkname))
+                elif one.isfile() and one.offset_data + one.size <= size:      # not cut off
+                    index[name] = one.offset_data, one.size
+            at = tar.offset
+        if at == begin or at >= size:                  # no mark of the end
+            wrong = f"cut off or damaged behind {len(index)} members" if index else "no tar"
+    dead = []
+    for name, target in links.items():
+        for _ in range(8):
+            target = links.get(target, target) if target not in index else target
+        if target in index:
+            index[name] = index[target]
+        elif Path(name).suffix.lower() in VIDEOS | STILLS:
+            dead.append(name)
+    return index, wrong or (f"{len(dead)} links to nothing in it: {dead[0]}" if dead else "")
+
+
+def located(root, source):
+    """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls that go with
+    it, in small letters or capitals. A WebDataset key ends at the first dot of the file's name."""
+    path, suffixes = Path(root, source), BESIDE_FILES
+    archive = next((one for one in path.parents
+                    if one.suffix.lower() in ARCHIVES and one.is_file()), None)
+    if archive is None:
+        names = {form(path.stem) for form in FORMS_OF_NAMES} if not path.stem.isascii() else \
+            {path.stem}
+        beside_it = [(suffix, path.with_name(name + ending)) for suffix in suffixes
+                     for name in sorted(names) for ending in (suffix.upper(), suffix)]
+        return path, {suffix: one.read_bytes() for suffix, one in beside_it if one.is_file()}
+    name, index = path.relative_to(archive).as_posix(), members(archive)
+    key = re.match(r"(.*/)?[^.]*", name)[0]
+    with open(archive, "rb") as file:
+        def read(name):
+            file.seek(index[name][0])
+            return file.read(index[name][1])
+        texts = {suffix: read(key + ending) for suffix in suffixes
+                 for ending in (suffix.upper(), suffix) if key + ending in index}
+        if archive.suffix.lower() == ".tfrecords":
+            return in_memory(bair_video(read(name)), ".png"), texts
+    return Member(archive, *index[name], path.suffix), texts
+
+
+def bair_video(record):
+    """A lossless video, 10 frames a second (nothing tells the rate), of the main camera's frames
+    in a record of softmotion30_44k: a tf.train.Example, in which 64 x 64 px of raw RGB stand behind
+    each frame's name, with the tags and lengths of three messages between them."""
+    frames = dict(re.findall(rb"\n.(\d+)/image_main/encoded\x12..\n..\n\x80\x60(.{12288})", record,
+                            re.DOTALL))
+    try:
+        first, *rest = [Image.frombytes("RGB", (64, 64), frames[b"%d" % n])
+                        for n in range(max(1, len(frames)))]
+    except KeyError:
+        raise Unreadable("not a record of BAIR's") from None
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=rest, duration=100)
+    return file.getvalue()
+
+
+def brand_of(file):
+    """The brand of an ISO file, such as b"heic" or b"avif"; b"" of any other."""
+    with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as inside:
+        inside.seek(0)
+        head = inside.read(12)
+        inside.seek(0)
+    return head[8:] if head[4:8] == b"ftyp" else b""
+
+
+def boxes(data, start, stop):
+    """{type: (first, last)} of the boxes of an ISO file between two places of its bytes, and the
+    same as a list."""
+    entries = []
+    while start + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        head = 16 if size == 1 else 8
+        size = struct.unpack_from(">Q", data, start + 8)[0] if size == 1 else size or stop - start
+        entries.append((kind, (start + head, min(stop, start + max(size, head)))))
+        start += max(size, head)
+    return dict(entries), entries
+
+
+def heif_item(data):
+    """(type, [number of each tile], columns, (width, height), [(property, its bytes)]) of the main
+    picture of a HEIF file: a coded picture, or a grid of them."""
+    meta, _ = boxes(data, boxes(data, 0, len(data))[0][b"meta"][0] + 4, len(data))
+    reads = lambda form, at: struct.unpack_from(">" + form, data, at)
+    number = lambda at, is_wide: reads("I" if is_wide else "H", at)[0]
+    start = lambda name: (meta[name][0] + 4, data[meta[name][0]])       # behind version and flags
+    at, version = start(b"pitm")
+    main, kinds, tiles, columns, size, properties = number(at, version), {}, None, 1, None, []
+    at, version = start(b"iinf")
+    for _, (at, _) in boxes(data, at + (4 if version else 2), meta[b"iinf"][1])[1]:
+        wide = data[at] > 2
+        kinds[number(at + 4, wide)] = data[at + 8 + 2 * wide:at + 12 + 2 * wide]
+    if kinds[main] == b"grid":
+        at, wide = start(b"iref")
+        for kind, (at, _) in boxes(data, at, meta[b"iref"][1])[1]:
+            if kind == b"dimg" and number(at, wide) == main:
+                step = 4 if wide else 2
+                tiles = [number(at + step + 2 + n * step, wide) for n in range(*reads(
+                    "H", at + step))]
+        at, version = start(b"iloc")
+        sizes = [data[at] >> 4, data[at] & 15, data[at + 1] >> 4,
+                 data[at + 1] & 15 if version else 0]
+        long = lambda at, n: int.from_bytes(data[at:at + n])
+        at, count = at + (6 if version > 1 else 4), number(at + 2, version > 1)
+        for _ in range(count):
+            item, at = number(at, version > 1), at + (4 if version > 1 else 2)
+            method = reads("H", at)[0] & 15 if version else 0
+            at += 2 * (version > 0) + 2
+            base, n = long(at, sizes[2]), reads("H", at + sizes[2])[0]
+            at += sizes[2] + 2
+            offset = base + long(at + sizes[3], sizes[0]) + (meta[b"idat"][0] if method == 1 else 0)
+            at += n * (sizes[3] + sizes[0] + sizes[1])
+            if item == main:                           # version, flags, rows - 1, columns - 1, size
+                flags, _, columns, *size = reads("4B" + ("II" if data[offset + 1] & 1 else "HH"),
+                                                 offset)[1:]
+                columns += 1
+    part, _ = boxes(data, *meta[b"iprp"])
+    boxes_found = [(kind, data[a:b]) for kind, (a, b) in boxes(data, *part[b"ipco"])[1]]
+    at, wide = part[b"ipma"][0] + 8, data[part[b"ipma"][0] + 3] & 1
+    for _ in range(*reads("I", at - 4)):
+        item, at = number(at, data[part[b"ipma"][0]]), at + (4 if data[part[b"ipma"][0]] else 2)
+        for n in range(data[at]):
+            k = reads("H", at + 1 + 2 * n)[0] & 0x7fff if wide else data[at + 1 + n] & 0x7f
+            if item == main and k:
+                properties.append(boxes_found[k - 1])
+        at += 1 + data[at] * (2 if wide else 1)
+    return kinds[main], tiles or [main], columns, size, properties
+
+
+def read_heif(file, hdr):
+    """(uint8 [H, W, 3], what was done to it) of a HEIC, also one of tiles as telephones write it,
+    or of an AVIF in HDR, by FFmpeg and turned; None of an AVIF that Pillow reads. Raises
+    Unreadable."""
+    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+    try:
+        kind, tiles, columns, size, properties = heif_item(data)
+        colour = next((one for name, one in properties if one[:4] == b"nclx"), b"")
+        if data[8:11] == b"avi" and int.from_bytes(colour[6:8]) not in HDR:
+            return None
+        if kind not in (b"hvc1", b"av01", b"grid"):
+            raise Unreadable(f"HEIF of type {kind.decode('latin-1')}")
+        with av.open(io.BytesIO(data)) as container:
+            streams, parts = {one.id: one for one in container.streams.video}, {}
+            for packet in container.demux([streams[tile] for tile in tiles]):
+                for frame in packet.decode():
+                    parts.setdefault(packet.stream.id, frame)
+        frames, video = [parts[tile] for tile in tiles], Video(file, hdr=hdr)
+        video.note_tags(frames[0])
+        frames = [video.pixels(frame, frame.width, frame.height) for frame in frames]
+        rows = [np.concatenate(frames[at:at + columns], 1) for at in range(0, len(frames), columns)]
+    except (FFmpegError, LookupError, TypeError, ValueError, struct.error):
+        raise Unreadable("broken picture") from None
+    width, height = size or rows[0].shape[1::-1]
+    pixels = np.concatenate(rows)[:height, :width]
+    for name, one in properties:
+        pixels = np.rot90(pixels, one[0] & 3) if name == b"irot" else \
+            np.flip(pixels, one[0] & 1) if name == b"imir" else pixels
+    return np.ascontiguousarray(pixels), {"HEIF to PNG", *video.converted}
+
+
+HDR = {16: "PQ", 18: "HLG"}             # H.273's transfer characteristics
+WHITE, PEAK = 203.0, 1000.0             # cd/m2: SDR's white (BT.2408), and where HDR is cut off
+TO_709 = {1: np.eye(3), 12: ((1.224940, -0.224940, 0), (-0.042057, 1.042057, 0), (
+    -0.019638, -0.078636, 1.098274))}   # primaries' linear RGB in BT.709's: 12 is P3, others 2020
+FROM_2020 = ((1.660491, -0.587641, -0.072850), (-0.124550, 1.132900, -0.008349),
+             (-0.018151, -0.100579, 1.118730))
+
+
+def tone_mapped(signal, transfer, primaries=9):
+    """uint8 [H, W, 3]: BT.709 for a BT.1886 display, of R'G'B' in PQ or HLG, uint16 [H, W, 3] in
+    full range. Display light (HLG: by BT.2100's OOTF at PEAK) is compressed by BT.2390's EETF from
+    0..PEAK to 0..WHITE cd/m2, which leaves all below 90 cd/m2 as it is, by the greatest of R, G, B,
+    so that hues stay; colours outside of BT.709 are clipped."""
+    linear, bent, encoded = hdr_tables(transfer)
+    matrix = np.float32(TO_709.get(primaries, FROM_2020))
+    flat, out = signal.reshape(-1, 3), np.empty(signal.shape, np.uint8)
+    for at in range(0, len(flat), 2**15):              # what the processor's cache holds
+        light = linear[np.ascontiguousarray(flat[at:at + 2**15].T)]
+        if transfer == 18:
+            light *= (np.float32((0.2627, 0.678, 0.0593)) @ light) ** np.float32(0.2)
+        top = light.max(0)
+        gain = bent[(np.sqrt(top.clip(0, 1)) * 65535).astype(np.uint16)] / top.clip(1e-9)
+        light = matrix @ light * gain
+        out.reshape(-1, 3)[at:at + 2**15] = encoded[
+            (np.sqrt(light.clip(0, 1)) * 65535 + 0.5).astype(np.uint16)].T
+    return out
+
+
+@functools.lru_cache(2)
+def hdr_tables(transfer):
+    """Tables of 65536 for `tone_mapped`: light / PEAK (HLG: of the scene) by the signal; light /
+    WHITE after BT.2390's EETF by the root of light / PEAK; levels by the root of light / WHITE."""
+    x = np.linspace(0, 1, 65536)
+
+    def eotf(signal):                                  # of PQ: SMPTE ST 2084
+        power = signal ** (1 / 78.84375)
+        return 1e4 * (np.maximum(power - 0.8359375, 0) / (18.8515625 - 18.6875 * power)) ** (
+            1 / 0.1593017578125)
+
+    def inverse(light):
+        power = (light / 1e4) ** 0.1593017578125
+        return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    if transfer == 16:
+        linear = eotf(x) / PEAK
+    else:
+        linear = np.where(x <= 0.5, x * x / 3, (np.exp((x - 0.55991073) / 0.17883277)
+                                                + 0.28466892) / 12)
+    top, most = inverse(x * x * PEAK) / inverse(PEAK), inverse(WHITE) / inverse(PEAK)
+    knee = 1.5 * most - 0.5
+    t = (top - knee) / (1 - knee)
+    curve = (2 * t**3 - 3 * t**2 + 1) * knee + (t**3 - 2 * t**2 + t) * (1 - knee) \
+        + (3 * t**2 - 2 * t**3) * most
+    bent = eotf(np.where(top < knee, top, curve) * inverse(PEAK)) / WHITE
+    return linear.astype(np.float32), bent.astype(np.float32), \
+        (x ** (2 / 2.4) * 255).round().astype(np.uint8)
+
+
+# -- what published data sets say of their files ---------------------------------------------------
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
+          "validation": "val", "test": "test", "testing": "test"}
+BESIDE_FILES = (".txt", ".json", ".cls")                             # texts beside a file, NAME.txt
+SUFFIXES = ("tar", "rejected.jsonl", "jsonl")                       # of a shard that is done
+
+
+def columns(**names):
+    """A reader of rows whose columns only have other names: ours=theirs."""
+    return lambda row: [{our: row[their] for our, their in names.items()}]
+
+
+def literal(text):
+    """The value of a Python literal; raises ValueError, whatever the text is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):    # of deep nesting
+        raise ValueError(f"no Python literal: {str(text)[:40]}") from None
+
+
+def panda70m(row):
+    """One row a source video; its cells are Python literals, lists of one length."""
+    cells = [literal(row[name]) for name in ("timestamp", "caption", "matching_score")]
+    wanted = literal(row.get("desirable_filtering") or "None") or [None] * len(cells[0])
+    for (start, end), text, score, kind in zip(*cells, wanted, strict=True):
+        scores = {} if kind is None else {"desirable": int(kind == "desirable")}
+        yield {"start": start, "end": end, "caption": text, "matching_score": score, **scores}
+
+
+def shot2story(row):
+    """A clip's summary, then each shot's caption; shots are CLIP_FIRST_LAST.mp4, in frames."""
+    if "clip_id" in row:                                            # NAME_meta.csv
+        yield {"label": literal(row["categories"])[0]}
+        return
+    yield {"caption": row["whole_caption"]}
+    for name, text in zip(row["video_names"], row["captions"], strict=True):
+        frames = re.fullmatch(r".*_(\d+)_(\d+)\.\w+", name)
+        if not frames:
+            raise ValueError(f"{name} is no CLIP_FIRST_LAST.mp4")
+        yield {"caption": text, "frames": [int(n) for n in frames.groups()]}
+
+
+def youku_mplug(row):
+    texts = [row[name] for name in ("golden_caption", "caption", "title") if row.get(name)]
+    yield {"caption": texts[0] if texts else row["title"], "label": row.get("label")}
+
+
+def videoinstruct(row):
+    """A question a row, or a conversation (question, answer, question, …) a row."""
+    turns = [turn["value"] for turn in row.get("conversations", [])] or [row["q"], row["a"]]
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        yield {"caption": answer, "prompt": question.replace("<video>", "").strip()}
+
+
+def ucf101_rows(path):
+    """CLASS/FILE.avi, in the training lists a class's number behind it."""
+    for line in read_lines(path):
+        yield {"video": line.split()[0], "label": line.split("/")[0]}
+
+
+def msrvtt_rows(path):
+    """A row a sentence, with what the file says of its video."""
+    names = dict(line.split("\t")[1::-1] for line in read_lines(path.with_name("category.txt"))
+                 if "\t" in line)
+    with open_text(path) as file:
+        videos = {str(video.get("video_id")): video for video in json_items(file, "videos")
+                  if isinstance(video, dict)}
+        file.seek(0)
+        for sentence in json_items(file, "sentences"):
+            video = isinstance(sentence, dict) and videos.get(str(sentence.get("video_id")), {})
+            label = video.get("category") if video else None
+            yield {"split": None, **video, **sentence, "label": names.get(str(label), label)} \
+                if video else sentence
+
+
+NAMED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, sorted(VIDEOS | STILLS)))}))(?:\s*[\t|,;:]"
+                   r"\s*|\s+)(\S.*)", re.I)
+
+
+def text_rows(path):
+    """A file a line, perhaps with its caption behind a tab, or behind its suffix and a blank or
+    sign; or a table whose columns tabs divide."""
+    with open_text(path, "") as file:
+        head = {our_name(cell) for cell in file.readline().split("\t")}
+        file.seek(0)
+        if head & {*OWN, *IDS} and head & {*TEXTS, "prompt"}:
+            yield from table_rows(file, True)
+            return
+        for line in filter(None, map(str.strip, file)):
+            parts = line.split("\t", 1) if "\t" in line else \
+                result.groups() if (result := NAMED.fullmatch(line)) and bare(line) == line.rsplit(
+                    "/", 1)[-1] else [line]            # else a file's name with blanks
+            yield dict(zip(("video", "caption"), parts))
+
+
+def tgif_rows(path):
+    """url<TAB>sentence; splits/NAME.txt beside the file lists the addresses of a split."""
+    splits = {url: part.stem for part in path.parent.glob("splits/*.txt")
+              for url in read_lines(part)}
+    for url, text in (line.partition("\t")[::2] for line in read_lines(path)):
+        yield {"gif": "/".join(url.split("/")[-2:]), "caption": text, "split": splits.get(url)} \
+            if text else None
+
+
+# A new data set is one line: the files that it reads of a folder, a function from a file to its
+# rows (None: as the suffix says), the columns of which one names the video (by a path, a file name
+# or a stem), and a function from a row to ours (None: it is one). Ours may have start and end (s or
+# H:MM:SS.mmm) or frames (first, last), caption (a text or a list), prompt, split, label; every
+# other number is a score. Where no row tells the split, the file's name does.
+OWN = ("video path file videopath filepath filename videofile videofilename videofilepath "
+       "videoname image imagepath imagefile imagename imagefilename img imgpath clip clippath "
+       "clipname clipfile media mediapath mediafile relpath relativepath fullpath").split()
+IDS = ("videoid vid clipid youtubeid ytid uid imageid id key name url videourl imageurl contenturl "
+       "link uri").split()             # where no column of OWN is there
+FORMATS = {
+    "csv": ("*.csv", None, OWN, None), "tsv": ("*.tsv", None, OWN, None),
+    "json": ("*.json", None, OWN, None), "jsonl": ("*.jsonl", None, OWN, None),
+    "txt": ("*.txt", text_rows, OWN, None),
+    "panda70m": ("*.csv", None, ("videoID",), panda70m),
+    "webvid": ("*.csv", None, ("videoid",), columns(caption="name")),
+    "internvid": ("*.jsonl", None, ("YoutubeID",), columns(
+        start="Start_timestamp", end="End_timestamp", caption="Caption",
+        Aesthetic_Score="Aesthetic_Score", UMT_Score="UMT_Score")),
+    "msrvtt": ("*videodatainfo.json", msrvtt_rows, ("video_id",), columns(
+        caption="caption", split="split", label="label")),
+    "shot2story": ("*.json", None, ("video", "clip_id"), shot2story),
+    "youku": ("*.csv", None, ("video_id:FILE", "clip_name:FILE"), youku_mplug),
+    "videoinstruct": ("*.json", None, ("video_id", "video"), videoinstruct),
+    "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
+    "tgif": ("*.tsv", tgif_rows, ("gif",), None)}
+IN_ARCHIVES = ("webdataset", "bair")
+BESIDE = ("folder", *IN_ARCHIVES)       # no --meta: what is told stands beside the videos
+
+NO_TABLES = {b"PK\3\4": "a zip or a workbook: save its table as .csv", b"PAR1": "Parquet: write it "
+            "as .jsonl", b"\x1f\x8b": "gzip: unpack it", b"%PDF": "a PDF: save its table as .csv"}
+codecs.register_error("half", lambda error: ("\ud800", error.end))
+
+
+def open_text(path, newline="\n"):
+    """A text file, open; bytes that are no text come as lone surrogates, which `plain` refuses."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        code = encoding_of(head)
+        page = legacy(head + file.read(2**20)) if code == "utf-8" else None
+    for mark, kind in NO_TABLES.items():
+        if head.startswith(mark):
+            refuse(f"{path} is {kind}")
+    if page:
+        print(f"warning: {path} is not in UTF-8, and is read as {page}", file=sys.stderr)
+        return open(path, encoding=page, newline=newline, errors="replace")
+    if code == "utf-8" and b"\0" in head[:2]:
+        refuse(f"{path} is no text in UTF-8: {ZEROS}")
+    unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
+    if path.stat().st_size % unit:                     # all behind a lost byte would be other words
+        refuse(f"{path} is damaged: {path.stat().st_size} bytes, and {code.upper()} has {unit} or "
+               "more a character: some are missing")
+    return open(path, encoding=code, newline=newline,
+                errors="surrogateescape" if unit == 1 else "half")
+
+
+def read_lines(path):
+    """The lines of a text file without their ends, those that are not empty; none if it is not
+    there."""
+    with open_text(path) if path.is_file() else io.StringIO() as file:
+        yield from filter(None, (line.strip() for line in file))
+
+
+def file_rows(path):
+    """The rows of a metadata file, one at a time: dicts; for a row that is damaged an error that
+    says how."""
+    kind = path.suffix.lower()
+    with open_text(path, "\n" if kind in (".json", ".jsonl") else "") as file:
+        yield from json_rows(file, kind == ".jsonl") if kind in (".json", ".jsonl") else \
+            table_rows(file, kind == ".tsv")
+
+
+def json_rows(file, is_lines):
+    """The rows of an open file of JSON, by what it holds: an array of objects, or an object a line;
+    an object that has such an array; or one of captions or rows by the names of their files."""
+    head = file.read(2**20)
+    file.seek(0)
+    text = head.lstrip()
+    line = text.split("\n", 1)[0].rstrip()
+    if text[:1] != "{":
+        yield from json_items(file) if text[:1] == "[" or not is_lines else json_lines(file)
+        return
+    try:
+        is_lines = bool(named(JSON.decode(line), OWN) or text[len(line):].strip())
+    except (ValueError, RecursionError):               # cut by us, damaged, or of several lines
+        is_lines = line != "{" if is_lines else line.endswith("}") and "\n{" in text
+    if is_lines:
+        yield from json_lines(file)
+        return
+    key, is_array = wrapped(text)
+    for one in json_items(file, key, not is_array):
+        if is_array or isinstance(one, Exception):
+            yield one
+        elif isinstance(one[1], (dict, list, str)):
+            is_named = isinstance(one[1], dict) and named(one[1], OWN)
+            yield one[1] if is_named else {"video": one[0], **(
+                one[1] if isinstance(one[1], dict) else {"caption": one[1]})}
+
+
+def wrapped(text):
+    """(key, whether an array) of what holds the rows of an object that `text` begins: an array of
+    objects that name a file, or an object of them; (None, False) where it is one itself."""
+    at, key = 1, KEY.match(text, 1)
+    while key:
+        name, at = key[1], key.end()
+        with contextlib.suppress(ValueError, RecursionError):
+            if item := re.compile(r"\[\s*(?=\{)").match(text, at):
+                if name.lower() in WRAPPERS or named(JSON.raw_decode(text, item.end())[0], OWN):
+                    return name, True
+            if text[at:at + 1] == "{" and name.lower() in WRAPPERS:
+                return name, False
+        try:
+            key = KEY.match(text, JSON.raw_decode(text, at)[1])
+        except (ValueError, RecursionError):
+            break
+    return None, False
+
+
+WRAPPERS = ("database", "data", "annotations", "videos", "captions", "results")
+KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.){0,2000}+)"\s*:\s*')
+JSON = json.JSONDecoder(strict=False)    # takes tabs and line ends that stand raw in a text
+
+
+def json_lines(file):
+    """The objects of an open jsonl file; a text that holds raw line ends may span 100 lines."""
+    pending, n_pending, wrong = "", 0, None
+    for line in file:
+        if pending and (line.lstrip()[:1] == "{" or n_pending == 100):
+            yield wrong
+            pending = ""
+        if not pending and not line.strip():
+            continue
+        pending, n_pending = pending + line, n_pending + 1 if pending else 1
+        try:
+            yield JSON.decode(pending)
+        except (ValueError, RecursionError) as error:
+            wrong = ValueError(fault(error))
+            if "Unterminated" in str(error):
+                continue
+            yield wrong
+        pending = ""
+    if pending:
+        yield wrong
+
+
+LONGEST = 1000          # lines that a record of a csv may span
+
+
+def table_rows(file, is_tsv):
+    """The rows of an open CSV or TSV. A TSV knows no quotation marks, unless all of its marks are
+    as a writer of csv sets them. Of a CSV, a mark that nothing closes costs its line; those behind
+    it are read on their own. Marks within a text may be doubled, or have a \\ before them; blanks
+    may stand before a text in marks. Commas in a last column that is a text need no marks. Names
+    of our columns may have blanks around them and capitals."""
+    csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
+    is_raw = is_tsv and not is_quoted(file)
+    waiting, taken, head = deque([next(filter(str.strip, file), "")]), [], None
+    if told := re.match(r'"?sep=(.)"?\s*\Z', waiting[0]):       # Excel's
+        waiting[0] = next(filter(str.strip, file), "")
+    comma = told[1] if told else "\t" if is_tsv else max(",;\t", key=waiting[0].count)
+    form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL}
+    usual, is_escaped = [] if is_raw else [' "', '\\"'], False
+
+    def lines():
+        for line in itertools.chain(iter(lambda: waiting.popleft() if waiting else "", ""), file):
+            taken.append(ESCAPED.sub(r'\1""', line) if is_escaped else line)
+            yield taken[-1]
+            if len(taken) == LONGEST:
+                return
+
+    while True:
+        for cells in csv.reader(lines(), **form):
+            text = taken[0] if len(taken) == 1 else "".join(taken)
+            if (' "' in text and any(map(BLANK, cells)) or '\\"' in text) and (mark := next((
+                    one for one in usual if one in text and is_meant(
+                        one, taken, form, len(head or cells))), None)):
+                usual.remove(mark)                     # its writer means it so, from here on
+                form["skipinitialspace"] = ' "' not in usual
+                is_escaped = '\\"' not in usual
+                waiting.extendleft(reversed(taken))
+                taken.clear()
+                break
+            if len(taken) > 1 and hides_rows(taken, form, len(head or cells)):
+                yield ValueError(f"a quotation mark that nothing closes; {len(taken) - 1} lines "
+                                 "behind it are read on their own")
+                waiting.extendleft(reversed(taken[1:]))
+                taken.clear()
+                break
+            taken.clear()
+            if not head:
+                head = [name.strip() for name in cells]
+                if bare(head[0]) == head[0].rsplit("/", 1)[-1] or len(head) > 2:
+                    continue
+                head = ["video", "caption"][:len(head)]        # a first row that is none
+            while len(cells) > len(head) and not cells[-1].strip():
+                cells.pop()
+            if len(cells) > len(head) and our_name(head[-1]) in (*TEXTS, "prompt"):
+                cells[len(head) - 1:] = [comma.join(cells[len(head) - 1:])]
+            if len(cells) == len(head):
+                yield dict(zip(head, cells))
+            elif cells:
+                yield ValueError(f"{len(cells)} cells for {len(head)} columns: cut off, or a text "
+                                 "with commas that stands in no quotation marks")
+        else:
+            return
+
+
+BLANK = re.compile(r'\s+"').match
+ESCAPED = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
+MARKED = re.compile(r'(?:(?:"(?:[^"]++|"")*+"|[^"\t\n]++)?(?:[\t\n]|\Z))*+')   # fields of a table
+DOUBLED = re.compile(r'(?:^|\t)"(?:[^"\t]*+""|[^"\t\n]*+\n[^"\t]*+"(?:[\t\n]|\Z))', re.M)
+
+
+def is_quoted(file):
+    """Whether the first MiB of an open TSV is as a writer of csv makes it: marks around whole
+    fields only, and doubled ones or line ends within, or its head in marks."""
+    text = file.read(2**20).replace("\r\n", "\n")
+    file.seek(0)
+    left = text[MARKED.match(text).end():]             # a field that was cut by us, if all is well
+    is_cut = len(text) > 2**19 and len(left) < 2**16
+    return (is_cut or not left) and bool(
+        DOUBLED.search(text) or re.match(r'\s*("[^"\t\n]*"(\t|\n|\Z))+', text))
+
+
+def is_meant(mark, lines, form, n_columns):
+    """Whether a record of a CSV shows that its writer set blanks before marks (' "'), or wrote
+    those within a text as \\": other rules read what the usual ones do not."""
+    def count(lines, **more):
+        try:
+            return len(next(csv.reader(lines, **{**form, "strict": True, **more})))
+        except csv.Error as error:                     # or its text goes on in the next line
+            return n_columns if more and "end of data" in str(error) else 0
+    if mark == ' "':
+        return count(lines, skipinitialspace=True) == n_columns
+    return count(lines) != n_columns == count([ESCAPED.sub(r'\1""', line) for line in lines],
+                                              doublequote=True)
+
+
+def hides_rows(lines, form, n_columns):
+    """Whether the lines of one record of a CSV are rows behind a mark that nothing closes."""
+    try:
+        fields = next(csv.reader(lines, strict=True, **form))
+        separate = [next(csv.reader([line], **form), []) for line in lines[1:]]
+    except csv.Error:
+        return True
+    return len(lines) == LONGEST or len(fields) == n_columns and all(
+        len(cells) == n_columns for cells in separate) and (
+        all(line.count('"') % 2 == 0 for line in lines[1:])
+        or all(bare(cells[0]) != cells[0].rsplit("/", 1)[-1] for cells in separate))
+
+
+ITEM, MEMBER = re.compile(r'\{\s*"'), re.compile(r'"[^"\n]*"\s*:\s*["\[{]')
+
+
+def json_items(file, key=None, is_object=False):
+    """The items of the array in an open JSON file (of the one named `key`), without holding it; of
+    an object pairs of names and values. In the place of an item that is damaged an error; what
+    looks like the next one goes on."""
+    bracket, text = r"\{" if is_object else r"\[", file.read(2**20)
+    start = re.compile(rf'"{re.escape(key)}"\s*:\s*{bracket}' if key else bracket)
+    while not (match := start.search(text)):
+        more = file.read(2**20)
+        text = text[-100:] + more
+        if not more:
+            yield ValueError(f"no array{key and f' named {key}' or ''}")
+            return
+    at, is_end, wasted, decode = match.end(), False, 0, JSON.raw_decode
+    between, last = re.compile(r"[\s,]*"), re.compile(
+        r"\}\s*\}?\s*\Z" if is_object else r"\]\s*([},]\s*\Z|[},]\s*[\"}]|\Z)")
+    following = MEMBER if is_object else ITEM
+
+    def decode_member(text, at):
+        if not (name := KEY.match(text, at)):
+            is_cut = len(text) - at < 2**12 and '":' not in text[at:]
+            raise json.JSONDecodeError("no name", text, len(text) if is_cut else at)
+        value, at = JSON.raw_decode(text, name.end())
+        return (json.loads(f'"{name[1]}"', strict=False), value), at
+    decode = decode_member if is_object else decode
+    while True:
+        at = between.match(text, at).end()
+        try:
+            if text[at:at + 1] in ("]", "}") and last.match(text, at):
+                return
+            item, at = decode(text, at)
+            yield item
+            continue
+        except (ValueError, RecursionError) as error:
+            wrong = error
+        if not is_end and len(text) - at < 2**24 and (
+                at == len(text) or isinstance(wrong, json.JSONDecodeError) and (
+                    wrong.pos > len(text) - 16 or "Unterminated" in wrong.msg)):     # cut by us
+            more = file.read(max(2**20, len(text) - at))
+            is_end, text, at = not more, text[at:] + more, 0
+            continue
+        yield ValueError(fault(wrong))
+        is_deep = isinstance(wrong, RecursionError)    # by 1000 characters at least
+        behind = max(at + 1, at + 1000 if is_deep else getattr(wrong, "pos", 0))
+        wasted += behind - at
+        at = at + 1 if wasted < 2**24 and not is_deep else behind
+        if at > max(2**13, len(text) // 256):          # an error counts lines from the beginning
+            text, at = text[at:], 0
+        while not (match := following.search(text, at)):
+            more = file.read(2**20)
+            if not more:
+                return
+            text, at = text[max(at, len(text) - 100):] + more, 0
+        at = match.start()
+
+
+def meta_files(path, form):
+    """The files that --meta means: itself, a folder's, or both lists of a fold of UCF-101."""
+    if path.is_dir():
+        return sorted(file for file in path.glob(FORMATS[form][0])
+                      if file.is_file() and not file.name.startswith("."))
+    return sorted(path.parent.glob(f"*list{path.stem[-2:]}.txt")) if form == "ucf101" else [path]
+
+
+def bare(name):
+    """A file's name without folders and without the suffixes of videos, stills and pickles."""
+    name = name.rsplit("/", 1)[-1]
+    while (dot := name.rfind(".")) > 0 and name[dot:].lower() in ENDINGS:
+        name = name[:dot]
+    return name
+
+
+def split_of(name):
+    """The split that a file's name tells: of its words one, and no other, is a split's."""
+    words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", name.lower()) if word in SPLITS}
+    return words.pop() if len(words) == 1 else None
+
+
+class Places:
+    """Finds the source that a row's path means. Names and folders are the same in every Unicode
+    form. Of the sources with its file's name (else with its stem: the name without its suffixes)
+    those fit whose folders, from the last one up, are the row's as far as both tell any; the
+    longest fit wins. Where `is_id`, names are unique by themselves: a lone one fits, wherever."""
+
+    def __init__(self, sources, is_id):
+        self.is_id, self.by_path, self.by_tail = is_id, {}, {}
+        for source in sources:
+            last = folded(source.rsplit("/", 1)[-1])
+            for key in {last, bare(last)}:
+                one = self.by_path.setdefault(key, source)
+                if one is not source:
+                    if isinstance(one, str):
+                        self.by_path[key] = one = [one]
+                    one.append(source)
+
+    def fitting(self, key, folders):
+        """The sources of this name that fit a row's folders, best."""
+        if isinstance(one := self.by_path[key], str):
+            own = folders_of(one)
+            return [one] if all(map(operator.eq, own[::-1], folders[::-1])) else []
+        if key not in self.by_tail:                    # many of one name: by folders' tails
+            tails, full = self.by_tail[key] = {}, {}
+            for source in one:
+                own = folders_of(source)
+                full.setdefault(own, []).append(source)
+                for k in range(len(own) + 1):
+                    tails.setdefault(own[k:], []).append(source)
+        tails, full = self.by_tail[key]
+        paths = full.get(folders) or tails.get(folders)
+        return paths or next((full[folders[k:]] for k in range(1, len(folders) + 1)
+                              if folders[k:] in full), [])
+
+    def find(self, name):
+        """(source or None, reason, detail): the reason of None."""
+        if "\\" in name or name[:1].isspace() or name[-1:].isspace():
+            name = name if name in self.by_path else name.strip().replace("\\", "/")
+        last = folded(name[name.rfind("/") + 1:])
+        one = self.by_path.get(last)
+        if one == name or last == name and isinstance(one, str):         # the most, and soonest
+            return one, "", None
+        keys = [key for key in {last: 0, bare(last): 0} if key in self.by_path]
+        if not keys:
+            return None, "missing video", None
+        folders, others = folders_of(name), []
+        for key in keys:
+            paths = self.fitting(key, folders)
+            if len(paths) > 1:                         # names apart in their spelling only
+                paths = [one for form in FORMS_OF_NAMES for one in paths if form(one) == form(name)
+                         ][:1] or paths
+            if len(paths) == 1:
+                return paths[0], "", None
+            if paths:
+                return None, "several videos of this name", "ambiguous: " + ", ".join(paths[:4])
+            one = self.by_path[key]
+            others += [one] if isinstance(one, str) else one
+        others = list(dict.fromkeys(others))
+        if len(others) > 1:
+            return None, "several videos of this name", "none in its folders, but " + ", ".join(
+                others[:4])
+        return (others[0], "", None) if others and self.is_id else (
+            None, "missing video", f"{others[0]} is in another folder" if others else None)
+
+
+def folded(name):
+    return name if name.isascii() else unicodedata.normalize("NFKC", name)
+
+
+def folders_of(path):
+    """The folders of a path, a tuple, without what says nothing."""
+    *folders, _ = path.split("/")
+    if "./" in path:
+        folders = os.path.normpath("/".join(folders)).replace(os.sep, "/").split("/")
+    return tuple(folded(one) for one in folders if one not in ("", ".", ".."))
+
+
+ROW_REASONS = ("caption behind the end", "caption of no clip", "missing video", "several videos of "
+               "this name", "malformed metadata row", "malformed text beside it")
+BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, RecursionError,
+           OverflowError)                              # what readers raise
+
+
+def read_metadata(paths, form, sources, database):
+    """Writes an SQLite file, so that memory holds no metadata and start-up reads nothing but names:
+    each row as JSON, with its number, its source and its file's split; a row that is damaged, or
+    whose video is missing, without a source, with its reason and the name of its video."""
+    with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
+        store.executescript("pragma journal_mode=off; pragma synchronous=off; "
+                            "create table rows(source, number, note, detail, row)")
+        store.executemany("insert into rows values(?, ?, ?, ?, ?)",
+                          placed_rows(paths, form, sources))
+        store.execute("create index by_source on rows(source)")
+        store.commit()
+        n, = store.execute("select count(distinct source) from rows").fetchone()
+    if n < len(sources) / 10:
+        print(f"warning: {paths[0]} names {n} of {len(sources)} files", file=sys.stderr)
+
+
+def placed_rows(paths, form, sources):
+    """Yields what `read_metadata` stores."""
+    _, rows, names, reader = FORMATS[form]
+    index, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
+    find = functools.lru_cache(2**16)(index.find)
+    missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
+    first, bad, n_bytes = "", None, 0  # why rows are of no use; those with bytes that are no text
+    for path in paths:
+        split = split_of(path.stem)
+        for n, row in enumerate((rows or file_rows)(path), n + 1):
+            try:
+                if isinstance(row, Exception):
+                    raise row
+                if not isinstance(row, dict):
+                    raise ValueError(f"a row is a {type(row).__name__}, no object of named values")
+                columns_found = columns_found or tuple(filter(None, row))
+                name, *others = named(row, names) or [row[names[0]]]
+                source, reason, detail = find(str(name))
+                if source is None:
+                    for other in others:               # the first one is an id, a NaN
+                        if source is None and (one := find(str(other)))[0]:
+                            (source, reason, detail), name = one, other
+                    first = first or source is None and f"row {n}: {name}: {detail or reason}"
+                text = json.dumps(row)
+                if byte := re.search(r"\\udc([89a-f].)", text):
+                    bad, n_bytes = bad or (n, int(byte[1], 16)), n_bytes + 1
+                is_right = is_right or not reader                # its values are its own matter
+                is_placed, missing = is_placed or reason != "missing video", missing or name
+                if not is_right or source is not None and True not in told_of:
+                    facts = read_row(row, reader, None)
+                    is_right = is_right or bool(facts)
+                    told_of |= what_is_told(row, facts) if source is not None else set()
+            except BAD_ROW as error:
+                why = "cut off, or not of its format" if row is None else printable(fault(error))
+                first = first or f"row {n}: {why}"
+                yield None, n, "malformed metadata row", why, None
+            else:
+                yield (None, n, reason, detail and printable(detail), printable(name)) \
+                    if source is None else (stored(source), n, split, None, text)
+    if not n:
+        refuse(f"{paths[0]} holds no rows")
+    if not is_right:
+        has_name = {*names, *IDS} & {*columns_found, *map(our_name, columns_found)}
+        refuse(f"no row of {paths[0]} reads as --format {form}: " + (
+            first if first and (has_name or not columns_found) else "its columns are "
+            f"{', '.join(columns_found)}; one of {', '.join(names[:6])} must name the video"))
+    if not is_placed:
+        refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
+               f"{sources[0]}")
+    if sources and not told_of and first:
+        refuse(f"no row of {paths[0]} is of use: {first}")
+    if n_bytes:
+        print(f"warning: {n_bytes} rows of {paths[0]} are not in UTF-8, the first is row {bad[0]}: "
+              f"{not_utf8(bad[1])}", file=sys.stderr)
+    if sources and True not in told_of:
+        refuse_silent(paths[0], told_of)
+
+
+def what_is_told(row, facts):
+    """The columns in which a row of ours has what is no number; True where it has a caption."""
+    return {True} if any(fact["captions"] for fact in facts) else {
+        name for name, value in ours(row).items() if our_name(name) not in (*OWN, *IDS)
+        and value is not None and (name in OURS or number_of(value) is None and value != "")}
+
+
+def refuse_silent(path, told_of):
+    """Refuses metadata that captions nothing, though it was meant to, or tells nothing else."""
+    others = {name: nearest(name, OURS) for name in sorted(told_of - OURS)}
+    if told_of & {*TEXTS} or {*TEXTS} & {*others.values()} or others and not told_of & OURS:
+        refuse(f"{path} captions nothing: no row has a text in a column named caption or text"
+               + "".join(f"; {name}: did you mean {close}?" if close else f"; {name}: not known"
+                         for name, close in others.items()))
+    print(f"warning: no row of {path} has a caption", file=sys.stderr)
+
+
+def stored(source):
+    """A source as SQLite takes it: not every file's name is a text."""
+    return source if source.isascii() else os.fsencode(source)
+
+
+def query(database, source, names="number, note, row"):
+    """Yields `names` of the stored rows of a source; of None, the rejects."""
+    address = f"{Path(database).absolute().as_uri()}?mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
+        yield from store.execute(f"select {names} from rows where source is ? order by rowid",
+                                 [source and stored(source)])
+
+
+def facts_of(database, form, source):
+    """(facts, rejects) that the stored rows tell of a source."""
+    facts, rejects = [], []
+    for n, split, row in query(database, source):
+        try:
+            facts += read_row(json.loads(row), FORMATS[form][3], split)
+        except BAD_ROW as error:
+            rejects.append(rejection(None, "malformed metadata row", figure=n,
+                                     detail=printable(fault(error))))
+    return facts, rejects
+
+
+def fault(error):
+    """What one of BAD_ROW says, for people."""
+    return f"no column {error}" if isinstance(error, KeyError) else \
+        "cut off, or not of its format" if isinstance(error, json.JSONDecodeError) else \
+        "lists of unequal lengths" if str(error).startswith("zip()") else \
+        " ".join(str(error).split())[:300]
+
+
+def read_row(row, reader, split):
+    """The facts in a row as published; raises one of BAD_ROW."""
+    return [read_fact(one, split) for fields in (reader(row) if reader else [ours(row)])
+            for one in timed(fields)]
+
+
+def timed(row):
+    """The rows in one of our rows whose caption is a list of objects with times of their own, or
+    goes with a list of times."""
+    name = next((name for name in TEXTS if isinstance(row.get(name), list)), None)
+    for spans in (row[one] for one in SPANS if name and isinstance(row.get(one), list)):
+        if spans and all(map(is_span, spans)):         # as many texts as spans: ActivityNet's
+            return [{**row, "start": start, "end": end, name: text}
+                    for (start, end), text in zip(spans, row[name], strict=True)]
+    if name is None or not any(isinstance(one, dict) and {"start", "end"} <= {*ours(one)}
+                               for one in row[name]):
+        return [row]
+    times, result = ("start", "end", *SPANS), []
+    for one in row[name]:
+        own = ours(one) if isinstance(one, dict) else {}
+        result.append({**row, **{key: own[key] for key in times if key in own}, name: {
+            key: one[key] for key in one if our_name(key) not in times} if own else one})
+    return result
+
+
+@functools.lru_cache(2**12)
+def our_name(name):
+    """A column's name, if it is one of ours in small letters, without blanks and signs."""
+    plain = re.sub(r"[\W_]+", "", name).lower()
+    return ALIASES.get(plain, plain if plain in OURS else name.strip())
+
+
+def ours(row):
+    """A row under our names; one that stands there as it is comes first. A pair of times is start
+    and end; a prompt without any text is the caption."""
+    row = {our_name(name): value for name, value in row.items()} | row
+    for name in SPANS:
+        if name[-1] != "s" and is_span(row.get(name)) and "start" not in row:
+            row["start"], row["end"] = row.pop(name)
+    return {**row, "caption": row["prompt"], "prompt": None} \
+        if row.get("prompt") and not any(name in row for name in TEXTS) else row
+
+
+def is_span(value):
+    return isinstance(value, list) and len(value) == 2 and all(
+        isinstance(one, (int, float, str)) for one in value)
+
+
+def named(row, names):
+    """The values of the columns that may name a row's file, the best first."""
+    if result := [row[name] for name in names if row.get(name)]:
+        return result
+    row = ours(row)
+    return [row[name] for name in names if row.get(name)] or [
+        row[name] for name in IDS if row.get(name) and names is OWN]
+
+
+def plain(text):
+    """A text without blanks around it. Raises ValueError where it holds what is no text."""
+    text = text.strip()
+    if not text.isascii() and (wrong := re.search("[\ud800-\udfff]", text)):
+        byte = ord(wrong[0]) - 0xdc00
+        raise ValueError(f"no text: {not_utf8(byte)}" if 0x80 <= byte < 0x100 else
+                         f"no text: half a character, {ascii(wrong[0])}")
+    return text
+
+
+def texts_in(value, style=None):
+    """[(text, its style)] of a caption of any shape: a text, a list, an object, or one of these in
+    JSON or as a Python literal. An object's keys are the styles (in its depth, joined by dots), but
+    where one of them says that it is the text, others tell of it (its model, its language); of a
+    conversation only what the assistant says counts."""
+    if isinstance(value, str):
+        text, inner = plain(value), None
+        for read in (json.loads, literal) if text[:1] in ("[", "{", "(") else ():
+            with contextlib.suppress(ValueError, RecursionError):    # else it is just a text
+                inner = read(text)
+                break
+        if isinstance(inner, (list, tuple, set, dict)):
+            return texts_in(sorted(inner, key=str) if isinstance(inner, set) else inner, style)
+        return [(text, style)] if text.lower() not in NO_TEXTS else []
+    if isinstance(value, dict):
+        speaker = next((value[key] for key in ("from", "role") if isinstance(value.get(key), str)
+                        and ("value" in value or "content" in value)), None)
+        if speaker:
+            return [] if speaker.strip().lower() in ASKING else texts_in(
+                value.get("value", value.get("content")), style)
+        words = {key: {*re.split(r"[\W_]+", key.lower())} for key in value}
+        keys = [key for key in value if isinstance(value[key], (str, list, dict))
+                and not words[key] & ABOUT]
+        if any(key.lower() in IN_OBJECTS for key in keys):
+            keys = [key for key in keys if words[key] & IN_OBJECTS]
+        return [pair for key in keys
+                for pair in texts_in(value[key], f"{style}.{key}" if style else key)]
+    if value is None or value != value:                # NaN
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"a caption is no text: {value!r}")
+    return [pair for one in value for pair in texts_in(one, style)]
+
+
+def frames_in(value):
+    """{"frames": (first, last)} of a pair of numbers, or of its text. Another list (of pictures'
+    names, of sampled frames) is somebody else's, and says nothing of times."""
+    if isinstance(value, str) and (pair := re.fullmatch(r"[\[(]\s*(\d+),\s*(\d+)\s*[\])]",
+                                                        value.strip())):
+        value = [int(pair[1]), int(pair[2])]
+    if not isinstance(value, list) or len(value) != 2 or not any(
+            isinstance(one, (int, float)) for one in value):
+        return {}
+    if not all(isinstance(one, (int, float)) and one == one // 1 for one in value) or \
+            not 0 <= value[0] <= value[1]:
+        raise ValueError(f"frames {value!r}: not the numbers of the first and the last one")
+    return {"frames": [int(min(one, 2**62)) for one in value]}
+
+
+def read_fact(row, split=None):
+    """The fact in one of our rows: start, end (s, None: the whole file), captions (list of str),
+    split and label (or None), scores. Raises one of BAD_ROW on a bad one."""
+    start, end = seconds(row.get("start")), seconds(row.get("end"))
+    texts = next(filter(None, (texts_in(row[name]) for name in TEXTS if name in row)), [])
+    named, label = plain(str(row.get("split") or "")).lower(), row.get("label")
+    named = "" if named in NO_TEXTS else named
+    if (start is None) != (end is None) or start is not None and not 0 <= start < end:
+        raise ValueError(f"start {row.get('start')!r}, end {row.get('end')!r}: not 0 <= start < "
+                         "end")
+    if named and named not in SPLITS:
+        raise ValueError(f"split {named!r} is none of {', '.join(SPLITS)}")
+    label = int(label) if isinstance(label, float) and label.is_integer() else label   # 1.0 is 1
+    label = None if str(label).strip().lower() in NO_TEXTS else plain(str(label))
+    fact = {"start": start, "end": end, "captions": [text for text, _ in texts],
+            "split": SPLITS.get(named, split), "label": label or None}
+    fact |= frames_in(row.get("frames"))
+    fact |= {"styles": [style for _, style in texts]} if any(style for _, style in texts) else {}
+    prompt = plain(str(row.get("prompt") or ""))
+    fact |= {"prompt": prompt} if prompt.lower() not in NO_TEXTS else {}
+    scores = {key: value for key in row if key not in OURS and our_name(key) not in OURS
+              and (value := number_of(row[key])) is not None}
+    return fact | {"scores": scores} if scores else fact
+
+
+ALIASES = {f"{one}{unit}": our for one, our in {"start": "start", "begin": "start", "end": "end",
+           "stop": "end"}.items() for unit in ("time", "timestamp", "sec", "seconds")} | {
+    "timestart": "start", "timeend": "end", "begin": "start", "stop": "end"}
+SPANS = ("timestamps", "timestamp", "segments", "segment", "span", "interval")      # [start, end]
+TEXTS = ("caption captions text cap description descriptions sentence sentences longcaption "
+         "densecaption detailedcaption shortcaption briefcaption videocaption imagecaption "
+         "recaption gptcaption generatedcaption longdescription shortdescription encap "
+         "goldencaption conversations messages annotations").split()
+IN_OBJECTS = {"caption", "captions", "text", "conversations", "messages"}
+ASKING = {"human", "user", "system", "tool", "function"}       # speakers of no captions
+ABOUT = set("model lang language id source author license url type version".split())
+NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
+OURS = {*OWN, *IDS, *TEXTS, *SPANS, "start", "end", "frames", "prompt", "split", "label"}
+
+
+def number_of(value):
+    """A finite number, or a text that is one; else None."""
+    try:
+        return value if math.isfinite(value := float(value)) else None
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def seconds(value):
+    """Seconds of a number or of a text such as '12.5' or '1:02:03.250'; None of nothing."""
+    if value is None or str(value).strip().lower() in NO_TEXTS:
+        return None
+    total = 0.0
+    for part in str(value).split(":"):
+        total = 60 * total + float(part)
+    if not math.isfinite(total):
+        raise ValueError(f"{value} is no time")
+    return total
+
+
+def beside(source, texts, is_caption_alone=False):
+    """(facts, rejects) without --meta: `texts` {suffix: bytes} are the files NAME.txt (caption) and
+    NAME.json (our keys) beside the source; its folder is its label, and may name its split. Without
+    a --format the caption alone counts. A file that is no text, or damaged, is a reject, and hides
+    no other."""
+    rejects, result, encoding = [], {".txt": "", ".json": "{}"}, {}
+
+    def lost(suffix, error):
+        rejects.append(rejection(source, "malformed text beside it", detail=printable(
+            f"{Path(source).stem}{suffix}: {fault(error)}")))
+
+    for suffix, data in texts.items():
+        try:
+            text, page = decoded(data)
+            result[suffix] = plain(" ".join(text.split())) if suffix != ".json" else text
+            encoding |= {"encoding": page} if page else {}
+        except ValueError as error:
+            lost(suffix, error)
+    caption = {"caption": result[".txt"]}
+    if is_caption_alone:
+        return [read_fact(caption) | encoding], [
+            one for one in rejects if ".txt: " in one["detail"]]
+    *folders, _ = source.split("/")
+    n = next((n for n, name in enumerate(folders) if is_archive(name)), len(folders))
+    split = next((split_of(name) for name in folders if name.lower() in SPLITS
+                  or NUMBERED.fullmatch(name.lower()) and split_of(name)), None) or split_of(
+                      "".join(folders[n:n + 1]))
+    classes = [result[".cls"]] if ".cls" in result else [
+        printable(name) for name in folders[:n] if name.lower() not in SPLITS
+        and not NUMBERED.fullmatch(name.lower())]      # those within a tar are part of the key
+    fact = read_fact({"label": classes[-1] if classes else None, **caption}, split) | encoding
+    try:
+        more = JSON.decode(result[".json"])
+        more = {key: value for key, value in ours(
+            more if isinstance(more, dict) else {"caption": more}).items()
+                if value is not None and (key != "split" or str(value).lower() in SPLITS)}
+        facts = [read_fact({"label": fact["label"], **one}, split) | encoding
+                 for one in timed(more)]
+        merged = {**fact, "captions": []} if any(one["captions"] for one in facts) else fact
+        if any(one["start"] is not None or "frames" in one for one in facts):
+            return [*facts, merged], rejects            # outside of its times the rest holds
+        return [{**facts[0], "captions": facts[0]["captions"] or fact["captions"]}], rejects
+    except BAD_ROW as error:
+        lost(".json", error)
+        return [fact], rejects
+
+
+NUMBERED = re.compile(rf"\d{{5,}}([-_]\d+)*|(shard|part|chunk|batch|{'|'.join(SPLITS)})[-_. ]*\d+")
+
+
+def drawn_split(source):
+    """The split of a file of which no metadata name one, drawn by its name: one in twenty 'val'."""
+    draw = int(hashlib.sha256(os.fsencode(source)).hexdigest()[8:16], 16) % 20
+    return "train" if draw else "val"
+
+
+def told(source, facts, start, end):
+    """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
+    hold at least half of the clip, or speak of the whole file."""
+    mine = [f for f in facts if f["start"] is None or holds(f, start, end)]
+    splits = [f["split"] for f in [*mine, *facts] if f["split"]]
+    labels = [f["label"] for f in mine if f["label"] is not None]
+    return {"split": (splits or [drawn_split(source)])[0], "label": (labels or [None])[0],
+            "captions": [{"text": text, "source": "meta", "weight": 1.0,
+                          **{key: f[key] for key in ("prompt", "encoding") if key in f},
+                          **({"style": style} if style else {})}
+                         for f in mine for text, style in itertools.zip_longest(
+                             f["captions"], f.get("styles", ()))]}, \
+        {name: value for f in mine for name, value in f.get("scores", {}).items()}
+
+
+def holds(fact, start, end):
+    """Whether at least half of start..end lies within a fact's times."""
+    return min(end, fact["end"]) - max(start, fact["start"]) >= (end - start) / 2 - 1e-6
+
+
+def unused(source, facts, clips, stop):
+    """The rejects of captions whose times are those of no clip (row, ...) of a file, `stop` s
+    long."""
+    spans = [(row["start"], row["end"]) for row, *_ in clips]
+    for fact in facts:
+        start, end = fact["start"], fact["end"]
+        if fact["captions"] and start is not None and not any(holds(fact, *one) for one in spans):
+            times = (None, None) if start == math.inf else (start, end)
+            yield rejection(
+                source, "caption behind the end" if start >= stop else "caption of no clip", *times,
+                figure=round(stop, 3), detail=("" if times[1] else f"frames {fact['frames']}: ")
+                + printable(fact["captions"][0])[:100])
+
+
+FAULT = "fault: "       # begins the reason of a file at which a function of ours failed
+
+
+def rejection(source, reason, start=None, end=None, figure=None, threshold=None, detail=None):
+    return {"source": source, "shot_start": start, "shot_end": end, "reason": reason,
+            "figure": figure, "threshold": threshold, **({"detail": detail} if detail else {})}
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ Out:  runs/NAME/samples/PROMPT-sSEED.mp4 (H.264; or .gif, .webp, frames; a still
       its frames), .json (all that it takes to make it again); index.html plays them all, sheet.png
       has the newest 64; runs/NAME/eval*.json and eval-*.png (--eval).
 
-The idea: start from noise and follow the learned velocity from t = 1 to t = 0, each step guided:
-away from what the model does without a caption, towards what it does with it. Prompts, sizes and
-lengths that differ share one packed row. A task is a chain of segments: each is a clip that is
-denoised with what it is given as clean tokens, the frames at its ends or the clip beside it, and a
-long video goes on from the latents of the segment before, never through pixels.
+The idea: start from noise and follow the learned velocity from t = 1 to t = 0. Each step is guided
+(classifier-free guidance): away from the unconditional output, towards the conditional one. Videos
+of different prompts, sizes and lengths share one packed row. Every task is a timeline of segments.
+A segment is a clip that is denoised while conditioning frames (its first or last frame, or the end
+of the segment before) stand in the row as clean tokens, so a long video is made part by part.
 
     python sample.py tests/demo --prompt "a red circle moves left"      # a small model is here: 8 s
     python sample.py demo --prompt "a cyan triangle moves up" --size 48x32 --seconds 2 --seed 7
@@ -68,30 +68,29 @@ from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_E
                           is_left_out, lines_of, number, one_line, open_dataset, read_clip,
                           read_still, read_text, refuse, render_shot, rng, script, spelled, sweep,
                           true_times, write_fault, write_text, write_video)
-from train_dit import (RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed, averaged_weights,
-                       count_texts, ddim, ddpm_at, ddpm_tables, flow_grid, generate_codes, guide,
-                       interpolant, interval, load_denoiser, load_gpt, load_published, open_reader,
-                       open_text_encoder, runge_kutta, sample_codes, shifted, target,
-                       to_velocity_x0_noise, token_shift, words_of)
+from train_dit import (CONDITIONS, RUNGE_KUTTA, STEPPED, Denoiser, Objective, Packed,
+                       averaged_weights, count_texts, ddim, ddpm_at, ddpm_tables, flow_grid,
+                       generate_codes, guide, interpolant, interval, load_denoiser, load_gpt,
+                       load_published, open_reader, open_text_encoder, runge_kutta, sample_codes,
+                       shifted, target, to_velocity_x0_noise, token_shift, words_of)
 from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian,
                        gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
                        option_parser, read_class, read_config, read_tensors, refuse_others,
                        save_file, say_once,
                        setup, sheet_frames, to_frames, to_tensor)
 
-# ------------------------------------------------------------------------------------------------
-# Samplers: generators that yield x after each of their steps, from noise to data
-# ------------------------------------------------------------------------------------------------
 
-# alpha and sigma are float64 [n + 1], or [n + 1, N, 1] where every clip has times of its own: x is
-# alpha x_0 + sigma noise at the n points at which the network is asked, and at the last one.
-# predict(x, i) -> (x_0, noise, variance's share or None) at point i; draw(i): normal, shaped as x.
+# -- the samplers ----------------------------------------------------------------------------------
 
 
+# alpha, sigma: float64 [n + 1], or [n + 1, N, 1] where each clip has its own times. The network is
+# evaluated at the first n points, where x = alpha x_0 + sigma noise; the last point is the result.
+# predict(x, i) -> (x_0, noise, learned variance's share or None) at point i; draw(i): fresh noise.
 def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path="linear"):
-    """SiT's stochastic samplers: the flow, and noise of strength(t) that the score takes away
-    again. drift_score(x, t) -> (velocity, score). The last of `times` ends it: by one step without
-    noise ("mean"), along the flow ("euler"), by jumping to x_0 ("tweedie") or not at all (None)."""
+    """SiT's stochastic samplers: the flow plus noise of strength(t), which the score removes again.
+    drift_score(x, t) -> (velocity, score). last: how the final step is made: without noise
+    ("mean"), along the flow alone ("euler"), as the estimate of x_0 ("tweedie"), or left out
+    (None)."""
     def slope(x, t):
         velocity, score = drift_score(x, t)
         return velocity - strength(t) * score
@@ -116,8 +115,9 @@ def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path
 
 
 def ddpm(predict, x, tables, draw):
-    """Ancestral sampling over the kept steps of `tables` (ddpm_tables), the noisiest first; the
-    variance is beta, or between that and the posterior's by the share that the network tells."""
+    """Ancestral sampling over the steps of `tables` (ddpm_tables), the noisiest first. The variance
+    is beta or, where the network predicts a share, interpolated between the posterior's and
+    beta."""
     n = len(tables["betas"])
     for i in range(n):
         x0, _, share = predict(x, i)
@@ -130,8 +130,9 @@ def ddpm(predict, x, tables, draw):
 
 
 def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the x_0 of the step before gives its slope;
-    not in the last step of few (`lower`), to no noise, or with `euler`."""
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the slope of x_0 comes from the step before.
+    The last step is of first order where it ends without noise, where there are fewer than 15 steps
+    (`lower`), or with `euler`."""
     half_snr, n, before = (alpha / sigma).log(), len(alpha) - 1, None
     for i in range(n):
         x0, h = predict(x, i)[0], half_snr[i + 1] - half_snr[i]
@@ -145,8 +146,9 @@ def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
 
 
 def dpm_fast(predict, x, alpha, sigma):
-    """DPM-Solver++ in single steps of order 3, the rest in steps of order 2 and 1: U-ViT's. Each
-    takes as many points of the grid as its order; r is where on the way a point lies."""
+    """Singlestep DPM-Solver++ of order 3, with steps of order 2 and 1 at the end, as U-ViT samples.
+    A step covers as many points of the grid as its order; r: where between its ends a point
+    lies."""
     half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
     orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
     for order in orders:
@@ -173,33 +175,33 @@ def dpm_fast(predict, x, alpha, sigma):
 
 
 def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
-    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0, before it takes part in
-    the next step, corrects the step that led to it, but for the steps `uncorrected`. kind: B(h) is
-    exp(-h) - 1 (bh2) or -h (bh1)."""
+    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0 first corrects the step
+    that led to it, then predicts the next one. uncorrected: steps without the corrector. kind: B(h)
+    is exp(-h) - 1 (bh2) or -h (bh1)."""
     half_snr, n = (alpha / sigma).log(), len(alpha) - 1
-    start, found = None, []                      # the sample each step began at; x_0, latest first
+    start, x0s = None, []                      # the sample each step began at; x_0, latest first
 
     def step(x, i, order, new=None):
-        """From point i to the next by the last `order` x_0; new: x_0 there, by which it is made
-        better."""
+        """From point i to i + 1 by the last `order` x_0 (predictor); with `new`, the x_0 at point
+        i + 1, once more (corrector)."""
         h = half_snr[i + 1] - half_snr[i]
         b = torch.expm1(-h)
         r = [(half_snr[i - k] - half_snr[i]) / h for k in range(1, order)]
-        slopes = [(found[k] - found[0]) / r[k - 1].to(x) for k in range(1, order)]
+        slopes = [(x0s[k] - x0s[0]) / r[k - 1].to(x) for k in range(1, order)]
         if new is not None:
-            r, slopes = [*r, torch.ones_like(h)], [*slopes, new - found[0]]
+            r, slopes = [*r, torch.ones_like(h)], [*slopes, new - x0s[0]]
         scale, total = b if kind == "bh2" else -h, 0.0
         if len(r) == 1:
             total = 0.5 * slopes[0]
         elif r:
             phi, rows, values = -b / h - 1, [], []
             for k in range(len(r)):
-                rows.append(torch.stack([each ** k for each in r], -1))
+                rows.append(torch.stack([ratio ** k for ratio in r], -1))
                 values.append(phi * math.factorial(k + 1) / scale)
                 phi = -phi / h - 1 / math.factorial(k + 2)
             weights = torch.linalg.solve(torch.stack(rows, -2), torch.stack(values, -1))
             total = sum(w.to(x) * slope for w, slope in zip(weights.unbind(-1), slopes))
-        ahead = (alpha[i + 1] * b).to(x) * found[0]
+        ahead = (alpha[i + 1] * b).to(x) * x0s[0]
         ahead = ahead + (alpha[i + 1] * scale).to(x) * total if r else ahead
         return (sigma[i + 1] / sigma[i]).to(x) * x - ahead
 
@@ -208,25 +210,25 @@ def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
         x0 = predict(x, i)[0]
         if i and i - 1 not in uncorrected:
             x = step(start, i - 1, now, x0)
-        found, start, now = [x0, *found[:order - 1]], x, min(order, n - i, i + 1)
+        x0s, start, now = [x0, *x0s[:order - 1]], x, min(order, n - i, i + 1)
         x = step(x, i, now)
         yield x
 
 
 def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1,
                  with_first=False):
-    """(int64 [n] steps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of betas:
-    "linspace", "leading" (from `offset` on) or "trailing" as diffusers names them, or "karras".
-    `final`: alpha and sigma of the last point, None: those of step 0. with_first: "linspace" goes
-    to step 0, as diffusers' DDIM has it."""
+    """(int64 [n] timesteps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of
+    betas. spacing: diffusers' "linspace", "leading" (from `offset` on) or "trailing", or "karras".
+    final: alpha and sigma of the last point, None: those of timestep 0. with_first: "linspace" ends
+    at timestep 0, as in diffusers' DDIM."""
     tables = ddpm_tables(schedule, "", 1000, ends)
     alpha, sigma = tables["alpha"], tables["sigma"]
     if spacing == "karras":              # evenly in the 7th root of sigma / alpha
         ratio = sigma / alpha
         high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
         ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
-        place = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
-        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(place).round().long()
+        position = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
+        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(position).round().long()
         sigma = alpha * ratio
     else:
         even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
@@ -240,21 +242,22 @@ def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, o
 
 
 def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
-    """(times, alpha, sigma), each float64 [n + 1], evenly from 1 to `last`, where a schedule's 1000
-    steps stand at 0.001, 0.002, … and the logarithm of alpha is straight between them (U-ViT's)."""
+    """(times, alpha, sigma), each float64 [n + 1], evenly spaced from 1 to `last`. A schedule's
+    1000 steps lie at 0.001, 0.002, …, and log alpha is linear between them (U-ViT's)."""
     times = np.linspace(1, last, n + 1)
-    known = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
-    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, known))
+    log_alphas = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
+    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, log_alphas))
     return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
 def drift_score(objective, answer, t):
-    """(dx/dt of the flow, gradient of log density) of an answer (velocity, x_0, noise, …) at t."""
+    """(velocity, score) of an output (velocity, x_0, noise, …) at time t."""
     return answer[0], -answer[2] / interpolant(objective.path, t)[1]
 
 
 def diffusion(path, form, t, norm=1.0):
-    """SiT's strengths w(t) of the noise that a stochastic sampler adds and its score takes away."""
+    """SiT's diffusion coefficients w(t): the strength of the noise that a stochastic sampler
+    adds."""
     alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
     return {"constant": norm * torch.ones_like(t), "sigma": norm * sigma, "linear": norm * t,
             "SBDM": norm * sigma * (d_sigma - d_alpha * sigma / alpha),
@@ -268,7 +271,7 @@ STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
 
 
 def stepped_points(args, objective):
-    """(the network's times, alpha, sigma), float64 [steps + 1], on a path in 1000 steps."""
+    """(the network's timesteps, alpha, sigma), float64 [steps + 1], of a schedule of 1000 steps."""
     schedule, n, is_ddim = STEPPED[objective.path], args.steps, args.sampler == "ddim"
     if args.sampler == "dpm-fast":
         return level_grid(n, schedule)
@@ -282,21 +285,21 @@ def stepped_points(args, objective):
     return (timesteps + int(objective.path == "sd")) / 1000, alpha, sigma
 
 
-def strides_back(schedule, n, told, spacing):
-    """(alpha, sigma) where diffusers' DDIM goes from the network's times `told`: a whole stride of
-    1000 // n steps, which is not always the next point."""
+def strides_back(schedule, n, timesteps, spacing):
+    """(alpha, sigma) that diffusers' DDIM steps to from these timesteps: 1000 // n steps further,
+    which is not always the next point of the grid."""
     if spacing == "karras":
         return None
     tables = ddpm_tables(schedule)
-    steps = (1000 * told).round().long() - 1000 // n - int(schedule == "scaled_linear")
+    steps = (1000 * timesteps).round().long() - 1000 // n - int(schedule == "scaled_linear")
     return tuple(torch.where(steps < 0, end, tables[name][steps.clamp(min=0)])
                  for name, end in (("alpha", 1.0), ("sigma", 0.0)))
 
 
 def respread(times, rules):
-    """[n + 1] times as a folder's scheduler changes them: stretched to end at `terminal`, spread
-    evenly in the 7th root ("karras") or the logarithm ("exponential"), ending in `final` noise (-1:
-    the least that there is)."""
+    """[n + 1] times with the rules of a folder's scheduler: stretched to end at `terminal`, spaced
+    evenly in the 7th root ("karras") or the logarithm ("exponential"), the last one `final` (-1: as
+    the last but one)."""
     times, n = times.clone(), len(times) - 1
     if rules.get("terminal") and n > 1:
         times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
@@ -327,7 +330,7 @@ def flow_points(args, objective, shift):
 
 
 def skipped(args, strength):
-    """Steps of the sampler that a change by this strength leaves out."""
+    """How many of the sampler's first steps video to video of this strength leaves out."""
     return min(args.steps - 1, round(args.steps * (1 - strength)))
 
 
@@ -338,13 +341,13 @@ def count_steps(args, strength=1.0):
 
 
 def trajectory(args, objective, read, noise, start, strength, shift, draw):
-    """The generator of x that the options ask for. read(x, network's time, time on the path or
-    (alpha, sigma)) -> (velocity, x_0, noise, variance's share); noise, start: tokens [N, C*P],
-    start None but for video to video, where only this share of the steps, `strength`, is made;
-    shift: a float, or [N, 1]; draw(i): fresh noise."""
+    """Yields x [N, C*P] after each step of the sampler that the options name. read(x, the network's
+    timestep, time or (alpha, sigma)) -> (velocity, x_0, noise, variance's share). noise: tokens
+    [N, C*P]; start: those of the video to change, or None; strength: the share of the steps that
+    are made of it; shift: a float, or [N, 1]; draw(i): fresh noise."""
     skip = skipped(args, strength)
     if objective.path in STEPPED:
-        timesteps, alpha, sigma = (each[skip:] for each in stepped_points(args, objective))
+        timesteps, alpha, sigma = (values[skip:] for values in stepped_points(args, objective))
         at = lambda i: (alpha[i].to(noise), sigma[i].to(noise))
     else:
         times = flow_points(args, objective, shift)[skip:]
@@ -371,79 +374,78 @@ def trajectory(args, objective, read, noise, start, strength, shift, draw):
         predict, x, alpha, sigma, **args.rules.get("solver", {}))
 
 
-# ------------------------------------------------------------------------------------------------
-# Clips that are denoised together, each with its unguided twin, in one packed row
-# ------------------------------------------------------------------------------------------------
+# -- guidance --------------------------------------------------------------------------------------
 
 
 class SamplingJob(NamedTuple):
     """A clip to denoise."""
     shape: tuple                    # (C, T', H', W')
     fps: float
-    text: object                    # as lay_out takes it
-    negative: object                # as text: the negative prompt, or the empty one
+    text: object                    # prompt embeddings or token ids, as lay_out takes them
+    negative: object                # likewise, of the negative prompt or the empty one
     noise: torch.Tensor             # [C, T', H', W']
-    cond_latents: list = []         # [(normalised latent, seconds from its first frame)]
-    about: list = []                # values of the run's conditions
-    first: torch.Tensor = None      # [C, 1, H', W']: its first latent, known
-    start: torch.Tensor = None      # [C, T', H', W']: the video to begin with, and to change
-    strength: float = 1.0           # the share of the way from it to noise
-    extra: torch.Tensor = None      # [C', T', H', W']: further channels that the network sees
-    image: torch.Tensor = None      # [n, width]: tokens of an image that the network reads
-    key: tuple = ()                 # names its draws: seed, segment, prompt
+    cond_latents: list = []         # [(normalised latent, seconds from the clip's first frame)]
+    conditions: list = []                # values of the run's conditions
+    first_latent: torch.Tensor = None   # [C, 1, H', W']: the clip's first latent, where it is fixed
+    start: torch.Tensor = None      # [C, T', H', W']: the video to change (video to video)
+    strength: float = 1.0           # share of the steps, from its noised latents on
+    extra: torch.Tensor = None      # [C', T', H', W']: input channels beside the clip's own
+    image: torch.Tensor = None      # [n, width]: image embeddings for cross-attention
+    key: tuple = ()                 # (seed, segment, prompt) that key its random draws
     position_scale: float = 1.0     # factor on its tokens' positions: see `position_scale`
 
 
 class Guided(Packed):
-    """read(x, told, at): the network's guided answer about the clips' own tokens x [N, C*P]."""
+    """A packed row of clips under classifier-free guidance. Called with the target tokens x
+    [N, C*P], returns velocity, x_0 and noise."""
 
     def __init__(self, model, jobs, args, time_stride, device, guidance=None):
         self.jobs, self.args, self.time_stride, self.device = jobs, args, time_stride, device
         self.scale = args.cfg if guidance is None else guidance
-        each = lambda name: [getattr(job, name) for job in jobs]
+        of_jobs = lambda name: [getattr(job, name) for job in jobs]
         move = lambda tensors: [x.to(device) for x in tensors]
-        cond_latents = [[(z.to(device), at) for z, at in given] for given in each("cond_latents")]
-        super().__init__(model, each("shape"), each("fps"), each("text"), each("negative") if
-                         self.scale != 1 else [], move(each("noise")), time_stride, cond_latents,
-                         each("about"))
-        scale = torch.tensor(each("position_scale") * self.n)
+        cond_latents = [[(z.to(device), at) for z, at in cond] for cond in of_jobs("cond_latents")]
+        super().__init__(model, of_jobs("shape"), of_jobs("fps"), of_jobs("text"),
+                         of_jobs("negative") if self.scale != 1 else [], move(of_jobs("noise")),
+                         time_stride, cond_latents, of_jobs("conditions"))
+        scale = torch.tensor(of_jobs("position_scale") * self.n)
         scale = scale.repeat_interleave(self.row.cu_seqlens.cpu().diff())
         self.row.coords[:, 1:] *= scale[:, None].to(device)
         self.start = self.tokens[self.targets]                   # noise
-        self.given = torch.zeros_like(self.start)            # tokens of known first latents
-        self.known = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
-        for place, z in zip(self.first.tolist(), each("first")):
+        self.cond_tokens = torch.zeros_like(self.start)            # tokens of known first latents
+        self.cond_mask = torch.zeros_like(self.start[:, :1], dtype=torch.bool)
+        for start, z in zip(self.first.tolist(), of_jobs("first_latent")):
             if z is not None:
                 part = patchify([z.to(device)], model.dit.patch)
-                self.given[place:place + len(part)] = part
-                self.known[place:place + len(part)] = True
-        if model.kind == "wan" and self.known.any():         # known frames are clean tokens
-            is_known = self.known[:, 0].repeat(self.n)
+                self.cond_tokens[start:start + len(part)] = part
+                self.cond_mask[start:start + len(part)] = True
+        if model.kind == "wan" and self.cond_mask.any():         # known frames are clean tokens
+            is_known = self.cond_mask[:, 0].repeat(self.n)
             self.row.table_index[self.row.targets[is_known]] = self.n_rows
             self.n_rows += 1
         if model.kind == "wan":          # each text's rows of zeros are one that counts as often
-            texts = move(each("text") + each("negative"))[:self.n * len(jobs)]
+            texts = move(of_jobs("text") + of_jobs("negative"))[:self.n * len(jobs)]
             self.row.text, self.row.cu_text, self.row.counts = count_texts(texts)
         self.extra = None
         if jobs[0].extra is not None:                        # channels beside those of the clips
-            self.extra = patchify(move(each("extra")), model.dit.patch)
+            self.extra = patchify(move(of_jobs("extra")), model.dit.patch)
             self.tokens = torch.cat([self.tokens, self.extra], 1)
         if jobs[0].image is not None:
-            images = move(each("image")) * self.n
+            images = move(of_jobs("image")) * self.n
             self.row.image, n = torch.cat(images), len(images[0])
             self.row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=device)
-        self.memory, self.alone = None, None
+        self.momentum, self.unguided = None, None
 
     def network(self, x, timesteps):
         if self.model.kind == "wan":
-            x = torch.where(self.known, self.given, x)
+            x = torch.where(self.cond_mask, self.cond_tokens, x)
         x = x if self.extra is None else torch.cat([x, self.extra], 1)
         with torch.autocast(self.device.type, torch.bfloat16, self.args.dtype == "bf16"):
             return super().network(x, timesteps).float()
 
     def __call__(self, x, timesteps, at):
-        """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times
-        on the path, or (alpha, sigma) of a stepped one."""
+        """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times,
+        or (alpha, sigma) of a schedule in steps."""
         objective, args = self.model.objective, self.args
         column = lambda t: torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(
             len(x), 1)
@@ -452,9 +454,9 @@ class Guided(Packed):
             at = column(at)
         inside = (args.cfg_interval[0] <= timesteps) & (timesteps <= args.cfg_interval[1])
         if self.n == 2 and not inside.any():             # one pass is enough here
-            self.alone = self.alone or Guided(self.model, self.jobs, args, self.time_stride,
+            self.unguided = self.unguided or Guided(self.model, self.jobs, args, self.time_stride,
                                               self.device, guidance=1)
-            return self.alone(x, timesteps, at)
+            return self.unguided(x, timesteps, at)
         output = self.network(x, timesteps)
         if self.n == 2:
             scale = torch.where(inside, self.scale, 1.0)
@@ -462,14 +464,14 @@ class Guided(Packed):
         velocity, x0, noise = to_velocity_x0_noise(objective, output, x, at)
         if objective.path not in STEPPED and self.model.kind != "wan":   # of known frames
             d_alpha, d_sigma = interpolant(objective.path, at)[2:]
-            x0 = torch.where(self.known, self.given, x0)
-            noise = torch.where(self.known, self.start, noise)
-            velocity = torch.where(self.known, d_alpha * x0 + d_sigma * noise, velocity)
+            x0 = torch.where(self.cond_mask, self.cond_tokens, x0)
+            noise = torch.where(self.cond_mask, self.start, noise)
+            velocity = torch.where(self.cond_mask, d_alpha * x0 + d_sigma * noise, velocity)
         share = (output[:, x.shape[1]:] + 1) / 2 if objective.prediction == "ddpm" else None
         return velocity, x0, noise, share
 
     def guide(self, objective, cond, uncond, scale, x, at):
-        """Outputs under the prompt, near, and without it, far, made one; scale [N, 1]."""
+        """The guided output of the conditional and the unconditional one; scale: [N, 1]."""
         args, width = self.args, x.shape[1]
         if args.apg:
             x0, other = (to_velocity_x0_noise(objective, output, x, at)[1]
@@ -485,7 +487,7 @@ class Guided(Packed):
         return out
 
     def sums(self, values):
-        """[B, 1]: of each clip's values [N, K]."""
+        """[B, 1]: sums over each clip's values [N, K]."""
         return values.new_zeros(len(self.jobs)).index_add(0, self.clip, values.sum(1))[:, None]
 
     def deviation(self, values):
@@ -494,22 +496,23 @@ class Guided(Packed):
         return (self.sums((values - mean[self.clip]).square()) / n).sqrt()
 
     def project(self, step, x0):
-        """Adaptive projected guidance (Sadat et al. 2024, 2410.02416): what guidance adds to x_0,
-        against the last addition by half, no longer than --apg, and across x_0 alone."""
-        step = self.memory = step if self.memory is None else step - 0.5 * self.memory
+        """Adaptive projected guidance (Sadat et al. 2024, 2410.02416): guidance's update of x_0
+        with a momentum of -0.5, at most --apg long, without its component along x_0."""
+        step = self.momentum = step if self.momentum is None else step - 0.5 * self.momentum
         size = self.sums(step.square()).sqrt()
         step = step * (self.args.apg / size).clamp(max=1.0)[self.clip]
         along = self.sums(step * x0) / self.sums(x0.square())
         return step - along[self.clip] * x0
 
     def latents(self, x):
-        """[C, T', H', W'] of each clip from its own tokens, what is known put in."""
-        x = torch.where(self.known, self.given, x)
+        """Each clip's latents [C, T', H', W'] from target tokens, fixed first latents put in."""
+        x = torch.where(self.cond_mask, self.cond_tokens, x)
         return unpatchify(x, self.shapes, self.model.dit.patch)
 
 
 def back(objective, x0, x, at, output):
-    """The output that says x_0; whatever else `output` has beside it stays."""
+    """The network output that stands for this x_0; further channels of `output` stay as they
+    are."""
     alpha, sigma = at if objective.path in STEPPED else interpolant(objective.path, at)[:2]
     noise = (x - alpha * x0) / sigma
     if objective.path in STEPPED:
@@ -518,29 +521,27 @@ def back(objective, x0, x, at, output):
     return out / sigma if objective.prediction == "score" else out
 
 
-# ------------------------------------------------------------------------------------------------
-# From requests to videos: each task is a chain of segments, denoised under what conditions them
-# ------------------------------------------------------------------------------------------------
+# -- requests: segments of a timeline, packed by their sizes ---------------------------------------
 
 
 class Parts:
-    """What reads text, the denoiser and the autoencoder, opened when they are first needed; with
-    `offload` only one of them is in memory at a time."""
+    """Text encoder, denoiser and autoencoder, each opened on first use; with `offload` only one of
+    them is in memory at a time."""
 
     def __init__(self, openers, offload):
-        self.openers, self.offload, self.held = openers, offload, {}
+        self.openers, self.offload, self.opened = openers, offload, {}
 
     def __call__(self, name):
-        if name not in self.held:
+        if name not in self.opened:
             if self.offload:
-                self.held.clear()
-            self.held[name] = self.openers[name]()
-        return self.held[name]
+                self.opened.clear()
+            self.opened[name] = self.openers[name]()
+        return self.opened[name]
 
 
 class Segment:
-    """A part of a video: normalised latents [C, T', H', W'] of a clip on its own, or frames uint8
-    [T, H, W, 3]; of its n frames, those from `start` to `stop` are shown."""
+    """A part of a timeline, of n frames: normalised latents [C, T', H', W'], or frames uint8
+    [T, H, W, 3]. The video shows its frames from `start` to `stop`."""
 
     def __init__(self, n, latents=None, frames=None, start=0, stop=None):
         self.n, self.latents, self.frames, self.start = n, latents, frames, start
@@ -548,23 +549,23 @@ class Segment:
 
 
 class Timeline:
-    """What becomes of a request: its segments in order, the steps [(role, prompt)] that sample
-    them, and the media that these are conditioned on."""
+    """A request in work: its segments in order, the steps [(role, prompt)] that sample them, and
+    the media files that they are conditioned on."""
 
     def __init__(self, request, shape, n_frames, todo, files):
         self.request, self.shape, self.n, self.todo = request, shape, n_frames, todo
         self.segments, self.files = [], files
 
     def count(self):
-        """Frames in the end."""
+        """Frames of the whole video."""
         total = sum(segment.stop - segment.start for segment in self.segments)
         return min(total, self.request["frames"]) if len(self.segments) == 1 else total
 
 
 def position_scale(data, height, width):
-    """The factor by which positions in a frame larger than all that a run learnt come nearer to
-    each other, so that both its sides and its area are as large as they were there: rotary waves
-    that go round once more draw a shape once more (position interpolation, 2306.15595)."""
+    """The factor on y and x positions in a frame larger than all that a run was trained on, which
+    brings its sides and area back to those seen in training: rotary angles beyond them make a shape
+    appear twice (position interpolation, 2306.15595)."""
     if not data:
         return 1.0
     side, area = (max(how(size[:2]) for size in data["sizes"]) for how in (max, math.prod))
@@ -572,7 +573,7 @@ def position_scale(data, height, width):
 
 
 def todo_of(request):
-    """[(role, prompt)] of the parts of a request that a model makes, one after another."""
+    """[(role, prompt)] of the segments to sample for a request, in order."""
     prompt, extend = request["prompt"], request.get("extend", 0)
     first = "change" if request.get("strength") else None if request.get("video") else "new"
     todo = [(first, prompt)] if first else []
@@ -582,8 +583,8 @@ def todo_of(request):
 
 
 def groups_of(requests):
-    """[(share of the way from noise, k, numbers of the requests)]: whose part k is made in one row;
-    what changes a video has steps of its own."""
+    """[(strength, k, indices of the requests)] whose segment k is sampled in one packed row. Video
+    to video has rows of its own, since it takes fewer steps."""
     groups, todos = {}, [todo_of(request) for request in requests]
     for k in range(max(map(len, todos))):
         for i, todo in enumerate(todos):
@@ -594,12 +595,12 @@ def groups_of(requests):
 
 
 class Sampler:
-    """A model, ready to make videos of requests; see `request_of` for what these hold."""
+    """A model that samples requests; `request_of` says what a request holds."""
 
     def __init__(self, args, device, config=None):
-        openers, about = (open_run(args, config, device) if config else
+        openers, info = (open_run(args, config, device) if config else
                           open_foreign(args, device))
-        self.args, self.device, self.about = args, device, about
+        self.args, self.device, self.info = args, device, info
         self.part, self.bar = Parts(openers, args.offload), None
         vae, self.vae_config = self.part("vae")
         self.stride, self.time_stride, self.z_dim = vae.stride, vae.time_stride, vae.z_dim
@@ -608,19 +609,19 @@ class Sampler:
         self.patch, self.kind = model.dit.patch, model.kind
         self.width = max(min(p.shape) for p in model.dit.parameters() if p.ndim == 2)
         self.mean, self.std = normaliser(self.vae_config)
-        resolve(args, about, model.objective, self.stride)
+        resolve(args, info, model.objective, self.stride)
 
     def latent_shape(self, frames, height, width):
-        """The smallest grid that covers the video: what is too much is cut off after decoding."""
+        """(C, T', H', W') of the smallest grid that covers the video; the excess is cropped after
+        decoding."""
         pt, ph, pw = self.patch
         up = lambda n, stride, patch: -(-n // (stride * patch)) * patch
         return (self.z_dim, up(frames - 1 + self.time_stride, self.time_stride, pt),
                 up(height, self.stride, ph), up(width, self.stride, pw))
 
     def conditions(self, request):
-        """The values of a request for a run that was trained with --conditions."""
-        values = {**request, "seconds": request["frames"] / request["fps"]}
-        return [values.get(name) for name in self.about.get("conditions", ())]
+        """A request's values of the conditions that the run was trained with (--conditions)."""
+        return [CONDITIONS[name](request) for name in self.info.get("conditions", ())]
 
     @torch.no_grad()
     def encode(self, frames):
@@ -630,24 +631,24 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Yields uint8 [t, H, W, 3] after another: memory does not grow with the length."""
+        """Yields uint8 [t, H, W, 3], chunk by chunk: memory does not grow with the length."""
         z = (latents * self.std + self.mean)[None].to(self.device)
         for part in decode_long(self.part("vae")[0], z, self.args.chunk):
             yield to_frames(part[0])
 
-    def begin(self, request):
-        """The Timeline of a request, what it is given read from its files."""
+    def open_timeline(self, request):
+        """A request's Timeline, with its media files opened."""
         asked = {name for name in ("image", "last", "extend", "then", "to", "loop")
                  if name in request}
-        if "adapt" in self.about:
+        if "adapt" in self.info:
             asked -= {"image", "extend", "then"}
-        elif self.about.get("takes"):
+        elif self.info.get("takes"):
             asked = ()
         if asked:
             refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
                    "(train_dit.py --given)")
         C, T, H, W = self.latent_shape(request["frames"], request["height"], request["width"])
-        raw = "image" if "reads_image" in self.about else None           # `give_image` scales it
+        raw = "image" if "reads_image" in self.info else None           # `give_image` scales it
         files = {name: read_media(request[name], request["fps"], *((None, None) if name == raw else
                                                              (H * self.stride, W * self.stride)))
                  for name in GIVEN_FILES if request.get(name)}
@@ -663,8 +664,9 @@ class Sampler:
         return timeline
 
     def context(self, timeline, segment, at_end):
-        """(latents, frames) of a segment's last or first frames, encoded separately: as many as in
-        training, half a clip's latents. More, or latents that had a past, dissolve the shapes."""
+        """(latents, number of frames) of a segment's last or first frames, decoded and encoded
+        separately: half a clip's latents, as in training. With more of them, or with latents that
+        were made with a past, shapes dissolve."""
         frames = segment.frames
         most = self.args.context or 1 + (max(2, timeline.shape[1] // 2) - 1) * self.time_stride
         if frames is None:               # a long one is decoded in parts, of which the last stay
@@ -683,8 +685,8 @@ class Sampler:
             frames = np.concatenate(list(self.decode(segment.latents)))[segment.start:segment.stop]
         return frames[-1:] if at_end else frames[:1]
 
-    def given(self, timeline, role):
-        """(conditioning latents, first frame or None) of a timeline's next clip, by its role."""
+    def conditioning(self, timeline, role):
+        """(conditioning latents, first frame or None) of a timeline's next segment of this role."""
         first, end, fps, segments = None, None, timeline.request["fps"], timeline.segments
         if role == "new":
             first, end = (timeline.files[name][:1] if name in timeline.files else None
@@ -695,20 +697,20 @@ class Sampler:
                    self.edge(segments[0], False))
         elif role == "before":
             return [(self.context(timeline, segments[0], False)[0], timeline.n / fps)], None
-        elif role == "after" and "adapt" in self.about:      # Wan's: the last frame is an image
+        elif role == "after" and "adapt" in self.info:      # Wan's: the last frame is an image
             first = self.edge(segments[-1], True)
         elif role == "after":
             z, n = self.context(timeline, segments[-1], True)
             return [(z, -n / fps)], None
-        if "reads_image" in self.about:
+        if "reads_image" in self.info:
             return [], first
         ends = ((first, 0.0), (end, (timeline.n - 1) / fps))
         return [(self.encode(frame), at) for frame, at in ends if frame is not None], first
 
     def job(self, timeline, k, texts):
-        """The SamplingJob of step k of a timeline."""
+        """The SamplingJob of a timeline's segment k."""
         (role, prompt), request = timeline.todo[k], timeline.request
-        cond_latents, first = self.given(timeline, role)
+        cond_latents, first = self.conditioning(timeline, role)
         draws = gaussians("sample", request["seed"], k, [request["prompt"]], [timeline.shape])
         changed = () if role != "change" else (
             self.encode(timeline.files["video"]), request["strength"])
@@ -717,13 +719,13 @@ class Sampler:
             timeline.shape, request["fps"], texts[prompt], texts[request["negative"]], draws[0],
             cond_latents, self.conditions(request), first_latent, *changed,
             key=(request["seed"], k, request["prompt"]), position_scale=position_scale(
-                self.about.get("data"), request["height"], request["width"]))
-        return self.about["adapt"](self, job, first) if "adapt" in self.about else job
+                self.info.get("data"), request["height"], request["width"]))
+        return self.info["adapt"](self, job, first) if "adapt" in self.info else job
 
     @torch.no_grad()
     def denoise(self, jobs, progress=None, watch=None):
-        """Normalised latents [C, T', H', W'] of each job. watch(packed, seen) sees each answer of
-        the network, a tuple, which it returns, and each x."""
+        """Normalised latents [C, T', H', W'] of each job. watch(packed, value) is called with each
+        output of the network, a tuple that it returns, and with each x."""
         model, args = self.part("denoiser"), self.args
         packed = Guided(model, jobs, args, self.time_stride, self.device)
         objective = model.objective
@@ -747,8 +749,9 @@ class Sampler:
         return [z.cpu() for z in packed.latents(x)]
 
     def __call__(self, requests):
-        """Samples all requests and returns their timelines. Noise depends on a request alone."""
-        timelines = [self.begin(request) for request in requests]
+        """Samples all requests and returns their timelines. A request's noise does not depend on
+        the others."""
+        timelines = [self.open_timeline(request) for request in requests]
         prompts = {request["negative"]: 0 for request in requests}
         prompts |= {prompt: 0 for timeline in timelines for _, prompt in timeline.todo}
         texts = {prompt: self.part("text")(prompt) for prompt in prompts}
@@ -761,7 +764,7 @@ class Sampler:
         return timelines
 
     def shown(self, batches):
-        """The bar of a whole call where there is one, or one of these batches."""
+        """The progress bar of the whole call if there is one, else one of these batches."""
         return self.progress(batches) if self.bar is None else contextlib.nullcontext(self.bar)
 
     def progress(self, batches):
@@ -771,9 +774,9 @@ class Sampler:
         return tqdm(desc="sample", unit="step", total=total, disable=self.args.quiet)
 
     def add(self, timeline, role, z):
-        """Puts what was made in its place; of its frames not those that its neighbours have."""
+        """Adds the segment that was sampled; frames that its neighbours hold too are not shown."""
         segment = Segment(timeline.n, z)
-        if role == "after" and "adapt" in self.about:
+        if role == "after" and "adapt" in self.info:
             segment.start = 1
         if role == "between":
             segment.start, segment.stop = 1, max(2, timeline.n - 1)
@@ -783,45 +786,45 @@ class Sampler:
             timeline.segments.append(Segment(len(end), frames=end))
 
     def frames(self, timeline):
-        """Yields a timeline's frames, uint8 [H, W, 3], cut to what was asked for."""
+        """Yields a timeline's frames, uint8 [H, W, 3], cropped to the size of the request."""
         left = timeline.count()
         for segment in timeline.segments:
             at = 0
             is_given = segment.latents is None
             for part in [segment.frames] if is_given else self.decode(segment.latents):
                 for frame in part:
-                    frame = cut(frame[None], timeline.request)[0]
+                    frame = center_crop(frame[None], timeline.request)[0]
                     if segment.start <= at < segment.stop and left:
                         left -= 1
                         yield frame
                     at += 1
 
 
-def cut(video, request):
-    """Of the frames [T, H, W, 3], about the centre, the pixels that were asked for."""
+def center_crop(video, request):
+    """Frames [T, H, W, 3] cropped about the centre to the size of the request."""
     top, left = ((side - want) // 2 for side, want in
                  zip(video.shape[1:3], (request["height"], request["width"])))
     return video[:, top:top + request["height"], left:left + request["width"]]
 
 
-def fit(frame, height, width):
-    """uint8 [1, height, width, 3]: a frame scaled to cover, and cut about the centre."""
+def resize_and_crop(frame, height, width):
+    """uint8 [1, height, width, 3]: a frame scaled to cover that size, cropped about the centre."""
     scale = max(height / frame.shape[0], width / frame.shape[1])
     size = [max(want, round(side * scale)) for side, want in
             zip(frame.shape[1::-1], (width, height))]
     if size != list(frame.shape[1::-1]):
         frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
-    return cut(frame[None], {"height": height, "width": width})
+    return center_crop(frame[None], {"height": height, "width": width})
 
 
 def read_media(path, fps, height, width):
-    """uint8 [T, height, width, 3] of a video at `fps`, a Film where this is large, or of a still:
-    scaled to cover, and cut about the centre; as it is where height is None."""
+    """A video at `fps` or a still, scaled to cover and cropped about the centre (as it is where
+    height is None): uint8 [T, height, width, 3], or a Film of that shape where it is large."""
     path = Path(path)
     try:
         if path.suffix.lower() in STILLS and not is_animated(path):
             pixels = read_still(path)
-            return fit(pixels, height, width) if height else pixels[None]
+            return resize_and_crop(pixels, height, width) if height else pixels[None]
         film = Film(path, fps, height, width)
         return film[:] if math.prod(film.shape) <= FILM_BYTES else film
     except (Unreadable, *PICTURE_ERRORS) as error:
@@ -832,8 +835,8 @@ FILM_BYTES = 2**27
 
 
 class Film:
-    """The frames of a video at `fps`, like an array uint8 [T, height, width, 3], but decoded when
-    they are asked for: of a long video, memory holds the part in use."""
+    """A video's frames at `fps`, to be indexed like an array uint8 [T, height, width, 3]; decoded
+    on access, so that a long video does not have to fit in memory."""
 
     def __init__(self, path, fps, height, width):
         video = Video(path)
@@ -845,94 +848,32 @@ class Film:
         times = np.cumsum([0, *np.diff(times).clip(max=GAP)])
         length = times[-1] + (times[-1] / (len(times) - 1) if len(times) > 1 else 1 / fps)
         wanted = np.arange(max(1, round(length * fps))) / fps
-        self.path, self.near = path, np.searchsorted((times[1:] + times[:-1]) / 2, wanted + 1e-6)
+        self.path = path
+        self.frame_numbers = np.searchsorted((times[1:] + times[:-1]) / 2, wanted + 1e-6)
         sides = (height, width) if height else video.rgb(next(iter(video))).shape[:2]
-        self.shape = len(self.near), *sides, 3
+        self.shape = len(self.frame_numbers), *sides, 3
 
     def __len__(self):
-        return len(self.near)
+        return len(self.frame_numbers)
 
     def __iter__(self):
-        return self.walk(self.near)
+        return self.walk(self.frame_numbers)
 
     def __getitem__(self, at):
-        return np.stack(list(self.walk(self.near[at])))
+        return np.stack(list(self.walk(self.frame_numbers[at])))
 
     def walk(self, numbers):
-        """Yields the frames of these numbers, which do not fall."""
+        """Yields the frames of these numbers, which must not decrease."""
         video, n, (height, width) = Video(self.path), -1, self.shape[1:3]
         frames, fitted = iter(video), None
         for number in numbers:
             while n < number:
                 frame, n = next(frames), n + 1
-                fitted = fit(video.rgb(frame), height, width)[0] if n == number else None
+                fitted = n == number and resize_and_crop(video.rgb(frame), height, width)[0]
             yield fitted
 
 
-class CodeSampler(Sampler):
-    """VideoGPT, or a run of ours of its kind: a prior over an autoencoder's codes, sampled one by
-    one."""
-
-    def __init__(self, args, device, config=None):
-        self.args, self.device, self.model, vae, self.bar = args, device, None, args.vae, None
-        if config:
-            self.model, self.read, _ = load_denoiser(args.name, device, config, args.checkpoint)
-            vae = own_vae(args, config)
-        elif not vae:
-            refuse(f"{args.name} predicts codes: name the VQ-VAE that they are of by --vae FILE")
-        self.prior = self.model.dit if self.model else load_gpt(args.name)[0].to(device)
-        self.vae, _ = load_autoencoder(vae, device)
-        shape, codes = self.prior.shape, self.prior.codebook
-        if self.vae.n_codes != len(codes):
-            refuse(f"--vae {vae} has {self.vae.n_codes} codes, {args.name} knows {len(codes)}")
-        self.size = [self.vae.first + (shape[0] - 1) * self.vae.time_stride,
-                     *(n * self.vae.stride for n in shape[1:])]
-        weights = config and averaged_weights(model_path(args.name), args.checkpoint)[1]
-        self.about = {"weights": weights or str(args.name), "autoencoder": str(vae)}
-        args.frames, args.size = args.frames or self.size[0], args.size or tuple(self.size[1:])
-        args.usual |= {"frames": self.size[0], "size": self.size[1:], "fps": 8.0, "negative": ""}
-        args.fps, args.negative, args.batch = args.fps or 8.0, "", args.batch or 8
-        if args.frames > self.size[0] or any(a > b for a, b in zip(args.size, self.size[1:])):
-            refuse(f"{args.name} makes at most {self.size[0]} frames of "
-                   f"{self.size[1]}x{self.size[2]} px")
-
-    @torch.no_grad()
-    def __call__(self, requests):
-        n = math.prod(self.prior.shape)
-        draws = [rng(request["seed"], "codes", 0, request["prompt"]).random(n)
-                 for request in requests]
-        draws = torch.from_numpy(np.stack(draws)).float().to(self.device)
-        label = None
-        if not self.model and "w" in dict(self.prior.norm.named_children()):
-            n = self.prior.norm.w.in_features
-            label = torch.tensor([class_number(request["prompt"], n) for request in requests],
-                                 device=self.device)
-
-        def bar(steps):
-            with self.shown([requests]) as shown:
-                for step in steps:
-                    yield step
-                    shown.update()
-        if self.model:
-            texts = [self.read(request["prompt"]) for request in requests]
-            videos = sample_codes(self.model, self.vae, texts, draws, self.args.temperature, bar)
-        else:
-            codes = generate_codes(self.prior, draws, label, self.args.temperature, bar)
-            videos = map(to_frames, self.vae.decode_codes(codes))
-        timelines = []
-        for request, frames in zip(requests, videos):
-            timelines.append(Timeline(request, None, len(frames), [], {}))
-            timelines[-1].segments.append(Segment(len(frames), frames=frames))
-        return timelines
-
-    def progress(self, batches):
-        total = len(batches) * math.prod(self.prior.shape)
-        return tqdm(desc="sample", unit="code", total=total, disable=self.args.quiet)
-
-
-# ------------------------------------------------------------------------------------------------
-# What is written: a video or a picture, a sheet, a JSON file that says how; a page of them all
-# ------------------------------------------------------------------------------------------------
+# -- files: prompts in, videos and a page out ------------------------------------------------------
 
 GIVEN_FILES = ("image", "last", "video", "to")
 TASKS = (*GIVEN_FILES, "extend", "then", "loop", "strength")
@@ -940,8 +881,8 @@ REQUEST_FIELDS = ("prompt", "negative", "seed", "fps", "motion", *TASKS)
 
 
 def request_of(args, row):
-    """What a video is to be: the options', but for what `row` has of its own, a prompt at least: a
-    dict of prompt, negative, frames, height, width, fps, seed, and of what else was given."""
+    """A request: a dict of prompt, negative, frames, height, width, fps, seed and the tasks asked
+    for. Values come from `row`, which has at least a prompt, else from the options."""
     request = {name: row.get(name, getattr(args, name, None)) for name in REQUEST_FIELDS}
     request["height"], request["width"] = row.get("size", args.size)
     seconds = row.get("seconds", args.seconds)
@@ -980,9 +921,9 @@ def request_of(args, row):
 
 
 def read_prompts(args):
-    """The requests of --prompts FILE: .jsonl, a dict a line, or a prompt a line. A row's values are
-    read as the options of their names are."""
-    path, requests, known = Path(args.prompts), [], (*REQUEST_FIELDS, "size", "seconds", "frames")
+    """The requests of --prompts FILE: .jsonl, a dict a line, or text, a prompt a line. Values are
+    parsed like the options of the same names."""
+    path, requests, names = Path(args.prompts), [], (*REQUEST_FIELDS, "size", "seconds", "frames")
     if not path.is_file():
         refuse(f"--prompts {path}: no such file")
     if path.suffix.lower() in (".csv", ".tsv", ".json"):
@@ -1003,27 +944,27 @@ def read_prompts(args):
             parser.error(error)
         if {"frames", "seconds"} <= {*row}:
             parser.error("frames and seconds both give the length: leave one out")
-        if {*row} - {*known}:
-            parser.error(f"{', '.join(sorted({*row} - {*known}))}: known are {', '.join(known)}")
+        if {*row} - {*names}:
+            parser.error(f"{', '.join(sorted({*row} - {*names}))}: known are {', '.join(names)}")
         row = {name: value for name, value in row.items() if value is not None}
-        words = [f"--{name}" if value is True else f"--{name}={value}" for name, each in row.items()
-                 for value in (each if isinstance(each, list) else [each]) if value is not False]
+        words = [f"--{name}" if value is True else f"--{name}={value}" for name, many in row.items()
+                 for value in (many if isinstance(many, list) else [many]) if value is not False]
         read = vars(parser.parse_args([args.name, *words]))
         row = {name: read[name] for name in row} | {"prompt": row["prompt"]}
         requests.append(request_of(args, row))
     return requests or refuse(f"--prompts {path} holds no prompt")
 
 
-HOW = ("sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift", "eta",
-       "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")
+SETTINGS = ("sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift",
+            "eta", "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")
 
 
 def settings_of(request, args):
-    """{name: value} of a request's and the options' settings that differ from the defaults."""
-    usual, plain = args.usual, lambda value: list(value) if isinstance(value, tuple) else value
-    now = {name: plain(getattr(args, name)) for name in HOW} | {
-        name: args.told[name] for name in ("vae", "checkpoint", "text_encoder", "heads")
-        if name in args.told}
+    """{name: value}: settings of a request and of the options that differ from their defaults."""
+    usual, plain = args.defaults, lambda value: list(value) if isinstance(value, tuple) else value
+    now = {name: plain(getattr(args, name)) for name in SETTINGS} | {
+        name: args.explicit[name] for name in ("vae", "checkpoint", "text_encoder", "heads")
+        if name in args.explicit}
     now |= {name: request.get(name) for name in (*REQUEST_FIELDS, "frames")
             if name not in ("prompt", "seed")}
     now["size"], length = [request["height"], request["width"]], usual.get("frames") or max(
@@ -1057,8 +998,8 @@ def read_facts(path):
 
 
 def path_of(sampler, request, path, args):
-    """`path`; or, where a JSON file describes something else by that name, such as a sample of an
-    older checkpoint, the same with a hash of all that this sample is of."""
+    """`path`, or with a hash of all its facts behind it where a JSON file of that name describes
+    another sample, such as one of an older checkpoint."""
     facts = json.loads(json.dumps(facts_of(sampler, request, args)))
     now = {name: facts[name] for name in ("wish", "how", "weights", "autoencoder")}
     there = read_facts(path.with_suffix(".json"))
@@ -1067,25 +1008,25 @@ def path_of(sampler, request, path, args):
 
 
 def facts_of(sampler, request, args):
-    """All that it takes to make a video again."""
-    how = {name: getattr(args, name) for name in HOW}
-    known = {name: sampler.about.get(name) for name in ("weights", "autoencoder")}
+    """All that it takes to make a video again: request, settings, weights, command, versions."""
+    how = {name: getattr(args, name) for name in SETTINGS}
+    sources = {name: sampler.info.get(name) for name in ("weights", "autoencoder")}
     options = [str(args.name), "--prompt", request["prompt"], "--size",
                f"{request['height']}x{request['width']}", "--frames", str(request["frames"])]
-    own = {name: value for name, value in args.told.items() if name in how or name in (
+    own = {name: value for name, value in args.explicit.items() if name in how or name in (
         "vae", "checkpoint", "text_encoder", "heads", "chunk", "device", "offload")}
     asked = {name: request[name] for name in REQUEST_FIELDS[1:] if name in request}
     for name, value in {**asked, **own}.items():
         many = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         options += [f"--{name}", *map(str, many)]
     command = " ".join(["python sample.py", *map(shlex.quote, options)])
-    return {"wish": request, "how": how, **known, "model": str(args.name), "command": command,
+    return {"wish": request, "how": how, **sources, "model": str(args.name), "command": command,
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
 
 
 class Delays(list):
-    """ms that each picture stands, in whole units of the format's: 1/100 s in a GIF. They go up and
-    down by one, so that the mean is right: a GIF of 24 a second is not one of 25."""
+    """How long each picture is shown, in ms, a multiple of the format's unit (10 ms in a GIF).
+    Delays alternate so that their mean is right: 24 frames a second do not become 25."""
 
     def __init__(self, fps, unit):
         self.at = lambda n: round(n * 1000 / (fps * unit)) * unit
@@ -1095,8 +1036,8 @@ class Delays(list):
 
 
 def save_frames(path, frames, fps, args):
-    """Writes frames, uint8 [H, W, 3], as they come; returns the path: path.mp4, path.gif, path.webp
-    or, of --format png, the folder path/."""
+    """Writes frames, uint8 [H, W, 3], one by one; returns the path: path.mp4, path.gif, path.webp
+    or, with --format png, the folder path/."""
     pictures = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
     if args.format == "mp4":
         write_video(path.with_suffix(".mp4"), frames, fps, args.crf)
@@ -1113,12 +1054,12 @@ def save_frames(path, frames, fps, args):
 
 
 def write_timeline(sampler, timeline, path, args, request):
-    """Writes a timeline's video while it is decoded, its sheet and, last, its JSON file, of
-    `request` as it was asked for; returns the video's path."""
+    """Writes a timeline's video while it is decoded, then its contact sheet, then its JSON file
+    with `request` as the user gave it; returns the video's path."""
     n, shown, means, moves = timeline.count(), [], [], []
     wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
 
-    def look():
+    def frames():
         before = None
         for i, frame in enumerate(sampler.frames(timeline)):
             if i in wanted:
@@ -1129,9 +1070,9 @@ def write_timeline(sampler, timeline, path, args, request):
     if n == 1:
         video = path.with_suffix(".png")
         with atomic(video) as part:
-            Image.fromarray(next(look())).save(part, "PNG")
+            Image.fromarray(next(frames())).save(part, "PNG")
     else:
-        video = save_frames(path, look(), timeline.request["fps"], args)
+        video = save_frames(path, frames(), timeline.request["fps"], args)
         contact_sheet(path.with_suffix(".png"), [(shown, label_of(timeline.request))])
         if len(timeline.segments) == 1 and timeline.files.keys() & {"image", "last"}:
             tell_strange(sampler, timeline, video, shown[-1], moves)
@@ -1158,7 +1099,7 @@ def tell_strange(sampler, timeline, video, last, moves):
         texts.append(f"leaves --image behind its first frame, by {moves[1]:.0f} of 255 levels")
     if "last" in timeline.files:
         seen = next(iter(sampler.decode(sampler.encode(timeline.files["last"][:1]))))
-        if (off := apart(last, cut(seen, timeline.request)[0])) > 10:
+        if (off := apart(last, center_crop(seen, timeline.request)[0])) > 10:
             texts.append(f"ends {off:.0f} of 255 levels off --last")
     if texts:
         tqdm.write(f"warning: {video.name} {' and '.join(texts)}: {sampler.args.name} learnt from "
@@ -1173,18 +1114,19 @@ def drift(timeline, means):
 
 
 def plot_drift(path, timeline, means, width=640, height=240):
-    """The frames' mean red, green and blue over time, [T, 3]; a line where a segment begins."""
+    """Plots the frames' mean red, green and blue [T, 3] over time, with a line at each new
+    segment."""
     image = Image.new("RGB", (width, height), "white")
     draw, low, high = ImageDraw.Draw(image), means.min() - 2, means.max() + 2
-    place = lambda t, level: (40 + (width - 60) * t / max(1, len(means) - 1),
+    point = lambda t, level: (40 + (width - 60) * t / max(1, len(means) - 1),
                               height - 20 - (height - 40) * (level - low) / (high - low))
     for end in np.cumsum([segment.stop - segment.start for segment in timeline.segments])[:-1]:
-        draw.line([place(end - 0.5, low), place(end - 0.5, high)], fill=(220, 220, 220))
+        draw.line([point(end - 0.5, low), point(end - 0.5, high)], fill=(220, 220, 220))
     for channel, colour in enumerate(((220, 60, 50), (40, 160, 60), (50, 90, 230))):
-        points = [place(t, level) for t, level in enumerate(means[:, channel])]
+        points = [point(t, level) for t, level in enumerate(means[:, channel])]
         draw.line(points, fill=colour, width=2)
     for level in (low + 2, high - 2):
-        draw.text((6, place(0, level)[1] - 6), f"{level:.0f}", fill="black")
+        draw.text((6, point(0, level)[1] - 6), f"{level:.0f}", fill="black")
     draw.text((44, 4), f"mean level of red, green and blue, {len(means)} frames", fill="black")
     with atomic(path) as part:
         image.save(part, "PNG")
@@ -1225,8 +1167,8 @@ for (const prompt of document.querySelectorAll('.prompt'))
 
 
 def plain(text):
-    """HTML of a text: what is markup escaped, what does not print (escape sequences, line breaks,
-    marks that turn the direction of writing) a space."""
+    """HTML of a text: markup is escaped, and what does not print (escape sequences, line breaks,
+    marks that change the direction of writing) becomes a space."""
     return html.escape("".join(c if c.isprintable() else " " for c in str(text)))
 
 
@@ -1236,9 +1178,9 @@ def prompt_of(request):
 
 
 def read_samples(folder):
-    """([(JSON file, facts, settings, as texts)], the newest first, of the samples in a folder whose
-    video or picture is there; names of .json files that are none of a sample's)."""
-    found, others = [], []
+    """([(JSON file, facts, settings as texts)] of the samples in a folder whose video or picture
+    exists, the newest first; names of .json files that describe no sample)."""
+    samples, others = [], []
     for path in folder.glob("[!.]*.json"):       # those with a dot in front are being written
         facts = read_facts(path)
         try:
@@ -1250,8 +1192,8 @@ def read_samples(folder):
             others.append(path.name)
             continue
         if (folder / facts["file"]).exists():
-            found.append((age, path, facts, settings))
-    return [row for _, *row in sorted(found, key=lambda row: row[:2])], sorted(others)
+            samples.append((age, path, facts, settings))
+    return [row for _, *row in sorted(samples, key=lambda row: row[:2])], sorted(others)
 
 
 def tasks_of(request):
@@ -1266,7 +1208,7 @@ def label_of(request):
 
 
 def texts_of(facts):
-    """Texts for people: what a sample is of, but for its prompt and its seed."""
+    """A sample's settings as texts for people, without its prompt and seed."""
     request, how, more = facts["wish"], facts["how"], facts.get("settings", {})
     texts = [f"{facts['n_frames']} frames of {request['height']}x{request['width']} at "
              f"{request['fps']:g}/s"]
@@ -1284,15 +1226,15 @@ def figure(path, facts, settings, with_prompt=True):
     name, kind = quote(facts["file"]), Path(facts["file"]).suffix
     shows = f'<video src="{name}" preload="metadata" muted loop playsinline controls></video>' \
         if kind == ".mp4" else f'<img src="{name if kind else f"{name}/00000.png"}" alt="">'
-    about = ", ".join([f"seed {facts['wish']['seed']}", *settings])
+    caption = ", ".join([f"seed {facts['wish']['seed']}", *settings])
     return (f"<figure>{shows}<figcaption>{prompt_of(facts['wish']) if with_prompt else ''}"
-            f'<small>{plain(about)}</small><small><a href="{quote(path.name)}">settings</a></small>'
-            "</figcaption></figure>")
+            f'<small>{plain(caption)}</small><small><a href="{quote(path.name)}">settings</a>'
+            "</small></figcaption></figure>")
 
 
 def write_page(folder, samples):
-    """folder/index.html: every sample, the newest first; prompts that were sampled with several
-    settings in a table, a row a prompt, a column a setting."""
+    """Writes folder/index.html: all samples, the newest first; prompts that were sampled with
+    several settings in a table, one row a prompt, one column a setting."""
     prompts = {}
     for row in samples:
         prompts.setdefault(row[1]["wish"]["prompt"], {}).setdefault(row[2], []).append(row)
@@ -1320,8 +1262,8 @@ def write_page(folder, samples):
 
 
 def frames_of_sheet(path, is_still):
-    """The frames on a sample's own sheet, as `contact_sheet` lays out one row of squares of 96 px;
-    of a still the picture."""
+    """The frames on a sample's contact sheet (one row of squares of 96 px); of a still the
+    picture."""
     with Image.open(path) as sheet:
         sheet = sheet.convert("RGB")
     if is_still:
@@ -1331,7 +1273,7 @@ def frames_of_sheet(path, is_still):
 
 
 def finish(out, most=64):
-    """index.html and sheet.png of all samples in a folder, whichever call made them."""
+    """Writes index.html and sheet.png of all samples in a folder, also those of earlier calls."""
     samples, others = read_samples(out)
     if not samples:
         return
@@ -1352,8 +1294,8 @@ def finish(out, most=64):
 
 
 def not_learnt(requests, data, labels=None):
-    """What of the requests lies outside of the data that a run learnt from, as texts."""
-    found, known = [], set(data["words"])
+    """What the requests ask for beyond the run's training data, as texts."""
+    outside, vocabulary = [], set(data["words"])
     for name, unit, values in (
             ("side", " px", [one[side] for one in requests for side in ("height", "width")]),
             ("frames", " frames a part", [one["frames"] for one in requests]),
@@ -1361,14 +1303,15 @@ def not_learnt(requests, data, labels=None):
         low, high = data[f"{name}_range"] or (None, None)
         off = sorted({value for value in values if low and not low <= value <= high})
         if off:
-            found.append(f"{', '.join(f'{value:g}' for value in off[:4])}{unit} (it learnt "
+            outside.append(f"{', '.join(f'{value:g}' for value in off[:4])}{unit} (it learnt "
                          f"{low:g}{f' to {high:g}' if high > low else ''})")
     texts = [text for request in requests for text in (request["prompt"], *request.get("then", ()))]
     if not data["text"]:
-        return found + ["prompts (it learnt without text)"] * (not labels and any(texts))
-    words = [word for word in dict.fromkeys(words_of(" ".join(texts))) if word not in known]
+        return outside + ["prompts (it learnt without text)"] * (not labels and any(texts))
+    words = [word for word in dict.fromkeys(words_of(" ".join(texts))) if word not in vocabulary]
     more = f" and {len(words) - 8} more" if len(words) > 8 else ""
-    return found + [f"the word{'s' * (len(words) > 1)} {', '.join(words[:8])}{more}"] * bool(words)
+    text = f"the word{'s' * (len(words) > 1)} {', '.join(words[:8])}{more}"
+    return outside + [text] * bool(words)
 
 
 def sample(args, folder):
@@ -1380,11 +1323,11 @@ def sample(args, folder):
         for prompt in args.prompt for i in range(args.n)]
     requests = rewritten(args, requests, device) if args.rewrite else requests
     if any("motion" in request for request in requests) and "motion" not in (
-            sampler.about.get("conditions") or ()):
+            sampler.info.get("conditions") or ()):
         refuse(f"--motion: {args.name} has no use for it, it was not trained with --conditions "
                "motion: leave it out")
-    data = sampler.about.get("data")
-    strange = not_learnt(requests, data, sampler.about.get("labels")) if data and rank == 0 else ()
+    data = sampler.info.get("data")
+    strange = not_learnt(requests, data, sampler.info.get("labels")) if data and rank == 0 else ()
     if strange:
         print(f"warning: outside of what {args.name} learnt, expect less: {'; '.join(strange)}",
               file=sys.stderr)
@@ -1419,14 +1362,14 @@ def sample(args, folder):
 
 
 def get_ready(sampler, requests):
-    """Opens what the requests need, and reads classes: what does not fit is refused before the
-    progress bar stands. With --offload parts are opened by turns, later."""
+    """Opens what the requests need and reads their classes, so that what does not fit is refused
+    before the progress bar appears. With --offload parts are opened one by one, later."""
     if not requests or sampler.args.offload or not hasattr(sampler, "part"):
         return
-    read, about = sampler.part("text"), sampler.about
-    for request in () if about.get("reads_text", not about.get("labels")) else requests:
+    read, info = sampler.part("text"), sampler.info
+    for request in () if info.get("reads_text", not info.get("labels")) else requests:
         read(request["prompt"]), read(request["negative"])
-    if about.get("reads_image"):
+    if info.get("reads_image"):
         sampler.part("image")
 
 
@@ -1436,8 +1379,8 @@ def out_of(args, folder):
 
 
 def rewritten(args, requests, device):
-    """--rewrite: the requests with their prompts as a language model writes them out, like captions
-    that the run was trained on where its data lies here; `asked` keeps what was given."""
+    """--rewrite: the requests with prompts that a language model wrote out in the manner of the
+    run's captions, where its data set is at hand; `asked` holds the original prompt."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # as captions are made
     lm, texts, config = open_vlm(args.rewrite, device, dtype), {}, config_of(args.name)
     data = config["args"].get("name") if config else None
@@ -1452,8 +1395,7 @@ def rewritten(args, requests, device):
 
 
 def is_made(sampler, request, path, args):
-    """Whether a sample is there, and its JSON file, which is written last, says just what would be
-    made now."""
+    """Whether a sample exists and its JSON file, which is written last, describes just this one."""
     facts = read_facts(path.with_suffix(".json"))
     now = json.loads(json.dumps(facts_of(sampler, request, args)))
     return all(facts.get(name) == value for name, value in now.items()) and (
@@ -1461,15 +1403,198 @@ def is_made(sampler, request, path, args):
 
 
 def made(sampler, requests, args, rank=0, world=1):
-    """Yields (number, uint8 [T, H, W, 3]) of this rank's share of the requests' videos."""
+    """Yields (index, uint8 [T, H, W, 3]) of this rank's share of the requests' videos."""
     for start in range(0, len(requests), args.batch)[rank::world]:
         for i, timeline in enumerate(sampler(requests[start:start + args.batch]), start):
             yield i, np.stack(list(sampler.frames(timeline)))
 
 
-# ------------------------------------------------------------------------------------------------
-# The demo's adherence: form, colour and direction, read off the pixels
-# ------------------------------------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------------------
+
+
+def resolve(args, info, objective, stride):
+    """Fills in the options that depend on the model, and refuses those that it has no use for."""
+    defaults = {"shift": info.get("shift", 1.0), "fps": 10.0, "negative": info.get("negative", ""),
+             "rescale": 0.0, **KINDS[info["kind"]]}
+    defaults["sampler"] = info.get("sampler", defaults["sampler"])
+    if info["kind"] == "own" and objective.path in STEPPED:
+        defaults["sampler"] = "ddim"
+    data = info.get("data")
+    if data:                             # what the run learnt most often
+        defaults |= {"size": tuple(data["size"]), "fps": data["fps"] or defaults["fps"]}
+        defaults["seconds"] = data["frames"] / defaults["fps"]
+        defaults |= {} if data["text"] else {"cfg": 1.0}        # nothing to guide by: one pass
+    args.defaults |= {"size": (info.get("cells", 0) * stride,) * 2} | defaults
+    if args.frames or args.seconds:
+        defaults = {name: value for name, value in defaults.items()
+                    if name not in ("frames", "seconds")}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.size = args.size or (info["cells"] * stride,) * 2
+    is_own = info["kind"] == "own"
+    uses = {"text_encoder": info.get("reads_text"), "heads": not is_own, "checkpoint": is_own,
+            "temperature": False, "eta": args.sampler == "ddim", "form": args.sampler == "sde",
+            "norm": args.sampler == "sde", "spacing": objective.path in STEPPED and
+            args.sampler in ("ddim", "dpm++", "unipc")}
+    for name in uses:
+        if name in args.explicit and not uses[name]:
+            refuse(f"--{name}: {args.name}, by {args.sampler}, has no use for it: leave it out")
+    may = STEPPED_SAMPLERS if objective.path in STEPPED else FLOW_SAMPLERS
+    may = [name for name in may if name != "dpm-fast" or objective.path == "sd"]
+    if args.sampler not in may:
+        refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {objective.path}: "
+               f"take {', '.join(may)}")
+    if args.apg and args.cfg_channels:
+        args.cfg_channels = None                             # APG is over whole clips
+    layout = info.get("layout")
+    args.grid, args.rules = (layout, args.sampler), info.get("rules", {})
+    args.ends = 1.0, 0.0
+    if args.grid == ("diffusers", "euler") and args.steps > 1:
+        least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
+        args.ends = 1.0, least - (1 - least) / (args.steps - 1)
+
+
+def size_of(text):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or not all(2 <= int(side) <= 16384 for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not HxW, 2 to 16384 px each, such as 32x48")
+    return int(match[1]), int(match[2])
+
+
+def parse_options(argv=None):
+    parser = option_parser(__doc__)
+    add_requests(parser)
+    add_settings(parser)
+    args = parser.parse_args(argv)
+    if not (args.prompt or args.prompts or args.eval):
+        refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
+    if args.frames and args.seconds:
+        refuse("--frames and --seconds both give the length: leave one out")
+    explicit = {name: value for name, value in vars(args).items()
+                if value != parser.get_default(name)}
+    args.explicit, args.quiet, args.grid, args.rules = explicit, False, None, {}
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
+    return args
+
+
+def add_requests(parser):
+    parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
+                        "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
+    add = parser.add_argument_group("what to sample").add_argument
+    add("--prompt", nargs="+", help="one or more prompts, each in quotes; a class by its number or "
+        "label")
+    add("--prompts", metavar="FILE", help="a video a line: .jsonl with prompt, seed, size and so "
+        "on, or text; shared out over the ranks, and what is there already is left alone")
+    add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
+        "captions of the run's data (none)")
+    add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
+    add("--size", type=size_of, help="HxW, px; beyond a run's own, what is shown grows with the "
+        "frame, and its edges fray (its most frequent, or 32x48; published: its own)")
+    add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
+        "frequent, or 1.3)")
+    add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
+    add("--fps", type=number(float, 0.1, 1000),
+        help="frames a second, to 1000 (the run's most frequent, or 10; Wan 16, TI2V 24)")
+    add("--motion", type=number(float, 0),
+        help="motion score to ask for, of a run trained with --conditions motion (none)")
+    add("--n", type=number(int, 1), default=1,
+        help="videos a prompt, seeds counting up (%(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (%(default)s)")
+    add = parser.add_argument_group("from images and videos (of a run trained with "
+                                    "--given)").add_argument
+    add("--image", metavar="FILE", help="the first frame; a picture unlike the training data is "
+        "soon left behind, which a line says")
+    add("--last", metavar="FILE", help="the last frame, likewise")
+    add("--video", metavar="FILE", help="the video to go on from, or to change")
+    add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
+        help="go on N times by --seconds, below 0: backwards; what the data never shows, such as "
+             "what comes after a shape's stop, is made up anew (%(default)s)")
+    add("--then", nargs="+", action="extend", default=[], metavar="PROMPT",
+        help="go on under these, one by one")
+    add("--to", metavar="FILE", help="end in this video")
+    add("--loop", action="store_true", help="end in its own beginning")
+    add("--strength", type=number(float, 0, 1),
+        help="make anew this share of the way from --video to noise, 0 to 1")
+    add("--context", type=number(int, 1),
+        help="frames of the part before, or of a file, that an extension sees (as in training: "
+             "half a part's latents, at least two)")
+
+
+def add_settings(parser):
+    add = parser.add_argument_group("how").add_argument
+    add("--sampler", choices=list(dict.fromkeys(FLOW_SAMPLERS + STEPPED_SAMPLERS)),
+        help="(euler; ddim for paths in steps; of published weights their own)")
+    add("--steps", type=number(int, 1), help="steps of the sampler (20; published: 50 or 250)")
+    add("--shift", type=number(float, 0.01, 100), help="push of the times to noise (the run's)")
+    add("--eta", type=number(float, 0, 1), default=0.0,
+        help="share of fresh noise in DDIM, 0 to 1 (%(default)s)")
+    add("--form", choices=FORMS_OF_NOISE, default="sigma", help="of sde's noise (%(default)s)")
+    add("--norm", type=number(float, 0), default=1.0, help="its strength (%(default)s)")
+    add("--spacing", choices=["linspace", "leading", "trailing", "karras"], default="linspace",
+        help="of ddim, dpm++ and unipc on paths in steps (%(default)s)")
+    add("--cfg", type=number(float, 0, 100),
+        help="guidance, 0 to 100, 1: none (3; published: 1.4 to 5)")
+    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
+        metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
+    add("--cfg_channels", type=number(int, 1),
+        help="guide the first so many channels (all; DiT and SiT as published: 3)")
+    add("--rescale", type=number(float, 0, 1),
+        help="bring the guided deviation back, by this share, 0 to 1 (1; published: 0)")
+    add("--apg", type=number(float, 0), default=0.0, metavar="RADIUS",
+        help="adaptive projected guidance, its longest step a clip, 0: plain (%(default)s)")
+    add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")
+    add = parser.add_argument_group("where and in what").add_argument
+    add("--vae", help="autoencoder: a run, or published (the one that the model was trained with)")
+    add("--checkpoint", choices=["best", "last"], default="best",
+        help="of a run: of the lowest held-out loss, or the last (%(default)s)")
+    add("--text_encoder", help="folder of published weights' text encoder (their own folder)")
+    add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
+    add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples; --eval: runs/NAME)")
+    add("--format", choices=["mp4", "gif", "webp", "png"], default="mp4",
+        help="of videos; png: a folder of frames (%(default)s)")
+    add("--crf", type=number(int, 0, 51), default=12,
+        help="quality of H.264, 0 lossless to 51 (%(default)s)")
+    add("--batch", type=number(int, 1), help="videos a packed row (16; Wan: 1)")
+    add("--chunk", type=number(int, 1), default=8,
+        help="latent frames that are decoded at a time (%(default)s)")
+    add("--offload", action="store_true",
+        help="text encoder, denoiser and autoencoder take turns in memory")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32",
+        help="of matrix products (%(default)s)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", choices=["demo", "chain", "fid", "fvd", "clip"],
+        help="measure, and write eval-*.json; chain: how the demo's forms hold over joints (none)")
+    add("--n_eval", type=number(int, 1), default=48,
+        help="prompts of each kind, or real clips (%(default)s)")
+    add("--data", help="data set of the real clips and their captions")
+    add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
+    add("--trust", action="store_true", help="run the code that a --detector's file is")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: compares a video with its prompt")
+
+
+@one_line
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return bench("bench_sampling", argv[1:])
+    args = parse_options(argv)
+    path = model_path(args.name)
+    folder = path if is_run(path) else Path("runs", path.stem)
+    folder = Path(args.out) if args.eval and args.out else folder
+    out = folder if args.eval else out_of(args, folder)
+    if fault := write_fault(out):
+        refuse(f"cannot write to {out}: {fault}: name another by --out")
+    try:
+        {None: sample, "demo": evaluate_demo, "chain": evaluate_chain}.get(
+            args.eval, evaluate_real)(args, folder)
+    except KeyboardInterrupt:
+        print(f"sample.py: stopped; what is finished stays in {out}", file=sys.stderr)
+        sys.exit(130)
+
+
+# -- adherence: what a sampled demo video shows ----------------------------------------------------
 
 
 def hue(rgb):
@@ -1478,7 +1603,7 @@ def hue(rgb):
     return np.degrees(np.arctan2(math.sqrt(3) * (g - b), 2 * r - g - b)) % 360
 
 
-def spread(mask, steps=2):
+def dilated(mask, steps=2):
     """A bool mask [T, H, W] grown by `steps` pixels in its frames."""
     for _ in range(steps):
         wide = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
@@ -1487,8 +1612,8 @@ def spread(mask, steps=2):
     return mask
 
 
-def form_cover(form, x, y, radius, height, width):
-    """[H, W]: how much of each pixel a form about (x, y) covers, drawn as the demo draws it."""
+def form_coverage(form, x, y, radius, height, width):
+    """[H, W]: the share of each pixel that a form centred at (x, y) covers, drawn like the demo."""
     shape = dict(form=form, colour="yellow", radius=radius, start=(x, y), stop=(x, y))
     shot = dict(shapes=[shape], frames=1, width=width, height=height, cell=4, texture="plain",
                 level="black", tint=[0, 0, 0])
@@ -1499,54 +1624,55 @@ def form_cover(form, x, y, radius, height, width):
 @functools.cache
 def form_scale(form):
     """(area, centre's offset y) of a form of radius 1."""
-    cover = form_cover(form, 32, 32, 20, 64, 64)
+    cover = form_coverage(form, 32, 32, 20, 64, 64)
     y = (np.arange(64) + 0.5)[:, None]
     return cover.sum() / 400, ((cover * y).sum() / cover.sum() - 32) / 20
 
 
-def covers(frames):
-    """{colour: [T, H, W] from 0 to 1}: how much of each pixel the shape of that colour covers, of
-    the demo's colours that show. Grounds are grey, so a shape is what is saturated; its colour is
-    its hue's nearest."""
+def coverage(frames):
+    """{colour: [T, H, W] from 0 to 1}: the share of each pixel that a shape of that colour covers,
+    for the demo's colours that occur. Backgrounds are grey, so saturated pixels belong to a shape;
+    its colour is the one nearest in hue."""
     frames = frames.astype(np.float64)
     saturation = frames.max(-1) - frames.min(-1)
     vivid = saturation > 80
-    ground = np.median(frames[~spread(vivid)], 0) if (~vivid).any() else np.zeros(3)
+    ground = np.median(frames[~dilated(vivid)], 0) if (~vivid).any() else np.zeros(3)
     away = np.stack([np.abs((hue(frames) - hue(np.array(rgb)) + 180) % 360 - 180)
                      for rgb in COLOURS.values()])
-    nearest, found = away.argmin(0), {}
+    nearest, by_colour = away.argmin(0), {}
     for i, (name, rgb) in enumerate(COLOURS.items()):
         mask = vivid & (nearest == i)
         if mask.sum((1, 2)).mean() < 0.01 * mask[0].size:
             continue
         axis = np.array(rgb, dtype=np.float64) - ground
-        found[name] = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * spread(mask, 1)
-    return found
+        by_colour[name] = ((frames - ground) @ axis / (axis @ axis)).clip(0, 1) * dilated(mask, 1)
+    return by_colour
 
 
 def describe(frames):
-    """What moves in a clip of the demo's kind, by plain image analysis: dicts of colour, form,
-    direction and area, the largest first. Its direction is the way of its centre; its form is the
-    one that, drawn at that centre with that area, covers most nearly the same pixels."""
-    found = [{"colour": name, **follow(cover), "area": float(cover.sum((1, 2)).mean())}
-             for name, cover in covers(frames).items()]
-    return sorted(found, key=lambda shape: -shape["area"])
+    """The shapes in a clip of the demo's kind, by image analysis: dicts of colour, form, direction
+    and area, the largest first. The direction is that of the shape's centre; the form is the one
+    that, drawn at that centre with that area, covers the pixels best."""
+    shapes = [{"colour": name, **form_and_direction(cover), "area": float(cover.sum((1, 2)).mean())}
+             for name, cover in coverage(frames).items()]
+    return sorted(shapes, key=lambda shape: -shape["area"])
 
 
 RADII = (0.25, 0.29)     # of the demo's single shapes, shares of the shorter side: see demo_shot
 
 
 def overlap(frames, colour, form, radii=RADII):
-    """[T]: in each frame the intersection over union of the pixels of this colour and those of the
-    ideal form, wherever in the frame and at whichever of the demo's radii, shares of the shorter
-    side, it fits best. 1: drawn perfectly; 0: not there."""
+    """[T]: each frame's intersection over union (IoU) of the pixels of this colour and the ideal
+    form, at the place and radius (of the demo's range, shares of the shorter side) where it fits
+    best. 1: drawn perfectly; 0: absent."""
     T, H, W = frames.shape[:3]
-    mask = torch.from_numpy(covers(frames).get(colour, np.zeros((T, H, W))) > 0.5).float()[:, None]
+    cover = coverage(frames).get(colour, np.zeros((T, H, W)))
+    mask = torch.from_numpy(cover > 0.5).float()[:, None]
     best, half = torch.zeros(T), math.ceil(max(radii) * min(H, W)) + 1
     steps = [i / 4 for i in range(4)]                        # the centre, in quarters of a pixel
     for radius in np.linspace(*radii, 5) * min(H, W):
         drawn = torch.from_numpy(np.stack([
-            form_cover(form, half + x, half + y, radius, 2 * half + 1, 2 * half + 1) > 0.5
+            form_coverage(form, half + x, half + y, radius, 2 * half + 1, 2 * half + 1) > 0.5
             for y in steps for x in steps])).float()[:, None]
         both = F.conv2d(F.pad(mask, [half] * 4), drawn)
         either = mask.sum((1, 2, 3))[:, None, None, None] + drawn.sum((1, 2, 3))[:, None, None]
@@ -1554,8 +1680,8 @@ def overlap(frames, colour, form, radii=RADII):
     return best.numpy()
 
 
-def follow(cover):
-    """Form and direction of one shape from the pixels that it covers, [T, H, W] from 0 to 1."""
+def form_and_direction(cover):
+    """Form and direction of one shape from its coverage [T, H, W], 0 to 1."""
     mass, (rows, cols) = cover.sum((1, 2)), (np.arange(n) + 0.5 for n in cover.shape[1:])
     x, y = ((cover * at).sum((1, 2)) / np.maximum(mass, 1e-6) for at in (cols, rows[:, None]))
     seen = mass > 0.5 * np.median(mass)
@@ -1573,15 +1699,15 @@ def follow(cover):
         total = 0.0
         for t in frames[::max(1, len(frames) // 6)]:
             radius = math.sqrt(mass[t] / area)
-            drawn = form_cover(form, x[t], y[t] - offset * radius, radius, *cover.shape[1:])
+            drawn = form_coverage(form, x[t], y[t] - offset * radius, radius, *cover.shape[1:])
             total += np.abs(drawn - cover[t]).sum() / mass[t]
         errors[form] = total
     return {"form": min(errors, key=errors.get), "direction": direction}
 
 
 def demo_prompts(n=48):
-    """{"seen": [(colour, form, direction)], "left_out": […]}, n each, the same every time; where
-    there are fewer, they come again (at another size and seed)."""
+    """{"seen": [(colour, form, direction)], "left_out": […]}, n of each, always the same ones; if
+    there are fewer, they repeat (with another size and seed)."""
     every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
     prompts = {}
     for name, left_out in (("seen", False), ("left_out", True)):
@@ -1605,10 +1731,10 @@ def evaluate_demo(args, folder):
         rows, right = [], []
         for request, video, wanted in zip(requests, videos, combinations):
             shapes = describe(video)
-            found = shapes[0] if shapes else {}
-            found = tuple(found.get(k) for k in ("colour", "form", "direction"))
-            right.append([a == b for a, b in zip(found, wanted)])
-            says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, found))}"
+            seen = shapes[0] if shapes else {}
+            seen = tuple(seen.get(k) for k in ("colour", "form", "direction"))
+            right.append([a == b for a, b in zip(seen, wanted)])
+            says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, seen))}"
             rows.append((sheet_frames(video), f"{request['prompt']}: {says}"))
         shares = np.array(right).mean(0)
         result[name] = {"n": len(right), "form": shares[1], "colour": shares[0],
@@ -1619,31 +1745,32 @@ def evaluate_demo(args, folder):
 
 
 def evaluate_chain(args, folder):
-    """Samples chains: of three parts, there and back (`then`) and on under the same prompt
-    (`extend`), where a shape soon meets the frame's edge, and rings of two (`loop`). Writes
-    eval-chain.json: each frame's `overlap`, the median over the prompts, the lowest of them, and
-    that of the first part, a clip of its own; the share of parts in which form and colour and,
-    where it is told, direction are right; and eval-chain-then.png and its like."""
+    """Samples chains of three parts, there and back (`then`) or further under the same prompt
+    (`extend`, where the shape soon meets the frame's edge), and loops of two (`loop`). Writes
+    eval-chain.json: each frame's IoU, the median over the prompts; the lowest of these; the lowest
+    of the first part, which is a single clip; and the share of parts whose form, colour and, where
+    the prompt names it, direction are right; and pictures eval-chain-*.png."""
     _, _, device = setup(args)
     sampler, result = open_sampler(args, device), {"parts": [0, 13, 26]}
     reverse = dict(zip(DIRECTIONS, ("right", "left", "down", "up")))
     prompts = demo_prompts(args.n_eval)["seen"]
     says = lambda i, way: f"a {' '.join(prompts[i][:2])} moves {way}"
     for kind in ("then", "extend", "loop"):
-        requests, ways = [], []
+        requests, directions = [], []
         for i, (*_, way) in enumerate(prompts):
             width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
-            ways.append([way, reverse[way], way] if kind == "then" else [way, None, None])
-            more = {"then": [says(i, way) for way in ways[-1][1:]], "extend": 2, "loop": True}[kind]
+            directions.append([way, reverse[way], way] if kind == "then" else [way, None, None])
+            more = {"then": [says(i, way) for way in directions[-1][1:]],
+                    "extend": 2, "loop": True}[kind]
             requests.append({"prompt": says(i, way), "frames": 13, "fps": 10.0, "width": width,
                            "height": height, "seed": args.seed + i, "negative": "", kind: more})
         overlaps, right, rows = [], [], []
         for i, video in made(sampler, requests, args):
             overlaps.append(overlap(video, *prompts[i][:2]))
-            for part, way in zip(np.split(video, range(13, len(video), 13)), ways[i]):
-                found = (describe(part) or [{}])[0]
-                right.append([found.get(name) for name in ("colour", "form")] == [*prompts[i][:2]]
-                             and way in (None, found["direction"]))
+            for part, way in zip(np.split(video, range(13, len(video), 13)), directions[i]):
+                seen = (describe(part) or [{}])[0]
+                right.append([seen.get(name) for name in ("colour", "form")] == [*prompts[i][:2]]
+                             and way in (None, seen["direction"]))
             rows.append((video[::2], f"{requests[i]['prompt']}: lowest {overlaps[-1].min():.2f}"))
         medians = np.median(np.float64(overlaps), 0).round(3)
         result[kind] = {"n": len(requests), "lowest": float(medians.min()), "first":
@@ -1655,23 +1782,21 @@ def evaluate_chain(args, folder):
     write_text(folder / "eval-chain.json", json.dumps(result, indent=1) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation beside real videos: Fréchet distances (FID, FVD), similarity to the prompt (CLIP)
-# ------------------------------------------------------------------------------------------------
+# -- distances to real clips -----------------------------------------------------------------------
 
 
 def gathered(n, width, rows):
-    """[n, width] of (number, [width]), of which each rank makes its own."""
-    found = torch.zeros(n, width)
+    """[n, width] on every rank, from each rank's rows (index, [width])."""
+    table = torch.zeros(n, width)
     for i, row in rows:
-        found[i] = row
+        table[i] = row
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(found)
-    return found
+        torch.distributed.all_reduce(table)
+    return table
 
 
 def real_clips(args):
-    """[(row, frames)] of the clips that a Fréchet distance is taken against."""
+    """(data set's folder, rows of the real clips that samples are compared with)."""
     folder = dataset_dir(args.data)
     rows = [row for row in open_dataset(folder) if row["frames"] / (row["fps"] or 1) * args.fps
             >= args.frames - 0.5 or args.frames == 1]
@@ -1683,20 +1808,20 @@ def real_clips(args):
 
 
 def clip_at(folder, row, args):
-    """uint8 [T, H, W, 3] of a row's clip from its start, as the samples are."""
+    """uint8 [T, H, W, 3]: a row's clip from its start, in the samples' size, length and rate."""
     try:
         frames, fps = read_clip(folder, row), row["fps"] or 1.0
     except Unreadable as error:
         refuse(f"{error}: prepare the data set again")
-    near = np.minimum(np.rint(np.arange(args.frames) * fps / args.fps), len(frames) - 1).astype(int)
-    return np.concatenate([fit(frames[i], *args.size) for i in near])
+    nearest = np.rint(np.arange(args.frames) * fps / args.fps).astype(int).clip(max=len(frames) - 1)
+    return np.concatenate([resize_and_crop(frames[i], *args.size) for i in nearest])
 
 
 def evaluate_real(args, folder):
-    """Samples a data set's captions; writes eval-fvd.json or eval-fid.json: the distance to its
-    real clips, and that of two halves of these; or eval-clip.json: the mean cosine of a video and
-    its caption, the real clips' beside it. With protocol and its hash; what the real clips have is
-    kept in eval-real-HASH.safetensors."""
+    """Samples a data set's captions. Writes eval-fvd.json or eval-fid.json (distance to its real
+    clips, and between two halves of these) or eval-clip.json (mean cosine of video and caption, for
+    samples and real clips), each with its protocol and the protocol's hash. Features of the real
+    clips are cached in eval-real-HASH.safetensors."""
     rank, world, device = setup(args)
     args.quiet, kind = rank > 0, args.eval
     file, option = (args.clip, "clip") if kind == "clip" else (args.detector, "detector")
@@ -1705,7 +1830,7 @@ def evaluate_real(args, folder):
     sampler, is_image = open_sampler(args, device), kind == "fid"
     args.frames = 1 if is_image else args.frames or max(1, round(args.seconds * args.fps))
     source, rows = real_clips(args)
-    say = lambda row: row["label"] if sampler.about.get("labels") else (
+    say = lambda row: row["label"] if sampler.info.get("labels") else (
         row["captions"] or [{"text": ""}])[0]["text"]
     if kind == "clip":
         scorer = Scorer(argparse.Namespace(clip=file, aesthetics=None), source, rows, device)
@@ -1720,25 +1845,25 @@ def evaluate_real(args, folder):
         "shard-*[0-9].jsonl")))).hexdigest()[:16], option: digest[:16], "n": len(rows),
         "size": list(args.size), "frames": args.frames, "fps": args.fps,
         "clips": "drawn by hash, from their start", "resize": "Lanczos to cover, centre crop"}
-    n, kept = len(rows), folder / f"eval-real-{hash_of(real)}.safetensors"
-    if not kept.exists():
+    n, cache = len(rows), folder / f"eval-real-{hash_of(real)}.safetensors"
+    if not cache.exists():
         mine = tqdm(range(rank, n, world), desc="real", unit="clip", disable=args.quiet)
         true = gathered(n, width, ((i, measure(i, clip_at(source, rows[i], args))) for i in mine))
         if rank == 0:
-            with atomic(kept) as part:
+            with atomic(cache) as part:
                 save_file({"features": true}, part)
         barrier()
-    true = load_file(kept)["features"]
+    true = load_file(cache)["features"]
     requests = [{**request_of(args, {"prompt": say(row)}), "seed": args.seed + i}
               for i, row in enumerate(rows)]
-    found = gathered(n, width, ((i, measure(i, video)) for i, video in made(
+    features_made = gathered(n, width, ((i, measure(i, video)) for i, video in made(
         sampler, requests, args, rank, world)))
     protocol = {"real": real, "made": {name: getattr(args, name) for name in (
-        "sampler", "steps", "cfg", "shift", "seed")}, "weights": sampler.about["weights"]}
+        "sampler", "steps", "cfg", "shift", "seed")}, "weights": sampler.info["weights"]}
     if kind == "clip":
-        figure, more = found.mean().item(), {"real": true.mean().item()}
+        figure, more = features_made.mean().item(), {"real": true.mean().item()}
     else:
-        figure = frechet(gaussian(found), gaussian(true))
+        figure = frechet(gaussian(features_made), gaussian(true))
         more = {"real_real": frechet(gaussian(true[::2]), gaussian(true[1::2])),
                 "real_itself": frechet(gaussian(true), gaussian(true))}
     result = {kind: figure, "protocol": protocol, "hash": hash_of(protocol), **more}
@@ -1752,9 +1877,69 @@ def hash_of(facts):
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-# ================================================================================================
-# Where samples come from: a run of ours, or published weights
-# ================================================================================================
+# == published weights =============================================================================
+
+
+class CodeSampler(Sampler):
+    """VideoGPT, or a run of ours of its kind: a prior over an autoencoder's codes, sampled one by
+    one."""
+
+    def __init__(self, args, device, config=None):
+        self.args, self.device, self.model, vae, self.bar = args, device, None, args.vae, None
+        if config:
+            self.model, self.read, _ = load_denoiser(args.name, device, config, args.checkpoint)
+            vae = own_vae(args, config)
+        elif not vae:
+            refuse(f"{args.name} predicts codes: name the VQ-VAE that they are of by --vae FILE")
+        self.prior = self.model.dit if self.model else load_gpt(args.name)[0].to(device)
+        self.vae, _ = load_autoencoder(vae, device)
+        shape, codes = self.prior.shape, self.prior.codebook
+        if self.vae.n_codes != len(codes):
+            refuse(f"--vae {vae} has {self.vae.n_codes} codes, {args.name} knows {len(codes)}")
+        self.size = [self.vae.first + (shape[0] - 1) * self.vae.time_stride,
+                     *(n * self.vae.stride for n in shape[1:])]
+        weights = config and averaged_weights(model_path(args.name), args.checkpoint)[1]
+        self.info = {"weights": weights or str(args.name), "autoencoder": str(vae)}
+        args.frames, args.size = args.frames or self.size[0], args.size or tuple(self.size[1:])
+        args.defaults |= {"frames": self.size[0], "size": self.size[1:], "fps": 8.0, "negative": ""}
+        args.fps, args.negative, args.batch = args.fps or 8.0, "", args.batch or 8
+        if args.frames > self.size[0] or any(a > b for a, b in zip(args.size, self.size[1:])):
+            refuse(f"{args.name} makes at most {self.size[0]} frames of "
+                   f"{self.size[1]}x{self.size[2]} px")
+
+    @torch.no_grad()
+    def __call__(self, requests):
+        n = math.prod(self.prior.shape)
+        draws = [rng(request["seed"], "codes", 0, request["prompt"]).random(n)
+                 for request in requests]
+        draws = torch.from_numpy(np.stack(draws)).float().to(self.device)
+        label = None
+        if not self.model and "w" in dict(self.prior.norm.named_children()):
+            n = self.prior.norm.w.in_features
+            label = torch.tensor([class_number(request["prompt"], n) for request in requests],
+                                 device=self.device)
+
+        def bar(steps):
+            with self.shown([requests]) as shown:
+                for step in steps:
+                    yield step
+                    shown.update()
+        if self.model:
+            texts = [self.read(request["prompt"]) for request in requests]
+            videos = sample_codes(self.model, self.vae, texts, draws, self.args.temperature, bar)
+        else:
+            codes = generate_codes(self.prior, draws, label, self.args.temperature, bar)
+            videos = map(to_frames, self.vae.decode_codes(codes))
+        timelines = []
+        for request, frames in zip(requests, videos):
+            timelines.append(Timeline(request, None, len(frames), [], {}))
+            timelines[-1].segments.append(Segment(len(frames), frames=frames))
+        return timelines
+
+    def progress(self, batches):
+        total = len(batches) * math.prod(self.prior.shape)
+        return tqdm(desc="sample", unit="code", total=total, disable=self.args.quiet)
+
 
 # What a model is asked for unless the options say otherwise; size None: that of its positions.
 KINDS = {
@@ -1850,10 +2035,10 @@ def read_scheduler(path, sampler, shift=None):
             refuse(f"{file}: final_sigmas_type sigma_min of other betas than linear or "
                    "scaled_linear is not read here: name another way by --sampler")
         final = -1.0 if own == "unipc" else (c["beta_start"] / (1 - c["beta_start"])) ** 0.5
-    spread = {"karras": c["use_karras_sigmas"], "exponential": c["use_exponential_sigmas"]}
+    dilated = {"karras": c["use_karras_sigmas"], "exponential": c["use_exponential_sigmas"]}
     return {"sampler": own, "shift": shift, "rules": dict(
         solver=solver, final=final, terminal=c.get("shift_terminal"),
-        spread=next((way for way, is_on in spread.items() if is_on), ""))}
+        spread=next((way for way, is_on in dilated.items() if is_on), ""))}
 
 
 def config_of(name):
@@ -1877,11 +2062,11 @@ def memory(device):
     """Bytes of memory: of the GPU what is free, else of this machine, or of this container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(
         os, "sysconf") else []
     with contextlib.suppress(OSError, ValueError):
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(found, default=math.inf)
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=math.inf)
 
 
 def decoder_bytes(vae, z_dim, device):
@@ -1944,11 +2129,11 @@ def open_run(args, config, device):
     folder, wanted, name = model_path(args.name), config["vae"], own_vae(args, config)
 
     def open_vae():
-        vae, found = load_autoencoder(name, device)
-        if found["hash"] != wanted["hash"]:
+        vae, result = load_autoencoder(name, device)
+        if result["hash"] != wanted["hash"]:
             refuse(f"run {folder} was trained on latents of autoencoder {wanted['hash']}, {name} "
-                   f"is {found['hash']}: name the right one by --vae")
-        return vae, found
+                   f"is {result['hash']}: name the right one by --vae")
+        return vae, result
     return {"denoiser": lambda: load_denoiser(folder, device, config, args.checkpoint)[0],
             "vae": open_vae, "text": lambda: open_reader(folder, config, device)}, {
         "kind": "own", "weights": averaged_weights(folder, args.checkpoint)[1],
@@ -1970,8 +2155,8 @@ def text_width(path):
     """Of the embeddings of a text encoder, as its config.json says; None where that is not said."""
     if (path / WAN_T5).is_file():
         return read_tensors(path / WAN_T5).get("token_embedding.weight", torch.empty(0)).shape[-1]
-    place = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    config = read_published(place / "config.json", {})
+    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    config = read_published(folder / "config.json", {})
     config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     return None if "_class_name" in config else config.get("d_model", config.get("hidden_size"))
 
@@ -2027,19 +2212,19 @@ def open_foreign(args, device):
         return lambda prompt: class_number(prompt, max(0, options["classes"] - 1))
     if reads_text:                       # before anything large is read
         check_width(text_width(Path(reader)))
-    about = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout,
+    info = {"kind": kind, "weights": str(path), "autoencoder": str(vae), "layout": layout,
              "reads_text": reads_text}
     openers = {"denoiser": open_denoiser, "text": open_text,
                "vae": open_vae,
                "image": lambda: open_image_encoder(path, device)}
     if kind != "wan":
-        about["cells"] = options["size"][1] if kind == "uvit" else (
+        info["cells"] = options["size"][1] if kind == "uvit" else (
             options["grid"][0] * options["patch"][1])
-        return openers, about
-    about |= wan_facts(args, path, options)
+        return openers, info
+    info |= wan_facts(args, path, options)
     if not scheduled:
-        scheduled = {"shift": usual_shift(args, path, about["kind"], layout)}
-    return openers, about | scheduled
+        scheduled = {"shift": usual_shift(args, path, info["kind"], layout)}
+    return openers, info | scheduled
 
 
 def wan_facts(args, path, options):
@@ -2047,21 +2232,21 @@ def wan_facts(args, path, options):
     if options["image_tokens"]:
         refuse(f"{path} takes a first and a last frame (FLF2V), which is not known here: take an "
                "I2V or a TI2V")
-    about = {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "kind": "wan"}
+    info = {"negative": "镜头晃动，" * bool(options["image_dim"]) + WAN_NEGATIVE, "kind": "wan"}
     n, n_out = options["channels"], options["out_channels"]
     if n not in (n_out, 2 * n_out + 4):
         refuse(f"{path} sees {n} channels of {n_out} (Fun-Control, VACE or another kin of Wan's), "
                f"which is not read here: T2V has {n_out}, I2V {2 * n_out + 4}")
     if n > n_out:
-        about |= {"adapt": give_image, "kind": "i2v", "reads_image": bool(options["image_dim"])}
+        info |= {"adapt": give_image, "kind": "i2v", "reads_image": bool(options["image_dim"])}
         if options["image_dim"]:
             where, config, _ = tower_config(path)
             if config["hidden_size"] != options["image_dim"]:
                 refuse(f"{where} makes tokens {config['hidden_size']} wide, {path} reads "
                        f"{options['image_dim']}: they were not published together")
     elif options["channels"] == 48 or is_expanded(path):
-        about |= {"adapt": give_image, "kind": "ti2v"}
-    return about
+        info |= {"adapt": give_image, "kind": "ti2v"}
+    return info
 
 
 def usual_shift(args, path, kind, layout):
@@ -2095,17 +2280,18 @@ def as_frame(picture, height, width, cell, layout):
         size = [height, width]
     if layout == "wan":
         x = F.interpolate(to_tensor(picture[None])[None, :, 0], tuple(size), mode="bicubic")
-        return cut(x[0].movedim(0, -1)[None], {"height": height, "width": width}).movedim(-1, 0)
+        x = center_crop(x[0].movedim(0, -1)[None], {"height": height, "width": width})
+        return x.movedim(-1, 0)
     picture = np.array(picture if tuple(size) == sides else Image.fromarray(picture).resize(
         size[::-1], Image.Resampling.LANCZOS))
-    return to_tensor(cut(picture[None], {"height": height, "width": width}))
+    return to_tensor(center_crop(picture[None], {"height": height, "width": width}))
 
 
 def give_image(sampler, job, picture):
     """A Job as Wan's published models take an image [1, h, w, 3]: TI2V as its first latent, clean;
     I2V as channels beside the noise, with a mask, the frames after it grey, and 2.1's as tokens
     too: these are of the picture itself, before it is scaled to the video."""
-    if sampler.about["kind"] == "ti2v":
+    if sampler.info["kind"] == "ti2v":
         return job._replace(cond_latents=[])
     if picture is None:
         refuse(f"{sampler.args.name} makes videos of images: give --image")
@@ -2113,14 +2299,14 @@ def give_image(sampler, job, picture):
     video = torch.zeros(3, 1 + (T - 1) * sampler.time_stride, H * sampler.stride,
                         W * sampler.stride)
     video[:, :1] = as_frame(picture[0], *video.shape[2:], sampler.stride * sampler.patch[1],
-                            sampler.about["layout"])
+                            sampler.info["layout"])
     with torch.no_grad():
         z = encode_long(sampler.part("vae")[0], video[None].to(sampler.device))[0][0].cpu()
     mask = torch.zeros(4, T, H, W)
     mask[:, 0] = 1
     extra = torch.cat([mask, (z - sampler.mean) / sampler.std])
-    image = sampler.part("image")(picture[0]) if sampler.about["reads_image"] else None
-    return job._replace(cond_latents=[], first=None, extra=extra, image=image)
+    image = sampler.part("image")(picture[0]) if sampler.info["reads_image"] else None
+    return job._replace(cond_latents=[], first_latent=None, extra=extra, image=image)
 
 
 WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
@@ -2185,186 +2371,6 @@ def open_image_encoder(path, device):
             is_wan) else crop(picture, size, mean_std)[0][0][None]
         return model.tower(x.to(device))[0].cpu()
     return read
-
-
-def resolve(args, about, objective, stride):
-    """Fills in what the model decides, and refuses what it cannot do."""
-    known = {"shift": about.get("shift", 1.0), "fps": 10.0, "negative": about.get("negative", ""),
-             "rescale": 0.0, **KINDS[about["kind"]]}
-    known["sampler"] = about.get("sampler", known["sampler"])
-    if about["kind"] == "own" and objective.path in STEPPED:
-        known["sampler"] = "ddim"
-    data = about.get("data")
-    if data:                             # what the run learnt most often
-        known |= {"size": tuple(data["size"]), "fps": data["fps"] or known["fps"]}
-        known["seconds"] = data["frames"] / known["fps"]
-        known |= {} if data["text"] else {"cfg": 1.0}        # nothing to guide by: one pass
-    args.usual |= {"size": (about.get("cells", 0) * stride,) * 2} | known
-    if args.frames or args.seconds:
-        known = {name: value for name, value in known.items() if name not in ("frames", "seconds")}
-    for name, value in known.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.size = args.size or (about["cells"] * stride,) * 2
-    is_own = about["kind"] == "own"
-    uses = {"text_encoder": about.get("reads_text"), "heads": not is_own, "checkpoint": is_own,
-            "temperature": False, "eta": args.sampler == "ddim", "form": args.sampler == "sde",
-            "norm": args.sampler == "sde", "spacing": objective.path in STEPPED and
-            args.sampler in ("ddim", "dpm++", "unipc")}
-    for name in uses:
-        if name in args.told and not uses[name]:
-            refuse(f"--{name}: {args.name}, by {args.sampler}, has no use for it: leave it out")
-    may = STEPPED_SAMPLERS if objective.path in STEPPED else FLOW_SAMPLERS
-    may = [name for name in may if name != "dpm-fast" or objective.path == "sd"]
-    if args.sampler not in may:
-        refuse(f"--sampler {args.sampler} is not for the path of {args.name}, {objective.path}: "
-               f"take {', '.join(may)}")
-    if args.apg and args.cfg_channels:
-        args.cfg_channels = None                             # APG is over whole clips
-    layout = about.get("layout")
-    args.grid, args.rules = (layout, args.sampler), about.get("rules", {})
-    args.ends = 1.0, 0.0
-    if args.grid == ("diffusers", "euler") and args.steps > 1:
-        least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
-        args.ends = 1.0, least - (1 - least) / (args.steps - 1)
-
-
-def size_of(text):
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or not all(2 <= int(side) <= 16384 for side in match.groups()):
-        raise argparse.ArgumentTypeError(f"'{text}' is not HxW, 2 to 16384 px each, such as 32x48")
-    return int(match[1]), int(match[2])
-
-
-def parse_options(argv=None):
-    parser = option_parser(__doc__)
-    add_requests(parser)
-    add_settings(parser)
-    args = parser.parse_args(argv)
-    if not (args.prompt or args.prompts or args.eval):
-        refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
-    if args.frames and args.seconds:
-        refuse("--frames and --seconds both give the length: leave one out")
-    told = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    args.told, args.quiet, args.grid, args.rules = told, False, None, {}
-    args.usual = {name: parser.get_default(name) for name in vars(args)}
-    return args
-
-
-def add_requests(parser):
-    parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
-                        "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
-    add = parser.add_argument_group("what to sample").add_argument
-    add("--prompt", nargs="+", help="one or more prompts, each in quotes; a class by its number or "
-        "label")
-    add("--prompts", metavar="FILE", help="a video a line: .jsonl with prompt, seed, size and so "
-        "on, or text; shared out over the ranks, and what is there already is left alone")
-    add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
-        "captions of the run's data (none)")
-    add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
-    add("--size", type=size_of, help="HxW, px; beyond a run's own, what is shown grows with the "
-        "frame, and its edges fray (its most frequent, or 32x48; published: its own)")
-    add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
-        "frequent, or 1.3)")
-    add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
-    add("--fps", type=number(float, 0.1, 1000),
-        help="frames a second, to 1000 (the run's most frequent, or 10; Wan 16, TI2V 24)")
-    add("--motion", type=number(float, 0),
-        help="motion score to ask for, of a run trained with --conditions motion (none)")
-    add("--n", type=number(int, 1), default=1,
-        help="videos a prompt, seeds counting up (%(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (%(default)s)")
-    add = parser.add_argument_group("from images and videos (of a run trained with "
-                                    "--given)").add_argument
-    add("--image", metavar="FILE", help="the first frame; one of a kind that the data lacks is "
-        "left behind at once, which a line says")
-    add("--last", metavar="FILE", help="the last frame, of the data's kind as well")
-    add("--video", metavar="FILE", help="the video to go on from, or to change")
-    add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
-        help="go on N times by --seconds, below 0: backwards; what the data never shows, such as "
-             "what comes after a shape's stop, is made up anew (%(default)s)")
-    add("--then", nargs="+", action="extend", default=[], metavar="PROMPT",
-        help="go on under these, one by one")
-    add("--to", metavar="FILE", help="end in this video")
-    add("--loop", action="store_true", help="end in its own beginning")
-    add("--strength", type=number(float, 0, 1),
-        help="make anew this share of the way from --video to noise, 0 to 1")
-    add("--context", type=number(int, 1),
-        help="frames of the part before, or of a file, that an extension sees (as in training: "
-             "half a part's latents, at least two)")
-
-
-def add_settings(parser):
-    add = parser.add_argument_group("how").add_argument
-    add("--sampler", choices=list(dict.fromkeys(FLOW_SAMPLERS + STEPPED_SAMPLERS)),
-        help="(euler; ddim for paths in steps; of published weights their own)")
-    add("--steps", type=number(int, 1), help="steps of the sampler (20; published: 50 or 250)")
-    add("--shift", type=number(float, 0.01, 100), help="push of the times to noise (the run's)")
-    add("--eta", type=number(float, 0, 1), default=0.0,
-        help="share of fresh noise in DDIM, 0 to 1 (%(default)s)")
-    add("--form", choices=FORMS_OF_NOISE, default="sigma", help="of sde's noise (%(default)s)")
-    add("--norm", type=number(float, 0), default=1.0, help="its strength (%(default)s)")
-    add("--spacing", choices=["linspace", "leading", "trailing", "karras"], default="linspace",
-        help="of ddim, dpm++ and unipc on paths in steps (%(default)s)")
-    add("--cfg", type=number(float, 0, 100),
-        help="guidance, 0 to 100, 1: none (3; published: 1.4 to 5)")
-    add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
-        metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
-    add("--cfg_channels", type=number(int, 1),
-        help="guide the first so many channels (all; DiT and SiT as published: 3)")
-    add("--rescale", type=number(float, 0, 1),
-        help="bring the guided deviation back, by this share, 0 to 1 (1; published: 0)")
-    add("--apg", type=number(float, 0), default=0.0, metavar="RADIUS",
-        help="adaptive projected guidance, its longest step a clip, 0: plain (%(default)s)")
-    add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")
-    add = parser.add_argument_group("where and in what").add_argument
-    add("--vae", help="autoencoder: a run, or published (the one that the model was trained with)")
-    add("--checkpoint", choices=["best", "last"], default="best",
-        help="of a run: of the lowest held-out loss, or the last (%(default)s)")
-    add("--text_encoder", help="folder of published weights' text encoder (their own folder)")
-    add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
-    add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples; --eval: runs/NAME)")
-    add("--format", choices=["mp4", "gif", "webp", "png"], default="mp4",
-        help="of videos; png: a folder of frames (%(default)s)")
-    add("--crf", type=number(int, 0, 51), default=12,
-        help="quality of H.264, 0 lossless to 51 (%(default)s)")
-    add("--batch", type=number(int, 1), help="videos a packed row (16; Wan: 1)")
-    add("--chunk", type=number(int, 1), default=8,
-        help="latent frames that are decoded at a time (%(default)s)")
-    add("--offload", action="store_true",
-        help="text encoder, denoiser and autoencoder take turns in memory")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32",
-        help="of matrix products (%(default)s)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", choices=["demo", "chain", "fid", "fvd", "clip"],
-        help="measure, and write eval-*.json; chain: how the demo's forms hold over joints (none)")
-    add("--n_eval", type=number(int, 1), default=48,
-        help="prompts of each kind, or real clips (%(default)s)")
-    add("--data", help="data set of the real clips and their captions")
-    add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
-    add("--trust", action="store_true", help="run the code that a --detector's file is")
-    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: compares a video with its prompt")
-
-
-@one_line
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:
-        return bench("bench_sampling", argv[1:])
-    args = parse_options(argv)
-    path = model_path(args.name)
-    folder = path if is_run(path) else Path("runs", path.stem)
-    folder = Path(args.out) if args.eval and args.out else folder
-    out = folder if args.eval else out_of(args, folder)
-    if fault := write_fault(out):
-        refuse(f"cannot write to {out}: {fault}: name another by --out")
-    try:
-        {None: sample, "demo": evaluate_demo, "chain": evaluate_chain}.get(
-            args.eval, evaluate_real)(args, folder)
-    except KeyboardInterrupt:
-        print(f"sample.py: stopped; what is finished stays in {out}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel,
                       HASH8 names the autoencoder
       runs/NAME-vae/eval.json, eval.png                 (--eval): figures with their protocol
 
-The idea: a clip is a still followed by motion. Every convolution looks at the past only, so the
-first frame becomes a latent of its own, each further latent covers four frames, a still is a clip
-of one frame, and a long clip can be coded in chunks that carry two frames of state a layer: the
-same numbers as in one piece. No statistic runs over time or space, for the same reason.
+The idea: causal 3D convolutions. Every layer sees only the present and the past, so the first frame
+becomes a latent of its own, each further latent covers four frames, and an image is a clip of one
+frame. A long clip can be encoded or decoded in chunks that carry two frames of state a layer, with
+the same result as in one piece; hence no norm takes statistics over time or space.
 
     python train_vae.py demo                     # a minute on two cores
     python train_vae.py demo --encode            # seconds
@@ -76,1123 +76,12 @@ from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir
                           refuse, refuse_pointer, rng, run_dir, script, sweep, where, writable,
                           write_rows, write_text)
 
-RUN_FORMAT = 1          # of a run's folder and of a latents file
 
-# ------------------------------------------------------------------------------------------------
-# The plumbing of a run, used by every stage that trains
-# ------------------------------------------------------------------------------------------------
+# -- the autoencoder -------------------------------------------------------------------------------
 
-
-def setup(args, parts=None, option=None, coding=False):
-    """Returns (rank, world, device); joins torchrun's process group where there is one. `parts`:
-    of how many parts a step consists, by which option; no rank may be left without. `coding`: as
-    `keep_memory` has it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if parts is not None and parts < world:
-        refuse(f"{option}: a step of {parts} cannot be shared by {world} ranks: raise it")
-    name = args.device
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            refuse("--device cuda: torch sees no CUDA device here; use --device cpu")
-        mine, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if mine >= here:
-            refuse(f"rank {mine} of this machine has no GPU, there are {here}: start fewer ranks, "
-                   "or give --device cpu")
-        torch.cuda.set_device(mine)
-        # `fit` learns with deterministic kernels; cuBLAS asks for this before its first call
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if name == "cpu":
-        keep_memory(coding)
-    WATCH.start(rank, world)
-    if world > 1 and not torch.distributed.is_initialized():
-        # figures go over gloo: on the way over NCCL they would wait for the GPU. No limit of time:
-        # ranks' shards may differ by hours
-        with WATCH:
-            torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
-                timeout=datetime.timedelta(days=365))
-        WATCH.meet()
-    return rank, world, torch.device(name)
-
-
-PATIENCE = 60           # s that a rank waits for the others before a line says for whom
-
-
-class Watch:
-    """Ranks wait for each other without a limit of time, and say for whom; those of a torchrun that
-    was killed end like those of one that was told to. `with WATCH:` stands around what waits."""
-
-    def __init__(self):
-        self.n, self.since, self.seen, self.over = 0, None, {}, threading.Event()
-        self.is_on = False
-
-    def __enter__(self):
-        self.n, self.since = self.n + 1, time.monotonic()
-
-    def __exit__(self, *_):
-        self.since = None
-
-    def start(self, rank, world):
-        self.rank, self.world = rank, world
-        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        if not self.is_on and (world > 1 or parent):
-            self.is_on = True
-            threading.Thread(target=self.look, args=(parent,), daemon=True).start()
-
-    def look(self, parent):
-        told = 0
-        while not self.over.wait(1):
-            if parent and os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            n, since, seen = self.n, self.since, dict(self.seen)
-            if since is None or n == told or time.monotonic() - since < PATIENCE:
-                continue
-            told, others = n, set(range(self.world)) - {self.rank}
-            late = sorted(rank for rank in others if seen.get(rank, 0) < n)
-            if self.rank < min(others - set(late), default=self.world):
-                tqdm.write(f"{Path(sys.argv[0]).name}: rank {self.rank} has waited {PATIENCE:g} s "
-                           f"for rank {', '.join(map(str, late or sorted(others)))}, which is at "
-                           "work, stopped or gone, and goes on waiting", file=sys.stderr)
-
-    def meet(self):
-        """Ranks tell each other how often they have waited, as long as they live."""
-        thread = threading.Thread(target=self.exchange, daemon=True, args=(
-            torch.distributed.distributed_c10d._get_default_store(),))
-        thread.start()
-        atexit.register(lambda: (self.over.set(), thread.join(2)))   # not while it asks the store
-
-    def exchange(self, store):
-        with contextlib.suppress(Exception):           # the store ends with the rank that holds it
-            while not self.over.wait(PATIENCE / 12):
-                store.set(f"waits/{self.rank}", str(self.n))
-                self.seen = {rank: int(store.get(f"waits/{rank}")) for rank in range(self.world)
-                             if store.check([f"waits/{rank}"])}
-
-
-WATCH = Watch()
-
-
-def option_parser(doc):
-    """An argparse parser that refuses wrong options in one line, status 2."""
-    return Parser(description=doc.splitlines()[0], allow_abbrev=False)
-
-
-def bench(function, argv, file="peers.py", beside="diffusers"):
-    """Runs a function of tests/FILE: what only measures is no part of a script."""
-    try:
-        found = runpy.run_path(str(Path(__file__).with_name("tests") / file))
-    except ImportError as error:
-        refuse(f"bench needs {beside} beside it: pip install {beside} ({error})")
-    return found[function](argv)
-
-
-def barrier():
-    if torch.distributed.is_initialized():
-        with WATCH:
-            torch.distributed.barrier()
-
-
-def sum_over_ranks(*values):
-    """Python floats summed over all ranks."""
-    if not torch.distributed.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64)
-    with WATCH:
-        torch.distributed.all_reduce(total)
-    return tuple(total.tolist())
-
-
-def moved(x, device):
-    """A CPU's tensor on the device. From pinned memory a GPU fetches it in its turn; else the host
-    would wait here until the GPU has done all that it was given."""
-    if torch.device(device).type != "cuda" or x.is_cuda:
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def fetched(x):
-    """(x on the CPU, what to call before it is read): the GPU goes on meanwhile. `.item()` would
-    wait for all that it was given since, too."""
-    if not x.is_cuda:
-        return x, lambda: None
-    x, is_there = x.to("cpu", non_blocking=True), torch.cuda.Event()
-    is_there.record()
-    return x, is_there.synchronize
-
-
-def sum_gradients(model):
-    """Adds up the ranks' gradients in one flat buffer; each rank's loss is its share of the sum."""
-    if torch.distributed.is_initialized():
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        with WATCH:
-            torch.distributed.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
-            grad.copy_(part.view_as(grad))
-
-
-def read_config(folder, kind):
-    """config.json of a run; refuses what is no run, or a run of another kind or format."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        inside = [*sorted(path.parent.glob("snapshots/*/config.json")),      # of a hub's cache
-                  *sorted(path.parent.glob("checkpoint-*/config.json"))]     # of transformers
-        refuse(f"{folder} is no run " + (
-            f"(it is a file): name {path.parent.parent}" if path.parent.is_file() else
-            f"(it has no config.json): name {inside[-1].parent}" if inside else
-            "(it holds a LoRA's additions alone): merge them into their model (PEFT: "
-            "merge_and_unload)" if path.with_name("adapter_config.json").is_file() else
-            "(it has no config.json): train one first, or name another"))
-    try:
-        config = json.loads(path.read_text())
-        found, _ = (config["format"], config["kind"]), dict(config["args"])
-    except (ValueError, KeyError, TypeError):
-        refuse(f"{path} is damaged: it does not hold a run's format, kind and args")
-    if found[0] != RUN_FORMAT:
-        refuse(f"{folder} has run format {found[0]}, this version reads {RUN_FORMAT}")
-    if found[1] != kind:
-        refuse(f"{folder} is a run of kind '{found[1]}', wanted is '{kind}'")
-    return config
-
-
-def write_config(folder, config):
-    write_text(Path(folder) / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-HELD = {}               # of this process's runs: (lock file, whether it made the run)
-HELD_OUT = "held_out.txt"       # of a run: its held-out clips' keys, one a line
-
-
-def one_run(train):
-    """Wraps a stage's train(args, folder): when it leaves, the run is free for other processes, and
-    no folder stays behind in which nothing was made."""
-    @wraps(train)
-    def run(args, folder):
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        try:
-            return train(args, folder)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            lock, is_new = HELD.pop(str(folder), (None, False))
-            if lock:
-                Path(lock.name).unlink(missing_ok=True)
-                if is_new and not any(Path(folder).glob("step-*")) and not read_log(folder):
-                    for name in ("config.json", "tokenizer.json", "log.jsonl", HELD_OUT):
-                        Path(folder, name).unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):           # what others put there stays
-                        Path(folder).rmdir()
-                lock.close()
-    return run
-
-
-def claim(folder):
-    """Takes a run's folder for this process and its ranks, or refuses it on all of them."""
-    fault = "" if int(os.environ.get("RANK", 0)) or str(folder) in HELD else lock_run(Path(folder))
-    is_refused, = sum_over_ranks(float(bool(fault)))
-    if is_refused:
-        refuse(fault) if fault else sys.exit(2)
-
-
-def lock_run(folder):
-    """Holds folder/.lock until this process ends, however it does; what is against it, or ''."""
-    try:
-        is_new = not (folder / "config.json").exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            lock = open(folder / ".lock", "a")
-            if not is_sole(lock):
-                return (f"{folder} is in use by another process: wait until it ends, or name "
-                        "another --run")
-            with contextlib.suppress(FileNotFoundError):     # its last holder may have removed it
-                if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
-                    break
-    except OSError as error:
-        return f"{folder} cannot be written: {error.strerror}; name another --run"
-    HELD[str(folder)] = lock, is_new
-    return ""
-
-
-def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
-                                     "price_per_hour", "trust")):
-    """Opens the run's folder, or makes it, and returns its last checkpoint's folder or None.
-
-    `config` holds "kind" and "args" and whatever else a loader needs. A run goes on only with the
-    options that it began with, but for those in `resumable`: anything else is refused by name."""
-    folder, rank = Path(folder), int(os.environ.get("RANK", 0))
-    claim(folder)
-    if (folder / "config.json").exists():
-        old = read_config(folder, config["kind"])
-        for name in sorted(set(old["args"]) | set(config["args"])):
-            was, now = old["args"].get(name), config["args"].get(name)
-            if name not in resumable and was != now:
-                refuse(f"{folder} was begun with --{name} {was}, not {now}: use another --run, "
-                       "or remove the folder")
-    elif rank == 0:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        write_config(folder, {
-            "format": RUN_FORMAT, "split": "files", **config, "git": git_revision(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__},
-            "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
-    barrier()
-    return last_step(folder, also_optimizer=True)
-
-
-def git_revision():
-    """Of this code, or None: git may be missing, and this no repository."""
-    with contextlib.suppress(OSError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
-                              capture_output=True, text=True).stdout.strip() or None
-
-
-class Inert:
-    """In the place of what a checkpoint holds beside weights and plain data."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-
-Namespace = type("Namespace", (), {})
-STAND_INS = [           # classes in published checkpoints, read as data without their code
-    (Namespace, "argparse.Namespace"), (Namespace, "types.SimpleNamespace"),
-    *((Inert, name) for name in (
-        "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-        "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath")),
-    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
-    (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-
-
-WEIGHT_FILES = [("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"),
-                ("pytorch_model", "bin"), ("diffusion_pytorch_model", "bin")]
-VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, the best first
-VARIANT = re.compile(r"\w+(?:-\d+-of-\d+)?(\.fp32|\.fp16|\.bf16)[.-].*(?:safetensors|bin)")
-
-
-SHARD = re.compile(r"(\w+?)(\.\w+)?-\d+-of-(\d+)(\.\w+)?\.(\w+)")
-
-
-def weight_files(folder):
-    """A published folder's file of weights, or the index of its shards, as each version names it:
-    diffusion_pytorch_model.safetensors, model.fp16.safetensors, ….safetensors.index.fp16.json; or
-    shards without an index, all of one variant."""
-    shards = {}
-    for path in sorted(folder.glob("*-of-*")):
-        if found := SHARD.fullmatch(path.name):
-            stem, before, n, after, end = found.groups()
-            shards.setdefault((before or after or "", stem, end), {}).setdefault(
-                int(n), []).append(path)
-    for variant in VARIANTS:
-        sets = []
-        for stem, end in WEIGHT_FILES:
-            forms = ["{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"]
-            if stem.startswith("diffusion"):     # diffusers reads an index first, and leaves a
-                forms = forms[1:] + forms[:1]    # whole file there that it saved before
-            for form in forms:
-                if (path := folder / form.format(stem, end, variant)).is_file():
-                    return [path]
-            sets += shards.get((variant, stem, end), {}).items()
-            whole = [parts for n, parts in sets if len(parts) == n]
-            if len(whole) > 1:
-                refuse(f"{folder} holds two sets of shards, {whole[0][0].name} and "
-                       f"{whole[1][0].name}: remove one of them")
-            if whole:
-                return whole[0]
-        for n, parts in sets:
-            refuse(f"{folder} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest "
-                   "of them")
-    names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
-    refuse(f"{folder} has no weights: none of {names}, of their .fp16 and .bf16 variants, nor an "
-           f".index.json{lying_in(folder)}")
-
-
-# What says that numbers have scales of their own (the last part of a name): fp8, int8, 4 bits.
-SCALES = {"scaled_fp8", "scale_weight", "weight_scale", "weight_scale_inv", "scale_input",
-          "input_scale", "comfy_quant", "SCB", "absmax", "quant_map", "qweight", "qzeros", "g_idx"}
-
-
-def refuse_scaled(names, path):
-    scaled = [name for name in names if str(name).rpartition(".")[2] in SCALES]
-    if scaled:
-        refuse(f"{path} holds {min(scaled)}: weights that are quantized with scales are not read, "
-               "only float32, bfloat16, float16 and plain float8: take such a file")
-
-
-def refuse_nan(tensors, path):
-    """Refuses weights that are not all finite, {name: tensor}: by the ends of each, which need no
-    copy, looked at together."""
-    ends = {name: torch.stack(x.aminmax()).float() for name, x in tensors.items()
-            if torch.is_tensor(x) and x.is_floating_point() and x.numel() and not x.is_meta}
-    fine = torch.stack(list(ends.values())).isfinite().all(1).tolist() if ends else ()
-    bad = [name for name, is_fine in zip(ends, fine) if not is_fine]
-    if bad:
-        n = tensors[bad[0]].isfinite().logical_not().sum().item()
-        refuse(f"{path}: {bad[0]} holds {n:,} numbers that are NaN or infinite, one of {len(bad)} "
-               "such tensors: fetch the file again, or take another")
-
-
-LORA = re.compile(r"(^|[._])(lora_([AB]|up|down|unet|te\d?|magnitude_vector|embedding_[AB])|"
-                  r"base_layer|dora_scale|lokr_w\d|hada_w\d)(?=[._]|$)")
-MERGE = "merge it into its model (PEFT: merge_and_unload; diffusers: fuse_lora) and take that"
-
-
-def refuse_lora(names, path):
-    added = [name for name in map(str, names) if LORA.search(name)]
-    if added:
-        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: {MERGE}")
-
-
-NOT_READ = {            # what lies in folders in the place of weights, and what to do
-    "*.gguf": "GGUF is quantized and not read: take a folder of safetensors",
-    "*lora*.safetensors": f"a LoRA: {MERGE}", "adapter_model.*": f"a LoRA: {MERGE}",
-    **dict.fromkeys((
-        "*.incomplete", ".cache/huggingface/**/*.incomplete", "../../blobs/*.incomplete", "*.part",
-        "*.crdownload", "*.aria2"), "a download that did not end: go on with it"),
-    **dict.fromkeys(("*.h5", "*.msgpack", "*.onnx"), "a form that is not read: take safetensors")}
-
-
-def lying_in(folder):
-    """What a refusal of a folder without its parts adds."""
-    found = ((next(folder.glob(form), None), what) for form, what in NOT_READ.items())
-    return next((f"; {path.name} is there, {what}" for path, what in found if path), "")
-
-
-def refuse_others(path):
-    """Refuses a file that is none of weights, by its first bytes or its name."""
-    refuse_pointer(path)
-    with open(path, "rb") as file:
-        if file.read(4) == b"GGUF":
-            refuse(f"{path}: {NOT_READ['*.gguf']}")
-    if path.suffix == ".incomplete":
-        refuse(f"{path}: {NOT_READ['*.incomplete']}")
-
-
-def read_tensors(path):
-    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards:
-    safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
-    that a large model is in memory once; no code of theirs is ever run."""
-    path = Path(path)
-    if path.is_dir():
-        files = weight_files(path)
-        tensors = {k: v for part in files for k, v in read_tensors(part).items()}
-        spare = [found[0] for name in sorted(os.listdir(path))
-                 if (found := VARIANT.fullmatch(name)) and found[1] not in files[0].name]
-        if spare:
-            say_once(f"{files[0]} is read; {spare[0]} beside it is not")
-        return tensors
-    if path.suffix == ".json":
-        try:
-            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            is_near = all(Path(part).name == part and not part.endswith(".json") for part in parts)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            parts = is_near = ()
-        if not parts or not is_near:
-            refuse(f"{path} is damaged: it does not map names to files beside it")
-        away = [part for part in parts if not path.with_name(part).exists()]
-        if away:
-            refuse(f"{path} names {len(parts)} files, of which {len(away)} are not there: fetch "
-                   f"{away[0]}" + " and the others" * (len(away) > 1) + lying_in(path.parent))
-        return {k: v for part in parts for k, v in read_tensors(path.with_name(part)).items()}
-    try:
-        refuse_others(path)
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                refuse_scaled(file.keys(), path)
-                refuse_lora(file.keys(), path)
-                sums = json.loads((file.metadata() or {}).get("nanosora", "{}")).get("sums", {})
-                return {name: checked(file.get_tensor(name), sums.get(name), path, name)
-                        for name in file.keys()}
-        with torch.serialization.safe_globals(STAND_INS):
-            is_zip = zipfile.is_zipfile(path)
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
-            if unknown:
-                refuse(f"{path} holds more than weights: {', '.join(sorted(unknown))}")
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except FileNotFoundError:
-        refuse(f"{path}: no such file")
-    except SafetensorError as error:
-        refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
-    except Exception as error:   # torch's on foreign bytes are of any kind, and advise to unpickle
-        why = error.strerror if isinstance(error, PermissionError) else (
-            "it is no file of tensors, or cut short" if path.stat().st_size else "it is empty")
-        refuse(f"{path} cannot be read as weights: {why}")
-    if not isinstance(found, dict):
-        refuse(f"{path} cannot be read as weights: it holds no names")
-    refuse_scaled(innermost(found), path)
-    refuse_lora(innermost(found), path)
-    return found
-
-
-WRAPPER = r"(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-WRAPPERS = re.compile(rf"^(?:{WRAPPER}|module\.|base_model\.model\.)+|\b{WRAPPER}")
-BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|conditioner|model_ema)"
-                    r"\.")                       # other networks of a checkpoint that holds several
-
-
-def unwrapped(weights, mark, ours=""):
-    """Tensors without what a wrapper (torch.compile, DDP, FSDP, PEFT, Lightning, ComfyUI, a
-    pipeline) puts before their names: whatever stands before `mark`, the pattern of a name that
-    every network of a kind has; the shortest, where several networks have one. `ours` comes before
-    the names instead, unless the mark found begins with it."""
-    weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in weights.items()}
-    marks = filter(None, map(re.compile(rf"((?:.*?\.)??)({mark})").fullmatch, weights))
-    before, mark = min((match.group(1, 2) for match in marks),
-                       key=lambda found: (len(found[0]), found), default=("", ours))
-    ours = "" if mark.startswith(ours) else ours
-    return {ours + name[len(before):] if name.startswith(before) else name: tensor
-            for name, tensor in weights.items()
-            if name.startswith(before) or not BESIDE.match(name)}
-
-
-def plain(weights, path, mark):
-    """A network's published tensors, `unwrapped`, in float32: half precision and fp8 without scales
-    are cast up."""
-    found = unwrapped(weights, mark)
-    for name, tensor in found.items():
-        if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
-            kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
-            refuse(f"{path}: {name} is {kind}, not floating-point numbers: this is quantized, or "
-                   "no file of weights alone")
-    return {name: tensor.float() for name, tensor in found.items()}
-
-
-def innermost(found):
-    """The state dict in a training checkpoint, the average before the weights that it is of."""
-    for key in ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "nnet_ema",
-                "model", "module", "state_dict", "model_state_dict", "nnet"):
-        if isinstance(found.get(key), dict):
-            return innermost(found[key])
-    return found
-
-
-# Kinds of values in a published config.json. Whole numbers end at 2^20, lists at 4096 values: more
-# is a mistake or an attack, and is refused before anything is made.
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
-         list: "a list"}
-
-
-def fits(value, default):
-    """Whether a value is of the same kind as the default: a list of the same kinds."""
-    if isinstance(default, list):
-        return isinstance(value, list) and len(value) <= 4096 and all(
-            fits(each, (default or [0.0])[0]) for each in value)
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, (int, float)) and abs(value) < 1e30
-    return isinstance(value, type(default)) and (
-        not isinstance(value, int) or min(default, 1) <= value <= 2**20)
-
-
-def cleared(value, default):
-    """A value of a config as its default's kind: of texts numbers and truths, of null false."""
-    if isinstance(default, list) and isinstance(value, list):
-        return [cleared(each, (default or [0.0])[0]) for each in value]
-    if isinstance(default, bool) and isinstance(value, (str, type(None))):
-        return {"none": False, "false": False, "true": True}.get(str(value).lower(), value)
-    if isinstance(default, bool) and value in (0, 1) and not isinstance(value, float):
-        return bool(value)
-    if isinstance(default, (int, float)) and isinstance(value, (str, float)):
-        with contextlib.suppress(ValueError, OverflowError):
-            number = float(value)
-            return int(number) if isinstance(default, int) and number == int(number) else number
-    return value
-
-
-def refuse_quantized(path, config):
-    """Refuses by its method what a published config, or one within it, says is quantized."""
-    for how in (each["quantization_config"] for each in (
-            config, config.get("text_config"), config.get("vision_config"))
-            if isinstance(each, dict) and each.get("quantization_config")):
-        how = how.get("quant_method", "?") if isinstance(how, dict) else how
-        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
-               "float16 and plain float8: take a folder without quantization_config")
-
-
-def read_class(path, classes, guess=None, inner=None):
-    """(class, its values, the keys that it has) of a published config.json, one of `classes`
-    {class: {key: default}}: a key that it leaves out, or that is null, has its class's default, but
-    a null in the place of true or false is false, as in Python. Numbers and truths may be texts.
-    Refuses other classes, values of other kinds, and what is quantized. guess: the class of one
-    that does not name any; inner: the config within one of a larger model."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(config, dict):
-            raise ValueError
-    except FileNotFoundError:
-        refuse(f"{path}: no such file")
-    except (ValueError, RecursionError):
-        refuse_pointer(path)
-        refuse(f"{path} is damaged: it is no JSON object")
-    outer, config = config, config[inner] if isinstance(config.get(inner), dict) else config
-    name = config.get("_class_name") or (guess and guess(config))
-    if not isinstance(name, str) or name not in classes:
-        refuse(f"{path} is of class {name}, which is not read here: {' and '.join(classes)} are" if
-               isinstance(name, str) else f"{path} names no _class_name: fetch the published one, "
-               f"or add \"_class_name\", one of {', '.join(classes)}")
-    refuse_quantized(path, outer)
-    told = {key for key, default in classes[name].items() if config.get(key) is not None
-            or key in config and isinstance(default, bool)}
-    values = {**classes[name], **{key: cleared(config[key], classes[name][key]) for key in told}}
-    for key, default in classes[name].items():
-        if not fits(values[key], default):
-            what = KINDS[type(default)] + (f", as {default}" if default else "")
-            refuse(f"{path}: {key} is {json.dumps(config[key])[:60]}, which should be {what}")
-    return name, values, told
-
-
-def last_checkpoint(folder):
-    """The newest checkpoint's folder; refuses a run that has none."""
-    return last_step(folder) or refuse(f"{folder} has no checkpoint yet: run its command again")
-
-
-def is_finished(checkpoint, args):
-    """Whether a checkpoint's folder holds the last step that was asked for, or one beyond."""
-    return checkpoint is not None and int(checkpoint.name.split("-")[1]) >= args.steps
-
-
-def last_step(folder, also_optimizer=False):
-    """The newest whole checkpoint's folder, or None where there is none; refuses a run all of whose
-    checkpoints are damaged. A checkpoint is renamed to its name when it is on disk."""
-    bad = []
-    for path in sorted(Path(folder).glob("step-*"), reverse=True):
-        files = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                             for file in path.iterdir()))
-        what = damaged(path, files, also_optimizer)
-        if not what:
-            if bad and not int(os.environ.get("RANK", 0)):
-                say_once(f"{folder}: damaged: {', '.join(bad)}; goes on from {path.name}")
-            return path
-        bad.append(f"{path.name}/{what}")
-    if bad:
-        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(bad)}): put copies in "
-               "their place, or remove the folder")
-
-
-@lru_cache(64)
-def say_once(line):
-    print(line, file=sys.stderr)
-
-
-@lru_cache(64)
-def damaged(path, files, also_optimizer):
-    """The first of a checkpoint's files that is not as it was written, or ''. Sums stand in
-    state.json; files of before are opened, and weights that somebody put there without one. An
-    optimizer's is read only where it is used."""
-    def is_fine(name):
-        if name == "state.json":
-            return state["step"] == int(path.name.split("-")[1]) and (
-                sums[name] in (None, zlib.crc32(json.dumps(state).encode())))
-        if sums[name] is None:
-            with safe_open(path / name, "pt"):
-                return True
-        if "optimizer" in name and not also_optimizer:
-            return (path / name).exists()
-        return sum_of(path / name) == sums[name]
-
-    bad = "state.json"
-    try:
-        there = dict.fromkeys(name for name, *_ in files)
-        is_weights = there and bad not in there and not also_optimizer
-        state = {} if is_weights else json.loads((path / bad).read_text())
-        sums = state.pop("sums", there)
-        for bad in sums:
-            if not is_fine(bad):
-                break
-        else:
-            return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        pass
-    return bad
-
-
-def sum_of(path):
-    """CRC-32 of a file."""
-    total = 0
-    with open(path, "rb") as file:
-        while part := file.read(2**22):
-            total = zlib.crc32(part, total)
-    return total
-
-
-DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
-          torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
-          torch.uint8: "U8", torch.bool: "BOOL"}
-
-
-def save_file(tensors, path, metadata=None):
-    """Writes safetensors, the same bytes as the library's save_file, and returns their CRC-32. That
-    one renames another file over `path`: it takes no heed of the umask nor of a lock, and leaves
-    its own temporary file behind when killed. `path` must be none that tensors are mapped from."""
-    rank = {dtype: i for i, dtype in enumerate(DTYPES)}              # in the library's order
-    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
-    header, at = {"__metadata__": metadata} if metadata else {}, 0
-    for name in names:
-        x = tensors[name]
-        size = x.numel() * x.element_size()
-        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
-                        "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    total = 0
-    with open(path, "wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *(
-                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                for name in names)):
-            file.write(part)
-            total = zlib.crc32(part, total)
-    return total
-
-
-def save_step(folder, step, tensors, keep=2, log=None):
-    """Writes folder/step-000100/: one safetensors file for each of `tensors` {name: {key: tensor}},
-    and state.json with their sums and `log`, see `Means`. Everything is on disk before the folder
-    gets its name, and only then do checkpoints older than the last `keep` go; a disk that is full
-    leaves them as they are."""
-    if int(os.environ.get("RANK", 0)):
-        return
-    final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".step-{step:06d}.part"
-    for stale in [*Path(folder).glob(".step-*.part"), *([final] if final.exists() else [])]:
-        shutil.rmtree(stale)
-    state = {"step": step, **({"log": log} if log else {})}
-    sums = {"state.json": zlib.crc32(json.dumps(state).encode())}
-    try:
-        part.mkdir(parents=True)
-        for name, group in tensors.items():
-            sums[f"{name}.safetensors"] = save_file(group, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps({**state, "sums": sums}))
-        for path in [*part.iterdir(), part]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        part.rename(final)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        refuse(f"step {step} could not be saved in {folder} ({error}); the checkpoint before it is "
-               "whole: make room and run the same command again")
-    whole = [path for path in sorted(Path(folder).glob("step-*")) if path <= final]
-    for old in whole[:-keep]:                            # later ones are damaged, or we began there
-        shutil.rmtree(old)
-
-
-def load_step(path):
-    """(step, {name: {key: tensor}}) of one checkpoint's folder."""
-    step = json.loads((Path(path) / "state.json").read_text())["step"]
-    return step, {file.stem: load_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
-
-
-def optimizer_tensors(optimizer, model):
-    """An optimizer's state as a flat dict: NAME.exp_avg and so on, by the parameter's name."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
-            for key, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def restore_optimizer(optimizer, model, tensors):
-    """The inverse of `optimizer_tensors`, strict: every parameter of the file must be there."""
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter, key = name.rsplit(".", 1)
-        p = parameters[parameter]
-        # the step counter stays on the CPU, where it is read each step
-        optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
-
-
-def read_log(folder):
-    """The rows of log.jsonl, without a torn last line; what is no number is None."""
-    path, rows = Path(folder) / "log.jsonl", []
-    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-    for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, KeyError, TypeError):
-            refuse(f"{path}: line {n} is damaged: remove it, and run the command again")
-    return rows
-
-
-def finite(value):
-    """A value as strict JSON has it: None in the place of what is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def lr_at(step, args):
-    """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it, or
-    args.lr to the end (--schedule constant)."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    if args.schedule == "constant":
-        return args.lr
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def take_step(model, optimizer, lr, clip=1.0):
-    """Sums gradients over ranks, clips their norm, steps; returns the norm before clipping. The
-    last moment at which a step can be dropped."""
-    STOP.agree()
-    sum_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-@torch.no_grad()
-def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, over parameters."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def peak_mib():
-    """The most memory held so far: on the GPU where there is one, or else by this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss            # KiB, on macOS bytes
-    return round(held / 2**(20 if sys.platform == "darwin" else 10))
-
-
-def summed(figures):
-    """{figure: float64 tensor}: numbers or tensors of all ranks, added up."""
-    parts = [torch.as_tensor(value).detach().cpu().double() for value in figures.values()]
-    if not parts:
-        return {}
-    sums = sum_over_ranks(*torch.cat([part.flatten() for part in parts]).tolist())
-    split = torch.tensor(sums, dtype=torch.float64).split([part.numel() for part in parts])
-    return {name: each.view(part.shape) for name, part, each in zip(figures, parts, split)}
-
-
-def quotients(total):
-    """Of sums and counts [2] or [n, 2] sum / count, None where nothing counts."""
-    means = [x / n if n else None for x, n in total.view(-1, 2).tolist()]
-    return means if total.dim() > 1 else means[0]
-
-
-class Means:
-    """Figures' means over the steps since the log's last row. Of a step each figure is a number,
-    this rank's part of the sum over ranks, or a tensor [2] or [n, 2] of sums and counts. The sums
-    are float64, in which float32 numbers add up alike in any order: a resumed run logs the same."""
-
-    def __init__(self, saved, is_new):
-        self.sums, self.is_new, self.found = {}, is_new, saved   # is_new: the next step begins anew
-        for name, (total, n) in saved.items():
-            total = torch.tensor(total, dtype=torch.float64)
-            self.sums[name] = total * (int(os.environ.get("RANK", 0)) == 0), n
-
-    def add(self, figures):
-        self.sums, self.is_new, self.found = {} if self.is_new else self.sums, False, None
-        for name, value in figures.items():
-            value, (total, n) = torch.as_tensor(value).detach(), self.sums.get(name, (0.0, 0))
-            wide = torch.float32 if value.device.type == "mps" else torch.float64
-            total = total.to(value.device) if isinstance(total, torch.Tensor) else total
-            self.sums[name] = total + value.to(wide), n + 1
-
-    def gather(self):
-        """{figure: (sum over ranks, steps)} as a checkpoint keeps them. The first rank alone holds
-        the sums then; asked again without a step between, ranks do not wait for each other."""
-        if self.found is None:
-            found = summed({name: total for name, (total, _) in self.sums.items()})
-            self.__init__({name: (total.tolist(), self.sums[name][1])
-                           for name, total in found.items()}, self.is_new)
-        return self.found
-
-    def row(self):
-        """{figure: mean}; the next step begins anew."""
-        found, self.is_new = self.gather(), True
-        return {name: total / n if isinstance(total, float) else quotients(torch.tensor(
-            total, dtype=torch.float64)) for name, (total, n) in found.items()}
-
-
-class Stopped(BaseException):
-    """The run is to be saved as it was before the step in work, and left."""
-
-
-class Stop:
-    """Ctrl-C and SIGTERM while a run learns. While a step's gradients are made (`is_open`) nothing
-    has changed yet: a signal drops the step at once. All ranks agree upon that before the weights
-    change. A signal that comes later waits for the next step; a second Ctrl-C waits for nothing."""
-
-    def __init__(self):
-        self.status, self.is_open, self.is_agreed = 0, False, True
-
-    def __enter__(self):
-        self.__init__()
-        self.before = {number: signal.signal(number, self.caught)
-                       for number in (signal.SIGINT, signal.SIGTERM)
-                       if signal.getsignal(number) != signal.SIG_IGN}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.__init__()
-
-    def caught(self, number, _):
-        if self.status == 128 + number == 130:
-            os._exit(130)
-        self.status = 128 + number
-        if self.is_open:
-            self.is_open = False
-            raise Stopped
-
-    def begin(self):
-        """From here to `agree` nothing that is saved changes."""
-        self.is_open, self.is_agreed = True, False
-        if self.status:
-            self.is_open = False
-            raise Stopped
-
-    def agree(self):
-        """All ranks drop the step in work, or none; once a step."""
-        self.is_open = False
-        if not self.is_agreed:
-            self.is_agreed = True
-            is_130, is_143 = sum_over_ranks(*(float(self.status == n) for n in (130, 143)))
-            if is_130 or is_143:
-                self.status = 143 if is_143 else 130
-                raise Stopped
-
-
-STOP = Stop()
-
-
-def check_norms(unchecked, n_left, folder):
-    """Ends the run before what is not finite is saved."""
-    while len(unchecked) > n_left:                   # a step late: the GPU is never idle
-        size, wait, at, clips = unchecked.pop(0)
-        wait()
-        if not math.isfinite(size.item()):           # later checkpoints would be spoilt
-            refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
-                   f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
-                   "leaves clips out")
-
-
-class Log:
-    """log.jsonl of a run, which the first rank writes: a row each --log_every and --eval_every
-    steps and at the end. work: as `fit` has it."""
-
-    def __init__(self, args, folder, start, evaluate, work):
-        self.args, self.folder, self.evaluate, self.work = args, Path(folder), evaluate, work
-        self.rank, self.began = int(os.environ.get("RANK", 0)), time.time()
-        self.clock, self.counted = self.began, start # since when, and from which step, it is timed
-        rows = [row for row in read_log(folder) if row["step"] <= start]
-        state, saved = self.folder / f"step-{start:06d}" / "state.json", {}
-        if start and state.exists():
-            saved = json.loads(state.read_text()).get("log", {})
-        is_logged = any(row["step"] == start for row in rows)
-        self.means = Means(saved, is_logged)
-        self.is_due = bool(saved) and not is_logged and self.wants(start)[0]
-        barrier()                                    # before the first rank cuts what others read
-        if self.rank == 0:
-            sweep(folder)
-            sweep(self.folder / "samples")
-            write_rows(self.folder / "log.jsonl", rows)
-
-    def wants(self, done):
-        """(whether a row is due after so many steps, whether with held-out figures)"""
-        is_last = done == self.args.steps
-        is_evaluated = done % self.args.eval_every == 0 or is_last
-        return done % self.args.log_every == 0 or is_evaluated, is_evaluated
-
-    def write(self, done):
-        """Writes the row after step `done`, and returns it. Evaluating may be stopped, but for the
-        last time: then the row is written when the run goes on."""
-        row = dict(step=done, **self.means.row(), lr=lr_at(done - 1, self.args),
-                   seconds=round(time.time() - self.began, 2))
-        if done > self.counted:
-            step_s = (time.time() - self.clock) / (done - self.counted)
-            row["step_s"] = round(step_s, 5)
-            if self.work:
-                tokens, flops, peak = self.work
-                row["tokens_s"] = round(tokens / step_s)
-                row["mfu"] = round(flops / step_s / peak, 4) if peak else None
-        row["peak_mib"] = peak_mib()
-        if self.wants(done)[1] and self.rank == 0:
-            if done < self.args.steps:
-                STOP.begin()
-            row.update(self.evaluate(done))
-            STOP.is_open = False
-        if self.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
-        self.clock, self.counted = time.time(), done
-        return row
-
-
-def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
-    """The loop of every stage that trains, from step `start` to args.steps.
-
-    batch(step): what this rank learns from, made ahead in threads. learn(step, data): adds up the
-    gradients, takes the step, and returns ({figure: this rank's part of it, see `Means`}, the
-    gradient's norm, the clips' keys). evaluate(done): {figure: float}, by the first rank.
-    tensors(): what a checkpoint holds. work: (tokens a step, its FLOPs, the FLOP/s that all ranks
-    together reach at most, or None), of which the log has tokens_s and mfu."""
-    rank, unchecked, done = int(os.environ.get("RANK", 0)), [], start
-    log = Log(args, folder, start, evaluate, work)
-    mode = "warn" if torch.cuda.is_initialized() else "default"          # of torch's determinism
-    bar = tqdm(total=args.steps, initial=start, desc=Path(sys.argv[0]).stem, unit="step",
-               disable=rank > 0)
-
-    def save(gathered):
-        since = time.time()
-        save_step(folder, done, tensors(), args.keep, gathered)
-        log.clock += time.time() - since
-
-    with STOP:
-        try:
-            with bar, contextlib.closing(prefetch(batch, start, args.steps)) as data:
-                if log.is_due:
-                    log.write(start)
-                for step in range(start, args.steps):
-                    STOP.begin()
-                    _, loaded = next(data)
-                    torch.set_deterministic_debug_mode(mode)
-                    figures, norm, keys = learn(step, loaded)
-                    STOP.agree()
-                    torch.set_deterministic_debug_mode("default")    # samples are drawn with cumsum
-                    log.means.add({**figures, "grad_norm": norm.detach() * (rank == 0)})
-                    done, is_logged = step + 1, log.wants(step + 1)[0]
-                    is_saved = done % args.save_every == 0 or done == args.steps
-                    unchecked.append((*fetched(norm), step, keys))
-                    check_norms(unchecked, 0 if is_logged or is_saved else 1, folder)
-                    if is_logged:
-                        row = log.write(done)
-                        bar.set_postfix_str(", ".join(
-                            f"{key} {row[key]:.4f}" for key in (*figures, "held_out", "psnr")
-                            if isinstance(row.get(key), float)))
-                    bar.update()
-                    if is_saved:
-                        save(log.means.gather())
-        except Stopped:
-            torch.set_deterministic_debug_mode("default")
-            with contextlib.suppress(Stopped):
-                STOP.agree()
-            check_norms(unchecked, 0, folder)
-            gathered = log.means.gather()
-            if done > start and not (Path(folder) / f"step-{done:06d}").exists():
-                save(gathered)
-            barrier()                        # torchrun kills who is not gone soon after the first
-            if rank == 0:
-                print(f"{folder}: stopped after step {done}"
-                      + (", saved: the same command goes on" if done else ""), file=sys.stderr)
-            sys.exit(STOP.status)
-
-
-def training_options(parser, **defaults):
-    """Adds the options that all stages that train share; the defaults differ."""
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
-    add("--lr", type=number(float, 0, 1), help="highest learning rate, 0 (nothing is learnt) to 1 "
-        "(%(default)s)")
-    add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
-    add("--schedule", default="cosine", choices=["cosine", "constant"],
-        help="of the learning rate after that (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
-    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
-    add("--eval_every", type=number(int, 1), help="steps between held-out figures (%(default)s)")
-    add("--save_every", type=number(int, 1), default=200,
-        help="steps between checkpoints (%(default)s)")
-    add("--keep", type=number(int, 1), default=2, help="checkpoints to keep (%(default)s)")
-    add("--where", metavar="TEST",
-        help="learn from the clips of which this holds, such as 'flow > 0.02 and fps >= 24' (all)")
-    add("--skip_clips", metavar="FILE", help="keys of clips to leave out, one a line (none)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
-    parser.set_defaults(**defaults)
-    return add
-
-
-def chosen(rows, args):
-    """The rows that --where holds for, without those whose keys stand in the file --skip_clips."""
-    rows, path = where(rows, args.where) if args.where else rows, args.skip_clips
-    if path is None:
-        return rows
-    if not Path(path).is_file():
-        refuse(f"--skip_clips {path}: no such file; it holds a clip's key a line")
-    skipped = set(read_text(path, "--skip_clips").split())
-    missing = skipped - {row["key"] for row in rows}
-    if missing:
-        refuse(f"--skip_clips {path}: {min(missing)} is no clip of this data set")
-    return [row for row in rows if row["key"] not in skipped]
-
-
-def epoch_order(items, key, seed, epoch):
-    """`items` in the order of sha256(seed, epoch, key(item))."""
-    return sorted(items, key=lambda item: hashlib.sha256(
-        f"{seed}|{epoch}|{key(item)}".encode()).digest())
-
-
-class Stream:
-    """An endless stream of rows, epoch after epoch, each in the order of `epoch_order`: any place
-    of it is found without replaying what came before."""
-
-    def __init__(self, rows, seed):
-        self.rows, self.seed = rows, seed
-
-    @lru_cache(4)
-    def order(self, epoch):
-        return epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
-
-    def take(self, start, count):
-        """`count` rows from place `start`."""
-        places = (divmod(n, len(self.rows)) for n in range(start, start + count))
-        return [self.order(epoch)[n] for epoch, n in places]
-
-
-class ClipCache:
-    """Decoded clips, kept while they fit `mib`: small data sets are decoded once."""
-
-    def __init__(self, folder, mib=2048):
-        self.folder, self.room, self.kept = folder, mib * 2**20, {}
-
-    def __call__(self, row):
-        """uint8 [T, H, W, 3]"""
-        frames = self.kept.get(row["key"])
-        if frames is None:
-            try:
-                frames = read_clip(self.folder, row)
-            except Unreadable as error:
-                refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
-            if frames.nbytes <= self.room:           # two threads may count a clip twice: so be it
-                self.kept[row["key"]] = frames
-                self.room -= frames.nbytes
-        return frames
-
-
-def prefetch(make, start, stop, ahead=4):
-    """make(start), make(start + 1), … in order, each begun `ahead` steps early in a thread. These
-    threads compute alone: OpenMP's helpers of their own would fight with the step's for cores."""
-    pool, waiting = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)), {}
-    try:
-        for step in range(start, stop):
-            for later in range(step, min(stop, step + ahead)):
-                if later not in waiting:
-                    waiting[later] = pool.submit(make, later)
-            yield step, waiting.pop(step).result()
-    finally:                                     # who leaves early waits for nothing else
-        pool.shutdown(cancel_futures=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# The autoencoder
-# ------------------------------------------------------------------------------------------------
-
-# dim: width of the first level; dec_dim: the decoder's, where it differs; mults: a level's multiple
-# of it; downs: whether a level is left with half the size ("s"), half the frames ("t"), or both;
-# n_res: residual blocks a level; patch: pixels of a side that become channels first.
+# dim: channels of the first level; dec_dim: the decoder's, if different; mults: multiple of it a
+# level; downs: whether a level ends with half the size ("s"), half the frames ("t"), or both;
+# n_res: residual blocks a level; patch: side of the pixel blocks that become channels first.
 WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
 MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
@@ -1231,9 +120,8 @@ class Norm(nn.Module):
 
 
 class CausalConv3d(Conv3d):
-    """A convolution over [B, C, T, H, W] that sees the present and past frames only, after `norm`
-    and SiLU where a norm is given. `state` maps each layer to the last frames that it saw; before
-    the first chunk they are zeros."""
+    """A causal convolution over [B, C, T, H, W], after `norm` and SiLU where a norm is given.
+    `state` maps each layer to its last input frames, which are zeros before the first chunk."""
 
     def __init__(self, c_in, c_out, kernel):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
@@ -1263,7 +151,7 @@ class ResBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """One head over the positions of each frame, added to its input."""
+    """Self-attention with one head over the positions of each frame, with a residual."""
 
     def __init__(self, dim, groups):
         super().__init__()
@@ -1279,41 +167,41 @@ class FrameAttention(nn.Module):
 
 
 def to_blocks(x, time, space):
-    """[B, C, T, H, W] to [B, T / time, H / space, W / space, C * time * space**2], a block of
-    pixels each."""
+    """Space-time to channels: [B, C, T, H, W] to [B, T / time, H / space, W / space,
+    C * time * space**2]."""
     B, C, T, H, W = x.shape
     x = x.reshape(B, C, T // time, time, H // space, space, W // space, space)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
 def from_blocks(x, C, time, space):
-    """The way back, to [B, C, T, H, W]."""
+    """The inverse of `to_blocks`, to [B, C, T, H, W]."""
     B, T, H, W, _ = x.shape
     x = x.reshape(B, T, H, W, C, time, space, space).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return x.reshape(B, C, T * time, H * space, W * space)
 
 
 def resized(x, n):
-    """The last axis with n channels: runs of them are averaged, or each is repeated."""
+    """The last axis brought to n channels: groups are averaged, or each channel is repeated."""
     times = n // x.shape[-1]
     return x.repeat_interleave(times, -1) if times else x.unflatten(-1, (n, -1)).mean(-1)
 
 
 def fold(x, c_out, time, space):
-    """[B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]: each block of pixels becomes
-    channels, which are averaged, or repeated where a level makes more of them than it folds."""
+    """Downsampling shortcut: [B, C, T, H, W] to [B, c_out, T / time, H / space, W / space]. Blocks
+    of pixels become channels, which are averaged, or repeated where c_out asks for more."""
     return resized(to_blocks(x, time, space), c_out).permute(0, 4, 1, 2, 3)
 
 
 def unfold(x, c_out, time, space):
-    """The way back: channels are repeated, or averaged, and become blocks of pixels."""
+    """Upsampling shortcut: channels are repeated, or averaged, and become blocks of pixels."""
     x = resized(x.permute(0, 2, 3, 4, 1), c_out * time * space**2)
     return from_blocks(x, c_out, time, space)
 
 
 class Down(nn.Module):
-    """Half the size where `space`; where `time`, the first frame as it is and then a frame for
-    every two. Chunks may have any number of frames: what is not used yet waits in the state."""
+    """Downsampling: half the size where `space`; where `time`, the first frame unchanged, then one
+    frame for every two. Chunks may have any number of frames: a rest waits in the state."""
 
     def __init__(self, dim, space, time):
         super().__init__()
@@ -1333,8 +221,8 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Twice the size where `space`; where `time`, two frames for each after the first, which passes
-    as it is and which the others do not see (Wan's rule)."""
+    """Upsampling: twice the size where `space`; where `time`, two frames for each but the first,
+    which stays unchanged and unseen by the others (as in Wan)."""
 
     def __init__(self, dim, c_out, space, time):
         super().__init__()
@@ -1358,21 +246,22 @@ class Up(nn.Module):
 
 
 class Level(nn.Module):
-    """Layers at one size, the last of which may change it. `straight`: (time, space) by which the
-    input is folded (or with `grows` unfolded) and added, a straight way from pixels to latent."""
+    """The layers of one resolution, the last of which may change it. straight: (time, space) of the
+    shortcut, by which the input is folded (with `grows`: unfolded) and added to the output.
+    growth: numbers out for each number in, for `regroup`."""
 
-    def __init__(self, layers, c_out, straight=None, grows=False, growth=1):
+    def __init__(self, layers, c_out, shortcut=None, grows=False, growth=1):
         super().__init__()
         self.layers, self.c_out = nn.ModuleList(layers), c_out
-        self.straight, self.grows, self.growth = straight, grows, growth
+        self.shortcut, self.grows, self.growth = shortcut, grows, growth
 
     def forward(self, x, state):
         y = x
         for layer in self.layers:
             y = layer(y, state)
-        if self.straight is None:
+        if self.shortcut is None:
             return y
-        time, space = self.straight
+        time, space = self.shortcut
         if self.grows:
             x = unfold(x, self.c_out, time, space)
             x = x[:, :, time - 1:] if self not in state else x
@@ -1386,8 +275,8 @@ class Level(nn.Module):
 
 
 def stream(levels, last, norm, x, state):
-    """Runs `levels` and the convolution `last` behind its `norm` over x [B, C, T, H, W], in pieces
-    of a size that suits each of them (see `regroup`)."""
+    """Runs `levels`, then `norm` and the convolution `last`, over x [B, C, T, H, W] in chunks of a
+    size that suits each level (see `regroup`). Returns the chunks of the output."""
     pieces, ending, is_first = [x], lambda piece, state: last(piece, state, norm), not state
     for run, growth in (*((level, level.growth) for level in levels), (ending, 1)):
         pieces = map(lambda piece, run=run: run(piece, state), regroup(pieces, growth, is_first))
@@ -1395,8 +284,8 @@ def stream(levels, last, norm, x, state):
 
 
 class Codebook(nn.Module):
-    """Vectors [K, C]; a latent position becomes the nearest of them. They follow the positions that
-    choose them by moving averages, not by gradients (van den Oord et al. 2017, 1711.00937)."""
+    """Vector quantisation (van den Oord et al. 2017, 1711.00937): each latent vector becomes the
+    nearest of K vectors [K, C], which are moving averages of the latents assigned to them."""
 
     def __init__(self, n_codes, dim):
         super().__init__()
@@ -1423,7 +312,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def follow(self, z, codes, decay=0.99):
-        """The averages after a step's positions z [N, C] with codes [N], over all ranks."""
+        """Updates the moving averages with a step's latents z [N, C] and codes [N] of all ranks."""
         hits = F.one_hot(codes, self.n_codes).to(z.dtype)
         both = torch.cat([hits.sum(0)[:, None], hits.T @ z], 1)
         if torch.distributed.is_initialized():
@@ -1436,7 +325,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, candidates):
-        """Codes that hardly anyone chooses become candidates [M, C], the same on all ranks."""
+        """Replaces dead codes by `candidates` [M, C], the same on all ranks."""
         dead = (self.counts < min(1.0, 0.1 * self.counts.mean().item())).nonzero()[:, 0]
         n = torch.arange(len(dead), device=dead.device)
         vectors = candidates[n % len(candidates)]
@@ -1445,14 +334,14 @@ class Codebook(nn.Module):
 
 
 def perplexity(codes, n_codes):
-    """exp(entropy) of int64 codes: as how many equally likely ones they count."""
+    """exp(entropy) of int64 codes: the number of equally likely codes with that entropy."""
     share = torch.bincount(codes.flatten(), minlength=n_codes).double() / codes.numel()
     return (-(share * share.clamp_min(1e-10).log()).sum()).exp().float()
 
 
 class FSQ(nn.Module):
-    """Each of C numbers is bounded and rounded to one of `levels[i]` values: a codebook without
-    parameters (Mentzer et al. 2023, 2309.15505)."""
+    """Finite scalar quantisation (Mentzer et al. 2023, 2309.15505): channel i is bounded and
+    rounded to one of levels[i] values, a codebook without parameters."""
 
     def __init__(self, levels):
         super().__init__()
@@ -1488,9 +377,9 @@ class FSQ(nn.Module):
 
 
 class PatchCode(nn.Module):
-    """The linear autoencoder of patches: the first frame in patches of 1 x s x s, later ones of
-    t x s x s pixels, each to C numbers and back. `fit` finds the best such code in closed form, so
-    that the network has only to correct it: with minutes to train, that is worth several dB."""
+    """A linear autoencoder of patches: the first frame's patches of 1 x s x s pixels and the later
+    ones' of t x s x s pixels to C channels and back. `fit` finds the best one in closed form (PCA),
+    and the network learns a correction to it: within minutes of training worth several dB."""
 
     def __init__(self, z_dim, stride, time_stride):
         super().__init__()
@@ -1500,14 +389,14 @@ class PatchCode(nn.Module):
         self.to_patch = nn.ModuleList(nn.Linear(z_dim, size) for size in sizes)
 
     def parts(self, x, state, times):
-        """The first frame, if the clip begins here, and whole groups of the others: [(which code,
-        their part)]; what is no whole group waits in the state."""
+        """[(index of the code, frames)]: the first frame if the clip begins here, then complete
+        groups of frames; an incomplete group waits in the state."""
         n = 0 if self in state else 1
         first, x = x[:, :, :n], x[:, :, n:]
         x = x if n or state[self] is None else torch.cat([state[self], x], 2)
-        whole = x.shape[2] // times[1] * times[1]
-        state[self] = x[:, :, whole:].clone() if x.shape[2] > whole else None
-        return [(i, part) for i, part in ((0, first), (1, x[:, :, :whole])) if part.shape[2]]
+        n_frames = x.shape[2] // times[1] * times[1]
+        state[self] = x[:, :, n_frames:].clone() if x.shape[2] > n_frames else None
+        return [(i, part) for i, part in ((0, first), (1, x[:, :, :n_frames])) if part.shape[2]]
 
     def encode(self, video, state):
         B, _, _, H, W = video.shape
@@ -1523,10 +412,10 @@ class PatchCode(nn.Module):
 
     @torch.no_grad()
     def fit(self, videos):
-        """The principal components of the patches of `videos`, a list of [3, T, H, W]: rotated so
-        that all numbers vary alike, but not whitened. Distances between codes are distances
-        between pixels then, and what is coarse stays large: a denoiser settles it first. The first
-        frame's components are turned to match the others' mean over time."""
+        """Fits the principal components of the patches of `videos`, a list of [3, T, H, W], rotated
+        so that all channels have like variance, but not whitened: distances between codes are
+        distances between pixels, and coarse structure stays large, which a denoiser settles first.
+        The first frame's components are rotated to match the others' mean over time."""
         z_dim, bases = self.to_code[0].out_features, []
         for t, later in zip(self.times, (False, True)):
             parts = [video[None, :, later:] if later else video[None, :, :1] for video in videos]
@@ -1551,9 +440,9 @@ class PatchCode(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Video [B, 3, T, H, W] in [-1, 1] to latents [B, C, T', H', W'] and back: T' = 1 + (T - 1) //
-    time_stride, frames beyond are dropped; H' = H / stride. The options are MODELS' columns; a
-    bottleneck "kl" gives mean and log-variance, "vq" one of `codes` vectors, "fsq" one of
+    """Video [B, 3, T, H, W] in [-1, 1] to latents [B, C, T', H', W'] and back, with T' = 1 + (T -
+    1) // time_stride (frames beyond are dropped) and H' = H / stride. Options are the columns of
+    MODELS; bottleneck: "kl" mean and log-variance, "vq" a codebook of `codes` vectors, "fsq" one of
     prod(codes) points. Wan's two autoencoders and Stable Diffusion's are this class."""
 
     def __init__(self, dim, mults, downs, n_res, z_dim, patch=1, dec_dim=None, residual=True,
@@ -1606,8 +495,8 @@ class Autoencoder(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Layers begin as torch has them, attention adding nothing; a model with a linear code
-        begins as that code; log-variances begin at -6, little noise."""
+        """Torch's initial values, but: attention's output is zero; a model with a linear code
+        starts as that code; log-variances start at -6, little noise."""
         last = self.quant or self.to_moments
         if self.linear is not None:
             for layer in (last, self.to_pixels):
@@ -1617,9 +506,9 @@ class Autoencoder(nn.Module):
             nn.init.constant_(last.bias[self.z_dim:], -6.0)
 
     def features(self, video, state=None):
-        """What the bottleneck is given: moments [B, 2 C, T', H', W'], or [B, C, T', H', W']. With a
-        `state` dict carried from call to call a clip may come in chunks of any number of frames; a
-        latent comes out once its frames are there."""
+        """The bottleneck's input: moments [B, 2 C, T', H', W'], or [B, C, T', H', W']. With a
+        `state` dict carried from call to call, a clip may come in chunks of any number of frames; a
+        latent is returned once its frames are complete."""
         state, (B, _, _, H, W), x = {} if state is None else state, video.shape, video
         if self.patch > 1:                               # Wan's order: the column before the row
             x = to_blocks(video.mT, 1, self.patch).permute(0, 4, 1, 3, 2).contiguous()
@@ -1635,7 +524,7 @@ class Autoencoder(nn.Module):
         return torch.cat([h[:, :self.z_dim] + code, h[:, self.z_dim:]], 1)
 
     def encode(self, video, state=None):
-        """(mean, logvar), each [B, C, T', H', W']; of codes their vectors, without noise."""
+        """(mean, logvar), each [B, C, T', H', W']; with a codebook the codes' vectors, no noise."""
         h = self.features(video, state)
         if self.bottleneck is not None:
             z = self.bottleneck.lookup(self.bottleneck.codes(h))
@@ -1651,7 +540,7 @@ class Autoencoder(nn.Module):
         return self.decode(self.bottleneck.lookup(codes), state)
 
     def decode(self, z, state=None):
-        """Video [B, 3, T, H, W]; with a carried `state` dict, chunks of any number of latents."""
+        """Video [B, 3, T, H, W]; with a `state` dict carried along, in chunks of any length."""
         state = {} if state is None else state
         x = z if self.unquant is None else self.unquant(z, state)
         x = torch.cat(stream(self.decoder, self.to_pixels, self.decoder_norm, x, state), 2)
@@ -1660,14 +549,151 @@ class Autoencoder(nn.Module):
         return x if self.linear is None else x + self.linear.decode(z, state)
 
 
-# ------------------------------------------------------------------------------------------------
-# Clips of any size
-# ------------------------------------------------------------------------------------------------
+# -- its losses, and training's draws --------------------------------------------------------------
+
+
+def gaussians(purpose, seed, step, keys, shapes):
+    """Standard normal draws, a tensor a clip, keyed by the clip: independent of packing and
+    ranks."""
+    draws = (rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32)
+             for key, shape in zip(keys, shapes))
+    return [torch.from_numpy(draw) for draw in draws]
+
+
+class Perceptual(nn.Module):
+    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924), from torchvision's VGG-16 file and lpips'
+    file of linear layers: the distance of videos in [-1, 1], the mean over a clip's frames."""
+
+    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, vgg, lpips):
+        super().__init__()
+        stages, width = [], 3
+        self.features = nn.Sequential()                                  # numbered as torchvision's
+        for i, widths in enumerate(self.WIDTHS):
+            first = len(self.features)
+            self.features.extend([nn.MaxPool2d(2)] if i else [])
+            for c_out in widths:
+                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
+                width = c_out
+            stages.append(slice(first, len(self.features)))
+            self.add_module(f"lin{i}", nn.ModuleDict(
+                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
+        self.stages, tensors = stages, {**read_tensors(vgg), **read_tensors(lpips)}
+        names = {name: name for name in self.state_dict()}
+        load_names(self, names, {name: tensors[name] for name in names if name in tensors},
+                   f"--perceptual {vgg} {lpips}")
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, y, x):
+        """[B]"""
+        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
+        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
+        for i, stage in enumerate(self.stages):
+            h = self.features[stage](h)
+            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+            linear = self.get_submodule(f"lin{i}.model.1")
+            total = total + linear((a - b).square()).mean((1, 2, 3))
+        return total.view(len(x), -1).mean(1)
+
+
+class Discriminator(nn.Module):
+    """A 3D PatchGAN (Isola et al. 2017, 1611.07004): a logit for each patch of a video."""
+
+    def __init__(self, dim=32):
+        super().__init__()
+        widths = [3, dim, 2 * dim, 4 * dim, 4 * dim]
+        self.convs = nn.ModuleList(nn.Conv3d(a, b, (3, 4, 4), (1 if i == 0 else 2, 2, 2), 1)
+                                   for i, (a, b) in enumerate(zip(widths[:3], widths[1:4])))
+        self.convs.append(nn.Conv3d(*widths[3:], 3, padding=1))
+        self.norms = nn.ModuleList(Norm(width) for width in widths[2:])
+        self.out = nn.Conv3d(widths[-1], 1, 1)
+
+    def forward(self, x):
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            x = F.leaky_relu(x if i == 0 else self.norms[i - 1](x), 0.2)
+        return self.out(x)
+
+
+def reconstruct(model, videos, noises):
+    """Encodes and decodes clips, with gradients: [(indices of the clips, x, y, z, codes,
+    bottleneck's loss [B])], a batch for each shape; z: the bottleneck's input."""
+    groups = []
+    for group, x in by_shape(videos):
+        h = model.features(x)
+        if model.bottleneck is None:
+            mean, logvar = h.chunk(2, 1)
+            logvar = logvar.clamp(-30, 20)
+            z = mean + (0.5 * logvar).exp() * torch.stack([noises[i] for i in group])
+            loss = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
+            codes = None
+        else:
+            z, codes, loss = model.bottleneck(h)
+        groups.append((group, x, model.decode(z), h, codes, loss))
+    return groups
+
+
+def losses(decoded, perceptual=None):
+    """{term of the loss: sum over the clips of each clip's mean}"""
+    terms = {"l1": 0.0, "mse": 0.0, "latent": 0.0}
+    for _, x, y, _, _, loss in decoded:
+        parts = {"l1": (y - x).abs().mean((1, 2, 3, 4)),
+                 "mse": (y - x).square().mean((1, 2, 3, 4)), "latent": loss}
+        if perceptual is not None:
+            parts["perceptual"] = perceptual(y, x)
+        terms = {name: terms.get(name, 0.0) + part.sum() for name, part in parts.items()}
+    return terms
+
+
+def adaptive_weight(loss, adversarial, last):
+    """The adversarial loss's weight, at which both gradients of the weights `last` are alike in
+    norm (Esser et al. 2020, 2012.09841); over all ranks."""
+    grads = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (loss, adversarial)]
+    both = torch.stack(grads)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(both)
+    a, b = both.flatten(1).norm(dim=1)
+    return (a / (b + 1e-4)).clamp(max=1e4)
+
+
+def discriminate(discriminator, decoded, n_clips):
+    """The discriminator's hinge loss on the decoded clips, with its backward pass."""
+    loss = sum((F.relu(1 - discriminator(x)).mean((1, 2, 3, 4)).sum()
+                + F.relu(1 + discriminator(y.detach())).mean((1, 2, 3, 4)).sum()) / 2
+               for _, x, y, *_ in decoded) / n_clips
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def follow_codes(book, decoded, keys, seed, step):
+    """The codebook's update: moving averages, and restarts from latents drawn by clip, all
+    ranks."""
+    flat = torch.cat([z.movedim(1, -1).flatten(0, 3) for _, _, _, z, _, _ in decoded])
+    book.follow(flat, torch.cat([codes.flatten() for *_, codes, _ in decoded]))
+    offered, is_shared = [], torch.distributed.is_initialized()
+    for group, _, _, z, _, _ in decoded:
+        for i, positions in zip(group, z.movedim(1, -1).flatten(1, 3)):
+            picked = rng(seed, "restart", step, keys[i]).permutation(len(positions))[:64]
+            part = positions[moved(torch.from_numpy(picked), z.device)]
+            offered.append((keys[i], part.cpu() if is_shared else part))
+    if is_shared:
+        lists = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(lists, offered)
+        offered = [pair for part in lists for pair in part]
+    offered.sort(key=lambda pair: pair[0])
+    book.restart(torch.cat([positions for _, positions in offered]).to(flat.device))
+
+
+# -- clips of any size, videos of any length -------------------------------------------------------
 
 
 def fit_sides(frames, stride):
-    """The stated rule: sides are cropped, about the centre, to multiples of the stride (a side
-    below one stride is padded by its edge). Returns the view and (top, left, height, width)."""
+    """Crops frames about the centre to multiples of the stride (a side below one stride is padded
+    with its edge). Returns the view and (top, left, height, width)."""
     H, W = frames.shape[1:3]
     if min(H, W) < stride:
         pad = [(0, 0), (0, max(0, stride - H)), (0, max(0, stride - W)), (0, 0)]
@@ -1679,8 +705,8 @@ def fit_sides(frames, stride):
 
 
 def fit_time(n_frames, time_stride, first=1):
-    """Frames beyond first + k * time_stride are dropped at the end (fewer than `first`, of which a
-    model makes its first latent, are filled up with the last)."""
+    """How many of n frames are encoded: first + k * time_stride, the rest is dropped (fewer than
+    `first`, the frames of a first latent, are filled up with the last)."""
     return first + max(0, n_frames - first) // time_stride * time_stride
 
 
@@ -1751,7 +777,7 @@ def decode_long(model, z, chunk=8, tile=None):
     `tile` (px) frames are decoded in parts whose seams are blended."""
     states = {}
     for t in range(0, z.shape[2], chunk):
-        decode = lambda part, place: model.decode(part, states.setdefault(place, {}))
+        decode = lambda part, corner: model.decode(part, states.setdefault(corner, {}))
         yield tiled(decode, z[:, :, t:t + chunk], tile and tile // model.stride, model.stride)
 
 
@@ -1764,16 +790,16 @@ def tiled(run, x, tile, scale):
     strip, total, shares = max(1, tile // 4), None, None
     starts = [sorted({*range(0, max(1, side - tile), tile - strip), max(0, side - tile)})
               for side in sides]
-    for place in itertools.product(*starts):
-        top, left = place
-        part = run(x[..., top:top + tile, left:left + tile], place)
+    for corner in itertools.product(*starts):
+        top, left = corner
+        part = run(x[..., top:top + tile, left:left + tile], corner)
         fades = [fade(n, round(strip * scale), start > 0, start + tile < side).to(x.device)
-                 for n, start, side in zip(part.shape[-2:], place, sides)]
+                 for n, start, side in zip(part.shape[-2:], corner, sides)]
         if total is None:
             total = part.new_zeros(*part.shape[:-2], *(round(side * scale) for side in sides))
             shares = torch.zeros_like(total[0, 0, 0])
         spot = (..., *(slice(round(start * scale), round(start * scale) + n)
-                       for start, n in zip(place, part.shape[-2:])))
+                       for start, n in zip(corner, part.shape[-2:])))
         share = fades[0][:, None] * fades[1]
         total[spot] += part * share
         shares[spot] += share
@@ -1786,193 +812,18 @@ def fade(n, strip, comes_in, goes_out):
     return (rise if comes_in else 1) * (rise.flip(0) if goes_out else torch.ones(n))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
-
-
-def gaussians(purpose, seed, step, keys, shapes):
-    """Standard normal draws, a tensor a clip, keyed by it: no packing or rank changes them."""
-    draws = (rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32)
-             for key, shape in zip(keys, shapes))
-    return [torch.from_numpy(draw) for draw in draws]
-
-
-class Budget:
-    """Which clips a step learns from. An epoch's clips, in its order, are cut into steps of equal
-    numbers of pixels: a clip belongs to the step in whose share its window begins, so that small
-    clips and stills come in larger numbers, and any step is found without those before it."""
-
-    def __init__(self, rows, seed, batch, stills, shape, world):
-        """batch: windows of the largest size a step, about; shape(row): (T, H, W) of its window."""
-        self.rows, self.seed, self.stills, self.shape = rows, seed, stills, shape
-        most = max(math.prod(shape(row)) for row in rows)
-        total = sum(map(self.pixels, rows))
-        self.n_steps = max(1, round(total / (batch * most)))
-        if total / self.n_steps < world * max(map(self.pixels, rows)) and world > 1:
-            refuse(f"--batch {batch} leaves a rank of {world} without a clip: raise it")
-
-    def pixels(self, row):
-        T, H, W = self.shape(row)
-        return (self.stills + (1 - self.stills) * T) * H * W             # of a still T = 1
-
-    @lru_cache(2)
-    def cut(self, epoch):
-        """(the epoch's rows in order, where among them each step begins)"""
-        order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
-        ends = np.cumsum([self.pixels(row) for row in order])
-        begins = np.concatenate([[0], ends[:-1]]) / ends[-1] * self.n_steps
-        return order, np.searchsorted(begins, np.arange(self.n_steps + 1) - 1e-9)
-
-    def __call__(self, step):
-        """[(row, whether as a still)]"""
-        epoch, place = divmod(step, self.n_steps)
-        order, cuts = self.cut(epoch)
-        return [(row, self.stills > 0 and rng(self.seed, "still", epoch, row["key"]).random()
-                 < self.stills) for row in order[cuts[place]:cuts[place + 1]]]
-
-
-class Perceptual(nn.Module):
-    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924) from torchvision's file of VGG-16 and lpips'
-    file of linear layers: the distance of two videos in [-1, 1], a mean over each one's frames."""
-
-    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-    def __init__(self, vgg, lpips):
-        super().__init__()
-        stages, width = [], 3
-        self.features = nn.Sequential()                                  # numbered as torchvision's
-        for i, widths in enumerate(self.WIDTHS):
-            first = len(self.features)
-            self.features.extend([nn.MaxPool2d(2)] if i else [])
-            for c_out in widths:
-                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
-                width = c_out
-            stages.append(slice(first, len(self.features)))
-            self.add_module(f"lin{i}", nn.ModuleDict(
-                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
-        self.stages, found = stages, {**read_tensors(vgg), **read_tensors(lpips)}
-        names = {name: name for name in self.state_dict()}
-        load_names(self, names, {name: found[name] for name in names if name in found},
-                   f"--perceptual {vgg} {lpips}")
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-        self.requires_grad_(False)
-
-    def forward(self, y, x):
-        """[B]"""
-        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
-        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
-        for i, stage in enumerate(self.stages):
-            h = self.features[stage](h)
-            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-            linear = self.get_submodule(f"lin{i}.model.1")
-            total = total + linear((a - b).square()).mean((1, 2, 3))
-        return total.view(len(x), -1).mean(1)
-
-
-class Discriminator(nn.Module):
-    """A 3D PatchGAN (Isola et al. 2017, 1611.07004): a logit for each neighbourhood of a video."""
-
-    def __init__(self, dim=32):
-        super().__init__()
-        widths = [3, dim, 2 * dim, 4 * dim, 4 * dim]
-        self.convs = nn.ModuleList(nn.Conv3d(a, b, (3, 4, 4), (1 if i == 0 else 2, 2, 2), 1)
-                                   for i, (a, b) in enumerate(zip(widths[:3], widths[1:4])))
-        self.convs.append(nn.Conv3d(*widths[3:], 3, padding=1))
-        self.norms = nn.ModuleList(Norm(width) for width in widths[2:])
-        self.out = nn.Conv3d(widths[-1], 1, 1)
-
-    def forward(self, x):
-        for i, conv in enumerate(self.convs):
-            x = conv(x)
-            x = F.leaky_relu(x if i == 0 else self.norms[i - 1](x), 0.2)
-        return self.out(x)
-
-
-def reconstruct(model, videos, noises):
-    """[(which clips, x, y, z, codes, bottleneck's loss [B])], batches of one shape; z is what the
-    bottleneck was given. Differentiable."""
-    found = []
-    for group, x in by_shape(videos):
-        h = model.features(x)
-        if model.bottleneck is None:
-            mean, logvar = h.chunk(2, 1)
-            logvar = logvar.clamp(-30, 20)
-            z = mean + (0.5 * logvar).exp() * torch.stack([noises[i] for i in group])
-            loss = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3, 4))
-            codes = None
-        else:
-            z, codes, loss = model.bottleneck(h)
-        found.append((group, x, model.decode(z), h, codes, loss))
-    return found
-
-
-def losses(found, perceptual=None):
-    """{term: sum over clips of each clip's own mean}"""
-    terms = {"l1": 0.0, "mse": 0.0, "latent": 0.0}
-    for _, x, y, _, _, loss in found:
-        parts = {"l1": (y - x).abs().mean((1, 2, 3, 4)),
-                 "mse": (y - x).square().mean((1, 2, 3, 4)), "latent": loss}
-        if perceptual is not None:
-            parts["perceptual"] = perceptual(y, x)
-        terms = {name: terms.get(name, 0.0) + part.sum() for name, part in parts.items()}
-    return terms
-
-
-def adaptive_weight(loss, adversarial, last):
-    """How much the adversarial loss counts, so that at the weights `last` both pull alike (Esser et
-    al. 2020, 2012.09841); over all ranks."""
-    grads = [torch.autograd.grad(each, last, retain_graph=True)[0] for each in (loss, adversarial)]
-    both = torch.stack(grads)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(both)
-    a, b = both.flatten(1).norm(dim=1)
-    return (a / (b + 1e-4)).clamp(max=1e4)
-
-
-def discriminate(discriminator, found, n_clips):
-    """The discriminator's hinge loss on what was decoded; its gradients are added up."""
-    loss = sum((F.relu(1 - discriminator(x)).mean((1, 2, 3, 4)).sum()
-                + F.relu(1 + discriminator(y.detach())).mean((1, 2, 3, 4)).sum()) / 2
-               for _, x, y, *_ in found) / n_clips
-    loss.backward()
-    return loss.detach()
-
-
-@torch.no_grad()
-def follow_codes(book, found, keys, seed, step):
-    """The codebook's step: averages, and restarts from positions drawn by clip, on all ranks."""
-    flat = torch.cat([z.movedim(1, -1).flatten(0, 3) for _, _, _, z, _, _ in found])
-    book.follow(flat, torch.cat([codes.flatten() for *_, codes, _ in found]))
-    offered, is_shared = [], torch.distributed.is_initialized()
-    for group, _, _, z, _, _ in found:
-        for i, positions in zip(group, z.movedim(1, -1).flatten(1, 3)):
-            picked = rng(seed, "restart", step, keys[i]).permutation(len(positions))[:64]
-            part = positions[moved(torch.from_numpy(picked), z.device)]
-            offered.append((keys[i], part.cpu() if is_shared else part))
-    if is_shared:
-        lists = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(lists, offered)
-        offered = [pair for part in lists for pair in part]
-    offered.sort(key=lambda pair: pair[0])
-    book.restart(torch.cat([positions for _, positions in offered]).to(flat.device))
-
-
-# ------------------------------------------------------------------------------------------------
-# How good it is
-# ------------------------------------------------------------------------------------------------
+# -- scores and held-out clips ---------------------------------------------------------------------
 
 
 def psnr(video, other):
-    """Decibels, of [..., 3, T, H, W] in [-1, 1]: one figure a clip, against the range of 2."""
+    """Peak signal-to-noise ratio of [..., 3, T, H, W] in [-1, 1], in dB: one figure a clip."""
     error = (video.clamp(-1, 1) - other).square().mean((-4, -3, -2, -1))
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
 
 def ssim(video, other):
-    """Structural similarity of [B, 3, T, H, W] in [-1, 1], [B]: over windows of 11 x 11 px with
-    Gaussian weights of 1.5 px that lie in the frame, a channel at a time (Wang et al. 2004)."""
+    """Structural similarity (Wang et al. 2004) of [B, 3, T, H, W] in [-1, 1]: [B], over windows of
+    11 x 11 px inside the frame with Gaussian weights of 1.5 px, channel by channel."""
     frames = [x.clamp(-1, 1).movedim(2, 1).flatten(0, 2)[:, None] for x in (video, other)]
     n = min(11, *video.shape[-2:])
     line = torch.exp(-(torch.arange(n, device=video.device) - (n - 1) / 2).square() / (2 * 1.5**2))
@@ -1989,7 +840,7 @@ def ssim(video, other):
 
 
 def flicker(video, other):
-    """By how many 8-bit levels a frame's change to the next differs from the original's, [B]."""
+    """[B]: by how many 8-bit levels the change from frame to frame differs from the original's."""
     change = (video.clamp(-1, 1) - other).diff(dim=2).abs() * 127.5
     return change.mean((1, 2, 3, 4)) if video.shape[2] > 1 else change.new_zeros(len(video))
 
@@ -2001,7 +852,7 @@ def gaussian(features):
 
 
 def frechet(one, other):
-    """The Fréchet distance of two Gaussians (mean, covariance), squared, as FID and FVD are:
+    """The squared Fréchet distance of two Gaussians (mean, covariance), as in FID and FVD:
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Heusel et al. 2017, 1706.08500)."""
     (mean, cov), (mean2, cov2) = one, other
     values, vectors = torch.linalg.eigh(cov)
@@ -2011,9 +862,8 @@ def frechet(one, other):
 
 
 def open_detector(path, device, option, is_trusted):
-    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the usual
-    Inception, which takes images, or I3D, which takes videos. The published ones scale by
-    themselves when told to."""
+    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the published
+    Inception (images) or I3D (videos), which rescale their input by an argument."""
     if not Path(path).is_file():
         refuse(f"{option} {path}: no such file")
     if not zipfile.is_zipfile(path):
@@ -2027,20 +877,20 @@ def open_detector(path, device, option, is_trusted):
     except RuntimeError as error:
         refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
     named = {argument.name for argument in network.forward.schema.arguments}
-    told = {name: True for name in ("return_features", "rescale", "resize") if name in named}
+    options = {name: True for name in ("return_features", "rescale", "resize") if name in named}
 
     @torch.no_grad()
     def features(clips, is_image):
         x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
         x = x[:, :, 0] if is_image else x.float()
-        return network(x, **told).flatten(1).float()
+        return network(x, **options).flatten(1).float()
     return features, digest
 
 
 @torch.no_grad()
 def evaluate(model, videos, keys, path, detectors={}):
-    """{figure: mean over held-out clips}, each whole and at its own size; a sheet of a few goes to
-    `path`. `detectors`: {"rfid" or "rfvd": what makes features [B, D] of a clip's frames}."""
+    """{figure: mean over held-out clips}, each at its full length and size; writes a contact sheet
+    of a few to `path`. detectors: {"rfid" or "rfvd": frames of a clip -> features [B, D]}."""
     measures, decoded, used = {"psnr": psnr, "ssim": ssim, "flicker": flicker}, {}, []
     figures = {name: {} for name in measures}                            # by clip
     for group, x in by_shape(videos, 8):
@@ -2056,7 +906,7 @@ def evaluate(model, videos, keys, path, detectors={}):
     contact_sheet(path, [row for i in range(min(6, len(videos))) for row in (
         (sheet_frames(to_frames(videos[i])), keys[i]),
         (sheet_frames(decoded[i]), f"decoded, {figures['psnr'][i]:.1f} dB"))])
-    result = {name: sum(each.values()) / len(each) for name, each in figures.items()}
+    result = {name: sum(values.values()) / len(values) for name, values in figures.items()}
     if used:
         codes = torch.cat(used)
         result["usage"] = len(codes.unique()) / model.n_codes
@@ -2069,7 +919,7 @@ def evaluate(model, videos, keys, path, detectors={}):
 
 
 def latent_statistics(model, videos):
-    """Mean and std a latent channel over `videos`, as lists of floats."""
+    """(mean, std) of each latent channel over `videos`, as lists of floats."""
     cells = []
     for _, x in by_shape(videos, 8):
         mean, logvar = encode_long(model, x)
@@ -2087,19 +937,19 @@ def split_rows(rows, folder, run=None):
     is_drawn = all(row["split"] == drawn_split(row.get("source", row["key"])) for row in rows)
 
     def draw():
-        held = [row for row in rows if row["split"] != "train"]
+        held_out = [row for row in rows if row["split"] != "train"]
         if run and has_older_split(run):
             order = epoch_order(rows, lambda row: row["key"], "held out", 0)
-            return held or order[:max(1, len(rows) // 20) if len(rows) > 1 else 0]
-        return draw_held_out(rows, held, folder) if is_drawn or not held else held
+            return held_out or order[:max(1, len(rows) // 20) if len(rows) > 1 else 0]
+        return draw_held_out(rows, held_out, folder) if is_drawn or not held_out else held_out
 
-    held = same_held_out(run, rows, draw)
-    keys = {row["key"] for row in held}
+    held_out = same_held_out(run, rows, draw)
+    keys = {row["key"] for row in held_out}
     train = [row for row in rows if row["key"] not in keys and (
         is_drawn or row["split"] == "train")]
     if not train:
         refuse(f"{folder} has no clip in its training split")
-    return train, held or train
+    return train, held_out or train
 
 
 def same_held_out(run, rows, draw):
@@ -2125,19 +975,20 @@ def has_older_split(run):
         return False
 
 
-def draw_held_out(rows, held, folder):
+def draw_held_out(rows, held_out, folder):
     """`held` with more of the rows, by hash: five files, of a set without a split a twentieth, of
     at most a quarter of the clips. Where these are too few files, shots, and of fewer than two
     shots clips, which resemble what is learnt from; a line says so."""
-    held = held if len(held) <= len(rows) / 4 else []        # a long file, or nearly all there is
+    if len(held_out) > len(rows) / 4:                        # a long file, or nearly all there is
+        held_out = []
     for what in ("files", "shots", "clips"):
         unit_of = {"files": lambda row: row.get("source", row["key"]), "clips": lambda r: r["key"],
                    "shots": lambda r: f"{r.get('source', r['key'])}|{r.get('shot_start')}"}[what]
         sizes = Counter(map(unit_of, rows))
-        taken = set(map(unit_of, held))
-        wanted = 5 if held else max(5, len(sizes) // 20)
+        taken = set(map(unit_of, held_out))
+        wanted = 5 if held_out else max(5, len(sizes) // 20)
         if len(taken) >= wanted and what == "files":
-            return held
+            return held_out
         n = sum(sizes[unit] for unit in taken)
         for unit in epoch_order(sizes, str, "held out", 0):
             if len(taken) < wanted and unit not in taken and n + sizes[unit] <= len(rows) / 4:
@@ -2156,7 +1007,7 @@ def draw_held_out(rows, held, folder):
 
 
 def held_out_bank(model, clips, rows, seed, n=48):
-    """(rows, videos) of at most n held-out clips, 65 frames of each at most, at their own size."""
+    """(rows, videos) of at most n held-out clips at their own size, at most 65 frames each."""
     shown = Stream(rows, seed).take(0, min(len(rows), n))
     length = lambda frames: fit_time(min(len(frames), 65), model.time_stride, model.first)
     return shown, [to_tensor(filled(fit_sides(frames[:length(frames)], model.stride)[0],
@@ -2164,7 +1015,7 @@ def held_out_bank(model, clips, rows, seed, n=48):
 
 
 def evaluate_run(args):
-    """--eval: the figures of an autoencoder on a data set's held-out clips, with their protocol."""
+    """--eval: writes an autoencoder's figures on held-out clips, with their protocol."""
     _, _, device = setup(args, coding=True)
     folder, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     rows = split_rows(open_dataset(folder), args.name, model_path(name))[1]
@@ -2194,13 +1045,46 @@ def evaluate_run(args):
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# -- the training loop -----------------------------------------------------------------------------
+
+
+class Budget:
+    """Which clips a step trains on. An epoch's clips are cut, in its order, into steps of about the
+    same number of pixels, so that small clips and stills come in larger numbers. Any step is found
+    without replaying those before it."""
+
+    def __init__(self, rows, seed, batch, stills, shape, world):
+        """batch: a step's size, in windows of the largest size; shape(row): its window (T, H,
+        W)."""
+        self.rows, self.seed, self.stills, self.shape = rows, seed, stills, shape
+        most = max(math.prod(shape(row)) for row in rows)
+        total = sum(map(self.pixels, rows))
+        self.n_steps = max(1, round(total / (batch * most)))
+        if total / self.n_steps < world * max(map(self.pixels, rows)) and world > 1:
+            refuse(f"--batch {batch} leaves a rank of {world} without a clip: raise it")
+
+    def pixels(self, row):
+        T, H, W = self.shape(row)
+        return (self.stills + (1 - self.stills) * T) * H * W             # of a still T = 1
+
+    @lru_cache(2)
+    def cut(self, epoch):
+        """(the epoch's rows in order, the index at which each step begins)"""
+        order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
+        ends = np.cumsum([self.pixels(row) for row in order])
+        begins = np.concatenate([[0], ends[:-1]]) / ends[-1] * self.n_steps
+        return order, np.searchsorted(begins, np.arange(self.n_steps + 1) - 1e-9)
+
+    def __call__(self, step):
+        """[(row, whether as a still)]"""
+        epoch, position = divmod(step, self.n_steps)
+        order, cuts = self.cut(epoch)
+        return [(row, self.stills > 0 and rng(self.seed, "still", epoch, row["key"]).random()
+                 < self.stills) for row in order[cuts[position]:cuts[position + 1]]]
 
 
 def finish(model, args, folder, train, clips):
-    """Fixes the latents' statistics and the autoencoder's name in config.json."""
+    """Writes the latents' statistics and the autoencoder's hash to config.json."""
     sample = Stream(train, args.seed).take(0, min(len(train), 256))
     windows = [draw_window(clips(row), rng(args.seed, "statistics", row["key"]), args.frames,
                            args.size, model).to(next(model.parameters()).device) for row in sample]
@@ -2211,7 +1095,7 @@ def finish(model, args, folder, train, clips):
 
 
 def begin(args):
-    """(options of the model, its first weights or None), by --init, or --model and --bottleneck."""
+    """(the model's options, initial weights or None) by --init, or --model and --bottleneck."""
     if args.init:
         model, config = load_autoencoder(args.init)
         return config["model"], model.state_dict()
@@ -2224,27 +1108,29 @@ def begin(args):
 
 
 def learn(args, step, data, parts, optimizers, perceptual):
-    """One step from `data` (keys, clips of all ranks, videos, noises); returns what `fit` wants."""
+    """One training step on `data` (keys, clips of all ranks, videos, noises); returns (figures,
+    gradient norm, keys) for `fit`."""
     keys, n_clips, videos, noises = data
     model, device = parts["model"], next(parts["model"].parameters()).device
-    found = reconstruct(model, *([moved(x, device) for x in each] for each in (videos, noises)))
-    terms = {name: term / n_clips for name, term in losses(found, perceptual).items()}
+    videos, noises = ([moved(x, device) for x in tensors] for tensors in (videos, noises))
+    decoded = reconstruct(model, videos, noises)
+    terms = {name: term / n_clips for name, term in losses(decoded, perceptual).items()}
     loss = terms["l1"] + terms["mse"] + terms.get("perceptual", 0.0)
     total = loss + (args.kl if model.bottleneck is None else 1.0) * terms["latent"]
     judge = parts.get("discriminator") if step >= args.gan_start else None
     if judge is not None:
         judge.requires_grad_(False)
-        terms["gan"] = -sum(judge(y).mean((1, 2, 3, 4)).sum() for _, _, y, *_ in found) / n_clips
+        terms["gan"] = -sum(judge(y).mean((1, 2, 3, 4)).sum() for _, _, y, *_ in decoded) / n_clips
         weight = adaptive_weight(loss, terms["gan"], model.to_pixels.weight)
         total = total + args.gan * weight * terms["gan"]
     total.backward()
     norm = take_step(model, optimizers["model"], lr_at(step, args))
     if judge is not None:
         judge.requires_grad_(True)
-        terms["discriminator"] = discriminate(judge, found, n_clips)
+        terms["discriminator"] = discriminate(judge, decoded, n_clips)
         take_step(judge, optimizers["discriminator"], lr_at(step, args))
     if isinstance(model.bottleneck, Codebook) and not args.decoder_only:
-        follow_codes(model.bottleneck, found, keys, args.seed, step)
+        follow_codes(model.bottleneck, decoded, keys, args.seed, step)
     return {name: term.detach() for name, term in terms.items()}, norm, keys
 
 
@@ -2260,6 +1146,31 @@ def open_parts(args, options, device):
     perceptual = Perceptual(*args.perceptual).to(device) if args.perceptual else None
     return parts, {name: MuonAdamW(part, plain=("to_pixels", "linear"))
                    for name, part in parts.items()}, perceptual
+
+
+HELD = {}               # of this process's runs: (lock file, whether it made the run)
+
+
+def one_run(train):
+    """Decorates a stage's train(args, folder): at the end it releases the run's lock, and removes
+    the folder if nothing was saved in it."""
+    @wraps(train)
+    def run(args, folder):
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            return train(args, folder)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            lock, is_new = HELD.pop(str(folder), (None, False))
+            if lock:
+                Path(lock.name).unlink(missing_ok=True)
+                if is_new and not any(Path(folder).glob("step-*")) and not read_log(folder):
+                    for name in ("config.json", "tokenizer.json", "log.jsonl", HELD_OUT):
+                        Path(folder, name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):           # what others put there stays
+                        Path(folder).rmdir()
+                lock.close()
+    return run
 
 
 @one_run
@@ -2317,7 +1228,7 @@ def train(args, folder):
         return keys, len(picked), videos, gaussians("posterior", args.seed, step, keys, shapes)
 
     def tensors():
-        return {name: each for key, part in parts.items() for name, each in (
+        return {name: tensor for key, part in parts.items() for name, tensor in (
             (key, part.state_dict()),
             (f"{key}-optimizer", optimizer_tensors(optimizers[key], part)))}
 
@@ -2330,13 +1241,11 @@ def train(args, folder):
     barrier()
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoding
-# ------------------------------------------------------------------------------------------------
+# -- latents of a data set: --encode ---------------------------------------------------------------
 
 
 def is_run(folder):
-    """Whether a folder's config.json is a run's: a published one's has no kind."""
+    """Whether a folder is a run of ours: config.json has a kind, which published ones lack."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return isinstance(config, dict) and "kind" in config
@@ -2345,7 +1254,7 @@ def is_run(folder):
 
 
 def model_path(name):
-    """Where the model of this name lies: among the runs, or else as a path."""
+    """The path of a model: a run of that name, or else the name as a path."""
     is_file = Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
     if is_file and not Path(name).exists() and not run_dir(name).exists():
         refuse(f"{name}: no such file")
@@ -2353,12 +1262,12 @@ def model_path(name):
 
 
 def build(options):
-    """A fresh model of a config's options."""
+    """A new model with a config's options."""
     return (VideoGPT if "downsample" in options else Autoencoder)(**options)
 
 
 def weights_hash(model, mean, std):
-    """8 hex digits that name an autoencoder: of its weights and its latents' statistics."""
+    """8 hex digits of an autoencoder's weights and latent statistics, by which latents name it."""
     digest = hashlib.sha256(json.dumps([mean, std]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -2366,8 +1275,8 @@ def weights_hash(model, mean, std):
 
 
 def load_autoencoder(name, device="cpu"):
-    """(model in eval mode, config) of a trained run, or of a published folder or file; the config
-    has model, hash, latents_mean and latents_std."""
+    """(model in eval mode, config with model, hash, latents_mean and latents_std) of a trained run,
+    or of a published folder or file."""
     folder = model_path(name)
     if not is_run(folder):
         model, config = load_published(folder)
@@ -2381,7 +1290,7 @@ def load_autoencoder(name, device="cpu"):
 
 
 def normaliser(config, device="cpu"):
-    """(mean, std), each [C, 1, 1, 1]: latents minus mean over std have unit variance a channel."""
+    """(mean, std), each [C, 1, 1, 1]: (latents - mean) / std has unit variance in each channel."""
     return tuple(torch.tensor(config[key], device=device).view(-1, 1, 1, 1)
                  for key in ("latents_mean", "latents_std"))
 
@@ -2391,8 +1300,8 @@ def latents_path(folder, shard, name):
 
 
 def pieces(key, n_frames, cells_a_frame, max_cells, time_stride, first=1):
-    """Cuts a clip of too many latent cells in time: [(key, first frame, frames)], each piece with
-    its own first frame. Pieces of a cut clip are named KEY+0, KEY+1, …"""
+    """Cuts a clip of too many latent cells in time: [(key, first frame, frames)], each part encoded
+    from its own first frame. Parts of a cut clip are named KEY+0, KEY+1, …"""
     most = max(1, max_cells // cells_a_frame)                            # latents a piece
     length, cut = first + (most - 1) * time_stride, []
     if fit_time(n_frames, time_stride, first) <= length:
@@ -2403,40 +1312,40 @@ def pieces(key, n_frames, cells_a_frame, max_cells, time_stride, first=1):
     return cut
 
 
-def alone(key, first, n, time_stride):
-    """What train_dit.py may give with a piece of n frames, each encoded on its own: [(key, first
-    frame, frames)]. KEY:last is its last frame; KEY:a and KEY:b are its halves, where each has two
-    latents, together as many as KEY, and KEY:c and KEY:d the last two parts of two latents, neither
-    of which need hold what went before. Its first frame alone is KEY's first latent."""
+def separate_parts(key, first, n, time_stride):
+    """Conditioning frames of a clip of n frames for train_dit.py --given, each encoded separately:
+    [(key, first frame, frames)]. KEY:last: the last frame; KEY:a, KEY:b: the two halves, if each
+    has two latents; KEY:c, KEY:d: the last two parts of two latents. The first frame alone is
+    KEY's first latent."""
     latents, short = 1 + (n - 1) // time_stride, 1 + time_stride
-    found = [(f"{key}:last", first + n - 1, 1)] if latents > 1 else []
+    parts = [(f"{key}:last", first + n - 1, 1)] if latents > 1 else []
     if latents >= 4:
         half = 1 + (latents // 2 - 1) * time_stride
-        found += [(f"{key}:a", first, half),
+        parts += [(f"{key}:a", first, half),
                   (f"{key}:b", first + half, fit_time(n - half, time_stride)),
                   (f"{key}:c", first + n - 2 * short, short),
                   (f"{key}:d", first + n - short, short)]
-    return found
+    return parts
 
 
 def blocks(rows, mib=512):
-    """Rows in runs of at most 256 whose frames take at most `mib` in memory, or of one."""
-    block, held = [], 0
+    """Yields rows in groups of at most 256 whose frames take at most `mib`, or of one."""
+    block, size_sum = [], 0
     for row in rows:
         size = 3 * row["frames"] * row["height"] * row["width"]
-        if block and (held + size > mib * 2**20 or len(block) == 256):
+        if block and (size_sum + size > mib * 2**20 or len(block) == 256):
             yield block
-            block, held = [], 0
-        block, held = [*block, row], held + size
+            block, size_sum = [], 0
+        block, size_sum = [*block, row], size_sum + size
     if block:
         yield block
 
 
 @torch.no_grad()
 def encode_shard(model, config, folder, shard, rows, args, device):
-    """Writes the latents of one shard; its metadata tells which frames and crop each came from.
-    While the model works on a block of clips, the next is decoded."""
-    tensors, about, lost = {}, {"clips": {}, "alone": {}}, {}
+    """Writes the latents of one shard; the file's metadata has each one's frames and crop. The next
+    clips are decoded while the model works."""
+    tensors, info, lost = {}, {"clips": {}, "alone": {}}, {}
     runs = list(blocks(rows))
 
     def load(i):
@@ -2451,7 +1360,7 @@ def encode_shard(model, config, folder, shard, rows, args, device):
             cut = pieces(row["key"], len(frames), cells, args.max_cells, model.time_stride,
                          model.first)
             more = [] if model.n_codes else [part for piece in cut
-                                             for part in alone(*piece, model.time_stride)]
+                                             for part in separate_parts(*piece, model.time_stride)]
             for kind, parts in (("clips", cut), ("alone", more)):
                 for key, first, n in parts:                  # views, but for clips that are short
                     part = filled(frames[first:first + n], n)
@@ -2461,10 +1370,10 @@ def encode_shard(model, config, folder, shard, rows, args, device):
         return videos
 
     for _, videos in prefetch(load, 0, len(runs), ahead=2):
-        for kind, each in videos.items():
-            about[kind].update((key, told) for key, (_, told) in each.items())
-            keys = list(each)
-            for picked, x in by_shape([video for video, _ in each.values()], 8):
+        for kind, part_of in videos.items():
+            info[kind].update((key, facts) for key, (_, facts) in part_of.items())
+            keys = list(part_of)
+            for picked, x in by_shape([video for video, _ in part_of.values()], 8):
                 x = x.to(device).permute(0, 4, 1, 2, 3).contiguous() / 127.5 - 1
                 coded = (model.encode_codes(x).int() if model.n_codes else
                          torch.cat(encode_long(model, x, args.tile), 1).half())
@@ -2472,7 +1381,7 @@ def encode_shard(model, config, folder, shard, rows, args, device):
                                for i, m in zip(picked, coded.cpu()))
     header = {"format": RUN_FORMAT, "autoencoder": config["hash"], "stride": model.stride,
               "time_stride": model.time_stride, "max_cells": args.max_cells, "tile": args.tile,
-              **({"codes": model.n_codes} if model.n_codes else {}), **about,
+              **({"codes": model.n_codes} if model.n_codes else {}), **info,
               "sums": {key: tensor_sum(x) for key, x in tensors.items()},
               **({"lost": dict(sorted(lost.items()))} if lost else {})}
     with atomic(latents_path(folder, shard, config["hash"])) as path:
@@ -2480,12 +1389,12 @@ def encode_shard(model, config, folder, shard, rows, args, device):
 
 
 def tensor_sum(x):
-    """CRC-32 of a tensor's bytes, as they are in a file."""
+    """CRC-32 of a tensor's bytes as they stand in a file."""
     return zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def checked(x, total, path, name):
-    """A tensor of a file; refuses one whose sum is another than `total`, of older files None."""
+    """x, a tensor of a file; refuses it if its CRC-32 is not `total` (None in older files)."""
     if total not in (None, tensor_sum(x)):
         refuse(f"{path} is damaged at {name}: remove it, and run again what makes it")
     return x
@@ -2535,9 +1444,1163 @@ def encode(args):
               file=sys.stderr)
 
 
-# ================================================================================================
-# Published autoencoders: Wan's, Stable Diffusion's, VideoGPT's
-# ================================================================================================
+# -- the command line ------------------------------------------------------------------------------
+
+
+def parse_options(argv=None):
+    parser = option_parser(__doc__)
+    parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--run", help="run to train: runs/RUN, or a path with a slash (NAME-vae)")
+    add("--init", help="run, or published folder or file, whose weights to begin with (none)")
+    add("--encode", action="store_true", help="write every clip's latents, train nothing")
+    add("--eval", action="store_true", help="figures on the held-out clips, train nothing")
+    add("--vae", help="with --encode, --eval: the trained run, or a published folder (NAME-vae)")
+    add("--max_cells", type=number(int, 1), default=2048,
+        help="with --encode: latent cells T'H'W' a piece, so that it fits a row of train_dit.py; "
+        "longer clips are cut (%(default)s)")
+    add("--tile", type=number(int, 64),
+        help="with --encode: code larger frames in blended tiles of so many px a side (whole)")
+    add("--rfid", metavar="FILE", help="with --eval: TorchScript Inception, for rFID (none)")
+    add("--rfvd", metavar="FILE", help="with --eval: TorchScript I3D, for rFVD (none)")
+    add("--trust", action="store_true", help="run the code that --rfid and --rfvd files are")
+    add("--n_eval", type=number(int, 2), default=48, help="with --eval: clips (%(default)s)")
+    add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
+                                    "--steps, --keep and --skip_clips)").add_argument
+    add("--model", choices=sorted(MODELS), help="size (vae-xs, or what --init has)")
+    add("--bottleneck", default="kl", choices=["kl", "vq", "fsq"],
+        help="kl: mean and variance; vq: a learned codebook; fsq: rounding (%(default)s)")
+    add("--codes", type=number(int, 2), nargs="+",
+        help="vectors of a vq codebook (1024), or levels a channel of fsq (8 5 5 5)")
+    add("--frames", type=number(int, 1), default=9,
+        help="frames of a training window at most, 1 or more (%(default)s)")
+    add("--size", type=number(int, 8), default=32,
+        help="side of a training window at most, px, 8 or more (%(default)s)")
+    add("--stills", type=number(float, 0, 1), default=0.0,
+        help="share of the windows that are one frame (%(default)s)")
+    add("--decoder_only", action="store_true", help="leave the encoder as --init has it")
+    add = training_options(parser, steps=600, lr=4e-3, warmup=30, eval_every=300)
+    add("--batch", type=number(int, 1), default=8,
+        help="windows of the largest size a step, all ranks; smaller ones come in larger numbers "
+        "(%(default)s)")
+    add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
+    add("--perceptual", nargs=2, metavar=("VGG", "LPIPS"),
+        help="torchvision's vgg16 and lpips' vgg weights, for the LPIPS term (off)")
+    add("--gan", type=number(float, 0), default=0.0,
+        help="weight of the adversarial term, 0: none (%(default)s)")
+    add("--gan_start", type=number(int, 0), default=0,
+        help="step from which it counts (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.init and (args.model or args.bottleneck != "kl"):
+        refuse("--init brings its own model and bottleneck: leave --model and --bottleneck out")
+    args.codes = args.codes or {"kl": None, "vq": [1024], "fsq": [8, 5, 5, 5]}[args.bottleneck]
+    if args.bottleneck == "kl" and args.codes:
+        refuse("--codes belongs to --bottleneck vq or fsq")
+    if args.bottleneck == "vq" and len(args.codes) != 1:
+        refuse("--codes: a vq codebook has one number, such as 1024")
+    if args.decoder_only and not args.init:
+        refuse("--decoder_only needs --init: whose encoder is it to keep?")
+    return args
+
+
+@one_line
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return bench("bench_autoencoder", argv[1:])
+    args = parse_options(argv)
+    if args.encode or args.eval:
+        return (encode if args.encode else evaluate_run)(args)
+    folder = run_dir(args.run or f"{Path(args.name).name}-vae")
+    train(args, folder)
+    print(f"{folder}: trained, autoencoder {read_config(folder, 'vae')['hash']}", file=sys.stderr)
+
+
+# -- what other stages borrow: the plumbing of a run -----------------------------------------------
+
+RUN_FORMAT = 1          # of a run's folder and of a latents file
+
+
+def setup(args, parts=None, option=None, coding=False):
+    """Returns (rank, world, device) and joins torchrun's process group, if any. parts, option: a
+    step's number of parts, set by that option, which must not be below the number of ranks.
+    coding: see `keep_memory`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if parts is not None and parts < world:
+        refuse(f"{option}: a step of {parts} cannot be shared by {world} ranks: raise it")
+    name = args.device
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            refuse("--device cuda: torch sees no CUDA device here; use --device cpu")
+        mine, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if mine >= here:
+            refuse(f"rank {mine} of this machine has no GPU, there are {here}: start fewer ranks, "
+                   "or give --device cpu")
+        torch.cuda.set_device(mine)
+        # `fit` learns with deterministic kernels; cuBLAS asks for this before its first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if name == "cpu":
+        keep_memory(coding)
+    WATCH.start(rank, world)
+    if world > 1 and not torch.distributed.is_initialized():
+        # figures go over gloo: on the way over NCCL they would wait for the GPU. No limit of time:
+        # ranks' shards may differ by hours
+        with WATCH:
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
+                timeout=datetime.timedelta(days=365))
+        WATCH.meet()
+    return rank, world, torch.device(name)
+
+
+PATIENCE = 60           # s that a rank waits for the others before a line says for whom
+
+
+class Watch:
+    """Says which ranks a collective waits for (there is no timeout), and ends the rank when its
+    torchrun was killed. `with WATCH:` encloses every collective."""
+
+    def __init__(self):
+        self.n, self.since, self.seen, self.over = 0, None, {}, threading.Event()
+        self.is_on = False
+
+    def __enter__(self):
+        self.n, self.since = self.n + 1, time.monotonic()
+
+    def __exit__(self, *_):
+        self.since = None
+
+    def start(self, rank, world):
+        self.rank, self.world = rank, world
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if not self.is_on and (world > 1 or parent):
+            self.is_on = True
+            threading.Thread(target=self.watch, args=(parent,), daemon=True).start()
+
+    def watch(self, parent):
+        reported = 0
+        while not self.over.wait(1):
+            if parent and os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            n, since, seen = self.n, self.since, dict(self.seen)
+            if since is None or n == reported or time.monotonic() - since < PATIENCE:
+                continue
+            reported, others = n, set(range(self.world)) - {self.rank}
+            late = sorted(rank for rank in others if seen.get(rank, 0) < n)
+            if self.rank < min(others - set(late), default=self.world):
+                tqdm.write(f"{Path(sys.argv[0]).name}: rank {self.rank} has waited {PATIENCE:g} s "
+                           f"for rank {', '.join(map(str, late or sorted(others)))}, which is at "
+                           "work, stopped or gone, and goes on waiting", file=sys.stderr)
+
+    def meet(self):
+        """Starts the thread that exchanges the ranks' numbers of collectives."""
+        thread = threading.Thread(target=self.exchange, daemon=True, args=(
+            torch.distributed.distributed_c10d._get_default_store(),))
+        thread.start()
+        atexit.register(lambda: (self.over.set(), thread.join(2)))   # not while it asks the store
+
+    def exchange(self, store):
+        with contextlib.suppress(Exception):           # the store ends with the rank that holds it
+            while not self.over.wait(PATIENCE / 12):
+                store.set(f"waits/{self.rank}", str(self.n))
+                self.seen = {rank: int(store.get(f"waits/{rank}")) for rank in range(self.world)
+                             if store.check([f"waits/{rank}"])}
+
+
+WATCH = Watch()
+
+
+def option_parser(doc):
+    """An argparse parser that refuses wrong options in one line, status 2."""
+    return Parser(description=doc.splitlines()[0], allow_abbrev=False)
+
+
+def bench(function, argv, file="peers.py", beside="diffusers"):
+    """Runs a function of tests/FILE; benchmarks beside peers are no part of the scripts."""
+    try:
+        functions = runpy.run_path(str(Path(__file__).with_name("tests") / file))
+    except ImportError as error:
+        refuse(f"bench needs {beside} beside it: pip install {beside} ({error})")
+    return functions[function](argv)
+
+
+def barrier():
+    if torch.distributed.is_initialized():
+        with WATCH:
+            torch.distributed.barrier()
+
+
+def sum_over_ranks(*values):
+    """Python floats summed over all ranks."""
+    if not torch.distributed.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64)
+    with WATCH:
+        torch.distributed.all_reduce(total)
+    return tuple(total.tolist())
+
+
+def moved(x, device):
+    """x on the device. From pinned memory a GPU copies it asynchronously; else the host would wait
+    for all work that the GPU has queued."""
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def fetched(x):
+    """(x on the CPU, a function to call before reading it): copied asynchronously, since `.item()`
+    would wait for all queued work of the GPU."""
+    if not x.is_cuda:
+        return x, lambda: None
+    x, is_there = x.to("cpu", non_blocking=True), torch.cuda.Event()
+    is_there.record()
+    return x, is_there.synchronize
+
+
+def sum_gradients(model):
+    """All-reduces gradients in one flat buffer; each rank's loss is its share of the global
+    mean."""
+    if torch.distributed.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        with WATCH:
+            torch.distributed.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+def read_config(folder, kind):
+    """A run's config.json; refuses what is no run, or of another kind or format."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        inside = [*sorted(path.parent.glob("snapshots/*/config.json")),      # of a hub's cache
+                  *sorted(path.parent.glob("checkpoint-*/config.json"))]     # of transformers
+        refuse(f"{folder} is no run " + (
+            f"(it is a file): name {path.parent.parent}" if path.parent.is_file() else
+            f"(it has no config.json): name {inside[-1].parent}" if inside else
+            "(it holds a LoRA's additions alone): merge them into their model (PEFT: "
+            "merge_and_unload)" if path.with_name("adapter_config.json").is_file() else
+            "(it has no config.json): train one first, or name another"))
+    try:
+        config = json.loads(path.read_text())
+        identity, _ = (config["format"], config["kind"]), dict(config["args"])
+    except (ValueError, KeyError, TypeError):
+        refuse(f"{path} is damaged: it does not hold a run's format, kind and args")
+    if identity[0] != RUN_FORMAT:
+        refuse(f"{folder} has run format {identity[0]}, this version reads {RUN_FORMAT}")
+    if identity[1] != kind:
+        refuse(f"{folder} is a run of kind '{identity[1]}', wanted is '{kind}'")
+    return config
+
+
+def write_config(folder, config):
+    write_text(Path(folder) / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+HELD_OUT = "held_out.txt"       # of a run: its held-out clips' keys, one a line
+
+
+def claim(folder):
+    """Locks a run's folder for this process and its ranks, or refuses on all of them."""
+    fault = "" if int(os.environ.get("RANK", 0)) or str(folder) in HELD else lock_run(Path(folder))
+    is_refused, = sum_over_ranks(float(bool(fault)))
+    if is_refused:
+        refuse(fault) if fault else sys.exit(2)
+
+
+def lock_run(folder):
+    """Locks folder/.lock until this process ends, however it ends; returns the obstacle, or ''."""
+    try:
+        is_new = not (folder / "config.json").exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            lock = open(folder / ".lock", "a")
+            if not is_sole(lock):
+                return (f"{folder} is in use by another process: wait until it ends, or name "
+                        "another --run")
+            with contextlib.suppress(FileNotFoundError):     # its last holder may have removed it
+                if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                    break
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror}; name another --run"
+    HELD[str(folder)] = lock, is_new
+    return ""
+
+
+def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
+                                     "price_per_hour", "trust")):
+    """Opens or makes a run's folder; returns its last checkpoint's folder or None. config: "kind",
+    "args" and what else a loader needs. A run continues only with the options that it began with,
+    except those in `resumable`; another one is refused by name."""
+    folder, rank = Path(folder), int(os.environ.get("RANK", 0))
+    claim(folder)
+    if (folder / "config.json").exists():
+        old = read_config(folder, config["kind"])
+        for name in sorted(set(old["args"]) | set(config["args"])):
+            was, now = old["args"].get(name), config["args"].get(name)
+            if name not in resumable and was != now:
+                refuse(f"{folder} was begun with --{name} {was}, not {now}: use another --run, "
+                       "or remove the folder")
+    elif rank == 0:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        write_config(folder, {
+            "format": RUN_FORMAT, "split": "files", **config, "git": git_revision(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__},
+            "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
+    barrier()
+    return last_step(folder, also_optimizer=True)
+
+
+def git_revision():
+    """The git commit of this code, or None without git or a repository."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                              capture_output=True, text=True).stdout.strip() or None
+
+
+def last_checkpoint(folder):
+    """The newest checkpoint's folder; refuses a run without one."""
+    return last_step(folder) or refuse(f"{folder} has no checkpoint yet: run its command again")
+
+
+def is_finished(checkpoint, args):
+    """Whether a checkpoint is at --steps or beyond."""
+    return checkpoint is not None and int(checkpoint.name.split("-")[1]) >= args.steps
+
+
+def last_step(folder, also_optimizer=False):
+    """The newest undamaged checkpoint's folder, or None without checkpoints; refuses a run whose
+    checkpoints are all damaged."""
+    bad = []
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+        files = tuple(sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                             for file in path.iterdir()))
+        what = damaged(path, files, also_optimizer)
+        if not what:
+            if bad and not int(os.environ.get("RANK", 0)):
+                say_once(f"{folder}: damaged: {', '.join(bad)}; goes on from {path.name}")
+            return path
+        bad.append(f"{path.name}/{what}")
+    if bad:
+        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(bad)}): put copies in "
+               "their place, or remove the folder")
+
+
+@lru_cache(64)
+def say_once(line):
+    print(line, file=sys.stderr)
+
+
+@lru_cache(64)
+def damaged(path, files, also_optimizer):
+    """The first file of a checkpoint that is not as it was written, or ''. Checksums are in
+    state.json; files without one (of older runs, or put there by hand) are opened. An optimizer's
+    file is read only where it is used."""
+    def is_fine(name):
+        if name == "state.json":
+            return state["step"] == int(path.name.split("-")[1]) and (
+                sums[name] in (None, zlib.crc32(json.dumps(state).encode())))
+        if sums[name] is None:
+            with safe_open(path / name, "pt"):
+                return True
+        if "optimizer" in name and not also_optimizer:
+            return (path / name).exists()
+        return sum_of(path / name) == sums[name]
+
+    bad = "state.json"
+    try:
+        there = dict.fromkeys(name for name, *_ in files)
+        is_weights = there and bad not in there and not also_optimizer
+        state = {} if is_weights else json.loads((path / bad).read_text())
+        sums = state.pop("sums", there)
+        for bad in sums:
+            if not is_fine(bad):
+                break
+        else:
+            return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        pass
+    return bad
+
+
+def sum_of(path):
+    """CRC-32 of a file."""
+    total = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            total = zlib.crc32(part, total)
+    return total
+
+
+DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+          torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8",
+          torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def save_file(tensors, path, metadata=None):
+    """Writes safetensors, byte for byte like the library's save_file, and returns their CRC-32. The
+    library renames a temporary file over `path`, which ignores the umask and locks and stays behind
+    when killed. `path` must not be a file that tensors are mapped from."""
+    rank = {dtype: i for i, dtype in enumerate(DTYPES)}              # in the library's order
+    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header, at = {"__metadata__": metadata} if metadata else {}, 0
+    for name in names:
+        x = tensors[name]
+        size = x.numel() * x.element_size()
+        header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
+                        "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    total = 0
+    with open(path, "wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text, *(
+                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                for name in names)):
+            file.write(part)
+            total = zlib.crc32(part, total)
+    return total
+
+
+def save_step(folder, step, tensors, keep=2, log=None):
+    """Writes folder/step-000100/: one safetensors file for each of `tensors` {name: {key: tensor}},
+    and state.json with their checksums and `log` (see `Means`). The folder gets its name when all
+    is on disk; then checkpoints older than the last `keep` are removed, so a full disk costs
+    none."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".step-{step:06d}.part"
+    for stale in [*Path(folder).glob(".step-*.part"), *([final] if final.exists() else [])]:
+        shutil.rmtree(stale)
+    state = {"step": step, **({"log": log} if log else {})}
+    sums = {"state.json": zlib.crc32(json.dumps(state).encode())}
+    try:
+        part.mkdir(parents=True)
+        for name, group in tensors.items():
+            sums[f"{name}.safetensors"] = save_file(group, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps({**state, "sums": sums}))
+        for path in [*part.iterdir(), part]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        part.rename(final)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        refuse(f"step {step} could not be saved in {folder} ({error}); the checkpoint before it is "
+               "whole: make room and run the same command again")
+    complete = [path for path in sorted(Path(folder).glob("step-*")) if path <= final]
+    for old in complete[:-keep]:             # later ones are damaged, or training began before them
+        shutil.rmtree(old)
+
+
+def load_step(path):
+    """(step, {name: {key: tensor}}) of a checkpoint's folder."""
+    step = json.loads((Path(path) / "state.json").read_text())["step"]
+    return step, {file.stem: load_file(file) for file in sorted(Path(path).glob("*.safetensors"))}
+
+
+def optimizer_tensors(optimizer, model):
+    """An optimizer's state as a flat dict: NAME.exp_avg and so on, by the parameter's name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {f"{names[id(p)]}.{key}": value for p, state in optimizer.state.items()
+            for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def restore_optimizer(optimizer, model, tensors):
+    """The inverse of `optimizer_tensors`, strict: every name must be one of the model's."""
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        p = parameters[parameter]
+        # the step counter stays on the CPU, where it is read each step
+        optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
+
+
+def read_log(folder):
+    """The rows of log.jsonl, without a torn last line; NaN becomes None."""
+    path, rows = Path(folder) / "log.jsonl", []
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
+            refuse(f"{path}: line {n} is damaged: remove it, and run the command again")
+    return rows
+
+
+def finite(value):
+    """A value for strict JSON: numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def lr_at(step, args):
+    """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it, or
+    args.lr to the end (--schedule constant)."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def take_step(model, optimizer, lr, clip=1.0):
+    """All-reduces gradients, clips their norm, steps the optimizer; returns the norm before
+    clipping. Ranks agree first whether a signal drops this step."""
+    STOP.agree()
+    sum_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+@torch.no_grad()
+def ema_update(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, over parameters."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def peak_mib():
+    """Peak memory in MiB: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss            # KiB, on macOS bytes
+    return round(peak / 2**(20 if sys.platform == "darwin" else 10))
+
+
+def summed(figures):
+    """{figure: float64 tensor}: numbers or tensors summed over ranks."""
+    parts = [torch.as_tensor(value).detach().cpu().double() for value in figures.values()]
+    if not parts:
+        return {}
+    sums = sum_over_ranks(*torch.cat([part.flatten() for part in parts]).tolist())
+    split = torch.tensor(sums, dtype=torch.float64).split([part.numel() for part in parts])
+    return {name: item.view(part.shape) for name, part, item in zip(figures, parts, split)}
+
+
+def quotients(total):
+    """sum / count of [2] or [n, 2]; None where the count is 0."""
+    means = [x / n if n else None for x, n in total.view(-1, 2).tolist()]
+    return means if total.dim() > 1 else means[0]
+
+
+class Means:
+    """Running means of the log's figures since its last row. A step's figure is a number, this
+    rank's part of a sum over ranks, or sums and counts [2] or [n, 2]. Sums are float64, in which
+    float32 numbers add up alike in any order, so that a resumed run logs the same."""
+
+    def __init__(self, saved, is_new):
+        self.sums, self.is_new, self.found = {}, is_new, saved   # is_new: the next step begins anew
+        for name, (total, n) in saved.items():
+            total = torch.tensor(total, dtype=torch.float64)
+            self.sums[name] = total * (int(os.environ.get("RANK", 0)) == 0), n
+
+    def add(self, figures):
+        self.sums, self.is_new, self.found = {} if self.is_new else self.sums, False, None
+        for name, value in figures.items():
+            value, (total, n) = torch.as_tensor(value).detach(), self.sums.get(name, (0.0, 0))
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
+            total = total.to(value.device) if isinstance(total, torch.Tensor) else total
+            self.sums[name] = total + value.to(wide), n + 1
+
+    def gather(self):
+        """{figure: (sum over ranks, steps)} for a checkpoint. The sums move to the first rank;
+        repeated without a step between, it needs no collective."""
+        if self.found is None:
+            sums = summed({name: total for name, (total, _) in self.sums.items()})
+            self.__init__({name: (total.tolist(), self.sums[name][1])
+                           for name, total in sums.items()}, self.is_new)
+        return self.found
+
+    def row(self):
+        """{figure: mean}; the next step starts a new row."""
+        means, self.is_new = self.gather(), True
+        return {name: total / n if isinstance(total, float) else quotients(torch.tensor(
+            total, dtype=torch.float64)) for name, (total, n) in means.items()}
+
+
+class Stopped(BaseException):
+    """Raised to save the run as it was before the step in work, and end."""
+
+
+class Stop:
+    """Ctrl-C and SIGTERM in training. While gradients are computed (`is_open`) nothing has changed
+    yet, and a signal drops the step at once; all ranks agree on that before the weights change. A
+    later signal waits for the next step; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.status, self.is_open, self.is_agreed = 0, False, True
+
+    def __enter__(self):
+        self.__init__()
+        self.before = {number: signal.signal(number, self.caught)
+                       for number in (signal.SIGINT, signal.SIGTERM)
+                       if signal.getsignal(number) != signal.SIG_IGN}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.__init__()
+
+    def caught(self, number, _):
+        if self.status == 128 + number == 130:
+            os._exit(130)
+        self.status = 128 + number
+        if self.is_open:
+            self.is_open = False
+            raise Stopped
+
+    def begin(self):
+        """From here to `agree` a step may be dropped: nothing that is saved changes."""
+        self.is_open, self.is_agreed = True, False
+        if self.status:
+            self.is_open = False
+            raise Stopped
+
+    def agree(self):
+        """Once a step: all ranks drop it, or none."""
+        self.is_open = False
+        if not self.is_agreed:
+            self.is_agreed = True
+            is_130, is_143 = sum_over_ranks(*(float(self.status == n) for n in (130, 143)))
+            if is_130 or is_143:
+                self.status = 143 if is_143 else 130
+                raise Stopped
+
+
+STOP = Stop()
+
+
+def check_norms(unchecked, n_left, folder):
+    """Ends the run before weights of a gradient that is not finite are saved."""
+    while len(unchecked) > n_left:                   # a step late: the GPU is never idle
+        size, wait, at, clips = unchecked.pop(0)
+        wait()
+        if not math.isfinite(size.item()):           # later checkpoints would be spoilt
+            refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
+                   f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
+                   "leaves clips out")
+
+
+class Log:
+    """A run's log.jsonl, written by the first rank: a row every --log_every and --eval_every steps
+    and at the end. work: see `fit`."""
+
+    def __init__(self, args, folder, start, evaluate, work):
+        self.args, self.folder, self.evaluate, self.work = args, Path(folder), evaluate, work
+        self.rank, self.began = int(os.environ.get("RANK", 0)), time.time()
+        self.clock, self.counted = self.began, start # since when, and from which step, it is timed
+        rows = [row for row in read_log(folder) if row["step"] <= start]
+        state, saved = self.folder / f"step-{start:06d}" / "state.json", {}
+        if start and state.exists():
+            saved = json.loads(state.read_text()).get("log", {})
+        is_logged = any(row["step"] == start for row in rows)
+        self.means = Means(saved, is_logged)
+        self.is_due = bool(saved) and not is_logged and self.wants(start)[0]
+        barrier()                                    # before the first rank cuts what others read
+        if self.rank == 0:
+            sweep(folder)
+            sweep(self.folder / "samples")
+            write_rows(self.folder / "log.jsonl", rows)
+
+    def wants(self, done):
+        """(whether a row is due after `done` steps, whether with held-out figures)"""
+        is_last = done == self.args.steps
+        is_evaluated = done % self.args.eval_every == 0 or is_last
+        return done % self.args.log_every == 0 or is_evaluated, is_evaluated
+
+    def write(self, done):
+        """Writes and returns the row after step `done`. A signal during the evaluation (but for the
+        last one) ends the run; the row is written when it goes on."""
+        row = dict(step=done, **self.means.row(), lr=lr_at(done - 1, self.args),
+                   seconds=round(time.time() - self.began, 2))
+        if done > self.counted:
+            step_s = (time.time() - self.clock) / (done - self.counted)
+            row["step_s"] = round(step_s, 5)
+            if self.work:
+                tokens, flops, peak = self.work
+                row["tokens_s"] = round(tokens / step_s)
+                row["mfu"] = round(flops / step_s / peak, 4) if peak else None
+        row["peak_mib"] = peak_mib()
+        if self.wants(done)[1] and self.rank == 0:
+            if done < self.args.steps:
+                STOP.begin()
+            row.update(self.evaluate(done))
+            STOP.is_open = False
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        self.clock, self.counted = time.time(), done
+        return row
+
+
+def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
+    """The training loop of every stage, from step `start` to args.steps.
+
+    batch(step): this rank's data, loaded ahead in threads. learn(step, data): backward passes and
+    optimizer step; returns ({figure: this rank's part, see `Means`}, gradient norm, clip keys).
+    evaluate(done): {figure: float}, on the first rank. tensors(): the checkpoint's contents.
+    work: (tokens a step, its FLOPs, peak FLOP/s of all ranks or None) for the log's tokens_s and
+    mfu."""
+    rank, unchecked, done = int(os.environ.get("RANK", 0)), [], start
+    log = Log(args, folder, start, evaluate, work)
+    mode = "warn" if torch.cuda.is_initialized() else "default"          # of torch's determinism
+    bar = tqdm(total=args.steps, initial=start, desc=Path(sys.argv[0]).stem, unit="step",
+               disable=rank > 0)
+
+    def save(gathered):
+        since = time.time()
+        save_step(folder, done, tensors(), args.keep, gathered)
+        log.clock += time.time() - since
+
+    with STOP:
+        try:
+            with bar, contextlib.closing(prefetch(batch, start, args.steps)) as data:
+                if log.is_due:
+                    log.write(start)
+                for step in range(start, args.steps):
+                    STOP.begin()
+                    _, loaded = next(data)
+                    torch.set_deterministic_debug_mode(mode)
+                    figures, norm, keys = learn(step, loaded)
+                    STOP.agree()
+                    torch.set_deterministic_debug_mode("default")    # samples are drawn with cumsum
+                    log.means.add({**figures, "grad_norm": norm.detach() * (rank == 0)})
+                    done, is_logged = step + 1, log.wants(step + 1)[0]
+                    is_saved = done % args.save_every == 0 or done == args.steps
+                    unchecked.append((*fetched(norm), step, keys))
+                    check_norms(unchecked, 0 if is_logged or is_saved else 1, folder)
+                    if is_logged:
+                        row = log.write(done)
+                        bar.set_postfix_str(", ".join(
+                            f"{key} {row[key]:.4f}" for key in (*figures, "held_out", "psnr")
+                            if isinstance(row.get(key), float)))
+                    bar.update()
+                    if is_saved:
+                        save(log.means.gather())
+        except Stopped:
+            torch.set_deterministic_debug_mode("default")
+            with contextlib.suppress(Stopped):
+                STOP.agree()
+            check_norms(unchecked, 0, folder)
+            gathered = log.means.gather()
+            if done > start and not (Path(folder) / f"step-{done:06d}").exists():
+                save(gathered)
+            barrier()                        # torchrun kills who is not gone soon after the first
+            if rank == 0:
+                print(f"{folder}: stopped after step {done}"
+                      + (", saved: the same command goes on" if done else ""), file=sys.stderr)
+            sys.exit(STOP.status)
+
+
+def training_options(parser, **defaults):
+    """Adds the options that all training stages share, with a stage's own defaults."""
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
+    add("--lr", type=number(float, 0, 1), help="highest learning rate, 0 (nothing is learnt) to 1 "
+        "(%(default)s)")
+    add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
+    add("--schedule", default="cosine", choices=["cosine", "constant"],
+        help="of the learning rate after that (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
+    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
+    add("--eval_every", type=number(int, 1), help="steps between held-out figures (%(default)s)")
+    add("--save_every", type=number(int, 1), default=200,
+        help="steps between checkpoints (%(default)s)")
+    add("--keep", type=number(int, 1), default=2, help="checkpoints to keep (%(default)s)")
+    add("--where", metavar="TEST",
+        help="learn from the clips of which this holds, such as 'flow > 0.02 and fps >= 24' (all)")
+    add("--skip_clips", metavar="FILE", help="keys of clips to leave out, one a line (none)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
+    parser.set_defaults(**defaults)
+    return add
+
+
+def chosen(rows, args):
+    """The rows that --where selects, without those that the file --skip_clips names."""
+    rows, path = where(rows, args.where) if args.where else rows, args.skip_clips
+    if path is None:
+        return rows
+    if not Path(path).is_file():
+        refuse(f"--skip_clips {path}: no such file; it holds a clip's key a line")
+    skipped = set(read_text(path, "--skip_clips").split())
+    missing = skipped - {row["key"] for row in rows}
+    if missing:
+        refuse(f"--skip_clips {path}: {min(missing)} is no clip of this data set")
+    return [row for row in rows if row["key"] not in skipped]
+
+
+def epoch_order(items, key, seed, epoch):
+    """`items` in the order of sha256(seed, epoch, key(item))."""
+    return sorted(items, key=lambda item: hashlib.sha256(
+        f"{seed}|{epoch}|{key(item)}".encode()).digest())
+
+
+class Stream:
+    """An endless stream of rows, epoch after epoch in the order of `epoch_order`; any position is
+    found without replaying what came before."""
+
+    def __init__(self, rows, seed):
+        self.rows, self.seed = rows, seed
+
+    @lru_cache(4)
+    def order(self, epoch):
+        return epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
+
+    def take(self, start, count):
+        """`count` rows from position `start`."""
+        positions = (divmod(n, len(self.rows)) for n in range(start, start + count))
+        return [self.order(epoch)[n] for epoch, n in positions]
+
+
+class ClipCache:
+    """Decoded clips, cached up to `mib`: small data sets are decoded once."""
+
+    def __init__(self, folder, mib=2048):
+        self.folder, self.free_bytes, self.cached = folder, mib * 2**20, {}
+
+    def __call__(self, row):
+        """uint8 [T, H, W, 3]"""
+        frames = self.cached.get(row["key"])
+        if frames is None:
+            try:
+                frames = read_clip(self.folder, row)
+            except Unreadable as error:
+                refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
+            if frames.nbytes <= self.free_bytes:     # two threads may count a clip twice
+                self.cached[row["key"]] = frames
+                self.free_bytes -= frames.nbytes
+        return frames
+
+
+def prefetch(make, start, stop, ahead=4):
+    """Yields (step, make(step)) in order, each computed up to `ahead` steps early in a thread. The
+    threads use no OpenMP threads of their own, which would compete with the step's for cores."""
+    pool, waiting = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)), {}
+    try:
+        for step in range(start, stop):
+            for later in range(step, min(stop, step + ahead)):
+                if later not in waiting:
+                    waiting[later] = pool.submit(make, later)
+            yield step, waiting.pop(step).result()
+    finally:                                     # who leaves early waits for nothing else
+        pool.shutdown(cancel_futures=True)
+
+
+# == published weights: files, key maps, VideoGPT's network ========================================
+
+
+class Inert:
+    """In the place of what a checkpoint holds beside weights and plain data."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+Namespace = type("Namespace", (), {})
+STAND_INS = [           # classes in published checkpoints, read as data without their code
+    (Namespace, "argparse.Namespace"), (Namespace, "types.SimpleNamespace"),
+    *((Inert, name) for name in (
+        "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+        "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath")),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+
+WEIGHT_FILES = [("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"),
+                ("pytorch_model", "bin"), ("diffusion_pytorch_model", "bin")]
+VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, the best first
+VARIANT = re.compile(r"\w+(?:-\d+-of-\d+)?(\.fp32|\.fp16|\.bf16)[.-].*(?:safetensors|bin)")
+
+SHARD = re.compile(r"(\w+?)(\.\w+)?-\d+-of-(\d+)(\.\w+)?\.(\w+)")
+
+
+def weight_files(folder):
+    """A published folder's file of weights, or the index of its shards, as each version names it:
+    diffusion_pytorch_model.safetensors, model.fp16.safetensors, ….safetensors.index.fp16.json; or
+    shards without an index, all of one variant."""
+    shards = {}
+    for path in sorted(folder.glob("*-of-*")):
+        if match := SHARD.fullmatch(path.name):
+            stem, before, n, after, end = match.groups()
+            shards.setdefault((before or after or "", stem, end), {}).setdefault(
+                int(n), []).append(path)
+    for variant in VARIANTS:
+        sets = []
+        for stem, end in WEIGHT_FILES:
+            forms = ["{0}{2}.{1}", "{0}{2}.{1}.index.json", "{0}.{1}.index{2}.json"]
+            if stem.startswith("diffusion"):     # diffusers reads an index first, and leaves a
+                forms = forms[1:] + forms[:1]    # whole file there that it saved before
+            for form in forms:
+                if (path := folder / form.format(stem, end, variant)).is_file():
+                    return [path]
+            sets += shards.get((variant, stem, end), {}).items()
+            complete = [parts for n, parts in sets if len(parts) == n]
+            if len(complete) > 1:
+                refuse(f"{folder} holds two sets of shards, {complete[0][0].name} and "
+                       f"{complete[1][0].name}: remove one of them")
+            if complete:
+                return complete[0]
+        for n, parts in sets:
+            refuse(f"{folder} holds {len(parts)} of {n} shards {parts[0].name}, …: fetch the rest "
+                   "of them")
+    names = ", ".join(f"{stem}.{end}" for stem, end in WEIGHT_FILES)
+    refuse(f"{folder} has no weights: none of {names}, of their .fp16 and .bf16 variants, nor an "
+           f".index.json{lying_in(folder)}")
+
+
+# What says that numbers have scales of their own (the last part of a name): fp8, int8, 4 bits.
+SCALES = {"scaled_fp8", "scale_weight", "weight_scale", "weight_scale_inv", "scale_input",
+          "input_scale", "comfy_quant", "SCB", "absmax", "quant_map", "qweight", "qzeros", "g_idx"}
+
+
+def refuse_scaled(names, path):
+    scaled = [name for name in names if str(name).rpartition(".")[2] in SCALES]
+    if scaled:
+        refuse(f"{path} holds {min(scaled)}: weights that are quantized with scales are not read, "
+               "only float32, bfloat16, float16 and plain float8: take such a file")
+
+
+def refuse_nan(tensors, path):
+    """Refuses weights that are not all finite, {name: tensor}: by the ends of each, which need no
+    copy, looked at together."""
+    ends = {name: torch.stack(x.aminmax()).float() for name, x in tensors.items()
+            if torch.is_tensor(x) and x.is_floating_point() and x.numel() and not x.is_meta}
+    fine = torch.stack(list(ends.values())).isfinite().all(1).tolist() if ends else ()
+    bad = [name for name, is_fine in zip(ends, fine) if not is_fine]
+    if bad:
+        n = tensors[bad[0]].isfinite().logical_not().sum().item()
+        refuse(f"{path}: {bad[0]} holds {n:,} numbers that are NaN or infinite, one of {len(bad)} "
+               "such tensors: fetch the file again, or take another")
+
+
+LORA = re.compile(r"(^|[._])(lora_([AB]|up|down|unet|te\d?|magnitude_vector|embedding_[AB])|"
+                  r"base_layer|dora_scale|lokr_w\d|hada_w\d)(?=[._]|$)")
+MERGE = "merge it into its model (PEFT: merge_and_unload; diffusers: fuse_lora) and take that"
+
+
+def refuse_lora(names, path):
+    added = [name for name in map(str, names) if LORA.search(name)]
+    if added:
+        refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: {MERGE}")
+
+
+NOT_READ = {            # what lies in folders in the place of weights, and what to do
+    "*.gguf": "GGUF is quantized and not read: take a folder of safetensors",
+    "*lora*.safetensors": f"a LoRA: {MERGE}", "adapter_model.*": f"a LoRA: {MERGE}",
+    **dict.fromkeys((
+        "*.incomplete", ".cache/huggingface/**/*.incomplete", "../../blobs/*.incomplete", "*.part",
+        "*.crdownload", "*.aria2"), "a download that did not end: go on with it"),
+    **dict.fromkeys(("*.h5", "*.msgpack", "*.onnx"), "a form that is not read: take safetensors")}
+
+
+def lying_in(folder):
+    """What a refusal of a folder without its parts adds."""
+    result = ((next(folder.glob(form), None), what) for form, what in NOT_READ.items())
+    return next((f"; {path.name} is there, {what}" for path, what in result if path), "")
+
+
+def refuse_others(path):
+    """Refuses a file that is none of weights, by its first bytes or its name."""
+    refuse_pointer(path)
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            refuse(f"{path}: {NOT_READ['*.gguf']}")
+    if path.suffix == ".incomplete":
+        refuse(f"{path}: {NOT_READ['*.incomplete']}")
+
+
+def read_tensors(path):
+    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards:
+    safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
+    that a large model is in memory once; no code of theirs is ever run."""
+    path = Path(path)
+    if path.is_dir():
+        files = weight_files(path)
+        tensors = {k: v for part in files for k, v in read_tensors(part).items()}
+        spare = [result[0] for name in sorted(os.listdir(path))
+                 if (result := VARIANT.fullmatch(name)) and result[1] not in files[0].name]
+        if spare:
+            say_once(f"{files[0]} is read; {spare[0]} beside it is not")
+        return tensors
+    if path.suffix == ".json":
+        try:
+            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            is_near = all(Path(part).name == part and not part.endswith(".json") for part in parts)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            parts = is_near = ()
+        if not parts or not is_near:
+            refuse(f"{path} is damaged: it does not map names to files beside it")
+        away = [part for part in parts if not path.with_name(part).exists()]
+        if away:
+            refuse(f"{path} names {len(parts)} files, of which {len(away)} are not there: fetch "
+                   f"{away[0]}" + " and the others" * (len(away) > 1) + lying_in(path.parent))
+        return {k: v for part in parts for k, v in read_tensors(path.with_name(part)).items()}
+    try:
+        refuse_others(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                refuse_scaled(file.keys(), path)
+                refuse_lora(file.keys(), path)
+                sums = json.loads((file.metadata() or {}).get("nanosora", "{}")).get("sums", {})
+                return {name: checked(file.get_tensor(name), sums.get(name), path, name)
+                        for name in file.keys()}
+        with torch.serialization.safe_globals(STAND_INS):
+            is_zip = zipfile.is_zipfile(path)
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else ()
+            if unknown:
+                refuse(f"{path} holds more than weights: {', '.join(sorted(unknown))}")
+            result = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except FileNotFoundError:
+        refuse(f"{path}: no such file")
+    except SafetensorError as error:
+        refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
+    except Exception as error:   # torch's on foreign bytes are of any kind, and advise to unpickle
+        why = error.strerror if isinstance(error, PermissionError) else (
+            "it is no file of tensors, or cut short" if path.stat().st_size else "it is empty")
+        refuse(f"{path} cannot be read as weights: {why}")
+    if not isinstance(result, dict):
+        refuse(f"{path} cannot be read as weights: it holds no names")
+    refuse_scaled(innermost(result), path)
+    refuse_lora(innermost(result), path)
+    return result
+
+
+WRAPPER = r"(?:_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+WRAPPERS = re.compile(rf"^(?:{WRAPPER}|module\.|base_model\.model\.)+|\b{WRAPPER}")
+BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|conditioner|model_ema)"
+                    r"\.")                       # other networks of a checkpoint that holds several
+
+
+def unwrapped(weights, mark, ours=""):
+    """Tensors without what a wrapper (torch.compile, DDP, FSDP, PEFT, Lightning, ComfyUI, a
+    pipeline) puts before their names: whatever stands before `mark`, the pattern of a name that
+    every network of a kind has; the shortest, where several networks have one. `ours` comes before
+    the names instead, unless the mark found begins with it."""
+    weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in weights.items()}
+    marks = filter(None, map(re.compile(rf"((?:.*?\.)??)({mark})").fullmatch, weights))
+    before, mark = min((match.group(1, 2) for match in marks),
+                       key=lambda result: (len(result[0]), result), default=("", ours))
+    ours = "" if mark.startswith(ours) else ours
+    return {ours + name[len(before):] if name.startswith(before) else name: tensor
+            for name, tensor in weights.items()
+            if name.startswith(before) or not BESIDE.match(name)}
+
+
+def plain(weights, path, mark):
+    """A network's published tensors, `unwrapped`, in float32: half precision and fp8 without scales
+    are cast up."""
+    tensors = unwrapped(weights, mark)
+    for name, tensor in tensors.items():
+        if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
+            kind = tensor.dtype if torch.is_tensor(tensor) else type(tensor).__name__
+            refuse(f"{path}: {name} is {kind}, not floating-point numbers: this is quantized, or "
+                   "no file of weights alone")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def innermost(tensors):
+    """The state dict in a training checkpoint, the average before the weights that it is of."""
+    for key in ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "nnet_ema",
+                "model", "module", "state_dict", "model_state_dict", "nnet"):
+        if isinstance(tensors.get(key), dict):
+            return innermost(tensors[key])
+    return tensors
+
+
+# Kinds of values in a published config.json. Whole numbers end at 2^20, lists at 4096 values: more
+# is a mistake or an attack, and is refused before anything is made.
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
+         list: "a list"}
+
+
+def fits(value, default):
+    """Whether a value is of the same kind as the default: a list of the same kinds."""
+    if isinstance(default, list):
+        return isinstance(value, list) and len(value) <= 4096 and all(
+            fits(item, (default or [0.0])[0]) for item in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and abs(value) < 1e30
+    return isinstance(value, type(default)) and (
+        not isinstance(value, int) or min(default, 1) <= value <= 2**20)
+
+
+def cleared(value, default):
+    """A value of a config as its default's kind: of texts numbers and truths, of null false."""
+    if isinstance(default, list) and isinstance(value, list):
+        return [cleared(item, (default or [0.0])[0]) for item in value]
+    if isinstance(default, bool) and isinstance(value, (str, type(None))):
+        return {"none": False, "false": False, "true": True}.get(str(value).lower(), value)
+    if isinstance(default, bool) and value in (0, 1) and not isinstance(value, float):
+        return bool(value)
+    if isinstance(default, (int, float)) and isinstance(value, (str, float)):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+            return int(number) if isinstance(default, int) and number == int(number) else number
+    return value
+
+
+def refuse_quantized(path, config):
+    """Refuses by its method what a published config, or one within it, says is quantized."""
+    for how in (each["quantization_config"] for each in (
+            config, config.get("text_config"), config.get("vision_config"))
+            if isinstance(each, dict) and each.get("quantization_config")):
+        how = how.get("quant_method", "?") if isinstance(how, dict) else how
+        refuse(f"{path}: weights quantized by {str(how):.40} are not read, only float32, bfloat16, "
+               "float16 and plain float8: take a folder without quantization_config")
+
+
+def read_class(path, classes, guess=None, inner=None):
+    """(class, its values, the keys that it has) of a published config.json, one of `classes`
+    {class: {key: default}}: a key that it leaves out, or that is null, has its class's default, but
+    a null in the place of true or false is false, as in Python. Numbers and truths may be texts.
+    Refuses other classes, values of other kinds, and what is quantized. guess: the class of one
+    that does not name any; inner: the config within one of a larger model."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(config, dict):
+            raise ValueError
+    except FileNotFoundError:
+        refuse(f"{path}: no such file")
+    except (ValueError, RecursionError):
+        refuse_pointer(path)
+        refuse(f"{path} is damaged: it is no JSON object")
+    outer, config = config, config[inner] if isinstance(config.get(inner), dict) else config
+    name = config.get("_class_name") or (guess and guess(config))
+    if not isinstance(name, str) or name not in classes:
+        refuse(f"{path} is of class {name}, which is not read here: {' and '.join(classes)} are" if
+               isinstance(name, str) else f"{path} names no _class_name: fetch the published one, "
+               f"or add \"_class_name\", one of {', '.join(classes)}")
+    refuse_quantized(path, outer)
+    explicit = {key for key, default in classes[name].items() if config.get(key) is not None
+            or key in config and isinstance(default, bool)}
+    values = classes[name] | {key: cleared(config[key], classes[name][key]) for key in explicit}
+    for key, default in classes[name].items():
+        if not fits(values[key], default):
+            what = KINDS[type(default)] + (f", as {default}" if default else "")
+            refuse(f"{path}: {key} is {json.dumps(config[key])[:60]}, which should be {what}")
+    return name, values, explicit
+
 
 WAN_MEAN_16 = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
                0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
@@ -2586,12 +2649,12 @@ class AxialAttention(nn.Module):
 
     def forward(self, x):
         x, total = x.movedim(1, -1), 0
-        for axis, place in (("w", 3), ("h", 2), ("t", 1)):
-            layers, along = getattr(self, f"attn_{axis}"), x.movedim(place, -2)
+        for axis, dim in (("w", 3), ("h", 2), ("t", 1)):
+            layers, along = getattr(self, f"attn_{axis}"), x.movedim(dim, -2)
             q, k, v = (layers[name](along).unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
                        for name in ("w_qs", "w_ks", "w_vs"))
             y = F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
-            total = total + layers["fc"](y).movedim(-2, place)
+            total = total + layers["fc"](y).movedim(-2, dim)
         return total.movedim(-1, 1)
 
 
@@ -2660,7 +2723,7 @@ def published_names(model, layout):
     """{our parameter's name: its name in a file} of an Autoencoder; layout: "original" (Wan's own),
     "diffusers" (Wan's), "image" (AutoencoderKL)."""
     names, is_original = {}, layout == "original"
-    is_flat = layout != "image" and model.encoder[1].straight is None            # Wan 2.1
+    is_flat = layout != "image" and model.encoder[1].shortcut is None            # Wan 2.1
     for side, word in (("encoder", "down"), ("decoder", "up")):
         levels, flat = list(getattr(model, side)), 0
         middle = len(levels) - 1 if side == "encoder" else 1
@@ -2692,12 +2755,12 @@ def published_names(model, layout):
         inner = {**inner, "norm": "group_norm", "conv": "conv", "out": "to_out.0",
                  "gamma": "weight", "beta": "bias"}
     inner = {**inner, **RESIDUAL} if is_original else inner
-    found = {}
+    result = {}
     for own in model.state_dict():
-        place = max((p for p in names if own == p or own.startswith(p + ".")), key=len)
-        parts = own[len(place) + 1:].split(".")
-        found[own] = ".".join([names[place], *(inner.get(part, part) for part in parts)])
-    return found
+        prefix = max((p for p in names if own == p or own.startswith(p + ".")), key=len)
+        parts = own[len(prefix) + 1:].split(".")
+        result[own] = ".".join([names[prefix], *(inner.get(part, part) for part in parts)])
+    return result
 
 
 # Published autoencoders: {class: {key of config.json: the class's default}}.
@@ -2795,8 +2858,8 @@ def wan_options(weights, config):
         options = dict(WAN, dim=dim, z_dim=z_dim, patch=math.isqrt(channels // 3), residual=is_22)
         if is_22:
             options["dec_dim"] = dec_dim
-        known = {16: (WAN_MEAN_16, WAN_STD_16), 48: (WAN_MEAN_48, WAN_STD_48)}
-        return options, "original", *known[z_dim]
+        statistics = {16: (WAN_MEAN_16, WAN_STD_16), 48: (WAN_MEAN_48, WAN_STD_48)}
+        return options, "original", *statistics[z_dim]
     downs = tuple("st" if t else "s" for t in config["temperal_downsample"])
     options = dict(dim=config["base_dim"], mults=tuple(config["dim_mult"]), downs=downs,
                    n_res=config["num_res_blocks"], z_dim=config["z_dim"],
@@ -2810,9 +2873,9 @@ def image_options(weights, config):
     renamed in `weights`, and queries, keys and values are joined."""
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for name in [name for name in weights if name.count(".") > 1]:
-        *place, part, kind = name.split(".")
+        *prefix, part, kind = name.split(".")
         if part in old:
-            weights[".".join([*place, old[part], kind])] = weights.pop(name)
+            weights[".".join([*prefix, old[part], kind])] = weights.pop(name)
     for name in [name for name in weights if ".to_q." in name]:
         parts = [weights.pop(name.replace(".to_q.", f".to_{part}.")) for part in "qkv"]
         weights[name.replace(".to_q.", ".to_qkv.")] = torch.cat(parts)
@@ -2823,7 +2886,7 @@ def image_options(weights, config):
                    residual=False, quant=config["use_quant_conv"])
     n, scale = options["z_dim"], config["scaling_factor"]
     mean, std = config["latents_mean"], config["latents_std"] or [1.0] * n
-    return options, "image", mean or [config["shift_factor"]] * n, [each / scale for each in std]
+    return options, "image", mean or [config["shift_factor"]] * n, [value / scale for value in std]
 
 
 def load_videogpt(path, saved):
@@ -2877,75 +2940,6 @@ def load_published(path):
         load_names(model, published_names(model, layout), weights, path)
     return model, {"model": options, "latents_mean": mean, "latents_std": std,
                    "hash": weights_hash(model, mean, std)}
-
-
-def parse_options(argv=None):
-    parser = option_parser(__doc__)
-    parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
-    add = parser.add_argument_group("what to do").add_argument
-    add("--run", help="run to train: runs/RUN, or a path with a slash (NAME-vae)")
-    add("--init", help="run, or published folder or file, whose weights to begin with (none)")
-    add("--encode", action="store_true", help="write every clip's latents, train nothing")
-    add("--eval", action="store_true", help="figures on the held-out clips, train nothing")
-    add("--vae", help="with --encode, --eval: the trained run, or a published folder (NAME-vae)")
-    add("--max_cells", type=number(int, 1), default=2048,
-        help="with --encode: latent cells T'H'W' a piece, so that it fits a row of train_dit.py; "
-        "longer clips are cut (%(default)s)")
-    add("--tile", type=number(int, 64),
-        help="with --encode: code larger frames in blended tiles of so many px a side (whole)")
-    add("--rfid", metavar="FILE", help="with --eval: TorchScript Inception, for rFID (none)")
-    add("--rfvd", metavar="FILE", help="with --eval: TorchScript I3D, for rFVD (none)")
-    add("--trust", action="store_true", help="run the code that --rfid and --rfvd files are")
-    add("--n_eval", type=number(int, 2), default=48, help="with --eval: clips (%(default)s)")
-    add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
-                                    "--steps, --keep and --skip_clips)").add_argument
-    add("--model", choices=sorted(MODELS), help="size (vae-xs, or what --init has)")
-    add("--bottleneck", default="kl", choices=["kl", "vq", "fsq"],
-        help="kl: mean and variance; vq: a learned codebook; fsq: rounding (%(default)s)")
-    add("--codes", type=number(int, 2), nargs="+",
-        help="vectors of a vq codebook (1024), or levels a channel of fsq (8 5 5 5)")
-    add("--frames", type=number(int, 1), default=9,
-        help="frames of a training window at most, 1 or more (%(default)s)")
-    add("--size", type=number(int, 8), default=32,
-        help="side of a training window at most, px, 8 or more (%(default)s)")
-    add("--stills", type=number(float, 0, 1), default=0.0,
-        help="share of the windows that are one frame (%(default)s)")
-    add("--decoder_only", action="store_true", help="leave the encoder as --init has it")
-    add = training_options(parser, steps=600, lr=4e-3, warmup=30, eval_every=300)
-    add("--batch", type=number(int, 1), default=8,
-        help="windows of the largest size a step, all ranks; smaller ones come in larger numbers "
-        "(%(default)s)")
-    add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
-    add("--perceptual", nargs=2, metavar=("VGG", "LPIPS"),
-        help="torchvision's vgg16 and lpips' vgg weights, for the LPIPS term (off)")
-    add("--gan", type=number(float, 0), default=0.0,
-        help="weight of the adversarial term, 0: none (%(default)s)")
-    add("--gan_start", type=number(int, 0), default=0,
-        help="step from which it counts (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.init and (args.model or args.bottleneck != "kl"):
-        refuse("--init brings its own model and bottleneck: leave --model and --bottleneck out")
-    args.codes = args.codes or {"kl": None, "vq": [1024], "fsq": [8, 5, 5, 5]}[args.bottleneck]
-    if args.bottleneck == "kl" and args.codes:
-        refuse("--codes belongs to --bottleneck vq or fsq")
-    if args.bottleneck == "vq" and len(args.codes) != 1:
-        refuse("--codes: a vq codebook has one number, such as 1024")
-    if args.decoder_only and not args.init:
-        refuse("--decoder_only needs --init: whose encoder is it to keep?")
-    return args
-
-
-@one_line
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:
-        return bench("bench_autoencoder", argv[1:])
-    args = parse_options(argv)
-    if args.encode or args.eval:
-        return (encode if args.encode else evaluate_run)(args)
-    folder = run_dir(args.run or f"{Path(args.name).name}-vae")
-    train(args, folder)
-    print(f"{folder}: trained, autoencoder {read_config(folder, 'vae')['hash']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -119,13 +119,13 @@ def kept(x, make, *key):
     """
     if x.is_inference() or is_capturing(x):
         return make()
-    version, found = _kept.get(x, (None, None))
+    version, result = _kept.get(x, (None, None))
     if version != x._version:
-        found = {}
-        _kept[x] = x._version, found
-    if key not in found:
-        found[key] = make()
-    return found[key]
+        result = {}
+        _kept[x] = x._version, result
+    if key not in result:
+        result[key] = make()
+    return result[key]
 
 
 def check_numbers(name, numbers, most, ascend=False):

@@ -96,11 +96,11 @@ def by_ffmpeg(path):
     return [int(np.abs(stamps - at).argmin()) for at in times if at > stamps[0]]
 
 
-def judge(found, truth, gradual):
+def judge(result, truth, gradual):
     """(right, wrong, missed) of hard cuts, (found, listed) of dissolves, the same of fades; none of
     those that begin the file. What is found inside one counts as neither right nor wrong."""
     left, right, wrong = list(truth), 0, 0
-    for frame in found:
+    for frame in result:
         near = [cut for cut in left if abs(cut - frame) <= 2]
         if near:
             left.remove(min(near, key=lambda cut: abs(cut - frame)))
@@ -110,7 +110,7 @@ def judge(found, truth, gradual):
     counts = [right, wrong, len(left)]
     for is_dissolve in (True, False):
         spans = [(a, b) for kind, a, b in gradual if a and (kind == "dissolve") == is_dissolve]
-        counts += [sum(any(a - 2 <= frame <= b + 2 for frame in found) for a, b in spans),
+        counts += [sum(any(a - 2 <= frame <= b + 2 for frame in result) for a, b in spans),
                    len(spans)]
     return counts
 

@@ -75,9 +75,9 @@ def bench(argv):
             @torch.no_grad()
             def mine():
                 requests = ours.requests([str(i) for i in range(n)], reads)
-                found = {int(request.key): ids for request, ids, _ in C.generate(
+                result = {int(request.key): ids for request, ids, _ in C.generate(
                     ours.decoder, requests, n, args.new)}
-                return [found[i] for i in range(n)]
+                return [result[i] for i in range(n)]
 
             times, outs = {}, {}
             for _ in range(args.repeats):

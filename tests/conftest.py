@@ -230,7 +230,7 @@ def compile_kernels(module, launch, arch):
 
     target = GPUTarget("cuda", arch, 32)
     compiler = make_backend(target)
-    found = {}
+    result = {}
 
     def compile_one(kernel, args, options):
         bind = create_function_from_signature(kernel.signature, kernel.params, compiler)
@@ -239,7 +239,7 @@ def compile_kernels(module, launch, arch):
             compiler, options, bound, specialised, more)
         source = ASTSource(kernel, signature, constants, attrs)
         made = triton.compile(source, target=target, options=packed.__dict__)
-        found[f"{kernel.fn.__name__} {args[0].dtype} {options}"] = dict(
+        result[f"{kernel.fn.__name__} {args[0].dtype} {options}"] = dict(
             read_machine_code(made.asm["cubin"]), shared=made.metadata.shared / 1024)
 
     class Catch:
@@ -252,7 +252,7 @@ def compile_kernels(module, launch, arch):
     for name in [name for name in dir(module) if name.endswith("_kernel")]:
         setattr(module, name, Catch(getattr(module, name)))
     launch()
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def sums_as_they_are(data):
@@ -274,8 +274,8 @@ def compiled(test_module, arch, launch="launch_all", stack=0):
     env = dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    over = {name: made for name, made in found.items()
+    result = json.loads(done.stdout.splitlines()[-1])
+    over = {name: made for name, made in result.items()
             if made["stack"] > stack or made["shared"] > SHARED[arch]}
-    assert found and not over, over
-    return found
+    assert result and not over, over
+    return result

@@ -229,9 +229,9 @@ def compare_writer(name, theirs, folder, r):
     error = float((mine - wanted).abs().max() / wanted.std())
     theirs.generation_config = T.GenerationConfig.from_pretrained(folder)
     theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = None
-    found = theirs.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -8:].tolist()
+    result = theirs.generate(**given, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, -8:].tolist()
     said = next(C.generate(ours.decoder, [request], 1, 8, penalties=ours.penalties))[1]
-    return error, said == found
+    return error, said == result
 
 
 def encoder(name, r):
@@ -272,11 +272,11 @@ def compare_encoder(name, theirs, folder, r):
         return abs(said - float(out.image_embeds[0] @ out.text_embeds[0])), True
     ours = C.open_text_encoder(folder)
     ids, mask = ours.ids([text, "dog"], 20)
-    found = ours(ids, mask)[0]
+    result = ours(ids, mask)[0]
     wanted = theirs(input_ids=ids, **({} if name == "clip_text" else {"attention_mask": mask}))
     wanted = wanted.last_hidden_state
     rows = mask.bool() if "t5" in name else torch.ones_like(mask).bool()
-    return float((found - wanted)[rows].abs().max() / wanted[rows].std()), True
+    return float((result - wanted)[rows].abs().max() / wanted[rows].std()), True
 
 
 def llama_tokenizer(r, folder):
@@ -334,7 +334,7 @@ def draw(name, r):
 def compare_templates(folder):
     """Prints how many renderings are equal, differ, and were refused by us alone, and of which files."""
     from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
-    found = Counter()
+    result = Counter()
     for path in sorted(Path(folder).rglob("*.jinja")):
         text = path.read_text(encoding="utf-8")
         for content in ("{q}", [{"type": "image"}, {"type": "text", "text": "{q}"}]):
@@ -346,17 +346,17 @@ def compare_templates(folder):
                     theirs = compiled(text).render(**names, strftime_now=datetime.datetime.strptime(
                         C.TODAY, "%d %b %Y").strftime)
                 except Exception:                    # of what a template refuses, or cannot take
-                    found["refused by jinja2"] += 1
+                    result["refused by jinja2"] += 1
                     continue
                 if "'type'" in theirs:               # it printed the list of parts
-                    found["no rendering of parts"] += 1
+                    result["no rendering of parts"] += 1
                     continue
                 try:
                     is_equal = C.ChatTemplate(text).render(**names) == theirs
-                    found["equal" if is_equal else f"WRONG: {path.name}"] += 1
+                    result["equal" if is_equal else f"WRONG: {path.name}"] += 1
                 except ValueError as error:
-                    found[f"refused: {path.name}: {error}"[:90]] += 1
-    for what, n in found.most_common():
+                    result[f"refused: {path.name}: {error}"[:90]] += 1
+    for what, n in result.most_common():
         print(f"{n} x {what}")
 
 

@@ -149,12 +149,12 @@ def alone(function, side, *rest):
 
 def by_turns(rounds, function, *rest):
     """[(median seconds, most MiB) of theirs, of ours]: each round a process of either."""
-    found = {"theirs": [], "ours": []}
+    result = {"theirs": [], "ours": []}
     for _ in range(rounds):
-        for side, rows in found.items():
+        for side, rows in result.items():
             rows.append(alone(function, side, *rest))
     return [(float(np.median([s for times, _ in rows for s in times])), max(mib for _, mib in rows))
-            for rows in found.values()]
+            for rows in result.values()]
 
 
 def distance(home):
@@ -329,8 +329,8 @@ def train_on_footage(model, optimizer, clips, splits, args, seed):
         V.take_step(model, optimizer, V.lr_at(1000 * share, rate))
     with torch.no_grad():
         bank = [x[None, :, :17] for x in V.held_out_bank(model, clips, held_out, 0, 24)[1]]
-        found = [V.psnr(model.decode(model.encode(x)[0]), x).item() for x in bank]
-    return float(np.mean(found)), step
+        result = [V.psnr(model.decode(model.encode(x)[0]), x).item() for x in bank]
+    return float(np.mean(result)), step
 
 
 def muon(model):
@@ -350,7 +350,7 @@ def bench_footage(args):
     AdamW and with our optimizer, for equal minutes, batches, losses and learning rates."""
     keep_memory()
     torch.set_num_threads(2)
-    folder, found = V.dataset_dir(args.footage), {side: [] for side in args.sides}
+    folder, result = V.dataset_dir(args.footage), {side: [] for side in args.sides}
     rows, clips = V.open_dataset(folder), V.ClipCache(folder)
     splits = V.split_rows(rows, args.footage)
     for row in rows:                                     # decoding video is not what is compared
@@ -363,11 +363,11 @@ def bench_footage(args):
             torch.manual_seed(seed)
             model = build()
             score, steps = train_on_footage(model, optimizer(model), clips, splits, args, seed)
-            found[side].append(score)
+            result[side].append(score)
             size = sum(p.numel() for p in model.parameters()) / 1e6
             print(f"seed {seed}, {side:12} {size:.2f}M parameters, {steps:5d} steps: {score:.2f} dB",
                   flush=True)
-    for side, scores in found.items():
+    for side, scores in result.items():
         print(f"{side:12} {np.mean(scores):.2f} dB, {min(scores):.2f} to {max(scores):.2f}")
 
 

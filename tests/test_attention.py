@@ -381,10 +381,10 @@ def launch_on_hopper():
     launch_all([torch.bfloat16], MODULE.HOPPER)
 
 
-def check_code(found, arch):
+def check_code(result, arch):
     """16 bits go through tensor cores, and rows are read 16 bytes a thread at a time: of fewer bytes
     are lse, delta and bounds, at most some three loads to two."""
-    for name, made in found.items():
+    for name, made in result.items():
         if "bfloat16" in name:
             assert TENSOR_CORE[arch] in made["mma"] and 2 * made["wide"] > made["narrow"], (name, made)
 
@@ -400,6 +400,6 @@ def test_compiles_without_spills(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [90, 100])
 def test_tiles_for_hopper_compile_without_spills(arch):
-    found = compiled("test_attention", arch, "launch_on_hopper", stack=0 if arch == 90 else 80)
-    assert len(found) == 18
-    check_code(found, arch)
+    result = compiled("test_attention", arch, "launch_on_hopper", stack=0 if arch == 90 else 80)
+    assert len(result) == 18
+    check_code(result, arch)

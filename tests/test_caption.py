@@ -529,14 +529,14 @@ def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys)
 def test_certainty_is_the_probability_of_the_tokens_that_need_the_clip():
     model, x = fresh(), torch.randn(2, 4, 3, 32, 32)
     ids, others = torch.tensor([[1, 7, 9, 2], [1, 7, 2, 0]]), torch.randn(2, 3, 4, 3, 32, 32)
-    found = c.certainty(model, x, others, ids, 2.0)
+    result = c.certainty(model, x, others, ids, 2.0)
     for i, wanted in enumerate(([7, 9, 2], [7, 2])):
         def logprobs(clip):
             logits = model(clip[None], torch.tensor([[1, *wanted[:-1]]]))[0][0] / 2
             return logits.log_softmax(-1).gather(1, torch.tensor(wanted)[:, None])[:, 0].detach()
         weights = 0.01 - torch.stack([logprobs(other) for other in others[i]]).mean(0)
         sure = (weights * logprobs(x[i])).sum() / weights.sum()
-        assert found[i].item() == pytest.approx(sure.exp().item(), rel=1e-4)
+        assert result[i].item() == pytest.approx(sure.exp().item(), rel=1e-4)
     assert c.run_temperature(Path("no such run")) == 1.0
 
 

@@ -110,9 +110,9 @@ def test_chunks_are_regrouped(monkeypatch):
     x = torch.randn(1, 2, 12, 5, 5)
     for sizes in ((12,), (1, 1, 10), (5, 0, 7), (2,) * 6):
         with torch.no_grad():
-            found = list(regroup(x.split(sizes, 2), 2, True))
-            assert [part.shape[2] for part in found] == [1, 4, 4, 3]
-            assert torch.equal(torch.cat(found, 2), x)
+            result = list(regroup(x.split(sizes, 2), 2, True))
+            assert [part.shape[2] for part in result] == [1, 4, 4, 3]
+            assert torch.equal(torch.cat(result, 2), x)
             later = [part.shape[2] for part in regroup(x.split(sizes, 2), 2, False)]
             assert later == [4, 4, 4]
         assert [part.shape[2] for part in regroup([x], 2, True)] == [12]         # with gradients

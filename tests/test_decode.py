@@ -64,10 +64,10 @@ def test_cached_tokens_are_those_of_the_whole_text(lengths, window):
         if start:
             cache.copy_prefix([row])
         if lengths[row] > start:
-            found = step(cache, part([row], lambda _: start, lengths.__getitem__),
+            result = step(cache, part([row], lambda _: start, lengths.__getitem__),
                          lengths[row] - start)
             for layer in layers:
-                torch.testing.assert_close(found[layer], exact(
+                torch.testing.assert_close(result[layer], exact(
                     whole[layer][row], slice(start, lengths[row])))
         cache.lengths[row] = lengths[row]
     for i in range(more):
@@ -76,9 +76,9 @@ def test_cached_tokens_are_those_of_the_whole_text(lengths, window):
             cache.select(rows)
         cache.plan()
         place = lambda row: lengths[row] + i
-        found = step(cache, part(rows, place, lambda row: place(row) + 1), 1)
+        result = step(cache, part(rows, place, lambda row: place(row) + 1), 1)
         for layer in layers:
-            for answer, row in zip(found[layer], rows):
+            for answer, row in zip(result[layer], rows):
                 torch.testing.assert_close(answer[None], exact(
                     whole[layer][row], slice(place(row), place(row) + 1)))
         cache.lengths = [length + 1 for length in cache.lengths]

@@ -227,16 +227,16 @@ def test_rows_do_not_depend_on_their_batch():
             (_, ids, score), = c.generate(model.decoder, [request], 1, 9, stop={7, 260}, **how)
             alone[request.key] = ids, round(score, 4)
         for batch in (2, 7):
-            found = {request.key: (ids, round(score, 4)) for request, ids, score in c.generate(
+            result = {request.key: (ids, round(score, 4)) for request, ids, score in c.generate(
                 model.decoder, requests_of(model, texts), batch, 9, stop={7, 260}, **how)}
-            assert found == alone
+            assert result == alone
         assert len({tuple(ids) for ids, _ in alone.values()}) > 1
     shared = list(range(40, 70))                             # and one that is their beginning alone
     texts = [model.request(str(n), ids, [], None, []) for n, ids in enumerate(
         ([*shared, 5, 6], [*shared, 7], shared[:29], shared))]
     alone = [answers_of(model, text) for text in texts]
-    found = {request.key: ids for request, ids, _ in c.generate(model.decoder, texts, 2, 9)}
-    assert [found[str(n)] for n in range(4)] == alone
+    result = {request.key: ids for request, ids, _ in c.generate(model.decoder, texts, 2, 9)}
+    assert [result[str(n)] for n in range(4)] == alone
     request = requests_of(model, [f"{'tell me more ' * 3}about 3"])[0]
     (_, ids, _), = c.generate(model.decoder, [request], 1, 9)
     for i in range(9):
@@ -351,12 +351,12 @@ def test_captions_summaries_scores_and_rejects(home, quick, tmp_path, monkeypatc
     monkeypatch.setattr(c, "fault", lambda text, style: "length" if "a" in text else None)
     quick(*options)
     folder = home / "data" / "set"
-    rows, found = prepare_data.open_dataset(folder), said(home, "both")
+    rows, result = prepare_data.open_dataset(folder), said(home, "both")
     refused_rows = [json.loads(line) for path in folder.glob("*.rejected-captions-both.jsonl")
                     for line in open(path)]
-    assert len(found) + len(refused_rows) == len(rows) == 10
+    assert len(result) + len(refused_rows) == len(rows) == 10
     assert all(row["rejected"] == "length" for row in refused_rows)
-    for row in found:
+    for row in result:
         assert set(row["scores"]) == {"logprob", "logprob_frames", "clip", "aesthetic"}
         assert -1 <= row["scores"]["clip"] <= 1 and row["prompt"].startswith("List what this image")
     figures = json.loads((folder / "captions-both.eval.json").read_text())
@@ -412,14 +412,14 @@ def clip_folder(folder):
 
 def published(name, layer):
     """One of torch's encoder layers under SigLIP's names."""
-    found, state = {}, layer.state_dict()
+    result, state = {}, layer.state_dict()
     for kind in ("weight", "bias"):
         for part, each in zip("qkv", state[f"self_attn.in_proj_{kind}"].chunk(3)):
-            found[f"{name}.self_attn.{part}_proj.{kind}"] = each
+            result[f"{name}.self_attn.{part}_proj.{kind}"] = each
         for theirs, ours in (("self_attn.out_proj", "self_attn.out_proj"), ("linear1", "mlp.fc1"),
                              ("linear2", "mlp.fc2"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2")):
-            found[f"{name}.{ours}.{kind}"] = state[f"{theirs}.{kind}"]
-    return found
+            result[f"{name}.{ours}.{kind}"] = state[f"{theirs}.{kind}"]
+    return result
 
 
 def test_siglip_scores_as_torchs_own_layers_do(tmp_path):

@@ -176,7 +176,7 @@ def test_what_stands_alone_was_encoded_alone(folder, monkeypatch):
         encode = lambda part: torch.cat(V.encode_long(model, V.to_tensor(part)[None]), 1)[0]
         parts = {f"{key}:last": (n - 1, n)}
         if whole.shape[1] >= 4:
-            middle, n_halves = clips.about[f"{key}:b"]["first_frame"], n_halves + 1
+            middle, n_halves = clips.info[f"{key}:b"]["first_frame"], n_halves + 1
             parts |= {f"{key}:a": (0, middle), f"{key}:b": (middle, n),
                       f"{key}:c": (n - 10, n - 5), f"{key}:d": (n - 5, n)}
             assert whole.shape[1] == sum(read(f"{key}:{half}").shape[1] for half in "ab")
@@ -185,9 +185,9 @@ def test_what_stands_alone_was_encoded_alone(folder, monkeypatch):
             assert f"{key}:a" not in clips.files
         for name, (start, stop) in parts.items():
             stop = start + V.fit_time(stop - start, 4)
-            assert clips.about[name]["frames"] == stop - start
-            alone = encode(frames[start:stop])
-            assert torch.allclose(read(name), alone, atol=2e-3 * alone.abs().max()), name
+            assert clips.info[name]["frames"] == stop - start
+            separate_parts = encode(frames[start:stop])
+            assert torch.allclose(read(name), separate_parts, atol=2e-3 * separate_parts.abs().max()), name
         still = encode(frames[:1])                           # why KEY:first needs no tensor
         assert torch.allclose(whole[:, :1].float(), still, atol=2e-3 * still.abs().max())
     assert 6 <= n_halves < 12
@@ -211,9 +211,9 @@ def test_draws_give_every_task_its_share(folder, monkeypatch):
     assert clips.draw_conditioning(clips.keys[0], 0, 0, 0.0) == [clips.keys[0]]
 
     key = next(key for key in clips.keys if f"{key}:a" in clips.files)
-    here = clips.about[f"{key}:b"]["first_frame"]
-    offsets = lambda target, *names: [at for _, at in clips.given_to(target, names, 0, 0)]
-    assert offsets(key, f"{key}:first", f"{key}:last") == [0, (clips.about[key]["frames"] - 1) / 8]
+    here = clips.info[f"{key}:b"]["first_frame"]
+    offsets = lambda target, *names: [at for _, at in clips.cond_latents(target, names, 0, 0)]
+    assert offsets(key, f"{key}:first", f"{key}:last") == [0, (clips.info[key]["frames"] - 1) / 8]
     assert offsets(f"{key}:b", f"{key}:a") == [-here / 8]
     assert offsets(f"{key}:a", f"{key}:b") == [here / 8]
 

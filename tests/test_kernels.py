@@ -187,12 +187,12 @@ def test_launches_go_to_the_tensors_device(monkeypatch):
     ("axes[1]", 3, lambda q, k, rows, axes: axes.__setitem__(1, 3)),
 ])
 @needs_interpreter
-def test_numbers_that_do_not_fit_are_named(backend, name, found, wrong):
+def test_numbers_that_do_not_fit_are_named(backend, name, result, wrong):
     bounds, keys, rows = cu([7, 13, 10]), cu([3, 20, 7]), torch.zeros(30, dtype=torch.int32)
     (q, k, v), (coords, freqs, axes) = randn(30, 3, 1, 16).unbind(1), where(30, 8)
     wrong(bounds, keys, rows, axes)
     own = backend == "torch" and not name.startswith("cu")          # of torch's own index_select
-    message = "out of" if own else re.escape(f"{name} must be in ") + rf"\d+\.\.\d+, got {found}$"
+    message = "out of" if own else re.escape(f"{name} must be in ") + rf"\d+\.\.\d+, got {result}$"
     with pytest.raises((IndexError, RuntimeError) if own else ValueError, match=message):
         attention.attention(q, k, v, bounds, keys)
         adaln.ln_modulate(q[:, 0], *randn(2, 3, 16), rows)

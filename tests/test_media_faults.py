@@ -29,17 +29,17 @@ def options(**told):
 
 def clips(path, **told):
     """([(row, suffix, bytes)], [rejects]) of a file."""
-    found = [(row, suffix, file.seek(0) or file.read()) if file else row for row, suffix, file in
+    result = [(row, suffix, file.seek(0) or file.read()) if file else row for row, suffix, file in
              pd.clips_of(path.parent, path.name, [], options(min_seconds=0, **told))]
-    return [one for one in found if isinstance(one, tuple)], \
-        [one for one in found if isinstance(one, dict)]
+    return [one for one in result if isinstance(one, tuple)], \
+        [one for one in result if isinstance(one, dict)]
 
 
 def frames_of(data):
     """(uint8 [T, H, W, 3], first frame) of a clip's bytes."""
     with av.open(io.BytesIO(data)) as container:
-        found = list(container.decode(video=0))
-    return np.stack([pd.Video(Path("x.mp4")).rgb(frame) for frame in found]), found[0]
+        result = list(container.decode(video=0))
+    return np.stack([pd.Video(Path("x.mp4")).rgb(frame) for frame in result]), result[0]
 
 
 def write(path, frames, codec="libx264", rate=24, pix_fmt="yuv420p", pts=None, base=None,
@@ -811,17 +811,17 @@ def of_size(path, size, random):
 @functools.cache
 def pixel_formats():
     """{pixel format: codecs} of all that this PyAV encodes by itself, to what a file can hold."""
-    found = {}
+    result = {}
     for name in sorted(av.codecs_available):
         with contextlib.suppress(ValueError):
             codec = av.Codec(name, "w")
             if codec.type == "video" and not re.search(
                     "_(qsv|nvenc|amf|v4l2m2m|vaapi|videotoolbox)|vnull|wrapped|a64|alias", name):
                 for one in codec.video_formats or ():
-                    found.setdefault(one.name, []).append(codec.name)
+                    result.setdefault(one.name, []).append(codec.name)
     first = ["ffv1", "rawvideo", "libx264", "libx265", "png", "tiff", "exr", "dpx"]
-    return {name: sorted(found[name], key=lambda one: (
-        first.index(one) if one in first else 99, one)) for name in sorted(found)}
+    return {name: sorted(result[name], key=lambda one: (
+        first.index(one) if one in first else 99, one)) for name in sorted(result)}
 
 
 def of_format(path, pix_fmt):

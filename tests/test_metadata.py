@@ -44,11 +44,11 @@ def captions(folder, name, text, sources, form=None):
     database.unlink(missing_ok=True)
     pd.read_metadata([path], form, sources, database)
     lost = [(name, reason, why) for reason, name, why in pd.query(database, None, "note, row, detail")]
-    found = {source: pd.facts_of(database, form, source) for source in sources}
-    lost += [(one["source"], one["reason"], one["detail"]) for _, rejects in found.values()
+    result = {source: pd.facts_of(database, form, source) for source in sources}
+    lost += [(one["source"], one["reason"], one["detail"]) for _, rejects in result.values()
              for one in rejects]
     return {source: [text for fact in facts for text in fact["captions"]]
-            for source, (facts, _) in found.items() if facts}, lost
+            for source, (facts, _) in result.items() if facts}, lost
 
 
 def line(capsys, call):
@@ -63,8 +63,8 @@ def line(capsys, call):
 
 def test_m13_folders_that_contradict_do_not_match(tmp_path):
     text = "video,caption\ncats/001.mp4,cat\ndogs/001.mp4,dog\ncats/002.mp4,cat 2\nbirds/002.mp4,bird\n"
-    found, lost = captions(tmp_path, "m.csv", text, ["cats/002.mp4", "dogs/001.mp4"])
-    assert found == {"cats/002.mp4": ["cat 2"], "dogs/001.mp4": ["dog"]}
+    result, lost = captions(tmp_path, "m.csv", text, ["cats/002.mp4", "dogs/001.mp4"])
+    assert result == {"cats/002.mp4": ["cat 2"], "dogs/001.mp4": ["dog"]}
     assert [(name, reason) for name, reason, _ in lost] == [
         ("cats/001.mp4", "missing video"), ("birds/002.mp4", "missing video")]
     assert "dogs/001.mp4 is in another folder" in lost[0][2]
@@ -76,8 +76,8 @@ def test_m06_paths_from_elsewhere(tmp_path, form):
     names = ["a/cats/001.mp4", "a/dogs/001.mp4", "b/dogs/001.mp4", "001.webm"]
     shown = [form.format(name.replace("/", "\\") if "\\" in form else name) for name in names]
     text = "video,caption\n" + "".join(f'"{one}",{n}\n' for n, one in enumerate(shown))
-    found, lost = captions(tmp_path, "m.csv", text, sorted(names))
-    assert found == {name: [str(n)] for n, name in enumerate(names)} and not lost
+    result, lost = captions(tmp_path, "m.csv", text, sorted(names))
+    assert result == {name: [str(n)] for n, name in enumerate(names)} and not lost
 
 
 def test_m13_the_longest_tail_wins_and_ties_are_listed(tmp_path):
@@ -85,12 +85,12 @@ def test_m13_the_longest_tail_wins_and_ties_are_listed(tmp_path):
     rows = {"p/b/x/001.mp4": "b/x/001.mp4", "x/001.mp4": None, "p/q/001.mp4": "001.mp4", "x/002": "b/x/002.mkv",
             "y/001": "b/y/001.avi", "001.mp4": "001.mp4", "z/002.mp4": 0, "dot.ted": "dot.ted.mp4", "002": "b/x/002.mkv"}
     text = "".join(json.dumps({"video": name, "caption": name}) + "\n" for name in rows)
-    found, lost = captions(tmp_path, "m.jsonl", text, sorted(names))
+    result, lost = captions(tmp_path, "m.jsonl", text, sorted(names))
     want = {}
     for name, source in rows.items():
         if source:
             want.setdefault(source, []).append(name)
-    assert found == want
+    assert result == want
     tie, gone = lost
     assert tie == ("x/001.mp4", "several videos of this name", "ambiguous: a/x/001.mp4, b/x/001.mp4")
     assert gone[:2] == ("z/002.mp4", "missing video")
@@ -110,22 +110,22 @@ def test_m07_any_normal_form(tmp_path, row, disk):
     names = ["ﬁlm/café ①.mp4", "がんば.mp4", "한국/plain.mp4"]
     sources = sorted(unicodedata.normalize(disk, name) for name in names)
     text = "video,caption\n" + "".join(f"{unicodedata.normalize(row, n)},{k}\n" for k, n in enumerate(names))
-    found, lost = captions(tmp_path, "m.csv", text, sources)
-    assert found == {unicodedata.normalize(disk, n): [str(k)] for k, n in enumerate(names)} and not lost
+    result, lost = captions(tmp_path, "m.csv", text, sources)
+    assert result == {unicodedata.normalize(disk, n): [str(k)] for k, n in enumerate(names)} and not lost
 
 
 def test_m07_two_spellings_on_disk_are_two_files(tmp_path):
     one, two = (unicodedata.normalize(form, "é.mp4") for form in ("NFC", "NFD"))
-    found, lost = captions(tmp_path, "m.csv", f"video,caption\n{one},c\n{two},d\n", sorted([one, two]))
-    assert found == {one: ["c"], two: ["d"]} and not lost
+    result, lost = captions(tmp_path, "m.csv", f"video,caption\n{one},c\n{two},d\n", sorted([one, two]))
+    assert result == {one: ["c"], two: ["d"]} and not lost
 
 
 def test_6b_names_that_are_no_text(tmp_path):
     """A file's name in Latin-1 matches a row in Latin-1, and harms no other."""
     odd = os.fsdecode(b"caf\xe9.mp4")
-    found, lost = captions(tmp_path, "m.csv", b"video,caption\nb.mp4,good\ncaf\xe9.mp4,odd\ngone\xff.mp4,x\n",
+    result, lost = captions(tmp_path, "m.csv", b"video,caption\nb.mp4,good\ncaf\xe9.mp4,odd\ngone\xff.mp4,x\n",
                            sorted([odd, "b.mp4"]))
-    assert found == {"b.mp4": ["good"], odd: ["odd"]} and lost[0][:2] == (r"gone\udcff.mp4", "missing video")
+    assert result == {"b.mp4": ["good"], odd: ["odd"]} and lost[0][:2] == (r"gone\udcff.mp4", "missing video")
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -133,17 +133,17 @@ def test_6b_names_that_are_no_text(tmp_path):
 def test_m02_tsv_has_no_quoting(tmp_path):
     texts = ["plain", '"Stop" he said', '"unpaired', "a, b", 'ends in one"', "last"]
     text = "video\tcaption\n" + "".join(f"v{n}.mp4\t{one}\n" for n, one in enumerate(texts))
-    found, lost = captions(tmp_path, "m.tsv", text, [f"v{n}.mp4" for n in range(6)])
-    assert found == {f"v{n}.mp4": [one] for n, one in enumerate(texts)} and not lost
+    result, lost = captions(tmp_path, "m.tsv", text, [f"v{n}.mp4" for n in range(6)])
+    assert result == {f"v{n}.mp4": [one] for n, one in enumerate(texts)} and not lost
 
 
 @pytest.mark.parametrize("later", ["c,plain", 'c,"a, b"', 'c,"b"', 'c,a 5" screen', 'c,"again'])
 def test_m02_a_mark_that_nothing_closes_costs_its_line(tmp_path, later):
     lines = ["video,caption", "a.mp4,first", 'b.mp4,"unfinished by a man', "d.mp4,mid", later.replace("c,", "c.mp4,"),
              "e.mp4,last"]
-    found, lost = captions(tmp_path, "m.csv", "\n".join(lines) + "\n", [f"{n}.mp4" for n in "abcde"])
-    assert {"a.mp4", "d.mp4", "e.mp4"} <= {*found} and "b.mp4" not in found and found["e.mp4"] == ["last"]
-    assert ("c.mp4" in found) == ("again" not in later)
+    result, lost = captions(tmp_path, "m.csv", "\n".join(lines) + "\n", [f"{n}.mp4" for n in "abcde"])
+    assert {"a.mp4", "d.mp4", "e.mp4"} <= {*result} and "b.mp4" not in result and result["e.mp4"] == ["last"]
+    assert ("c.mp4" in result) == ("again" not in later)
     assert {why for *_, why in lost} >= {lost[0][2]} and "nothing closes" in lost[0][2]
 
 
@@ -151,11 +151,11 @@ def test_m02_captions_of_several_lines_stay(tmp_path):
     rows = [["a.mp4", "one\ntwo, three\n\nfour"], ["b.mp4", 'said "no"\nand, "yes"'], ["c.mp4", "x"]]
     out = io.StringIO()
     csv.writer(out).writerows([["video", "caption"], *rows])
-    found, lost = captions(tmp_path, "m.csv", out.getvalue(), ["a.mp4", "b.mp4", "c.mp4"])
-    assert found == {name: [text] for name, text in rows} and not lost
+    result, lost = captions(tmp_path, "m.csv", out.getvalue(), ["a.mp4", "b.mp4", "c.mp4"])
+    assert result == {name: [text] for name, text in rows} and not lost
     text = "video,caption\n" + 'a.mp4,"opened' + "\nc.mp4,x" * 5000
-    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "c.mp4"])
-    assert len(found["c.mp4"]) == 5000 and len(lost) == 1
+    result, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "c.mp4"])
+    assert len(result["c.mp4"]) == 5000 and len(lost) == 1
 
 
 @pytest.mark.parametrize("head, cell", [
@@ -164,25 +164,25 @@ def test_m02_captions_of_several_lines_stay(tmp_path):
     ("\ufeffvideo,caption", "{},A man"), ("split,FILE,Caption", "train,{},A man")])
 def test_m03_m04_tables_as_people_write_them(tmp_path, head, cell):
     text = "\r\n".join([head, cell.format("a.mp4"), "", cell.format("b.mp4")])
-    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
+    result, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
     want = cell.split("{}")[1].lstrip(",;\t ").rstrip(",")
-    assert found == {"a.mp4": [want], "b.mp4": [want]} and not lost
+    assert result == {"a.mp4": [want], "b.mp4": [want]} and not lost
 
 
 def test_m03_cells_that_cannot_be_told_are_rejects(tmp_path):
     text = "video,caption,score\na.mp4,A man, walking,1\nb.mp4,good,2\nc.mp4\n"
-    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4", "c.mp4"])
-    assert found == {"b.mp4": ["good"]} and "4 cells for 3 columns" in lost[0][2] and "1 cells" in lost[1][2]
+    result, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4", "c.mp4"])
+    assert result == {"b.mp4": ["good"]} and "4 cells for 3 columns" in lost[0][2] and "1 cells" in lost[1][2]
 
 
 @pytest.mark.parametrize("none", ["", "nan", "NaN", "NULL", "None", " null "])
 def test_m10_what_is_no_caption(tmp_path, none):
-    found, _ = captions(tmp_path, "m.csv", f"video,caption\na.mp4,{none}\nb.mp4,12\n", ["a.mp4", "b.mp4"])
-    assert found == {"a.mp4": [], "b.mp4": ["12"]}
+    result, _ = captions(tmp_path, "m.csv", f"video,caption\na.mp4,{none}\nb.mp4,12\n", ["a.mp4", "b.mp4"])
+    assert result == {"a.mp4": [], "b.mp4": ["12"]}
     rows = [{"video": "a.mp4", "caption": one} for one in (none, None, float("nan"), [none, None], {"x": none})]
     rows.append({"video": "b.mp4", "caption": "None of them walks"})
-    found, lost = captions(tmp_path, "m.json", json.dumps(rows), ["a.mp4", "b.mp4"])
-    assert found == {"a.mp4": [], "b.mp4": ["None of them walks"]} and not lost
+    result, lost = captions(tmp_path, "m.json", json.dumps(rows), ["a.mp4", "b.mp4"])
+    assert result == {"a.mp4": [], "b.mp4": ["None of them walks"]} and not lost
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -200,8 +200,8 @@ def test_m05_metadata_that_captions_nothing_is_an_error(tmp_path, capsys, name, 
 
 def test_m05_metadata_without_captions_that_tells_more(tmp_path, capsys):
     for text in ("video,label,url\na.mp4,cat,http://x\n", "video,start,end\na.mp4,1,2\n", "video,aes\na.mp4,5\n"):
-        found, _ = captions(tmp_path, "m.csv", text, ["a.mp4"])
-        assert found == {"a.mp4": []} and "no row of" in capsys.readouterr().err
+        result, _ = captions(tmp_path, "m.csv", text, ["a.mp4"])
+        assert result == {"a.mp4": []} and "no row of" in capsys.readouterr().err
     captions(tmp_path, "m.csv", "video,caption\n0.mp4,x\n", [f"{n}.mp4" for n in range(11)])
     assert "names 1 of 11 files" in capsys.readouterr().err
 
@@ -250,8 +250,8 @@ def test_m08_one_reader_of_text(tmp_path, code):
     for name, text in {"m.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
                        "m.json": json.dumps(rows, ensure_ascii=False), "m.csv": f"video,caption\r\na.mp4,{TEXT}\r\nb.mp4,b",
                        "m.tsv": f"video\tcaption\na.mp4\t{TEXT}\nb.mp4\tb\n"}.items():
-        found, lost = captions(tmp_path, name, mark + text.encode(code), ["a.mp4", "b.mp4"])
-        assert found == {"a.mp4": [TEXT], "b.mp4": ["b"]} and not lost, name
+        result, lost = captions(tmp_path, name, mark + text.encode(code), ["a.mp4", "b.mp4"])
+        assert result == {"a.mp4": [TEXT], "b.mp4": ["b"]} and not lost, name
     assert pd.as_text(mark + TEXT.encode(code)) == TEXT
     assert pd.lines_of("a\u2028b\x85c\x0bd\r\ne\n") == ["a\u2028b\x85c\x0bd", "e", ""]
 
@@ -261,8 +261,8 @@ def test_m08_what_is_no_text_is_named(tmp_path, capsys):
         pd.as_text("mały".encode("cp1250"))
     with pytest.raises(ValueError, match="zero bytes"):
         pd.as_text("café".encode("utf-16-le"))
-    found, lost = captions(tmp_path, "m.csv", "video,caption\na.mp4,mały\nb.mp4,plain\n".encode("cp1250"), ["a.mp4", "b.mp4"])
-    assert found == {"b.mp4": ["plain"]} and "'³' in cp1252" in lost[0][2]
+    result, lost = captions(tmp_path, "m.csv", "video,caption\na.mp4,mały\nb.mp4,plain\n".encode("cp1250"), ["a.mp4", "b.mp4"])
+    assert result == {"b.mp4": ["plain"]} and "'³' in cp1252" in lost[0][2]
     assert "1 rows of" in (said := capsys.readouterr().err) and "the first is row 1: it holds byte 0xb3" in said
     data = "video,caption\na.mp4,b\n".encode("utf-16-le")
     assert "zero bytes" in line(capsys, lambda: captions(tmp_path, "m.csv", data, ["a.mp4"]))
@@ -321,19 +321,19 @@ BAD = {"deep": '{"video": "a.mp4", "caption": ' + "[" * 100_000 + "]" * 100_000 
 def test_6a_6b_one_damaged_record_costs_that_record(tmp_path, bad, gap):
     good = [f'{{"video": "b.mp4", "caption": "{n}", "more": {{"x": ["{"-" * 500}"]}}}}' for n in range(5000)]
     text = "[" + gap.join([*good[:3000], BAD[bad], *good[3000:]]) + "]"                 # more than a read, 1 MiB
-    found, lost = captions(tmp_path, "m.json", text, ["a.mp4", "b.mp4"])
-    assert len(found["b.mp4"]) == 5000 and found["b.mp4"][-1] == "4999" and 1 <= len(lost) < 4
+    result, lost = captions(tmp_path, "m.json", text, ["a.mp4", "b.mp4"])
+    assert len(result["b.mp4"]) == 5000 and result["b.mp4"][-1] == "4999" and 1 <= len(lost) < 4
     text = GOOD + BAD[bad] + "\n" + GOOD
-    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
-    assert found["b.mp4"] == ["good", "good"] and "a.mp4" not in {k for k, v in found.items() if v} and lost
-    found, _ = captions(tmp_path, "m.jsonl", '{"video": "a.mp4", "caption": "x", "score": 1' + "0" * 400 + "}", ["a.mp4"])
-    assert found == {"a.mp4": ["x"]}
+    result, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
+    assert result["b.mp4"] == ["good", "good"] and "a.mp4" not in {k for k, v in result.items() if v} and lost
+    result, _ = captions(tmp_path, "m.jsonl", '{"video": "a.mp4", "caption": "x", "score": 1' + "0" * 400 + "}", ["a.mp4"])
+    assert result == {"a.mp4": ["x"]}
 
 
 def test_6e_json_is_read_in_linear_time(tmp_path):
     since = time.process_time()
-    found, _ = captions(tmp_path, "m.json", " " * 2**20 + "[" + " " * 2**20 + GOOD + "]", ["b.mp4"])
-    assert found == {"b.mp4": ["good"]}
+    result, _ = captions(tmp_path, "m.json", " " * 2**20 + "[" + " " * 2**20 + GOOD + "]", ["b.mp4"])
+    assert result == {"b.mp4": ["good"]}
     path = write(tmp_path / "n.json", "[" + "[" * 2**22)
     with pd.open_text(path) as file:
         assert len(list(pd.json_items(file))) == 1
@@ -392,8 +392,8 @@ def test_d13_d14_thumbnails_and_links(tmp_path):
     sources, n_others, n_pictures = pd.find_sources(top, tmp_path / "out", None)
     assert [name for name, _ in sources] == ["a.mp4", "b.jpg", "link/d.mp4", "link/deep/e.mp4", "sub/a.png", "sub/c.mov"]
     assert n_pictures == 2
-    found, lost = captions(tmp_path, "m.csv", "video,caption\na,x\nc,y\n", [name for name, _ in sources if name != "sub/a.png"])
-    assert found == {"a.mp4": ["x"], "sub/c.mov": ["y"]} and not lost
+    result, lost = captions(tmp_path, "m.csv", "video,caption\na,x\nc,y\n", [name for name, _ in sources if name != "sub/a.png"])
+    assert result == {"a.mp4": ["x"], "sub/c.mov": ["y"]} and not lost
 
 
 def test_d13_yt_dlp_end_to_end(tmp_path):
@@ -494,8 +494,8 @@ def test_r05_labels_that_are_numbers(capsys):
     rows = [{"label": label, "captions": []} for label in (*labels, None)]
     for options, known, n in (({"kind": "dit", "classes": 1001}, [], 1000), ({"kind": "dit", "classes": 3}, None, 12),
                               ({"kind": "gpt", "classes": 12}, [], 12)):
-        *_, found = D.open_texts(None, None, "set", options, known, rows, [], "cpu")
-        assert found == [str(n) for n in range(n)] and options["classes"] == n + (options["kind"] != "gpt")
+        *_, result = D.open_texts(None, None, "set", options, known, rows, [], "cpu")
+        assert result == [str(n) for n in range(n)] and options["classes"] == n + (options["kind"] != "gpt")
         assert f"{n} classes, in this order: 0, 1, 2, 3," in capsys.readouterr().err
 
 
@@ -576,8 +576,8 @@ def test_linked_members_and_capitals_of_tars(tmp_path):
     with tarfile.open(tmp_path / "UP.TAR", "w") as tar:
         for name in ("a.mp4", "b.mp4"):
             tar.add(tmp_path / name, f"./{name}")
-    found = pd.members(tmp_path / "UP.TAR")
-    assert found["a.mp4"] == found["b.mp4"] and found["a.mp4"][1] == 5
+    result = pd.members(tmp_path / "UP.TAR")
+    assert result["a.mp4"] == result["b.mp4"] and result["a.mp4"][1] == 5
 
 
 # -- mutated inputs --------------------------------------------------------------------------------
@@ -635,14 +635,14 @@ def test_6b_fuzz_only_the_errors_that_are_meant(tmp_path, capsys, form, n):
             json.dumps(pd.told("x/a.mp4", facts, 0.0, 1.0)).encode()
             continue
         try:
-            found, lost = captions(tmp_path, name, data, sources, form)
+            result, lost = captions(tmp_path, name, data, sources, form)
         except SystemExit as left:
             assert left.code == 2, data
             said = [one for one in capsys.readouterr().err.splitlines() if not one.startswith("warning: ")]
             assert len(said) == 1 and said[0].startswith(Path(sys.argv[0]).name), data
             continue
-        kept += any(found.values())
-        for texts in found.values():
+        kept += any(result.values())
+        for texts in result.values():
             "".join(texts).encode()                                     # what a tokenizer can take
         json.dumps(lost, ensure_ascii=False).encode()
         assert time.process_time() - since < 10, data
@@ -669,8 +669,8 @@ def test_m12_columns_of_captions_of_other_names(tmp_path):
     talk = [{"from": "human", "value": "q?"}, {"from": "gpt", "value": "said"}]
     rows = [{"video": "a", "captions": ["x", "y"]}, {"video": "b", "caption": "", "Captions": "z"}, {"video": "c", "conversations": talk},
             {"video": "d", "messages": [{"role": "assistant", "content": "m"}], "prompt": float("nan")}, {"video": "e", "caption": "c", "text": "t"}]
-    found, lost = captions(tmp_path, "m.json", json.dumps(rows), [f"{n}.mp4" for n in "abcde"])
-    assert found == {"a.mp4": ["x", "y"], "b.mp4": ["z"], "c.mp4": ["said"], "d.mp4": ["m"], "e.mp4": ["c"]} and not lost
+    result, lost = captions(tmp_path, "m.json", json.dumps(rows), [f"{n}.mp4" for n in "abcde"])
+    assert result == {"a.mp4": ["x", "y"], "b.mp4": ["z"], "c.mp4": ["said"], "d.mp4": ["m"], "e.mp4": ["c"]} and not lost
     assert "prompt" not in pd.read_row(rows[3], None, None)[0]
 
 
@@ -692,8 +692,8 @@ def test_m12_captions_with_times_of_their_own():
     ('video,file,caption\na.mp4,"C:\\x\\",one\nb.mp4,"C:\\x\\y",C:\\z\\"q"\n', ["one", 'C:\\z\\"q"']),
     ('\n\nvideo;caption\na.mp4;one\nb.mp4;two\n', ["one", "two"])])
 def test_m02_blanks_before_marks_and_backslashes_in_texts(tmp_path, text, cells):
-    found, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
-    assert found == {"a.mp4": [cells[0]], "b.mp4": [cells[1]]} and not lost
+    result, lost = captions(tmp_path, "m.csv", text, ["a.mp4", "b.mp4"])
+    assert result == {"a.mp4": [cells[0]], "b.mp4": [cells[1]]} and not lost
 
 
 @pytest.mark.parametrize("head, texts, read", [
@@ -705,8 +705,8 @@ def test_m02_blanks_before_marks_and_backslashes_in_texts(tmp_path, text, cells)
 def test_m02_marks_of_a_tsv_count_where_all_are_as_a_writer_sets_them(tmp_path, head, texts, read):
     for end in ("\n", "\r\n"):
         text = head + end + "".join(f"{n}.mp4\t{one}{end}" for n, one in zip("abc", texts))
-        found, lost = captions(tmp_path, "m.tsv", text, ["a.mp4", "b.mp4", "c.mp4"])
-        assert found == {f"{n}.mp4": [one] for n, one in zip("abc", read)} and not lost
+        result, lost = captions(tmp_path, "m.tsv", text, ["a.mp4", "b.mp4", "c.mp4"])
+        assert result == {f"{n}.mp4": [one] for n, one in zip("abc", read)} and not lost
 
 
 def test_m08_utf16_that_lacks_bytes(tmp_path, capsys):
@@ -714,8 +714,8 @@ def test_m08_utf16_that_lacks_bytes(tmp_path, capsys):
     for cut in (data[:-1], data[:50] + data[51:]):                      # the second: all behind it is other words
         assert "m.csv is damaged: 69 bytes, and UTF-16" in line(capsys, lambda: captions(tmp_path, "m.csv", cut, ["a.mp4"]))
     half = b"\xff\xfe" + "video,caption\na.mp4,x\ud83dy\nb.mp4,two\n".encode("utf-16-le", "surrogatepass")
-    found, lost = captions(tmp_path, "m.csv", half, ["a.mp4", "b.mp4"])
-    assert found == {"b.mp4": ["two"]} and "half a character" in lost[0][2]
+    result, lost = captions(tmp_path, "m.csv", half, ["a.mp4", "b.mp4"])
+    assert result == {"b.mp4": ["two"]} and "half a character" in lost[0][2]
 
 
 @pytest.mark.parametrize("name, text, form, says", [
@@ -733,20 +733,20 @@ def test_m05_the_true_reason_where_no_row_is_of_use(tmp_path, capsys, name, text
 
 def test_m06_a_column_that_names_no_file_gives_way_to_one_that_does(tmp_path):
     text = '{"video": 1, "path": "c/a.mp4", "caption": "x"}\n{"video": NaN, "file": "b.mp4", "caption": "y"}\n'
-    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
-    assert found == {"a.mp4": ["x"], "b.mp4": ["y"]} and not lost
+    result, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
+    assert result == {"a.mp4": ["x"], "b.mp4": ["y"]} and not lost
 
 
 def test_raw_tabs_and_line_ends_in_json(tmp_path):
     row = '{"video": "%s.mp4", "caption": "one\ttab\n\nand more"}'
     for name, text in (("m.json", f"[{row % 'a'},\n{row % 'b'}]"), ("m.jsonl", f"{row % 'a'}\n{row % 'b'}\n")):
-        found, lost = captions(tmp_path, name, text, ["a.mp4", "b.mp4"])
-        assert found == {f"{n}.mp4": ["one\ttab\n\nand more"] for n in "ab"} and not lost
+        result, lost = captions(tmp_path, name, text, ["a.mp4", "b.mp4"])
+        assert result == {f"{n}.mp4": ["one\ttab\n\nand more"] for n in "ab"} and not lost
     facts, rejects = pd.beside("a.mp4", {".json": (row % "a").encode()})
     assert facts[0]["captions"] == ["one\ttab\n\nand more"] and not rejects
     text = '{"video": "a.mp4", "caption": "cut\n{"video": "b.mp4", "caption": "good"}\n{"video": "a.mp4", "caption": "cut'
-    found, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
-    assert found == {"b.mp4": ["good"]} and len(lost) == 2
+    result, lost = captions(tmp_path, "m.jsonl", text, ["a.mp4", "b.mp4"])
+    assert result == {"b.mp4": ["good"]} and len(lost) == 2
 
 
 @pytest.mark.parametrize("text", ['{"' * 100_000, '{"a":[' * 30_000, '{"a":' * 50_000 + "1" + "}" * 50_000,
@@ -756,8 +756,8 @@ def test_6e_json_of_mere_damage_is_read_in_linear_time(tmp_path, text):
     since = time.process_time()
     list(pd.json_items(io.StringIO(f"[{text}")))
     assert time.process_time() - since < 6
-    found = list(pd.json_items(io.StringIO(f"[{text}" + "," * 1000 + '{"video": "a"}]')))
-    assert found[-1] == {"video": "a"} or isinstance(found[-1], ValueError)
+    result = list(pd.json_items(io.StringIO(f"[{text}" + "," * 1000 + '{"video": "a"}]')))
+    assert result[-1] == {"video": "a"} or isinstance(result[-1], ValueError)
 
 
 def test_captions_that_reach_no_clip_are_listed(tmp_path):
@@ -810,8 +810,8 @@ def test_w01_links_in_tars(tmp_path):
             head = tarfile.TarInfo(name)
             head.type, head.linkname, head.size = (kind, target, 0) if kind else (tarfile.REGTYPE, "", target)
             tar.addfile(head, io.BytesIO(b"video"[:head.size]))
-    found, wrong = pd.archive_index(tmp_path / "x.tar")
-    assert {*found} == {"a/0.mp4", "b/late.mp4", "b/again.mp4", "hard.mp4"} and len({*found.values()}) == 1
+    result, wrong = pd.archive_index(tmp_path / "x.tar")
+    assert {*result} == {"a/0.mp4", "b/late.mp4", "b/again.mp4", "hard.mp4"} and len({*result.values()}) == 1
     assert wrong == "2 links to nothing in it: dead.mp4"
 
 
@@ -1038,8 +1038,8 @@ def test_m08_text_in_code_pages_that_can_be_told(tmp_path, capsys):
     for text, code in ((GERMAN, "cp1252"), (FRENCH, "cp1252"), ("naïve façade", "latin-1"), ("a man—tall…", "cp1252"), (RUSSIAN, "cp1251"),
                        ("Ходит пёс, объявление №5", "cp1251")):
         assert pd.as_text(text.encode(code)) == text and pd.as_text(text.encode()) == text
-        found, lost = captions(tmp_path, "m.csv", f"video;caption\r\na.mp4;{text}\r\n".encode(code), ["a.mp4"])
-        assert found == {"a.mp4": [text]} and not lost and "m.csv is not in UTF-8, and is read as cp125" in capsys.readouterr().err
+        result, lost = captions(tmp_path, "m.csv", f"video;caption\r\na.mp4;{text}\r\n".encode(code), ["a.mp4"])
+        assert result == {"a.mp4": [text]} and not lost and "m.csv is not in UTF-8, and is read as cp125" in capsys.readouterr().err
     for text, code in (("Żółta łódź płynie", "cp1250"), ("příliš žluťoučký kůň", "cp1250"), ("şişe ağaç ıslak", "cp1254"), ("привет мир Как", "koi8-r"),
                        ("быстро бежит", "koi8-r"), ("μια γυναίκα περπατά", "cp1253"), ("ילדה רצה ברחוב", "cp1255"), ("طفلة تجري في", "cp1256"),
                        ("一个女孩在跑步", "gbk"), ("女の子が走る", "shift-jis"), ("소녀가 달린다", "euc-kr"), ("Девочка бежит", "cp866"), ("Девочка бежит", "iso8859-5"),
@@ -1070,15 +1070,15 @@ def test_m08_texts_beside_files_in_a_code_page(tmp_path):
     "clip-id,Sentence", "name,caption", "media_path,Dense Caption", "url,caption"])
 def test_m04_usual_names_of_columns(tmp_path, head):
     comma = next(one for one in ",;\t" if one in head)
-    found, lost = captions(tmp_path, "m.csv", f"{head}\nx/a.mp4{comma}one\nhttp://h/x/b.mp4{comma}two\n", ["x/a.mp4", "x/b.mp4"])
-    assert found == {"x/a.mp4": ["one"], "x/b.mp4": ["two"]} and not lost
+    result, lost = captions(tmp_path, "m.csv", f"{head}\nx/a.mp4{comma}one\nhttp://h/x/b.mp4{comma}two\n", ["x/a.mp4", "x/b.mp4"])
+    assert result == {"x/a.mp4": ["one"], "x/b.mp4": ["two"]} and not lost
 
 
 def test_m04_ids_give_way_to_paths_and_prompts_to_captions(tmp_path):
     rows = [{"id": "b", "video_path": "a.mp4", "prompt": "q?", "caption": "one"}, {"id": "b", "file": "gone.mp4", "caption": "of none"},
             {"id": 7, "video": "b.mp4", "text": "", "description": "two", "prompt": "q?"}, {"video": "c.mp4", "prompt": "three", "aes": 5.5}]
-    found, lost = captions(tmp_path, "m.json", json.dumps(rows), ["a.mp4", "b.mp4", "c.mp4"])
-    assert found == {"a.mp4": ["one"], "b.mp4": ["two"], "c.mp4": ["three"]} and [one[:2] for one in lost] == [("gone.mp4", "missing video")]
+    result, lost = captions(tmp_path, "m.json", json.dumps(rows), ["a.mp4", "b.mp4", "c.mp4"])
+    assert result == {"a.mp4": ["one"], "b.mp4": ["two"], "c.mp4": ["three"]} and [one[:2] for one in lost] == [("gone.mp4", "missing video")]
     fact, = pd.read_row(rows[0], None, None)
     assert fact["prompt"] == "q?" and "scores" not in fact
     fact, = pd.read_row(rows[3], None, None)
@@ -1099,8 +1099,8 @@ def test_m04_ids_give_way_to_paths_and_prompts_to_captions(tmp_path):
     ("m.json", '{"0": {"video": "a.mp4", "caption": "one two"}, "1": {"video": "b.mp4", "caption": "three"}}'),
     ("m.json", json.dumps({"a.mp4": "one two", "b": "three"}, indent=2)), ("m.json", '[\n{"file_name": "a.mp4", "text": "one two"},\n{"file_name": "b", "text": "three"}\n]')])
 def test_m04_layouts_as_other_programs_write_them(tmp_path, name, text):
-    found, lost = captions(tmp_path, name, text, ["a.mp4", "x/b.mp4"])
-    assert found == {"a.mp4": ["one two"], "x/b.mp4": ["three"]} and not lost
+    result, lost = captions(tmp_path, name, text, ["a.mp4", "x/b.mp4"])
+    assert result == {"a.mp4": ["one two"], "x/b.mp4": ["three"]} and not lost
 
 
 def test_m04_captions_with_spans(tmp_path):
@@ -1111,7 +1111,7 @@ def test_m04_captions_with_spans(tmp_path):
     row = [{"video": "a", "timestamp": [1, "0:02"], "caption": "c"}]
     for text, spans in ((net, [(0.5, 2, ["one"]), (2, 9.5, ["two"])]), (cook, [(1, 2, ["cut"]), (2, 4, ["stir"])]), (row, [(1, 2, ["c"])])):
         name = "v_a.mp4" if text is net else "a.mp4"
-        found, lost = captions(tmp_path, "m.json", json.dumps(text), [name, "v_b.mp4"])
+        result, lost = captions(tmp_path, "m.json", json.dumps(text), [name, "v_b.mp4"])
         facts, _ = pd.facts_of(tmp_path / "facts.db", "json", name)
         assert [(f["start"], f["end"], f["captions"]) for f in facts] == spans
         assert [why for *_, why in lost] == ["lists of unequal lengths"] * (text is net)

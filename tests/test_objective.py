@@ -42,8 +42,8 @@ def test_every_prediction_is_read_as_the_same_truth(path, prediction):
     how, (x0, noise, t) = D.Objective(prediction, path), drawn()
     x, output = D.interpolate(how, x0, noise, t), true_output(how, x0, noise, t)
     velocity = D.target(D.Objective("velocity", path), x0, noise, t)
-    for found, wanted in zip(D.to_velocity_x0_noise(how, output, x, t), (velocity, x0, noise)):
-        assert torch.allclose(found, wanted, atol=1e-10)
+    for result, wanted in zip(D.to_velocity_x0_noise(how, output, x, t), (velocity, x0, noise)):
+        assert torch.allclose(result, wanted, atol=1e-10)
     drift, score = sample.drift_score(how, D.to_velocity_x0_noise(how, output, x, t), t)
     assert torch.allclose(drift, velocity)
     assert torch.allclose(score, -noise / D.interpolant(path, t)[1])

@@ -189,18 +189,18 @@ def wan_forward(case):
     """Clips come as a batch (x, context, timestep) or one by one (x0, context0, timestep0, …)."""
     model, layout, _ = D.load_published(case.folder)
     model.requires_grad_(True)
-    found = {}
+    result = {}
     if case["x"] is not None:
         x = case["x"].requires_grad_()
         outs = denoise(model, list(x), case["timestep"], list(case["context"]), case["image_tokens"])
-        found["out"] = torch.stack(outs)
-        (found["out"] * case["probe"]).sum().backward()
-        found["grad.x"] = x.grad
+        result["out"] = torch.stack(outs)
+        (result["out"] * case["probe"]).sum().backward()
+        result["grad.x"] = x.grad
         for name, clips in (("image", case["x_image"]), ("uniform", case["x"])):
             times = case[f"timestep_{name}"]
             if times is not None:
                 texts = list(case["context"])[:len(times)]
-                found[f"out_{name}"] = torch.stack(denoise(model, list(clips), times, texts))
+                result[f"out_{name}"] = torch.stack(denoise(model, list(clips), times, texts))
     else:
         n = sum(f"x{i}" in case.tensors for i in range(99))
         each = lambda name: [case[f"{name}{i}"] for i in range(n)]
@@ -209,8 +209,8 @@ def wan_forward(case):
         times = each("timestep") if times is None else times
         outs = denoise(model, clips, times, each("context"), case["image_tokens"])
         sum((out * probe).sum() for out, probe in zip(outs, each("probe"))).backward()
-        found = {f"out{i}": out for i, out in enumerate(outs)}
-    return {**gradients(case, model, layout), **found}
+        result = {f"out{i}": out for i, out in enumerate(outs)}
+    return {**gradients(case, model, layout), **result}
 
 
 # ---- text encoders
@@ -248,10 +248,10 @@ def wan_text(case):
     embeds = torch.zeros(*ids.shape, encoder.embed.embedding_dim)
     for i, text in enumerate(encoder.encode(cleaned, about["max_length"])):
         embeds[i, :len(text)] = text
-    found = {f"after_block{i}": x * mask[:, :, None] for i, x in blocks.items()} | {
+    result = {f"after_block{i}": x * mask[:, :, None] for i, x in blocks.items()} | {
         "input_ids": ids, "attention_mask": mask, "lengths": mask.sum(1), "embeds": embeds,
         "embeds_sum_over_tokens": embeds.sum(1)}
-    return {name: found[name][:, :x.shape[1]] if x.dim() == 3 else found[name]
+    return {name: result[name][:, :x.shape[1]] if x.dim() == 3 else result[name]
             for name, x in case.tensors.items()}
 
 # ---- published captioners and language models
@@ -263,7 +263,7 @@ SEEN = (r"(<\|vision_start\|>)?(<image>|<video>|<image_placeholder>|<img>.*?</im
 def read_prompts(case, model):
     """[(prefix of the names, Request, pixels, is_video)]: the prompts that a folder records, read as
     the script reads them."""
-    about, found = case.about, []
+    about, result = case.about, []
     main, images = about["prompt"], about.get("images", [])
     if case.system == "videollava":
         asked = [("", main, about["frames"], True), ("image_", about["image_prompt"], images, False)]
@@ -277,8 +277,8 @@ def read_prompts(case, model):
         text = "\0" + text if files and "\0" not in text else text       # CogVLM: pictures first
         read = model.read(text, frames, is_video, about.get("second_per_grid", 1.0))
         request, = model.requests([prefix], [read])
-        found.append((prefix, request, read[1], is_video))
-    return found
+        result.append((prefix, request, read[1], is_video))
+    return result
 
 
 def published_ids(case, name, request):
@@ -296,7 +296,7 @@ def published_ids(case, name, request):
 
 def seen_of(case, model, prefix, request, pixels, is_video):
     """Pixels and features under the names that folders use."""
-    found, seen = {}, torch.tensor(request.ids) < 0
+    result, seen = {}, torch.tensor(request.ids) < 0
     features = request.x[seen]
     taken, tower = {}, model.video_tower if is_video and model.video_tower else model.tower
     hook = tower.register_forward_hook(lambda *call: taken.update(out=call[-1]))
@@ -308,17 +308,17 @@ def seen_of(case, model, prefix, request, pixels, is_video):
             of_video = kind == "videos"
             if of_video == is_video and (kind != "images" or prefix):
                 parts = [each[0] if isinstance(each, tuple) else each for each in pixels]
-                found[name] = parts[int(kind)] if kind.isdigit() else (
+                result[name] = parts[int(kind)] if kind.isdigit() else (
                     parts[0] if recorded.dim() == 2 else torch.stack(parts).view(recorded.shape))
         elif name.endswith("grid_thw") and name.startswith("video" if is_video else "image"):
-            found[name] = torch.tensor([pixels[0][1]])
+            result[name] = torch.tensor([pixels[0][1]])
         elif name == ("video_features" if is_video else "image_features"):
-            found[name] = features.view(recorded.shape)
+            result[name] = features.view(recorded.shape)
         elif name == "vision_features" or name == ("vision_features_video" if is_video else
                                                    "vision_features_image"):
             lacks = recorded.shape[1] - taken["out"].shape[1]            # CLS, which nothing reads
-            found[name] = torch.cat([recorded[:, :lacks], taken["out"]], 1)
-    return found
+            result[name] = torch.cat([recorded[:, :lacks], taken["out"]], 1)
+    return result
 
 
 @handles("llama")
@@ -342,31 +342,31 @@ def published_model(case):
     """Ids, pixels, features, positions, logits, and the greedy tokens: alone, and in a batch with
     rows of other lengths, one of which ends early and makes room."""
     model = caption.open_vlm(case.folder)
-    plan, found = model.plan, {}
+    plan, result = model.plan, {}
     for prefix, request, pixels, is_video in read_prompts(case, model):
-        found[f"{prefix}input_ids"] = published_ids(case, f"{prefix}input_ids", request)
+        result[f"{prefix}input_ids"] = published_ids(case, f"{prefix}input_ids", request)
         if pixels:
-            found.update(seen_of(case, model, prefix, request, pixels, is_video))
-        found[f"{prefix}position_ids"] = request.positions
+            result.update(seen_of(case, model, prefix, request, pixels, is_video))
+        result[f"{prefix}position_ids"] = request.positions
         if plan.stack.expert < 0:
-            found["vision_expert_mask"] = request.image
-            found["token_type_ids"] = torch.tensor(request.ids) < 0
+            result["vision_expert_mask"] = request.image
+            result["token_type_ids"] = torch.tensor(request.ids) < 0
         ids, seen = torch.tensor(request.ids), torch.tensor(request.ids) < 0
         if "image_bounds" in case.tensors:
             edges = F.pad(seen.int(), (1, 1)).diff()
-            found["image_bounds"] = torch.stack([(edges == 1).nonzero()[:, 0],
+            result["image_bounds"] = torch.stack([(edges == 1).nonzero()[:, 0],
                                                  (edges == -1).nonzero()[:, 0]], 1)
         h = model.decoder(request.x[None], request.positions[..., None, :], prompts=torch.tensor(
             [len(ids)]), image=request.image[None] if plan.stack.expert else None)
         recorded = case.tensors[f"{prefix}logits"]
-        found[f"{prefix}logits"] = model.decoder.logits(h)[0, -len(recorded):]
+        result[f"{prefix}logits"] = model.decoder.logits(h)[0, -len(recorded):]
         texts = [model.request(f"{n}", *model.read("x" * n), []) for n in (1, 30, 7)]
         alone = list(caption.generate(model.decoder, [request], 1, 12))
         mixed = list(caption.generate(model.decoder, [texts[0], request, *texts[1:]], 2, 12))
         for row, tokens, score in mixed + alone:
             if row is request:
-                assert found.setdefault(f"{prefix}generated", torch.tensor(tokens)).tolist() == tokens
-    return found
+                assert result.setdefault(f"{prefix}generated", torch.tensor(tokens)).tolist() == tokens
+    return result
 
 
 @handles("caption-metrics")
@@ -389,14 +389,14 @@ def published_scores(case):
 
 def published_gradients(model, layout):
     """{name in a file: gradient}, with an image model's queries, keys and values apart."""
-    found = {}
+    result = {}
     for own, name in V.published_names(model, layout).items():
         p = model.get_parameter(own)
         grad = torch.zeros_like(p) if p.grad is None else p.grad
         parts = grad.chunk(3) if layout == "image" and ".to_qkv." in name else [grad]
         names = [name] if len(parts) == 1 else [name.replace("to_qkv", f"to_{p}") for p in "qkv"]
-        found.update(zip(names, parts))
-    return found
+        result.update(zip(names, parts))
+    return result
 
 
 @handles("autoencoder_kl", "encode")
@@ -426,7 +426,7 @@ def wan_autoencoder(case):
     """The intermediate values are the levels' outputs; odd sizes are encoded only."""
     model, config = V.load_published(case.weights)
     assert config["latents_mean"] == pytest.approx(case.about["latents_mean"])
-    (mean, std), found = V.normaliser(config), {}
+    (mean, std), result = V.normaliser(config), {}
     for name in [n.removeprefix("video") for n in case.tensors if n.startswith("video")]:
         seen = {}
         spots = {**{f"{side}_{i}": level for side in ("encoder", "decoder")
@@ -434,11 +434,11 @@ def wan_autoencoder(case):
         hooks = [level.register_forward_hook(lambda *call, spot=spot: seen.update({spot: call[-1]}))
                  for spot, level in spots.items()]
         means, logvar = model.encode(case[f"video{name}"])
-        found[f"moments{name}"] = torch.cat([means, logvar], 1)
-        found[f"latents{name}"] = (means - mean) / std
+        result[f"moments{name}"] = torch.cat([means, logvar], 1)
+        result[f"latents{name}"] = (means - mean) / std
         if case[f"z{name}"] is not None:
             z = case[f"z{name}"] * std + mean
-            found[f"decoded{name}"] = model.decode(z).clamp(-1, 1)
+            result[f"decoded{name}"] = model.decode(z).clamp(-1, 1)
         for hook in hooks:
             hook.remove()
         if case[f"probe_decoded{name}"] is not None:
@@ -449,7 +449,7 @@ def wan_autoencoder(case):
             moments = torch.cat(exact.encode(video), 1)
             x = exact.decode(z * std + mean).clamp(-1, 1)
             ((moments * probes[0]).sum() + (x * probes[1]).sum()).backward()
-            found.update({f"grad{name}.{published}": grad.reshape(
+            result.update({f"grad{name}.{published}": grad.reshape(
                 case.tensors.get(f"grad{name}.{published}", grad).shape) for published, grad in
                 published_gradients(exact, case.about["layout"]).items()})
         last = len(model.encoder) - 1
@@ -458,8 +458,8 @@ def wan_autoencoder(case):
                           ("dec_conv1", "decoder_0"), ("dec_middle", "decoder_1"),
                           ("dec_mid", "decoder_1"), ("dec_up0", "decoder_2"),
                           ("dec_up1", "decoder_3")):
-            found[f"mid{name}.{mid}"] = seen.get(spot)
-    return found
+            result[f"mid{name}.{mid}"] = seen.get(spot)
+    return result
 
 
 @handles("videogpt_vqvae", "encode")
@@ -500,11 +500,11 @@ def all_cases():
         yield from (Case(path.parent, check) for check in checks)
 
 
-def compare(case, found):
+def compare(case, result):
     for name in case.wanted():
         recorded = case.tensors[name]
-        assert name in found, f"{name} was not computed"
-        ours = found[name].detach()
+        assert name in result, f"{name} was not computed"
+        ours = result[name].detach()
         assert ours.shape == recorded.shape, f"{name}: {tuple(ours.shape)}, {tuple(recorded.shape)}"
         if not recorded.is_floating_point():
             assert torch.equal(ours.to(recorded.dtype), recorded), name
@@ -769,7 +769,7 @@ def uvit_sampling(case):
 @handles("wan-pipeline")
 def wan_pipeline(case):
     """A published folder from prompt to pixels, through sample.py's own Sampler."""
-    about, found, noise = case.about, {}, case["noise"]
+    about, result, noise = case.about, {}, case["noise"]
     batched = noise.dim() == 5
     noise = noise[0] if batched else noise
     whole = lambda z: z[None] if batched else z
@@ -787,8 +787,8 @@ def wan_pipeline(case):
         near, far = read(about["prompt"]), read(about["negative_prompt"])
         if "i2v" in name:
             mean, _ = sampler.part("vae")[0].encode(case["image"][:, :, None])
-            found["image_latents"] = (mean - sampler.mean) / sampler.std
-            first = found["image_latents"][0]
+            result["image_latents"] = (mean - sampler.mean) / sampler.std
+            first = result["image_latents"][0]
         assert tuple(noise.shape) == sampler.latent_shape(*(about[key] for key in (
             "num_frames", "height", "width")))
         job = sample.SamplingJob(tuple(noise.shape), 16.0, near, far, noise, first=first)
@@ -804,12 +804,12 @@ def wan_pipeline(case):
         told = 1000 * times[:-1]
         video = torch.cat(list(D.decode_long(sampler.part("vae")[0], (
             latents * sampler.std + sampler.mean)[None])), 2).clamp(-1, 1)
-        found |= {f"{name}.latents": whole(latents), f"{name}.sigmas": times, f"{name}.timesteps":
+        result |= {f"{name}.latents": whole(latents), f"{name}.sigmas": times, f"{name}.timesteps":
                   told.floor() if args.grid in sample.WAN_GRIDS else told,
                   f"{name}.video": video if batched else video[0]}
-        found |= {f"{name}.{what}_step{i}": x for what, each in (("v", velocities), ("latents", steps))
+        result |= {f"{name}.{what}_step{i}": x for what, each in (("v", velocities), ("latents", steps))
                   for i, x in enumerate(each)}
-    return {**found, "prompt_embeds": whole(near), "negative_embeds": whole(far)}
+    return {**result, "prompt_embeds": whole(near), "negative_embeds": whole(far)}
 
 
 @handles("schedulers", "scheduler")
@@ -830,14 +830,14 @@ def scheduler(case):
         sigma[0] = min(sigma[0], 1.0 if kwargs["scheduler"] == "FlowEuler" else 1 - 1e-6)
         alpha, told = 1 - sigma, 1000 * sigma[:-1]
         told = told if kwargs["scheduler"] == "FlowEuler" else told.floor()
-        found = {"out.sigmas": sigma}
+        result = {"out.sigmas": sigma}
     else:
         spacing = "karras" if config.get("use_karras_sigmas") else config["timestep_spacing"]
         final = (1.0, 0.0) if config.get("set_alpha_to_one", True) else None
         ends = config["beta_start"], config["beta_end"]
         told, alpha, sigma = sample.stepped_grid(config["beta_schedule"], n, spacing, final, ends,
                                                  config.get("steps_offset", 0))
-        found = {"out.sigmas": sigma / alpha}
+        result = {"out.sigmas": sigma / alpha}
 
     def predict(x, i):
         out, (s, c) = a * x + b * torch.cos(0.003 * told[i].float()), (sigma[i].to(x), alpha[i].to(x))
@@ -863,7 +863,7 @@ def scheduler(case):
     else:
         steps = {"DPM": sample.dpm_pp, "UniPC": sample.unipc}[kwargs["scheduler"]](
             predict, z, alpha, sigma)
-    return {**found, "out.timesteps": told.float(), "out.samples": steps_of(steps)}
+    return {**result, "out.timesteps": told.float(), "out.samples": steps_of(steps)}
 
 
 @pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.id)

@@ -55,10 +55,10 @@ def run_here(folder, command, status=0):
             contextlib.redirect_stderr(io.StringIO())) as err, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         try:
-            found = importlib.import_module(command[0][:-3]).main(command[1:]) or 0
+            result = importlib.import_module(command[0][:-3]).main(command[1:]) or 0
         except SystemExit as end:
-            found = end.code
-    assert found == status, f"{command}: {found}\n{err.getvalue()[-3000:]}"
+            result = end.code
+    assert result == status, f"{command}: {result}\n{err.getvalue()[-3000:]}"
     return out.getvalue(), err.getvalue()
 
 

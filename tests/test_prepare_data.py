@@ -220,10 +220,10 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(made):
     """{source: its rows}, by the reader that later stages use."""
-    found = {}
+    result = {}
     for row in pd.open_dataset(made / "data/set"):
-        found.setdefault(row["source"], []).append(row)
-    return found
+        result.setdefault(row["source"], []).append(row)
+    return result
 
 
 def clip(made, rows, source, n=0):
@@ -417,8 +417,8 @@ def test_pieces_of_the_length_that_was_asked_for_are_kept(tmp_path, capsys, monk
             (["--split", "seconds"], [13, 12, 13, 12, 10]), (["--split", "seconds", "--min_seconds", "0.5"],
                                                              [13, 12, 13, 12]), ([], [12] * 5))):
         pd.main([f"set{i}", "--videos", "in", "--workers", "1", "--max_seconds", "0.5", *options])
-        found = [row["frames"] for row in pd.open_dataset(tmp_path / f"data/set{i}")]
-        assert sorted(found) == sorted(frames) and ("min_seconds" in " ".join(options)) == bool(
+        result = [row["frames"] for row in pd.open_dataset(tmp_path / f"data/set{i}")]
+        assert sorted(result) == sorted(frames) and ("min_seconds" in " ".join(options)) == bool(
             pd.read_rows(tmp_path / f"data/set{i}/rejected.jsonl"))
     pd.main(["set0", "--report"])
     assert (tmp_path / "data/set0/report/report.txt").is_file()

@@ -177,42 +177,42 @@ def weights(shapes, seed=0):
 def lm_shapes(t, bias=False, qk=False, head=True):
     D, A, ffn = t["hidden_size"], t["num_attention_heads"], t["intermediate_size"]
     KV, E = t.get("num_key_value_heads") or A, t.get("head_dim") or D // A
-    found = {"model.embed_tokens.weight": (t["vocab_size"], D), "model.norm.weight": (D,)}
-    found |= {"lm_head.weight": (t["vocab_size"], D)} if head else {}
+    result = {"model.embed_tokens.weight": (t["vocab_size"], D), "model.norm.weight": (D,)}
+    result |= {"lm_head.weight": (t["vocab_size"], D)} if head else {}
     for i in range(t["num_hidden_layers"]):
         p = f"model.layers.{i}."
         for n, out in ("q", A), ("k", KV), ("v", KV):
-            found[f"{p}self_attn.{n}_proj.weight"] = out * E, D
+            result[f"{p}self_attn.{n}_proj.weight"] = out * E, D
             if bias:
-                found[f"{p}self_attn.{n}_proj.bias"] = out * E,
-        found |= {f"{p}self_attn.o_proj.weight": (D, A * E), f"{p}mlp.gate_proj.weight": (ffn, D),
+                result[f"{p}self_attn.{n}_proj.bias"] = out * E,
+        result |= {f"{p}self_attn.o_proj.weight": (D, A * E), f"{p}mlp.gate_proj.weight": (ffn, D),
                   f"{p}mlp.up_proj.weight": (ffn, D), f"{p}mlp.down_proj.weight": (D, ffn),
                   f"{p}input_layernorm.weight": (D,), f"{p}post_attention_layernorm.weight": (D,)}
-        found |= {f"{p}self_attn.{n}_norm.weight": (E,) for n in "qk"} if qk else {}
-    return found
+        result |= {f"{p}self_attn.{n}_norm.weight": (E,) for n in "qk"} if qk else {}
+    return result
 
 
 def layer_shapes(p, D, ffn, depth):
-    found = {}
+    result = {}
     for i in range(depth):
         for n, out, into in (("layer_norm1", D, 0), ("layer_norm2", D, 0), ("mlp.fc1", ffn, D),
                              ("mlp.fc2", D, ffn), *((f"self_attn.{n}_proj", D, D)
                                                     for n in ("q", "k", "v", "out"))):
-            found[f"{p}layers.{i}.{n}.weight"] = (out, into) if into else (out,)
-            found[f"{p}layers.{i}.{n}.bias"] = (out,)
-    return found
+            result[f"{p}layers.{i}.{n}.weight"] = (out, into) if into else (out,)
+            result[f"{p}layers.{i}.{n}.bias"] = (out,)
+    return result
 
 
 def vit_shapes(v, p="", is_siglip=False, image=224):
     D, patch = v["hidden_size"], v.get("patch_size", 32)
     n = (v.get("image_size", image) // patch) ** 2
-    found = {f"{p}embeddings.patch_embedding.weight": (D, 3, patch, patch),
+    result = {f"{p}embeddings.patch_embedding.weight": (D, 3, patch, patch),
              f"{p}embeddings.position_embedding.weight": (n + (not is_siglip), D),
              f"{p}post_layernorm.weight": (D,), f"{p}post_layernorm.bias": (D,)}
-    found |= {f"{p}embeddings.patch_embedding.bias": (D,)} if is_siglip else {
+    result |= {f"{p}embeddings.patch_embedding.bias": (D,)} if is_siglip else {
         f"{p}embeddings.class_embedding": (D,), f"{p}pre_layrnorm.weight": (D,),
         f"{p}pre_layrnorm.bias": (D,)}
-    return found | layer_shapes(f"{p}encoder.", D, v["intermediate_size"], v["num_hidden_layers"])
+    return result | layer_shapes(f"{p}encoder.", D, v["intermediate_size"], v["num_hidden_layers"])
 
 
 def folder_of(folder, config, tensors, tokenizer=True, **files):
@@ -918,8 +918,8 @@ def test_slow_llama_tokenizers_by_what_legacy_says(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"transformers_version": by}))
         tokens = c.Tokens(tmp_path)
         for text, both in wanted.items():
-            found = [pieces.id_to_piece(i) if i < image else "<image>" for i in tokens.encode(text)]
-            assert " ".join(found) == both[is_new], (text, said, by)
+            result = [pieces.id_to_piece(i) if i < image else "<image>" for i in tokens.encode(text)]
+            assert " ".join(result) == both[is_new], (text, said, by)
         assert tokens.decode(tokens.encode("a dog")) == "a dog" and tokens.first == [1]
 
 
@@ -1086,8 +1086,8 @@ def test_p02_text_encoders_under_wrappers_names(before, tmp_path):
     want = c.open_text_encoder(folder_of(tmp_path / "want", config, tensors)).encode(["a dog"])[0]
     for bare in (False, True):
         named = {before + (n.removeprefix("text_model.") if bare else n): w for n, w in tensors.items()}
-        found = c.open_text_encoder(folder_of(tmp_path / f"{bare}", config, named)).encode(["a dog"])[0]
-        assert torch.equal(found, want)
+        result = c.open_text_encoder(folder_of(tmp_path / f"{bare}", config, named)).encode(["a dog"])[0]
+        assert torch.equal(result, want)
     scored, whole = whole_clip()
     scorer = scorer_of(folder_of(tmp_path / "clip", scored, {before + n: w for n, w in whole.items()}))
     assert torch.equal(scorer.model.visual.weight, whole["visual_projection.weight"])
@@ -1214,9 +1214,9 @@ def test_answers_are_held_back_as_generation_config_says(penalty, size, where, t
     assert any(wanted[i] != greedy(model, ids, 12) for i, ids in enumerate(prompts))
     requests = [model.request(str(i), ids, [], None, []) for i, ids in enumerate(prompts)]
     for batch in (1, 3):
-        found = {int(request.key): ids for request, ids, _ in c.generate(
+        result = {int(request.key): ids for request, ids, _ in c.generate(
             model.decoder, requests, batch, 12, penalties=model.penalties)}
-        assert [found[i] for i in range(3)] == wanted
+        assert [result[i] for i in range(3)] == wanted
     (_, ids, score), = c.generate(model.decoder, requests[:1], 1, 1, penalties=model.penalties)
     raw = logits_of(model, requests[0])[-1].log_softmax(-1)[ids[0]]
     assert score == pytest.approx(float(raw), abs=1e-5)                      # the model's own
@@ -1399,8 +1399,8 @@ def test_v05_shards_without_an_index(form, tmp_path, capsys):
     torch.save({"a": torch.ones(9)}, stray) if stray.suffix == ".bin" else save_file({"a": torch.ones(9)}, stray)
     assert str(c.read_tensors(tmp_path)) == str(kept)
     write("model.fp32-{}.safetensors", {name: t + 1 for name, t in kept.items()})   # better than half
-    found = c.read_tensors(tmp_path)
-    assert found.keys() == kept.keys() and found["c"][0] == (2 if "16" not in form else 3)
+    result = c.read_tensors(tmp_path)
+    assert result.keys() == kept.keys() and result["c"][0] == (2 if "16" not in form else 3)
     for path in tmp_path.glob("*fp32*"):
         path.unlink()
     (tmp_path / form.format("00002-of-00003")).unlink()
@@ -1583,8 +1583,8 @@ def test_a_folder_that_was_saved_twice(tmp_path, capsys):
 def test_p02_state_dicts_in_training_checkpoints(wrap, tmp_path):
     state = {"model.norm.weight": torch.arange(3.0), "lm_head.weight": torch.ones(2, 3)}
     torch.save(wrap(state), tmp_path / "pytorch_model.bin")
-    found = c.published_tensors(tmp_path, c.LM_MARK)
-    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    result = c.published_tensors(tmp_path, c.LM_MARK)
+    assert result.keys() == state.keys() and all(torch.equal(result[k], state[k]) for k in state)
 
 
 @pytest.mark.parametrize("before", ["", "module.", "base_model.model.", "wrapped.pipe.", "net._orig_mod."])
@@ -1600,8 +1600,8 @@ def test_p02_one_rule_for_what_stands_before_names(before):
             (c.LM_MARK, "", "language_model.model.embed_tokens.weight vision_tower.a"),
             (c.LM_MARK, "", "model.language_model.embed_tokens.weight model.visual.a lm_head.weight")):
         beside = {"text_encoders.a": 0} if before.startswith("wrapped") else {}
-        found = V.unwrapped({**{before + name: i for i, name in enumerate(names.split())}, **beside}, mark, ours)
-        assert found == {name: i for i, name in enumerate(names.split())}, (mark, before)
+        result = V.unwrapped({**{before + name: i for i, name in enumerate(names.split())}, **beside}, mark, ours)
+        assert result == {name: i for i, name in enumerate(names.split())}, (mark, before)
 
 
 def test_a_vocabulary_with_holes(tmp_path):

@@ -162,9 +162,9 @@ def test_hub_configs_of_wan_equal_the_reference_with_defaults_left_out(name, tmp
     assert set(own) != set(theirs)
     least = {key: value for key, value in config.items() if usual.get(key) != value}
     for said in (config, least, {"_class_name": config["_class_name"], **heads}):
-        found, told, options = D.load_published(written(tmp_path / "it", said, state))
+        result, told, options = D.load_published(written(tmp_path / "it", said, state))
         assert told == layout and options["heads"] == model.blocks[0].attn.heads
-        out = ours(found, x, torch.tensor(371.0), text, image)
+        out = ours(result, x, torch.tensor(371.0), text, image)
         assert (out - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
@@ -200,20 +200,20 @@ PRECISIONS = {
 def test_p05_p01_weights_of_any_precision_are_read_as_float32(kind, tmp_path):
     config, state, io = wan_fixture()
     stored = {name: PRECISIONS[kind](name, x) for name, x in state.items()}
-    found, _, _ = D.load_published(written(tmp_path, config, stored))
-    back = D.to_published(found.state_dict(), "diffusers", found)
-    assert all(x.dtype == torch.float32 for x in found.state_dict().values())
+    result, _, _ = D.load_published(written(tmp_path, config, stored))
+    back = D.to_published(result.state_dict(), "diffusers", result)
+    assert all(x.dtype == torch.float32 for x in result.state_dict().values())
     assert all(torch.equal(back[name], x.float()) for name, x in stored.items())
     exact, _, _ = D.load_published(FIXTURES / "wan-denoiser-diffusers")
     x, t, text = io["x"][0], io["timestep"][0], io["context"][0]
-    out, near = (ours(model, x, t, text) for model in (found, exact))
+    out, near = (ours(model, x, t, text) for model in (result, exact))
     assert 0 < (out - near).abs().max() < (2.0 if kind == "e5m2" else 0.3) * near.abs().max()
     assert (near - io["out"][0]).abs().max() < 1e-4 * near.abs().max()
     init = SimpleNamespace(init=str(tmp_path), heads=None, model="wan")        # train_dit.py --init
     options, _, weights = D.start_from(init, None)
     model = D.Denoiser(**options)
     model.load_state_dict(weights)
-    assert torch.equal(model.dit.embed.weight, found.embed.weight)
+    assert torch.equal(model.dit.embed.weight, result.embed.weight)
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "module.", "model.",
@@ -221,9 +221,9 @@ def test_p05_p01_weights_of_any_precision_are_read_as_float32(kind, tmp_path):
 def test_p02_prefixed_names_are_read(prefix, tmp_path):
     config, state, _ = wan_fixture()
     more = {"first_stage_model.a.weight": torch.ones(1)} if "model" in prefix else {}
-    found, _, _ = D.load_published(written(tmp_path, config, {
+    result, _, _ = D.load_published(written(tmp_path, config, {
         **{prefix + name: x for name, x in state.items()}, **more}))
-    assert torch.equal(found.embed.weight, state["patch_embedding.weight"].flatten(1))
+    assert torch.equal(result.embed.weight, state["patch_embedding.weight"].flatten(1))
     dit = D.DiT(4, 64, 1, 1, (1, 2, 2), 8, own_table=True, positions="sincos", classes=11, grid=(4, 4))
     dit_state = D.to_published(dit.state_dict(), "dit", dit)
     named = {prefix + name: x for name, x in dit_state.items()}
@@ -244,16 +244,16 @@ def test_p05_files_of_half_precision_are_read_as_float32(tmp_path):
     for state in (D.to_published(dit.state_dict(), "dit", dit), uvit.state_dict()):
         for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
             torch.save({name: x.to(dtype) for name, x in state.items()}, tmp_path / "net.pt")
-            found = D.load_published(tmp_path / "net.pt", 1)[0]
-            assert all(x.dtype == torch.float32 for x in found.state_dict().values())
+            result = D.load_published(tmp_path / "net.pt", 1)[0]
+            assert all(x.dtype == torch.float32 for x in result.state_dict().values())
 
 
 def test_configs_without_a_class_and_folders_without_a_part_say_what_is_missing(tmp_path, capsys):
     """A Wan's keys tell its class; nothing else does. A pointer of Git LFS is no damaged config."""
     config, state, io = wan_fixture()
     nameless = {key: value for key, value in config.items() if key != "_class_name"}
-    found, layout, _ = D.load_published(written(tmp_path / "wan", nameless, state))
-    assert layout == "diffusers" and torch.equal(found.embed.weight, D.load_published(
+    result, layout, _ = D.load_published(written(tmp_path / "wan", nameless, state))
+    assert layout == "diffusers" and torch.equal(result.embed.weight, D.load_published(
         FIXTURES / "wan-denoiser-diffusers")[0].embed.weight)
     told = refused(capsys, D.load_published, written(tmp_path / "bare", {"eps": 1e-6}, state))
     assert 'names no _class_name: fetch the published one, or add "_class_name", one of WanModel' in told
@@ -285,12 +285,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, capsys):
             files = [p for p in place.rglob("*") if p.suffix in (".safetensors", ".pth", ".pt")
                      and p.name != "io.safetensors"] if place.is_dir() else [place]
             path, = files
-            found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-            assert name in found, sorted(found)[:5]
-            found = {n: x.clone() for n, x in found.items()}
-            found[name].view(-1)[1] = value
+            result = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+            assert name in result, sorted(result)[:5]
+            result = {n: x.clone() for n, x in result.items()}
+            result[name].view(-1)[1] = value
             path.unlink()
-            (save_file if path.suffix == ".safetensors" else torch.save)(found, path)
+            (save_file if path.suffix == ".safetensors" else torch.save)(result, path)
             assert f"{name} holds 1 numbers" in refused(capsys, load, place)
 
 
@@ -322,9 +322,9 @@ def test_a_lora_in_the_place_of_a_model_is_named(made, tmp_path, capsys):
 
 def test_names_inside_that_wrappers_make_are_taken_off(tmp_path):
     config, state, _ = wan_fixture()
-    found, _, _ = D.load_published(written(tmp_path, config, {
+    result, _, _ = D.load_published(written(tmp_path, config, {
         name.replace("blocks.0.", "blocks.0._orig_mod."): x for name, x in state.items()}))
-    assert len(found.blocks) == config["num_layers"]
+    assert len(result.blocks) == config["num_layers"]
 
 
 def test_files_of_every_naming_are_found(tmp_path, capsys):
@@ -399,10 +399,10 @@ def test_hub_configs_of_image_autoencoders(name, tmp_path):
         parts = model.state_dict()[own].chunk(3) if ".to_qkv." in name else [model.state_dict()[own]]
         state |= {name.replace("to_qkv", f"to_{p}"): x.clone() for p, x in zip("qkv", parts)}
     folder = written(tmp_path, config, state)
-    found, about = V.load_autoencoder(folder)
+    result, about = V.load_autoencoder(folder)
     video = torch.randn(1, 3, 1, 16, 24)
     mean, _ = model.encode(video)
-    assert torch.equal(found.encode(video)[0], mean) and torch.equal(found.decode(mean), model.decode(mean))
+    assert torch.equal(result.encode(video)[0], mean) and torch.equal(result.decode(mean), model.decode(mean))
     m, s = V.normaliser(about)
     wanted = (mean - (config.get("shift_factor") or 0)) * config.get("scaling_factor", 0.18215)
     if config.get("latents_mean"):
@@ -428,9 +428,9 @@ def test_hub_configs_of_wans_autoencoder(kind, tmp_path):
                latents_std=about["latents_std"], num_res_blocks=2, temperal_downsample=[False, True, True], z_dim=16)
     new = dict(old, decoder_base_dim=None, is_residual=False, in_channels=3, out_channels=3, patch_size=None,
                scale_factor_temporal=4, scale_factor_spatial=8, clip_output=True)
-    found = [V.load_autoencoder(written(tmp_path, config, state))[1] for config in (
+    result = [V.load_autoencoder(written(tmp_path, config, state))[1] for config in (
         old, new, {"_class_name": "AutoencoderKLWan", "base_dim": 3})]
-    assert found[0] == found[1] == found[2]
+    assert result[0] == result[1] == result[2]
     model, _ = V.load_autoencoder(tmp_path)
     mean, std = V.normaliser(about)
     away = ((model.encode(io["video.5"])[0] - mean) / std - io["latents.5"]).abs().max() / io["latents.5"].abs().max()
@@ -607,8 +607,8 @@ def test_a_checkpoints_kind_is_that_of_what_is_nearest(said, name, kind, tmp_pat
     file, _ = trained((tmp_path / name).parent, said, Path(name).name)
     V.say_once.cache_clear()
     capsys.readouterr()
-    found = D.load_published(file)[0].trained
-    assert found["kind"] == (kind or "dit") and found["is_said"] == bool(said)
+    result = D.load_published(file)[0].trained
+    assert result["kind"] == (kind or "dit") and result["is_said"] == bool(said)
     assert ("does not say whether" in capsys.readouterr().err) == (not kind)
     if "checkpoints" in name:                # the training's folder stands for its last checkpoint
         trained(file.parent, {"model": "SiT-S/2", "path_type": "GVP"}, "1000000.pt")
@@ -763,14 +763,14 @@ def test_time_steps_are_whole_where_the_published_ones_are(tmp_path):
             s = shift * s / (1 + (shift - 1) * s)
             s[0] = min(s[0], 1 - 1e-6)
             args = SimpleNamespace(grid=("diffusers", "unipc"), steps=n, rules={}, ends=(1, 0), sampler="unipc")
-            found = torch.floor(1000 * S.flow_points(args, D.Objective(), shift))[:-1]
-            assert found.tolist() == (s * 1000).astype(np.int64).tolist(), (n, shift)
-            assert told is None or np.allclose(told, found, atol=1e-3)
+            result = torch.floor(1000 * S.flow_points(args, D.Objective(), shift))[:-1]
+            assert result.tolist() == (s * 1000).astype(np.int64).tolist(), (n, shift)
+            assert told is None or np.allclose(told, result, atol=1e-3)
             args.grid, args.sampler = ("diffusers", "dpm++"), "dpm++"
             s = 1 - np.linspace(1, 1 / 1000, n + 1)
             s = np.flip(shift * s / (1 + (shift - 1) * s))[:-1]
-            found = torch.floor(1000 * S.flow_points(args, D.Objective(), shift))[:-1]
-            assert found.tolist() == (s * 1000).astype(np.int64).tolist(), (n, shift)
+            result = torch.floor(1000 * S.flow_points(args, D.Objective(), shift))[:-1]
+            assert result.tolist() == (s * 1000).astype(np.int64).tolist(), (n, shift)
 
 
 @pytest.mark.parametrize("path", ["ddpm", "sd"])
@@ -796,8 +796,8 @@ def test_ddim_goes_by_diffusers_grid(spacing, path):
             told.append(1000 * float(t) - off)
             eps = 0.4 * x + math.cos(0.003 * told[-1])
             return None, (x - at[1] * eps) / at[0], eps, None
-        *_, found = S.trajectory(args, D.Objective("noise", path), read, torch.ones(1, 1).double(), None, 1.0, 1.0, None)
-        assert np.allclose(told, steps, atol=1e-3) and found.item() == pytest.approx(x, rel=1e-4), (n, spacing)
+        *_, result = S.trajectory(args, D.Objective("noise", path), read, torch.ones(1, 1).double(), None, 1.0, 1.0, None)
+        assert np.allclose(told, steps, atol=1e-3) and result.item() == pytest.approx(x, rel=1e-4), (n, spacing)
 
 
 def test_a_fixed_variance_is_the_large_one():
@@ -872,16 +872,16 @@ def test_p05_half_folders_are_sampled_at_both_dtypes_and_the_picture_is_seen_who
 def test_the_first_frame_is_scaled_as_each_published_code_does():
     picture = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     x = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
-    found = S.as_frame(picture, 32, 48, 16, "wan")                     # nearly its shape: all of it
-    assert torch.allclose(found[:, 0], F.interpolate(x, (32, 48), mode="bicubic")[0], atol=1e-6)
-    found = S.as_frame(picture, 32, 48, 16, "diffusers")
+    result = S.as_frame(picture, 32, 48, 16, "wan")                     # nearly its shape: all of it
+    assert torch.allclose(result[:, 0], F.interpolate(x, (32, 48), mode="bicubic")[0], atol=1e-6)
+    result = S.as_frame(picture, 32, 48, 16, "diffusers")
     pil = np.array(Image.fromarray(picture).resize((48, 32), Image.Resampling.LANCZOS))
-    assert torch.allclose(found, V.to_tensor(pil[None]))
+    assert torch.allclose(result, V.to_tensor(pil[None]))
     for layout in ("wan", "diffusers"):                                # another shape: cut, not bent
         wide = np.tile(picture[:, :1], (1, 200, 1))
         wide[:, 60:140] = np.arange(80, dtype=np.uint8)[None, :, None]
-        found = S.as_frame(wide, 48, 48, 16, layout)
-        assert found.shape == (3, 1, 48, 48) and (found[0, 0, 20].diff() > -0.02).all()
+        result = S.as_frame(wide, 48, 48, 16, layout)
+        assert result.shape == (3, 1, 48, 48) and (result[0, 0, 20].diff() > -0.02).all()
         same = S.as_frame(picture, 50, 70, 16, layout)
         assert torch.allclose(same, V.to_tensor(picture[None]), atol=1e-5)
 
@@ -985,9 +985,9 @@ def test_what_an_image_encoder_lacks_is_named_as_its_file_names_it(i2v, tmp_path
             ("wan", S.WAN_CLIP, "visual.pre_norm", "visual.pre_norm.weight is missing")):
         place = shutil.copytree(i2v / layout, tmp_path / "it")
         path = place / file
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        found = {name: x.clone() for name, x in found.items() if drop not in name}
-        (save_file if path.suffix == ".safetensors" else torch.save)(found, path)
+        result = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        result = {name: x.clone() for name, x in result.items() if drop not in name}
+        (save_file if path.suffix == ".safetensors" else torch.save)(result, path)
         told = refused(capsys, S.open_image_encoder, place, "cpu")
         assert says in told and "tower." not in told, told
         shutil.rmtree(place)
@@ -1017,8 +1017,8 @@ def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
     for prefix in ("", "module.", "image_encoder.", "clip.", "_orig_mod."):
         for strip in (False, True):
             named = lambda name: prefix + (name.removeprefix("vision_model.") if strip else name)
-            found = S.open_image_encoder(folder(name=named), "cpu")(picture)
-            assert torch.equal(found, wanted), (prefix, strip)
+            result = S.open_image_encoder(folder(name=named), "cpu")(picture)
+            assert torch.equal(result, wanted), (prefix, strip)
         folder(whole, lambda name: prefix + name, {prefix + name: x for name, x in text.items()}
                | {prefix + "logit_scale": torch.ones(())})
         assert torch.equal(S.open_image_encoder(place, "cpu")(picture), wanted)
@@ -1028,10 +1028,10 @@ def test_the_image_encoder_of_a_folder_is_read_as_it_is(i2v, tmp_path, capsys):
     mean, std = (torch.tensor(each) for each in S.CLIP_MEAN)
     for where in ("processor", "beside"):                     # another mean is another picture
         told = usual | dict(image_mean=[0.5] * 3, image_std=[0.25] * 3)
-        found = S.open_image_encoder(folder(**{where: told}), "cpu")(picture)
+        result = S.open_image_encoder(folder(**{where: told}), "cpu")(picture)
         cut = S.crop(picture, 8)[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1)
-        assert torch.allclose(found, tower_by_hand(tower_weights(), (cut[None] - 0.5) / 0.25)[0], atol=1e-4)
-        assert (found - wanted).abs().max() > 0.01
+        assert torch.allclose(result, tower_by_hand(tower_weights(), (cut[None] - 0.5) / 0.25)[0], atol=1e-4)
+        assert (result - wanted).abs().max() > 0.01
     for more, told in ((dict(beside=usual | dict(resample=2)), "resample 2"), (
             dict(processor=usual | dict(size={"shortest_edge": 9})), "size"), (
             dict(config=lambda c: c | {"quantization_config": {"quant_method": "awq"}}), "awq"), (

@@ -26,9 +26,9 @@ def told(folder, form, path, sources):
     database.unlink(missing_ok=True)
     pd.read_metadata(pd.meta_files(path, form), form, sources, database)
     lost = [pd.rejection(name, reason, figure=n) for n, reason, name in pd.query(database, None)]
-    found = {source: pd.facts_of(database, form, source) for source in sources}
-    return ({source: facts for source, (facts, _) in found.items() if facts},
-            lost + [one for _, rejects in found.values() for one in rejects])
+    result = {source: pd.facts_of(database, form, source) for source in sources}
+    return ({source: facts for source, (facts, _) in result.items() if facts},
+            lost + [one for _, rejects in result.values() for one in rejects])
 
 
 def brief(facts):
@@ -303,24 +303,24 @@ def test_every_row_of_the_excerpts(tmp_path):
     def count(form, name):
         return every(tmp_path, form, SHARED / name)
     for name, split in (("training_2m", "train"), ("validation", "val")):
-        found, facts, bad = count("panda70m", f"Panda-70M/panda70m_{name}.csv")
-        assert (len(found), len(facts), bad) == (6, 2, 0) and {f["split"] for f in found} == {split}
+        result, facts, bad = count("panda70m", f"Panda-70M/panda70m_{name}.csv")
+        assert (len(result), len(facts), bad) == (6, 2, 0) and {f["split"] for f in result} == {split}
         last = facts["---7zZh4oZk.mp4"][-1]
         assert (last["start"], last["end"], last["scores"]["matching_score"]) == (
             40.12, 49.04, 0.454345703125)
         assert last["captions"] == ["A tv screen with a man standing in front of a group of men."]
     assert last["scores"]["desirable"] == 0
     for name in ("results_2M_val.csv", "0000.csv"):
-        found, facts, bad = count("webvid", f"WebVid/{name}")
-        assert (len(found), bad) == (4, 0) and facts["6251156.mp4"][0]["captions"][0].startswith(
+        result, facts, bad = count("webvid", f"WebVid/{name}")
+        assert (len(result), bad) == (4, 0) and facts["6251156.mp4"][0]["captions"][0].startswith(
             "Asian girl sexy santa claus")
-    found, facts, bad = count("internvid", "InternVid/InternVid-10M-flt.jsonl")
-    assert (len(found), bad) == (4, 0) and facts["fg0ZQ9Ysm8A.mp4"][0]["end"] == 543.676
+    result, facts, bad = count("internvid", "InternVid/InternVid-10M-flt.jsonl")
+    assert (len(result), bad) == (4, 0) and facts["fg0ZQ9Ysm8A.mp4"][0]["end"] == 543.676
     assert facts["fg0ZQ9Ysm8A.mp4"][0]["scores"]["UMT_Score"] == 0.439209
-    found, _, bad = count("internvid", "InternVid/InternVid-full.jsonl")
-    assert (len(found), bad) == (7, 0) and found[-1]["captions"] == ["the thai language in english"]
-    assert sum(not f["captions"] for f in found) == 0
-    found, facts, bad = count("msrvtt", "MSR-VTT")
+    result, _, bad = count("internvid", "InternVid/InternVid-full.jsonl")
+    assert (len(result), bad) == (7, 0) and result[-1]["captions"] == ["the thai language in english"]
+    assert sum(not f["captions"] for f in result) == 0
+    result, facts, bad = count("msrvtt", "MSR-VTT")
     assert bad == 0 and {len(mine) for mine in facts.values()} == {20}
     for name in ("train_val", "test"):
         truth = json.loads((SHARED / f"MSR-VTT/{name}_videodatainfo.json").read_text())
@@ -330,25 +330,25 @@ def test_every_row_of_the_excerpts(tmp_path):
             assert sorted(f["captions"][0] for f in mine) == sorted(
                 s["caption"].strip() for s in truth["sentences"]
                 if s["video_id"] == video["video_id"])
-    found, facts, bad = count("shot2story", "Shot2Story/20k_test.json")
-    assert (len(found), len(facts), bad) == (7, 2, 0)
+    result, facts, bad = count("shot2story", "Shot2Story/20k_test.json")
+    assert (len(result), len(facts), bad) == (7, 2, 0)
     assert facts["R2-Usq--J3U.2.mp4"][-1]["frames"] == [331, 464]
-    found, facts, bad = count("shot2story", "Shot2Story/20k_meta.csv")
-    assert (len(found), bad, found[0]["label"] is None) == (20, 0, False)
+    result, facts, bad = count("shot2story", "Shot2Story/20k_meta.csv")
+    assert (len(result), bad, result[0]["label"] is None) == (20, 0, False)
     assert facts["FT-vF-lvu7A.14.mp4"][0]["label"] == "People & Blogs"
-    found, _, bad = count("youku", "Youku-mPLUG")
-    assert (len(found), bad) == (4, 0) and {f["label"] for f in found} == {None, "宠物"}
-    found, facts, bad = count("videoinstruct", "VideoInstruct-100K/VideoInstruct100K.json")
-    assert (len(found), bad) == (4, 0)
+    result, _, bad = count("youku", "Youku-mPLUG")
+    assert (len(result), bad) == (4, 0) and {f["label"] for f in result} == {None, "宠物"}
+    result, facts, bad = count("videoinstruct", "VideoInstruct-100K/VideoInstruct100K.json")
+    assert (len(result), bad) == (4, 0)
     assert facts["v_ZNVhz7ctTq0.mp4"][0]["captions"] == ["Outdoors."]
-    found, facts, bad = count("ucf101", "UCF-101/ucfTrainTestlist")
-    splits = [f["split"] for f in found]
-    assert (len(found), bad, splits.count("train"), splits.count("test")) == (13320, 0, 9537, 3783)
-    assert len({f["label"] for f in found}) == 101
-    found, _, bad = count("tgif", "TGIF/tgif-v1.0.tsv")
-    assert (len(found), bad) == (len((SHARED / "TGIF/tgif-v1.0.tsv").read_text().splitlines()), 0)
+    result, facts, bad = count("ucf101", "UCF-101/ucfTrainTestlist")
+    splits = [f["split"] for f in result]
+    assert (len(result), bad, splits.count("train"), splits.count("test")) == (13320, 0, 9537, 3783)
+    assert len({f["label"] for f in result}) == 101
+    result, _, bad = count("tgif", "TGIF/tgif-v1.0.tsv")
+    assert (len(result), bad) == (len((SHARED / "TGIF/tgif-v1.0.tsv").read_text().splitlines()), 0)
     for form in ("csv", "jsonl", "txt"):
-        found, facts, bad = count(form, f"list/list.{form}")
+        result, facts, bad = count(form, f"list/list.{form}")
         assert (len(facts), bad) == (19, 0)
         if form != "txt":
             last, = [mine for name, mine in facts.items() if "uguibLEdeCU" in name]

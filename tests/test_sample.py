@@ -43,9 +43,9 @@ def test_analysis_is_right_on_clips_of_the_demo(tmp_path):
     shots = [shot for file in demo_files(24) for shot in file["shots"]][::2]
     right = []
     for i, shot in enumerate(shots):
-        found = S.describe(coded(render_shot(shot), tmp_path / f"{i}.mp4"))
+        result = S.describe(coded(render_shot(shot), tmp_path / f"{i}.mp4"))
         wanted = {(s["colour"], s["form"], s["direction"]) for s in shot["shapes"]}
-        right.append({(s["colour"], s["form"], s["direction"]) for s in found} == wanted)
+        right.append({(s["colour"], s["form"], s["direction"]) for s in result} == wanted)
     assert len(right) == 96 and np.mean(right) >= 0.98
 
 
@@ -97,9 +97,9 @@ def test_places_in_frames_beyond_the_trained_ones_come_nearer(run, monkeypatch):
         assert height * width * factor**2 <= 1600 + 1e-6 and factor < 1
     args = S.parse_options(["tiny", "--prompt", "p", "--device", "cpu"])
     sampler = S.open_sampler(args, torch.device("cpu"))
-    sampler.about["data"] = data
+    sampler.info["data"] = data
     requests = [S.request_of(args, {"prompt": "p", "size": size}) for size in ((64, 64), (32, 48))]
-    jobs = [sampler.job(sampler.begin(request), 0, {"p": [5, 2], "": [2]}) for request in requests]
+    jobs = [sampler.job(sampler.open_timeline(request), 0, {"p": [5, 2], "": [2]}) for request in requests]
     z = torch.randn(*jobs[0].shape[:1], 1, *jobs[0].shape[2:])
     jobs[0] = jobs[0]._replace(cond_latents=[(z, -0.1)])           # what is given lies on the same places
     row = S.Guided(sampler.part("denoiser"), jobs, args, 4, torch.device("cpu")).row
@@ -122,7 +122,7 @@ def test_prompts_are_fixed_and_the_kinds_apart():
 
 def test_what_is_too_much_is_cut_about_the_centre():
     video = np.arange(9 * 40 * 48 * 3, dtype=np.uint32).reshape(9, 40, 48, 3)
-    cut = S.cut(video, dict(height=36, width=44))
+    cut = S.center_crop(video, dict(height=36, width=44))
     assert np.array_equal(cut, video[:, 2:38, 2:46])
 
 
@@ -237,9 +237,9 @@ def test_noise_belongs_to_its_wish_whatever_the_batch(inside):
 
 def test_parts_take_turns_and_change_nothing(inside):
     whole, sampler = make()
-    assert set(sampler.part.held) == {"vae", "denoiser", "text"}
+    assert set(sampler.part.opened) == {"vae", "denoiser", "text"}
     turns, sampler = make("--offload")
-    assert set(sampler.part.held) == {"vae"} and away(whole[0], turns[0]) == 0
+    assert set(sampler.part.opened) == {"vae"} and away(whole[0], turns[0]) == 0
     assert away(make("--chunk", 1)[0][0], whole[0]) <= 1
 
 
@@ -260,22 +260,22 @@ def test_guidance_by_hand(inside):
         x = packed.start
         with torch.no_grad():
             return x, packed.network(x, torch.full((len(x), 1), 0.7)).chunk(2), packed(x, 0.7, 0.7)
-    x, (near, far), found = outputs()
-    assert torch.allclose(found[0], far + 3 * (near - far), atol=1e-5)
-    assert torch.allclose(x - 0.7 * found[0], found[1], atol=1e-5)
-    _, _, found = outputs(cfg_interval=(0.0, 0.5))           # outside: as if there were no guidance
-    assert torch.allclose(found[0], near, atol=1e-5)
-    _, _, found = outputs(cfg_interval=(0.0, 1.0), cfg_channels=2)
-    assert torch.allclose(found[0][:, :2], (far + 3 * (near - far))[:, :2], atol=1e-5)
-    assert torch.allclose(found[0][:, 2:], near[:, 2:], atol=1e-5)
-    _, _, found = outputs(cfg_channels=None, rescale=0.6)
-    for part, a, b in zip(found[0].split(lengths), near.split(lengths), far.split(lengths)):
+    x, (near, far), result = outputs()
+    assert torch.allclose(result[0], far + 3 * (near - far), atol=1e-5)
+    assert torch.allclose(x - 0.7 * result[0], result[1], atol=1e-5)
+    _, _, result = outputs(cfg_interval=(0.0, 0.5))           # outside: as if there were no guidance
+    assert torch.allclose(result[0], near, atol=1e-5)
+    _, _, result = outputs(cfg_interval=(0.0, 1.0), cfg_channels=2)
+    assert torch.allclose(result[0][:, :2], (far + 3 * (near - far))[:, :2], atol=1e-5)
+    assert torch.allclose(result[0][:, 2:], near[:, 2:], atol=1e-5)
+    _, _, result = outputs(cfg_channels=None, rescale=0.6)
+    for part, a, b in zip(result[0].split(lengths), near.split(lengths), far.split(lengths)):
         plain = b + 3 * (a - b)
         scaled = plain * a.std(correction=0) / plain.std(correction=0)
         assert torch.allclose(part, 0.6 * scaled + 0.4 * plain, atol=1e-5)
-    _, _, found = outputs(rescale=0.0, apg=0.5)
+    _, _, result = outputs(rescale=0.0, apg=0.5)
     pairs = [(x - 0.7 * out).split(lengths) for out in (near, far)]
-    for part, a, b in zip(found[1].split(lengths), *pairs):
+    for part, a, b in zip(result[1].split(lengths), *pairs):
         step = (a - b) * min(1, 0.5 / (a - b).norm())
         step = step - (step * a).sum() / a.square().sum() * a
         assert torch.allclose(part, a + 2 * step, atol=1e-4)
@@ -300,8 +300,8 @@ def test_rows_of_zeros_behind_wans_texts_count_as_often_as_they_are():
                      [[]] * 2, [[]] * 2)
     assert [len(x.row.text) for x in (packed, plain)] == [4 + 512 + 2 + 2, 4 * 512]
     t = torch.full((len(packed.start), 1), 0.6)
-    found, wanted = packed.network(packed.start, t), plain.network(packed.start, t)
-    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    result, wanted = packed.network(packed.start, t), plain.network(packed.start, t)
+    assert (result - wanted).abs().max() < 1e-5 * wanted.abs().max()
     masked = S.Guided(model, jobs, args, 4, torch.device("cpu"))
     masked.row.counts = torch.ones_like(masked.row.counts)                   # else it is another text
     assert (masked.network(packed.start, t) - wanted).abs().max() > 5e-3 * wanted.abs().max()
@@ -482,7 +482,7 @@ def test_names_tell_settings_apart_and_nothing_is_overwritten(learnt, tmp_path, 
     (tmp_path / "a-s0.json").write_text("{")                 # describes nothing
     assert call("--prompt", "a") == plain
     args = S.parse_options(["x", "--prompt", "", "--fps", "10", "--size", "32x32", "--frames", "5"])
-    args.usual |= {"fps": 10.0, "frames": 5, "size": [32, 32]}
+    args.defaults |= {"fps": 10.0, "frames": 5, "size": [32, 32]}
     stem = lambda prompt: S.stem_of(S.request_of(args, {"prompt": prompt}), args)
     assert stem("红色的圆, \x1b[31m向左!") == "红色的圆-31m向左-s0" and stem("हिन्दी में") == "हिन्दी-में-s0"
     assert stem("cafe\u0301 <b>") == "café-b-s0" and stem("..") == stem("") == "empty-s0"
@@ -547,13 +547,13 @@ def test_labels_of_sheets_say_the_task_and_are_told_apart(tmp_path, monkeypatch)
     label = S.label_of({"prompt": "a boat", "seed": 3, "image": "/x/ball.png", "extend": 2, "frames": 5})
     assert label == "image ball.png, extend 2: a boat (seed 3)"
     assert S.label_of({"prompt": "a boat", "seed": 3}) == "a boat (seed 3)"
-    opened, whole, found = [], P.ImageFont.truetype, lambda: open("/nonexistent/font")
+    opened, whole, result = [], P.ImageFont.truetype, lambda: open("/nonexistent/font")
 
     def truetype(font, *more, **others):
         if not isinstance(font, str):                        # Pillow's own
             return whole(font, *more, **others)
         opened.append(font)
-        return found()
+        return result()
     monkeypatch.setattr(P.ImageFont, "truetype", truetype)
     P.label_fonts.cache_clear()
     assert P.lettered("a cat …")[1] == "a cat …" and not opened
@@ -572,7 +572,7 @@ def test_labels_of_sheets_say_the_task_and_are_told_apart(tmp_path, monkeypatch)
     full = P.ImageFont.load_default(12)
     full.getmask = lambda text: b"box" if text == "\uffff" else b"letter"
     full.font_variant = lambda **_: full
-    found = lambda: full
+    result = lambda: full
     P.label_fonts.cache_clear()
     assert P.lettered("кот") == (full, "кот")
     P.label_fonts.cache_clear()
@@ -661,8 +661,8 @@ def test_the_frechet_distance_is_the_closed_form():
     mean = torch.tensor([1.0, 2.0, 2.0]).double()
     cov = lambda d: turn @ torch.diag(d) @ turn.T
     wanted = 9 + (a.sqrt() - b.sqrt()).square().sum().item()
-    found = V.frechet((mean, cov(a)), (torch.zeros(3).double(), cov(b)))
-    assert abs(found - wanted) < 1e-6 and abs(V.frechet((mean, cov(b)), (mean, cov(b)))) < 1e-5
+    result = V.frechet((mean, cov(a)), (torch.zeros(3).double(), cov(b)))
+    assert abs(result - wanted) < 1e-6 and abs(V.frechet((mean, cov(b)), (mean, cov(b)))) < 1e-5
 
 
 class Tiny(torch.nn.Module):
@@ -706,14 +706,14 @@ def test_fvd_from_prompts_to_figure(inside, real, tmp_path):
 def test_similarity_to_the_prompt(inside, real, tmp_path, monkeypatch):
     """The mean cosine by a CLIP folder; of the real clips what caption.py's score says of them."""
     folder = clip_folder(tmp_path / "clip")
-    found = evaluated("clip", real, "--clip", folder)
-    assert -1 <= found["clip"] <= 1 and found["protocol"]["real"]["n"] == 5
+    result = evaluated("clip", real, "--clip", folder)
+    assert -1 <= result["clip"] <= 1 and result["protocol"]["real"]["n"] == 5
     scorer = caption.Scorer(S.argparse.Namespace(clip=folder, aesthetics=None), None, [], "cpu")
     how = S.argparse.Namespace(data=real, frames=5, fps=10.0, size=(32, 32), n_eval=5)
     source, rows = S.real_clips(how)
     say = lambda row: (row["captions"] or [{"text": ""}])[0]["text"]
     scores = [scorer.score(S.clip_at(source, row, how)[[0, 1, 2, 4]], say(row))["clip"] for row in rows]
-    assert abs(found["real"] - np.mean(scores)) < 1e-5
+    assert abs(result["real"] - np.mean(scores)) < 1e-5
     monkeypatch.setattr(caption.Scorer, "score", lambda self, frames, text: {"clip": len(frames) / 8})
     assert evaluated("clip", real, "--clip", folder)["clip"] == 0.5
 
@@ -815,10 +815,10 @@ def test_the_tokens_of_an_image_are_the_towers_last_but_one(layout, i2v):
     picture = np.random.default_rng(1).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in caption.CLIP_MEAN)
     x = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - mean) / std
-    found = S.open_image_encoder(i2v / layout, "cpu")(picture)
-    assert torch.allclose(found, tower_by_hand(tower_weights(), x[None])[0], atol=1e-5)
+    result = S.open_image_encoder(i2v / layout, "cpu")(picture)
+    assert torch.allclose(result, tower_by_hand(tower_weights(), x[None])[0], atol=1e-5)
     wide = np.pad(picture, ((0, 0), (4, 4), (0, 0)), mode="reflect")         # this its middle
-    is_cut = torch.equal(S.open_image_encoder(i2v / layout, "cpu")(wide), found)
+    is_cut = torch.equal(S.open_image_encoder(i2v / layout, "cpu")(wide), result)
     assert is_cut == (layout == "diffusers")
 
 

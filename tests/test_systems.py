@@ -228,8 +228,8 @@ def test_a_run_shows_how_it_goes_and_its_best_weights_are_sampled(
     losses, run, measure = iter([3.0, 1.0, 1.5, 2.0, 2.5]), home / "runs/shown", D.held_out_loss
 
     def held_out_loss(model, *rest):
-        found = measure(model, *rest)                        # also that of zeros, as it is
-        return {**found, "held_out": next(losses)} if isinstance(model, torch.nn.Module) else found
+        result = measure(model, *rest)                        # also that of zeros, as it is
+        return {**result, "held_out": next(losses)} if isinstance(model, torch.nn.Module) else result
     monkeypatch.setattr(D, "held_out_loss", held_out_loss)
     command = ["set", "--vae", "set-vae", "--model", "video-tiny", "--row_tokens", "256",
                "--batch_tokens", "256", "--eval_every", "1", "--save_every", "1", "--keep", "1",
@@ -612,8 +612,8 @@ def test_what_a_prior_costs_is_what_torch_counts():
     with FlopCounterMode(display=False) as counter, \
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.dit.eval().losses(codes)
-    found = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own)
-    assert D.saved_bytes(options, 192, 0, "torch", "fp32") == pytest.approx(found, rel=0.25)
+    result = sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in own)
+    assert D.saved_bytes(options, 192, 0, "torch", "fp32") == pytest.approx(result, rel=0.25)
     seen = 4 * 96 * 3 * 64 * 65 // 2 * 2                     # torch counts no fused attention
     assert D.step_flops(options, [64] * 3, [0] * 3) / 3 - seen == (
         counter.get_total_flops() + 2 * 3 * 3 * 96)          # nor is the last code read

@@ -47,7 +47,7 @@ def test_a_first_frame_is_kept_exactly_and_given(inside):
     sampler, timeline, (job,) = opened("--image", "a.mp4")
     first = sampler.encode(S.read_media("a.mp4", 10.0, 32, 48)[:1])
     (given, at), = job.cond_latents
-    assert at == 0 and torch.equal(given, first) and torch.equal(job.first, first)
+    assert at == 0 and torch.equal(given, first) and torch.equal(job.first_latent, first)
     assert torch.allclose(timeline.segments[0].latents[:, :1], first, atol=1e-6)
     own = next(sampler.decode(first))[0]                     # the autoencoder's own reconstruction
     assert away(shown(sampler, timeline)[0], own) <= 1
@@ -55,9 +55,9 @@ def test_a_first_frame_is_kept_exactly_and_given(inside):
 
 def test_a_last_frame_is_given_at_its_time(inside):
     _, _, (job,) = opened("--image", "a.mp4", "--last", "b.mp4")
-    assert [at for _, at in job.cond_latents] == [0.0, 0.8] and job.first is not None
+    assert [at for _, at in job.cond_latents] == [0.0, 0.8] and job.first_latent is not None
     _, _, (job,) = opened("--last", "b.mp4")
-    assert [at for _, at in job.cond_latents] == [0.8] and job.first is None
+    assert [at for _, at in job.cond_latents] == [0.8] and job.first_latent is None
 
 
 def test_an_extension_sees_the_end_of_the_part_before_encoded_separately(inside):
@@ -69,7 +69,7 @@ def test_an_extension_sees_the_end_of_the_part_before_encoded_separately(inside)
     decoded = lambda segment: np.concatenate(list(sampler.decode(segment.latents)))
     for before, job in zip(timeline.segments[1:], jobs[1:]):
         (given, at), = job.cond_latents
-        assert at == -0.9 and job.first is None
+        assert at == -0.9 and job.first_latent is None
         assert torch.equal(given, sampler.encode(decoded(before)[-9:]))
     video = shown(sampler, timeline)
     assert len(video) == 17 + 3 * 9 == timeline.count() and away(video[:17], frames) == 0
@@ -82,7 +82,7 @@ def test_an_extension_sees_as_much_as_in_training(n_frames, seen, inside):
     file and of a part alike, however few are decoded at a time."""
     sampler, timeline, jobs = opened("--video", "a.mp4", "--frames", n_frames, "--extend", 2,
                                   "--chunk", 1)
-    (_, _, half), *_ = [part for part in V.alone("k", 0, max(n_frames, 13), 4) if part[0] == "k:a"]
+    (_, _, half), *_ = [part for part in V.separate_parts("k", 0, max(n_frames, 13), 4) if part[0] == "k:a"]
     assert half == seen
     for segment, job in zip(timeline.segments, jobs):
         (given, at), = job.cond_latents
@@ -109,7 +109,7 @@ def test_connecting_and_looping_end_in_what_is_there(inside):
     assert len(video) == 17 + 7 + 17 and away(video[:17], one) == away(video[-17:], other) == 0
     (first, at), (last, end) = job.cond_latents
     assert (at, end) == (0.0, 0.8) and torch.equal(first, sampler.encode(one[-1:]))
-    assert torch.equal(last, sampler.encode(other[:1])) and torch.equal(job.first, first)
+    assert torch.equal(last, sampler.encode(other[:1])) and torch.equal(job.first_latent, first)
     sampler, timeline, (job,) = opened("--video", "a.mp4", "--loop")
     assert torch.equal(job.cond_latents[1][0], sampler.encode(one[:1])) and timeline.count() == 17 + 7
     sampler, timeline, jobs = opened("--loop")                  # of its own video
@@ -179,16 +179,16 @@ SHOTS = [("red", "square", "up"), ("blue", "square", "right"), ("yellow", "trian
 def shots(tmp_path_factory):
     """[(prompt, prompt of the way back, {part: file})] of shots of 18 frames: their first 9 (a) and
     last 9 (b), their first 5 (c) and the 5 after 7 others (d)."""
-    home, found = tmp_path_factory.mktemp("shots"), []
+    home, result = tmp_path_factory.mktemp("shots"), []
     for n, (colour, form, direction) in enumerate(SHOTS):
         shot = P.demo_shot(P.rng(n, "task"), [SHOTS[n]], "dark", 48, 32, 10)
         frames, files = P.render_shot({**shot, "frames": 18}), {}
         for name, part in (("a", frames[:9]), ("b", frames[9:]), ("c", frames[:5]), ("d", frames[12:17])):
             files[name] = str(home / f"{n}{name}.mp4")
             P.write_video(files[name], part, 10, crf=0)
-        found.append((f"a {colour} {form} moves {direction}",
+        result.append((f"a {colour} {form} moves {direction}",
                       f"a {colour} {form} moves {OPPOSITE[direction]}", files))
-    return found
+    return result
 
 
 def told(rows, *options):
@@ -229,10 +229,10 @@ def test_the_demo_model_keeps_what_it_is_given_and_moves_on(shots):
         own = again(sampler, S.read_media(files["a"], 10.0, 32, 48)[:1])[0]
         assert 10 * np.log10(255**2 / max(1e-9, np.square(video[0] - own).mean())) > 30
         assert np.abs(video[-1] - video[0]).mean() > 5
-    found = [S.describe(video.astype(np.uint8))[0] for video in videos]
+    result = [S.describe(video.astype(np.uint8))[0] for video in videos]
     right = [prompt == f"a {one['colour']} {one['form']} moves {one['direction']}"
-             for one, (prompt, _, _) in zip(found, shots)]
-    assert sum(right) >= len(shots) - 1, found
+             for one, (prompt, _, _) in zip(result, shots)]
+    assert sum(right) >= len(shots) - 1, result
 
 
 @pytest.mark.parametrize("task, seams", [("after", [8]), ("before", [8]), ("to", [4, 11]), ("loop", [8, 15])])
@@ -247,8 +247,8 @@ def test_seams_are_no_larger_than_what_is_beside_them(task, seams, shots):
             for way, back, files in shots]
     videos = told(rows, "--frames", 9)
     for at in seams:
-        found = [seam(video, at, task == "loop") for video in videos]
-        assert np.median(found) <= 1.15 and max(found) <= 1.8, np.round(found, 2)
+        result = [seam(video, at, task == "loop") for video in videos]
+        assert np.median(result) <= 1.15 and max(result) <= 1.8, np.round(result, 2)
 
 
 @pytest.mark.parametrize("task, least", [("then", 0.77), ("extend", 0.8), ("loop", 0.8), ("video", 0.86)])
@@ -259,8 +259,8 @@ def test_a_chain_holds_its_shape(task, least, shots):
              "video": {"video": files["a"], "extend": 2}}[task] | {"prompt": way}
             for way, back, files in shots]
     videos = told(rows, "--frames", 13)
-    found = [S.overlap(video.astype(np.uint8), *shot[:2]) for video, shot in zip(videos, SHOTS)]
-    assert np.median(found, 0).min() >= least, np.median(found, 0).round(2)
+    result = [S.overlap(video.astype(np.uint8), *shot[:2]) for video, shot in zip(videos, SHOTS)]
+    assert np.median(result, 0).min() >= least, np.median(result, 0).round(2)
 
 
 def test_ten_extensions_keep_their_colours():

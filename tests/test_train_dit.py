@@ -77,8 +77,8 @@ def test_packed_equals_each_clip_alone(patch, n_tokens):
     model.zero_grad()
     for b, shape in enumerate(SHAPES):
         part = slice(int(row.cu_seqlens[b]), int(row.cu_seqlens[b + 1]))
-        alone = D.lay_out([shape], [[8.0, 1.0, 12.0][b]], [TEXTS[b]], 4, patch)
-        loss = D.clip_losses(model, alone, x0[part], noise[part], t[b:b + 1], "fp32")
+        separate_parts = D.lay_out([shape], [[8.0, 1.0, 12.0][b]], [TEXTS[b]], 4, patch)
+        loss = D.clip_losses(model, separate_parts, x0[part], noise[part], t[b:b + 1], "fp32")
         loss.sum().backward()
         assert torch.allclose(loss, losses[b:b + 1], rtol=1e-5)
     for name, p in model.named_parameters():
@@ -170,8 +170,8 @@ def test_rows_are_the_same_when_threads_ask_for_them_at_once(monkeypatch):
     """The loader's threads meet at the end of an epoch: each row must still be one and the same."""
     class Clips:
         keys, lengths, row_tokens = [f"k{i}" for i in range(40)], [30, 50, 20, 60] * 10, 128
-    alone = D.RowPlan(Clips, 7)
-    rows, plan_epoch = [alone.row(s) for s in range(60)], D.plan_epoch
+    separate_parts = D.RowPlan(Clips, 7)
+    rows, plan_epoch = [separate_parts.row(s) for s in range(60)], D.plan_epoch
 
     def slow(*args):
         time.sleep(0.01)
@@ -212,9 +212,9 @@ def test_saved_bytes_are_what_a_forward_pass_saves(backend, dtype):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         D.clip_losses(model, row, x0, torch.randn_like(x0), torch.rand(2, device=device), dtype)
     copies = [sorted(p.shape) for p in model.parameters()]    # of weights, which autocast makes
-    found = sum(x.untyped_storage().nbytes() for at, x in saved.items()
+    result = sum(x.untyped_storage().nbytes() for at, x in saved.items()
                 if at not in own and sorted(x.shape) not in copies)
-    assert D.saved_bytes(OPTIONS, len(x0), 64, backend, dtype) == pytest.approx(found, rel=0.25)
+    assert D.saved_bytes(OPTIONS, len(x0), 64, backend, dtype) == pytest.approx(result, rel=0.25)
 
 
 def test_losses_by_time_are_sums_and_numbers():
@@ -226,16 +226,16 @@ def test_the_held_out_loss_is_told_by_time_and_by_shape():
     model, (row, x0, noise, t, _) = shaken(), drawn(n_tokens=100)
     losses = D.clip_losses(model, row, x0, noise, t, "fp32")
     other = D.lay_out(SHAPES[:1], [8.0], TEXTS[:1], 4, (1, 1, 1))
-    alone = D.clip_losses(model, other, x0[:48], noise[:48], t[1:2], "fp32")
+    separate_parts = D.clip_losses(model, other, x0[:48], noise[:48], t[1:2], "fp32")
     bank = [(["a", "b", "c"], row, x0, noise, t), (["d"], other, x0[:48], noise[:48], t[1:2])]
-    found = D.held_out_loss(model, bank, torch.device("cpu"), "fp32")
-    every = torch.cat([losses, alone])
-    assert found["held_out"] == pytest.approx(every.mean().item())
-    assert found["held_out_by_shape"] == {
+    result = D.held_out_loss(model, bank, torch.device("cpu"), "fp32")
+    every = torch.cat([losses, separate_parts])
+    assert result["held_out"] == pytest.approx(every.mean().item())
+    assert result["held_out_by_shape"] == {
         "3x4x4": pytest.approx(every[[0, 3]].mean().item()),
         "1x2x6": pytest.approx(losses[1].item()), "2x4x2": pytest.approx(losses[2].item())}
     by_t = [losses[0].item(), math.nan, losses[2].item(), every[[1, 3]].mean().item()]
-    assert found["held_out_by_t"] == pytest.approx(by_t, nan_ok=True)
+    assert result["held_out_by_t"] == pytest.approx(by_t, nan_ok=True)
 
 
 def test_rows_are_as_full_and_even_as_is_said():
@@ -255,7 +255,7 @@ def test_conditions_are_told_dropped_and_begin_without_effect():
     torch.manual_seed(0)
     model = D.Denoiser(**OPTIONS, conditions=2)
     row, x0, _, t, _ = drawn()
-    rows = [D.lay_out(SHAPES, [8.0, 1.0, 12.0], TEXTS, 4, (1, 1, 1), about=[[value, None]] * 3)
+    rows = [D.lay_out(SHAPES, [8.0, 1.0, 12.0], TEXTS, 4, (1, 1, 1), conditions=[[value, None]] * 3)
             for value in (1.0, 9.0)]
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
@@ -279,10 +279,10 @@ def test_a_model_that_knows_nothing_has_the_loss_of_zeros():
         torch.manual_seed(0)
         model = D.Denoiser(**OPTIONS)
         model.objective = objective
-        found = D.zero_loss(model, bank)
-        assert found == D.held_out_loss(model, bank, torch.device("cpu"), "fp32")["held_out"]
+        result = D.zero_loss(model, bank)
+        assert result == D.held_out_loss(model, bank, torch.device("cpu"), "fp32")["held_out"]
         clips = [level[row.table_index[own] == b].mean().item() for b in range(3)]
-        assert found == pytest.approx(np.mean(clips), rel=1e-5)
+        assert result == pytest.approx(np.mean(clips), rel=1e-5)
     model.kind = "gpt"
     assert D.zero_loss(model, [([], row, torch.tensor([0, 0, 1, 3]))]) == pytest.approx(
         1.5 * math.log(2))

@@ -83,8 +83,8 @@ def test_large_clips_by_pairs_equal_chunks_and_the_way_of_gradients(options, siz
         assert (model.encode(video)[0] - mean).abs().max() < 1e-5 * mean.abs().max()
         most = len(calls)
         for chunk in (11, 4, 3):
-            found = torch.cat(list(V.decode_long(model, mean, chunk)), 2)
-            assert (found - decoded).abs().max() < 1e-5 * decoded.abs().max()
+            result = torch.cat(list(V.decode_long(model, mean, chunk)), 2)
+            assert (result - decoded).abs().max() < 1e-5 * decoded.abs().max()
         assert 0 < most < len(calls) and max(calls) > 4          # more than a pair at once, too
 
 
@@ -94,10 +94,10 @@ def test_an_index_names_files_beside_it_and_detectors_are_trusted(tmp_path, caps
     detector's code ran unasked."""
     (tmp_path / "model").mkdir()
     index = tmp_path / "model/model.safetensors.index.json"
-    for found in ('{"weight_map": {"a": "../x.safetensors"}}', "[1]", '{"weight_map": [1]}',
+    for result in ('{"weight_map": {"a": "../x.safetensors"}}', "[1]", '{"weight_map": [1]}',
                   json.dumps({"weight_map": {"a": index.name}}), '{"weight_map": {"a": 7}}',
                   "[" * 9999):
-        index.write_text(found)
+        index.write_text(result)
         with pytest.raises(SystemExit):
             V.read_tensors(tmp_path / "model")
         assert "does not map names to files beside it" in capsys.readouterr().err

@@ -97,8 +97,8 @@ def test_a_file_tells_its_sizes(kind, tmp_path):
     for path in (tmp_path / "net.pth", folder / "nnet_ema.pth"):
         torch.save(model.state_dict(), path)
     for path in (tmp_path / "net.pth", folder):
-        loaded, layout, found = D.load_published(path, heads=2, text_tokens=5)
-        assert layout == "uvit" and {key: found[key] for key in options} == options
+        loaded, layout, result = D.load_published(path, heads=2, text_tokens=5)
+        assert layout == "uvit" and {key: result[key] for key in options} == options
         assert same(loaded.state_dict(), model.state_dict())
         assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
 
