@@ -176,7 +176,7 @@ def test_launches_go_to_the_tensors_device(monkeypatch):
         assert not re.search(r"_kernel\[", file.read_text()), file.name
 
 
-@pytest.mark.parametrize("name, found, wrong", [
+@pytest.mark.parametrize("name, result, wrong", [
     ("cu_q[0]", 2, lambda q, k, rows, axes: q.__setitem__(0, 2)),
     ("cu_q[2]", 3, lambda q, k, rows, axes: q.__setitem__(2, 3)),
     ("cu_q[3]", 31, lambda q, k, rows, axes: q.__setitem__(3, 31)),
