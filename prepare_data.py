@@ -3356,7 +3356,8 @@ def archive_index(archive):
     index, size = {}, archive.stat().st_size
     with open(archive, "rb") as file:
         if archive.suffix.lower() != ".tfrecords":
-            head, file_is = file.read(8), "compressed: unpack it to a .tar"
+            head = file.read(max(map(len, NO_TARS)))
+            file_is = "compressed: unpack it to a .tar"
             index, wrong = ({}, file_is) if PACKED.search(archive.name) else tar_index(file, size)
             kinds = [kind for mark, kind in NO_TARS.items() if head.startswith(mark)]
             return index, f"no tar but {kinds[0]}" if wrong and kinds and not index else wrong

@@ -248,16 +248,16 @@ def test_encoded_captions(tmp_path, capsys):
     c.encode_captions(tmp_path, rows, encoder, 12, negative="ugly")
     assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     texts = c.TextEmbeddings(tmp_path, ["shard-00001", "shard-00000"], encoder.hash)
-    assert sorted(texts.places) == sorted(["", "ugly", TEXTS[0], "one", "two", "three",
+    assert sorted(texts.locations) == sorted(["", "ugly", TEXTS[0], "one", "two", "three",
                                            "__metadata__"])
-    for text in texts.places:
+    for text in texts.locations:
         torch.testing.assert_close(texts[text], encoder.encode([text], 12)[0], atol=2e-5, rtol=0)
     paths[0].unlink()
     c.encode_captions(tmp_path, [*rows, {**rows[3], "captions": [{"text": "four"}]}], encoder, 12,
                       negative="ugly")
     assert paths[0].read_bytes() == before[0][0] and paths[1].read_bytes() != before[1][0]
     texts = c.TextEmbeddings(tmp_path, ["shard-00001"], encoder.hash)
-    assert {"four", "three", "ugly"} <= set(texts.places)
+    assert {"four", "three", "ugly"} <= set(texts.locations)
     with pytest.raises(SystemExit):
         c.encode_captions(tmp_path, rows, encoder, 24)
     assert "at most 12 tokens, not 24" in capsys.readouterr().err

@@ -150,9 +150,9 @@ MUTANTS = [
      "last = first + block", A + "tile_table"),
     ("__init__", "tables of bounds that changed", "if version != x._version:", "if version is None:",
      A + "layers_share_a_tile_table"),
-    ("__init__", "no table is kept", "if key not in found:", "if True:",
+    ("__init__", "no table is kept", "if key not in result:", "if True:",
      A + "layers_share_a_tile_table"),
-    ("__init__", "old tables are kept too", "        found = {}\n", "        found = dict(found or {})"
+    ("__init__", "old tables are kept too", "        result = {}\n", "        result = dict(result or {})"
      "\n        key = (x._version, *key)\n", K + "only_the_newest_tables_are_kept"),
     ("__init__", "a graph reads an old table", "if x.is_inference() or is_capturing(x):",
      "if x.is_inference():", K + "a_graph_makes_its_tables_itself"),

@@ -596,7 +596,7 @@ def test_ctrl_c_keeps_what_is_finished(inside, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("list.csv", b"prompt\na\n", "or .jsonl"), ("list.txt", "café\n".encode("cp1252"), "UTF-8"),
+    ("list.csv", b"prompt\na\n", "or .jsonl"), ("list.txt", b"caf\x81\n", "UTF-8"),
     ("list.txt", "a\n".encode("utf-16-le"), "UTF-8"), ("list.txt", b" \n\n", "holds no prompt"),
     ("list.jsonl", b"", "holds no prompt"), ("list.jsonl", b'{"prompt": "\\ud83d"}', "UTF-8"),
     ("list.jsonl", b'{"prompt": "a", "frames": 5, "seconds": 1}', "both give the length")])
