@@ -1176,12 +1176,34 @@ def is_captioned(path, keys, args):
     return True
 
 
+def shaping(args):
+    """{option: value} of all that changes captions."""
+    return {name: value for name, value in vars(args).items()
+            if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
+
+
+def refuse_other_options(folder, run, args, vlm):
+    """Refuses to go on with another captioner or options than the captions that are there; those
+    they were made with stand in captions-RUN.json."""
+    path = folder / f"captions-{run}.json"
+    model = zlib.crc32((run_dir(vlm) / "config.json").read_bytes())
+    now = {**shaping(args), "vlm": f"{run_dir(vlm).name} ({model:08x})"}
+    now = {name: value for name, value in now.items() if name not in ("batch", "source")}
+    if any(folder.glob(f"shard-*captions-{run}.jsonl*")) and path.exists():
+        was = read_published(path)
+        for name in sorted(was):
+            if was[name] != now.get(name, was[name]):
+                refuse(f"captions of {folder} by {run} were made with --{name} {was[name]}, not "
+                       f"{now[name]}: give another --source, or take them back: rm {folder}/"
+                       f"shard-*captions-{run}.jsonl*")
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+
+
 def part_path(path, args):
     """Where captions wait for the rest of their shard: named by what shapes them, so that no file
     holds those of two commands."""
-    shape = {name: value for name, value in vars(args).items()
-             if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
-    text = json.dumps(shape, sort_keys=True)
+    text = json.dumps(shaping(args), sort_keys=True)
     return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.part")
 
 
@@ -1209,7 +1231,9 @@ def caption(args):
     if not args.vlm and not run_dir(vlm).exists():
         refuse(f"{folder}: {missing} clips have no caption, and no captioner has been trained "
                f"({run_dir(vlm)}). Train one (--train). {WITHOUT}")
-    config = read_published(run_dir(vlm) / "config.json", {"kind": "captioner", "model": {}})
+    if not (run_dir(vlm) / "config.json").is_file():
+        read_config(run_dir(vlm), "captioner")                   # refuses it, and says what it is
+    config = read_published(run_dir(vlm) / "config.json")
     is_own = "kind" in config and "init" not in config.get("model", {})
     if is_own and (args.lm or args.frames or args.prompt):
         refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
@@ -1223,6 +1247,7 @@ def caption(args):
     if not os.access(folder, os.W_OK):
         refuse(f"{folder} cannot be written to: captions are kept beside its shards")
     sweep(folder)                        # what a killed run left
+    refuse_other_options(folder, run, args, vlm)
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
@@ -1462,7 +1487,8 @@ def read_published(path, missing=None):
             return result
     if path.is_file():
         refuse_pointer(path)
-    refuse(f"{path} is missing, or holds no JSON object{lying_in(path.parent)}")
+        refuse(f"{path} holds no JSON object: it is damaged, fetch it again")
+    refuse(f"{path} is missing{lying_in(path.parent)}")
 
 
 @contextlib.contextmanager
@@ -3247,7 +3273,9 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
             refuse(f"{path}: its config.json names neither model_type nor architectures: fetch the "
                    f"published one, or add \"model_type\", one of {', '.join(FAMILIES)}")
         if kind not in FAMILIES:
-            refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
+            refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}"
+                   if config.get("model_type") else f"{path}: its config.json has no model_type: "
+                   f"add the one that goes with {kind}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
             refuse(f"{path} is of a {made}, which writes no text: the {kind} that does is read")
         weights = published_tensors(path, LM_MARK)

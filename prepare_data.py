@@ -781,8 +781,8 @@ def clips_of(root, source, facts, options, beat=lambda n: None):
                 Path(root, source))[1]), None, None
             return
         path, texts = located(root, source)
-        if not options["meta"]:
-            facts, lost = beside(source, texts, options["format"] is None)
+        if not facts:                                  # --meta is none, or does not name the file
+            facts, lost = beside(source, texts, options["meta"] or options["format"] is None)
             yield from ((one, None, None) for one in lost)
         if path.suffix.lower() in STILLS and not is_animated(path):
             row, file = still_row(path, source, facts, options)
@@ -1352,8 +1352,8 @@ def make_plan(args, folder, root):
             continue
         if not value or not may_change.get(name):
             was, value = (began["meta"], args.meta) if name == "meta" else (was, value)
-            refuse(f"{folder} was begun with --{name} {was}, not {value}: use that, or another "
-                   "NAME")
+            refuse(f"{folder} was made with --{name} {was}, not {value or 'without it'}: give "
+                   "that, or another NAME")
         plan |= {"is_retold": True, "told": {**began, "meta": inputs["meta"]}}
         plan["options"][name] = value
     is_retold = plan["options"] != {**plan["options"], **had}
@@ -1563,8 +1563,11 @@ def told_now(args, folder, plan, number, database=None):
         if not database and (source not in args.present or options["format"] == "bair"):
             rows += [was[row["key"]] for row in mine if row["key"] in was]
             continue
-        facts, wrong = facts_of(database, options["format"], source) if database else beside(
-            source, located(root, source)[1], options["format"] is None)
+        facts, wrong = facts_of(database, options["format"], source) if database else ([], [])
+        if not facts and (not database or source in args.present):
+            facts, more = beside(source, located(root, source)[1],
+                                 database or options["format"] is None)
+            wrong += more
         if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
             scan = Scan(Video(located(root, source)[0]))
             place_frames(facts, scan, scan.rate()[0])
@@ -2056,6 +2059,8 @@ def writable(folder):
 
 def dataset_dir(name):
     """Path of a data set: a bare name means data/NAME, anything with a slash is a path."""
+    if str(name).endswith(".."):
+        refuse(f"{name} is no name of a data set: give the folder's own")
     return Path(name) if "/" in str(name) or os.sep in str(name) else Path("data", name)
 
 
@@ -2737,7 +2742,7 @@ def contact_sheet(path, rows, cell=96):
                                   top + tall - picture.height))
         (font, label), n = lettered(str(label)), (across - 3 * gap) // 6
         wrapped = lambda n: textwrap.wrap(label, n, max_lines=2, placeholder=" …")
-        while max(map(font.getlength, words := wrapped(n)), default=0) > across - gap:
+        while n > 1 and max(map(font.getlength, words := wrapped(n)), default=0) > across - gap:
             n -= 1
         draw.text((left, top + tall + 2), "\n".join(words), (214, 216, 220), font, spacing=2)
     with atomic(path) as part:
@@ -4285,6 +4290,9 @@ def ours(row):
     """A row under our names; one that stands there as it is comes first. A pair of times is start
     and end; a prompt without any text is the caption."""
     row = {our_name(name): value for name, value in row.items()} | row
+    for name in ("start", "end"):
+        if (ms := number_of(row.pop(f"{name}ms", None))) is not None:
+            row.setdefault(name, ms / 1000)
     for name in SPANS:
         if name[-1] != "s" and is_span(row.get(name)) and "start" not in row:
             row["start"], row["end"] = row.pop(name)
@@ -4327,6 +4335,9 @@ def texts_in(value, style=None):
             with contextlib.suppress(ValueError, RecursionError):    # else it is just a text
                 inner = read(text)
                 break
+        quoted = QUOTES.findall(text) if isinstance(inner, list) else ()
+        if len(quoted) > len(inner or ()) and all(isinstance(one, str) for one in inner):
+            inner = list(map(literal, quoted))                   # numpy's: no commas
         if isinstance(inner, (list, tuple, set, dict)):
             return texts_in(sorted(inner, key=str) if isinstance(inner, set) else inner, style)
         return [(text, style)] if text.lower() not in NO_TEXTS else []
@@ -4401,8 +4412,10 @@ TEXTS = ("caption captions text cap description descriptions sentence sentences 
 IN_OBJECTS = {"caption", "captions", "text", "conversations", "messages"}
 ASKING = {"human", "user", "system", "tool", "function"}       # speakers of no captions
 ABOUT = set("model lang language id source author license url type version".split())
-NO_TEXTS = ("", "nan", "null", "none")                 # as programs write that there is none
-OURS = {*OWN, *IDS, *TEXTS, *SPANS, "start", "end", "frames", "prompt", "split", "label"}
+NO_TEXTS = ("", "nan", "null", "none", "n/a", "#n/a", "<na>", "-")     # as programs write none
+OURS = {*OWN, *IDS, *TEXTS, *SPANS, "start", "end", "startms", "endms", "frames", "prompt", "split",
+        "label"}
+QUOTES = re.compile(r"'(?:[^'\\]|\\.)*'" r'|"(?:[^"\\]|\\.)*"')
 
 
 def number_of(value):
@@ -4417,8 +4430,10 @@ def seconds(value):
     """Seconds of a number or of a text such as '12.5' or '1:02:03.250'; None of nothing."""
     if value is None or str(value).strip().lower() in NO_TEXTS:
         return None
-    total = 0.0
-    for part in str(value).split(":"):
+    total, parts = 0.0, str(value).split(":")
+    if len(parts) > 3:
+        raise ValueError(f"time {value}: hours, minutes and seconds at most, and no frames")
+    for part in parts:
         total = 60 * total + float(part)
     if not math.isfinite(total):
         raise ValueError(f"{value} is no time")

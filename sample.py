@@ -1467,6 +1467,8 @@ def parse_options(argv=None):
     add_requests(parser)
     add_settings(parser)
     args = parser.parse_args(argv)
+    if any(getattr(args, name) for name in GIVEN_FILES) and not (args.prompt or args.prompts):
+        args.prompt = [""]
     if not (args.prompt or args.prompts or args.eval):
         refuse('nothing to do: give --prompt "…", --prompts FILE or --eval demo')
     if args.frames and args.seconds:

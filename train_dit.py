@@ -73,8 +73,8 @@ from kernels.linear import Linear
 from kernels.optim import MuonAdamW
 from kernels.patchify import patchify, unpatchify
 from kernels.rope import qk_norm_rope
-from prepare_data import (atomic, contact_sheet, dataset_dir, number, one_line, open_dataset,
-                          refuse, rng, run_dir, script, sweep)
+from prepare_data import (atomic, contact_sheet, dataset_dir, dataset_name, number, one_line,
+                          open_dataset, refuse, rng, run_dir, script, sweep)
 from train_vae import (Namespace, barrier, bench, checked, chosen, claim,
                        decode_long, ema_update, epoch_order, fit, gaussians, innermost,
                        is_finished, is_run, last_checkpoint, latents_path, load_autoencoder,
@@ -828,12 +828,14 @@ class Clips:
     def __init__(self, folder, rows, config, patch, row_tokens, cond_share=0.0, shape=None):
         self.cond_share = cond_share                 # the share of clips with conditioning frames
         self.row_tokens, self.patch = row_tokens, patch
-        self.files, self.shape, self.info, self.sums = {}, {}, {}, {}
+        self.files, self.shape, self.info, self.sums, narrow = {}, {}, {}, {}, []
         self.rows = {row["key"]: row for row in rows}
         for shard in sorted({row["shard"] for row in rows}):
             path = latents_path(folder, shard, config["hash"])
             if not path.exists():
-                refuse(f"{path} is missing: run `python train_vae.py {Path(folder).name} --encode`")
+                vae = f" --vae {config['name']}" if "name" in config else ""
+                refuse(f"{path} is missing: run `python train_vae.py "
+                       f"{dataset_name(Path(folder))} --encode{vae}`")
             header = read_header(path)
             if cond_share and "alone" not in header:
                 refuse(f"{path} holds nothing to give: run `python train_vae.py "
@@ -847,12 +849,21 @@ class Clips:
                 *moments, T, H, W = file.get_slice(key).get_shape()
                 C = moments[0] // 2 if moments else 1        # a code has no channels
                 crop = [side // p * p for side, p in zip((T, H, W), patch)]
+                if not all(crop):
+                    narrow.append(info["clip"])
+                    continue
                 self.files[key], self.info[key] = file, info
                 if key in header.get("sums", ()):            # compared when it is first read
                     self.sums[key] = header["sums"][key], path
                 self.shape[key] = (C, *crop)
                 self.info[f"{key}:first"] = {**info, "frames": 1, "fps": None}
                 self.shape[f"{key}:first"] = (C, 1, *crop[1:])
+        if narrow and not int(os.environ.get("RANK", 0)):
+            print(f"{len(set(narrow))} clips are left out, smaller than a patch of "
+                  f"{'x'.join(map(str, patch))} latents, such as {min(narrow)}", file=sys.stderr)
+        if not self.files:
+            refuse(f"{folder}: no clip is as large as a patch of {'x'.join(map(str, patch))} "
+                   "latents")
         for key in random.sample(sorted(self.sums), min(64, len(self.sums))):    # before work
             self.read(key)
         self.keys = sorted(key for key in self.files if ":" not in key)
@@ -996,13 +1007,16 @@ def data_summary(clips):
         "words": sorted(word for word, _ in words.most_common(20_000))}
 
 
-def advise(args, clips, plan):
-    """Says what of a data set is little for this command, or that it has no captions."""
+def advise(args, clips, plan, begun):
+    """Says what of a data set is little for this command, or that it has no captions. begun:
+    config.json of a run that goes on."""
     n_rows, n_clips, rank = len(plan.epoch(0)), len(clips.keys), int(os.environ.get("RANK", 0))
     say = lambda line: rank or print(f"{args.name}: {line}", file=sys.stderr)
     if (clips.tokenizer or clips.embeddings is not None) and not any(
             row["captions"] for row in clips.rows.values()):
         say("no clip has a caption: the model learns without text, and prompts will do nothing")
+    elif begun and not begun.get("data", {"text": True})["text"] and clips.labels is None:
+        say("clips have captions now, and this run was begun without: another --run learns them")
     if n_clips < 4 * n_rows:
         wanted = -(-4 * max(clips.lengths) // 256) * 256
         say(f"a row of {args.row_tokens} tokens holds {n_clips / n_rows:.1f} clips on average: for "
@@ -1593,6 +1607,7 @@ def open_stage(args, folder, begun, device):
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     train_rows, held_out = split_rows(chosen(open_dataset(data), args), data, folder)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
+    vae_config = {**vae_config, "name": name}
     if begun and begun["vae"]["hash"] != vae_config["hash"]:
         refuse(f"{folder} learns latents of autoencoder {begun['vae']['hash']}, and {name} now is "
                f"{vae_config['hash']}: name the first one by --vae, or start another --run")
@@ -1708,7 +1723,7 @@ def train(args, folder):
     cost = estimate(args, info["model"], clips, plan, device)
     cost |= timed_step(args, cost, info["model"], vae, clips, plan, device)
     print_cost(args, cost, clips, held_out, device)
-    advise(args, clips, plan)
+    advise(args, clips, plan, begun)
     if args.estimate:
         return
     if not is_begun:

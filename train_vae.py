@@ -1182,8 +1182,12 @@ def train(args, folder):
     is_begun = last_step(folder) is not None                 # then --init need not be opened
     options, weights = (read_config(folder, "vae")["model"], None) if is_begun else begin(args)
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})
-    if checkpoint and "hash" in read_config(folder, "vae") and is_finished(checkpoint, args):
+    name = checkpoint and read_config(folder, "vae").get("hash")
+    if name and is_finished(checkpoint, args):
         return
+    if name and (latents := sorted(dataset_dir(args.name).glob(f"shard-*.latents-{name}.*"))):
+        refuse(f"{folder} made {latents[0]} and its like, for which runs may have been trained: go "
+               f"on under another name (--run NAME --init {args.run or folder.name})")
     torch.manual_seed(args.seed)
     parts, optimizers, perceptual = open_parts(args, options, device)
     model, clips, start = parts["model"], ClipCache(dataset_dir(args.name)), 0

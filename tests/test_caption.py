@@ -617,3 +617,21 @@ def test_a_tokenizer_that_is_lost_or_torn_ends_in_one_line(tmp_path, capsys, tex
     with pytest.raises(SystemExit) as end:
         c.open_tokenizer(path)
     assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_captions_of_another_model_or_other_options_are_not_taken_for_these(tmp_path, capsys):
+    """A second call with another --prompt or model of that name said that all was done."""
+    for name in "ab":
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model/config.json").write_text(json.dumps({"model_type": name}))
+    call = lambda *options: (lambda args: c.refuse_other_options(tmp_path, "model-long", args, args.vlm))(
+        c.parse(["set", "--vlm", str(tmp_path / "a/model"), *options]))
+    call()
+    call("--prompt", "what?")                                    # nothing is there yet
+    call()
+    (tmp_path / "shard-00000.captions-model-long.jsonl").write_text("")
+    call("--device", "cpu", "--batch", "3")
+    for name, options in (("prompt", ["--prompt", "what?"]), ("vlm", ["--vlm", str(tmp_path / "b/model")])):
+        with pytest.raises(SystemExit):
+            call(*options)
+        assert f"were made with --{name}" in (said := capsys.readouterr().err) and "--source" in said

@@ -305,3 +305,17 @@ def test_stills_take_their_share_and_rows_stay_full(folder, monkeypatch):
             n[0].endswith(":first") or clips.shape[n[0]][1] == 1 for n in names]
     C, _, H, W = clips.shape[clips.keys[0]]
     assert clips.latent(f"{clips.keys[0]}:first", 0, 0).shape == (C, 1, H, W)
+
+
+def test_clips_narrower_than_a_patch_and_latents_in_use_are_named(folder, monkeypatch, capsys):
+    """Clips without a token made every loss NaN; training an autoencoder further left its latents,
+    and the runs that were trained on them, without it."""
+    monkeypatch.chdir(folder)
+    rows, config = P.open_dataset(P.dataset_dir("own")), V.load_autoencoder("own-vae")[1]
+    with pytest.raises(SystemExit):
+        D.Clips(P.dataset_dir("own"), rows, config, (1, 5, 1), 512)
+    assert "12 clips are left out" in (said := capsys.readouterr().err) and "no clip is as large" in said
+    with pytest.raises(SystemExit):
+        V.main(["own", "--steps", "3", "--eval_every", "2", "--device", "cpu"])
+    assert f"latents-{config['hash']}" in (said := capsys.readouterr().err) and "--init own-vae" in said
+    assert V.load_autoencoder("own-vae")[1] == config

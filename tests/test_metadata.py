@@ -968,7 +968,7 @@ def test_metadata_that_changes_or_comes_later_is_taken_in(tmp_path, monkeypatch,
     capsys.readouterr()
     pd.main(options)
     assert "nothing to do" in capsys.readouterr().out
-    assert "--meta m.jsonl, not None" in line(capsys, lambda: pd.main([*command, "--format", "folder"]))
+    assert "--meta m.jsonl, not without it" in line(capsys, lambda: pd.main([*command, "--format", "folder"]))
 
 
 def test_6c_killed_while_captions_are_taken_in(tmp_path, monkeypatch):
@@ -1238,3 +1238,34 @@ def test_6c_temporary_files_of_safetensors_are_swept(tmp_path):
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     pd.sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".tmpAbC12y", ".tmpfile", "x.tmpAbC12x"}
+
+
+def test_times_lists_and_marks_of_other_programs(tmp_path):
+    """Frames after the seconds were read as seconds, numpy's lists as one text, #N/A as a caption."""
+    result, lost = captions(tmp_path, "m.csv", """video,start,end,caption
+a.mp4,00:00:01:00,00:00:02:00,x
+b.mp4,0:01,0:02,"['x one' 'it''s two']"
+c.mp4,,,#N/A
+d.mp4,,,"['a', 'b']"
+""".replace("it''s", "y"), [f"{n}.mp4" for n in "abcd"])
+    assert result["b.mp4"] == ["x one", "y two"] and result["d.mp4"] == ["a", "b"] and not result["c.mp4"]
+    assert "a.mp4" not in result and any("no frames" in why for *_, why in lost)
+    write(tmp_path / "ms.csv", "video,start_ms,end_ms,caption\na.mp4,500,1500,x\n")
+    pd.read_metadata([tmp_path / "ms.csv"], "csv", ["a.mp4"], tmp_path / "ms.db")
+    (fact,), _ = pd.facts_of(tmp_path / "ms.db", "csv", "a.mp4")
+    assert (fact["start"], fact["end"], fact.get("scores", {})) == (0.5, 1.5, {})
+
+
+def test_texts_beside_files_serve_those_that_meta_does_not_name(tmp_path, monkeypatch, capsys):
+    """They were lost, without a word, as soon as --meta named one file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name, colour in zip("ab", (RED, GREEN)):
+        encode(tmp_path / f"in/{name}.mp4", shot(colour, 9, (32, 32)))
+        write(tmp_path / f"in/{name}.txt", f"beside {name}")
+    write(tmp_path / "m.csv", "video,caption\nb.mp4,of meta\n")
+    command = ["set", "--videos", "in", "--near", "0", "--workers", "1"]
+    pd.main(command)
+    for name, more in (("set", ["--meta", "m.csv"]), ("new", ["--meta", "m.csv"])):
+        pd.main([name, *command[1:], *more])
+        assert texts_of(f"data/{name}") == {"a.mp4": ["beside a"], "b.mp4": ["of meta"]}
