@@ -1664,15 +1664,18 @@ def fetched(x):
 
 
 def sum_gradients(model):
-    """All-reduces gradients in one flat buffer; each rank's loss is its share of the global
-    mean."""
+    """All-reduces gradients in one flat buffer; each rank's loss is its share of the global mean.
+    A rank of stills alone has none for the layers over time."""
     if torch.distributed.is_initialized():
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        params = list(model.parameters())
+        counts = sum_over_ranks(*(float(p.grad is not None) for p in params))
+        used = [p for p, n in zip(params, counts) if n]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
         flat = torch.cat([g.flatten() for g in grads])
         with WATCH:
             torch.distributed.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
-            grad.copy_(part.view_as(grad))
+        for p, grad, part in zip(used, grads, flat.split([g.numel() for g in grads])):
+            p.grad = grad.copy_(part.view_as(grad))
 
 
 def read_config(folder, kind):
