@@ -560,45 +560,6 @@ def gaussians(purpose, seed, step, keys, shapes):
     return [torch.from_numpy(draw) for draw in draws]
 
 
-class Perceptual(nn.Module):
-    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924), from torchvision's VGG-16 file and lpips'
-    file of linear layers: the distance of videos in [-1, 1], the mean over a clip's frames."""
-
-    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-    def __init__(self, vgg, lpips):
-        super().__init__()
-        stages, width = [], 3
-        self.features = nn.Sequential()                                  # numbered as torchvision's
-        for i, widths in enumerate(self.WIDTHS):
-            first = len(self.features)
-            self.features.extend([nn.MaxPool2d(2)] if i else [])
-            for c_out in widths:
-                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
-                width = c_out
-            stages.append(slice(first, len(self.features)))
-            self.add_module(f"lin{i}", nn.ModuleDict(
-                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
-        self.stages, tensors = stages, {**read_tensors(vgg), **read_tensors(lpips)}
-        names = {name: name for name in self.state_dict()}
-        load_names(self, names, {name: tensors[name] for name in names if name in tensors},
-                   f"--perceptual {vgg} {lpips}")
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-        self.requires_grad_(False)
-
-    def forward(self, y, x):
-        """[B]"""
-        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
-        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
-        for i, stage in enumerate(self.stages):
-            h = self.features[stage](h)
-            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-            linear = self.get_submodule(f"lin{i}.model.1")
-            total = total + linear((a - b).square()).mean((1, 2, 3))
-        return total.view(len(x), -1).mean(1)
-
-
 class Discriminator(nn.Module):
     """A 3D PatchGAN (Isola et al. 2017, 1611.07004): a logit for each patch of a video."""
 
@@ -859,32 +820,6 @@ def frechet(one, other):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
-
-
-def open_detector(path, device, option, is_trusted):
-    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the published
-    Inception (images) or I3D (videos), which rescale their input by an argument."""
-    if not Path(path).is_file():
-        refuse(f"{option} {path}: no such file")
-    if not zipfile.is_zipfile(path):
-        refuse(f"{option} {path} is no TorchScript file")
-    if not is_trusted:
-        refuse(f"{option} {path} is a program: it can read and write your files when it runs. Add "
-               "--trust if you know where it comes from")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
-    named = {argument.name for argument in network.forward.schema.arguments}
-    options = {name: True for name in ("return_features", "rescale", "resize") if name in named}
-
-    @torch.no_grad()
-    def features(clips, is_image):
-        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
-        x = x[:, :, 0] if is_image else x.float()
-        return network(x, **options).flatten(1).float()
-    return features, digest
 
 
 @torch.no_grad()
@@ -1388,9 +1323,14 @@ def encode_shard(model, config, folder, shard, rows, args, device):
         save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
 
 
+def bytes_of(x):
+    """A tensor's bytes as they stand in a file, uint8 [n]."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def tensor_sum(x):
-    """CRC-32 of a tensor's bytes as they stand in a file."""
-    return zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy())
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(bytes_of(x))
 
 
 def checked(x, total, path, name):
@@ -1682,14 +1622,7 @@ def read_config(folder, kind):
     """A run's config.json; refuses what is no run, or of another kind or format."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        inside = [*sorted(path.parent.glob("snapshots/*/config.json")),      # of a hub's cache
-                  *sorted(path.parent.glob("checkpoint-*/config.json"))]     # of transformers
-        refuse(f"{folder} is no run " + (
-            f"(it is a file): name {path.parent.parent}" if path.parent.is_file() else
-            f"(it has no config.json): name {inside[-1].parent}" if inside else
-            "(it holds a LoRA's additions alone): merge them into their model (PEFT: "
-            "merge_and_unload)" if path.with_name("adapter_config.json").is_file() else
-            "(it has no config.json): train one first, or name another"))
+        refuse(f"{folder} is no run {what_to_name(path.parent)}")
     try:
         config = json.loads(path.read_text())
         identity, _ = (config["format"], config["kind"]), dict(config["args"])
@@ -1698,7 +1631,7 @@ def read_config(folder, kind):
     if identity[0] != RUN_FORMAT:
         refuse(f"{folder} has run format {identity[0]}, this version reads {RUN_FORMAT}")
     if identity[1] != kind:
-        refuse(f"{folder} is a run of kind '{identity[1]}', wanted is '{kind}'")
+        refuse(f"{folder} is a run of kind '{identity[1]}', not '{kind}'")
     return config
 
 
@@ -1803,43 +1736,36 @@ def say_once(line):
 
 @lru_cache(64)
 def damaged(path, files, also_optimizer):
-    """The first file of a checkpoint that is not as it was written, or ''. Checksums are in
-    state.json; files without one (of older runs, or put there by hand) are opened. An optimizer's
+    """The first file of a checkpoint that differs from what was written, or ''. Checksums are in
+    state.json; files without one (of older runs, or copied there) are only opened. An optimizer's
     file is read only where it is used."""
-    def is_fine(name):
-        if name == "state.json":
-            return state["step"] == int(path.name.split("-")[1]) and (
-                sums[name] in (None, zlib.crc32(json.dumps(state).encode())))
-        if sums[name] is None:
-            with safe_open(path / name, "pt"):
-                return True
-        if "optimizer" in name and not also_optimizer:
-            return (path / name).exists()
-        return sum_of(path / name) == sums[name]
-
-    bad = "state.json"
+    name = "state.json"
     try:
-        there = dict.fromkeys(name for name, *_ in files)
-        is_weights = there and bad not in there and not also_optimizer
-        state = {} if is_weights else json.loads((path / bad).read_text())
-        sums = state.pop("sums", there)
-        for bad in sums:
-            if not is_fine(bad):
-                break
-        else:
-            return ""
+        sums = dict.fromkeys(name for name, *_ in files)
+        if also_optimizer or name in sums or not files:
+            state = json.loads((path / name).read_text())
+            sums = state.pop("sums", sums)
+        for name, total in sums.items():
+            if name == "state.json":
+                is_fine = state["step"] == int(path.name.split("-")[1]) and (
+                    total in (None, zlib.crc32(json.dumps(state).encode())))
+            elif "optimizer" in name and not also_optimizer and total is not None:
+                is_fine = (path / name).exists()
+            elif total is None:
+                with safe_open(path / name, "pt"):
+                    is_fine = True
+            else:
+                is_fine = sum_of(path / name) == total
+            if not is_fine:
+                return name
+        return ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        pass
-    return bad
+        return name
 
 
 def sum_of(path):
     """CRC-32 of a file."""
-    total = 0
-    with open(path, "rb") as file:
-        while part := file.read(2**22):
-            total = zlib.crc32(part, total)
-    return total
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
 
 
 DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
@@ -1851,22 +1777,20 @@ def save_file(tensors, path, metadata=None):
     """Writes safetensors, byte for byte like the library's save_file, and returns their CRC-32. The
     library renames a temporary file over `path`, which ignores the umask and locks and stays behind
     when killed. `path` must not be a file that tensors are mapped from."""
-    rank = {dtype: i for i, dtype in enumerate(DTYPES)}              # in the library's order
-    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    order = list(DTYPES)                                             # the library's
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     header, at = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
         x = tensors[name]
-        size = x.numel() * x.element_size()
         header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
-                        "data_offsets": [at, at + size]}
-        at += size
+                        "data_offsets": [at, at + x.nbytes]}
+        at += x.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     total = 0
     with open(path, "wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *(
-                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                for name in names)):
+        for part in (len(text).to_bytes(8, "little"), text,
+                     *(bytes_of(tensors[name]) for name in names)):
             file.write(part)
             total = zlib.crc32(part, total)
     return total
@@ -1939,24 +1863,14 @@ def read_log(folder):
     return rows
 
 
-def finite(value):
-    """A value for strict JSON: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def lr_at(step, args):
     """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it, or
     args.lr to the end (--schedule constant)."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    if args.schedule == "constant":
-        return args.lr
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return args.lr * (1.0 if args.schedule == "constant" else cosine)
 
 
 def take_step(model, optimizer, lr, clip=1.0):
@@ -1986,20 +1900,13 @@ def peak_mib():
     return round(peak / 2**(20 if sys.platform == "darwin" else 10))
 
 
-def summed(figures):
-    """{figure: float64 tensor}: numbers or tensors summed over ranks."""
-    parts = [torch.as_tensor(value).detach().cpu().double() for value in figures.values()]
-    if not parts:
-        return {}
-    sums = sum_over_ranks(*torch.cat([part.flatten() for part in parts]).tolist())
-    split = torch.tensor(sums, dtype=torch.float64).split([part.numel() for part in parts])
-    return {name: item.view(part.shape) for name, part, item in zip(figures, parts, split)}
-
-
-def quotients(total):
-    """sum / count of [2] or [n, 2]; None where the count is 0."""
-    means = [x / n if n else None for x, n in total.view(-1, 2).tolist()]
-    return means if total.dim() > 1 else means[0]
+def mean_of(total, n):
+    """total / n of a number; sum / count of [sum, count], or of a list of these; None if 0."""
+    if isinstance(total, float):
+        return total / n
+    if isinstance(total[0], list):
+        return [mean_of(pair, n) for pair in total]
+    return total[0] / total[1] if total[1] else None
 
 
 class Means:
@@ -2008,10 +1915,10 @@ class Means:
     float32 numbers add up alike in any order, so that a resumed run logs the same."""
 
     def __init__(self, saved, is_new):
-        self.sums, self.is_new, self.found = {}, is_new, saved   # is_new: the next step begins anew
-        for name, (total, n) in saved.items():
-            total = torch.tensor(total, dtype=torch.float64)
-            self.sums[name] = total * (int(os.environ.get("RANK", 0)) == 0), n
+        self.is_new, self.found = is_new, saved               # is_new: the next step starts a row
+        is_first = not int(os.environ.get("RANK", 0))
+        self.sums = {name: (torch.tensor(total, dtype=torch.float64) * is_first, n)
+                     for name, (total, n) in saved.items()}
 
     def add(self, figures):
         self.sums, self.is_new, self.found = {} if self.is_new else self.sums, False, None
@@ -2023,18 +1930,19 @@ class Means:
 
     def gather(self):
         """{figure: (sum over ranks, steps)} for a checkpoint. The sums move to the first rank;
-        repeated without a step between, it needs no collective."""
-        if self.found is None:
-            sums = summed({name: total for name, (total, _) in self.sums.items()})
-            self.__init__({name: (total.tolist(), self.sums[name][1])
-                           for name, total in sums.items()}, self.is_new)
-        return self.found
+        a second call without a step between needs no collective."""
+        if self.found is None and self.sums:
+            totals = [torch.as_tensor(total).cpu().double() for total, _ in self.sums.values()]
+            sums = sum_over_ranks(*torch.cat([x.flatten() for x in totals]).tolist())
+            split = torch.tensor(sums, dtype=torch.float64).split([x.numel() for x in totals])
+            self.__init__({name: (part.view(x.shape).tolist(), n) for (name, (_, n)), x, part in
+                           zip(self.sums.items(), totals, split)}, self.is_new)
+        return self.found or {}
 
     def row(self):
         """{figure: mean}; the next step starts a new row."""
         means, self.is_new = self.gather(), True
-        return {name: total / n if isinstance(total, float) else quotients(torch.tensor(
-            total, dtype=torch.float64)) for name, (total, n) in means.items()}
+        return {name: mean_of(*item) for name, item in means.items()}
 
 
 class Stopped(BaseException):
@@ -2148,7 +2056,9 @@ class Log:
             STOP.is_open = False
         if self.rank == 0:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+                # strict JSON: numbers that are not finite become null
+                row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+                file.write(json.dumps(row) + "\n")
         self.clock, self.counted = time.time(), done
         return row
 
@@ -2306,7 +2216,7 @@ def prefetch(make, start, stop, ahead=4):
         pool.shutdown(cancel_futures=True)
 
 
-# == published weights: files, key maps, VideoGPT's network ========================================
+# == published weights: files, key maps, LPIPS, VideoGPT ===========================================
 
 
 class Inert:
@@ -2429,6 +2339,18 @@ def refuse_others(path):
             refuse(f"{path}: {NOT_READ['*.gguf']}")
     if path.suffix == ".incomplete":
         refuse(f"{path}: {NOT_READ['*.incomplete']}")
+
+
+def what_to_name(path):
+    """What a refusal of a path that is no run adds: the folder that may be meant."""
+    inside = [*sorted(path.glob("snapshots/*/config.json")),                 # of a hub's cache
+              *sorted(path.glob("checkpoint-*/config.json"))]                # of transformers
+    if path.is_file():
+        return f"(it is a file): name {path.parent}"
+    if not inside and (path / "adapter_config.json").is_file():
+        return f"(it holds a LoRA alone): {MERGE}"
+    return "(it has no config.json): " + (
+        f"name {inside[-1].parent}" if inside else "train one first, or name another")
 
 
 def read_tensors(path):
@@ -2603,6 +2525,71 @@ def read_class(path, classes, guess=None, inner=None):
             what = KINDS[type(default)] + (f", as {default}" if default else "")
             refuse(f"{path}: {key} is {json.dumps(config[key])[:60]}, which should be {what}")
     return name, values, explicit
+
+
+class Perceptual(nn.Module):
+    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924), from torchvision's VGG-16 file and lpips'
+    file of linear layers: the distance of videos in [-1, 1], the mean over a clip's frames."""
+
+    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, vgg, lpips):
+        super().__init__()
+        stages, width = [], 3
+        self.features = nn.Sequential()                                  # numbered as torchvision's
+        for i, widths in enumerate(self.WIDTHS):
+            first = len(self.features)
+            self.features.extend([nn.MaxPool2d(2)] if i else [])
+            for c_out in widths:
+                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
+                width = c_out
+            stages.append(slice(first, len(self.features)))
+            self.add_module(f"lin{i}", nn.ModuleDict(
+                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
+        self.stages, tensors = stages, {**read_tensors(vgg), **read_tensors(lpips)}
+        names = {name: name for name in self.state_dict()}
+        load_names(self, names, {name: tensors[name] for name in names if name in tensors},
+                   f"--perceptual {vgg} {lpips}")
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, y, x):
+        """[B]"""
+        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
+        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
+        for i, stage in enumerate(self.stages):
+            h = self.features[stage](h)
+            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+            linear = self.get_submodule(f"lin{i}.model.1")
+            total = total + linear((a - b).square()).mean((1, 2, 3))
+        return total.view(len(x), -1).mean(1)
+
+
+def open_detector(path, device, option, is_trusted):
+    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the published
+    Inception (images) or I3D (videos), which rescale their input by an argument."""
+    if not Path(path).is_file():
+        refuse(f"{option} {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        refuse(f"{option} {path} is no TorchScript file")
+    if not is_trusted:
+        refuse(f"{option} {path} is a program: it can read and write your files when it runs. Add "
+               "--trust if you know where it comes from")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
+    named = {argument.name for argument in network.forward.schema.arguments}
+    options = {name: True for name in ("return_features", "rescale", "resize") if name in named}
+
+    @torch.no_grad()
+    def features(clips, is_image):
+        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
+        x = x[:, :, 0] if is_image else x.float()
+        return network(x, **options).flatten(1).float()
+    return features, digest
 
 
 WAN_MEAN_16 = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
