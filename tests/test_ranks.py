@@ -210,7 +210,7 @@ def test_ranks_wait_without_a_limit_and_say_for_whom(monkeypatch, capsys):
     watch.over.set()
     meeting.join()
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "rank 0 has waited 0.3 s for rank 1, which is at work" in said[0]
+    assert len(said) == 1 and "rank 0 has waited 0.3 s for rank 1, which is busy" in said[0]
 
 
 @pytest.mark.slow
