@@ -78,15 +78,15 @@ from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir
 
 # -- the autoencoder -------------------------------------------------------------------------------
 
-# dim: channels of the first level; dec_dim: the decoder's, if different; mults: multiple of it a
-# level; downs: whether a level ends with half the size ("s"), half the frames ("t"), or both;
-# n_res: residual blocks a level; patch: side of the pixel blocks that become channels first.
+# dim: channels of the first level; dec_dim: the decoder's, if different; mults: multiples of dim, a
+# level each; downs: a level ends with half the size ("s"), half the frames ("t"), or both; n_res:
+# residual blocks a level; patch: side of the pixel blocks that become channels of the input.
 WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
 MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                    linear=True),
     "vae-xs-48": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=48,
-                      linear=True),              # for real footage: its detail takes more numbers
+                      linear=True),              # for real footage, which has more detail
     "vae-xxs": dict(dim=16, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                     linear=True),                # tests/demo-vae
     "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16),
