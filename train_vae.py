@@ -3,22 +3,21 @@
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-vae/  config.json (options; the latents' mean and std a channel, once it ends),
                       log.jsonl, samples/ (originals beside reconstructions), step-000100/,
-                      held_out.txt (keys of the clips that it measures on, for its whole life)
-      data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): one tensor a clip, float16
-                      [2 C, T', H', W'], mean and log-variance; its last frame and its halves,
-                      encoded on their own (see `alone`); of a codebook int32 codes [T', H', W'];
-                      HASH8 names the autoencoder
+                      held_out.txt (keys of the held-out clips, which a run keeps)
+      data/NAME/shard-00000.latents-HASH8.safetensors   (--encode): float16 [2 C, T', H', W'] a
+                      clip, mean and log-variance, and of parts of it (see `separate_parts`); with
+                      a codebook int32 codes [T', H', W']; HASH8 identifies the autoencoder
       runs/NAME-vae/eval.json, eval.png                 (--eval): figures with their protocol
 
 The idea: causal 3D convolutions. Every layer sees only the present and the past, so the first frame
-becomes a latent of its own, each further latent covers four frames, and an image is a clip of one
+becomes one latent, each further latent covers four frames, and an image is a clip of one
 frame. A long clip can be encoded or decoded in chunks that carry two frames of state a layer, with
 the same result as in one piece; hence no norm takes statistics over time or space.
 
     python train_vae.py demo                     # a minute on two cores
     python train_vae.py demo --encode            # seconds
     python train_vae.py demo --eval              # seconds
-    python train_vae.py demo --run quick --steps 10                      # a look, under a minute
+    python train_vae.py demo --run quick --steps 10                      # under a minute
     torchrun --nproc_per_node 8 -- train_vae.py mine --model vae-b --size 256   # one node
     python train_vae.py mine --run vq --bottleneck vq --codes 1024     # or fsq --codes 8 5 5 5
     python train_vae.py mine --run big --init mine-vae --decoder_only --size 256 # then the decoder
@@ -33,7 +32,7 @@ Axes: B clips, T frames, H W pixels, C channels; T' H' W' on the latent grid.
 Papers: Kingma & Welling 2013 (VAE, 1312.6114); Rombach et al. 2021 (latent diffusion, 2112.10752);
 Yu et al. 2023 (MAGVIT-v2's causal convolutions, 2310.05737); Wan 2025 (this shape, 2503.20314).
 """
-import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
+import prepare_data  # noqa: F401  first: it handles Ctrl-C and missing packages
 import atexit
 import contextlib
 import datetime
@@ -54,7 +53,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -69,7 +68,7 @@ from tqdm import tqdm
 
 from kernels.conv import Conv3d, causal_conv3d, regroup
 from kernels.linear import Linear
-from kernels.memory import keep_memory
+from kernels.memory import fetched, keep_memory, moved
 from kernels.optim import MuonAdamW
 from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir, drawn_split,
                           is_sole, lines_of, number, one_line, open_dataset, read_clip, read_text,
@@ -79,15 +78,15 @@ from prepare_data import (Parser, Unreadable, atomic, contact_sheet, dataset_dir
 
 # -- the autoencoder -------------------------------------------------------------------------------
 
-# dim: channels of the first level; dec_dim: the decoder's, if different; mults: multiple of it a
-# level; downs: whether a level ends with half the size ("s"), half the frames ("t"), or both;
-# n_res: residual blocks a level; patch: side of the pixel blocks that become channels first.
+# dim: channels of the first level; dec_dim: the decoder's, if different; mults: multiples of dim, a
+# level each; downs: a level ends with half the size ("s"), half the frames ("t"), or both; n_res:
+# residual blocks a level; patch: side of the pixel blocks that become channels of the input.
 WAN = dict(mults=(1, 2, 4, 4), downs=("s", "st", "st"), n_res=2)
 MODELS = {
     "vae-xs": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                    linear=True),
     "vae-xs-48": dict(dim=32, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=48,
-                      linear=True),              # for real footage: its detail takes more numbers
+                      linear=True),              # for real footage, which has more detail
     "vae-xxs": dict(dim=16, mults=(1, 2, 2), downs=("t", "st"), n_res=1, patch=4, z_dim=24,
                     linear=True),                # tests/demo-vae
     "vae-s": dict(dim=48, mults=(1, 2, 4), downs=("st", "st"), n_res=1, patch=2, z_dim=16),
@@ -167,8 +166,7 @@ class FrameAttention(nn.Module):
 
 
 def to_blocks(x, time, space):
-    """Space-time to channels: [B, C, T, H, W] to [B, T / time, H / space, W / space,
-    C * time * space**2]."""
+    """[B, C, T, H, W] to blocks, [B, T / time, H / space, W / space, C * time * space**2]."""
     B, C, T, H, W = x.shape
     x = x.reshape(B, C, T // time, time, H // space, space, W // space, space)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
@@ -201,7 +199,7 @@ def unfold(x, c_out, time, space):
 
 class Down(nn.Module):
     """Downsampling: half the size where `space`; where `time`, the first frame unchanged, then one
-    frame for every two. Chunks may have any number of frames: a rest waits in the state."""
+    frame for every two. Chunks may have any number of frames: the state keeps a remainder."""
 
     def __init__(self, dim, space, time):
         super().__init__()
@@ -222,7 +220,7 @@ class Down(nn.Module):
 
 class Up(nn.Module):
     """Upsampling: twice the size where `space`; where `time`, two frames for each but the first,
-    which stays unchanged and unseen by the others (as in Wan)."""
+    which stays unchanged and does not enter the others (as in Wan)."""
 
     def __init__(self, dim, c_out, space, time):
         super().__init__()
@@ -246,9 +244,9 @@ class Up(nn.Module):
 
 
 class Level(nn.Module):
-    """The layers of one resolution, the last of which may change it. straight: (time, space) of the
-    shortcut, by which the input is folded (with `grows`: unfolded) and added to the output.
-    growth: numbers out for each number in, for `regroup`."""
+    """The layers of one resolution; the last may change it. shortcut: (time, space) by which the
+    input is folded (with `grows`: unfolded) and added to the output. growth: elements out for each
+    element in, for `regroup`."""
 
     def __init__(self, layers, c_out, shortcut=None, grows=False, growth=1):
         super().__init__()
@@ -267,7 +265,7 @@ class Level(nn.Module):
             x = x[:, :, time - 1:] if self not in state else x
             state[self] = True
             return y + x
-        if time > 1:                                 # a zero frame goes in front of the first
+        if time > 1:                                 # a zero frame before the first
             x = torch.cat([state.get(self, torch.zeros_like(x[:, :, :1])), x], 2)
             n = x.shape[2] // time * time
             x, state[self] = x[:, :, :n], x[:, :, n:].clone()
@@ -311,7 +309,7 @@ class Codebook(nn.Module):
         return z + (chosen - z).detach(), codes, loss
 
     @torch.no_grad()
-    def follow(self, z, codes, decay=0.99):
+    def update(self, z, codes, decay=0.99):
         """Updates the moving averages with a step's latents z [N, C] and codes [N] of all ranks."""
         hits = F.one_hot(codes, self.n_codes).to(z.dtype)
         both = torch.cat([hits.sum(0)[:, None], hits.T @ z], 1)
@@ -329,7 +327,7 @@ class Codebook(nn.Module):
         dead = (self.counts < min(1.0, 0.1 * self.counts.mean().item())).nonzero()[:, 0]
         n = torch.arange(len(dead), device=dead.device)
         vectors = candidates[n % len(candidates)]
-        vectors = vectors * (1 + 1e-3 * (n // len(candidates)))[:, None]      # twins part in time
+        vectors = vectors * (1 + 1e-3 * (n // len(candidates)))[:, None]      # copies then diverge
         self.codebook[dead], self.sums[dead], self.counts[dead] = vectors, vectors, 1.0
 
 
@@ -379,7 +377,7 @@ class FSQ(nn.Module):
 class PatchCode(nn.Module):
     """A linear autoencoder of patches: the first frame's patches of 1 x s x s pixels and the later
     ones' of t x s x s pixels to C channels and back. `fit` finds the best one in closed form (PCA),
-    and the network learns a correction to it: within minutes of training worth several dB."""
+    and the network learns a correction to it: several dB within minutes of training."""
 
     def __init__(self, z_dim, stride, time_stride):
         super().__init__()
@@ -390,7 +388,7 @@ class PatchCode(nn.Module):
 
     def parts(self, x, state, times):
         """[(index of the code, frames)]: the first frame if the clip begins here, then complete
-        groups of frames; an incomplete group waits in the state."""
+        groups of frames; the state keeps an incomplete group."""
         n = 0 if self in state else 1
         first, x = x[:, :, :n], x[:, :, n:]
         x = x if n or state[self] is None else torch.cat([state[self], x], 2)
@@ -419,7 +417,7 @@ class PatchCode(nn.Module):
         z_dim, bases = self.to_code[0].out_features, []
         for t, later in zip(self.times, (False, True)):
             parts = [video[None, :, later:] if later else video[None, :, :1] for video in videos]
-            parts = [part for part in parts if part.shape[2]] or [       # of stills: what stays
+            parts = [part for part in parts if part.shape[2]] or [       # stills: no motion
                 video[None, :, :1].repeat_interleave(t, 2) for video in videos]
             x = torch.cat([to_blocks(part, t, self.stride).flatten(0, 3)
                            for part in parts]).double()
@@ -430,9 +428,9 @@ class PatchCode(nn.Module):
         u, _, v = torch.linalg.svd(bases[0][1].T @ over_time)
         rotation = torch.linalg.qr(torch.randn(z_dim, z_dim, dtype=torch.float64,
                                                generator=torch.Generator().manual_seed(0)))[0]
-        turns, scale = (u @ v @ rotation, rotation), bases[1][2].sqrt()
-        for i, (t, turn, (mean, vectors, _)) in enumerate(zip(self.times, turns, bases)):
-            basis, size = vectors @ turn, scale * t**0.5
+        rotations, scale = (u @ v @ rotation, rotation), bases[1][2].sqrt()
+        for i, (t, rotation, (mean, vectors, _)) in enumerate(zip(self.times, rotations, bases)):
+            basis, size = vectors @ rotation, scale * t**0.5
             self.to_code[i].weight.copy_(basis.T / size)
             self.to_code[i].bias.copy_(-(mean @ basis) / size)
             self.to_patch[i].weight.copy_(basis * size)
@@ -553,50 +551,10 @@ class Autoencoder(nn.Module):
 
 
 def gaussians(purpose, seed, step, keys, shapes):
-    """Standard normal draws, a tensor a clip, keyed by the clip: independent of packing and
-    ranks."""
+    """Standard normal draws, a tensor a clip, by its key: independent of packing and ranks."""
     draws = (rng(seed, purpose, step, key).standard_normal(tuple(shape), np.float32)
              for key, shape in zip(keys, shapes))
     return [torch.from_numpy(draw) for draw in draws]
-
-
-class Perceptual(nn.Module):
-    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924), from torchvision's VGG-16 file and lpips'
-    file of linear layers: the distance of videos in [-1, 1], the mean over a clip's frames."""
-
-    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-    def __init__(self, vgg, lpips):
-        super().__init__()
-        stages, width = [], 3
-        self.features = nn.Sequential()                                  # numbered as torchvision's
-        for i, widths in enumerate(self.WIDTHS):
-            first = len(self.features)
-            self.features.extend([nn.MaxPool2d(2)] if i else [])
-            for c_out in widths:
-                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
-                width = c_out
-            stages.append(slice(first, len(self.features)))
-            self.add_module(f"lin{i}", nn.ModuleDict(
-                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
-        self.stages, tensors = stages, {**read_tensors(vgg), **read_tensors(lpips)}
-        names = {name: name for name in self.state_dict()}
-        load_names(self, names, {name: tensors[name] for name in names if name in tensors},
-                   f"--perceptual {vgg} {lpips}")
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
-        self.requires_grad_(False)
-
-    def forward(self, y, x):
-        """[B]"""
-        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
-        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
-        for i, stage in enumerate(self.stages):
-            h = self.features[stage](h)
-            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-            linear = self.get_submodule(f"lin{i}.model.1")
-            total = total + linear((a - b).square()).mean((1, 2, 3))
-        return total.view(len(x), -1).mean(1)
 
 
 class Discriminator(nn.Module):
@@ -649,8 +607,8 @@ def losses(decoded, perceptual=None):
 
 
 def adaptive_weight(loss, adversarial, last):
-    """The adversarial loss's weight, at which both gradients of the weights `last` are alike in
-    norm (Esser et al. 2020, 2012.09841); over all ranks."""
+    """The adversarial loss's weight: the ratio of the losses' gradient norms at the weights `last`,
+    over all ranks (Esser et al. 2020, 2012.09841)."""
     grads = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (loss, adversarial)]
     both = torch.stack(grads)
     if torch.distributed.is_initialized():
@@ -669,23 +627,22 @@ def discriminate(discriminator, decoded, n_clips):
 
 
 @torch.no_grad()
-def follow_codes(book, decoded, keys, seed, step):
-    """The codebook's update: moving averages, and restarts from latents drawn by clip, all
-    ranks."""
+def update_codebook(book, decoded, keys, seed, step):
+    """The codebook's update: moving averages, and restarts from latents of all ranks' clips."""
     flat = torch.cat([z.movedim(1, -1).flatten(0, 3) for _, _, _, z, _, _ in decoded])
-    book.follow(flat, torch.cat([codes.flatten() for *_, codes, _ in decoded]))
-    offered, is_shared = [], torch.distributed.is_initialized()
+    book.update(flat, torch.cat([codes.flatten() for *_, codes, _ in decoded]))
+    candidates, is_shared = [], torch.distributed.is_initialized()
     for group, _, _, z, _, _ in decoded:
         for i, positions in zip(group, z.movedim(1, -1).flatten(1, 3)):
             picked = rng(seed, "restart", step, keys[i]).permutation(len(positions))[:64]
             part = positions[moved(torch.from_numpy(picked), z.device)]
-            offered.append((keys[i], part.cpu() if is_shared else part))
+            candidates.append((keys[i], part.cpu() if is_shared else part))
     if is_shared:
         lists = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(lists, offered)
-        offered = [pair for part in lists for pair in part]
-    offered.sort(key=lambda pair: pair[0])
-    book.restart(torch.cat([positions for _, positions in offered]).to(flat.device))
+        torch.distributed.all_gather_object(lists, candidates)
+        candidates = [pair for part in lists for pair in part]
+    candidates.sort(key=lambda pair: pair[0])
+    book.restart(torch.cat([positions for _, positions in candidates]).to(flat.device))
 
 
 # -- clips of any size, videos of any length -------------------------------------------------------
@@ -694,19 +651,18 @@ def follow_codes(book, decoded, keys, seed, step):
 def fit_sides(frames, stride):
     """Crops frames about the centre to multiples of the stride (a side below one stride is padded
     with its edge). Returns the view and (top, left, height, width)."""
-    H, W = frames.shape[1:3]
-    if min(H, W) < stride:
-        pad = [(0, 0), (0, max(0, stride - H)), (0, max(0, stride - W)), (0, 0)]
+    H, W = (max(side, stride) for side in frames.shape[1:3])
+    if (H, W) != frames.shape[1:3]:
+        pad = [(0, 0), (0, H - frames.shape[1]), (0, W - frames.shape[2]), (0, 0)]
         frames = np.pad(frames, pad, mode="edge")
-        H, W = frames.shape[1:3]
     h, w = H // stride * stride, W // stride * stride
     top, left = (H - h) // 2, (W - w) // 2
     return frames[:, top:top + h, left:left + w], (top, left, h, w)
 
 
 def fit_time(n_frames, time_stride, first=1):
-    """How many of n frames are encoded: first + k * time_stride, the rest is dropped (fewer than
-    `first`, the frames of a first latent, are filled up with the last)."""
+    """How many of n frames are encoded: first + k * time_stride, where a first latent covers
+    `first` frames; a shorter clip is extended to these (`filled`)."""
     return first + max(0, n_frames - first) // time_stride * time_stride
 
 
@@ -744,37 +700,36 @@ def draw_window(frames, random, max_frames, size, model):
 
 
 def filled(frames, n):
-    """Clips shorter than n frames go on with their last."""
-    lacking = n - len(frames)
-    return np.concatenate([frames, frames[-1:].repeat(lacking, 0)]) if lacking > 0 else frames
+    """Extends clips shorter than n frames by their last frame."""
+    missing = n - len(frames)
+    return np.concatenate([frames, frames[-1:].repeat(missing, 0)]) if missing > 0 else frames
 
 
 def by_shape(videos, most=None):
     """Batches of equal shape: [(indices, [B, 3, T, H, W])]. With `most`, of that many clips or of
-    one: each new shape costs a CPU's or a compiler's set-up, so sizes in between are avoided."""
+    one: each new shape costs a set-up, so sizes in between are avoided."""
     groups = {}
     for i, video in enumerate(videos):
         groups.setdefault(video.shape, []).append(i)
-    cut = []
+    batches = []
     for group in groups.values():
-        n = len(group) if most is None else len(group) // most * most
-        cut += [group[i:i + (most or n)] for i in range(0, n, most or n)]
-        cut += [[i] for i in group[n:]]
-    return [(group, torch.stack([videos[i] for i in group])) for group in cut]
+        n = most or len(group)
+        n_full = len(group) // n * n
+        batches += [group[i:i + n] for i in range(0, n_full, n)] + [[i] for i in group[n_full:]]
+    return [(batch, torch.stack([videos[i] for i in batch])) for batch in batches]
 
 
 @torch.no_grad()
 def encode_long(model, video, tile=None):
-    """(mean, logvar) of [B, 3, T, H, W]; memory does not grow with T, nor with a `tile` (px) with
-    H and W."""
+    """(mean, logvar) of [B, 3, T, H, W]; memory is bounded in T, with a `tile` (px) in H and W."""
     encode = lambda part, _: torch.cat(model.encode(part), 1)
     return tiled(encode, video, tile, 1 / model.stride).chunk(2, 1)
 
 
 @torch.no_grad()
 def decode_long(model, z, chunk=8, tile=None):
-    """Yields the video of latents [B, C, T', H', W'] piece by piece, [B, 3, T, H, W] each; with a
-    `tile` (px) frames are decoded in parts whose seams are blended."""
+    """Yields the video of latents [B, C, T', H', W'] in chunks [B, 3, T, H, W]; with a `tile` (px)
+    frames are decoded in overlapping tiles, which are blended."""
     states = {}
     for t in range(0, z.shape[2], chunk):
         decode = lambda part, corner: model.decode(part, states.setdefault(corner, {}))
@@ -782,8 +737,8 @@ def decode_long(model, z, chunk=8, tile=None):
 
 
 def tiled(run, x, tile, scale):
-    """run(part, place) over square tiles of `tile` cells of x's last two axes; neighbours share a
-    quarter, over which one fades into the other. `scale`: the result's side over x's."""
+    """run(part, corner) over square tiles of `tile` cells of x's last two axes; neighbours overlap
+    by a quarter, where they are blended. `scale`: the result's side over x's."""
     sides = x.shape[-2:]
     if tile is None or max(sides) <= tile:
         return run(x, 0)
@@ -807,7 +762,7 @@ def tiled(run, x, tile, scale):
 
 
 def fade(n, strip, comes_in, goes_out):
-    """Weights [n] that rise over the first `strip` and fall over the last, where asked."""
+    """Weights [n] that rise over the first `strip` if comes_in, fall over the last if goes_out."""
     rise = ((torch.arange(n) + 0.5) / max(1, strip)).clamp(max=1)
     return (rise if comes_in else 1) * (rise.flip(0) if goes_out else torch.ones(n))
 
@@ -840,7 +795,7 @@ def ssim(video, other):
 
 
 def flicker(video, other):
-    """[B]: by how many 8-bit levels the change from frame to frame differs from the original's."""
+    """[B]: mean error of the change from frame to frame, in 8-bit levels."""
     change = (video.clamp(-1, 1) - other).diff(dim=2).abs() * 127.5
     return change.mean((1, 2, 3, 4)) if video.shape[2] > 1 else change.new_zeros(len(video))
 
@@ -859,32 +814,6 @@ def frechet(one, other):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return float((mean - mean2).square().sum() + cov.trace() + cov2.trace() - 2 * cross)
-
-
-def open_detector(path, device, option, is_trusted):
-    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the published
-    Inception (images) or I3D (videos), which rescale their input by an argument."""
-    if not Path(path).is_file():
-        refuse(f"{option} {path}: no such file")
-    if not zipfile.is_zipfile(path):
-        refuse(f"{option} {path} is no TorchScript file")
-    if not is_trusted:
-        refuse(f"{option} {path} is a program: it can read and write your files when it runs. Add "
-               "--trust if you know where it comes from")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    try:
-        network = torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
-    named = {argument.name for argument in network.forward.schema.arguments}
-    options = {name: True for name in ("return_features", "rescale", "resize") if name in named}
-
-    @torch.no_grad()
-    def features(clips, is_image):
-        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
-        x = x[:, :, 0] if is_image else x.float()
-        return network(x, **options).flatten(1).float()
-    return features, digest
 
 
 @torch.no_grad()
@@ -930,10 +859,9 @@ def latent_statistics(model, videos):
 
 
 def split_rows(rows, folder, run=None):
-    """(training rows, held-out rows): by the data set's own split. One that prepare_data.py drew,
-    or none, is brought to five files at least (`draw_held_out`); but a run from before that rule
-    keeps what it began with, and each run its own (`same_held_out`). Refuses a data set that has
-    nothing to train on."""
+    """(training rows, held-out rows) by the data set's own split. A split that prepare_data.py drew
+    is extended (`draw_held_out`), except for a run older than that rule. A run keeps its held-out
+    clips (`same_held_out`)."""
     is_drawn = all(row["split"] == drawn_split(row.get("source", row["key"])) for row in rows)
 
     def draw():
@@ -953,18 +881,16 @@ def split_rows(rows, folder, run=None):
 
 
 def same_held_out(run, rows, draw):
-    """The rows that a run holds out: those that its HELD_OUT names, so that its losses stay those
-    of the same clips when others are added; else draw()'s, which a run that trains writes there."""
-    path = Path(run or "", HELD_OUT)
-    if run and path.is_file():
-        known = {row["key"]: row for row in rows}
-        held = [known[key] for key in lines_of(read_text(path)) if key in known]
-        if held:
-            return held
-    held = draw()
-    if held and str(run) in HELD:
-        write_text(path, "".join(f"{row['key']}\n" for row in held))
-    return held
+    """A run's held-out rows: those in its file HELD_OUT, so that its losses stay comparable when
+    clips are added; else draw(), which a run that trains writes there."""
+    path, known = Path(run or "", HELD_OUT), {row["key"]: row for row in rows}
+    keys = lines_of(read_text(path)) if run and path.is_file() else ()
+    held_out = [known[key] for key in keys if key in known]
+    if not held_out:
+        held_out = draw()
+        if held_out and str(run) in HELD:
+            write_text(path, "".join(f"{row['key']}\n" for row in held_out))
+    return held_out
 
 
 def has_older_split(run):
@@ -976,10 +902,10 @@ def has_older_split(run):
 
 
 def draw_held_out(rows, held_out, folder):
-    """`held` with more of the rows, by hash: five files, of a set without a split a twentieth, of
-    at most a quarter of the clips. Where these are too few files, shots, and of fewer than two
-    shots clips, which resemble what is learnt from; a line says so."""
-    if len(held_out) > len(rows) / 4:                        # a long file, or nearly all there is
+    """`held_out`, extended by hash to five files, or a twentieth of a set without a split, with at
+    most a quarter of the clips. If that quarter has fewer files, shots are drawn, and if it has
+    fewer than two shots, clips, which resemble the training clips; a line says so."""
+    if len(held_out) > len(rows) / 4:                        # one long file, or nearly all clips
         held_out = []
     for what in ("files", "shots", "clips"):
         unit_of = {"files": lambda row: row.get("source", row["key"]), "clips": lambda r: r["key"],
@@ -1000,18 +926,19 @@ def draw_held_out(rows, held_out, folder):
     if not int(os.environ.get("RANK", 0)):
         why = "" if what == "files" else ", since five files are more than a quarter of the clips"
         print(f"{folder}: {len(taken)} of {len(sizes)} {what} are held out{why}" if taken else
-              f"{folder}: its one clip is learnt from and measured on, nothing is held out",
+              f"{folder}: its only clip is trained and evaluated on, none is held out",
               file=sys.stderr)
     return epoch_order([row for row in rows if unit_of(row) in taken], lambda row: row["key"],
                        "held out", 0)
 
 
 def held_out_bank(model, clips, rows, seed, n=48):
-    """(rows, videos) of at most n held-out clips at their own size, at most 65 frames each."""
+    """(rows, videos on the model's device) of n held-out clips, full size, at most 65 frames."""
     shown = Stream(rows, seed).take(0, min(len(rows), n))
     length = lambda frames: fit_time(min(len(frames), 65), model.time_stride, model.first)
     return shown, [to_tensor(filled(fit_sides(frames[:length(frames)], model.stride)[0],
-                                    length(frames))) for frames in map(clips, shown)]
+                                    length(frames))).to(next(model.parameters()).device)
+                   for frames in map(clips, shown)]
 
 
 def evaluate_run(args):
@@ -1030,7 +957,6 @@ def evaluate_run(args):
     out = out if is_run(out) else Path("runs") / f"{folder.name}-eval"
     writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    bank = [video.to(device) for video in bank]
     result = evaluate(model, bank, keys, out / "eval.png", {key: detectors[key] for key in opened})
     mean, std = latent_statistics(model, bank)
     digest = hashlib.sha256(b"".join(row["source"].encode() + to_frames(video).tobytes()
@@ -1049,13 +975,11 @@ def evaluate_run(args):
 
 
 class Budget:
-    """Which clips a step trains on. An epoch's clips are cut, in its order, into steps of about the
-    same number of pixels, so that small clips and stills come in larger numbers. Any step is found
-    without replaying those before it."""
+    """The clips of a step. An epoch's clips, in its order, are divided into steps of about as many
+    pixels each, so a step has more of small clips and stills. Steps have random access."""
 
     def __init__(self, rows, seed, batch, stills, shape, world):
-        """batch: a step's size, in windows of the largest size; shape(row): its window (T, H,
-        W)."""
+        """batch: windows of the largest size a step; shape(row): a window's (T, H, W)."""
         self.rows, self.seed, self.stills, self.shape = rows, seed, stills, shape
         most = max(math.prod(shape(row)) for row in rows)
         total = sum(map(self.pixels, rows))
@@ -1069,32 +993,30 @@ class Budget:
 
     @lru_cache(2)
     def cut(self, epoch):
-        """(the epoch's rows in order, the index at which each step begins)"""
+        """(the epoch's rows in order, the index of each step's first)"""
         order = epoch_order(self.rows, lambda row: row["key"], self.seed, epoch)
         ends = np.cumsum([self.pixels(row) for row in order])
         begins = np.concatenate([[0], ends[:-1]]) / ends[-1] * self.n_steps
         return order, np.searchsorted(begins, np.arange(self.n_steps + 1) - 1e-9)
 
     def __call__(self, step):
-        """[(row, whether as a still)]"""
+        """[(row, is_still)]"""
         epoch, position = divmod(step, self.n_steps)
         order, cuts = self.cut(epoch)
         return [(row, self.stills > 0 and rng(self.seed, "still", epoch, row["key"]).random()
                  < self.stills) for row in order[cuts[position]:cuts[position + 1]]]
 
 
-def finish(model, args, folder, train, clips):
+def finish(model, args, folder, rows, window):
     """Writes the latents' statistics and the autoencoder's hash to config.json."""
-    sample = Stream(train, args.seed).take(0, min(len(train), 256))
-    windows = [draw_window(clips(row), rng(args.seed, "statistics", row["key"]), args.frames,
-                           args.size, model).to(next(model.parameters()).device) for row in sample]
-    mean, std = latent_statistics(model, windows)
-    config = read_config(folder, "vae")
-    write_config(folder, {**config, "latents_mean": mean, "latents_std": std,
+    sample = Stream(rows, args.seed).take(0, min(len(rows), 256))
+    mean, std = latent_statistics(model, [window(row, False, "statistics").to(
+        next(model.parameters()).device) for row in sample])
+    write_config(folder, {**read_config(folder, "vae"), "latents_mean": mean, "latents_std": std,
                           "hash": weights_hash(model, mean, std)})
 
 
-def begin(args):
+def initial_model(args):
     """(the model's options, initial weights or None) by --init, or --model and --bottleneck."""
     if args.init:
         model, config = load_autoencoder(args.init)
@@ -1107,9 +1029,8 @@ def begin(args):
     return options, None
 
 
-def learn(args, step, data, parts, optimizers, perceptual):
-    """One training step on `data` (keys, clips of all ranks, videos, noises); returns (figures,
-    gradient norm, keys) for `fit`."""
+def train_step(args, step, data, parts, optimizers, perceptual):
+    """A training step on data (keys, number of clips of all ranks, videos, noises); see `fit`."""
     keys, n_clips, videos, noises = data
     model, device = parts["model"], next(parts["model"].parameters()).device
     videos, noises = ([moved(x, device) for x in tensors] for tensors in (videos, noises))
@@ -1117,20 +1038,21 @@ def learn(args, step, data, parts, optimizers, perceptual):
     terms = {name: term / n_clips for name, term in losses(decoded, perceptual).items()}
     loss = terms["l1"] + terms["mse"] + terms.get("perceptual", 0.0)
     total = loss + (args.kl if model.bottleneck is None else 1.0) * terms["latent"]
-    judge = parts.get("discriminator") if step >= args.gan_start else None
-    if judge is not None:
-        judge.requires_grad_(False)
-        terms["gan"] = -sum(judge(y).mean((1, 2, 3, 4)).sum() for _, _, y, *_ in decoded) / n_clips
+    discriminator = parts.get("discriminator") if step >= args.gan_start else None
+    if discriminator is not None:
+        discriminator.requires_grad_(False)
+        logits = (discriminator(y).mean((1, 2, 3, 4)).sum() for _, _, y, *_ in decoded)
+        terms["gan"] = -sum(logits) / n_clips
         weight = adaptive_weight(loss, terms["gan"], model.to_pixels.weight)
         total = total + args.gan * weight * terms["gan"]
     total.backward()
     norm = take_step(model, optimizers["model"], lr_at(step, args))
-    if judge is not None:
-        judge.requires_grad_(True)
-        terms["discriminator"] = discriminate(judge, decoded, n_clips)
-        take_step(judge, optimizers["discriminator"], lr_at(step, args))
+    if discriminator is not None:
+        discriminator.requires_grad_(True)
+        terms["discriminator"] = discriminate(discriminator, decoded, n_clips)
+        take_step(discriminator, optimizers["discriminator"], lr_at(step, args))
     if isinstance(model.bottleneck, Codebook) and not args.decoder_only:
-        follow_codes(model.bottleneck, decoded, keys, args.seed, step)
+        update_codebook(model.bottleneck, decoded, keys, args.seed, step)
     return {name: term.detach() for name, term in terms.items()}, norm, keys
 
 
@@ -1148,12 +1070,12 @@ def open_parts(args, options, device):
                    for name, part in parts.items()}, perceptual
 
 
-HELD = {}               # of this process's runs: (lock file, whether it made the run)
+HELD = {}               # {folder of a run of this process: (lock file, whether it is new)}
 
 
 def one_run(train):
-    """Decorates a stage's train(args, folder): at the end it releases the run's lock, and removes
-    the folder if nothing was saved in it."""
+    """Decorates a stage's train(args, folder): releases the run's lock at the end, and removes a
+    folder in which nothing was saved."""
     @wraps(train)
     def run(args, folder):
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -1167,7 +1089,7 @@ def one_run(train):
                 if is_new and not any(Path(folder).glob("step-*")) and not read_log(folder):
                     for name in ("config.json", "tokenizer.json", "log.jsonl", HELD_OUT):
                         Path(folder, name).unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):           # what others put there stays
+                    with contextlib.suppress(OSError):           # it has other files
                         Path(folder).rmdir()
                 lock.close()
     return run
@@ -1179,8 +1101,8 @@ def train(args, folder):
     claim(folder)
     rows = chosen(open_dataset(dataset_dir(args.name)), args)
     train_rows, held_out = split_rows(rows, args.name, folder)
-    is_begun = last_step(folder) is not None                 # then --init need not be opened
-    options, weights = (read_config(folder, "vae")["model"], None) if is_begun else begin(args)
+    options, weights = (read_config(folder, "vae")["model"], None) if last_step(
+        folder) else initial_model(args)                     # a resumed run does not open --init
     checkpoint = start_run(folder, {"kind": "vae", "args": vars(args), "model": options})
     name = checkpoint and read_config(folder, "vae").get("hash")
     if name and is_finished(checkpoint, args):
@@ -1202,7 +1124,6 @@ def train(args, folder):
                            model)
 
     budget = Budget(train_rows, args.seed, args.batch, args.stills, shape, world)
-
     if checkpoint:
         start, saved = load_step(checkpoint)
         for name, part in parts.items():
@@ -1214,13 +1135,11 @@ def train(args, folder):
         sample = Stream(train_rows, args.seed).take(0, min(len(train_rows), 512))
         model.linear.fit([window(row, False, "fit") for row in sample])
     shown, bank = held_out_bank(model, clips, held_out, args.seed)
-    bank = [video.to(device) for video in bank]
     if rank == 0:
         print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-              f"{len(train_rows)} clips to learn from, {budget.n_steps} steps show each once, "
-              f"{len(held_out)} held out, {device}, {'' if perceptual else 'no '}LPIPS "
-              "(--perceptual)",
-              file=sys.stderr)
+              f"{len(train_rows)} training clips, {budget.n_steps} steps an epoch, "
+              f"{len(held_out)} held-out clips, {device}, {'' if perceptual else 'no '}LPIPS "
+              "(--perceptual)", file=sys.stderr)
 
     def batch(step):
         picked = budget(step)
@@ -1237,32 +1156,15 @@ def train(args, folder):
             (f"{key}-optimizer", optimizer_tensors(optimizers[key], part)))}
 
     fit(args, folder, start, batch,
-        lambda step, data: learn(args, step, data, parts, optimizers, perceptual),
+        lambda step, data: train_step(args, step, data, parts, optimizers, perceptual),
         lambda done: evaluate(model, bank, [row["key"] for row in shown],
                               folder / "samples" / f"step-{done:06d}.png"), tensors)
     if rank == 0:
-        finish(model, args, folder, train_rows, clips)
+        finish(model, args, folder, train_rows, window)
     barrier()
 
 
 # -- latents of a data set: --encode ---------------------------------------------------------------
-
-
-def is_run(folder):
-    """Whether a folder is a run of ours: config.json has a kind, which published ones lack."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return isinstance(config, dict) and "kind" in config
-    except (OSError, ValueError, RecursionError):
-        return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
-
-
-def model_path(name):
-    """The path of a model: a run of that name, or else the name as a path."""
-    is_file = Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
-    if is_file and not Path(name).exists() and not run_dir(name).exists():
-        refuse(f"{name}: no such file")
-    return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
 
 
 def build(options):
@@ -1271,7 +1173,7 @@ def build(options):
 
 
 def weights_hash(model, mean, std):
-    """8 hex digits of an autoencoder's weights and latent statistics, by which latents name it."""
+    """8 hex digits of an autoencoder's weights and latent statistics, which latents' files name."""
     digest = hashlib.sha256(json.dumps([mean, std]).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -1279,8 +1181,7 @@ def weights_hash(model, mean, std):
 
 
 def load_autoencoder(name, device="cpu"):
-    """(model in eval mode, config with model, hash, latents_mean and latents_std) of a trained run,
-    or of a published folder or file."""
+    """(model in eval mode, config) of a trained run, or of a published folder or file."""
     folder = model_path(name)
     if not is_run(folder):
         model, config = load_published(folder)
@@ -1304,8 +1205,8 @@ def latents_path(folder, shard, name):
 
 
 def pieces(key, n_frames, cells_a_frame, max_cells, time_stride, first=1):
-    """Cuts a clip of too many latent cells in time: [(key, first frame, frames)], each part encoded
-    from its own first frame. Parts of a cut clip are named KEY+0, KEY+1, …"""
+    """Cuts a clip of too many latent cells in time: [(key, first frame, frames)]. Each piece is
+    encoded as a clip; their keys are KEY+0, KEY+1, …"""
     most = max(1, max_cells // cells_a_frame)                            # latents a piece
     length, cut = first + (most - 1) * time_stride, []
     if fit_time(n_frames, time_stride, first) <= length:
@@ -1318,9 +1219,8 @@ def pieces(key, n_frames, cells_a_frame, max_cells, time_stride, first=1):
 
 def separate_parts(key, first, n, time_stride):
     """Conditioning frames of a clip of n frames for train_dit.py --given, each encoded separately:
-    [(key, first frame, frames)]. KEY:last: the last frame; KEY:a, KEY:b: the two halves, if each
-    has two latents; KEY:c, KEY:d: the last two parts of two latents. The first frame alone is
-    KEY's first latent."""
+    [(key, first frame, frames)]. KEY:last: the last frame (the first is KEY's first latent); from
+    4 latents on KEY:a, KEY:b: the halves; KEY:c, KEY:d: the last two parts of two latents."""
     latents, short = 1 + (n - 1) // time_stride, 1 + time_stride
     parts = [(f"{key}:last", first + n - 1, 1)] if latents > 1 else []
     if latents >= 4:
@@ -1333,7 +1233,7 @@ def separate_parts(key, first, n, time_stride):
 
 
 def blocks(rows, mib=512):
-    """Yields rows in groups of at most 256 whose frames take at most `mib`, or of one."""
+    """Yields rows in groups of at most 256 and of frames of at most `mib`, or one by one."""
     block, size_sum = [], 0
     for row in rows:
         size = 3 * row["frames"] * row["height"] * row["width"]
@@ -1347,8 +1247,8 @@ def blocks(rows, mib=512):
 
 @torch.no_grad()
 def encode_shard(model, config, folder, shard, rows, args, device):
-    """Writes the latents of one shard; the file's metadata has each one's frames and crop. The next
-    clips are decoded while the model works."""
+    """Writes the latents of one shard, with each one's frames and crop in the metadata. The next
+    clips are decoded while the model runs."""
     tensors, info, lost = {}, {"clips": {}, "alone": {}}, {}
     runs = list(blocks(rows))
 
@@ -1366,7 +1266,7 @@ def encode_shard(model, config, folder, shard, rows, args, device):
             more = [] if model.n_codes else [part for piece in cut
                                              for part in separate_parts(*piece, model.time_stride)]
             for kind, parts in (("clips", cut), ("alone", more)):
-                for key, first, n in parts:                  # views, but for clips that are short
+                for key, first, n in parts:                  # views, except of short clips
                     part = filled(frames[first:first + n], n)
                     videos[kind][key] = torch.from_numpy(part), {
                         "clip": row["key"], "first_frame": first, "frames": n, "fps": row["fps"],
@@ -1392,15 +1292,20 @@ def encode_shard(model, config, folder, shard, rows, args, device):
         save_file(tensors, path, {"nanosora": json.dumps(header, sort_keys=True)})
 
 
+def bytes_of(x):
+    """A tensor's bytes as they stand in a file, uint8 [n]."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def tensor_sum(x):
-    """CRC-32 of a tensor's bytes as they stand in a file."""
-    return zlib.crc32(x.contiguous().view(-1).view(torch.uint8).numpy())
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(bytes_of(x))
 
 
 def checked(x, total, path, name):
     """x, a tensor of a file; refuses it if its CRC-32 is not `total` (None in older files)."""
     if total not in (None, tensor_sum(x)):
-        refuse(f"{path} is damaged at {name}: remove it, and run again what makes it")
+        refuse(f"{path} is damaged at {name}: remove it, and run the command that wrote it")
     return x
 
 
@@ -1425,17 +1330,16 @@ def encode(args):
     if rank == 0:
         sweep(folder)
     model, config = load_autoencoder(args.vae or f"{Path(args.name).name}-vae", device)
-    shards = {shard: list(each) for shard, each in
-              itertools.groupby(rows, lambda row: row["shard"])}
+    shards = {name: [*part] for name, part in itertools.groupby(rows, lambda row: row["shard"])}
     todo = []
     for shard in sorted(shards)[rank::world]:
         path = latents_path(folder, shard, config["hash"])
         was = read_header(path) if path.exists() else {}
         for option in ("max_cells", "tile"):
             if was and was.get(option) != getattr(args, option):
-                refuse(f"{path} was encoded with --{option} {was.get(option)}: give the same, or "
-                       "remove the file")
-        if "alone" not in was:                               # older files hold whole clips only
+                refuse(f"{path} was encoded with --{option} {was.get(option)}: repeat that option, "
+                       "or remove the file")
+        if "alone" not in was:                               # older files hold complete clips only
             todo.append(shard)
     for shard in tqdm(todo, desc="encode", unit="shard", disable=rank > 0):
         encode_shard(model, config, folder, shard, shards[shard], args, device)
@@ -1456,18 +1360,18 @@ def parse_options(argv=None):
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
     add("--run", help="run to train: runs/RUN, or a path with a slash (NAME-vae)")
-    add("--init", help="run, or published folder or file, whose weights to begin with (none)")
-    add("--encode", action="store_true", help="write every clip's latents, train nothing")
-    add("--eval", action="store_true", help="figures on the held-out clips, train nothing")
+    add("--init", help="run, or published folder or file, to initialise the weights from (none)")
+    add("--encode", action="store_true", help="write the latents of all clips, without training")
+    add("--eval", action="store_true", help="measure on the held-out clips, without training")
     add("--vae", help="with --encode, --eval: the trained run, or a published folder (NAME-vae)")
     add("--max_cells", type=number(int, 1), default=2048,
-        help="with --encode: latent cells T'H'W' a piece, so that it fits a row of train_dit.py; "
-        "longer clips are cut (%(default)s)")
+        help="with --encode: longer clips are cut into pieces of so many latent cells T'H'W', "
+        "which fit a packed row of train_dit.py (%(default)s)")
     add("--tile", type=number(int, 64),
-        help="with --encode: code larger frames in blended tiles of so many px a side (whole)")
+        help="with --encode: larger frames in blended tiles of this side, px (whole frames)")
     add("--rfid", metavar="FILE", help="with --eval: TorchScript Inception, for rFID (none)")
     add("--rfvd", metavar="FILE", help="with --eval: TorchScript I3D, for rFVD (none)")
-    add("--trust", action="store_true", help="run the code that --rfid and --rfvd files are")
+    add("--trust", action="store_true", help="run the code in the --rfid and --rfvd files")
     add("--n_eval", type=number(int, 2), default=48, help="with --eval: clips (%(default)s)")
     add = parser.add_argument_group("model and data (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
@@ -1477,33 +1381,32 @@ def parse_options(argv=None):
     add("--codes", type=number(int, 2), nargs="+",
         help="vectors of a vq codebook (1024), or levels a channel of fsq (8 5 5 5)")
     add("--frames", type=number(int, 1), default=9,
-        help="frames of a training window at most, 1 or more (%(default)s)")
+        help="most frames of a training window, 1 or more (%(default)s)")
     add("--size", type=number(int, 8), default=32,
-        help="side of a training window at most, px, 8 or more (%(default)s)")
+        help="largest side of a training window, px, 8 or more (%(default)s)")
     add("--stills", type=number(float, 0, 1), default=0.0,
         help="share of the windows that are one frame (%(default)s)")
-    add("--decoder_only", action="store_true", help="leave the encoder as --init has it")
+    add("--decoder_only", action="store_true", help="train the decoder, keep the encoder of --init")
     add = training_options(parser, steps=600, lr=4e-3, warmup=30, eval_every=300)
     add("--batch", type=number(int, 1), default=8,
-        help="windows of the largest size a step, all ranks; smaller ones come in larger numbers "
-        "(%(default)s)")
+        help="windows a step, all ranks, of the largest size; more of smaller (%(default)s)")
     add("--kl", type=number(float, 0), default=1e-5, help="weight of the KL term (%(default)s)")
     add("--perceptual", nargs=2, metavar=("VGG", "LPIPS"),
         help="torchvision's vgg16 and lpips' vgg weights, for the LPIPS term (off)")
     add("--gan", type=number(float, 0), default=0.0,
         help="weight of the adversarial term, 0: none (%(default)s)")
     add("--gan_start", type=number(int, 0), default=0,
-        help="step from which it counts (%(default)s)")
+        help="first step with the adversarial term (%(default)s)")
     args = parser.parse_args(argv)
     if args.init and (args.model or args.bottleneck != "kl"):
-        refuse("--init brings its own model and bottleneck: leave --model and --bottleneck out")
+        refuse("--init has its own model and bottleneck: leave --model and --bottleneck out")
     args.codes = args.codes or {"kl": None, "vq": [1024], "fsq": [8, 5, 5, 5]}[args.bottleneck]
     if args.bottleneck == "kl" and args.codes:
         refuse("--codes belongs to --bottleneck vq or fsq")
     if args.bottleneck == "vq" and len(args.codes) != 1:
         refuse("--codes: a vq codebook has one number, such as 1024")
     if args.decoder_only and not args.init:
-        refuse("--decoder_only needs --init: whose encoder is it to keep?")
+        refuse("--decoder_only needs --init, whose encoder it keeps")
     return args
 
 
@@ -1522,7 +1425,8 @@ def main(argv=None):
 
 # -- what other stages borrow: the plumbing of a run -----------------------------------------------
 
-RUN_FORMAT = 1          # of a run's folder and of a latents file
+RUN_FORMAT = 1                  # of a run's folder and of a latents file
+HELD_OUT = "held_out.txt"       # in a run's folder: its held-out clips' keys, one a line
 
 
 def setup(args, parts=None, option=None, coding=False):
@@ -1532,36 +1436,33 @@ def setup(args, parts=None, option=None, coding=False):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if parts is not None and parts < world:
         refuse(f"{option}: a step of {parts} cannot be shared by {world} ranks: raise it")
-    name = args.device
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(filter(has.get, has)) if args.device == "auto" else args.device
+    if not has[name]:
+        refuse(f"--device {name}: torch sees no such device here; use --device cpu")
     if name == "cuda":
-        if not torch.cuda.is_available():
-            refuse("--device cuda: torch sees no CUDA device here; use --device cpu")
         mine, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if mine >= here:
             refuse(f"rank {mine} of this machine has no GPU, there are {here}: start fewer ranks, "
                    "or give --device cpu")
         torch.cuda.set_device(mine)
-        # `fit` learns with deterministic kernels; cuBLAS asks for this before its first call
+        # `fit` trains with deterministic kernels; cuBLAS needs this before its first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if name == "cpu":
         keep_memory(coding)
     WATCH.start(rank, world)
     if world > 1 and not torch.distributed.is_initialized():
-        # figures go over gloo: on the way over NCCL they would wait for the GPU. No limit of time:
-        # ranks' shards may differ by hours
+        # figures go over gloo: over NCCL they would wait for the GPU. No timeout: ranks' shards may
+        # differ by hours
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         with WATCH:
-            torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo",
-                timeout=datetime.timedelta(days=365))
+            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=365))
         WATCH.meet()
     return rank, world, torch.device(name)
 
 
-PATIENCE = 60           # s that a rank waits for the others before a line says for whom
+PATIENCE = 60           # seconds until a line says for which ranks this one waits
 
 
 class Watch:
@@ -1569,8 +1470,8 @@ class Watch:
     torchrun was killed. `with WATCH:` encloses every collective."""
 
     def __init__(self):
-        self.n, self.since, self.seen, self.over = 0, None, {}, threading.Event()
-        self.is_on = False
+        self.n, self.since, self.seen, self.is_on = 0, None, {}, False
+        self.over = threading.Event()
 
     def __enter__(self):
         self.n, self.since = self.n + 1, time.monotonic()
@@ -1598,8 +1499,8 @@ class Watch:
             late = sorted(rank for rank in others if seen.get(rank, 0) < n)
             if self.rank < min(others - set(late), default=self.world):
                 tqdm.write(f"{Path(sys.argv[0]).name}: rank {self.rank} has waited {PATIENCE:g} s "
-                           f"for rank {', '.join(map(str, late or sorted(others)))}, which is at "
-                           "work, stopped or gone, and goes on waiting", file=sys.stderr)
+                           f"for rank {', '.join(map(str, late or sorted(others)))}, which is "
+                           "busy, stopped or gone, and still waits", file=sys.stderr)
 
     def meet(self):
         """Starts the thread that exchanges the ranks' numbers of collectives."""
@@ -1625,11 +1526,11 @@ def option_parser(doc):
 
 
 def bench(function, argv, file="peers.py", beside="diffusers"):
-    """Runs a function of tests/FILE; benchmarks beside peers are no part of the scripts."""
+    """Runs a function of tests/FILE, which compares this stage with other projects."""
     try:
         functions = runpy.run_path(str(Path(__file__).with_name("tests") / file))
     except ImportError as error:
-        refuse(f"bench needs {beside} beside it: pip install {beside} ({error})")
+        refuse(f"bench needs {beside}: pip install {beside} ({error})")
     return functions[function](argv)
 
 
@@ -1649,48 +1550,26 @@ def sum_over_ranks(*values):
     return tuple(total.tolist())
 
 
-def moved(x, device):
-    """x on the device. From pinned memory a GPU copies it asynchronously; else the host would wait
-    for all work that the GPU has queued."""
-    if torch.device(device).type != "cuda" or x.is_cuda:
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def fetched(x):
-    """(x on the CPU, a function to call before reading it): copied asynchronously, since `.item()`
-    would wait for all queued work of the GPU."""
-    if not x.is_cuda:
-        return x, lambda: None
-    x, is_there = x.to("cpu", non_blocking=True), torch.cuda.Event()
-    is_there.record()
-    return x, is_there.synchronize
-
-
 def sum_gradients(model):
-    """All-reduces gradients in one flat buffer; each rank's loss is its share of the global
-    mean."""
+    """All-reduces gradients in one flat buffer; each rank's loss is its share of the global mean.
+    A rank of stills alone has none for the layers over time."""
     if torch.distributed.is_initialized():
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        params = list(model.parameters())
+        counts = sum_over_ranks(*(float(p.grad is not None) for p in params))
+        used = [p for p, n in zip(params, counts) if n]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
         flat = torch.cat([g.flatten() for g in grads])
         with WATCH:
             torch.distributed.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
-            grad.copy_(part.view_as(grad))
+        for p, grad, part in zip(used, grads, flat.split([g.numel() for g in grads])):
+            p.grad = grad.copy_(part.view_as(grad))
 
 
 def read_config(folder, kind):
     """A run's config.json; refuses what is no run, or of another kind or format."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        inside = [*sorted(path.parent.glob("snapshots/*/config.json")),      # of a hub's cache
-                  *sorted(path.parent.glob("checkpoint-*/config.json"))]     # of transformers
-        refuse(f"{folder} is no run " + (
-            f"(it is a file): name {path.parent.parent}" if path.parent.is_file() else
-            f"(it has no config.json): name {inside[-1].parent}" if inside else
-            "(it holds a LoRA's additions alone): merge them into their model (PEFT: "
-            "merge_and_unload)" if path.with_name("adapter_config.json").is_file() else
-            "(it has no config.json): train one first, or name another"))
+        refuse(f"{folder} is no run {what_to_name(path.parent)}")
     try:
         config = json.loads(path.read_text())
         identity, _ = (config["format"], config["kind"]), dict(config["args"])
@@ -1699,15 +1578,12 @@ def read_config(folder, kind):
     if identity[0] != RUN_FORMAT:
         refuse(f"{folder} has run format {identity[0]}, this version reads {RUN_FORMAT}")
     if identity[1] != kind:
-        refuse(f"{folder} is a run of kind '{identity[1]}', wanted is '{kind}'")
+        refuse(f"{folder} is a run of kind '{identity[1]}', not '{kind}'")
     return config
 
 
 def write_config(folder, config):
     write_text(Path(folder) / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-HELD_OUT = "held_out.txt"       # of a run: its held-out clips' keys, one a line
 
 
 def claim(folder):
@@ -1719,7 +1595,7 @@ def claim(folder):
 
 
 def lock_run(folder):
-    """Locks folder/.lock until this process ends, however it ends; returns the obstacle, or ''."""
+    """Locks folder/.lock until this process ends, however it ends; returns an error, or ''."""
     try:
         is_new = not (folder / "config.json").exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -1740,8 +1616,8 @@ def lock_run(folder):
 def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimate",
                                      "price_per_hour", "trust")):
     """Opens or makes a run's folder; returns its last checkpoint's folder or None. config: "kind",
-    "args" and what else a loader needs. A run continues only with the options that it began with,
-    except those in `resumable`; another one is refused by name."""
+    "args" and what else a loader needs. A run continues only with the options that it started with,
+    except those in `resumable`."""
     folder, rank = Path(folder), int(os.environ.get("RANK", 0))
     claim(folder)
     if (folder / "config.json").exists():
@@ -1753,11 +1629,11 @@ def start_run(folder, config, resumable=("steps", "skip_clips", "keep", "estimat
                        "or remove the folder")
     elif rank == 0:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        write_config(folder, {
-            "format": RUN_FORMAT, "split": "files", **config, "git": git_revision(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__},
-            "hardware": {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}})
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "numpy": np.__version__}
+        hardware = {"device": device, "machine": platform.machine(), "cores": os.cpu_count()}
+        write_config(folder, {"format": RUN_FORMAT, "split": "files", **config,
+                              "git": git_revision(), "versions": versions, "hardware": hardware})
     barrier()
     return last_step(folder, also_optimizer=True)
 
@@ -1789,12 +1665,12 @@ def last_step(folder, also_optimizer=False):
         what = damaged(path, files, also_optimizer)
         if not what:
             if bad and not int(os.environ.get("RANK", 0)):
-                say_once(f"{folder}: damaged: {', '.join(bad)}; goes on from {path.name}")
+                say_once(f"{folder}: damaged: {', '.join(bad)}; continues from {path.name}")
             return path
         bad.append(f"{path.name}/{what}")
     if bad:
-        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(bad)}): put copies in "
-               "their place, or remove the folder")
+        refuse(f"{folder}: all of its checkpoints are damaged ({', '.join(bad)}): restore one from "
+               "a copy, or remove the folder")
 
 
 @lru_cache(64)
@@ -1804,43 +1680,36 @@ def say_once(line):
 
 @lru_cache(64)
 def damaged(path, files, also_optimizer):
-    """The first file of a checkpoint that is not as it was written, or ''. Checksums are in
-    state.json; files without one (of older runs, or put there by hand) are opened. An optimizer's
+    """The first file of a checkpoint that differs from what was written, or ''. Checksums are in
+    state.json; files without one (of older runs, or copied there) are only opened. An optimizer's
     file is read only where it is used."""
-    def is_fine(name):
-        if name == "state.json":
-            return state["step"] == int(path.name.split("-")[1]) and (
-                sums[name] in (None, zlib.crc32(json.dumps(state).encode())))
-        if sums[name] is None:
-            with safe_open(path / name, "pt"):
-                return True
-        if "optimizer" in name and not also_optimizer:
-            return (path / name).exists()
-        return sum_of(path / name) == sums[name]
-
-    bad = "state.json"
+    name = "state.json"
     try:
-        there = dict.fromkeys(name for name, *_ in files)
-        is_weights = there and bad not in there and not also_optimizer
-        state = {} if is_weights else json.loads((path / bad).read_text())
-        sums = state.pop("sums", there)
-        for bad in sums:
-            if not is_fine(bad):
-                break
-        else:
-            return ""
+        sums = dict.fromkeys(name for name, *_ in files)
+        if also_optimizer or name in sums or not files:
+            state = json.loads((path / name).read_text())
+            sums = state.pop("sums", sums)
+        for name, total in sums.items():
+            if name == "state.json":
+                is_fine = state["step"] == int(path.name.split("-")[1]) and (
+                    total in (None, zlib.crc32(json.dumps(state).encode())))
+            elif "optimizer" in name and not also_optimizer and total is not None:
+                is_fine = (path / name).exists()
+            elif total is None:
+                with safe_open(path / name, "pt"):
+                    is_fine = True
+            else:
+                is_fine = sum_of(path / name) == total
+            if not is_fine:
+                return name
+        return ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        pass
-    return bad
+        return name
 
 
 def sum_of(path):
     """CRC-32 of a file."""
-    total = 0
-    with open(path, "rb") as file:
-        while part := file.read(2**22):
-            total = zlib.crc32(part, total)
-    return total
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
 
 
 DTYPES = {torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
@@ -1852,22 +1721,20 @@ def save_file(tensors, path, metadata=None):
     """Writes safetensors, byte for byte like the library's save_file, and returns their CRC-32. The
     library renames a temporary file over `path`, which ignores the umask and locks and stays behind
     when killed. `path` must not be a file that tensors are mapped from."""
-    rank = {dtype: i for i, dtype in enumerate(DTYPES)}              # in the library's order
-    names = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    order = list(DTYPES)                                             # the library's
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     header, at = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
         x = tensors[name]
-        size = x.numel() * x.element_size()
         header[name] = {"dtype": DTYPES[x.dtype], "shape": list(x.shape),
-                        "data_offsets": [at, at + size]}
-        at += size
+                        "data_offsets": [at, at + x.nbytes]}
+        at += x.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     total = 0
     with open(path, "wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text, *(
-                tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                for name in names)):
+        for part in (len(text).to_bytes(8, "little"), text,
+                     *(bytes_of(tensors[name]) for name in names)):
             file.write(part)
             total = zlib.crc32(part, total)
     return total
@@ -1875,9 +1742,8 @@ def save_file(tensors, path, metadata=None):
 
 def save_step(folder, step, tensors, keep=2, log=None):
     """Writes folder/step-000100/: one safetensors file for each of `tensors` {name: {key: tensor}},
-    and state.json with their checksums and `log` (see `Means`). The folder gets its name when all
-    is on disk; then checkpoints older than the last `keep` are removed, so a full disk costs
-    none."""
+    and state.json with their checksums and `log` (see `Means`). The folder is renamed when all is
+    on disk; then all but the last `keep` checkpoints are removed, so a full disk costs none."""
     if int(os.environ.get("RANK", 0)):
         return
     final, part = Path(folder) / f"step-{step:06d}", Path(folder) / f".step-{step:06d}.part"
@@ -1898,10 +1764,10 @@ def save_step(folder, step, tensors, keep=2, log=None):
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         refuse(f"step {step} could not be saved in {folder} ({error}); the checkpoint before it is "
-               "whole: make room and run the same command again")
-    complete = [path for path in sorted(Path(folder).glob("step-*")) if path <= final]
-    for old in complete[:-keep]:             # later ones are damaged, or training began before them
-        shutil.rmtree(old)
+               "intact: make room and run the same command again")
+    older = [path for path in sorted(Path(folder).glob("step-*")) if path <= final]
+    for path in older[:-keep]:               # later ones are damaged, or training began before them
+        shutil.rmtree(path)
 
 
 def load_step(path):
@@ -1918,20 +1784,19 @@ def optimizer_tensors(optimizer, model):
 
 
 def restore_optimizer(optimizer, model, tensors):
-    """The inverse of `optimizer_tensors`, strict: every name must be one of the model's."""
+    """The inverse of `optimizer_tensors`; every name must be one of the model's."""
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter, key = name.rsplit(".", 1)
-        p = parameters[parameter]
-        # the step counter stays on the CPU, where it is read each step
+        p = parameters[parameter]            # the step counter stays on the CPU, where it is read
         optimizer.state[p][key] = value.clone() if key == "step" else value.to(p.device).clone()
 
 
 def read_log(folder):
-    """The rows of log.jsonl, without a torn last line; NaN becomes None."""
+    """The records of log.jsonl, without an incomplete last line; NaN becomes None."""
     path, rows = Path(folder) / "log.jsonl", []
-    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
-    for n, line in enumerate(lines, 1):
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for n, line in enumerate(text.split("\n")[:-1], 1):
         try:
             row = json.loads(line, parse_constant=lambda _: None)
             rows.append({**row, "step": int(row["step"])})
@@ -1940,24 +1805,14 @@ def read_log(folder):
     return rows
 
 
-def finite(value):
-    """A value for strict JSON: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def lr_at(step, args):
     """Linear warm-up over args.warmup steps, then a cosine from args.lr to a hundredth of it, or
     args.lr to the end (--schedule constant)."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    if args.schedule == "constant":
-        return args.lr
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return args.lr * (1.0 if args.schedule == "constant" else cosine)
 
 
 def take_step(model, optimizer, lr, clip=1.0):
@@ -1987,32 +1842,25 @@ def peak_mib():
     return round(peak / 2**(20 if sys.platform == "darwin" else 10))
 
 
-def summed(figures):
-    """{figure: float64 tensor}: numbers or tensors summed over ranks."""
-    parts = [torch.as_tensor(value).detach().cpu().double() for value in figures.values()]
-    if not parts:
-        return {}
-    sums = sum_over_ranks(*torch.cat([part.flatten() for part in parts]).tolist())
-    split = torch.tensor(sums, dtype=torch.float64).split([part.numel() for part in parts])
-    return {name: item.view(part.shape) for name, part, item in zip(figures, parts, split)}
-
-
-def quotients(total):
-    """sum / count of [2] or [n, 2]; None where the count is 0."""
-    means = [x / n if n else None for x, n in total.view(-1, 2).tolist()]
-    return means if total.dim() > 1 else means[0]
+def mean_of(total, n):
+    """total / n of a number; sum / count of [sum, count], or of a list of these; None if 0."""
+    if isinstance(total, float):
+        return total / n
+    if isinstance(total[0], list):
+        return [mean_of(pair, n) for pair in total]
+    return total[0] / total[1] if total[1] else None
 
 
 class Means:
     """Running means of the log's figures since its last row. A step's figure is a number, this
     rank's part of a sum over ranks, or sums and counts [2] or [n, 2]. Sums are float64, in which
-    float32 numbers add up alike in any order, so that a resumed run logs the same."""
+    the sum of float32 numbers does not depend on their order: a resumed run logs the same."""
 
     def __init__(self, saved, is_new):
-        self.sums, self.is_new, self.found = {}, is_new, saved   # is_new: the next step begins anew
-        for name, (total, n) in saved.items():
-            total = torch.tensor(total, dtype=torch.float64)
-            self.sums[name] = total * (int(os.environ.get("RANK", 0)) == 0), n
+        self.is_new, self.found = is_new, saved               # is_new: the next step starts a row
+        is_first = not int(os.environ.get("RANK", 0))
+        self.sums = {name: (torch.tensor(total, dtype=torch.float64) * is_first, n)
+                     for name, (total, n) in saved.items()}
 
     def add(self, figures):
         self.sums, self.is_new, self.found = {} if self.is_new else self.sums, False, None
@@ -2024,28 +1872,29 @@ class Means:
 
     def gather(self):
         """{figure: (sum over ranks, steps)} for a checkpoint. The sums move to the first rank;
-        repeated without a step between, it needs no collective."""
-        if self.found is None:
-            sums = summed({name: total for name, (total, _) in self.sums.items()})
-            self.__init__({name: (total.tolist(), self.sums[name][1])
-                           for name, total in sums.items()}, self.is_new)
-        return self.found
+        a second call without a step between needs no collective."""
+        if self.found is None and self.sums:
+            totals = [torch.as_tensor(total).cpu().double() for total, _ in self.sums.values()]
+            sums = sum_over_ranks(*torch.cat([x.flatten() for x in totals]).tolist())
+            split = torch.tensor(sums, dtype=torch.float64).split([x.numel() for x in totals])
+            self.__init__({name: (part.view(x.shape).tolist(), n) for (name, (_, n)), x, part in
+                           zip(self.sums.items(), totals, split)}, self.is_new)
+        return self.found or {}
 
     def row(self):
         """{figure: mean}; the next step starts a new row."""
         means, self.is_new = self.gather(), True
-        return {name: total / n if isinstance(total, float) else quotients(torch.tensor(
-            total, dtype=torch.float64)) for name, (total, n) in means.items()}
+        return {name: mean_of(*item) for name, item in means.items()}
 
 
 class Stopped(BaseException):
-    """Raised to save the run as it was before the step in work, and end."""
+    """Raised to drop the current step, save the run as it was before it, and end."""
 
 
 class Stop:
-    """Ctrl-C and SIGTERM in training. While gradients are computed (`is_open`) nothing has changed
-    yet, and a signal drops the step at once; all ranks agree on that before the weights change. A
-    later signal waits for the next step; a second Ctrl-C ends the process at once."""
+    """Ctrl-C and SIGTERM in training. While gradients are computed (`is_open`) no weight has
+    changed, and a signal drops the step at once; all ranks agree on that before weights change. A
+    later signal takes effect at the next step; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         self.status, self.is_open, self.is_agreed = 0, False, True
@@ -2071,14 +1920,14 @@ class Stop:
             raise Stopped
 
     def begin(self):
-        """From here to `agree` a step may be dropped: nothing that is saved changes."""
+        """From here to `agree` a step may be dropped."""
         self.is_open, self.is_agreed = True, False
         if self.status:
             self.is_open = False
             raise Stopped
 
     def agree(self):
-        """Once a step: all ranks drop it, or none."""
+        """All ranks drop the step, or none: once a step."""
         self.is_open = False
         if not self.is_agreed:
             self.is_agreed = True
@@ -2092,28 +1941,27 @@ STOP = Stop()
 
 
 def check_norms(unchecked, n_left, folder):
-    """Ends the run before weights of a gradient that is not finite are saved."""
-    while len(unchecked) > n_left:                   # a step late: the GPU is never idle
+    """Ends the run after a gradient that is not finite, before its weights are saved."""
+    while len(unchecked) > n_left:                   # a step late, so that the GPU is never idle
         size, wait, at, clips = unchecked.pop(0)
         wait()
-        if not math.isfinite(size.item()):           # later checkpoints would be spoilt
+        if not math.isfinite(size.item()):
             refuse(f"{folder}: the gradient of step {at} is not finite; its clips: "
                    f"{', '.join(clips)}. The last checkpoint is untouched; --skip_clips "
                    "leaves clips out")
 
 
 class Log:
-    """A run's log.jsonl, written by the first rank: a row every --log_every and --eval_every steps
-    and at the end. work: see `fit`."""
+    """A run's log.jsonl, written by the first rank: a record every --log_every and --eval_every
+    steps and at the end. work: see `fit`."""
 
     def __init__(self, args, folder, start, evaluate, work):
         self.args, self.folder, self.evaluate, self.work = args, Path(folder), evaluate, work
         self.rank, self.began = int(os.environ.get("RANK", 0)), time.time()
-        self.clock, self.counted = self.began, start # since when, and from which step, it is timed
+        self.clock, self.counted = self.began, start             # of the last row: time, step
         rows = [row for row in read_log(folder) if row["step"] <= start]
-        state, saved = self.folder / f"step-{start:06d}" / "state.json", {}
-        if start and state.exists():
-            saved = json.loads(state.read_text()).get("log", {})
+        state = self.folder / f"step-{start:06d}" / "state.json"
+        saved = json.loads(state.read_text()).get("log", {}) if state.exists() else {}
         is_logged = any(row["step"] == start for row in rows)
         self.means = Means(saved, is_logged)
         self.is_due = bool(saved) and not is_logged and self.wants(start)[0]
@@ -2124,14 +1972,13 @@ class Log:
             write_rows(self.folder / "log.jsonl", rows)
 
     def wants(self, done):
-        """(whether a row is due after `done` steps, whether with held-out figures)"""
-        is_last = done == self.args.steps
-        is_evaluated = done % self.args.eval_every == 0 or is_last
+        """(whether a record is due after `done` steps, whether with held-out figures)"""
+        is_evaluated = done % self.args.eval_every == 0 or done == self.args.steps
         return done % self.args.log_every == 0 or is_evaluated, is_evaluated
 
     def write(self, done):
-        """Writes and returns the row after step `done`. A signal during the evaluation (but for the
-        last one) ends the run; the row is written when it goes on."""
+        """Writes and returns the record after step `done`. A signal during an evaluation, except
+        the last, ends the run; the resumed run writes the record."""
         row = dict(step=done, **self.means.row(), lr=lr_at(done - 1, self.args),
                    seconds=round(time.time() - self.began, 2))
         if done > self.counted:
@@ -2149,19 +1996,20 @@ class Log:
             STOP.is_open = False
         if self.rank == 0:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+                # numbers that are not finite become null
+                row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+                file.write(json.dumps(row) + "\n")
         self.clock, self.counted = time.time(), done
         return row
 
 
-def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
+def fit(args, folder, start, batch, train_step, evaluate, tensors, work=None):
     """The training loop of every stage, from step `start` to args.steps.
 
-    batch(step): this rank's data, loaded ahead in threads. learn(step, data): backward passes and
-    optimizer step; returns ({figure: this rank's part, see `Means`}, gradient norm, clip keys).
-    evaluate(done): {figure: float}, on the first rank. tensors(): the checkpoint's contents.
-    work: (tokens a step, its FLOPs, peak FLOP/s of all ranks or None) for the log's tokens_s and
-    mfu."""
+    batch(step): this rank's data, loaded ahead in threads. train_step(step, data): backward passes
+    and optimizer step; returns ({figure: this rank's part, see `Means`}, gradient norm, clip keys).
+    evaluate(done): {figure: float}, on the first rank. tensors(): the checkpoint's contents. work:
+    (tokens a step, its FLOPs, peak FLOP/s of all ranks or None) for the log's tokens_s, mfu."""
     rank, unchecked, done = int(os.environ.get("RANK", 0)), [], start
     log = Log(args, folder, start, evaluate, work)
     mode = "warn" if torch.cuda.is_initialized() else "default"          # of torch's determinism
@@ -2182,7 +2030,7 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
                     STOP.begin()
                     _, loaded = next(data)
                     torch.set_deterministic_debug_mode(mode)
-                    figures, norm, keys = learn(step, loaded)
+                    figures, norm, keys = train_step(step, loaded)
                     STOP.agree()
                     torch.set_deterministic_debug_mode("default")    # samples are drawn with cumsum
                     log.means.add({**figures, "grad_norm": norm.detach() * (rank == 0)})
@@ -2206,10 +2054,11 @@ def fit(args, folder, start, batch, learn, evaluate, tensors, work=None):
             gathered = log.means.gather()
             if done > start and not (Path(folder) / f"step-{done:06d}").exists():
                 save(gathered)
-            barrier()                        # torchrun kills who is not gone soon after the first
+            barrier()                        # torchrun kills ranks that end long after the first
             if rank == 0:
                 print(f"{folder}: stopped after step {done}"
-                      + (", saved: the same command goes on" if done else ""), file=sys.stderr)
+                      + (", saved: run the same command to resume" if done else ""),
+                      file=sys.stderr)
             sys.exit(STOP.status)
 
 
@@ -2217,19 +2066,18 @@ def training_options(parser, **defaults):
     """Adds the options that all training stages share, with a stage's own defaults."""
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=number(int, 1, 999999), help="optimizer steps (%(default)s)")
-    add("--lr", type=number(float, 0, 1), help="highest learning rate, 0 (nothing is learnt) to 1 "
-        "(%(default)s)")
-    add("--warmup", type=number(int, 0), help="steps of warm-up (%(default)s)")
+    add("--lr", type=number(float, 0, 1), help="peak learning rate, 0 to 1 (%(default)s)")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (%(default)s)")
     add("--schedule", default="cosine", choices=["cosine", "constant"],
-        help="of the learning rate after that (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="of every draw (%(default)s)")
-    add("--log_every", type=number(int, 1), default=20, help="steps a row of the log (%(default)s)")
+        help="learning rate after the warm-up (%(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of every random draw (%(default)s)")
+    add("--log_every", type=number(int, 1), default=20, help="steps a log record (%(default)s)")
     add("--eval_every", type=number(int, 1), help="steps between held-out figures (%(default)s)")
     add("--save_every", type=number(int, 1), default=200,
         help="steps between checkpoints (%(default)s)")
     add("--keep", type=number(int, 1), default=2, help="checkpoints to keep (%(default)s)")
     add("--where", metavar="TEST",
-        help="learn from the clips of which this holds, such as 'flow > 0.02 and fps >= 24' (all)")
+        help="train on clips that pass this test, such as 'flow > 0.02 and fps >= 24' (all)")
     add("--skip_clips", metavar="FILE", help="keys of clips to leave out, one a line (none)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     parser.set_defaults(**defaults)
@@ -2242,7 +2090,7 @@ def chosen(rows, args):
     if path is None:
         return rows
     if not Path(path).is_file():
-        refuse(f"--skip_clips {path}: no such file; it holds a clip's key a line")
+        refuse(f"--skip_clips {path}: no such file; it lists keys of clips, one a line")
     skipped = set(read_text(path, "--skip_clips").split())
     missing = skipped - {row["key"] for row in rows}
     if missing:
@@ -2257,8 +2105,7 @@ def epoch_order(items, key, seed, epoch):
 
 
 class Stream:
-    """An endless stream of rows, epoch after epoch in the order of `epoch_order`; any position is
-    found without replaying what came before."""
+    """An endless stream of rows in the order of `epoch_order`, with random access."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed = rows, seed
@@ -2287,7 +2134,7 @@ class ClipCache:
                 frames = read_clip(self.folder, row)
             except Unreadable as error:
                 refuse(f"{error}: prepare the data set again, or leave it out (--skip_clips)")
-            if frames.nbytes <= self.free_bytes:     # two threads may count a clip twice
+            if frames.nbytes <= self.free_bytes:     # two threads may count one clip twice
                 self.cached[row["key"]] = frames
                 self.free_bytes -= frames.nbytes
         return frames
@@ -2296,22 +2143,38 @@ class ClipCache:
 def prefetch(make, start, stop, ahead=4):
     """Yields (step, make(step)) in order, each computed up to `ahead` steps early in a thread. The
     threads use no OpenMP threads of their own, which would compete with the step's for cores."""
-    pool, waiting = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)), {}
+    pool, futures = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)), deque()
     try:
         for step in range(start, stop):
-            for later in range(step, min(stop, step + ahead)):
-                if later not in waiting:
-                    waiting[later] = pool.submit(make, later)
-            yield step, waiting.pop(step).result()
-    finally:                                     # who leaves early waits for nothing else
+            while len(futures) < min(ahead, stop - step):
+                futures.append(pool.submit(make, step + len(futures)))
+            yield step, futures.popleft().result()
+    finally:                                     # a caller that stops early does not wait
         pool.shutdown(cancel_futures=True)
 
 
-# == published weights: files, key maps, VideoGPT's network ========================================
+# == published weights: files, key maps, LPIPS, VideoGPT ===========================================
+
+
+def is_run(folder):
+    """Whether a folder is a run: its config.json has a kind, which published ones do not have."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config, dict) and "kind" in config
+    except (OSError, ValueError, RecursionError):
+        return not Path(folder).exists() or (Path(folder) / "log.jsonl").exists()
+
+
+def model_path(name):
+    """The path of a model: a run of that name, or else the name as a path."""
+    is_file = Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+    if is_file and not Path(name).exists() and not run_dir(name).exists():
+        refuse(f"{name}: no such file")
+    return Path(name) if Path(name).exists() and not run_dir(name).exists() else run_dir(name)
 
 
 class Inert:
-    """In the place of what a checkpoint holds beside weights and plain data."""
+    """Replaces the objects in a checkpoint that are neither weights nor plain data."""
 
     def __init__(self, *_):
         pass
@@ -2331,7 +2194,7 @@ STAND_INS = [           # classes in published checkpoints, read as data without
 
 WEIGHT_FILES = [("model", "safetensors"), ("diffusion_pytorch_model", "safetensors"),
                 ("pytorch_model", "bin"), ("diffusion_pytorch_model", "bin")]
-VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, the best first
+VARIANTS = ("", ".fp32", ".fp16", ".bf16")               # in a file's name, in order of preference
 VARIANT = re.compile(r"\w+(?:-\d+-of-\d+)?(\.fp32|\.fp16|\.bf16)[.-].*(?:safetensors|bin)")
 
 SHARD = re.compile(r"(\w+?)(\.\w+)?-\d+-of-(\d+)(\.\w+)?\.(\w+)")
@@ -2371,7 +2234,7 @@ def weight_files(folder):
            f".index.json{lying_in(folder)}")
 
 
-# What says that numbers have scales of their own (the last part of a name): fp8, int8, 4 bits.
+# Last parts of names that only quantized weights with scales have: fp8, int8, 4 bits.
 SCALES = {"scaled_fp8", "scale_weight", "weight_scale", "weight_scale_inv", "scale_input",
           "input_scale", "comfy_quant", "SCB", "absmax", "quant_map", "qweight", "qzeros", "g_idx"}
 
@@ -2384,8 +2247,7 @@ def refuse_scaled(names, path):
 
 
 def refuse_nan(tensors, path):
-    """Refuses weights that are not all finite, {name: tensor}: by the ends of each, which need no
-    copy, looked at together."""
+    """Refuses weights {name: tensor} that are not all finite, by their extremes, without a copy."""
     ends = {name: torch.stack(x.aminmax()).float() for name, x in tensors.items()
             if torch.is_tensor(x) and x.is_floating_point() and x.numel() and not x.is_meta}
     fine = torch.stack(list(ends.values())).isfinite().all(1).tolist() if ends else ()
@@ -2407,7 +2269,7 @@ def refuse_lora(names, path):
         refuse(f"{path} holds {min(added)}: a LoRA that is not merged into its model: {MERGE}")
 
 
-NOT_READ = {            # what lies in folders in the place of weights, and what to do
+NOT_READ = {            # files found instead of weights, and what to do
     "*.gguf": "GGUF is quantized and not read: take a folder of safetensors",
     "*lora*.safetensors": f"a LoRA: {MERGE}", "adapter_model.*": f"a LoRA: {MERGE}",
     **dict.fromkeys((
@@ -2417,13 +2279,13 @@ NOT_READ = {            # what lies in folders in the place of weights, and what
 
 
 def lying_in(folder):
-    """What a refusal of a folder without its parts adds."""
+    """Text for the refusal of a folder without weights: a file of NOT_READ that it has."""
     result = ((next(folder.glob(form), None), what) for form, what in NOT_READ.items())
     return next((f"; {path.name} is there, {what}" for path, what in result if path), "")
 
 
 def refuse_others(path):
-    """Refuses a file that is none of weights, by its first bytes or its name."""
+    """Refuses a file that has no weights, by its first bytes or its name."""
     refuse_pointer(path)
     with open(path, "rb") as file:
         if file.read(4) == b"GGUF":
@@ -2432,10 +2294,21 @@ def refuse_others(path):
         refuse(f"{path}: {NOT_READ['*.incomplete']}")
 
 
+def what_to_name(path):
+    """Text for the refusal of a path that is no run: the folder that may be meant."""
+    inside = [*sorted(path.glob("snapshots/*/config.json")),                 # of a hub's cache
+              *sorted(path.glob("checkpoint-*/config.json"))]                # of transformers
+    if path.is_file():
+        return f"(it is a file): name {path.parent}"
+    if not inside and (path / "adapter_config.json").is_file():
+        return f"(it holds a LoRA alone): {MERGE}"
+    return "(it has no config.json): " + (
+        f"name {inside[-1].parent}" if inside else "train one first, or name another")
+
+
 def read_tensors(path):
-    """{name: tensor} of a published file, or of the one in a folder, perhaps in shards:
-    safetensors, or .pt, .pth, .bin, .ckpt of tensors and plain data. Files are mapped, so
-    that a large model is in memory once; no code of theirs is ever run."""
+    """{name: tensor} of a published file or folder, perhaps in shards: safetensors, or .pt, .pth,
+    .bin, .ckpt of tensors and plain data. Files are memory-mapped; no code of theirs is run."""
     path = Path(path)
     if path.is_dir():
         files = weight_files(path)
@@ -2477,7 +2350,7 @@ def read_tensors(path):
         refuse(f"{path}: no such file")
     except SafetensorError as error:
         refuse(f"{path} cannot be read as weights: {str(error).splitlines()[0]}")
-    except Exception as error:   # torch's on foreign bytes are of any kind, and advise to unpickle
+    except Exception as error:   # torch raises any kind on other bytes, and advises to unpickle
         why = error.strerror if isinstance(error, PermissionError) else (
             "it is no file of tensors, or cut short" if path.stat().st_size else "it is empty")
         refuse(f"{path} cannot be read as weights: {why}")
@@ -2495,10 +2368,10 @@ BESIDE = re.compile(r"(vae|first_stage_model|cond_stage_model|text_encoders?|con
 
 
 def unwrapped(weights, mark, ours=""):
-    """Tensors without what a wrapper (torch.compile, DDP, FSDP, PEFT, Lightning, ComfyUI, a
-    pipeline) puts before their names: whatever stands before `mark`, the pattern of a name that
-    every network of a kind has; the shortest, where several networks have one. `ours` comes before
-    the names instead, unless the mark found begins with it."""
+    """Tensors without the prefix that a wrapper (torch.compile, DDP, FSDP, PEFT, ComfyUI, a
+    pipeline) adds to their names: the text before `mark`, the pattern of a name that every network
+    of a kind has; the shortest of several. It is replaced by `ours`, unless the mark found begins
+    with it."""
     weights = {WRAPPERS.sub("", str(name)): tensor for name, tensor in weights.items()}
     marks = filter(None, map(re.compile(rf"((?:.*?\.)??)({mark})").fullmatch, weights))
     before, mark = min((match.group(1, 2) for match in marks),
@@ -2510,8 +2383,7 @@ def unwrapped(weights, mark, ours=""):
 
 
 def plain(weights, path, mark):
-    """A network's published tensors, `unwrapped`, in float32: half precision and fp8 without scales
-    are cast up."""
+    """A network's published tensors, `unwrapped`, in float32."""
     tensors = unwrapped(weights, mark)
     for name, tensor in tensors.items():
         if not (torch.is_tensor(tensor) and tensor.is_floating_point()):
@@ -2522,7 +2394,7 @@ def plain(weights, path, mark):
 
 
 def innermost(tensors):
-    """The state dict in a training checkpoint, the average before the weights that it is of."""
+    """The state dict in a training checkpoint, of averaged weights if it has both."""
     for key in ("ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "nnet_ema",
                 "model", "module", "state_dict", "model_state_dict", "nnet"):
         if isinstance(tensors.get(key), dict):
@@ -2530,14 +2402,14 @@ def innermost(tensors):
     return tensors
 
 
-# Kinds of values in a published config.json. Whole numbers end at 2^20, lists at 4096 values: more
-# is a mistake or an attack, and is refused before anything is made.
+# Kinds of values in a published config.json. Integers above 2^20 and lists of more than 4096 values
+# are a mistake or an attack, and refused before a model is made.
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word",
          list: "a list"}
 
 
 def fits(value, default):
-    """Whether a value is of the same kind as the default: a list of the same kinds."""
+    """Whether a value is of the same kind as the default, and so are a list's items."""
     if isinstance(default, list):
         return isinstance(value, list) and len(value) <= 4096 and all(
             fits(item, (default or [0.0])[0]) for item in value)
@@ -2550,7 +2422,7 @@ def fits(value, default):
 
 
 def cleared(value, default):
-    """A value of a config as its default's kind: of texts numbers and truths, of null false."""
+    """A config's value as its default's kind: texts may be numbers or booleans, null is false."""
     if isinstance(default, list) and isinstance(value, list):
         return [cleared(item, (default or [0.0])[0]) for item in value]
     if isinstance(default, bool) and isinstance(value, (str, type(None))):
@@ -2565,7 +2437,7 @@ def cleared(value, default):
 
 
 def refuse_quantized(path, config):
-    """Refuses by its method what a published config, or one within it, says is quantized."""
+    """Refuses a published config that, itself or in a part, names a quantization method."""
     for how in (each["quantization_config"] for each in (
             config, config.get("text_config"), config.get("vision_config"))
             if isinstance(each, dict) and each.get("quantization_config")):
@@ -2576,10 +2448,10 @@ def refuse_quantized(path, config):
 
 def read_class(path, classes, guess=None, inner=None):
     """(class, its values, the keys that it has) of a published config.json, one of `classes`
-    {class: {key: default}}: a key that it leaves out, or that is null, has its class's default, but
-    a null in the place of true or false is false, as in Python. Numbers and truths may be texts.
-    Refuses other classes, values of other kinds, and what is quantized. guess: the class of one
-    that does not name any; inner: the config within one of a larger model."""
+    {class: {key: default}}: a key that is missing or null has its class's default, but a null
+    boolean is false. Numbers and booleans may be texts. Refuses other classes, values of other
+    kinds, and quantized weights. guess: the class of a config without a class's name; inner: the
+    key of the config inside a larger model's."""
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(config, dict):
@@ -2606,6 +2478,71 @@ def read_class(path, classes, guess=None, inner=None):
     return name, values, explicit
 
 
+class Perceptual(nn.Module):
+    """LPIPS on VGG-16 (Zhang et al. 2018, 1801.03924), from torchvision's VGG-16 file and lpips'
+    file of linear layers: the distance of videos in [-1, 1], the mean over a clip's frames."""
+
+    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, vgg, lpips):
+        super().__init__()
+        stages, width = [], 3
+        self.features = nn.Sequential()                                  # numbered as torchvision's
+        for i, widths in enumerate(self.WIDTHS):
+            first = len(self.features)
+            self.features.extend([nn.MaxPool2d(2)] if i else [])
+            for c_out in widths:
+                self.features.extend([nn.Conv2d(width, c_out, 3, padding=1), nn.ReLU()])
+                width = c_out
+            stages.append(slice(first, len(self.features)))
+            self.add_module(f"lin{i}", nn.ModuleDict(
+                {"model": nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))}))
+        self.stages, tensors = stages, {**read_tensors(vgg), **read_tensors(lpips)}
+        names = {name: name for name in self.state_dict()}
+        load_names(self, names, {name: tensors[name] for name in names if name in tensors},
+                   f"--perceptual {vgg} {lpips}")
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, y, x):
+        """[B]"""
+        frames = torch.cat([y, x]).transpose(1, 2)                       # [2 B, T, 3, H, W]
+        h, total = (frames.flatten(0, 1) - self.shift) / self.scale, 0
+        for i, stage in enumerate(self.stages):
+            h = self.features[stage](h)
+            a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+            linear = self.get_submodule(f"lin{i}.model.1")
+            total = total + linear((a - b).square()).mean((1, 2, 3))
+        return total.view(len(x), -1).mean(1)
+
+
+def open_detector(path, device, option, is_trusted):
+    """(clips uint8 [B, T, H, W, 3] -> features [B, D], sha256) of a TorchScript file: the published
+    Inception (images) or I3D (videos), which rescale their input by an argument."""
+    if not Path(path).is_file():
+        refuse(f"{option} {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        refuse(f"{option} {path} is no TorchScript file")
+    if not is_trusted:
+        refuse(f"{option} {path} is a program: it can read and write your files when it runs. Add "
+               "--trust if you know where it comes from")
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        refuse(f"{option} {path} is no TorchScript file: {str(error).splitlines()[0]}")
+    named = {argument.name for argument in network.forward.schema.arguments}
+    options = {name: True for name in ("return_features", "rescale", "resize") if name in named}
+
+    @torch.no_grad()
+    def features(clips, is_image):
+        x = torch.from_numpy(clips).to(device).permute(0, 4, 1, 2, 3)            # [B, 3, T, H, W]
+        x = x[:, :, 0] if is_image else x.float()
+        return network(x, **options).flatten(1).float()
+    return features, digest
+
+
 WAN_MEAN_16 = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
                0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
 WAN_STD_16 = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526,
@@ -2623,8 +2560,8 @@ WAN_STD_48 = [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8
 
 
 class SamePad(nn.Module):
-    """VideoGPT's convolutions: the kernel less the stride is padded, the odd one in front; a
-    transposed one pads its input alike and crops what the kernel adds."""
+    """VideoGPT's convolutions: padded by the kernel less the stride, an odd rest in front; a
+    transposed one pads its input likewise and crops what the kernel adds."""
 
     def __init__(self, c_in, c_out, kernel, strides=(1, 1, 1), transposed=False, bias=True):
         super().__init__()
@@ -2640,8 +2577,8 @@ class SamePad(nn.Module):
 
 
 class AxialAttention(nn.Module):
-    """Two heads over the width, the height and the time of [B, C, T, H, W], each on its own; the
-    sum of the three."""
+    """The sum of attention with two heads over the width, the height and the time of
+    [B, C, T, H, W]."""
 
     def __init__(self, dim, n_heads=2):
         super().__init__()
@@ -2677,7 +2614,7 @@ class AxialBlock(nn.Module):
 
 class VideoGPT(nn.Module):
     """VideoGPT's VQ-VAE (Yan et al. 2021, 2104.10157): video [B, 3, T, H, W] in [-1, 1] to codes
-    [B, T / t, H / s, W / s]. Nothing here is causal: clips are coded whole."""
+    [B, T / t, H / s, W / s]. It is not causal: clips are coded in one piece."""
 
     def __init__(self, dim, n_res, downsample, z_dim, codes):
         super().__init__()
@@ -2782,13 +2719,13 @@ CLASSES = {
 
 
 def guess_class(config):
-    """Of a config.json without a class's name."""
+    """The class of a config.json without a class's name."""
     return next((name for key, name in (("block_out_channels", "AutoencoderKL"), (
         "temperal_downsample", "AutoencoderKLWan")) if key in config), None)
 
 
 def check_class(name, config, n_tensors, path):
-    """Refuses, in one line, what a published autoencoder may be but ours is not."""
+    """Refuses, in one line, a published autoencoder that `Autoencoder` cannot represent."""
     is_image = name == "AutoencoderKL"
     levels = len(config["block_out_channels" if is_image else "dim_mult"])
     n_res, z = (config[key] for key in (("layers_per_block", "latent_channels") if is_image else
@@ -2833,9 +2770,9 @@ def check_class(name, config, n_tensors, path):
 def load_names(model, names, weights, path):
     """Strict: every parameter is filled and every tensor used; singleton axes may differ."""
     state = model.state_dict()
-    lacking, extra = sorted(set(names.values()) - set(weights)), set(weights) - set(names.values())
-    if lacking or extra:
-        refuse(f"{path}: " + (f"{lacking[0]} is missing" if lacking else
+    missing, extra = sorted(set(names.values()) - set(weights)), set(weights) - set(names.values())
+    if missing or extra:
+        refuse(f"{path}: " + (f"{missing[0]} is missing" if missing else
                               f"{min(extra)} is not a part of this autoencoder"))
     slim = lambda shape: [n for n in shape if n > 1]
     for own, name in names.items():

@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 
 # ---- parts
 
-def test_every_clip_comes_once_an_epoch_and_steps_weigh_alike():
+def test_every_clip_comes_once_an_epoch_and_steps_have_equal_pixels():
     rows = [{"key": f"k{i}", "frames": 1 + 8 * (i % 2), "height": 16 + 8 * (i % 3), "width": 16}
             for i in range(60)]
     shape = lambda row: (row["frames"], row["height"], row["width"])
@@ -52,14 +52,14 @@ def test_every_clip_comes_once_an_epoch_and_steps_weigh_alike():
         V.Budget(rows, 0, 1, 0.0, shape, 4)
 
 
-def test_a_codebook_finds_the_clusters_and_restarts_what_nobody_chooses():
+def test_a_codebook_finds_the_clusters_and_restarts_dead_codes():
     torch.manual_seed(0)
     centres, book = 5 * torch.randn(16, 4), V.Codebook(48, 4)
     book.codebook[:40] = 99.0                                         # far from everything
     for _ in range(60):
         z = centres[torch.randint(16, (256,))] + 0.05 * torch.randn(256, 4)
         codes = book.codes(z.T[None, :, None, None])[0, 0, 0]
-        book.follow(z, codes, 0.9)
+        book.update(z, codes, 0.9)
         book.restart(z[torch.randperm(256)[:48]])
     away = (centres[:, None] - book.codebook).norm(dim=-1)
     assert away.min(1).values.max() < 0.2
@@ -85,7 +85,7 @@ def test_fsq_codes_and_points_are_one_to_one(levels):
         assert len(codes.unique()) == book.n_codes
 
 
-def test_figures_have_their_closed_forms():
+def test_scores_equal_their_formulas():
     torch.manual_seed(0)
     x = torch.rand(2, 3, 2, 24, 24) * 2 - 1
     assert torch.allclose(V.ssim(x, x), torch.ones(2)) and (V.flicker(x, x) == 0).all()
@@ -102,7 +102,7 @@ def test_figures_have_their_closed_forms():
     assert 8 < V.flicker(other, x).mean() < 10.1                       # ten levels brighter at once
 
 
-def test_tiles_blend_into_the_whole():
+def test_blended_tiles_equal_the_untiled_result():
     x = torch.randn(1, 2, 3, 50, 37, dtype=torch.float64)
     same = V.tiled(lambda part, _: part, x, 16, 1)
     assert torch.allclose(same, x, atol=1e-12)
@@ -163,7 +163,7 @@ def test_lpips_is_the_published_formula_and_is_read_by_its_published_names(tmp_p
     assert "lin3.model.1.weight is missing" in capsys.readouterr().err
 
 
-def test_the_adversarial_weight_balances_the_pulls():
+def test_the_adversarial_weight_is_the_ratio_of_gradient_norms():
     layer = nn.Linear(4, 4)
     y = layer(torch.randn(3, 4))
     a, b = y.square().mean(), 5 * y.abs().mean()
@@ -172,7 +172,7 @@ def test_the_adversarial_weight_balances_the_pulls():
     assert weight.item() == pytest.approx((grads[0].norm() / (grads[1].norm() + 1e-4)).item())
 
 
-def test_a_bank_of_a_set_without_a_split_is_chosen_by_hash():
+def test_held_out_clips_without_a_split_are_drawn_by_hash():
     rows = [{"key": f"k{i}", "split": "train"} for i in range(100)]
     train, held = V.split_rows(rows, "x")
     assert len(held) == 5 and len(train) == 95 and V.split_rows(rows[::-1], "x")[1] == held
@@ -205,7 +205,7 @@ def test_few_held_out_clips_become_five_files_or_shots(tmp_path, capsys):
     assert made(1)[0]["split"] == "val"                      # a draw that leaves nothing to learn
     capsys.readouterr()
     one = V.split_rows(made(1), "x")
-    assert one[0] == one[1] == made(1) and "one clip is learnt from" in capsys.readouterr().err
+    assert one[0] == one[1] == made(1) and "its only clip is trained and evaluated on" in capsys.readouterr().err
     large = [{**row, "split": "train"} for row in made(400)]
     assert units(large, "source") == 20
     uneven = large[:25] + [{**large[0], "key": f"long{i}", "shot_start": float(i)}
@@ -248,11 +248,11 @@ def test_codes_are_trained_and_encoded(place, name, n_codes):
     header, codes = V.read_header(path), load_file(path)
     assert header["codes"] == n_codes and not header["alone"] and set(codes) == set(header["clips"])
     for key, code in list(codes.items())[:5]:
-        told = header["clips"][key]
+        facts = header["clips"][key]
         assert code.dtype == torch.int32 and 0 <= code.min() and code.max() < n_codes
-        assert code.shape == (1 + (told["frames"] - 1) // 4, told["crop"][2] // 8, told["crop"][3] // 8)
+        assert code.shape == (1 + (facts["frames"] - 1) // 4, facts["crop"][2] // 8, facts["crop"][3] // 8)
         video = model.decode_codes(code[None].long())
-        assert video.shape[2:] == (told["frames"], *told["crop"][2:])
+        assert video.shape[2:] == (facts["frames"], *facts["crop"][2:])
 
 
 def test_a_prior_of_real_codes_is_sampled(place):
@@ -323,7 +323,7 @@ def test_eval_prints_figures_with_their_protocol(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", V.MODELS)
-def test_every_preset_learns_encodes_and_decodes(place, name, monkeypatch):
+def test_every_preset_trains_encodes_and_decodes(place, name, monkeypatch):
     """By the commands; narrower, all else as it is."""
     preset = V.MODELS[name]
     small = dict(preset, dim=8, **({"dec_dim": 16} if "dec_dim" in preset else {}),

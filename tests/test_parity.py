@@ -488,7 +488,7 @@ def codebook_update(case):
     for own, name in (("codebook", "embeddings"), ("counts", "N"), ("sums", "z_avg")):
         getattr(book, own).copy_(case[f"in.{name}"])
     codes = book.codes(case["in.z"])
-    book.follow(case["in.z"].movedim(1, -1).flatten(0, -2), codes.flatten(), case.kwargs["decay"])
+    book.update(case["in.z"].movedim(1, -1).flatten(0, -2), codes.flatten(), case.kwargs["decay"])
     used = book.counts >= case.kwargs["restart_below"]
     return {"out.codes": codes, "out.N": book.counts, "out.z_avg": book.sums, "out.used": used,
             "out.embeddings_used": book.codebook * used[:, None]}

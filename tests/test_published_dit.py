@@ -435,7 +435,7 @@ def test_hub_configs_of_wans_autoencoder(kind, tmp_path):
     mean, std = V.normaliser(about)
     away = ((model.encode(io["video.5"])[0] - mean) / std - io["latents.5"]).abs().max() / io["latents.5"].abs().max()
     assert away < {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01, "fp8": 1.0}[kind]
-    run = V.begin(SimpleNamespace(init=str(tmp_path)))                         # train_vae.py --init
+    run = V.initial_model(SimpleNamespace(init=str(tmp_path)))                         # train_vae.py --init
     assert all(x.dtype == torch.float32 for x in run[1].values())
 
 

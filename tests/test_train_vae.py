@@ -58,7 +58,7 @@ def test_chunks_equal_the_whole(options, chunks):
 
 
 @pytest.mark.parametrize("options", [DEEP, PLAIN, PATCHED, IMAGE])
-def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monkeypatch):
+def test_chunk_size_and_gradients_do_not_change_the_result(options, monkeypatch):
     model, video = shaken(options), torch.randn(2, 3, 9, 16, 24, dtype=torch.float64)
     mean, _ = model.encode(video)                                # with gradients: all at once
     decoded = model.decode(mean)
@@ -71,7 +71,7 @@ def test_pieces_of_any_size_and_the_way_of_gradients_give_the_same(options, monk
 @pytest.mark.parametrize("options, size", [
     (dict(mults=(1, 2), downs=("s",), z_dim=4, residual=False), (32, 48)),
     (dict(mults=(1,), downs=(), z_dim=48, patch=4), (64, 96))])      # a layer without a norm, too
-def test_large_clips_by_pairs_equal_chunks_and_the_way_of_gradients(options, size, monkeypatch):
+def test_winograd_on_large_clips_equals_the_plain_convolution(options, size, monkeypatch):
     model = shaken(dict(dim=96, n_res=1, **options)).float()
     video, calls, winograd = torch.randn(1, 3, 11, *size), [], conv.winograd
     monkeypatch.setattr(conv, "winograd", lambda frames, *rest: (
@@ -205,7 +205,7 @@ def test_sides_and_lengths_of_any_size_are_fitted_by_the_stated_rule():
     assert V.pieces("k", 1, 10, 5, 4) == [("k", 0, 1)]
 
 
-def test_frames_survive_the_way_to_tensors_and_back():
+def test_frames_to_tensors_and_back_are_equal():
     frames = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
     assert np.array_equal(V.to_frames(V.to_tensor(frames)), frames)
 
@@ -216,7 +216,7 @@ def test_psnr_is_the_closed_form():
     assert torch.allclose(V.psnr(a, b), torch.tensor([20.0, 40.0]), atol=1e-3)
 
 
-def test_a_stream_is_found_at_any_place_and_shows_every_row_each_epoch():
+def test_a_stream_has_random_access_and_every_row_each_epoch():
     rows = [{"key": f"k{i}"} for i in range(7)]
     stream = V.Stream(rows, 3)
     whole = stream.take(0, 21)
@@ -226,7 +226,7 @@ def test_a_stream_is_found_at_any_place_and_shows_every_row_each_epoch():
     assert [r["key"] for r in whole[:7]] != [r["key"] for r in whole[7:14]]
 
 
-def test_checkpoints_are_renamed_when_whole_and_old_ones_go(tmp_path):
+def test_checkpoints_are_renamed_when_complete_and_old_ones_removed(tmp_path):
     tensors = {"model": {"a": torch.arange(3.0)}, "optimizer": {}}
     for step in (1, 2, 3):
         V.save_step(tmp_path, step, tensors)
@@ -240,7 +240,7 @@ def test_checkpoints_are_renamed_when_whole_and_old_ones_go(tmp_path):
     assert not list(tmp_path.glob(".step-*"))
 
 
-def test_a_save_that_finds_no_room_leaves_the_checkpoint_before_it(tmp_path, capsys):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, capsys):
     """The limit on a file's size stands in for a disk's end: writing fails half-way."""
     V.save_step(tmp_path, 1, {"model": {"a": torch.arange(3.0)}})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -272,7 +272,7 @@ def test_the_loop_logs_evaluates_and_saves_when_it_should(tmp_path):
     assert [p.name for p in sorted(tmp_path.glob("step-*"))] == [f"step-{n:06d}" for n in (2, 4, 6)]
 
 
-def test_the_pace_is_that_of_the_steps_alone(tmp_path):
+def test_step_time_excludes_evaluation(tmp_path):
     def learn(step, data):
         time.sleep(0.02)
         return {"loss": torch.tensor(1.0)}, torch.tensor(1.0), []
@@ -339,7 +339,7 @@ def test_a_stopped_step_is_dropped_and_done_again(tmp_path, stop_at, number, cap
     assert counted(tmp_path / "broken") == counted(tmp_path / "whole")
 
 
-def test_a_stop_amid_evaluating_leaves_the_row_to_the_next_start(tmp_path):
+def test_a_run_stopped_in_an_evaluation_logs_it_when_resumed(tmp_path):
     def evaluate(done):
         if done == 4:
             signal.raise_signal(signal.SIGTERM)
@@ -416,7 +416,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     assert "all of its checkpoints are damaged" in capsys.readouterr().err
 
 
-def test_checkpoints_of_before_have_no_sums(tmp_path):
+def test_older_checkpoints_without_checksums_are_read(tmp_path):
     for step in (1, 2):
         V.save_step(tmp_path, step, {"model": {"a": torch.ones(9)}})
         (tmp_path / f"step-{step:06d}/state.json").write_text(json.dumps({"step": step}))
@@ -426,7 +426,7 @@ def test_checkpoints_of_before_have_no_sums(tmp_path):
     assert V.last_step(tmp_path).name == "step-000001"
 
 
-def test_one_process_at_a_time_has_a_run_and_a_kill_frees_it(tmp_path, capsys):
+def test_a_run_is_locked_by_one_process_and_freed_when_it_is_killed(tmp_path, capsys):
     code = ("import sys, time, train_vae as V\nV.claim(sys.argv[1])\nprint('mine', flush=True)\n"
             "time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], text=True,
@@ -442,7 +442,7 @@ def test_one_process_at_a_time_has_a_run_and_a_kill_frees_it(tmp_path, capsys):
     assert str(tmp_path / "run") not in V.HELD
 
 
-def test_a_start_that_fails_leaves_no_folder_but_what_is_there(tmp_path, capsys):
+def test_a_start_that_fails_removes_its_folder_but_no_other_files(tmp_path, capsys):
     def train(args, folder):
         V.start_run(folder, {"kind": "vae", "args": {}})
         V.refuse("no clips")
@@ -492,7 +492,7 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path, capsys, name, d
     (["--model", "Wan2.1"], "--model Wan2.1: did you mean wan-2.1?"),
     (["--bottleneck", "qqq"], "invalid choice: 'qqq'"),
     (["more"], "unrecognized arguments: more")])
-def test_mistyped_names_are_told_the_nearest(capsys, argv, says):
+def test_mistyped_options_are_answered_with_the_nearest(capsys, argv, says):
     with pytest.raises(SystemExit) as stop:
         V.parse_options(["demo", *argv])
     err = capsys.readouterr().err
@@ -503,7 +503,7 @@ def test_mistyped_names_are_told_the_nearest(capsys, argv, says):
 @pytest.mark.parametrize("change, says", [
     ("sys.modules['av'] = None", "av is not installed: pip install -r requirements.txt"),
     ("sys.version_info = (3, 10, 2)", "Python 3.11 or newer is needed, this is 3.10")])
-def test_what_is_not_installed_is_said_in_one_line(stage, change, says):
+def test_a_missing_package_is_reported_in_one_line(stage, change, says):
     path = Path(V.__file__).with_name(f"{stage}.py")
     code = f"import runpy, sys; {change}; sys.argv = ['{stage}.py']; runpy.run_path({str(path)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=path.parent, text=True,
@@ -572,7 +572,7 @@ def test_a_log_is_cut_back_to_its_checkpoint(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == "".join(lines[:2])
 
 
-def test_a_run_goes_on_only_with_its_own_options(tmp_path, capsys):
+def test_a_run_resumes_only_with_the_same_options(tmp_path, capsys):
     config = {"kind": "vae", "args": {"lr": 0.1, "steps": 5}}
     assert V.start_run(tmp_path / "r", config) is None
     assert V.start_run(tmp_path / "r", {"kind": "vae", "args": {"lr": 0.1, "steps": 9}}) is None
