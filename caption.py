@@ -1,70 +1,58 @@
-"""Stage 3, captions: by a captioner learnt from the captioned clips, or by published models.
+"""Stage 3, captions: train a captioner on the captioned clips, or run a published one.
 
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BPE of the captions),
-                            log.jsonl, samples/ (held-out frames and what it says), step-000100/
-      data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
-                            "scores": {"logprob": mean over the tokens, "sure": --sure, …}};
-                            beside it shard-00000.rejected-captions-RUN.jsonl, those that will
-                            not do, each with its reason in "rejected";
+                            log.jsonl, samples/ (held-out frames with captions), step-000100/
+      data/NAME/shard-00000.captions-RUN.jsonl   one record per clip {"key", "caption", "prompt",
+                            "scores": {"logprob": mean over the tokens, "sure": see --sure, …}};
                             data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
-      data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
-                            text encoder reads them; HASH8 names the encoder
+      data/NAME/shard-00000.rejected-captions-RUN.jsonl   records that failed a check, with the
+                            reason in "rejected"
+      data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) prompt embeddings of the
+                            captions by the text encoder HASH8
 
-The idea: a vision tower turns frames into tokens, a connector turns these into the decoder's width,
-and a decoder reads them as the beginning of its text and goes on with the caption. Two things make
-it learn from some hundred clips in two minutes: a second loss asks of the visual tokens alone which
-words the caption holds (the strongest token answers), and a share of the words that the decoder
-reads is blanked, so that it has to look instead of remembering. The same loss without the words'
-share, or with AdamW in place of Muon, leaves the tower far behind (tests/README.md).
+The idea: a vision tower turns frames into tokens, a connector maps these to the decoder's width,
+and a causal decoder reads them as the prefix of the caption. Two additions make a few hundred clips
+and two minutes enough: a second loss predicts from the visual tokens alone which words the caption
+holds (the highest logit of all tokens counts), and some of the decoder's input tokens are masked,
+so that it has to use the frames. Without the second loss, or with AdamW instead of Muon, the tower
+stays far behind (tests/README.md).
 
-Frames: --model says how many. They are spread evenly from a clip's first frame to its last (a still
-is repeated), scaled to fit a square, bicubic, their shape kept, centred on black. For training
-they are spread over a random 70 to 100% of the clip, zoomed, shifted, tinted and made noisy, all
-frames of a clip alike; never mirrored, since a caption may say left or right.
+Frames: --model sets their number. They are evenly spaced from a clip's first frame to its last (a
+still image is repeated) and resized, bicubic, to fit a square, with black borders. In training they
+span a random 70 to 100% of the clip, with zoom, shift, tint and noise, the same for all frames of a
+clip. They are never mirrored, since a caption may say left or right.
 
     python caption.py demo --train --paste 0.1   # two minutes on two cores, after prepare_data.py
-    python caption.py demo                       # captions the clips that have none: seconds
-    python caption.py demo --train --run quick --steps 10                # a look, under a minute
+    python caption.py demo                       # captions the clips without one: seconds
+    python caption.py demo --train --run quick --steps 10                # a trial, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
     torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5 --frames fps:1
     python caption.py mine --train --init ~/llava-1.5-7b --tune lora --run mine-llava
 
-Published folders (--vlm DIR: FAMILIES below) see a video at once where they take videos, or else
-single frames, of which --lm makes one caption. Rows are written in batches in which a finished one
-makes room for the next clip; clips are decoded ahead, in threads; ranks share the shards.
+Published captioners (--vlm DIR; FAMILIES lists them) take a video, or single frames whose captions
+--lm merges into one. Records are generated in batches; a finished one frees its slot for the next
+clip. Threads decode clips ahead; ranks share the shards.
 
-    family                                  model_type                          sees
-    LLaVA-1.5 (port, original), Yi-VL       llava                               frames
-    Video-LLaVA (port)                      video_llava                         video, 8 frames
-    Qwen-VL-Chat                            qwen                                frames
-    InternLM-XComposer2-VL                  internlmxcomposer2                  frames
-    CogVLM                                  CogVLMForCausalLM                   frames
-    MiniCPM-V 2.0                           minicpmv                            frames, in slices
-    OmniLMM                                 omnilmm                             frames
-    Qwen2-VL, Qwen2.5-VL                    qwen2_vl, qwen2_5_vl                video, any size
-    Llama, Vicuna, Yi; Mistral; Qwen2, 2.5; llama, mistral, qwen2, qwen3,       text: --lm,
-    Qwen3; InternLM2                        internlm2                           --rewrite
+Only captions of the data set's metadata are trained on, never generated ones; --vlm OTHER captions
+the same clips again, into other files. After a kill the same command resumes; a finished shard is
+skipped until its file is removed. Look at data/NAME/captions-RUN.png;
+`rm data/NAME/shard-*captions-RUN.jsonl*` removes the captions of a bad run.
 
-A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
-from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
-goes on with the same command; a shard that is done is left alone until its file is removed. Look at
-data/NAME/captions-RUN.png; `rm data/NAME/shard-*captions-RUN.jsonl*` takes a bad run of them back.
-
-A captioner of one's own wants hundreds of captioned clips: one that knew 64 by heart called a baby
-a fish. Fewer than 300 are refused (--few allows them; --init, which only adapts a published one,
-takes any number). The log has its held-out loss beside that of guessing by word frequency.
+Training needs hundreds of captioned clips: a captioner that had memorized 64 called a baby a fish.
+Fewer than 300 are refused (--few allows them; --init, which fine-tunes a published captioner, takes
+any number). The log compares the held-out loss with that of guessing by word frequency.
 
 Axes: B clips, n frames of a clip, S their side in px, N visual tokens, L text tokens, D width,
-A heads, E head dim. Layers are pre-norm; rotary positions count all visual tokens as one place.
+A heads, E head dim. Layers are pre-norm; all visual tokens share one rotary position.
 Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021 (convolutional
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
 1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
 Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020);
 Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA,
-2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
+2106.09685); Peng 2023 (NTK scaling, 2309.00071); Yu 2022 (Orca: continuous batching).
 """
-import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
+import prepare_data  # noqa: F401  first: handles Ctrl-C and missing packages
 import argparse
 import ast
 import base64
@@ -118,9 +106,9 @@ from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, clai
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
-WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
+WORDS, BLANK = 2.0, 0.1     # training: weight of the words' loss, share of masked input tokens
 TEMPERATURES = 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0      # see `certainty`
-FEWEST = 300        # captioned clips to learn from; with 64 a baby was called a fish
+FEWEST = 300        # captioned clips to train on
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -129,18 +117,17 @@ MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, b
 }
 
 
-# -- words to numbers ------------------------------------------------------------------------------
+# -- the tokenizer ---------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE learnt from `texts` (an iterable of str): a tokenizers.Tokenizer of at most
-    `vocab_size` tokens. Ids 0, 1, 2 are <pad>, <bos>, <eos>; every byte is a token, so any UTF-8
-    text survives encode and decode. The ids depend on the texts alone, not on their order. Raises
-    ValueError for a vocabulary too small to hold every byte."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens on `texts`; returns a Tokenizer. Ids
+    0, 1, 2 are <pad>, <bos>, <eos>; every byte is a token, so that decode inverts encode. The ids
+    do not depend on the order of the texts."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     least = len(SPECIAL) + len(alphabet)
     if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size}: at least {least}, for every byte and 3 marks")
+        raise ValueError(f"vocab_size {vocab_size}: at least {least}: all bytes and 3 marks")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -148,118 +135,84 @@ def train_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=sorted(alphabet))
     tokenizer.train_from_iterator(sorted(texts), trainer)
-    # The marks keep their ids but are no 'added tokens': a caption that spells "<eos>" is text.
+    # the special tokens are not 'added tokens': "<eos>" in a caption is text
     plain = json.loads(tokenizer.to_str()) | {"added_tokens": []}
     return tokenizers.Tokenizer.from_str(json.dumps(plain))
 
 
 def encode(tokenizer, text, most):
-    """Ids of a caption with its marks; of a text of over `most` tokens the first `most`, no end."""
+    """Token ids with BOS and EOS; a text of over `most` tokens is cut and has no EOS."""
     ids = tokenizer.encode(text).ids
     return [BOS, *ids, EOS] if len(ids) <= most else [BOS, *ids[:most]]
 
 
 def pad(lists):
-    """[B, L, …] of B lists or tensors [L, …] of any lengths, with zeros (PAD) behind them."""
+    """B lists or tensors [L, …] of different lengths to [B, L, …], padded with zeros (PAD)."""
     return nn.utils.rnn.pad_sequence([torch.as_tensor(ids) for ids in lists], True, PAD)
 
 
 # -- one transformer layer -------------------------------------------------------------------------
 
-TANH = functools.partial(F.gelu, approximate="tanh")
-ACTS = {**dict.fromkeys(("gelu", "gelu_python"), F.gelu), "relu": F.relu,
-        **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
-                         "gelu_python_tanh"), TANH),
-        **dict.fromkeys(("silu", "swish"), F.silu), "quick_gelu": lambda x: x * torch.sigmoid(
-            1.702 * x)}
-
-
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a stack of transformer layers; a published family is one such row."""
+    """The shape of a stack of transformer layers, ours or published."""
     width: int
     depth: int
     heads: int
     kv_heads: int = 0           # 0: as many as heads
     ffn: int = 0                # hidden width of the MLP; 0: 4 * width
     norm: str = "ln"            # "ln" or "rms"
-    glu: bool = False           # a gated MLP, or a plain one
+    glu: bool = False           # gated MLP
     causal: bool = False
-    rope: float = 1e4           # base of the rotary positions; models that add positions use none
+    rope: float = 1e4           # base of the rotary positions
     eps: float = 1e-5
-    act: str = "gelu"           # of the MLP, by its published name: a key of ACTS
+    act: str = "gelu"           # activation of the MLP: a key of ACTS
     head: int = 0               # head dim; 0: width / heads
     bias: bool = True           # of the linear layers
-    scale: float | None = None  # of the attention's scores; None: head dim^-0.5
+    scale: float | None = None  # of the attention scores; None: head dim^-0.5
     qkv_bias: bool | None = None    # of q, k and v; None: as bias
-    qk_norm: bool = False       # RMSNorm of each head's q and k before they turn
-    post_norm: bool = False     # the norms come after attention and MLP, within the branches
-    branch: float = 1.0         # each branch is times this
-    window: int = 0             # how many tokens each one sees, itself included; 0: all
-    scaling: tuple = ()         # of rotary positions: factor; Llama 3.1's: low, high, length
-    sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
-    trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
-    expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
-    linear: type = nn.Linear    # kernels.linear's Linear is faster where layers are wide
+    qk_norm: bool = False       # RMSNorm of each head's q and k before the rotation
+    post_norm: bool = False     # norms after attention and MLP, inside the residual branches
+    branch: float = 1.0         # factor of the residual branches
+    window: int = 0             # sliding window in tokens, the query included; 0: none
+    scaling: tuple = ()         # of rotary positions: (factor,), or Llama 3.1's four numbers
+    sections: tuple = ()        # numbers of frequencies for t, y and x (Qwen's M-RoPE)
+    trained: int = 0            # Qwen 1: context length beyond which base and queries are scaled
+    expert: int = 0             # see ExpertLayer
+    linear: type = nn.Linear    # kernels.linear's Linear is faster for wide layers
 
     def __post_init__(self):
-        heads, shared = self.heads, self.kv_heads or self.heads
-        if not all(isinstance(n, int) and n > 0 for n in (self.width, heads, shared)):
-            raise ValueError(f"width {self.width}, heads {heads}, kv_heads {shared}: they must be "
-                             "numbers above 0")
-        if (not self.head and self.width % (2 * heads)) or heads % shared:
-            raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
-                             "must cut width into even parts, and kv_heads must divide heads")
-        if not isinstance(self.depth, int) or not 0 <= self.depth <= 1000:
-            raise ValueError(f"{self.depth} layers: a number up to 1000 is wanted")
-        if self.sections and 2 * sum(self.sections) != self.head_dim:
-            raise ValueError(f"mrope_section {list(self.sections)}: the sum must be half of a "
-                             f"head's {self.head_dim}")
-        if self.act not in ACTS:
-            raise ValueError(f"activation {self.act} is not one of {', '.join(sorted(ACTS))}")
+        check_transformer(self)
 
     @property
     def head_dim(self):
         return self.head or self.width // self.heads
 
     def layers(self):
-        return nn.ModuleList(Layer(self) for _ in range(self.depth))
+        return nn.ModuleList((ExpertLayer if self.expert else Layer)(self)
+                             for _ in range(self.depth))
 
     def make_norm(self):
         return (nn.RMSNorm if self.norm == "rms" else nn.LayerNorm)(self.width, eps=self.eps)
 
 
 def rotary(positions, stack, prompts=None):
-    """`cos_sin` of positions [...]: base^(-2i/E) a step. With sections positions are [3, ...];
-    prompts: lengths [B] of whole prompts, if base heeds them."""
-    E, base = stack.head_dim, stack.rope
-    i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
-    if stack.trained and prompts is not None:        # NTK: the base grows by powers of the excess
-        alpha = 2 ** ((prompts / stack.trained).log2() + 1).ceil() - 1
-        base = (base * alpha.clamp(min=1) ** (E / (E - 2)))[:, None, None]
-    speeds = base ** (-i / E)
-    if len(stack.scaling) == 1:                      # all waves are stretched alike
-        speeds = speeds / stack.scaling[0]
-    elif stack.scaling:                              # long waves are stretched, short ones are not
-        factor, low, high, length = stack.scaling
-        share = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        speeds = speeds * (share + (1 - share) / factor)
-    angles = positions[..., None].float() * speeds
-    if stack.sections:
-        axis = torch.tensor([axis for axis in range(3) for _ in range(stack.sections[axis])],
-                            device=i.device)
-        angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
-    return cos_sin(angles)
+    """`cos_sin` of positions [...]: angle i of a position is position * base^(-2i/E). Published
+    models may scale the angles: `scaled_rotary`."""
+    if stack.scaling or stack.sections or stack.trained:
+        return scaled_rotary(positions, stack, prompts)
+    i = torch.arange(0, stack.head_dim, 2, dtype=torch.float32, device=positions.device)
+    return cos_sin(positions[..., None].float() * stack.rope ** (-i / stack.head_dim))
 
 
 def cos_sin(angles):
-    """(cos, sin) of angles [..., E/2], each [..., 1, E], as `rotate` wants them."""
+    """(cos, sin) of angles [..., E/2], each [..., 1, E], the arguments of `rotate`."""
     cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """x [..., A, E] turned: feature i pairs with i + E/2 (Llama's layout)."""
+    """Rotates x [..., A, E]; feature i is paired with feature i + E/2 (Llama's layout)."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
@@ -281,27 +234,12 @@ class Layer(nn.Module):
         self.up, self.down = linear(width, ffn), linear(ffn, width)
         if stack.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(stack.head_dim, eps=stack.eps) for _ in "qk")
-        if stack.expert:
-            self.expert = nn.ModuleDict({
-                name: type(f)(f.in_features, f.out_features, f.bias is not None)
-                if stack.expert < 0 else nn.Sequential(
-                    nn.Linear(f.in_features, stack.expert, False),
-                    nn.Linear(stack.expert, f.out_features, False))
-                for name, f in self.named_children() if isinstance(f, nn.Linear)})
 
     def linear(self, name, x, image):
-        """One of the linear layers, of which rows of images (bool [B, N]) may have their own."""
-        f = getattr(self, name)
-        if image is None or not self.stack.expert:
-            return f(x)
-        theirs = self.expert[name](x[image])
-        if self.stack.expert > 0:
-            return f(x).index_put((image,), theirs, accumulate=True)
-        y = theirs.new_empty(*x.shape[:-1], theirs.shape[-1])
-        y[image], y[~image] = theirs, f(x[~image])
-        return y
+        """Applies a linear layer. An ExpertLayer has other weights for image tokens."""
+        return getattr(self, name)(x)
 
-    def attend(self, x, rotation, cu, cache, bias, image):
+    def attend(self, x, rotation, cu_seqlens, cache, bias, image):
         stack = self.stack
         q, k, v = (self.linear(name, x, image).unflatten(-1, (-1, stack.head_dim))
                    for name in "qkv")                                    # [B, N, A or KV, E]
@@ -310,13 +248,13 @@ class Layer(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation[:2]), rotate(k, *rotation[:2])    # [B, N, A or KV, E]
             q = q * rotation[2][..., None, None].to(q.dtype) if rotation[2:] else q
-        if cu is not None:                                               # packed: [L, A, E]
-            o = attention(q, k, v, cu, cu, stack.scale).flatten(1)
+        if cu_seqlens is not None:                                       # packed: [L, A, E]
+            o = attention(q, k, v, cu_seqlens, cu_seqlens, stack.scale).flatten(1)
             return self.linear("out", o, image)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        if bias is not None and bias.is_floating_point():                # scores in float32, too
+        if bias is not None and bias.is_floating_point():                # float32 scores
             q, k, v = q.float(), k.float(), v.float()
         o = attend(q, k, v, bias, stack.scale, stack.causal and bias is None)    # [B, A, N, E]
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
@@ -328,21 +266,21 @@ class Layer(nn.Module):
         gate, up = (self.linear(name, x, image) for name in ("gate", "up"))
         return self.linear("down", act(gate) * up, image)
 
-    def forward(self, x, rotation=None, cu=None, cache=None, bias=None, image=None):
-        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; rotation: `cos_sin` of positions, and
-        perhaps a factor of the queries; bias: [B or 1, A or 1, N, N], float32, added to the
-        attention's scores, or bool, what is seen; image: bool [B, N], the rows of images."""
+    def forward(self, x, rotation=None, cu_seqlens=None, cache=None, bias=None, image=None):
+        """x [B, N, D], or packed [L, D] with cu_seqlens int32 [B + 1]; rotation: `cos_sin` of the
+        positions, for some models with a factor of the queries; bias: [B or 1, A or 1, N, N], a
+        bool attention mask or float32 added to the scores; image: bool [B, N], image tokens."""
         stack = self.stack
         if stack.post_norm:
-            x = x + self.norm1(self.attend(x, rotation, cu, cache, bias, image))
+            x = x + self.norm1(self.attend(x, rotation, cu_seqlens, cache, bias, image))
             return x + self.norm2(self.mlp(x, image))
-        h = self.attend(self.norm1(x), rotation, cu, cache, bias, image)
+        h = self.attend(self.norm1(x), rotation, cu_seqlens, cache, bias, image)
         x = torch.add(x, h, alpha=stack.branch)
         return torch.add(x, self.mlp(self.norm2(x), image), alpha=stack.branch)
 
 
 def initialise(model, depth):
-    """Initial values, drawn from torch's generator in the order of the modules.
+    """Draws the initial values from torch's generator, in the order of the modules.
 
     module                              | law    | std
     nn.Embedding                        | normal | 1
@@ -368,11 +306,11 @@ def initialise(model, depth):
 
 
 class TextTower(nn.Module):
-    """A small bidirectional transformer over packed texts, trained with the denoiser that reads it.
+    """A small bidirectional transformer over packed texts, trained together with the denoiser.
 
-    ids int64 [L], texts end to end; cu int32 [B+1], their bounds -> [L, width]. Positions (rotary)
-    start again with each text, and no text sees another. Tokens past cu[-1] are padding that
-    nothing sees. An empty prompt is one token, EOS."""
+    ids int64 [L], concatenated texts; cu_seqlens int32 [B + 1], their bounds -> [L, width]. Rotary
+    positions restart with each text, and no text attends to another. Tokens past cu_seqlens[-1] are
+    padding. An empty prompt is one token, EOS."""
 
     def __init__(self, vocab, width, depth, heads):
         super().__init__()
@@ -381,13 +319,13 @@ class TextTower(nn.Module):
         self.layers, self.norm = self.stack.layers(), self.stack.make_norm()
         initialise(self, depth)
 
-    def forward(self, ids, cu):
-        positions = torch.arange(len(ids), device=ids.device, dtype=cu.dtype)
-        text = torch.searchsorted(cu[1:], positions, right=True).clamp(max=len(cu) - 2)
-        rotation = rotary(positions - cu[text], self.stack)
+    def forward(self, ids, cu_seqlens):
+        positions = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
+        text = torch.searchsorted(cu_seqlens[1:], positions, right=True)
+        rotation = rotary(positions - cu_seqlens[text.clamp(max=len(cu_seqlens) - 2)], self.stack)
         x = self.embed(ids)                                              # [L, D]
         for layer in self.layers:
-            x = layer(x, rotation, cu)                                   # [L, D]
+            x = layer(x, rotation, cu_seqlens)                           # [L, D]
         return self.norm(x)
 
 
@@ -416,9 +354,9 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Frames float [B, n, 3, S, S] to tokens [B, N, D], N = n / t_patch * (S / patch)^2.
 
-    Each frame alone goes through convolutions at half the patch's size, and only then do t_patch
-    frames become one tubelet: what a thing looks like is learnt from every frame, how it moves from
-    their order. (Pixels of all frames stacked at the start: forms were learnt at half the pace.)"""
+    Convolutions at half the patch size run on each frame; then t_patch frames become one tubelet.
+    Appearance is learnt from every frame, motion from their order. (Stacking the frames' pixels
+    first took twice as long to learn shapes.)"""
 
     def __init__(self, stack, size, frames, t_patch, patch, channels, blocks):
         super().__init__()
@@ -443,7 +381,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model over vectors: embedded tokens, or whatever is to be read first."""
+    """A causal language model over embeddings: of tokens, or visual tokens as a prefix."""
 
     def __init__(self, stack, vocab, scales=(1.0, 1.0)):
         super().__init__()
@@ -452,17 +390,14 @@ class Decoder(nn.Module):
         self.head, self.scales = stack.linear(stack.width, vocab, bias=False), scales
 
     def read(self, ids):
-        """Ids, a list or nested lists, as vectors."""
+        """Embeddings of ids, a list or nested lists."""
         return self.embed(torch.tensor(ids, dtype=torch.long,
                                        device=self.embed.weight.device)) * self.scales[0]
 
     def forward(self, x, positions, cache=None, image=None, prompts=None):
         """x [B, L, D] at positions [L] or [B, L] (with sections [3, B, L]) -> hidden states
-        [B, L, D], ready for `logits`. image: bool [B, L]; prompts: their lengths [B]."""
+        [B, L, D], for `logits`. image: bool [B, L], image tokens; prompts: prompt lengths [B]."""
         rotation = rotary(positions, self.stack, prompts)
-        if self.stack.trained:           # of the scores, too: log of a token's number, base trained
-            rotation += ((positions + 1.0).log().clamp(min=math.log(self.stack.trained))
-                     / math.log(self.stack.trained),)
         masks = cache or Cache()
         if cache is None:
             masks.plan([0], 0, x.shape[1])
@@ -477,26 +412,26 @@ class Decoder(nn.Module):
 
 class Request(NamedTuple):
     key: str
-    ids: list                   # of the prompt's n tokens, -1 where something is seen
+    ids: list                   # the n tokens of the prompt, -1 for visual tokens
     x: torch.Tensor             # float [n, D]
     positions: torch.Tensor     # int64 [n], or [3, n]
-    image: torch.Tensor | None = None       # bool [n]: rows of images
-    said: list = []             # ids that `penalised` counts before the answer's own
+    image: torch.Tensor | None = None       # bool [n]: image tokens
+    said: list = []             # ids of the prompt that `penalised` counts
 
 
 class Row:
-    """A text that is being written."""
+    """The state of a text during generation."""
 
     def __init__(self, request, most, seed):
         self.request, self.ids, self.total = request, [], 0.0
-        self.seen, self.grams, self.n_noted = {}, {}, 0                 # of `penalised`
+        self.seen, self.grams, self.n_noted = {}, {}, 0                 # for `penalised`
         self.after = int(request.positions.max()) + 1
         self.draws = rng(seed, "token", 0, request.key).random(most)
 
 
 def side_by_side(requests):
     """(x [B, L, D], positions [B, L] or [3, B, L], image [B, L] or None) of requests, padded at
-    the end, where a causal model does not see it."""
+    the end: a causal model is not affected."""
     positions = pad(request.positions.movedim(-1, 0) for request in requests)
     return (pad(request.x for request in requests),
             positions.movedim(-1, 0) if positions.dim() > 2 else positions,
@@ -504,26 +439,12 @@ def side_by_side(requests):
 
 
 def prefill(decoder, cache, slots, rows):
-    """Reads the prompts of `rows` into their slots of the cache; their last hidden states [B, D].
-    What all prompts begin with is read once."""
+    """Runs the prompts of `rows` into their slots of the cache; returns the last hidden states
+    [B, D]."""
     lengths = [len(row.request.ids) for row in rows]
-    cache.plan(slots, 0, max(lengths) + min(len(rows[0].draws), 128))    # the capacity, but once
-    if cache.prefix is None:
-        texts = [[str(i) for i in row.request.ids] for row in rows]
-        shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
-        n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
-        first, cache.prefix = rows[0].request, []
-        if n >= 16:
-            cache.plan([slots[0]], 0, n)
-            decoder(first.x[None, :n], first.positions[..., None, :n], cache)
-            cache.save_prefix(first.ids[:n], slots[0])
-    start = len(cache.prefix)
-    if start and all(len(row.request.ids) > start and row.request.ids[:start] == cache.prefix
-                     for row in rows):
-        cache.copy_prefix(slots)
-    else:
-        start = 0
-    # a GPU wants all at once; on a CPU what is computed of a few hundred tokens stays in its cache
+    cache.plan(slots, 0, max(lengths) + min(len(rows[0].draws), 128))    # reserves capacity once
+    start = fill_prefix(decoder, cache, slots, rows)
+    # a GPU takes all prompts at once; on a CPU, a few hundred tokens fit the processor's cache
     most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
     for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):
         slots, rows = zip(*part)
@@ -539,56 +460,32 @@ def prefill(decoder, cache, slots, rows):
     return torch.cat(last)
 
 
-def penalised(logits, rows, penalty, size):
-    """Logits [B, V] as transformers changes them for repetition_penalty and no_repeat_ngram_size,
-    which count the prompt too: that of a token which a row holds is divided by `penalty`, or below
-    0 multiplied; one that would repeat `size` tokens (0: any may) is impossible."""
-    scores, ends = logits.float().clone(), []
-    for row in rows:
-        ids = row.request.said + row.ids
-        row.seen.update(dict.fromkeys(ids[row.n_noted:]))
-        for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
-            row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
-        row.n_noted = len(ids)
-        ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
-    places = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
-                                              for n, row in enumerate(rows)])).to(scores.device)
-    seen = scores.view(-1)[places]
-    scores.view(-1)[places] = torch.where(seen < 0, seen * penalty, seen / penalty)
-    for score, banned in zip(scores, ends):
-        if banned:
-            score[banned] = -torch.inf
-    return scores
-
-
 def choose(logits, draws, temperature, top_p, vocab, scores=None):
-    """(token, log-probability) of each row of logits [B, V]: the likeliest, or by draws [B] in 0..1
-    among the likeliest tokens that together have top_p, of the `vocab` that have a text; by
-    `scores`, if given, in the place of the logits, whose probability is told."""
-    logits = logits.float()
-    scores = logits if scores is None else scores
+    """(token, log-probability) for each row of logits [B, V]: the most likely token, or with a
+    temperature one drawn by draws [B] in 0..1 from the most likely ones whose probabilities add up
+    to top_p, of the first `vocab`. `scores` replace the logits in the choice alone."""
+    logprobs = logits.float().log_softmax(-1)
     if not temperature:
-        best, token = scores.log_softmax(-1).max(-1)
-        return token, best if scores is logits else logits.log_softmax(-1).gather(
-            1, token[:, None])[:, 0]
-    order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
-        dim=-1, descending=True, stable=True)
-    reach = order.values.cumsum(-1)
-    reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
-    most = reach.masked_fill(reach.isinf(), 0).amax(-1)
-    index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
-    token = order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
-    return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
+        token = (logprobs if scores is None else scores.log_softmax(-1)).argmax(-1, keepdim=True)
+    else:
+        scores = logits.float() if scores is None else scores
+        order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
+            dim=-1, descending=True, stable=True)
+        reach = order.values.cumsum(-1)
+        reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
+        most = reach.masked_fill(reach.isinf(), 0).amax(-1)
+        index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
+        token = order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 @torch.inference_mode()
 def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=0.0, top_p=1.0,
              seed=0, vocab=None, penalties=None):
-    """Yields (request, ids, mean log-probability) of each request as its text ends: at a token of
-    `stop`, which ids leave out, where is_over(ids) says so, or after `most` tokens. `batch` rows at
-    a time are written together; one that ends makes room for the next request, whose prompt is read
-    while the others wait. Draws are keyed by the seed and the request, whatever its neighbours.
-    penalties: those of `penalised`."""
+    """Yields (request, ids, mean log-probability) of each request when its text ends: at a token of
+    `stop`, which ids leave out, where is_over(ids) is true, or after `most` tokens. Continuous
+    batching: up to `batch` rows run together, and a finished one frees its slot for the next
+    request. Draws depend on the seed and the request alone. penalties: arguments of `penalised`."""
     source, rows, cache = iter(requests), [], Cache()
     while True:
         free = [i for i, row in enumerate(rows) if row is None]
@@ -641,14 +538,14 @@ class Captioner(nn.Module):
         initialise(self, tower_depth + depth)
 
     def positions(self, n_visual, n_text):
-        """All visual tokens stand at place 0, so that what is read first is looked up by what it
-        shows and not by where it stands in the list; the text counts 1, 2, …"""
+        """Visual tokens share position 0, so that attention finds them by content and not by their
+        order; the text has positions 1, 2, …"""
         positions = torch.arange(n_visual + n_text, device=self.words.weight.device)
         return (positions - n_visual + 1).clamp(min=0)
 
     def forward(self, frames, ids):
-        """ids int64 [B, L] -> logits of the next tokens [B, L, vocab]; and of which tokens the
-        caption holds, by the visual tokens alone, [B, vocab]: the most certain one answers."""
+        """ids int64 [B, L] -> logits of the next tokens [B, L, vocab], and of the tokens that the
+        caption holds [B, vocab], the maximum over the visual tokens."""
         seen = self.tower(frames)                                        # [B, N, D]
         x = torch.cat([self.connector(seen), self.decoder.embed(ids)], 1)
         x = self.decoder(x, self.positions(seen.shape[1], ids.shape[1]))[:, seen.shape[1]:]
@@ -656,7 +553,7 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, frames, most):
-        """The likeliest next token, up to `most` times: [(ids, mean log-probability)] a clip."""
+        """Greedy decoding of up to `most` tokens: [(ids, mean log-probability)] for each clip."""
         x = self.connector(self.tower(frames))
         start = self.decoder.embed(torch.full((len(x), 1), BOS, device=x.device))
         positions, ids = self.positions(x.shape[1], 1), [-1] * x.shape[1] + [BOS]
@@ -671,12 +568,12 @@ class Captioner(nn.Module):
 
 
 def spread(n, n_frames, start=0.0, stop=1.0):
-    """Numbers of n frames, evenly from `start` to `stop` (shares) of a clip of n_frames."""
+    """Indices of n evenly spaced frames from `start` to `stop` (0..1) of a clip of n_frames."""
     return np.rint(np.linspace(start, stop, n) * (n_frames - 1)).astype(int)
 
 
 def letterbox(frame, size):
-    """uint8 [H, W, 3] scaled to fit a square of `size` px, shape kept, centred on black."""
+    """Resizes uint8 [H, W, 3] to fit a square of `size` px, aspect ratio kept, centred on black."""
     H, W = frame.shape[:2]
     h, w = (max(1, round(size * side / max(H, W))) for side in (H, W))
     square, top, left = np.zeros((size, size, 3), np.uint8), (size - h) // 2, (size - w) // 2
@@ -686,8 +583,8 @@ def letterbox(frame, size):
 
 
 class Frames:
-    """Clips as the captioner sees them: of each at most 4 n frames, evenly spread, in squares.
-    The last ones used are kept, as many as fit `mib`."""
+    """The captioner's input: at most 4 n evenly spaced frames of each clip, as squares. Recently
+    used clips are cached, up to `mib`."""
 
     def __init__(self, folder, rows, size, n, mib=1024):
         self.folder, self.rows = folder, {row["key"]: row for row in rows}
@@ -703,32 +600,32 @@ class Frames:
                          for frame in frames_of(self.folder, row, wanted)])
 
     def __call__(self, key, start=0.075, stop=0.925):
-        """uint8 [n, S, S, 3] from a part of the clip, given in shares of its length: unless told
-        otherwise what training's parts, 70 to 100% of it, are on average."""
+        """uint8 [n, S, S, 3] from `start` to `stop` (0..1) of the clip; the default is the mean of
+        training's random 70 to 100%."""
         frames = self.load(key)
         return frames[spread(self.n, len(frames), start, stop)]
 
 
 def normalise(x):
-    """Levels 0..1 to about -1..2; black, the letterbox, is -1.2."""
+    """Levels 0..1 to about -1..2; black is -1.2."""
     return (x - 0.4) * 3
 
 
 def to_input(frames):
-    """uint8 [B, n, S, S, 3] to what the tower takes, float [B, n, 3, S, S]."""
+    """uint8 [B, n, S, S, 3] to the tower's input, float [B, n, 3, S, S]."""
     return normalise(frames.movedim(-1, -3).float() / 255)
 
 
 def draw_jitter(random):
-    """How a clip is varied, alike in all its frames: float32 [8] of log zoom, shift x, y (half
-    sides), log gain, level, and a tint of red, green, blue (normalised levels)."""
+    """Random augmentation of a clip, the same for all its frames: float32 [8], log zoom, shift x, y
+    (half sides), log gain, level, and a tint of red, green, blue (normalised levels)."""
     most = np.array([0.3, 0.25, 0.25, 0.2, 0.2], np.float32)
     draws = [random.uniform(-1, 1, 5) * most, random.standard_normal(3) * 0.2]
     return np.concatenate(draws).astype(np.float32)
 
 
 def vary(frames, jitter):
-    """uint8 [B, n, S, S, 3], varied by jitter [B, 8], as the tower takes it."""
+    """uint8 [B, n, S, S, 3] augmented by jitter [B, 8]: the tower's input."""
     B, n, S = frames.shape[:3]
     zoom, zero = (-jitter[:, 0]).exp(), torch.zeros_like(jitter[:, 0])
     turn = torch.stack([zoom, zero, jitter[:, 1], zero, zoom, jitter[:, 2]], 1).view(B, 2, 3)
@@ -748,22 +645,22 @@ class Batch(NamedTuple):
     jitter: torch.Tensor    # float [B, 8]
     noise: torch.Tensor     # float [B, n, 3, S, S], standard normal
     ids: torch.Tensor       # int64 [B, L + 1]
-    blank: torch.Tensor     # bool [B, L]: the decoder reads PAD there
+    blank: torch.Tensor     # bool [B, L]: masked, the decoder reads PAD
 
     def to(self, device):
         return Batch(self.keys, *(moved(tensor, device) for tensor in self[1:]))
 
 
 def lay_over(view, other, ground):
-    """uint8 [n, S, S, 3]: a clip and what moves in another upon it, where that differs from
-    `ground` [S, S, 3], the darkest that it is there; nothing on the black about the clip."""
+    """Pastes the moving objects of `other` onto the clip `view`, both uint8 [n, S, S, 3]: the
+    pixels that differ from its darkest frame, `ground` [S, S, 3], except on `view`'s borders."""
     moves = np.abs(other.astype(int) - ground).max(-1) > 40
     return np.where((moves & (view.max((0, 3)) > 0))[..., None], other, view)
 
 
 def draw_batch(rows, frames, texts, args, step, others):
-    """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip. Upon
-    a share of them, args.paste, lies what moves in one of `others`, rows; captions are joined."""
+    """The Batch of a step; every draw is keyed by the seed, its purpose, the step and the clip. A
+    share of the clips, args.paste, gets the moving objects and the caption of one of `others`."""
     views, jitters, noises, ids, blanks = [], [], [], [], []
     for row in rows:
         def random(purpose, key=row["key"]):
@@ -772,7 +669,7 @@ def draw_batch(rows, frames, texts, args, step, others):
         part = 1 - 0.3 * start.random()
         start = (1 - part) * start.random()
         view, text = frames(row["key"], start, start + part), pick_caption(row, args, step)["text"]
-        if random("paste").random() < args.paste:      # the shortest text says least of a ground
+        if random("paste").random() < args.paste:      # short captions rarely name the background
             other = min((others[i] for i in random("other").integers(len(others), size=3)),
                         key=lambda row: len(row["captions"][0]["text"]))
             view = lay_over(view, frames(other["key"], start, start + part),
@@ -789,14 +686,14 @@ def draw_batch(rows, frames, texts, args, step, others):
 
 
 def caption_loss(logits, ids):
-    """Nats, summed over all tokens, of logits [B, L, vocab] for the ids [B, L + 1]."""
+    """Cross entropy in nats, summed over all tokens: logits [B, L, vocab], ids [B, L + 1]."""
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD,
                            reduction="sum")
 
 
 def losses(model, x, ids, blank=None):
-    """(Caption loss, summed over all tokens; words' loss, summed over clips and vocabulary), nats.
-    x float [B, n, 3, S, S], as the tower takes it; ids int64 [B, L + 1]; blank bool [B, L]."""
+    """[2]: the caption loss, summed over all tokens, and the words' loss, summed over clips and
+    vocabulary, in nats. x float [B, n, 3, S, S]; ids int64 [B, L + 1]; blank bool [B, L]."""
     read, wanted = ids[:, :-1], ids[:, 1:]
     if blank is not None:
         read = read.masked_fill(blank & (read != BOS), PAD)
@@ -809,7 +706,7 @@ def losses(model, x, ids, blank=None):
 
 
 def own_captions(folder, rows):
-    """The rows with the metadata's captions alone: those that a captioner wrote are left out."""
+    """The rows with the captions of the metadata alone, without generated ones."""
     written = {path.name.split(".captions-", 1)[1][:-len(".jsonl")]
                for path in Path(folder).glob("shard-*.captions-*.jsonl")}
     return [{**row, "captions": [c for c in row["captions"] if c["source"] not in written]}
@@ -817,7 +714,7 @@ def own_captions(folder, rows):
 
 
 def open_tokenizer(path, texts=None, vocab=None):
-    """The run's tokenizer; made of `texts` where the file is not there yet, given these."""
+    """Reads the run's tokenizer; given `texts`, trains and writes it first where it is missing."""
     if texts is not None:
         if not path.exists():
             with atomic(path) as part:
@@ -829,17 +726,17 @@ def open_tokenizer(path, texts=None, vocab=None):
 
 
 def tokenizer_of(read, path):
-    """What `read` makes of a tokenizer's file; refuses what it can't read."""
+    """read(path); refuses a file that is no tokenizer."""
     try:
         return read(str(path))
-    except Exception as error:           # the libraries raise nothing narrower
+    except Exception as error:           # the libraries raise no narrower class
         refuse_pointer(path)
         refuse(f"{path} is no tokenizer: {error}")
 
 
 def word_prior(model, texts):
-    """The words' bias starts at the log-odds of their shares of captions; from zero it would take
-    most of the run to get there."""
+    """Sets the bias of the words' head to the log-odds of each word; learning it from zero would
+    take most of the run."""
     vocab = model.words.out_features
     counts = torch.stack([torch.bincount(torch.tensor(ids), minlength=vocab) > 0 for ids in texts])
     share = counts.double().mean(0).clamp(0.5 / len(texts), 1 - 0.5 / len(texts))
@@ -849,9 +746,8 @@ def word_prior(model, texts):
 
 @torch.no_grad()
 def held_out_loss(model, rows, frames, texts, size=64):
-    """(Nats a token over held-out clips as they are, each with its first caption; the one of
-    TEMPERATURES at which they are the fewest: a model that is too sure of itself wants a high
-    one.)"""
+    """(Nats per token of the held-out clips, without augmentation, with their first captions; the
+    one of TEMPERATURES with the lowest loss, which is high for an overconfident model.)"""
     totals, count, device = [0.0] * len(TEMPERATURES), 0, model.words.weight.device
     for i in range(0, len(rows), size):
         part = rows[i:i + size]
@@ -866,11 +762,11 @@ def held_out_loss(model, rows, frames, texts, size=64):
 
 @torch.no_grad()
 def certainty(model, x, others, ids, temperature):
-    """How sure the captioner is of captions ids [B, L + 1] of clips x float [B, n, 3, S, S]: [B] in
-    0..1, the geometric mean of the tokens' probabilities. Weighed by what they lose where the clip
-    is another, `others` [B, K, n, 3, S, S]: what any clip's caption holds says nothing. At the
-    temperature that fits the held-out clips: a model that knows its clips by heart is quite sure of
-    whatever it says of others. (Agreement of varied views sorts right from wrong less well.)"""
+    """[B] in 0..1: the geometric mean of the token probabilities of captions ids [B, L + 1], given
+    clips x float [B, n, 3, S, S]. A token's weight is its loss given other clips, `others`
+    [B, K, n, 3, S, S]: words that fit any clip count little. The temperature is fitted on held-out
+    clips, since an overfitted model is overconfident. (Agreement between augmented views separated
+    right from wrong captions less well.)"""
     def logprobs(x):
         logits = model(x, ids[:, :-1])[0] / temperature
         return -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], ignore_index=PAD,
@@ -879,68 +775,60 @@ def certainty(model, x, others, ids, temperature):
     return ((weights * logprobs(x)).sum(1) / weights.sum(1)).exp()
 
 
-def frequency_loss(learnt, held_out):
-    """Nats a token of guessing the tokens of held-out captions by how frequent they are in those
-    that are learnt from (both: lists of ids), one added to each count; what was never seen counts
-    as one token more."""
-    counts = Counter(itertools.chain.from_iterable(learnt))
+def frequency_loss(train, held_out):
+    """Nats per token of held-out captions under the token frequencies of the training captions, all
+    lists of ids, with add-one smoothing and one class for all unseen tokens."""
+    counts = Counter(itertools.chain.from_iterable(train))
     total = counts.total() + len(counts) + 1
-    lost = [math.log(total / (counts[token] + 1)) for ids in held_out for token in ids]
-    return sum(lost) / len(lost)
+    nats = [math.log(total / (counts[token] + 1)) for ids in held_out for token in ids]
+    return sum(nats) / len(nats)
 
 
 def report(folder, step, loss, by_frequency):
-    """Prints the held-out loss beside `frequency_loss`; both, as the log has them."""
-    tqdm.write(f"{folder}: step {step}: held-out loss {loss:.3f} nats a token, guessing by word "
+    """Prints the held-out loss beside `frequency_loss`; returns both for the log."""
+    tqdm.write(f"{folder}: step {step}: held-out loss {loss:.3f} nats per token, guessing by word "
                f"frequency {by_frequency:.3f}", file=sys.stderr)
     if loss >= by_frequency:
         tqdm.write(f"{folder}: the captioner is no better than guessing words by their frequency: "
-                   "do not use its captions; it wants more captioned clips, or --vlm DIR",
+                   "do not use its captions; it needs more captioned clips, or use --vlm DIR",
                    file=sys.stderr)
     return {"held_out": loss, "held_out_by_frequency": by_frequency}
 
 
-def describe(model, tokenizer, x, most):
-    """[(caption, mean log-probability)] of frames uint8 [B, n, S, S, 3]."""
-    x = to_input(x.to(model.words.weight.device))
-    return [(tokenizer.decode(ids).strip(), score) for ids, score in model.generate(x, most)]
-
-
 def write_sheet(path, folder, rows, captions):
-    """Four frames of each clip above its caption."""
+    """Writes a contact sheet: four frames of each clip above its caption."""
     contact_sheet(path, [
         (frames_of(folder, row, set(spread(4, row["frames"]).tolist())), caption)
         for row, caption in zip(rows, captions)])
 
 
 WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
-           "leave this stage out: train_dit.py learns without captions, too")
+           "leave this stage out: train_dit.py also trains without captions")
 
 
 def captioned(args, run):
-    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata. A new
-    captioner of one's own is refused FEWEST clips or less, but for --few, which is only a
-    permission: it is no part of what a run was begun with."""
+    """(folder, training rows, at most 256 held-out rows), all with captions of the metadata. A new
+    run with fewer than FEWEST clips needs --few, which is not kept in the run's config."""
     is_allowed = vars(args).pop("few") or args.init or (run / "config.json").exists()
     folder = dataset_dir(args.name)
     rows = chosen(own_captions(folder, open_dataset(folder)), args)
     rows = [row for row in rows if row["captions"]]
-    learnt = [row for row in rows if row["split"] == "train"]
-    if not learnt:
+    training = [row for row in rows if row["split"] == "train"]
+    if not training:
         refuse(f"{folder} has no captioned clip in its training split. {WITHOUT}")
-    if len(learnt) < FEWEST and not is_allowed:
-        refuse(f"{folder}: {len(learnt)} captioned clips are too few to train a captioner on, at "
-               f"least {FEWEST} are wanted. {WITHOUT}. --few trains it all the same")
+    if len(training) < FEWEST and not is_allowed:
+        refuse(f"{folder}: {len(training)} captioned clips are too few to train a captioner: at "
+               f"least {FEWEST} are needed. {WITHOUT}. --few trains on them anyway")
     held_out = same_held_out(run, rows, lambda: [
-        row for row in rows if row["split"] != "train"] or learnt[:16])
+        row for row in rows if row["split"] != "train"] or training[:16])
     if held_out[0]["split"] == "train":
-        print(f"{folder} holds out no captioned clip: the held-out loss is that of clips that are "
-              "learnt from", file=sys.stderr)
-    return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
+        print(f"{folder} holds out no captioned clip: the held-out loss is that of training clips",
+              file=sys.stderr)
+    return folder, training, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
 
 
 def pick_caption(row, args, step):
-    """One of a row's captions, drawn by their weights."""
+    """Draws one of a row's captions by their weights."""
     weights = np.array([caption["weight"] for caption in row["captions"]])
     random = rng(args.seed, "caption", step, row["key"])
     return row["captions"][random.choice(len(weights), p=weights / weights.sum())]
@@ -950,37 +838,36 @@ def pick_caption(row, args, step):
 def train(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
     claim(run)
-    folder, learnt, held_out = captioned(args, run)
-    checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
-                                 "model": MODELS[args.model]})
+    folder, rows, held_out = captioned(args, run)
+    shape, step = MODELS[args.model], 0
+    checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": shape})
     sheet = run / "samples" / f"step-{args.steps:06d}.png"
     if is_finished(checkpoint, args) and sheet.exists():
         return
-    tokenizer = open_tokenizer(run / "tokenizer.json", [c["text"] for row in learnt
-                                                        for c in row["captions"]], args.vocab)
+    captions = [caption["text"] for row in rows for caption in row["captions"]]
+    tokenizer = open_tokenizer(run / "tokenizer.json", captions, args.vocab)
     texts = functools.lru_cache(maxsize=2**16)(lambda t: encode(tokenizer, t, args.max_tokens))
+    captions = [texts(text) for text in captions]
     torch.manual_seed(args.seed)
-    model, step = Captioner(**MODELS[args.model], vocab=tokenizer.get_vocab_size()).to(device), 0
+    model = Captioner(**shape, vocab=tokenizer.get_vocab_size()).to(device)
     optimizer = MuonAdamW(model, plain=("head", "words", "position", "stem"))
     if checkpoint:
         step, saved = load_step(checkpoint)
         model.load_state_dict(saved["model"])
         restore_optimizer(optimizer, model, saved["optimizer"])
-    captions = [texts(c["text"]) for row in learnt for c in row["captions"]]
-    if not checkpoint:
+    else:
         word_prior(model, captions)
-    # a caption's loss is its tokens' sum over this constant: long captions count for what they hold
+    # the sum over a caption's tokens is divided by the mean length: each token counts alike
     length = sum(len(ids) - 1 for ids in captions) / len(captions)
-    frames = Frames(folder, learnt + held_out, MODELS[args.model]["size"],
-                    MODELS[args.model]["frames"])
-    stream = Stream(learnt, args.seed)
+    frames = Frames(folder, rows + held_out, shape["size"], shape["frames"])
+    stream = Stream(rows, args.seed)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{len(learnt)} captioned clips to learn from, {len(held_out)} held out, {device}",
+          f"{len(rows)} captioned clips to train on, {len(held_out)} held out, {device}",
           file=sys.stderr)
 
     def batch(step):
         picked = stream.take(step * args.batch, args.batch)[rank::world]
-        return draw_batch(picked, frames, texts, args, step, learnt)
+        return draw_batch(picked, frames, texts, args, step, rows)
 
     def learn(step, drawn):
         keys, view, jitter, noise, ids, blank = drawn.to(device)
@@ -1001,9 +888,9 @@ def train(args, run):
         lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0 and not sheet.exists():
         shown = held_out[:24]
-        x = torch.from_numpy(np.stack([frames(row["key"]) for row in shown]))
-        write_sheet(sheet, folder, shown,
-                    [text for text, _ in describe(model, tokenizer, x, args.max_tokens)])
+        x = to_input(torch.from_numpy(np.stack([frames(row["key"]) for row in shown])).to(device))
+        write_sheet(sheet, folder, shown, [tokenizer.decode(ids).strip()
+                                           for ids, _ in model.generate(x, args.max_tokens)])
     barrier()
 
 
@@ -1011,7 +898,7 @@ def train(args, run):
 
 
 def finished(run):
-    """(config, newest checkpoint's folder) of a captioner's run; refuses one that goes on."""
+    """(config, newest checkpoint's folder) of a captioner's run; refuses an unfinished one."""
     config, step = read_config(run, "captioner"), last_step(run)
     if not is_finished(step, argparse.Namespace(**config["args"])):
         refuse(f"{run} has not finished training: run its caption.py --train command again")
@@ -1031,18 +918,9 @@ def load_captioner(name, device="cpu"):
     return model.to(device).eval().requires_grad_(False), tokenizer, config
 
 
-def holds(path, keys):
-    """Whether a finished file of captions holds all of `keys`."""
-    if not path.exists():
-        return not keys
-    files = [file for file in (path, rejected_path(path)) if file.exists()]
-    return set(keys) <= {row["key"] for file in files for row in read_rows(file)}
-
-
 def resume(part, keys, block):
-    """Cuts a .part file to the whole blocks of clips that it holds, in the order of `keys`, and
-    returns how many clips these are. Blocks stay as they were, so that a resumed file has the same
-    bytes; a torn last line goes, and so does a file that was begun for other clips."""
+    """Truncates a .part file to its complete blocks of clips in the order of `keys`; returns their
+    number of clips. Resuming at whole blocks writes the same bytes as an unbroken run."""
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
     n = len(list(itertools.takewhile(
         lambda pair: pair[0].startswith(json_line({"key": pair[1]})[:-2].encode()),
@@ -1054,8 +932,8 @@ def resume(part, keys, block):
 
 
 def own_writer(name, folder, rows, args, device):
-    """(load, write) of a captioner that we trained: load(row) in a thread; write(pairs of a row and
-    what was loaded) yields (key, caption, prompt, scores) in any order."""
+    """(load, write) of a captioner of our own: load(row) runs in a thread; write(pairs of a row and
+    the loaded frames) yields (key, caption, prompt, scores) in any order."""
     model, tokenizer, config = load_captioner(name, device)
     frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
     most, temperature = config["args"]["max_tokens"], run_temperature(run_dir(name))
@@ -1081,23 +959,22 @@ def own_writer(name, folder, rows, args, device):
 
 
 def run_temperature(run):
-    """The temperature that the run's log ends with; 1 of runs that knew none."""
-    rows = read_log(run) if (run / "log.jsonl").exists() else []
-    return rows[-1].get("temperature", 1.0) if rows else 1.0
+    """The last temperature in the run's log; 1 for runs older than `certainty`."""
+    return next(iter(read_log(run)[-1:]), {}).get("temperature", 1.0)
 
 
 def in_groups(items, n):
-    """Lists of n items, the last one perhaps shorter."""
+    """Lists of n items; the last may be shorter."""
     items = iter(items)
     while group := list(itertools.islice(items, n)):
         yield group
 
 
-UNREADABLE = "cannot be read"           # the reject of a clip that gives no frames
+UNREADABLE = "cannot be read"           # the reason that rejects a clip without frames
 
 
 def load_or_fault(load, row):
-    """load(row), or what went wrong with this clip; errors of the machine are raised."""
+    """load(row), or the error that the clip causes; errors of the machine are raised."""
     try:
         return load(row)
     except Exception as error:
@@ -1107,16 +984,15 @@ def load_or_fault(load, row):
 
 
 def caption_shard(load, write, scorer, rows, path, args, bar):
-    """Writes the captions of one shard's `rows` to `path`, by way of `part_path`, and those that
-    will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
+    """Writes the captions of one shard's `rows` to `path`, rejected ones to `rejected_path`, in the
+    order of the rows. They are collected in `part_path` first."""
     part, keys = part_path(path, args), [row["key"] for row in rows]
     with open(part, "a", encoding="utf-8") as file:
         if not is_sole(file):
-            refuse(f"{part}: another process writes these captions: wait for its end")
+            refuse(f"{part}: another process writes these captions: wait until it ends")
         first = resume(part, keys, args.batch)
         bar.update(first)
-        todo, waiting, done = rows[first:], iter(keys[first:]), {}
-        key = next(waiting, None)
+        todo, waiting, done = rows[first:], keys[first:], {}
 
         def pairs():
             for i, loaded in prefetch(lambda i: load_or_fault(load, todo[i]), 0, len(todo),
@@ -1131,12 +1007,10 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                     yield todo[i], loaded
 
         def flush():
-            nonlocal key
-            while key in done:
-                file.write(done.pop(key))
+            while waiting and waiting[0] in done:
+                file.write(done.pop(waiting.pop(0)))
                 file.flush()
                 bar.update()
-                key = next(waiting, None)
 
         for name, text, prompt, scores in write(pairs()):
             scores = {**scores, **(scorer(name, text) if scorer else {})}
@@ -1153,7 +1027,7 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
         if rejected:
             write_rows(rejected_path(path), rejected)
         else:
-            rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
+            rejected_path(path).unlink(missing_ok=True)      # of an earlier run
         path.with_name(f"{path.name}.crc").unlink(missing_ok=True)
         write_rows(path, [row for row in written if "rejected" not in row])
         write_sum(path)
@@ -1166,10 +1040,12 @@ def write_sum(path):
 
 
 def is_captioned(path, keys, args):
-    """Whether the captions of a shard are written; does what a run that ended behind them left."""
-    if not holds(path, keys):
+    """Whether a shard's captions are written, for all of `keys`. Completes what a killed run left:
+    the checksum, and the removal of the .part file."""
+    files = [file for file in (path, rejected_path(path)) if path.exists() and file.exists()]
+    if not set(keys) <= {row["key"] for file in files for row in read_rows(file)}:
         return False
-    if path.exists() and part_path(path, args).exists() and \
+    if files and part_path(path, args).exists() and \
             not path.with_name(f"{path.name}.crc").exists():
         write_sum(path)
     remove_parts(path)
@@ -1177,16 +1053,15 @@ def is_captioned(path, keys, args):
 
 
 def part_path(path, args):
-    """Where captions wait for the rest of their shard: named by what shapes them, so that no file
-    holds those of two commands."""
-    shape = {name: value for name, value in vars(args).items()
-             if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
-    text = json.dumps(shape, sort_keys=True)
+    """The unfinished file of a shard, named by a hash of the options that change the captions."""
+    options = {name: value for name, value in vars(args).items()
+               if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
+    text = json.dumps(options, sort_keys=True)
     return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.part")
 
 
 def remove_parts(path):
-    """Removes what other commands began of a shard that is done, but for those at work."""
+    """Removes unfinished files of a finished shard, except those of running processes."""
     for part in path.parent.glob(f"{path.name}.*.part"):
         with contextlib.suppress(FileNotFoundError), open(part) as file:
             if is_sole(file):
@@ -1204,8 +1079,8 @@ def caption(args):
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
     missing = sum(args.all or not row["captions"] for row in rows)
     if not missing:
-        return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing is to "
-                     "be done (--all captions them too)", file=sys.stderr)
+        return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing to do "
+                     "(--all captions them too)", file=sys.stderr)
     if not args.vlm and not run_dir(vlm).exists():
         refuse(f"{folder}: {missing} clips have no caption, and no captioner has been trained "
                f"({run_dir(vlm)}). Train one (--train). {WITHOUT}")
@@ -1215,14 +1090,14 @@ def caption(args):
         refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
     run = args.source or (run if is_own else f"{run}-{args.style}")
     if run in {caption["source"] for row in rows for caption in row["captions"]}:
-        refuse(f"{run} is what {folder} calls captions of its own: give another --source")
+        refuse(f"{run} is a source of {folder}'s own captions: give another --source")
     shards = {}
     for row in rows:
         if args.all or not row["captions"]:
             shards.setdefault(row["shard"], []).append(row)
     if not os.access(folder, os.W_OK):
         refuse(f"{folder} cannot be written to: captions are kept beside its shards")
-    sweep(folder)                        # what a killed run left
+    sweep(folder)                        # temporary files of a killed run
     sheet, todo = folder / f"captions-{run}.png", []
     for shard in sorted(shards)[rank::world]:
         path = folder / f"{shard}.captions-{run}.jsonl"
@@ -1254,7 +1129,7 @@ def caption(args):
         f", see shard-*.rejected-captions-{run}.jsonl")
     print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
           + others * bool(reasons), file=sys.stderr)
-    print(f"look at {sheet}; take these captions back: rm {folder}/shard-*captions-{run}.jsonl*",
+    print(f"look at {sheet}; remove these captions: rm {folder}/shard-*captions-{run}.jsonl*",
           file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
@@ -1264,24 +1139,24 @@ def caption(args):
 
 
 def words_of(text):
-    """Lower-case words, about as the Penn Treebank cuts them, without punctuation."""
+    """Lower-case words without punctuation, split about as in the Penn Treebank."""
     return re.findall(r"n't|'(?:s|re|ve|ll|d|m)\b|(?:(?!n't)[^\W_])+", text.lower())
 
 
 def grams(words):
-    """How often each run of 1 to 4 words occurs."""
+    """Counts of the n-grams of 1 to 4 words."""
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
 def bleu(guesses, correct, length, nearest):
-    """BLEU-1 to BLEU-4 of counts of runs by length (1 to 4), and the lengths of texts."""
+    """BLEU-1 to BLEU-4 from n-gram counts by n, and the lengths of the candidate and reference."""
     products = np.cumprod((np.array(correct) + 1e-15) / (np.array(guesses) + 1e-9))
     ratio = (length + 1e-15) / (nearest + 1e-9)
     return (products ** (1 / np.arange(1, 5)) * math.exp(min(0, 1 - 1 / ratio))).tolist()
 
 
 def bleu_counts(mine, texts):
-    """Arguments of `bleu` for one caption."""
+    """The arguments of `bleu` for one caption."""
     counts, best = grams(mine), functools.reduce(lambda a, b: a | b, map(grams, texts))
     correct = [sum(min(n, best[g]) for g, n in counts.items() if len(g) == k) for k in range(1, 5)]
     return ([max(0, len(mine) - k) for k in range(4)], correct, len(mine),
@@ -1289,7 +1164,7 @@ def bleu_counts(mine, texts):
 
 
 def rouge_l(mine, texts):
-    """The longest common subsequence: F of the best precision and the best recall, beta 1.2."""
+    """ROUGE-L: F score (beta 1.2) of the longest common subsequence, best precision and recall."""
     best = [0.0, 0.0]
     for text in texts:
         row = [0] * (len(text) + 1)
@@ -1303,9 +1178,9 @@ def rouge_l(mine, texts):
 
 
 def score_captions(candidates, references, words=words_of):
-    """BLEU-1..4, ROUGE-L and CIDEr(-D) as pycocoevalcap has them: {"bleu": [4], "rouge_l",
-    "cider"}, and by clip under "bleu_each" and so on, of candidates {key: text} and references
-    {key: texts}. (METEOR and SPICE need Java and WordNet.)"""
+    """BLEU-1..4, ROUGE-L and CIDEr-D of candidates {key: text} and references {key: texts}, as in
+    pycocoevalcap: {"bleu": [4], "rouge_l", "cider"}, and for each clip "bleu_each" and so on.
+    (METEOR and SPICE need Java and WordNet.)"""
     texts = {key: [words(text) for text in references[key]] for key in candidates}
     mine = {key: words(text) for key, text in candidates.items()}
     counted = {key: bleu_counts(mine[key], texts[key]) for key in mine}
@@ -1314,7 +1189,7 @@ def score_captions(candidates, references, words=words_of):
     seen = Counter(g for figures in counts.values() for g in set().union(*figures))
 
     def weigh(counts):
-        """By length of run {run: weight}; the number of pairs, which stands for the length."""
+        """TF-IDF weights by n; the number of bigrams, which CIDEr-D uses as the length."""
         tables = [{}, {}, {}, {}]
         for g, n in counts.items():
             tables[len(g) - 1][g] = n * (math.log(len(mine)) - math.log(max(1, seen[g])))
@@ -1338,12 +1213,12 @@ def score_captions(candidates, references, words=words_of):
 
 
 def evaluate(path, rows, texts):
-    """Scores captions {key: text} of clips that have captions of their own, writes and prints."""
+    """Scores captions {key: text} against the clips' own; writes and prints the figures."""
     references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
                   if row["key"] in texts and row["captions"]}
     if not references:
-        refuse("--eval: no clip with captions of its own has got one that will do: give --all, or "
-               "look at the rejected ones")
+        refuse("--eval: no clip with captions of its own has a new one: give --all, or look at the "
+               "rejected captions")
     scores = score_captions({key: texts[key] for key in references}, references)
     figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
                **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),
@@ -1355,80 +1230,47 @@ def evaluate(path, rows, texts):
 # -- the command line ------------------------------------------------------------------------------
 
 
-def frame_rule(text):
-    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
-    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
-    if not match or not float(match[2] or match[4]):
-        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
-    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
-
-
 def parse(argv=None):
     parser = option_parser(__doc__)
-    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl "
-                     "takes the captions of RUN back.")
+    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl* "
+                     "removes the captions of RUN.")
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
-    add("--train", action="store_true", help="train a captioner; else one captions the clips")
-    add("--few", action="store_true", help="with --train: learn from fewer captioned clips than "
-        f"{FEWEST} all the same")
+    add("--train", action="store_true", help="train a captioner, instead of captioning the clips")
+    add("--few", action="store_true",
+        help=f"with --train: allow fewer than {FEWEST} captioned clips")
     add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
-    add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
-    add("--all", action="store_true", help="caption every clip, also those that have a caption")
+    add("--vlm", help="the captioner: a run, or a published folder (NAME-captioner)")
+    add("--all", action="store_true", help="caption all clips, even those with a caption")
     add("--eval", action="store_true",
         help="score the captions against the clips' own: BLEU, ROUGE-L, CIDEr")
     add("--batch", type=number(int, 1), default=32,
-        help="clips a step, over all ranks, or at a time (%(default)s)")
+        help="clips per step, over all ranks, or captioned at a time (%(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--model", default="captioner-xs", choices=sorted(MODELS), help="size (%(default)s)")
     add("--vocab", type=number(int, 259), default=512,
-        help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
+        help="largest vocabulary of the captions' BPE, 259 or more tokens (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
         help="longest caption, in tokens (%(default)s)")
-    add("--paste", type=number(float, 0, 1), default=0.0, help="share of clips upon which what "
-        "moves in another is laid, the captions joined by 'and' (%(default)s; dark grounds)")
+    add("--paste", type=number(float, 0, 1), default=0.0, help="share of training clips, 0 to 1, "
+        "onto which moving objects of another are pasted, the captions joined by 'and'; for dark "
+        "backgrounds (%(default)s)")
+    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="reject a caption of a "
+        "captioner of your own below this `certainty`, 0 to 1 (%(default)s; 0: none)")
     training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
-    add = parser.add_argument_group("published captioners").add_argument
-    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
-    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
-    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
-        "for image or video")
-    add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
-    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
-        "uniform:8, for --lm uniform:4, else uniform:1)")
-    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="a captioner of one's "
-        "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
-        "(%(default)s; 0: none)")
-    add("--source", help="what the data set calls these captions (the folder's name and the style)")
-    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
-        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
-        "apply (%(default)s)")
-    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
-        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
-    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
-    add("--template", choices=sorted(CHATS), metavar="NAME", help="how --lm, or else --vlm or "
-        "--init, is asked: " + ", ".join(CHATS) + " (as its folder's chat template says)")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
-    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
-    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
-    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
-    add("--tune", default="connector", choices=["connector", "lora", "all"],
-        help="what of --init learns (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 unless told")
-    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
+    published_options(parser)
     args = parser.parse_args(argv)
     if args.init:
         parser.set_defaults(lr={"connector": 1e-3, "lora": 2e-4, "all": 2e-5}[args.tune])
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
-    if args.template and not (args.vlm or args.lm or args.init):
-        refuse("--template goes with --vlm, --lm or --init: a captioner of one's own has none")
-    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
-                                       "few train")):
-        if getattr(args, name) and not getattr(args, other):
-            refuse(f"--{name} goes with --{other}")
+    for name, *others in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
+                                         "few train", "template vlm lm init")):
+        if getattr(args, name) and not any(getattr(args, other) for other in others):
+            refuse(f"--{name} goes with " + " or ".join(f"--{other}" for other in others))
     if args.source and not re.fullmatch(r"[\w.-]+", args.source):
-        refuse(f"--source {args.source}: letters, digits, '.', '-' and '_' are what it may hold")
+        refuse(f"--source {args.source}: it may hold letters, digits, '.', '-' and '_'")
     return args
 
 
@@ -1477,6 +1319,127 @@ def read_as_config(where, name="config.json"):
         refuse(f"{where}: {error}")
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
+
+
+TANH = functools.partial(F.gelu, approximate="tanh")
+ACTS = {    # activations by their published names
+    **dict.fromkeys(("gelu", "gelu_python"), F.gelu), "relu": F.relu,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
+                     "gelu_python_tanh"), TANH),
+    **dict.fromkeys(("silu", "swish"), F.silu),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+def check_transformer(config):
+    """Raises ValueError for a TransformerConfig that no network can have."""
+    width, heads, kv_heads = config.width, config.heads, config.kv_heads or config.heads
+    if not all(isinstance(n, int) and n > 0 for n in (width, heads, kv_heads)):
+        raise ValueError(f"width {width}, heads {heads}, kv_heads {kv_heads}: they must be "
+                         "numbers above 0")
+    if (not config.head and width % (2 * heads)) or heads % kv_heads:
+        raise ValueError(f"width {width}, heads {heads}, kv_heads {config.kv_heads}: heads must "
+                         "divide width into even parts, and kv_heads must divide heads")
+    if not isinstance(config.depth, int) or not 0 <= config.depth <= 1000:
+        raise ValueError(f"{config.depth} layers: it must be a number up to 1000")
+    if config.sections and 2 * sum(config.sections) != config.head_dim:
+        raise ValueError(f"mrope_section {list(config.sections)}: the sum must be half of the head "
+                         f"dim {config.head_dim}")
+    if config.act not in ACTS:
+        raise ValueError(f"activation {config.act} is not one of {', '.join(sorted(ACTS))}")
+
+
+def scaled_rotary(positions, stack, prompts=None):
+    """`rotary` of published models that scale the angles. With sections positions are [3, ...];
+    prompts: lengths [B] of the prompts, for Qwen 1, which also scales the queries."""
+    E, base = stack.head_dim, stack.rope
+    i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
+    if stack.trained and prompts is not None:        # NTK: the base grows by powers of the excess
+        alpha = 2 ** ((prompts / stack.trained).log2() + 1).ceil() - 1
+        base = (base * alpha.clamp(min=1) ** (E / (E - 2)))[:, None, None]
+    speeds = base ** (-i / E)
+    if len(stack.scaling) == 1:                      # linear: all wavelengths grow alike
+        speeds = speeds / stack.scaling[0]
+    elif stack.scaling:                              # Llama 3.1: only long wavelengths grow
+        factor, low, high, length = stack.scaling
+        share = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speeds = speeds * (share + (1 - share) / factor)
+    angles = positions[..., None].float() * speeds
+    if stack.sections:
+        axis = torch.tensor([axis for axis in range(3) for _ in range(stack.sections[axis])],
+                            device=i.device)
+        angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
+    if not stack.trained:
+        return cos_sin(angles)
+    length = math.log(stack.trained)                 # a query's factor: log_trained(position + 1)
+    return *cos_sin(angles), (positions + 1.0).log().clamp(min=length) / length
+
+
+class ExpertLayer(Layer):
+    """A Layer with other weights for image tokens: its own (stack.expert -1, CogVLM), or ours plus
+    a product of that rank (InternLM-XComposer2)."""
+
+    def __init__(self, stack):
+        super().__init__(stack)
+        self.expert = nn.ModuleDict({
+            name: type(f)(f.in_features, f.out_features, f.bias is not None)
+            if stack.expert < 0 else nn.Sequential(
+                nn.Linear(f.in_features, stack.expert, False),
+                nn.Linear(stack.expert, f.out_features, False))
+            for name, f in self.named_children() if isinstance(f, nn.Linear)})
+
+    def linear(self, name, x, image):
+        f = getattr(self, name)
+        if image is None:
+            return f(x)
+        theirs = self.expert[name](x[image])
+        if self.stack.expert > 0:
+            return f(x).index_put((image,), theirs, accumulate=True)
+        y = theirs.new_empty(*x.shape[:-1], theirs.shape[-1])
+        y[image], y[~image] = theirs, f(x[~image])
+        return y
+
+
+def fill_prefix(decoder, cache, slots, rows):
+    """Runs the tokens that all prompts begin with once, from 16 on, and copies their keys and
+    values into the slots; returns their number."""
+    lengths = [len(row.request.ids) for row in rows]
+    if cache.prefix is None:
+        texts = [[str(i) for i in row.request.ids] for row in rows]
+        shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
+        n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
+        first, cache.prefix = rows[0].request, []
+        if n >= 16:
+            cache.plan([slots[0]], 0, n)
+            decoder(first.x[None, :n], first.positions[..., None, :n], cache)
+            cache.save_prefix(first.ids[:n], slots[0])
+    start = len(cache.prefix)
+    if not start or not all(len(row.request.ids) > start and row.request.ids[:start] == cache.prefix
+                            for row in rows):
+        return 0
+    cache.copy_prefix(slots)
+    return start
+
+
+def penalised(logits, rows, penalty, size):
+    """Logits [B, V] after repetition_penalty and no_repeat_ngram_size, as transformers applies them
+    to prompt and answer: the logit of a token that a row holds is divided by `penalty`, or
+    multiplied below 0; a token that would repeat `size` tokens (0: any may) gets -inf."""
+    scores, ends = logits.float().clone(), []
+    for row in rows:
+        ids = row.request.said + row.ids
+        row.seen.update(dict.fromkeys(ids[row.n_noted:]))
+        for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
+            row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
+        row.n_noted = len(ids)
+        ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
+    places = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
+                                              for n, row in enumerate(rows)])).to(scores.device)
+    seen = scores.view(-1)[places]
+    scores.view(-1)[places] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    for score, banned in zip(scores, ends):
+        if banned:
+            score[banned] = -torch.inf
+    return scores
 
 
 class Renamed(dict):
@@ -2592,7 +2555,7 @@ class QwenVisionTower(nn.Module):
             windows = F.pad(4 * counts.cumsum(0), (1, 0))
         groups = (4 * order[:, None] + torch.arange(4)).flatten().to(x.device)
         x, rotation = x[groups], cos_sin(angles[groups])
-        bounds, windows = (cu.int().to(x.device) for cu in (bounds, windows))
+        bounds, windows = (x.int().to(rows.device) for x in (bounds, windows))
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, bounds if i in self.full or not self.window else windows)
         x = self.merge(self.post(x).view(len(order), -1))
@@ -3359,6 +3322,42 @@ def fault(text, style):
         return "length"
     letters = [unicodedata.name(letter, "") for letter in text if letter.isalpha()]
     return None if sum("LATIN" in name for name in letters) > 0.8 * len(letters) else "language"
+
+
+def published_options(parser):
+    """The options of published captioners."""
+    add = parser.add_argument_group("published captioners").add_argument
+    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
+    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
+    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
+        "for image or video")
+    add("--summary", help="the question to --lm: text, or a text file, with {notes}, {meta}, {ask}")
+    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
+        "uniform:8, for --lm uniform:4, else uniform:1)")
+    add("--source", help="name of these captions in the data set (the folder's name and the style)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
+        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
+        "apply (%(default)s)")
+    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
+        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
+    add("--template", choices=sorted(CHATS), metavar="NAME", help="chat format of --lm, or else "
+        "of --vlm or --init: " + ", ".join(CHATS) + " (as its folder's chat template says)")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
+    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
+    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
+    add("--tune", default="connector", choices=["connector", "lora", "all"],
+        help="the weights of --init to train (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 by default")
+    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
+
+
+def frame_rule(text):
+    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
+    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
+    if not match or not float(match[2] or match[4]):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
+    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
 
 
 def pick_frames(rule, folder, row):

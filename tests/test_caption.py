@@ -248,16 +248,16 @@ def test_encoded_captions(tmp_path, capsys):
     c.encode_captions(tmp_path, rows, encoder, 12, negative="ugly")
     assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     texts = c.TextEmbeddings(tmp_path, ["shard-00001", "shard-00000"], encoder.hash)
-    assert sorted(texts.places) == sorted(["", "ugly", TEXTS[0], "one", "two", "three",
+    assert sorted(texts.locations) == sorted(["", "ugly", TEXTS[0], "one", "two", "three",
                                            "__metadata__"])
-    for text in texts.places:
+    for text in texts.locations:
         torch.testing.assert_close(texts[text], encoder.encode([text], 12)[0], atol=2e-5, rtol=0)
     paths[0].unlink()
     c.encode_captions(tmp_path, [*rows, {**rows[3], "captions": [{"text": "four"}]}], encoder, 12,
                       negative="ugly")
     assert paths[0].read_bytes() == before[0][0] and paths[1].read_bytes() != before[1][0]
     texts = c.TextEmbeddings(tmp_path, ["shard-00001"], encoder.hash)
-    assert {"four", "three", "ugly"} <= set(texts.places)
+    assert {"four", "three", "ugly"} <= set(texts.locations)
     with pytest.raises(SystemExit):
         c.encode_captions(tmp_path, rows, encoder, 24)
     assert "at most 12 tokens, not 24" in capsys.readouterr().err
@@ -483,7 +483,7 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     mine = [row for row in c.own_captions(home / "data" / "set", rows) if row["captions"]]
     monkeypatch.setattr(c, "open_dataset", lambda folder: mine)
     c.main(["set"])                                  # nothing to do is no mistake
-    assert "nothing is to be done" in capsys.readouterr().err
+    assert "nothing to do" in capsys.readouterr().err
 
 
 def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys):
@@ -514,7 +514,7 @@ def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys)
     assert all(row["rejected"] == "unsure" and row["scores"]["sure"] < 0.75 for row in rejected)
     assert all(row["scores"]["sure"] >= 0.75 for row in kept)
     others = sorted(path for path in data.iterdir() if "captions-lies" not in path.name)
-    back = re.search(r"take these captions back: (rm .*)", said)[1]
+    back = re.search(r"remove these captions: (rm .*)", said)[1]
     subprocess.run(back, shell=True, cwd=home, check=True)
     assert not list(data.glob("shard-*captions-lies*"))
     assert others == sorted(path for path in data.iterdir() if path.suffix != ".png"
