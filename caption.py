@@ -1295,7 +1295,7 @@ def main(argv=None):
 
 
 def read_published(path, missing=None):
-    """The object in a published JSON file; `missing`, if given, where there is no such file."""
+    """Reads the object of a published JSON file; returns `missing`, if given, without a file."""
     if missing is not None and not path.exists():
         return missing
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -1309,12 +1309,12 @@ def read_published(path, missing=None):
 
 @contextlib.contextmanager
 def read_as_config(where, name="config.json"):
-    """Refuses what a published config does not hold, or holds in another form than the published
-    models of its family: what breaks in here breaks by its values."""
+    """Turns errors in the block into one line about the published config: a missing key, or a
+    value that no published model of the family has."""
     try:
         yield
     except KeyError as error:
-        refuse(f"{where}: {error} is missing, of the config or of the weights")
+        refuse(f"{where}: {error} is missing in the config or in the weights")
     except ValueError as error:
         refuse(f"{where}: {error}")
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
@@ -1443,10 +1443,10 @@ def penalised(logits, rows, penalty, size):
 
 
 class Renamed(dict):
-    """Tensors under our names; `theirs`: {our name: the file's}."""
+    """Tensors by our names; `theirs`: {our name: the file's}."""
 
 
-USUALLY = {     # a module's name in most files | in Wan's CLIP
+USUALLY = {     # our name: a module's name in most files | in Wan's CLIP
     "decoder.head": "lm_head", "decoder.norm": "model.norm", "decoder.embed": "model.embed_tokens",
     "tower.cls": "embeddings.class_embedding|visual.cls_embedding",
     "tower.position": "embeddings.position_embedding|visual.pos_embedding",
@@ -1457,8 +1457,8 @@ USUALLY = {     # a module's name in most files | in Wan's CLIP
 
 
 def name_there(name, weights):
-    """The file's name of one of ours; of what it lacks by a neighbour's, another layer's or a
-    weight's for its bias."""
+    """The file's name for one of ours; for a missing tensor derived from a similar one, of another
+    layer or the weight of the same bias."""
     def form(name):
         return re.sub(r"\.layers\.\d+\.", ".layers.N.", name.rpartition(".")[0])
 
@@ -1477,9 +1477,9 @@ def name_there(name, weights):
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
-    """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
-    our module's name, published name; several with | are one tensor's, one of them must be there).
-    Whatever is missing, of another shape, or neither known nor `ignored`, is refused by name."""
+    """Loads published weights into `model`, which is on the meta device. `patterns` lists (pattern
+    of our module's name, published name, or alternatives separated by |). Refuses, by name, tensors
+    that are missing, of another shape, or unexpected and not `ignored`."""
     state, read, used, faults = {}, {}, set(), []
     for name, parameter in model.state_dict().items():
         module, _, kind = name.rpartition(".")
@@ -1502,19 +1502,19 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
     faults += [(name, "unexpected") for name in sorted(weights)
                if name not in used and not re.fullmatch(ignored, name)]
     if faults:
-        said = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
-        refuse(f"{where}: " + "; ".join(said) + f"; {len(faults)} in all" * (len(faults) > 8))
+        lines = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
+        refuse(f"{where}: " + "; ".join(lines) + f"; {len(faults)} in all" * (len(faults) > 8))
     refuse_nan(read, where)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def published_tensors(path, mark, ours=""):
-    """`read_tensors` under a network's own names: `mark` and `ours` as `unwrapped` has them."""
+    """`read_tensors` without wrappers and prefixes; `mark` and `ours`: arguments of `unwrapped`."""
     return unwrapped(innermost(read_tensors(path)), mark, ours)
 
 
-# Marks of `unwrapped`: a name's pattern, and what its network's names begin with
+# Marks for `unwrapped`: the pattern of a name, and the prefix of its network's names
 T5_MARK = r"(encoder\.)?block\.0\.layer\.0\.layer_norm\.weight", "encoder."
 CLIP_MARK = r"(text_model\.)?embeddings\.token_embedding\.weight", "text_model."
 TOWER_MARK = r"(vision_model\.)?embeddings\.patch_embedding\.weight"
@@ -1550,8 +1550,8 @@ CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_sc
 
 
 def values_of(config):
-    """A published config whose numbers, and yes or no, are no texts. Nulls are as absent keys, but
-    for what DEFAULTS has a row of: there null is a value (no sliding window), or wrong."""
+    """A published config with strings such as "1e-5" or "true" converted. Nulls are dropped, except
+    of keys in VALUES: there null is a value (no sliding window), or an error."""
     if isinstance(config, dict):
         return {name: values_of(value) for name, value in config.items()
                 if value is not None or name in VALUES}
@@ -1564,8 +1564,8 @@ def values_of(config):
     return config
 
 
-# Of each class of configurations, what an absent key means: transformers' defaults, 4.36 to 5.24,
-# or those of the folder's own code. A null is a value, and no default takes its place.
+# Defaults of absent keys for each config class: those of transformers 4.36 to 5.24, or of the
+# folder's own code. A null is a value: no default replaces it.
 LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000,
              num_attention_heads=32, num_key_value_heads=None, head_dim=None, hidden_act="silu",
              rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048,
@@ -1609,14 +1609,14 @@ DEFAULTS = {
                                 feed_forward_proj="gated-gelu")}
 VALUES = set().union(*DEFAULTS.values()) - {"max_position_embeddings"}
 CLIP_L = CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14,
-                     num_attention_heads=16)        # of a LLaVA without any vision_config
+                     num_attention_heads=16)        # of a LLaVA without vision_config
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 def clean_prompt(text):
-    """A prompt as Wan's models are given it: HTML's entities read; typographic quotes, ligatures
-    and full-width forms made plain; control characters dropped; white space in single spaces.
-    (What Wan uses, ftfy, also repairs text that was decoded wrongly.)"""
+    """The cleaning of Wan's prompts: HTML entities decoded; typographic quotes, ligatures and
+    full-width forms replaced by plain characters; control characters removed; white space
+    collapsed. (Wan uses ftfy, which also repairs wrongly decoded text.)"""
     text = text if "<" in text else html.unescape(text)
     text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb06\uff01-\uffef]",
                   lambda match: unicodedata.normalize("NFKC", match[0]), text)
@@ -1627,9 +1627,9 @@ def clean_prompt(text):
 
 
 def distance_buckets(n, buckets, furthest):
-    """int64 [n, n]: the row of T5's table for query i and key j. Half of the rows are for keys that
-    come later; of each half the first half is for one distance each, the others widen with its
-    logarithm, and the last holds all from `furthest` on."""
+    """int64 [n, n]: the row of T5's relative position table for query i and key j. One half of the
+    rows is for earlier keys, one for later ones; in each, the first half holds single distances,
+    the rest logarithmically wider ranges, the last row all from `furthest` on."""
     positions, half = torch.arange(n), buckets // 2
     away, exact = positions - positions[:, None], half // 2
     large = (away.abs().clamp(min=1).float() / exact).log() / math.log(furthest / exact)
@@ -1638,10 +1638,10 @@ def distance_buckets(n, buckets, furthest):
 
 
 class TextEncoder(nn.Module):
-    """A frozen text encoder, as `open_text_encoder` makes it. T5's and UMT5's add a table's row to
-    the scores by the distance of two tokens (T5: the first layer's table in all, UMT5: each its
-    own); CLIP's is causal and adds positions; SigLIP's adds them, reads all that pads a text, and
-    knows lower case without punctuation. `hash` names it in files' names."""
+    """A frozen text encoder, made by `open_text_encoder`. T5 and UMT5 add a relative position bias
+    to the scores (T5: the first layer's table in all layers, UMT5: one in each); CLIP is causal and
+    adds position embeddings; so does SigLIP, which attends to the padding and reads lower case
+    without punctuation. `hash` is its name in file names."""
 
     def __init__(self, stack, vocab, positions=0, tables=0, buckets=32, furthest=128):
         super().__init__()
@@ -1652,8 +1652,8 @@ class TextEncoder(nn.Module):
         self.layers, self.norm = stack.layers(), stack.make_norm()
 
     def forward(self, ids, mask=None):
-        """ids int64 [B, L]; mask [B, L], 0 at padding (CLIP's sees its padding and ignores it) ->
-        (hidden states, those before the last layer and norm), each [B, L, D]."""
+        """ids int64 [B, L]; mask [B, L], 0 at padding (T5's alone) -> (last hidden states, those
+        before the last layer and norm), each [B, L, D]."""
         x, bias, n = self.embed(ids), None, ids.shape[1]
         if self.position is not None:
             x = x + self.position.weight[:n]
@@ -1668,7 +1668,7 @@ class TextEncoder(nn.Module):
         return self.norm(x), before
 
     def read_tokenizer(self, folder):
-        """Sets `split`, text -> ids, and the ids before a text, after it, and of padding."""
+        """Sets `split`, text -> ids, and the ids before a text, after a text, and of padding."""
         tokens, is_clip = Tokens(folder), self.position is not None
         marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
         marks = 2 * ["</s>"] if self.is_siglip else marks
@@ -1677,19 +1677,19 @@ class TextEncoder(nn.Module):
             marks[-1] = setting["content"] if isinstance(setting, dict) else setting or marks[-1]
         *self.begin, self.after, self.padding = map(tokens.id, marks)
         if None in (*self.begin, self.after, self.padding):
-            refuse(f"{folder}: the tokenizer lacks one of {', '.join(marks)}")
+            refuse(f"{folder}: the tokenizer has not all of {', '.join(marks)}")
         self.split = tokens.encode
 
     def pooled(self, ids, hidden):
-        """[B, D]: CLIP's hidden state at the first end of each text, SigLIP's at the last token.
-        CLIP's configs that say 2, which is not its end's id, mean the largest id."""
+        """[B, D]: CLIP's hidden state at the first end token of each text, SigLIP's at the last
+        token. An eos_token_id 2 in CLIP's config is wrong and stands for the largest id."""
         if self.is_siglip:
             return hidden[:, -1]
         is_end = ids == (ids.amax(1, True) if self.end == 2 else self.end)
         return hidden[torch.arange(len(ids)), is_end.int().argmax(1)]
 
     def ids(self, texts, max_length=None):
-        """(ids, mask), int64 [B, max_length]: texts with their marks, cut and padded."""
+        """(ids, mask), int64 [B, max_length]: texts with special tokens, cut and padded."""
         most, rows = max_length or self.max_length, []
         if self.position is not None and most > self.max_length:
             raise ValueError(f"max_length {most}: this encoder has {self.max_length} positions")
@@ -1706,8 +1706,8 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts, max_length=None, batch=8):
-        """A tensor [L, D] for each text, up to the end of its own; of CLIP's all max_length rows,
-        as the models that read them were given."""
+        """The prompt embeddings [L, D] of each text, without padding; CLIP's with padding up to
+        max_length, as its models were trained."""
         encoded, device = [], self.embed.weight.device
         for i in range(0, len(texts), batch):
             ids, mask = self.ids(texts[i:i + batch], max_length)
@@ -1718,7 +1718,7 @@ class TextEncoder(nn.Module):
 
 
 def wan_config(weights):
-    """What config.json would say, from the shapes in Wan's file."""
+    """The config.json of Wan's text encoder, from the shapes in its file."""
     (vocab, width), (buckets, heads), (inner, _), (ffn, _) = (
         weights[name].shape for name in (
             "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
@@ -1730,14 +1730,14 @@ def wan_config(weights):
 
 
 def clip_stack(config, depth, **more):
-    """The TransformerConfig of one of CLIP's or SigLIP's towers."""
+    """The TransformerConfig of a CLIP or SigLIP tower."""
     return TransformerConfig(
         config["hidden_size"], depth, config["num_attention_heads"], eps=config["layer_norm_eps"],
         ffn=config["intermediate_size"], act=config["hidden_act"], **more)
 
 
 def make_text_encoder(config):
-    """(TextEncoder without weights, a text that says what it computes) of a published config."""
+    """(TextEncoder on the meta device, a text that describes its computation) of a config."""
     kind = config.get("model_type")
     kind = "clip" if kind == "clip_text_model" else kind
     if kind in ("t5", "umt5"):
@@ -1767,16 +1767,16 @@ def make_text_encoder(config):
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and len(end) == 1 else end
     if kind == "clip" and type(end) is not int:
-        raise ValueError(f"eos_token_id {end}: want the number of one token")
+        raise ValueError(f"eos_token_id {end}: it must be the number of one token")
     model.end, model.is_siglip = end, kind == "siglip"
-    # files that users have are named by a hash of this text, in which the class has its first name
+    # users' files are named by a hash of this text, which has the class's former name
     return model, f"{stack} {shape}".replace("TransformerConfig", "Stack", 1)
 
 
 def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
-    """The TextEncoder of a Hugging Face folder, of a diffusers pipeline's, or of Wan's own layout.
-    Wan's, in either layout, and one that a Wan reads (`is_wan`), cleans its prompts. T5 overflows
-    in float16, which is refused."""
+    """The TextEncoder of a Hugging Face folder, of a diffusers pipeline, or of Wan's own layout.
+    Wan's encoder, in any layout or by `is_wan`, cleans its prompts. float16, in which T5 overflows,
+    is refused for it."""
     path = where = tokens = Path(path)
     index, weights, patterns = path / "model_index.json", None, None
     is_wan = is_wan or str(read_published(index, {}).get("_class_name")).startswith("Wan")
@@ -1798,7 +1798,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
         model, facts = make_text_encoder(config)
     if model.is_siglip and (model.embed.num_embeddings == 256000 or str(read_published(
             tokens / "tokenizer_config.json", {}).get("tokenizer_class")).startswith("Gemma")):
-        refuse(f"{path} is a SigLIP 2, which is not known: SigLIP is")
+        refuse(f"{path} is a SigLIP 2, which is not supported: SigLIP is")
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
@@ -1810,7 +1810,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
         model.read_tokenizer(tokens)
         model.ids(["a dog"])
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
-    for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
+    for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.flatten()[:4096].float().cpu().numpy().tobytes())
     model.hash = digest.hexdigest()[:8]
     return model
@@ -1821,9 +1821,9 @@ def text_path(folder, shard, name):
 
 
 def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0, world=1):
-    """Writes what `encoder` makes of the captions of `rows`, of the empty prompt and of a negative
-    one: a file a shard, in which tensor "7" belongs to text 7 of the header. A file that holds all
-    of them is left alone; one that lacks some is made again, with what it held."""
+    """Writes the prompt embeddings of the captions of `rows`, of the empty prompt and of a negative
+    prompt: one file per shard, in which tensor "7" belongs to text 7 of the header. A file with all
+    of them is kept; one without is rewritten, with the texts that it has."""
     most, shards = max_length or encoder.max_length, {}
     for row in rows:
         texts = shards.setdefault(row["shard"], {"", negative})
@@ -1838,7 +1838,7 @@ def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0,
             if texts <= set(was["texts"]):
                 continue
             texts = texts.union(was["texts"])
-        texts = sorted(texts, key=lambda text: (len(text), text))        # neighbours pad little
+        texts = sorted(texts, key=lambda text: (len(text), text))        # for little padding
         tensors = {str(i): x.cpu().clone() for i, x in enumerate(encoder.encode(texts, most))}
         header = {"format": RUN_FORMAT, "encoder": encoder.hash, "max_length": most, "texts": texts,
                   "sums": {name: tensor_sum(x) for name, x in tensors.items()}}
@@ -1848,7 +1848,7 @@ def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0,
 
 
 class TextEmbeddings:
-    """What `encode_captions` wrote for some shards: text -> [L, D], read when it is asked for."""
+    """The embeddings that `encode_captions` wrote for some shards: text -> [L, D], read lazily."""
 
     def __init__(self, folder, shards, name):
         self.locations, self.sums = {}, {}
@@ -1868,7 +1868,7 @@ class TextEmbeddings:
 
 # -- published captioners: key maps and chat templates ---------------------------------------------
 
-NAMES = [   # of layers, whatever the model: (published, ours), each tried once, in this order
+NAMES = [   # of all models: (published, ours), each substituted once, in this order
     (r"\.(?:transformer\.)?(?:encoder\.)?(?:layers?|h|blocks|resblocks)\.(\d+)\.", r".layers.\1."),
     (r"(input_layernorm|attention_norm|ln_1|layer_norm1)\.", "norm1."),
     (r"(post_attention_layernorm|ffn_norm|ln_2|layer_norm2)\.", "norm2."),
@@ -1896,14 +1896,14 @@ IGNORED = r".*\.(rotary_emb\.inv_freq|position_ids|masked_bias)"
 
 
 def split_qkv(tensor, heads, kv, groups):
-    """q, k and v of one tensor [(heads + 2 kv) E, …] that holds a share of each `groups` times."""
+    """q, k and v of a tensor [(heads + 2 kv) E, …]: `groups` times a part of q, of k and of v."""
     parts = tensor.unflatten(0, (groups, (heads + 2 * kv) // groups, -1))
     shares = [heads // groups, kv // groups, kv // groups]
     return [part.flatten(0, 2) for part in parts.split(shares, 1)]
 
 
 def to_ours(weights, model, names):
-    """Published tensors under our names: `names`, a family's own, come before NAMES."""
+    """Renames published tensors to our names: `names`, the family's own, come before NAMES."""
     modules = dict(model.named_modules())
     result, theirs = {}, {}
     for named, tensor in weights.items():
@@ -1937,9 +1937,9 @@ def to_ours(weights, model, names):
 
 
 def chat_template(folder, is_lm=False):
-    """The Jinja text by which a folder's model is asked, "" where it has none: from the file that
-    its version of transformers writes; the default one of several. A language model's tokenizer
-    reads its own files before a processor's, a captioner's processor after them."""
+    """The Jinja chat template of a folder, "" without one: from the file that its version of
+    transformers writes; the default of several. A language model's tokenizer config comes before
+    the processor's, a captioner's after it."""
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         if (folder / name).exists():
             return (folder / name).read_text(encoding="utf-8", errors="replace")
@@ -1957,7 +1957,7 @@ def chat_template(folder, is_lm=False):
 
 
 class Undefined:
-    """What a template names and nobody has defined: false, empty, and of no parts."""
+    """Jinja's undefined value: false, empty, without attributes."""
 
     def __bool__(self):
         return False
@@ -1966,11 +1966,11 @@ class Undefined:
         return iter(())
 
 
-UNDEFINED, LONGEST = Undefined(), 2**17     # LONGEST: of a template, of each text and list in it
+UNDEFINED, LONGEST = Undefined(), 2**17     # LONGEST: of a template, and of its texts and lists
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 INSIDE_TAG = rf"""(?:{QUOTED}|[^'"])*?"""
 MARKUP = re.compile(rf"(?s)(\{{#.*?#\}}|\{{%{INSIDE_TAG}%\}}|\{{\{{{INSIDE_TAG}\}}\}})")
-TODAY = "26 Jul 2024"           # Llama 3's own date where none is told: equal commands, equal texts
+TODAY = "26 Jul 2024"           # Llama 3's default date: the same command writes the same text
 
 
 def as_text(value):
@@ -1986,14 +1986,14 @@ def bounded(value):
 
 
 def having(items, name, test="", *value, wanted=True):
-    """The items whose attribute passes a test (`selectattr`), or not (`rejectattr`)."""
+    """Jinja's `selectattr`, or with wanted=False `rejectattr`."""
     return [item for item in items if wanted == bool(CHECKS[test](part_of(item, name), *value))]
 
 
 def part_of(value, name):
-    """What a template means by whole.name or whole[name]."""
+    """Jinja's value.name and value[name]."""
     if value is UNDEFINED:
-        raise ValueError(f"what has a part {name} is not defined")
+        raise ValueError(f"the value with the attribute {name} is not defined")
     if isinstance(value, dict):
         return value.get(name, UNDEFINED)
     is_there = isinstance(name, int) and isinstance(value, (str, list)) and (
@@ -2038,19 +2038,19 @@ ORDERS = {ast.Eq: lambda x, y: x == y, ast.NotEq: lambda x, y: x != y, ast.Lt: l
 
 
 class ChatTemplate:
-    """A chat template's Jinja text, rendered as transformers does. It becomes a syntax tree by way
-    of Python's grammar, and `run` and `value` walk the nodes that are named there: nothing of it is
-    ever executed. Raises ValueError for what is not known, and beyond some thousands of steps."""
+    """A chat template in Jinja, rendered as transformers does. It is rewritten in Python's grammar
+    and parsed to a syntax tree, which `run` and `value` interpret: nothing of it is executed.
+    Raises ValueError for unknown syntax, and after some thousands of steps."""
 
     def __init__(self, text):
         try:
-            with warnings.catch_warnings(action="ignore"):               # of odd escapes in texts
+            with warnings.catch_warnings(action="ignore"):               # invalid escapes
                 self.tree = ast.parse("\n".join(self.lines(bounded(text))))
         except (SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"its grammar is not known: {error}") from None
 
     def lines(self, text):
-        """Python's lines: a text, or what is in {{ }}, is an expression that stands alone."""
+        """Yields lines of Python: texts and {{ }} become expression statements."""
         depth, parts = 0, MARKUP.split(text.replace("\r\n", "\n").removesuffix("\n"))
         for i, part in enumerate(parts):
             if i % 2 == 0:
@@ -2079,10 +2079,10 @@ class ChatTemplate:
                         yield f"{' ' * depth}pass"
 
     def between(self, parts, i):
-        """A text between two tags, without the white space that these take (with trim_blocks and
-        lstrip_blocks)."""
+        """The text between two tags, without the white space that the tags remove (with trim_blocks
+        and lstrip_blocks)."""
         text, before, after = parts[i], "".join(parts[i - 1:i]), "".join(parts[i + 1:i + 2])
-        is_line = not i                              # whether it begins a line
+        is_line = not i                              # at the start of a line
         if before.endswith(("-%}", "-}}", "-#}")):
             text, is_line = text.lstrip(), False
         elif before[1:2] in ("%", "#") and text.startswith("\n"):
@@ -2213,7 +2213,7 @@ class ChatTemplate:
                 raise ValueError(f"{type(node).__name__} is not known")
 
     def filtered(self, value, node, names):
-        """A value through what stands after "|", perhaps several."""
+        """Applies the filter, or chain of filters, after "|"."""
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
             return self.filtered(self.filtered(value, node.left, names), node.right, names)
         name, args, named = (node.func.id, *self.arguments(node, names)) if isinstance(
@@ -2251,8 +2251,8 @@ NO_PREFIX = b"\x1a\x02\x18\x00"     # joined to a sentencepiece model: add_dummy
 
 class Tokens:
     """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
-    vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
-    bytes that spell rare signs, so that its pieces come first.)"""
+    vocab.json. `first`: the ids before every text. (spiece.model comes first, since T5's
+    tokenizer.json may lack the byte tokens of rare characters.)"""
 
     def __init__(self, folder, remedy="put those of the published folder there"):
         config = read_published(folder / "tokenizer_config.json", {})
@@ -2273,11 +2273,11 @@ class Tokens:
             self.table.no_truncation()
             self.table.no_padding()
             text = self.table.encode("a", add_special_tokens=False).ids
-            ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
+            ids = self.table.encode("a").ids             # may end with EOS: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
             if is_llama and not config.get("add_bos_token", True):
-                self.first = []                          # what the file says, this class overrules
+                self.first = []                          # the class overrides its file
         elif path.suffix != ".model":
             self.table = tokenizer_of(merges_tokenizer if path.suffix == ".json" else
                                       qwen_tokenizer, path)
@@ -2293,13 +2293,13 @@ class Tokens:
             by = str(read_published(folder / "config.json", {}).get("transformers_version"))
             is_old = config.get("legacy")
             is_old = not by.startswith("5.") if is_old is None else is_old
-            if is_llama and not is_old:              # the text alone begins with a space, and not
-                proto = self.pieces.serialized_model_proto()             # what follows a mark
+            if is_llama and not is_old:              # only the start of the text gets a space
+                proto = self.pieces.serialized_model_proto()
                 self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
 
     @functools.cached_property
     def size(self):
-        """The highest id and one: there may be holes."""
+        """The highest id plus one; not all ids below need exist."""
         ids = self.added.values() if self.pieces else self.table.get_vocab().values()
         n_pieces = self.pieces.get_piece_size() if self.pieces else 0
         return max([n_pieces, *(i + 1 for i in ids)])
@@ -2308,14 +2308,14 @@ class Tokens:
         return self.size
 
     def id(self, token):
-        """Of a token by its name, or None."""
+        """The id of a token, or None."""
         if self.pieces is None:
             return self.table.token_to_id(token)
         i = self.pieces.piece_to_id(token)
         return self.added.get(token, None if i == self.pieces.unk_id() else i)
 
     def encode(self, text):
-        """Ids of a text without those in `first`; added tokens that it spells are these tokens."""
+        """Ids of a text without those in `first`; added tokens in it are recognized."""
         if self.pieces is None:
             return self.table.encode(text, add_special_tokens=False).ids if text else []
         names = sorted(self.added, key=len, reverse=True)
@@ -2333,12 +2333,12 @@ class Tokens:
 
 
 def qwen_tokenizer(path):
-    """Qwen 1's byte-level BPE from its list of tokens by rank: any two tokens that together are a
-    third one merge, those of lowest rank first."""
+    """Qwen 1's byte-level BPE from its list of tokens and ranks: two tokens merge if their
+    concatenation is a token, lowest rank first."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in
              (line.split() for line in lines_of(read_text(path)) if line)}
     part = tokenizers.pre_tokenizers
-    alphabet = part.ByteLevel.alphabet()             # bytes that are letters stand for themselves
+    alphabet = part.ByteLevel.alphabet()             # printable bytes represent themselves
     order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     letters = dict(zip(order, sorted(alphabet)))
     spelt = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -2351,7 +2351,7 @@ def qwen_tokenizer(path):
 
 
 def byte_level(model, marks):
-    """Qwen's tokenizer of a BPE of bytes, and of tokens that are its marks."""
+    """Qwen's tokenizer with a given BPE of bytes and special tokens."""
     table, part = tokenizers.Tokenizer(model), tokenizers.pre_tokenizers
     table.normalizer, table.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
     table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
@@ -2362,8 +2362,8 @@ def byte_level(model, marks):
 
 
 def merges_tokenizer(path):
-    """CLIP's or Qwen2's of a vocab.json, with the merges.txt beside it: Stable Diffusion's folders
-    have no other."""
+    """CLIP's or Qwen2's tokenizer from vocab.json and merges.txt, the only files in Stable
+    Diffusion's folders."""
     folder = Path(path).parent
     vocab, setting = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
     added = {int(i): token["content"] for i, token in (
@@ -2388,7 +2388,7 @@ def merges_tokenizer(path):
 
 
 def rope_of(config):
-    """(The law of a published config's rotary positions, what it says of them.)"""
+    """(rope_type, RoPE parameters) of a published config."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     return rope.get("rope_type", rope.get("type", "default")), rope
 
@@ -2398,18 +2398,18 @@ ROPES = {"default": (), "mrope": (), "dynamic": (), "linear": ("factor",), "llam
 
 
 def language_stack(config, **more):
-    """The TransformerConfig of a published language model's whole config."""
+    """The TransformerConfig of a published language model's config."""
     kind = config.get("model_type")
     law, rope = rope_of(config)
     if law not in ROPES:
         raise ValueError(f"rope_scaling {law} is not known: {', '.join(ROPES)} are")
     for name in ("attention_bias", "mlp_bias", "bias", "use_sliding_window"):
         if config.get(name):
-            raise ValueError(f"{name} is {config[name]}, which is not known of a {kind}")
+            raise ValueError(f"{name} is {config[name]}, which is not supported for a {kind}")
     if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError("layer_types: only full_attention is known")
+        raise ValueError("layer_types: only full_attention is supported")
     if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
-        raise ValueError("partial_rotary_factor: only heads that turn whole are known")
+        raise ValueError("partial_rotary_factor: only 1, rotation of whole heads, is supported")
     window = config["sliding_window"] if kind in ("mistral", "omnilmm") else 0
     return TransformerConfig(**{**dict(
         width=config["hidden_size"], depth=config["num_hidden_layers"],
@@ -2423,8 +2423,8 @@ def language_stack(config, **more):
 
 
 class VisionTower(nn.Module):
-    """A published vision tower of square pictures: float [B, 3, H, W] to tokens [B, N, D]. Learned
-    positions are stretched to the picture's grid, bicubic, with or without antialiasing."""
+    """A published vision transformer: float [B, 3, H, W] to tokens [B, N, D]. Learned position
+    embeddings are interpolated to the image's grid, bicubic, with or without antialiasing."""
 
     def __init__(self, stack, patch, positions, cls=False, keep_cls=False, pre=False, post=False,
                  bias=False, antialias=False):
@@ -2438,7 +2438,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pictures):
         (rows, cols), p = (side // self.size for side in pictures.shape[2:]), self.size
-        pictures = pictures[:, :, :rows * p, :cols * p]                  # a part of a patch is lost
+        pictures = pictures[:, :, :rows * p, :cols * p]                  # whole patches only
         x = pictures.unflatten(3, (cols, p)).unflatten(2, (rows, p))     # [B, 3, h, p, w, p]
         x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         marks, positions = self.position.weight.tensor_split([1 if self.cls else 0])
@@ -2453,7 +2453,7 @@ class VisionTower(nn.Module):
 
 
 def stretch(positions, rows, cols, antialias=False):
-    """A table of positions [side^2, D] for another grid, [rows * cols, D]."""
+    """Interpolates position embeddings [side^2, D] to another grid, [rows * cols, D]."""
     side = math.isqrt(len(positions))
     if (side, side) == (rows, cols):
         return positions
@@ -2463,14 +2463,15 @@ def stretch(positions, rows, cols, antialias=False):
 
 
 def gather(q, k, v, heads):
-    """Attention of queries [B, n, D] to keys and values [B, N, D] by so many heads: [B, n, D]."""
+    """Attention with `heads` heads: queries [B, n, D], keys and values [B, N, D] -> [B, n, D]."""
     q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Resampler(nn.Module):
-    """n learned queries read a picture's tokens: [B, N, wide] to [B, n, D]. `grid` makes the keys'
-    positions: the queries' own table, stretched, or (adaptive) sines of column and row."""
+    """Cross-attention of n learned queries to an image's tokens: [B, N, wide] to [B, n, D]. `grid`
+    makes the keys' positions: the queries' table, interpolated, or (adaptive) sines of column and
+    row."""
 
     def __init__(self, n, wide, width, adaptive=False):
         super().__init__()
@@ -2500,7 +2501,7 @@ class Resampler(nn.Module):
 
 
 class GluHead(nn.Module):
-    """CogVLM's connector: a gated MLP, between two learned marks."""
+    """CogVLM's connector: a gated MLP, its output between two learned tokens."""
 
     def __init__(self, wide, width, ffn):
         super().__init__()
@@ -2517,15 +2518,15 @@ class GluHead(nn.Module):
 
 
 def mlp_connector(*layers):
-    """Of widths (a linear layer each), norms and activations, numbered as published."""
+    """A Sequential with the published indices: (in, out) is a linear layer, a width a norm."""
     return nn.Sequential(*[nn.GELU() if part == "gelu" else nn.LayerNorm(part)
                            if isinstance(part, int) else Linear(*part) for part in layers])
 
 
 class QwenVisionTower(nn.Module):
-    """Qwen2-VL's tower with its merger: pictures of any size, as rows of 2 x 2 blocks of patches,
-    [L, 3 * 2 * p * p], each row turned by its place; a pair of frames sees itself alone, and in 2.5
-    most layers see windows of it. [L, C] to [L / 4, width]."""
+    """Qwen2-VL's tower and merger, for images of any size: patches in the order of 2 x 2 blocks,
+    [L, 3 * 2 * p * p], to [L / 4, width]. Rotary positions are row and column. A pair of frames
+    attends to itself alone; in Qwen2.5-VL most layers attend within windows of it."""
 
     def __init__(self, stack, patch, width, window=0, full=()):
         super().__init__()
@@ -2546,7 +2547,7 @@ class QwenVisionTower(nn.Module):
         angles = (positions[..., None] * speeds).flatten(1).to(rows.device)  # [L, E / 2]
         x, bounds = self.patch(rows), torch.arange(t + 1) * h * w
         order, windows = torch.arange(t * h * w // 4), bounds
-        if self.window:                                  # groups of a window come one after another
+        if self.window:                                  # sorts the blocks by window
             pair = order // (h * w // 4)
             down, across = (positions[::4] // 2 // self.window).unbind(1)
             key = (pair * h + down) * w + across
@@ -2564,26 +2565,26 @@ class QwenVisionTower(nn.Module):
 
 @dataclass
 class ModelSpec:
-    """What a published folder asks for: one a family, made by a function below."""
+    """A published model's parts and prompt format, made by the function of its family below."""
     stack: TransformerConfig
     vocab: int
-    names: tuple = ()           # its own, before NAMES
+    names: tuple = ()           # (published, ours) of the family, before NAMES
     tower: object = None        # makes the tower; None: a language model
-    connector: object = nn.Identity     # makes what its tokens pass through
+    connector: object = nn.Identity     # makes the connector
     video_tower: object = None
-    picture: object = None      # uint8 [H, W, 3] -> float [3, h, w] each, and the text around them
-    prompt: str = "{q}"         # \0 stands for what is seen, {q} for the question
-    seen: str = "\0"            # what \0 becomes; there each \0 is one block of features
-    slot: str = ""              # the token that stands for it, where a prompt is encoded whole
+    picture: object = None      # uint8 [H, W, 3] -> list of float [3, h, w], and text around them
+    prompt: str = "{q}"         # \0 is the image or video, {q} the question
+    seen: str = "\0"            # replaces \0; each \0 in it is one block of visual tokens
+    slot: str = ""              # the image token, where a prompt is encoded as a whole
     stop: tuple = ()            # texts that end an answer
-    zero: str = "-"             # our names that a folder may lack: zeros
-    ignored: str = "-"          # names of tensors that are never used, after ours are given
-    scales: tuple = (1.0, 1.0)  # of embedded tokens, of the last hidden states
-    frames: int = 0             # of a video, where the model takes videos; 0: frame by frame
-    video_slot: str = ""
-    rate: float = 1.0           # of a video's places in time, a second
-    longest: int = 0            # tokens beyond which positions would be scaled: refused; 0: any
-    counts_prompt: bool = True  # for penalties; codes that give no ids to generate() do not
+    zero: str = "-"             # pattern of our names: zeros if missing
+    ignored: str = "-"          # pattern of our names that are not used
+    scales: tuple = (1.0, 1.0)  # factors of token embeddings and of the last hidden states
+    frames: int = 0             # of a video, if the model takes videos; 0: single frames
+    video_slot: str = ""        # the video token
+    rate: float = 1.0           # temporal positions per second of a video
+    longest: int = 0            # longest prompt in tokens, before RoPE would be scaled; 0: any
+    counts_prompt: bool = True  # penalties count the prompt, if generate() is given its ids
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -2602,7 +2603,7 @@ ZEPHYR = "<|user|>\n{q}</s>\n<|assistant|>\n"
 INTERNLM = "[UNUSED_TOKEN_146]user\n{q}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
 LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
            "<|start_header_id|>assistant<|end_header_id|>\n\n")
-CHATS = {   # for --template: a token that tells it where no template does, prompt, a turn's end
+CHATS = {   # --template: (token that identifies it without a template, prompt, end of a turn)
     "chatml": ("<|im_start|>", CHATML, "<|im_end|>"),
     "llama3": ("<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
     "internlm": ("[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
@@ -2611,13 +2612,13 @@ CHATS = {   # for --template: a token that tells it where no template does, prom
     "vicuna": (None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
 
 
-def chat_of(tokens, where, plan):
-    """(prompt, texts that end an answer) as a chat template renders one turn of a user, with a
-    picture if the model sees, and no system's; raises ValueError where it cannot be told. What the
-    template says of its own accord is in it."""
-    template, slot, why = ChatTemplate(tokens.template), plan.tower and plan.slot, []
-    mark = plan.seen.replace("\0", slot or "")
-    gap = re.sub(r"(?s).*\0(\s*)\{q\}.*", r"\1", plan.prompt)            # after a picture
+def chat_of(tokens, where, spec):
+    """(prompt, texts that end an answer) from the chat template, rendered with one turn of a user,
+    with an image unless it is a language model, and no system message; a default one of the
+    template is kept. Raises ValueError if it cannot be rendered."""
+    template, slot, why = ChatTemplate(tokens.template), spec.tower and spec.slot, []
+    mark = spec.seen.replace("\0", slot or "")
+    gap = re.sub(r"(?s).*\0(\s*)\{q\}.*", r"\1", spec.prompt)            # after the image
     parts = [{"type": "image"}] * bool(slot) + [{"type": "text", "text": "{q}"}]
     plain = f"{mark}{gap}{{q}}" if slot else "{q}"
 
@@ -2630,24 +2631,24 @@ def chat_of(tokens, where, plan):
         try:
             prompt = render(content)
             if prompt.count("{q}") != 1 or slot and prompt.count(mark) != 1:
-                raise ValueError("it leaves out the question, or the picture")
+                raise ValueError("it leaves out the question, or the image")
         except ValueError as error:
             why.append(str(error))
             continue
         if template.is_dated:
-            tqdm.write(f"{where}: its chat template tells the day: {TODAY} is told always, so that "
-                       "equal commands write equal captions", file=sys.stderr)
+            tqdm.write(f"{where}: its chat template contains the date: {TODAY} is used always, so "
+                       "that the same command writes the same captions", file=sys.stderr)
         if prompt.startswith(bos := tokens.marks.get("bos_token") or "\0"):
             prompt, tokens.first = prompt.removeprefix(bos), tokens.first or [tokens.id(bos)]
         answer, end = "{a}" if content == plain else [{"type": "text", "text": "{a}"}], None
         with contextlib.suppress(ValueError):
             end = re.match(r"\s*(<[^<>\s]+>|\[\S+?\])", render(content, answer).partition("{a}")[2])
-        return prompt.replace(mark, "\0") if slot else prompt, (end[1],) if end else plan.stop
+        return prompt.replace(mark, "\0") if slot else prompt, (end[1],) if end else spec.stop
     raise ValueError(why[0])
 
 
-def clip_sight(config, last, keep_cls=False, post=False):
-    """A CLIP tower that ends with hidden state `last` (-1, -2, …)."""
+def clip_tower(config, last, keep_cls=False, post=False):
+    """Makes a CLIP vision tower that returns hidden state `last` (-1, -2, …)."""
     c = CLIP | config
     depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
     stack = clip_stack(c, depth, linear=Linear)
@@ -2667,12 +2668,12 @@ def resize(frame, width, height, how=Image.Resampling.BICUBIC):
 
 
 def squash(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC):
-    """The picture in a square of `size` px, whatever its shape."""
+    """Resizes to a square of `size` px, without keeping the aspect ratio."""
     return [normal(resize(frame, size, size, how), mean_std)], None
 
 
 def crop(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC, short=None):
-    """The middle square of the picture, its shorter side scaled to `short`, else to `size`."""
+    """Resizes the shorter side to `short`, else to `size`, and crops the middle square."""
     H, W = frame.shape[:2]
     h, w = (int((short or size) * side / min(H, W)) for side in (H, W))
     top, left = (h - size) // 2, (w - size) // 2
@@ -2680,7 +2681,7 @@ def crop(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC, short=No
 
 
 def pad_square(frame, size, mean_std=CLIP_MEAN):
-    """The whole picture, padded to a square with the mean colour."""
+    """Pads to a square with the mean colour, and resizes."""
     H, W = frame.shape[:2]
     square = np.empty((max(H, W), max(H, W), 3), np.uint8)
     square[:] = [int(255 * level) for level in mean_std[0]]
@@ -2690,8 +2691,8 @@ def pad_square(frame, size, mean_std=CLIP_MEAN):
 
 
 def slices(frame, size, patch, most, slots=False):
-    """MiniCPM-V's: the picture at about size^2 px, and if it is larger its tiles, finer, in the
-    grid, of one tile more or fewer, that is nearest in shape."""
+    """MiniCPM-V's slices: the image at about size^2 px and, if it is larger, tiles of it at a finer
+    resolution, in the grid of about as many tiles whose aspect ratio is nearest."""
     H, W = frame.shape[:2]
 
     def nearest(w, h, grow):
@@ -2716,9 +2717,9 @@ def slices(frame, size, patch, most, slots=False):
 
 
 def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN, video=None):
-    """Qwen2-VL's rows of patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides
-    are multiples of two patches, areas within least..most px, of a video's frames within `video`,
-    if a folder says it, and at most 768 blocks; an odd frame is repeated."""
+    """Qwen2-VL's patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides are
+    multiples of two patches, areas within least..most px, of a video's frames within `video` if
+    given, and at most 768 blocks; the last of an odd number of frames is repeated."""
     (H, W), step = frames[0].shape[:2], 2 * patch
     if len(frames) > 1:
         least, most = video or (least, most)
@@ -2739,21 +2740,21 @@ def plain_lm(c, weights, folder):
 
 
 def with_biases(c, weights):
-    """InternLM2's config: biases that its class has and its file lacks are zero, as if none."""
+    """InternLM2's config, with biases only if the weights have them."""
     return c | {"bias": "bias" in c and any(name.endswith("wqkv.bias") for name in weights)}
 
 
 def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
-    """(What a folder says of its pictures, in the file of its version of transformers; their mean
-    and standard deviation.) Refuses what is not done here: all but pictures that are scaled,
-    bicubic, whose middle, or `size` says which square, is cut out; `free`: what may differ."""
+    """(The image processor's config, from the file of the folder's version of transformers; mean
+    and standard deviation.) Raises ValueError for other processing than bicubic resizing, with
+    `size` also cropping of that middle square; `free`: keys that may differ."""
     config = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
     config = values_of(config | read_published(folder / "preprocessor_config.json", {}))
     usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
     usual = {name: value for name, value in usual.items() if name not in free}
     if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"its image processor says rescale_factor {config['rescale_factor']}, "
-                         "known is 1/255")
+        raise ValueError(f"its image processor has rescale_factor {config['rescale_factor']}, "
+                         "supported is 1/255")
     if size:
         usual |= dict(do_center_crop=True, size=size, crop_size=size)
     for name, value in usual.items():
@@ -2761,13 +2762,13 @@ def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
         sides = set(says.values()) if isinstance(says, dict) else {says}
         squeezes = name == "size" and isinstance(says, dict) and "height" in says
         if sides != {value} or squeezes:
-            raise ValueError(f"its image processor says {name} {says}, known is {value}")
+            raise ValueError(f"its image processor has {name} {says}, supported is {value}")
     return config, tuple(tuple(config.get(name, usual)) for name, usual in zip(
         ("image_mean", "image_std"), mean_std))
 
 
 def llava(c, weights, folder):
-    """LLaVA-1.5 and Video-LLaVA, as their ports write them, and LLaVA's and Yi-VL's own layout."""
+    """LLaVA-1.5 and Video-LLaVA in transformers' layout, and LLaVA and Yi-VL in their own."""
     is_port = not any(name.startswith("mm_") for name in c)
     is_video, projector = c["model_type"] == "video_llava", c.get("mm_projector_type", "linear")
     text = (c.get("text_config") or {}) if is_port else c | {"model_type": "llama"}
@@ -2806,10 +2807,10 @@ def llava(c, weights, folder):
     is_yi = projector.endswith("Norm")
     if is_yi:
         layers = [(wide, width), width, "gelu", (width, width), width]
-    make = functools.partial(clip_sight, tower, last)
+    make = functools.partial(clip_tower, tower, last)
     config, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
     made = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-    is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's own class pads nothing
+    is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's image processor never pads
         config.get("do_pad") and not made.startswith("CLIP"))
     return ModelSpec(
         stack, text["vocab_size"], tower=make(),
@@ -2828,7 +2829,7 @@ def llava(c, weights, folder):
 
 
 def sub_config(folder, name):
-    """config.json of a vision tower that a config names by a path within, or beside, its folder."""
+    """The config.json of a vision tower, given its path within or beside the folder."""
     last = Path(name).name                       # 'openai/clip-vit-large-patch14-336' has two parts
     path = next((path for path in (folder / name, folder.parent / name, Path(name), folder / last,
                                    folder.parent / last) if (path / "config.json").exists()), None)
@@ -2844,11 +2845,11 @@ def xcomposer(c, weights, folder):
                                           num_hidden_layers=24, num_attention_heads=16,
                                           image_size=490)
     if any("plora_glb" in name for name in weights):
-        raise ValueError("plora_glb_GN: the 4KHD and 2.5 forms of XComposer are not known")
+        raise ValueError("plora_glb_GN: XComposer 4KHD and 2.5 are not supported")
     rank = next(len(t) for name, t in weights.items() if name.endswith("wo.Plora_A.weight"))
     stack, wide = language_stack(with_biases(c, weights), expert=rank), tower["hidden_size"]
     return ModelSpec(
-        stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
+        stack, c["vocab_size"], tower=clip_tower(tower, -1), ignored=r"tower\.post\..*",
         connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
         picture=functools.partial(squash, size=tower["image_size"]), counts_prompt=False,
         names=((r"^vision_proj\.", "connector."), CLIP_TOWER),
@@ -2870,7 +2871,7 @@ def qwen_vl(c, weights, folder):
         eps=c["layer_norm_epsilon"], head=c["kv_channels"], bias=False, qkv_bias=True,
         linear=Linear, trained=c["seq_length"])
     if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c["rotary_pct"] != 1:
-        raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
+        raise ValueError("only use_logn_attn, use_dynamic_ntk and rotary_pct 1 are supported")
     tower = TransformerConfig(v["width"], v["layers"], v["heads"], eps=1e-6, linear=Linear,
                               ffn=int(v["width"] * v["mlp_ratio"]))
     positions = len(weights["transformer.visual.positional_embedding"])
@@ -2890,9 +2891,9 @@ def qwen_vl(c, weights, folder):
 def cogvlm(c, weights, folder):
     v = c["vision_config"]
     if "num_multi_query_heads" in c or "model.vision.conv.weight" in weights:
-        raise ValueError("this is a CogVLM2, which is not known: CogVLM is")
+        raise ValueError("this is a CogVLM2, which is not supported: CogVLM is")
     if any("cross_vision" in name for name in weights):
-        raise ValueError("this is a CogAgent, which is not known: CogVLM is")
+        raise ValueError("this is a CogAgent, which is not supported: CogVLM is")
     stack = language_stack(c, expert=-1)
     tower = TransformerConfig(v["hidden_size"], v["num_hidden_layers"], v["num_heads"],
                   ffn=v["intermediate_size"], act=v["hidden_act"], eps=v["layer_norm_eps"],
@@ -2918,8 +2919,8 @@ def cogvlm(c, weights, folder):
 TIMM_HEADS = {"eva02_enormous_patch14_clip_224": 16, "vit_so400m_patch14_siglip_384": 16}
 
 
-def timm_sight(name, config, weights, prefix, **more):
-    """(a timm tower's sizes from its weights, and its heads from its name; its width)."""
+def timm_tower(name, config, weights, prefix, **more):
+    """(function that makes a timm tower, width, patch): sizes from the weights, heads by name."""
     heads = config.get("num_heads") or TIMM_HEADS.get(name.split(".")[0])
     if not heads:
         raise ValueError(f"vision tower {name}: known are {', '.join(TIMM_HEADS)}")
@@ -2936,10 +2937,10 @@ def timm_sight(name, config, weights, prefix, **more):
 
 def minicpm_v(c, weights, folder):
     if "vision_config" in c:
-        raise ValueError("vision_config: MiniCPM-V 2.5 and later are not known, 2.0 is")
+        raise ValueError("vision_config: MiniCPM-V 2.5 and later are not supported, 2.0 is")
     if not c["slice_mode"]:
-        raise ValueError("slice_mode is false: only pictures in slices are known")
-    tower, wide, patch = timm_sight(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
+        raise ValueError("slice_mode is false: only images in slices are supported")
+    tower, wide, patch = timm_tower(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
     stack = language_stack(c, branch=c["scale_depth"] / math.sqrt(c["num_hidden_layers"]))
     return ModelSpec(
         stack, c["vocab_size"], tower=tower,
@@ -2952,7 +2953,7 @@ def minicpm_v(c, weights, folder):
 
 
 def omnilmm(c, weights, folder):
-    tower, wide, _ = timm_sight(c["mm_vision_tower"], c.get("nanosora_vit", {}), weights,
+    tower, wide, _ = timm_tower(c["mm_vision_tower"], c.get("nanosora_vit", {}), weights,
                                 "model.vision_tower.", cls=True)
     stack = language_stack(c)
     return ModelSpec(
@@ -2970,7 +2971,7 @@ def omnilmm(c, weights, folder):
 def qwen2_vl(c, weights, folder):
     """Qwen2-VL and Qwen2.5-VL."""
     is_new = c["model_type"] == "qwen2_5_vl"
-    text = {**c, **(c.get("text_config") or {})}             # 4.45 to 4.51: all of it in one level
+    text = {**c, **(c.get("text_config") or {})}             # transformers 4.45 to 4.51: one level
     text["rope_parameters"] = {"mrope_section": (16, 24, 24), **rope_of(text)[1]}
     v = DEFAULTS[f"{c['model_type']}'s vision"] | (c.get("vision_config") or {})
     stack = language_stack({**text, "model_type": "qwen2"})
@@ -2991,7 +2992,7 @@ def qwen2_vl(c, weights, folder):
         return config["min_pixels"] or least, config["max_pixels"] or most
     least, most = limits(config, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
-        raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
+        raise ValueError("only spatial_merge_size and temporal_patch_size 2 are supported")
     return ModelSpec(
         stack, text["vocab_size"], tower=functools.partial(
             QwenVisionTower, tower, patch, stack.width, v["window_size"] if is_new else 0,
@@ -3007,6 +3008,17 @@ def qwen2_vl(c, weights, folder):
                (r"^(?:model\.)?visual\.", "tower.")))
 
 
+# Published captioners (--vlm)             model_type                          input
+# LLaVA-1.5 (two layouts), Yi-VL           llava                               frames
+# Video-LLaVA (transformers' layout)       video_llava                         video, 8 frames
+# Qwen-VL-Chat                             qwen                                frames
+# InternLM-XComposer2-VL                   internlmxcomposer2                  frames
+# CogVLM                                   CogVLMForCausalLM                   frames
+# MiniCPM-V 2.0                            minicpmv                            frames, in slices
+# OmniLMM                                  omnilmm                             frames
+# Qwen2-VL, Qwen2.5-VL                     qwen2_vl, qwen2_5_vl                video, any size
+# Language models (--lm, --rewrite): Llama, Vicuna, Yi: llama; Mistral: mistral; Qwen2 and 2.5:
+# qwen2; Qwen3: qwen3; InternLM2: internlm2
 FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3", "internlm2")},
             "llava": llava, "video_llava": llava, "internlmxcomposer2": xcomposer, "qwen": qwen_vl,
             "CogVLMForCausalLM": cogvlm, "minicpmv": minicpm_v, "omnilmm": omnilmm,
@@ -3015,42 +3027,42 @@ FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3",
 
 def check_ids(ids, n, where):
     if max(ids) >= n:
-        refuse(f"{where}: its tokenizer gives a token the number {max(ids)}, the model knows {n}: "
+        refuse(f"{where}: its tokenizer has the token id {max(ids)}, its model {n} embeddings: "
                "they do not belong together")
 
 
 class VLM(nn.Module):
-    """A published captioner, or a language model alone: `open_vlm` makes it."""
+    """A published captioner or language model, made by `open_vlm`."""
 
-    def __init__(self, plan):
+    def __init__(self, spec):
         super().__init__()
-        self.plan, is_lm = plan, plan.tower is None
-        self.tower = None if is_lm else plan.tower()
-        self.video_tower = plan.video_tower() if plan.video_tower else None
-        self.connector = None if is_lm else plan.connector()
-        self.decoder = Decoder(plan.stack, plan.vocab, plan.scales)
+        self.spec, is_lm = spec, spec.tower is None
+        self.tower = None if is_lm else spec.tower()
+        self.video_tower = spec.video_tower() if spec.video_tower else None
+        self.connector = None if is_lm else spec.connector()
+        self.decoder = Decoder(spec.stack, spec.vocab, spec.scales)
 
     def prompt(self, question):
-        """The text that the model is asked with: a NUL stands for what it sees."""
-        if not self.plan.prompt:
-            what = f"none that is known: {self.tokens.fault}" if self.tokens.template else "missing"
+        """The prompt with the question; NUL is the place of the image or video."""
+        if not self.spec.prompt:
+            what = f"not supported: {self.tokens.fault}" if self.tokens.template else "missing"
             refuse(f"{self.where}: its chat template is {what}: give --template NAME, one of "
                    f"{', '.join(CHATS)}, or put a chat_template.jinja there")
-        return self.plan.prompt.replace("{q}", question.replace("\0", ""))
+        return self.spec.prompt.replace("{q}", question.replace("\0", ""))
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
-        """(ids with -1 for what is seen, pixels, seconds of two frames if it is a video) of a
-        prompt that holds a NUL where uint8 frames [H, W, 3] go: one picture, or a video."""
-        plan, seen, pixels = self.plan, self.plan.seen, []
+        """(ids with -1 for visual tokens, pixels, seconds of two frames if it is a video) of a
+        prompt with NUL in the place of uint8 frames [H, W, 3]: one image, or a video."""
+        spec, seen, pixels = self.spec, self.spec.seen, []
         is_rows = isinstance(self.tower, QwenVisionTower)
         if is_rows and len(frames):
-            pixels = [plan.picture(frames)]
+            pixels = [spec.picture(frames)]
         else:
             for frame in frames:
-                pictures, text = plan.picture(frame)
+                pictures, text = spec.picture(frame)
                 pixels, seen = pixels + pictures, text or seen
-        slot = plan.video_slot if is_video else plan.slot
-        prompt = prompt.replace(slot, "") if slot else prompt        # a text that spells it
+        slot = spec.video_slot if is_video else spec.slot
+        prompt = prompt.replace(slot, "") if slot else prompt        # no image token in the text
         parts = prompt.replace("\0", seen).split("\0")
         if slot and len(parts) > 1:
             ids, mark = self.tokens.encode(slot.join(parts)), self.tokens.id(slot)
@@ -3060,7 +3072,7 @@ class VLM(nn.Module):
         return self.tokens.first + ids, pixels, seconds if is_video else None
 
     def features(self, pixels, is_video=False):
-        """What the decoder sees of each picture: [n, width] a picture (rows of Qwen: of all)."""
+        """The visual tokens [n, width] of each image (Qwen2-VL: of each clip)."""
         device, dtype = self.decoder.embed.weight.device, self.decoder.embed.weight.dtype
         if isinstance(self.tower, QwenVisionTower):
             return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
@@ -3068,14 +3080,14 @@ class VLM(nn.Module):
         order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
         for shape, same in itertools.groupby(order, key=lambda i: pixels[i].shape):
             grid = [side // self.tower.size for side in shape[1:]]
-            for some in in_groups(same, 32):                             # of one shape, at once
+            for some in in_groups(same, 32):                             # images of one shape
                 x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
                 x = self.connector(x, *grid if isinstance(self.connector, Resampler) else ())
                 features.update(zip(some, x))
         return [features[i] for i in range(len(pixels))]
 
     def requests(self, keys, reads):
-        """Requests of what `read` returned, a key each; their pictures pass the tower together."""
+        """Makes Requests from the results of `read`; all images pass the tower in batches."""
         blocks = [None] * len(reads)
         for is_video in (False, True):
             some = [i for i, read in enumerate(reads) if (read[2] is not None) == is_video]
@@ -3085,36 +3097,36 @@ class VLM(nn.Module):
         return [self.request(key, *read, mine) for key, read, mine in zip(keys, reads, blocks)]
 
     def request(self, key, ids, pixels, seconds, blocks):
-        """One prompt as the decoder reads it. A mark in `ids` becomes as many rows as its block of
-        features; a video's frames share one mark."""
+        """The Request of a prompt. Each -1 in `ids` is replaced by a block of visual tokens; a
+        video's frames share one -1."""
         if blocks and ids.count(-1) == 1:
             blocks = [torch.cat(blocks)]
         check_ids(ids, self.decoder.embed.num_embeddings, self.where)
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
-        if 0 < self.plan.longest < len(ids):
-            refuse(f"a prompt of {len(ids)} tokens: this model's positions are read as published "
-                   f"up to {self.plan.longest} alone: give fewer frames")
+        if 0 < self.spec.longest < len(ids):
+            refuse(f"a prompt of {len(ids)} tokens: longer than this model's "
+                   f"{self.spec.longest} positions: give fewer frames")
         x, image = self.decoder.read([max(0, i) for i in ids]), torch.tensor(ids) < 0
         if blocks:
             x[image.to(x.device)] = torch.cat(blocks).to(x)
         positions, seen = torch.arange(len(ids)), image.clone()
-        if self.plan.stack.sections:
+        if self.spec.stack.sections:
             positions = self.grid_positions(runs, pixels, seconds)
-        elif blocks and isinstance(self.connector, GluHead):     # all patches stand at one place
+        elif blocks and isinstance(self.connector, GluHead):     # all patches share a position
             first, last = image.nonzero()[[0, -1], 0].tolist()
             positions = torch.where(positions < last, positions.clamp(max=first + 1),
                                     positions - last + first + 2)
-            seen[last] = False                           # the end mark passes as text
-        slot = self.tokens.id(self.plan.slot if seconds is None else self.plan.video_slot)
+            seen[last] = False                           # the end token has the text's weights
+        slot = self.tokens.id(self.spec.slot if seconds is None else self.spec.video_slot)
         said = [slot if i < 0 else i for i in ids if i >= 0 or slot is not None]
         return Request(key, ids, x, positions.to(x.device), seen.to(x.device),
-                       said * self.plan.counts_prompt)
+                       said * self.spec.counts_prompt)
 
     def grid_positions(self, runs, pixels, seconds):
-        """int64 [3, n], Qwen2-VL's: text counts on alike in all three; what is seen has time, row
-        and column; a video's time, in 2.5, is in half seconds."""
+        """int64 [3, n], Qwen2-VL's positions: text has the same in all three, visual tokens have
+        time, row and column; Qwen2.5-VL's time depends on the frame rate."""
         parts, after, grids = [], 0, iter(pixels)
         for i, n in runs:
             positions = torch.zeros(3, 1, dtype=torch.long)
@@ -3122,7 +3134,7 @@ class VLM(nn.Module):
                 t, h, w = next(grids)[1]
                 positions = torch.cartesian_prod(*(torch.arange(k) for k in (t, h // 2, w // 2))).T
                 if seconds is not None and self.tower.window:
-                    times = (positions[0] * seconds * self.plan.rate).long()
+                    times = (positions[0] * seconds * self.spec.rate).long()
                     positions = torch.stack([times, *positions[1:]])
             parts.append(positions + after)
             after = int(parts[-1].max()) + 1
@@ -3130,8 +3142,8 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def write(self, requests, batch=1, most=512, temperature=0.0, top_p=1.0, seed=0):
-        """Yields (key, text, mean log-probability) as answers end."""
-        own = {name: self.tokens.id(name) for name in self.plan.stop}
+        """Generates the answers; yields (key, text, mean log-probability) as they finish."""
+        own = {name: self.tokens.id(name) for name in self.spec.stop}
         names = [name for name, i in own.items() if i is None or self.tokens.decode([i])]
 
         def is_over(ids):
@@ -3145,7 +3157,7 @@ class VLM(nn.Module):
             yield request.key, re.sub(r"(?s)^.*</think>", "", text).strip(), score
 
 
-# What else of a generation_config.json would change a greedy answer: {key: its default}.
+# Other keys of generation_config.json that change a greedy answer: {key: default}.
 NOT_APPLIED = dict(
     num_beams=1, min_length=0, min_new_tokens=0, guidance_scale=1, encoder_repetition_penalty=1,
     bad_words_ids=[], suppress_tokens=[], begin_suppress_tokens=[], sequence_bias={},
@@ -3153,41 +3165,41 @@ NOT_APPLIED = dict(
 
 
 def answer_rules(folder, config, tokens, names):
-    """(ids that end an answer: the folder's, and the family's marks that are tokens; None or its
-    repetition_penalty and no_repeat_ngram_size). A folder without generation_config.json may have
-    these in its config.json."""
+    """(ids that end an answer, from the folder's configs and of the family; (repetition_penalty,
+    no_repeat_ngram_size), or None without). They are read from generation_config.json, or without
+    it from config.json."""
     text, file = config.get("text_config") or {}, folder / "generation_config.json"
-    told = read_published(file, {})
-    said = values_of(told if file.exists() else {**text, **config})
-    penalty, size = said.get("repetition_penalty") or 1.0, said.get("no_repeat_ngram_size") or 0
+    generation = read_published(file, {})
+    rules = values_of(generation if file.exists() else {**text, **config})
+    penalty, size = rules.get("repetition_penalty") or 1.0, rules.get("no_repeat_ngram_size") or 0
     if not (0 < penalty < 1e6 and isinstance(size, int) and size >= 0):
         raise ValueError(f"repetition_penalty {penalty}, no_repeat_ngram_size {size}: above 0, and "
                          "a whole number from 0 on")
-    others = [f"{name} {json.dumps(said[name])[:40]}" for name, usual in NOT_APPLIED.items()
-              if said.get(name) not in (None, usual)]
+    others = [f"{name} {json.dumps(rules[name])[:40]}" for name, usual in NOT_APPLIED.items()
+              if rules.get(name) not in (None, usual)]
     if others:
         where = file.name if file.exists() else "config.json"
         say_once(f"{folder}: {', '.join(others)} of its {where}: not applied here")
-    result = [each.get("eos_token_id") for each in (config, text, told)]
-    result += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
-    flat = [i for each in result for i in (each if isinstance(each, list) else [each])]
-    rules = (penalty, size)
-    return {i for i in flat if i is not None}, None if rules == (1, 0) else rules
+    stops = [part.get("eos_token_id") for part in (config, text, generation)]
+    stops += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
+    flat = [i for stop in stops for i in (stop if isinstance(stop, list) else [stop])]
+    penalties = None if (penalty, size) == (1, 0) else (penalty, size)
+    return {i for i in flat if i is not None}, penalties
 
 
 def check_published(path, config):
-    """Refuses by its name a folder that is quantized, or holds a LoRA."""
+    """Refuses folders of quantized weights and of LoRA adapters."""
     adapter = path / "adapter_config.json"
     if adapter.exists():
         of = read_published(adapter).get("base_model_name_or_path") or "another model"
-        refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
-               "merge_and_unload) and give the folder that is saved then; if its weights are "
-               "merged, remove adapter_config.json")
+        refuse(f"{path} is a LoRA adapter of {of}: merge it (PEFT: merge_and_unload), save the "
+               "model and give that folder; if the weights here are merged already, remove "
+               "adapter_config.json")
     refuse_quantized(path, config)
 
 
 def kind_of(config):
-    """(A published config's row of FAMILIES, or what it calls itself; the class it names first.)"""
+    """(The key in FAMILIES of a published config, or its own name; its first architecture.)"""
     made = str([*(config.get("architectures") or ()), "?"][0])
     kind = config.get("model_type") or made
     if made.startswith("InternLMXComposer2"):
@@ -3196,10 +3208,9 @@ def kind_of(config):
 
 
 def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, template=None):
-    """The VLM of a published folder; its family and sizes are read from there, its weights mapped
-    from the files. An unknown family is refused with what was missing; so is one that does not see
-    where one that `sees` is wanted, or the other way round. template: of CHATS, where the folder
-    does not tell it."""
+    """The VLM of a published folder: family and sizes from its config, weights from its files.
+    sees: refuse a language model (True) or a captioner (False). template: of CHATS, instead of the
+    folder's."""
     path = Path(path)
     config = values_of(read_published(
         path / "config.json", *[{}] * (path / "adapter_config.json").exists()))
@@ -3210,65 +3221,66 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
             refuse(f"{path}: its config.json names neither model_type nor architectures: fetch the "
                    f"published one, or add \"model_type\", one of {', '.join(FAMILIES)}")
         if kind not in FAMILIES:
-            refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}")
+            refuse(f"{path}: model_type {kind} is not supported: {', '.join(FAMILIES)} are")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
-            refuse(f"{path} is of a {made}, which writes no text: the {kind} that does is read")
+            refuse(f"{path} is a {made}, which generates no text: give a {kind} that does")
         weights = published_tensors(path, LM_MARK)
         config = DEFAULTS.get(kind, {}) | config | {"model_type": kind}
-        plan = FAMILIES[kind](config, weights, path)
+        spec = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
             row = DEFAULTS.get(text.get("model_type"), DEFAULTS.get(kind, LLAMA))
-            plan.longest = (row | text)["max_position_embeddings"]
+            spec.longest = (row | text)["max_position_embeddings"]
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and tower and not any(
                 "vision_tower" in name for name in weights):
-            beside = published_tensors(                         # perhaps all of a CLIP
+            beside = published_tensors(                         # of a tower or a whole CLIP
                 sub_config(path, tower)["folder"], TOWER_MARK)
             weights |= {name: beside[name] for name in beside
                         if "vision_model." in name or re.match(
                             "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
         with torch.device("meta"):
-            model = VLM(plan)
-        result = to_ours(weights, model, plan.names)
+            model = VLM(spec)
+        result = to_ours(weights, model, spec.names)
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    is_lm = plan.tower is None
+    is_lm = spec.tower is None
     if sees is not None and sees == is_lm:
-        refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
-               f"{path} is a captioner: give a language model alone")
+        refuse(f"{path} is a language model alone, without a vision tower: give it as --lm" if sees
+               else f"{path} is a captioner: give a language model alone")
     if tied and "decoder.embed.weight" in result:
         result.setdefault("decoder.head.weight", result["decoder.embed.weight"])
     result.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
-                  if name not in result and re.fullmatch(plan.zero, name)})
-    load_strictly(model, result, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
+                  if name not in result and re.fullmatch(spec.zero, name)})
+    load_strictly(model, result, [(".*", r"\g<0>")], spec.ignored, dtype, device, path)
     with read_as_config(tokenizer or path, "tokenizer_config.json"):
         remedy = ["put them there, or name a folder of them by --tokenizer"][is_lm:]
         model.where, model.tokens = path, Tokens(Path(tokenizer or path), *remedy)
         model.tokens.template = chat_template(path, is_lm) or chat_template(
-            Path(tokenizer or path), is_lm)          # the model's own, if it has one
-        if plan.slot and model.tokens.id(plan.slot) is None:
-            refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-        set_prompt(plan, kind, model.tokens, template, path)
+            Path(tokenizer or path), is_lm)
+        if spec.slot and model.tokens.id(spec.slot) is None:
+            refuse(f"{tokenizer or path}: its tokenizer has no {spec.slot}, which {kind} needs")
+        set_prompt(spec, kind, model.tokens, template, path)
     with read_as_config(path, "generation_config.json"):
-        model.stop, model.penalties = answer_rules(path, config, model.tokens, plan.stop)
+        model.stop, model.penalties = answer_rules(path, config, model.tokens, spec.stop)
     return model
 
 
-def set_prompt(plan, kind, tokens, name, where):
-    """How a language model, or a port of LLaVA or Qwen2-VL, is asked: as `name` says, or its chat
-    template; what has none by a token that its vocabulary has. '' where nothing tells it."""
-    is_lm = plan.tower is None
-    is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and plan.slot
+def set_prompt(spec, kind, tokens, name, where):
+    """Sets the prompt format of a language model, or of LLaVA or Qwen2-VL in transformers' layout:
+    CHATS[name], else the chat template, else the row of CHATS whose token its vocabulary has, else
+    ''. Other captioners keep that of their code."""
+    is_lm = spec.tower is None
+    is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and spec.slot
     if not (name or is_lm or is_port and tokens.template):
-        if tokens.template and plan.prompt:
-            tqdm.write(f"{where}: its chat template is not used: a {kind} is asked as its own code "
-                       "asks (--template NAME: otherwise)", file=sys.stderr)
-        return                                       # captioners of one form only
+        if tokens.template and spec.prompt:
+            tqdm.write(f"{where}: its chat template is not used: a {kind} has the prompt of its "
+                       "own code (--template NAME changes it)", file=sys.stderr)
+        return
     if tokens.template and not name:
         try:
-            plan.prompt, plan.stop = chat_of(tokens, where, plan)
+            spec.prompt, spec.stop = chat_of(tokens, where, spec)
         except ValueError as error:
-            plan.prompt, tokens.fault = "", str(error)
+            spec.prompt, tokens.fault = "", str(error)
         return
     name = name or next((name for name, (mark, *_) in CHATS.items()
                          if mark and tokens.id(mark) is not None), None)
@@ -3276,14 +3288,14 @@ def set_prompt(plan, kind, tokens, name, where):
     if is_lm and prompt:
         prompt += "<think>\n\n</think>\n\n" * (tokens.id("<think>") is not None)
     elif prompt:
-        seen = re.search(r"\0\s*\{q\}", plan.prompt) or ["\0\n{q}"]
+        seen = re.search(r"\0\s*\{q\}", spec.prompt) or ["\0\n{q}"]
         prompt = prompt.replace("{q}", seen[0])
-    plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
+    spec.prompt, spec.stop = prompt, (end,) if end else spec.stop
 
 
-# -- what a published captioner is asked, what its answers are worth -------------------------------
+# -- questions to a published captioner, checks and scores of its captions -------------------------
 
-STYLES = {  # what is asked, fewest and most words of an answer that will do
+STYLES = {  # question, fewest and most words of a valid caption
     "short": ("Describe this {what} in one sentence: who or what is there, what happens.", 3, 60),
     "long": ("Describe this {what} in at most six sentences, so that somebody could draw it: all "
              "objects and people, what they do, the place, the light, the camera, the style.",
@@ -3302,14 +3314,14 @@ OPENING = (r"^(the|this|in the|in this) (image|video|picture|photo|frame|clip)(?
 
 
 def tidy(text):
-    """A caption in one line, without 'The image shows …'."""
+    """The caption in one line, without 'The image shows …'."""
     text = " ".join(text.split())
     rest = re.sub(OPENING, "", text, flags=re.I)
     return rest if rest == text else rest[:1].upper() + rest[1:]
 
 
 def fault(text, style):
-    """Why a caption will not do, or None."""
+    """The reason to reject a caption, or None."""
     words, (_, fewest, most) = words_of(text), STYLES[style]
     runs = Counter(zip(*(words[i:] for i in range(4))))
     if not words:
@@ -3361,9 +3373,9 @@ def frame_rule(text):
 
 
 def pick_frames(rule, folder, row):
-    """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N, evenly from the first to the
-    last, the middle if N is 1; fps:X, X a second; key:N, N of them between which about equally
-    much changes."""
+    """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N: evenly spaced from first to
+    last, the middle one if N is 1; fps:X: X per second; key:N: N frames with about equal change
+    between them."""
     n, fps = row["frames"], row["fps"] or 1
     kind, value = rule if n > 1 else ("uniform", 1)
     at = np.array([n // 2])
@@ -3383,13 +3395,13 @@ def pick_frames(rule, folder, row):
 
 
 def text_option(value):
-    """A prompt that is given as text, or as a text file's path."""
+    """A prompt given as text or as the path of a text file."""
     text = value
     if os.path.isfile(value):
         text = read_text(value, "--prompt")
     elif value.endswith(".txt"):
         refuse(f"{value} is missing")
-    return text.strip() or refuse(f"'{value}' holds no text to ask with")
+    return text.strip() or refuse(f"'{value}' is an empty prompt")
 
 
 def asked(args, is_video):
@@ -3399,32 +3411,31 @@ def asked(args, is_video):
 
 
 def sampling_rules(vlm, name, args, lm=None):
-    """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
-    is_video = bool(vlm.plan.frames) and not lm
-    for model in (vlm, *filter(None, [lm])):         # refused here where it does not fit
+    """(Whether the model takes a video, the rule of `pick_frames`, the question.)"""
+    is_video = bool(vlm.spec.frames) and not lm
+    for model in (vlm, *filter(None, [lm])):         # refuse a wrong tokenizer now
         ids = model.read(model.prompt(asked(args, is_video)))[0]
         check_ids(ids, model.decoder.embed.num_embeddings, model.where)
-    rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
+    rule = args.frames or ["uniform", vlm.spec.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
-        refuse(f"{name} sees one frame at a time: " + (
-            "leave --frames out" if args.train else "give --lm DIR, which makes one caption of "
+        refuse(f"{name} takes one frame at a time: " + (
+            "leave --frames out" if args.train else "give --lm DIR, which merges the captions of "
             "several, or --frames uniform:1"))
     return is_video, rule, asked(args, is_video)
 
 
 def frames_for(vlm, prompt, is_video, rule, folder, row):
-    """(What `vlm` reads of a clip, the times of its frames in s): once of a video, or a frame
-    (of a still the one) at a time."""
+    """([results of vlm.read], times in s): one for the whole video, or one for each frame."""
     frames, times = pick_frames(rule, folder, row)
     if not (is_video and row["fps"]):
         return [vlm.read(prompt, [frame]) for frame in frames], times
-    gap = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0         # frames may repeat
+    gap = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0         # if frames are repeated
     return [vlm.read(prompt, frames, True, 2 * gap)], times
 
 
 def vlm_writer(name, folder, rows, args, device):
-    """(load, write), as `own_writer`'s, of a published captioner: a video at once where the model
-    takes videos, or else frame by frame; a language model then makes one caption of several."""
+    """(load, write) as in `own_writer`, of a published captioner: of the video if the model takes
+    videos, else of each frame; with --lm, a language model merges the frames' captions."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer,
@@ -3440,7 +3451,7 @@ def vlm_writer(name, folder, rows, args, device):
         return frames_for(vlm, vlm.prompt(question), is_video, rule, folder, row)
 
     def notes(pairs):
-        """(key, times, texts, mean log-probability) of a clip when all its frames have theirs."""
+        """Yields (key, times, texts, mean log-probability) when all frames of a clip have texts."""
         open_, said = {}, {}
 
         def requests():
@@ -3479,7 +3490,7 @@ def vlm_writer(name, folder, rows, args, device):
 
 
 def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
-    """A short prompt as `lm` (open_vlm's), a language model, writes it out, like the examples."""
+    """Expands a short prompt by the language model `lm` (of open_vlm), like the examples."""
     words = REWRITE.replace("{examples}", "\n".join(f"- {text}" for text in examples))
     request = lm.request(prompt, *lm.read(lm.prompt(words.replace("{prompt}", prompt))), [])
     (_, text, _), = lm.write([request], most=most, temperature=temperature, top_p=0.9, seed=seed)
@@ -3487,7 +3498,7 @@ def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
 
 
 class Probe(nn.Module):
-    """SigLIP's head (2303.15343): a learnt query reads a picture's tokens, [B, N, D] to [B, D]."""
+    """SigLIP's attention pooling head (2303.15343): [B, N, D] to [B, D]."""
 
     def __init__(self, stack):
         super().__init__()
@@ -3503,8 +3514,7 @@ class Probe(nn.Module):
 
 
 def scored_picture(folder, size, is_siglip):
-    """What makes the input of CLIP or SigLIP of a frame, as the folder's image processor says:
-    squeezed, or scaled by its shorter side and cut to the middle square."""
+    """The preprocessing of CLIP or SigLIP by the folder's image processor: `squash` or `crop`."""
     config, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN,
                                        ("resample",))
     scaled, cut = config.get("size", size), config.get("crop_size", size)
@@ -3516,22 +3526,22 @@ def scored_picture(folder, size, is_siglip):
     if (is_cut and cut != {size}) or len(scaled) > 1 or short < size or (
             short > size and (is_whole or not is_cut)) or not (is_whole or is_cut):
         cut = f"cut to {config.get('crop_size')}" if is_cut else "not cut"
-        raise ValueError(f"its image processor makes pictures of {config.get('size')}, {cut}: "
-                         f"{size} x {size} px are wanted")
+        raise ValueError(f"its image processor makes images of {config.get('size')}, {cut}: "
+                         f"its model takes {size} x {size} px")
     return functools.partial(squash, mean_std=mean_std, how=how) if is_whole else functools.partial(
         crop, mean_std=mean_std, how=how, short=short)
 
 
 class Scorer:
-    """Of a clip and its caption, by a CLIP or SigLIP folder: the mean cosine of four frames and the
-    text; and with LAION's linear head (weight [1, D] and bias [1]) the frames' mean aesthetics."""
+    """Scores a clip and its caption by a CLIP or SigLIP folder: the mean cosine of four frames and
+    the text; with LAION's linear head (weight [1, D], bias [1]) also their mean aesthetics."""
 
     def __init__(self, args, folder, rows, device):
         config = values_of(read_published(Path(args.clip, "config.json")))
         self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
         if kind not in ("clip", "siglip"):
             refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: " + (
-                f"it is of a {kind}" if kind else "its config.json names no model_type"))
+                f"it is a {kind}" if kind else "its config.json names no model_type"))
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
         weights = published_tensors(args.clip, *CLIP_MARK)
@@ -3549,7 +3559,7 @@ class Scorer:
                                               post=True)
                     model.visual, width = Probe(stack), stack.width
                 else:
-                    model.tower = clip_sight(sight, -1, True, True)()
+                    model.tower = clip_tower(sight, -1, True, True)()
                     width = config.get("projection_dim", 512)
                     model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
                 model.textual = nn.Linear(read, width, bias=self.is_siglip)
@@ -3564,7 +3574,7 @@ class Scorer:
         self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
         shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
         if shapes not in ({}, {"weight": [1, width], "bias": [1]}):
-            refuse(f"{args.aesthetics} holds {shapes}: weight [1, {width}] and bias [1] are wanted")
+            refuse(f"{args.aesthetics} holds {shapes}, not weight [1, {width}] and bias [1]")
 
     def __call__(self, key, text):
         return self.score(pick_frames(("uniform", 4), self.folder, self.rows[key])[0], text)
@@ -3572,7 +3582,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, frames, text):
         x = torch.stack([self.picture(frame, self.size)[0][0] for frame in frames]).to(self.device)
-        x = self.model.tower(x)                      # of CLIP's the first token, of SigLIP's all
+        x = self.model.tower(x)                      # CLIP uses the first token, SigLIP all
         seen = F.normalize(self.model.visual(x if self.is_siglip else x[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)
         said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
@@ -3583,11 +3593,11 @@ class Scorer:
         return scores
 
 
-# -- a published captioner trained further: --tune -------------------------------------------------
+# -- fine-tuning a published captioner: --init, --tune ---------------------------------------------
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and what is learnt beside it, of rank n; nothing at first."""
+    """A frozen linear layer plus a trained product of rank n, which starts at zero."""
 
     def __init__(self, base, n):
         super().__init__()
@@ -3604,8 +3614,8 @@ TUNED = {"connector": r"connector\..*|tower\.merge\..*",           # Qwen2-VL's 
 
 
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None, template=None):
-    """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
-    to the decoder's layers, or all but the towers."""
+    """The model of `open_vlm` with the weights of `tune` trainable: connector; lora, of the
+    decoder's layers; all, except the towers."""
     model = open_vlm(init, device, dtype, tokenizer, True, template)
     if tune == "lora":
         torch.manual_seed(0)
@@ -3619,35 +3629,35 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None, te
 
 
 def open_captioner(path, device, dtype, tokenizer=None, template=None):
-    """The VLM of a published folder, or of a run that taught one further."""
+    """The VLM of a published folder, or of a run that fine-tuned one."""
     if "kind" not in read_published(path / "config.json", {}):
         return open_vlm(path, device, dtype, tokenizer, True, template)
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
                        config["args"]["tokenizer"], config["args"].get("template"))
     saved = load_file(step / "model.safetensors")
-    if saved.keys() != learnt(model).keys():
-        refuse(f"{step} was saved of another model than {config['args']['init']}")
+    if saved.keys() != trainable(model).keys():
+        refuse(f"{step} does not belong to the model {config['args']['init']}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in saved.items()},
                           strict=False)
     return model
 
 
-def learnt(model):
+def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def answer_loss(model, requests, answers):
-    """Nats, summed over the answers' tokens (lists of ids, the stop among them)."""
-    decoder, whole = model.decoder, []
+    """Cross entropy in nats, summed over the tokens of the answers: lists of ids with a stop."""
+    decoder, texts = model.decoder, []
     for request, ids in zip(requests, answers):
         positions = request.positions
         after = torch.arange(len(ids) - 1, device=positions.device) + positions.max() + 1
-        whole.append(request._replace(
+        texts.append(request._replace(
             x=torch.cat([request.x, decoder.read(ids[:-1])]),
             positions=torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1),
             image=F.pad(request.image, (0, len(ids) - 1))))
-    x, positions, image = side_by_side(whole)
+    x, positions, image = side_by_side(texts)
     h = decoder(x, positions, image=image, prompts=torch.tensor(
         [len(request.ids) for request in requests], device=x.device))
     h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
@@ -3658,12 +3668,13 @@ def answer_loss(model, requests, answers):
 
 @one_run
 def tune(args, run):
-    """Teaches a published captioner the captions, or the answers to the questions beside them."""
+    """Fine-tunes a published captioner on the captions, with the question, or with the prompt that
+    is stored beside a caption."""
     rank, world, device = setup(args, args.batch, "--batch")
     claim(run)
     folder, rows, held_out = captioned(args, run)
     is_done, step = is_finished(last_step(run), args), 0
-    if not is_done:                                  # what is refused leaves no run behind
+    if not is_done:                                  # before start_run: a refusal leaves no run
         model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer,
                            template=args.template)
         is_video, rule, question = sampling_rules(model, args.init, args)
@@ -3671,7 +3682,7 @@ def tune(args, run):
         "init": args.init, "tune": args.tune, "rank": args.rank}})
     if is_done:
         return
-    optimizer = torch.optim.AdamW(learnt(model).values(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=0.0)
     if checkpoint:
         step, saved = load_step(checkpoint)
         model.load_state_dict(saved["model"], strict=False)
@@ -3680,7 +3691,7 @@ def tune(args, run):
 
     def ids_of(caption):
         return model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
-    # a step's loss is its tokens' sum over this constant, on however many ranks
+    # the sum over a step's tokens is divided by this constant: equal on any number of ranks
     answers = [ids_of(caption) for row in rows[:1000] for caption in row["captions"]]
     length = np.mean([len(ids) for ids in answers])
     by_frequency = frequency_loss(answers, [ids_of(row["captions"][0]) for row in held_out[:64]])
@@ -3712,7 +3723,7 @@ def tune(args, run):
         return report(run, done, total / count, by_frequency)
 
     fit(args, run, step, batch, learn, held_out_nats,
-        lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
+        lambda: {"model": trainable(model), "optimizer": optimizer_tensors(optimizer, model)})
 
 
 if __name__ == "__main__":

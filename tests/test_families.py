@@ -127,8 +127,8 @@ def test_other_layouts_of_the_same_weights(tmp_path):
     (folder / "clip").mkdir()
     (folder / "clip" / "config.json").write_text(json.dumps({"vision_config": config["vision_config"]}))
     model = c.open_vlm(folder)
-    assert model.plan.prompt.startswith("A chat between") and not model.plan.slot
-    model.plan.prompt = "USER: \0\n{q} ASSISTANT:"
+    assert model.spec.prompt.startswith("A chat between") and not model.spec.slot
+    model.spec.prompt = "USER: \0\n{q} ASSISTANT:"
     assert answers(model) == wanted
     inside = {name: t for name, t in load_file(folder / "model.safetensors").items()}
     save_file({name.replace("model.vision_tower.vision_tower.", ""): t for name, t in inside.items()
@@ -136,7 +136,7 @@ def test_other_layouts_of_the_same_weights(tmp_path):
     save_file({name: t for name, t in inside.items() if "vision_tower" not in name},
               folder / "model.safetensors")
     model = c.open_vlm(folder)
-    model.plan.prompt = "USER: \0\n{q} ASSISTANT:"
+    model.spec.prompt = "USER: \0\n{q} ASSISTANT:"
     assert answers(model) == wanted
 
 
@@ -278,13 +278,13 @@ def test_choose():
 
 def test_stop_marks_and_chat_templates(tmp_path):
     model = c.open_vlm(QWEN)
-    assert model.plan.prompt == c.CHATML and model.stop == {406, 408}
-    model.plan.stop = ("how",)                                       # a text that is no token here
+    assert model.spec.prompt == c.CHATML and model.stop == {406, 408}
+    model.spec.stop = ("how",)                                       # a text that is no token here
     request, = requests_of(model, ["x"])
     free = next(c.generate(model.decoder, [request], 1, 40))[1]
     text = model.tokens.decode(free)
     mark = text[4:6]
-    model.plan.stop, model.stop = (mark,), set()
+    model.spec.stop, model.stop = (mark,), set()
     (_, cut, _), = model.write([request], most=40)
     assert cut == text.split(mark)[0].strip()
     config = json.loads((QWEN / "tokenizer_config.json").read_text())
@@ -508,7 +508,7 @@ def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
                           ("--init x", "--train")):
         assert f"goes with {says}" in line("set", "--vlm", LLAVA, *options.split())
     assert "may hold" in line("set", "--vlm", LLAVA, "--source", "a/b")
-    assert "calls captions of its own" in line("set", "--vlm", LLAVA, "--source", "meta")
+    assert "own captions" in line("set", "--vlm", LLAVA, "--source", "meta")
     assert "leave --frames out" in line("set", "--train", "--init", LLAVA, "--frames", "uniform:4")
     for text, says in ((b" \n", "holds no text"), (b"\xe9", "no text in UTF-8"), (None, "is missing")):
         path = tmp_path / "ask.txt"

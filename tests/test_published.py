@@ -307,10 +307,10 @@ def test_well_known_configs_have_their_published_sizes(name, tmp_path):
     config, n, fact = HUB[name]
     kind, _ = c.kind_of(config)
     with torch.device("meta"):
-        plan = c.FAMILIES[kind](c.DEFAULTS.get(kind, {}) | config, {}, tmp_path)
-        model = c.VLM(plan)
+        spec = c.FAMILIES[kind](c.DEFAULTS.get(kind, {}) | config, {}, tmp_path)
+        model = c.VLM(spec)
     assert sum(p.numel() for p in model.parameters()) == n
-    assert eval(fact, vars(plan)), fact
+    assert eval(fact, vars(spec)), fact
 
 
 @pytest.mark.parametrize("config, n", [
@@ -567,7 +567,7 @@ def test_a_picture_has_at_most_what_its_class_says(tmp_path):
     v, tensors = qwen_parts(False)
     model = c.open_vlm(folder_of(tmp_path / "m", TINY | dict(
         model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]}), tensors))
-    assert model.plan.picture.keywords == dict(patch=14, least=3136, most=1003520, video=None,
+    assert model.spec.picture.keywords == dict(patch=14, least=3136, most=1003520, video=None,
                                                mean_std=c.CLIP_MEAN)
 
 
@@ -588,7 +588,7 @@ def test_pictures_as_the_folder_says(tmp_path, capsys):
         if says:
             assert says in refused(capsys, folder, call=c.open_vlm)
             continue
-        picture, = c.open_vlm(folder).plan.picture(frame)[0]
+        picture, = c.open_vlm(folder).spec.picture(frame)[0]
         assert float(picture[0, 14, 14]) == pytest.approx((200 / 255 - 0.5) / 0.25)
         assert (float(picture[0, 0, 14]) == pytest.approx((127 / 255 - 0.5) / 0.25)) == bool(more)
 
@@ -791,7 +791,7 @@ def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
             {"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
         model = c.open_vlm(folder)
         if asked:
-            assert model.prompt("Q") == asked and model.plan.stop == ((end,) if end else ()), way
+            assert model.prompt("Q") == asked and model.spec.stop == ((end,) if end else ()), way
             is_told = "the day: 26 Jul 2024" in capsys.readouterr().err
             assert is_told == ("strftime_now" in template)
             assert model.tokens.first == [model.tokens.id("<s>")] * ("bos_token" in template)
@@ -800,7 +800,7 @@ def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
             assert "give --template NAME, one of chatml, llama3" in err and end in err
             assert name == "none" or "none that is known" in err
     model = c.open_vlm(folder, template="llama2")
-    assert model.prompt("Q") == "[INST] Q [/INST]" and model.plan.stop == ("</s>",)
+    assert model.prompt("Q") == "[INST] Q [/INST]" and model.spec.stop == ("</s>",)
 
 
 def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
@@ -1149,7 +1149,7 @@ def test_v02_numbers_as_text_and_nulls(more, tmp_path, capsys):
     near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
         W, TINY | dict(rope=rope, rms_norm_eps=float(more.get("rms_norm_eps", 1e-6))),
         W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
-    assert model.plan.longest == (2048 if "max_position_embeddings" in more else 0)
+    assert model.spec.longest == (2048 if "max_position_embeddings" in more else 0)
     folder = folder_of(tmp_path / "n", TINY | {"model_type": "llama", "num_attention_heads": None}, tensors)
     assert "must be numbers above 0" in refused(capsys, folder, call=c.open_vlm)
 
@@ -1238,7 +1238,7 @@ def test_what_is_seen_counts_as_its_slot_where_the_published_code_counts_it(tmp_
         request, _ = picture(model, is_video)
         assert request.said == [model.tokens.id("<|video_pad|>" if is_video else "<|image_pad|>")
                                 if i < 0 else i for i in request.ids] and -1 in request.ids
-    model.plan.counts_prompt = False
+    model.spec.counts_prompt = False
     assert picture(model)[0].said == []
 
 
@@ -1541,7 +1541,7 @@ def test_templates_by_who_reads_them(tmp_path):
     template = "{% for m in messages %}A {{ m['content'] }} B{% endfor %}"
     model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, chat_template__json={"chat_template": "{{ nothing"},
                                  tokenizer_config__json={"chat_template": template}))
-    assert model.plan.prompt == "A {q} B"
+    assert model.spec.prompt == "A {q} B"
 
 
 @pytest.mark.parametrize("made, pads", [("CLIPImageProcessor", False), ("CLIPImageProcessorFast", False),
@@ -1551,7 +1551,7 @@ def test_do_pad_is_of_llavas_own_image_processor(made, pads, tmp_path):
     config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
     told = dict(do_pad=True, **({"image_processor_type": made} if made else {}))
     model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, preprocessor_config__json=told))
-    assert (model.plan.picture.func is c.pad_square) == pads
+    assert (model.spec.picture.func is c.pad_square) == pads
 
 
 def test_a_folder_that_was_saved_twice(tmp_path, capsys):
