@@ -47,10 +47,8 @@ Axes: B clips, n frames of a clip, S their side in px, N visual tokens, L text t
 A heads, E head dim. Layers are pre-norm; all visual tokens share one rotary position.
 Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021 (convolutional
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
-1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
-Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020);
-Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA,
-2106.09685); Peng 2023 (NTK scaling, 2309.00071); Yu 2022 (Orca: continuous batching).
+1411.4952); Su 2021 (rotary positions, 2104.09864); Yu 2022 (Orca: continuous batching); Papineni
+2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726).
 """
 import prepare_data  # noqa: F401  first: handles Ctrl-C and missing packages
 import argparse
@@ -91,17 +89,16 @@ from kernels.attention import attention
 from kernels.decode import Cache, attend
 from kernels.linear import Linear
 from kernels.optim import MuonAdamW
-from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
-                          frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
-                          number, one_line, open_dataset, read_rows, read_text, refuse,
-                          refuse_pointer, rng, run_dir, script, sweep, write_rows,
-                          write_text)
-from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
-                       innermost, is_finished, last_step, load_step, lr_at, lying_in, moved,
-                       one_run, optimizer_tensors, option_parser, prefetch, read_config,
-                       read_header, read_log, read_tensors, refuse_nan, refuse_quantized,
-                       restore_optimizer, same_held_out, save_file, say_once, setup, start_run,
-                       take_step, tensor_sum, training_options, unwrapped)
+from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted, frames_of,
+                          is_machine_error, is_sole, json_line, lines_of, note_fault, number,
+                          one_line, open_dataset, read_rows, read_text, refuse, refuse_pointer, rng,
+                          run_dir, script, sweep, write_rows, write_text)
+from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit, innermost,
+                       is_finished, last_step, load_step, lr_at, lying_in, moved, one_run,
+                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
+                       read_log, read_tensors, refuse_nan, refuse_quantized, restore_optimizer,
+                       same_held_out, save_file, say_once, setup, start_run, take_step, tensor_sum,
+                       training_options, unwrapped)
 
 
 PAD, BOS, EOS = 0, 1, 2
@@ -127,7 +124,7 @@ def train_tokenizer(texts, vocab_size):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     least = len(SPECIAL) + len(alphabet)
     if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size}: at least {least}: all bytes and 3 marks")
+        raise ValueError(f"vocab_size {vocab_size}: at least {least}, the bytes and special tokens")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -295,9 +292,8 @@ def initialise(model, depth):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            scale = 0 if last in ("head", "words") else 1
             fan_in = module.weight[0].numel() * (2 * depth if last in ("out", "down") else 1)
-            nn.init.normal_(module.weight, std=scale * fan_in**-0.5)
+            nn.init.normal_(module.weight, std=0 if last in ("head", "words") else fan_in**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name, p in model.named_parameters():
@@ -416,10 +412,10 @@ class Request(NamedTuple):
     x: torch.Tensor             # float [n, D]
     positions: torch.Tensor     # int64 [n], or [3, n]
     image: torch.Tensor | None = None       # bool [n]: image tokens
-    said: list = []             # ids of the prompt that `penalised` counts
+    counted: list = []          # ids of the prompt that `penalised` counts
 
 
-class Row:
+class Sequence:
     """The state of a text during generation."""
 
     def __init__(self, request, most, seed):
@@ -429,7 +425,7 @@ class Row:
         self.draws = rng(seed, "token", 0, request.key).random(most)
 
 
-def side_by_side(requests):
+def pad_requests(requests):
     """(x [B, L, D], positions [B, L] or [3, B, L], image [B, L] or None) of requests, padded at
     the end: a causal model is not affected."""
     positions = pad(request.positions.movedim(-1, 0) for request in requests)
@@ -439,8 +435,7 @@ def side_by_side(requests):
 
 
 def prefill(decoder, cache, slots, rows):
-    """Runs the prompts of `rows` into their slots of the cache; returns the last hidden states
-    [B, D]."""
+    """Runs the prompts of `rows` into their slots of the cache: last hidden states [B, D]."""
     lengths = [len(row.request.ids) for row in rows]
     cache.plan(slots, 0, max(lengths) + min(len(rows[0].draws), 128))    # reserves capacity once
     start = fill_prefix(decoder, cache, slots, rows)
@@ -448,7 +443,7 @@ def prefill(decoder, cache, slots, rows):
     most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
     for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):
         slots, rows = zip(*part)
-        x, positions, image = side_by_side([row.request for row in rows])
+        x, positions, image = pad_requests([row.request for row in rows])
         counts = [len(row.request.ids) for row in rows]
         cache.plan(slots, start, x.shape[1] - start)
         h = decoder(x[:, start:], positions[..., start:], cache,
@@ -462,20 +457,13 @@ def prefill(decoder, cache, slots, rows):
 
 def choose(logits, draws, temperature, top_p, vocab, scores=None):
     """(token, log-probability) for each row of logits [B, V]: the most likely token, or with a
-    temperature one drawn by draws [B] in 0..1 from the most likely ones whose probabilities add up
-    to top_p, of the first `vocab`. `scores` replace the logits in the choice alone."""
+    temperature one of `nucleus`. `scores` replace the logits in the choice alone."""
     logprobs = logits.float().log_softmax(-1)
-    if not temperature:
-        token = (logprobs if scores is None else scores.log_softmax(-1)).argmax(-1, keepdim=True)
+    if temperature:
+        token = nucleus(logits.float() if scores is None else scores, draws, temperature, top_p,
+                        vocab)
     else:
-        scores = logits.float() if scores is None else scores
-        order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
-            dim=-1, descending=True, stable=True)
-        reach = order.values.cumsum(-1)
-        reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
-        most = reach.masked_fill(reach.isinf(), 0).amax(-1)
-        index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
-        token = order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
+        token = (logprobs if scores is None else scores.log_softmax(-1)).argmax(-1, keepdim=True)
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
@@ -493,7 +481,7 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
         if fresh:
             rows += [None] * (max(fresh) + 1 - len(rows))
             for slot, request in fresh.items():
-                rows[slot] = Row(request, most, seed)
+                rows[slot] = Sequence(request, most, seed)
             slots = list(fresh)
             h = prefill(decoder, cache, slots, [rows[slot] for slot in slots])
         else:
@@ -504,11 +492,10 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
                 return
             cache.plan()
             slots, x = list(range(len(rows))), decoder.read([[row.ids[-1]] for row in rows])
-            device = x.device
-            at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=device)
-            prompts = torch.tensor([len(row.request.ids) for row in rows], device=device)
-            h = decoder(x, at.expand(3, -1, 1) if decoder.stack.sections else at, cache, None,
-                        prompts)[:, -1]
+            at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=x.device)
+            at = at.expand(3, -1, 1) if decoder.stack.sections else at
+            prompts = torch.tensor([len(row.request.ids) for row in rows], device=x.device)
+            h = decoder(x, at, cache, None, prompts)[:, -1]
             cache.lengths = [length + 1 for length in cache.lengths]
         draws = torch.tensor([rows[slot].draws[len(rows[slot].ids)] for slot in slots])
         logits = decoder.logits(h)
@@ -557,11 +544,10 @@ class Captioner(nn.Module):
         x = self.connector(self.tower(frames))
         start = self.decoder.embed(torch.full((len(x), 1), BOS, device=x.device))
         positions, ids = self.positions(x.shape[1], 1), [-1] * x.shape[1] + [BOS]
-        requests = [Request(str(i), ids, each, positions)
-                    for i, each in enumerate(torch.cat([x, start], 1))]
-        captions = {int(request.key): (ids, score) for request, ids, score
-                 in generate(self.decoder, requests, len(x), most, {EOS})}
-        return [captions[i] for i in range(len(x))]
+        requests = [Request(str(i), ids, prompt, positions)
+                    for i, prompt in enumerate(torch.cat([x, start], 1))]
+        answers = generate(self.decoder, requests, len(x), most, {EOS})
+        return [answer[1:] for answer in sorted(answers, key=lambda answer: int(answer[0].key))]
 
 
 # -- frames of any size ----------------------------------------------------------------------------
@@ -588,16 +574,15 @@ class Frames:
 
     def __init__(self, folder, rows, size, n, mib=1024):
         self.folder, self.rows = folder, {row["key"]: row for row in rows}
-        self.size, self.n = size, n
-        capacity = int(mib * 2**20 / (4 * n * size * size * 3))
-        self.load = functools.lru_cache(maxsize=capacity)(self.load)
+        self.size, self.n, clip_bytes = size, n, 4 * n * size * size * 3
+        self.load = functools.lru_cache(maxsize=int(mib * 2**20 / clip_bytes))(self.load)
 
     def load(self, key):
         """uint8 [K, S, S, 3]"""
         row = self.rows[key]
-        wanted = set(spread(min(4 * self.n, row["frames"]), row["frames"]).tolist())
+        some = set(spread(min(4 * self.n, row["frames"]), row["frames"]).tolist())
         return np.stack([letterbox(frame, self.size)
-                         for frame in frames_of(self.folder, row, wanted)])
+                         for frame in frames_of(self.folder, row, some)])
 
     def __call__(self, key, start=0.075, stop=0.925):
         """uint8 [n, S, S, 3] from `start` to `stop` (0..1) of the clip; the default is the mean of
@@ -624,7 +609,7 @@ def draw_jitter(random):
     return np.concatenate(draws).astype(np.float32)
 
 
-def vary(frames, jitter):
+def augment(frames, jitter):
     """uint8 [B, n, S, S, 3] augmented by jitter [B, 8]: the tower's input."""
     B, n, S = frames.shape[:3]
     zoom, zero = (-jitter[:, 0]).exp(), torch.zeros_like(jitter[:, 0])
@@ -647,11 +632,8 @@ class Batch(NamedTuple):
     ids: torch.Tensor       # int64 [B, L + 1]
     blank: torch.Tensor     # bool [B, L]: masked, the decoder reads PAD
 
-    def to(self, device):
-        return Batch(self.keys, *(moved(tensor, device) for tensor in self[1:]))
 
-
-def lay_over(view, other, ground):
+def paste_moving(view, other, ground):
     """Pastes the moving objects of `other` onto the clip `view`, both uint8 [n, S, S, 3]: the
     pixels that differ from its darkest frame, `ground` [S, S, 3], except on `view`'s borders."""
     moves = np.abs(other.astype(int) - ground).max(-1) > 40
@@ -661,7 +643,7 @@ def lay_over(view, other, ground):
 def draw_batch(rows, frames, texts, args, step, others):
     """The Batch of a step; every draw is keyed by the seed, its purpose, the step and the clip. A
     share of the clips, args.paste, gets the moving objects and the caption of one of `others`."""
-    views, jitters, noises, ids, blanks = [], [], [], [], []
+    clips = []
     for row in rows:
         def random(purpose, key=row["key"]):
             return rng(args.seed, purpose, step, key)
@@ -672,17 +654,17 @@ def draw_batch(rows, frames, texts, args, step, others):
         if random("paste").random() < args.paste:      # short captions rarely name the background
             other = min((others[i] for i in random("other").integers(len(others), size=3)),
                         key=lambda row: len(row["captions"][0]["text"]))
-            view = lay_over(view, frames(other["key"], start, start + part),
+            view = paste_moving(view, frames(other["key"], start, start + part),
                             frames.load(other["key"]).min(0))
             text = f"{other['captions'][0]['text']} and {text}"
-        views.append(view)
-        jitters.append(draw_jitter(random("jitter")))
-        noises.append(random("noise").standard_normal(views[-1].shape, np.float32))
-        ids.append(texts(text))
-        blanks.append(random("blank").random(len(ids[-1]) - 1) < BLANK)
-    noise = torch.from_numpy(np.stack(noises)).movedim(-1, -3)
-    return Batch([row["key"] for row in rows], torch.from_numpy(np.stack(views)),
-                 torch.from_numpy(np.stack(jitters)), noise, pad(ids), pad(blanks))
+        ids = texts(text)
+        clips.append((view, draw_jitter(random("jitter")),
+                      random("noise").standard_normal(view.shape, np.float32), ids,
+                      random("blank").random(len(ids) - 1) < BLANK))
+    *arrays, ids, blanks = zip(*clips)
+    view, jitter, noise = (torch.from_numpy(np.stack(parts)) for parts in arrays)
+    return Batch([row["key"] for row in rows], view, jitter, noise.movedim(-1, -3), pad(ids),
+                 pad(blanks))
 
 
 def caption_loss(logits, ids):
@@ -694,15 +676,14 @@ def caption_loss(logits, ids):
 def losses(model, x, ids, blank=None):
     """[2]: the caption loss, summed over all tokens, and the words' loss, summed over clips and
     vocabulary, in nats. x float [B, n, 3, S, S]; ids int64 [B, L + 1]; blank bool [B, L]."""
-    read, wanted = ids[:, :-1], ids[:, 1:]
+    read, target = ids[:, :-1], ids[:, 1:]
     if blank is not None:
         read = read.masked_fill(blank & (read != BOS), PAD)
     logits, words = model(x, read)
-    loss = caption_loss(logits, ids)
-    holds = torch.zeros_like(words).scatter_(1, wanted, 1.0)
+    holds = torch.zeros_like(words).scatter_(1, target, 1.0)
     holds[:, :len(SPECIAL)] = 0
     presence = F.binary_cross_entropy_with_logits(words, holds, reduction="sum")
-    return torch.stack([loss, presence])
+    return torch.stack([caption_loss(logits, ids), presence])
 
 
 def own_captions(folder, rows):
@@ -748,16 +729,15 @@ def word_prior(model, texts):
 def held_out_loss(model, rows, frames, texts, size=64):
     """(Nats per token of the held-out clips, without augmentation, with their first captions; the
     one of TEMPERATURES with the lowest loss, which is high for an overconfident model.)"""
-    totals, count, device = [0.0] * len(TEMPERATURES), 0, model.words.weight.device
+    totals, count, device = np.zeros(len(TEMPERATURES)), 0, model.words.weight.device
     for i in range(0, len(rows), size):
         part = rows[i:i + size]
         x = torch.from_numpy(np.stack([frames(row["key"]) for row in part])).to(device)
         ids = pad([texts(row["captions"][0]["text"]) for row in part]).to(device)
         logits = model(to_input(x), ids[:, :-1])[0]
-        totals = [total + caption_loss(logits / t, ids).item()
-                  for total, t in zip(totals, TEMPERATURES)]
+        totals += [caption_loss(logits / t, ids).item() for t in TEMPERATURES]
         count += (ids[:, 1:] != PAD).sum().item()
-    return totals[0] / count, TEMPERATURES[int(np.argmin(totals))]
+    return float(totals[0] / count), TEMPERATURES[int(np.argmin(totals))]
 
 
 @torch.no_grad()
@@ -797,9 +777,8 @@ def report(folder, step, loss, by_frequency):
 
 def write_sheet(path, folder, rows, captions):
     """Writes a contact sheet: four frames of each clip above its caption."""
-    contact_sheet(path, [
-        (frames_of(folder, row, set(spread(4, row["frames"]).tolist())), caption)
-        for row, caption in zip(rows, captions)])
+    contact_sheet(path, [(frames_of(folder, row, set(spread(4, row["frames"]).tolist())), text)
+                         for row, text in zip(rows, captions)])
 
 
 WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
@@ -828,7 +807,7 @@ def captioned(args, run):
 
 
 def pick_caption(row, args, step):
-    """Draws one of a row's captions by their weights."""
+    """Draws one of a clip's captions by their weights."""
     weights = np.array([caption["weight"] for caption in row["captions"]])
     random = rng(args.seed, "caption", step, row["key"])
     return row["captions"][random.choice(len(weights), p=weights / weights.sum())]
@@ -870,12 +849,12 @@ def train(args, run):
         return draw_batch(picked, frames, texts, args, step, rows)
 
     def learn(step, drawn):
-        keys, view, jitter, noise, ids, blank = drawn.to(device)
-        x = vary(view, jitter) + 0.15 * noise
+        view, jitter, noise, ids, blank = (moved(tensor, device) for tensor in drawn[1:])
+        x = augment(view, jitter) + 0.15 * noise
         loss, words = losses(model, x, ids, blank) / (args.batch * length)
         (loss + WORDS * words).backward()
         norm = take_step(model, optimizer, lr_at(step, args))
-        return {"loss": loss.detach(), "words": words.detach()}, norm, keys
+        return {"loss": loss.detach(), "words": words.detach()}, norm, drawn.keys
 
     by_frequency = frequency_loss([ids[1:] for ids in captions], [
         texts(row["captions"][0]["text"])[1:] for row in held_out])
@@ -905,38 +884,31 @@ def finished(run):
     return config, step
 
 
-def load_captioner(name, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a trained run's newest checkpoint."""
-    run = run_dir(name)
-    config, step = finished(run)
-    tokenizer = open_tokenizer(run / "tokenizer.json")
-    try:
-        model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
-        model.load_state_dict(load_file(step / "model.safetensors"))
-    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-        refuse(f"{step} is damaged, or {run / 'config.json'}: {error}")
-    return model.to(device).eval().requires_grad_(False), tokenizer, config
-
-
 def resume(part, keys, block):
     """Truncates a .part file to its complete blocks of clips in the order of `keys`; returns their
     number of clips. Resuming at whole blocks writes the same bytes as an unbroken run."""
-    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
+    lines = part.read_bytes().split(b"\n")[:-1]
     n = len(list(itertools.takewhile(
         lambda pair: pair[0].startswith(json_line({"key": pair[1]})[:-2].encode()),
         zip(lines, keys))))
     n = n if n == len(keys) else n - n % block
-    if part.exists():
-        os.truncate(part, sum(len(line) + 1 for line in lines[:n]))
+    os.truncate(part, sum(len(line) + 1 for line in lines[:n]))
     return n
 
 
 def own_writer(name, folder, rows, args, device):
     """(load, write) of a captioner of our own: load(row) runs in a thread; write(pairs of a row and
     the loaded frames) yields (key, caption, prompt, scores) in any order."""
-    model, tokenizer, config = load_captioner(name, device)
+    run = run_dir(name)
+    (config, step), tokenizer = finished(run), open_tokenizer(run / "tokenizer.json")
+    try:
+        model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
+        model.load_state_dict(load_file(step / "model.safetensors"))
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        refuse(f"{step} is damaged, or {run / 'config.json'}: {error}")
+    model.to(device).eval().requires_grad_(False)
     frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
-    most, temperature = config["args"]["max_tokens"], run_temperature(run_dir(name))
+    most, temperature = config["args"]["max_tokens"], run_temperature(run)
     read = ((row["key"], load_or_fault(lambda row: frames(row["key"]), row))
             for row in Stream(rows, 0).take(0, len(rows)))
     others = {key: to_input(torch.from_numpy(view).to(device)) for key, view in itertools.islice(
@@ -945,15 +917,15 @@ def own_writer(name, folder, rows, args, device):
     def write(pairs):
         for group in in_groups(pairs, args.batch):
             x = to_input(torch.from_numpy(np.stack([view for _, view in group])).to(device))
-            said = model.generate(x, most)
-            ids = pad([[BOS, *ids, EOS] for ids, _ in said]).to(device)
+            captions = model.generate(x, most)
+            ids = pad([[BOS, *ids, EOS] for ids, _ in captions]).to(device)
             four = torch.stack([torch.stack(
                 [other for key, other in others.items() if key != row["key"]][:4] or [view])
                 for (row, _), view in zip(group, x)])
             sure = certainty(model, x, four, ids, temperature).tolist()
             yield from ((row["key"], tokenizer.decode(ids).strip(), "",
                          {"logprob": score, "sure": sure})
-                        for (row, _), (ids, score), sure in zip(group, said, sure))
+                        for (row, _), (ids, score), sure in zip(group, captions, sure))
 
     return lambda row: frames(row["key"]), write
 
@@ -1022,32 +994,31 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                 **({"rejected": reason} if reason else {})})
             flush()
         flush()
-        written = read_rows(part)
-        rejected = [row for row in written if "rejected" in row]
+        records, crc = read_rows(part), path.with_name(f"{path.name}.crc")
+        rejected = [record for record in records if "rejected" in record]
         if rejected:
             write_rows(rejected_path(path), rejected)
         else:
             rejected_path(path).unlink(missing_ok=True)      # of an earlier run
-        path.with_name(f"{path.name}.crc").unlink(missing_ok=True)
-        write_rows(path, [row for row in written if "rejected" not in row])
-        write_sum(path)
+        crc.unlink(missing_ok=True)
+        write_rows(path, [record for record in records if "rejected" not in record])
+        write_text(crc, f"{zlib.crc32(path.read_bytes())}\n")
         part.unlink()
     remove_parts(path)
 
 
-def write_sum(path):
-    write_text(path.with_name(f"{path.name}.crc"), f"{zlib.crc32(path.read_bytes())}\n")
+def captioned_records(path):
+    """The records of a shard's captions, rejected ones included."""
+    return [record for file in (path, rejected_path(path)) if path.exists() and file.exists()
+            for record in read_rows(file)]
 
 
 def is_captioned(path, keys, args):
-    """Whether a shard's captions are written, for all of `keys`. Completes what a killed run left:
-    the checksum, and the removal of the .part file."""
-    files = [file for file in (path, rejected_path(path)) if path.exists() and file.exists()]
-    if not set(keys) <= {row["key"] for file in files for row in read_rows(file)}:
+    """Whether the captions of all `keys` are written; removes what other commands left unfinished.
+    A run that was killed after writing them still has its `part_path`, and ends again."""
+    if part_path(path, args).exists() or not set(keys) <= {
+            record["key"] for record in captioned_records(path)}:
         return False
-    if files and part_path(path, args).exists() and \
-            not path.with_name(f"{path.name}.crc").exists():
-        write_sum(path)
     remove_parts(path)
     return True
 
@@ -1077,12 +1048,12 @@ def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
-    missing = sum(args.all or not row["captions"] for row in rows)
-    if not missing:
+    wanted = [row for row in rows if args.all or not row["captions"]]
+    if not wanted:
         return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing to do "
                      "(--all captions them too)", file=sys.stderr)
     if not args.vlm and not run_dir(vlm).exists():
-        refuse(f"{folder}: {missing} clips have no caption, and no captioner has been trained "
+        refuse(f"{folder}: {len(wanted)} clips have no caption, and no captioner has been trained "
                f"({run_dir(vlm)}). Train one (--train). {WITHOUT}")
     config = read_published(run_dir(vlm) / "config.json", {"kind": "captioner", "model": {}})
     is_own = "kind" in config and "init" not in config.get("model", {})
@@ -1091,19 +1062,15 @@ def caption(args):
     run = args.source or (run if is_own else f"{run}-{args.style}")
     if run in {caption["source"] for row in rows for caption in row["captions"]}:
         refuse(f"{run} is a source of {folder}'s own captions: give another --source")
-    shards = {}
-    for row in rows:
-        if args.all or not row["captions"]:
-            shards.setdefault(row["shard"], []).append(row)
     if not os.access(folder, os.W_OK):
         refuse(f"{folder} cannot be written to: captions are kept beside its shards")
     sweep(folder)                        # temporary files of a killed run
-    sheet, todo = folder / f"captions-{run}.png", []
-    for shard in sorted(shards)[rank::world]:
-        path = folder / f"{shard}.captions-{run}.jsonl"
-        if not is_captioned(path, [row["key"] for row in shards[shard]], args):
-            todo.append((path, shards[shard]))
-    wanted = [row for shard in sorted(shards) for row in shards[shard]]
+    sheet, shards = folder / f"captions-{run}.png", {}
+    for row in sorted(wanted, key=lambda row: row["shard"]):
+        shards.setdefault(folder / f"{row['shard']}.captions-{run}.jsonl", []).append(row)
+    todo = [(path, mine) for path, mine in [*shards.items()][rank::world]
+            if not is_captioned(path, [row["key"] for row in mine], args)]
+    wanted = [*itertools.chain.from_iterable(shards.values())]
     if todo:
         load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
         scorer = Scorer(args, folder, rows, device) if args.clip else None
@@ -1114,21 +1081,20 @@ def caption(args):
     barrier()
     if rank:
         return
-    files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
-    files += filter(Path.exists, map(rejected_path, files.copy()))
     keys = {row["key"] for row in wanted}
-    said = {row["key"]: row for path in files for row in read_rows(path) if row["key"] in keys}
-    texts = {key: row["caption"] for key, row in said.items() if "rejected" not in row}
-    if wanted and (todo or not sheet.exists()):
+    records = {record["key"]: record for path in shards for record in captioned_records(path)
+               if record["key"] in keys}
+    texts = {key: record["caption"] for key, record in records.items() if "rejected" not in record}
+    if todo or not sheet.exists():
         shown = [row for row in Stream(wanted, 0).take(0, min(36, len(wanted)))
-                 if said[row["key"]].get("rejected") != UNREADABLE]
+                 if records[row["key"]].get("rejected") != UNREADABLE]
         write_sheet(sheet, folder, shown, [
-            texts.get(row["key"], "(rejected) " + said[row["key"]]["caption"]) for row in shown])
-    reasons = Counter(row["rejected"] for row in said.values() if "rejected" in row)
-    others = "; " + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) + (
-        f", see shard-*.rejected-captions-{run}.jsonl")
-    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
-          + others * bool(reasons), file=sys.stderr)
+            texts.get(row["key"], "(rejected) " + records[row["key"]]["caption"]) for row in shown])
+    reasons = Counter(record["rejected"] for record in records.values() if "rejected" in record)
+    rejects = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}" + (
+        f"; {rejects}, see shard-*.rejected-captions-{run}.jsonl" if rejects else ""),
+        file=sys.stderr)
     print(f"look at {sheet}; remove these captions: rm {folder}/shard-*captions-{run}.jsonl*",
           file=sys.stderr)
     if args.eval:
@@ -1148,19 +1114,20 @@ def grams(words):
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def bleu(guesses, correct, length, nearest):
-    """BLEU-1 to BLEU-4 from n-gram counts by n, and the lengths of the candidate and reference."""
-    products = np.cumprod((np.array(correct) + 1e-15) / (np.array(guesses) + 1e-9))
+def bleu(counts):
+    """BLEU-1 to BLEU-4 of `bleu_counts` of a caption, or of their sum."""
+    guesses, correct, (length, nearest) = np.split(counts, [4, 8])
+    products = np.cumprod((correct + 1e-15) / (guesses + 1e-9))
     ratio = (length + 1e-15) / (nearest + 1e-9)
     return (products ** (1 / np.arange(1, 5)) * math.exp(min(0, 1 - 1 / ratio))).tolist()
 
 
 def bleu_counts(mine, texts):
-    """The arguments of `bleu` for one caption."""
+    """[10]: n-grams by n, those that are in a reference, and the two texts' lengths."""
     counts, best = grams(mine), functools.reduce(lambda a, b: a | b, map(grams, texts))
     correct = [sum(min(n, best[g]) for g, n in counts.items() if len(g) == k) for k in range(1, 5)]
-    return ([max(0, len(mine) - k) for k in range(4)], correct, len(mine),
-            min((abs(len(text) - len(mine)), len(text)) for text in texts)[1])
+    nearest = min((abs(len(text) - len(mine)), len(text)) for text in texts)[1]
+    return np.array([*(max(0, len(mine) - k) for k in range(4)), *correct, len(mine), nearest])
 
 
 def rouge_l(mine, texts):
@@ -1184,7 +1151,6 @@ def score_captions(candidates, references, words=words_of):
     texts = {key: [words(text) for text in references[key]] for key in candidates}
     mine = {key: words(text) for key, text in candidates.items()}
     counted = {key: bleu_counts(mine[key], texts[key]) for key in mine}
-    sums = [np.sum(figures, 0) for figures in zip(*counted.values())]
     counts = {key: [grams(text) for text in texts[key]] for key in texts}
     seen = Counter(g for figures in counts.values() for g in set().union(*figures))
 
@@ -1204,12 +1170,11 @@ def score_captions(candidates, references, words=words_of):
                 total += dot / (norm or 1) * math.exp(-(length - other)**2 / 72)
         return 10 * total / 4 / len(counts[key])
 
-    figures = {"bleu_each": {key: bleu(*counted[key]) for key in mine},
-            "rouge_l_each": {key: rouge_l(mine[key], texts[key]) for key in mine},
-            "cider_each": {key: cider(key) for key in mine}}
-    return {"bleu": bleu(*sums), **figures, **{
-        name: float(np.mean(list(figures[f"{name}_each"].values())))
-        for name in ("rouge_l", "cider")}}
+    rouges = {key: rouge_l(mine[key], texts[key]) for key in mine}
+    ciders = {key: cider(key) for key in mine}
+    return {"bleu": bleu(sum(counted.values())), "rouge_l": float(np.mean([*rouges.values()])),
+            "cider": float(np.mean([*ciders.values()])), "rouge_l_each": rouges,
+            "cider_each": ciders, "bleu_each": {key: bleu(counted[key]) for key in mine}}
 
 
 def evaluate(path, rows, texts):
@@ -1247,7 +1212,8 @@ def parse(argv=None):
     add("--batch", type=number(int, 1), default=32,
         help="clips per step, over all ranks, or captioned at a time (%(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="captioner-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--model", default="captioner-xs", choices=sorted(MODELS),
+        help="size of the captioner to train (%(default)s)")
     add("--vocab", type=number(int, 259), default=512,
         help="largest vocabulary of the captions' BPE, 259 or more tokens (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
@@ -1269,8 +1235,6 @@ def parse(argv=None):
                                          "few train", "template vlm lm init")):
         if getattr(args, name) and not any(getattr(args, other) for other in others):
             refuse(f"--{name} goes with " + " or ".join(f"--{other}" for other in others))
-    if args.source and not re.fullmatch(r"[\w.-]+", args.source):
-        refuse(f"--source {args.source}: it may hold letters, digits, '.', '-' and '_'")
     return args
 
 
@@ -1292,6 +1256,10 @@ def main(argv=None):
 
 
 # == published weights: key maps, text encoders ====================================================
+#
+# Papers: Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP,
+# 2103.00020); Ainslie 2023 (grouped queries, 2305.13245); Hu 2021 (LoRA, 2106.09685); Peng 2023
+# (NTK scaling, 2309.00071).
 
 
 def read_published(path, missing=None):
@@ -1318,7 +1286,7 @@ def read_as_config(where, name="config.json"):
     except ValueError as error:
         refuse(f"{where}: {error}")
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
+        refuse(f"{where}: a value in its {name} does not fit: {' '.join(str(error).split())[:200]}")
 
 
 TANH = functools.partial(F.gelu, approximate="tanh")
@@ -1375,8 +1343,8 @@ def scaled_rotary(positions, stack, prompts=None):
 
 
 class ExpertLayer(Layer):
-    """A Layer with other weights for image tokens: its own (stack.expert -1, CogVLM), or ours plus
-    a product of that rank (InternLM-XComposer2)."""
+    """A Layer with other weights for image tokens: separate ones (stack.expert -1, CogVLM), or the
+    text's plus a product of rank stack.expert (InternLM-XComposer2)."""
 
     def __init__(self, stack):
         super().__init__(stack)
@@ -1400,8 +1368,8 @@ class ExpertLayer(Layer):
 
 
 def fill_prefix(decoder, cache, slots, rows):
-    """Runs the tokens that all prompts begin with once, from 16 on, and copies their keys and
-    values into the slots; returns their number."""
+    """Runs the tokens that all prompts begin with once, if they are 16 or more, and copies their
+    keys and values into the slots; returns their number, or 0."""
     lengths = [len(row.request.ids) for row in rows]
     if cache.prefix is None:
         texts = [[str(i) for i in row.request.ids] for row in rows]
@@ -1420,22 +1388,34 @@ def fill_prefix(decoder, cache, slots, rows):
     return start
 
 
+def nucleus(scores, draws, temperature, top_p, vocab):
+    """Draws a token [B, 1] for each row of scores [B, V] by draws [B] in 0..1, from the most likely
+    ones whose probabilities add up to top_p, of the first `vocab`."""
+    order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
+        dim=-1, descending=True, stable=True)
+    reach = order.values.cumsum(-1)
+    reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
+    most = reach.masked_fill(reach.isinf(), 0).amax(-1)
+    index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
+    return order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
+
+
 def penalised(logits, rows, penalty, size):
     """Logits [B, V] after repetition_penalty and no_repeat_ngram_size, as transformers applies them
     to prompt and answer: the logit of a token that a row holds is divided by `penalty`, or
     multiplied below 0; a token that would repeat `size` tokens (0: any may) gets -inf."""
     scores, ends = logits.float().clone(), []
     for row in rows:
-        ids = row.request.said + row.ids
+        ids = row.request.counted + row.ids
         row.seen.update(dict.fromkeys(ids[row.n_noted:]))
         for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
             row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
         row.n_noted = len(ids)
         ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
-    places = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
-                                              for n, row in enumerate(rows)])).to(scores.device)
-    seen = scores.view(-1)[places]
-    scores.view(-1)[places] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    index = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
+                                             for n, row in enumerate(rows)])).to(scores.device)
+    seen = scores.view(-1)[index]
+    scores.view(-1)[index] = torch.where(seen < 0, seen * penalty, seen / penalty)
     for score, banned in zip(scores, ends):
         if banned:
             score[banned] = -torch.inf
@@ -1456,7 +1436,7 @@ USUALLY = {     # our name: a module's name in most files | in Wan's CLIP
     "connector.2": "multi_modal_projector.linear_2", "textual": "text_projection"}
 
 
-def name_there(name, weights):
+def published_name(name, weights):
     """The file's name for one of ours; for a missing tensor derived from a similar one, of another
     layer or the weight of the same bias."""
     def form(name):
@@ -1498,11 +1478,11 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
             faults.append((there, f"{str(tensor.dtype)[6:]}, as quantized weights are"))
         else:
             state[name] = tensor.to(device, dtype)
-            read[name_there(there, weights)] = state[name]
+            read[published_name(there, weights)] = state[name]
     faults += [(name, "unexpected") for name in sorted(weights)
                if name not in used and not re.fullmatch(ignored, name)]
     if faults:
-        lines = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
+        lines = [f"{published_name(name, weights)} is {what}" for name, what in faults[:8]]
         refuse(f"{where}: " + "; ".join(lines) + f"; {len(faults)} in all" * (len(faults) > 8))
     refuse_nan(read, where)
     model.load_state_dict(state, assign=True)
@@ -1822,8 +1802,8 @@ def text_path(folder, shard, name):
 
 def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0, world=1):
     """Writes the prompt embeddings of the captions of `rows`, of the empty prompt and of a negative
-    prompt: one file per shard, in which tensor "7" belongs to text 7 of the header. A file with all
-    of them is kept; one without is rewritten, with the texts that it has."""
+    prompt: one file per shard, in which tensor "7" belongs to text 7 of the header. A file that has
+    all of them is kept; else it is rewritten, with its other texts."""
     most, shards = max_length or encoder.max_length, {}
     for row in rows:
         texts = shards.setdefault(row["shard"], {"", negative})
@@ -2047,7 +2027,7 @@ class ChatTemplate:
             with warnings.catch_warnings(action="ignore"):               # invalid escapes
                 self.tree = ast.parse("\n".join(self.lines(bounded(text))))
         except (SyntaxError, RecursionError, MemoryError) as error:
-            raise ValueError(f"its grammar is not known: {error}") from None
+            raise ValueError(f"its grammar is not supported: {error}") from None
 
     def lines(self, text):
         """Yields lines of Python: texts and {{ }} become expression statements."""
@@ -2063,7 +2043,7 @@ class ChatTemplate:
                 yield f"{' ' * depth}({inside})"
             elif part[1] == "%":
                 if not (tag := re.fullmatch(r"(\w+)\s*(.*)", inside)):
-                    raise ValueError(f"its tag {part:.40} is not known")
+                    raise ValueError(f"its tag {part:.40} is not supported")
                 word, rest = tag.groups()
                 if word == "for":                    # for … in … if …
                     rest = re.sub(r"^(.+?) in (.+) if ((?!.* else ).+)$",
@@ -2103,7 +2083,7 @@ class ChatTemplate:
             self.run(self.tree.body, names)
             return bounded("".join(self.written))
         except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"{str(error):.100} is not known") from None
+            raise ValueError(f"{str(error):.100} is not supported") from None
 
     def run(self, body, names):
         for node in body:
@@ -2133,7 +2113,7 @@ class ChatTemplate:
                 case ast.Pass():
                     pass
                 case _:
-                    raise ValueError(f"{type(node).__name__} is not known")
+                    raise ValueError(f"{type(node).__name__} is not supported")
 
     def macro(self, node, names, *args, **named):
         words = [arg.arg for arg in node.args.args]
@@ -2210,7 +2190,7 @@ class ChatTemplate:
             case ast.Call():
                 return self.called(node, names)
             case _:
-                raise ValueError(f"{type(node).__name__} is not known")
+                raise ValueError(f"{type(node).__name__} is not supported")
 
     def filtered(self, value, node, names):
         """Applies the filter, or chain of filters, after "|"."""
@@ -2242,7 +2222,7 @@ class ChatTemplate:
     def day(self, form):
         self.is_dated = True
         if not re.fullmatch(r"(%[A-Za-z]|[^%]){1,40}", form):
-            raise ValueError("strftime_now is called by a form that is not known")
+            raise ValueError("strftime_now is called with a format that is not supported")
         return datetime.datetime.strptime(TODAY, "%d %b %Y").strftime(form)
 
 
@@ -2402,7 +2382,7 @@ def language_stack(config, **more):
     kind = config.get("model_type")
     law, rope = rope_of(config)
     if law not in ROPES:
-        raise ValueError(f"rope_scaling {law} is not known: {', '.join(ROPES)} are")
+        raise ValueError(f"rope_scaling {law} is not supported: {', '.join(ROPES)} are")
     for name in ("attention_bias", "mlp_bias", "bias", "use_sliding_window"):
         if config.get(name):
             raise ValueError(f"{name} is {config[name]}, which is not supported for a {kind}")
@@ -2518,7 +2498,8 @@ class GluHead(nn.Module):
 
 
 def mlp_connector(*layers):
-    """A Sequential with the published indices: (in, out) is a linear layer, a width a norm."""
+    """A Sequential with the published indices: (in, out) is a linear layer, a width a norm, or
+    "gelu"."""
     return nn.Sequential(*[nn.GELU() if part == "gelu" else nn.LayerNorm(part)
                            if isinstance(part, int) else Linear(*part) for part in layers])
 
@@ -2623,9 +2604,9 @@ def chat_of(tokens, where, spec):
     plain = f"{mark}{gap}{{q}}" if slot else "{q}"
 
     def render(content, *answer):
-        said = [{"role": "user", "content": content}] + [
-            {"role": "assistant", "content": each} for each in answer]
-        return template.render(**tokens.marks, messages=said, tools=None, documents=None,
+        messages = [{"role": "user", "content": content}] + [
+            {"role": "assistant", "content": part} for part in answer]
+        return template.render(**tokens.marks, messages=messages, tools=None, documents=None,
                                add_generation_prompt=not answer, enable_thinking=False)
     for content in (parts, plain) if slot else (plain, parts):
         try:
@@ -3120,9 +3101,9 @@ class VLM(nn.Module):
                                     positions - last + first + 2)
             seen[last] = False                           # the end token has the text's weights
         slot = self.tokens.id(self.spec.slot if seconds is None else self.spec.video_slot)
-        said = [slot if i < 0 else i for i in ids if i >= 0 or slot is not None]
+        counted = [slot if i < 0 else i for i in ids if i >= 0 or slot is not None]
         return Request(key, ids, x, positions.to(x.device), seen.to(x.device),
-                       said * self.spec.counts_prompt)
+                       counted * self.spec.counts_prompt)
 
     def grid_positions(self, runs, pixels, seconds):
         """int64 [3, n], Qwen2-VL's positions: text has the same in all three, visual tokens have
@@ -3338,30 +3319,46 @@ def fault(text, style):
 
 def published_options(parser):
     """The options of published captioners."""
-    add = parser.add_argument_group("published captioners").add_argument
-    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
-    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
-    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
-        "for image or video")
-    add("--summary", help="the question to --lm: text, or a text file, with {notes}, {meta}, {ask}")
-    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
-        "uniform:8, for --lm uniform:4, else uniform:1)")
-    add("--source", help="name of these captions in the data set (the folder's name and the style)")
-    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
-        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
-        "apply (%(default)s)")
-    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
-        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
-    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
-    add("--template", choices=sorted(CHATS), metavar="NAME", help="chat format of --lm, or else "
-        "of --vlm or --init: " + ", ".join(CHATS) + " (as its folder's chat template says)")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
-    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
-    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
-    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
-    add("--tune", default="connector", choices=["connector", "lora", "all"],
-        help="the weights of --init to train (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 by default")
-    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
+    language = [kind for kind, make in FAMILIES.items() if make is plain_lm]
+    captioners = [kind for kind, make in FAMILIES.items() if make is not plain_lm]
+    add = parser.add_argument_group("published captioners", "--vlm and --init take folders of the "
+                                    f"model types {', '.join(captioners)}").add_argument
+    add("--lm", metavar="DIR", help="language model that merges the captions of a clip's frames: "
+        f"{', '.join(language)} (none)")
+    add("--style", default="long", choices=sorted(STYLES),
+        help="the question, and the valid length of a caption (%(default)s)")
+    add("--prompt", help="another question: text, or a text file; {what} becomes image or video")
+    add("--summary", help="the question to --lm: text, or a text file, with {notes} for the "
+        "frames' captions, {meta} for the metadata's, {ask} for the --prompt")
+    add("--frames", type=frame_rule, metavar="RULE", help="frames that the captioner gets: "
+        "uniform:N evenly spaced, fps:X per second, key:N by change (of a video uniform:8, for "
+        "--lm uniform:4, else uniform:1)")
+    add("--source", type=source_name,
+        help="name of these captions in the data set (the folder's name and the style)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="sampling temperature, 0 to "
+        "10; of generation_config.json only repetition_penalty and no_repeat_ngram_size apply "
+        "(%(default)s: greedy)")
+    add("--top_p", type=number(float, 1e-6, 1), default=1.0, help="nucleus sampling: total "
+        "probability of the most likely tokens to draw from, up to 1 (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], help="dtype of the weights (bf16 on CUDA, else fp32)")
+    add("--template", choices=sorted(CHATS), metavar="NAME", help="chat format of --lm, or "
+        f"without it of --vlm or --init: {', '.join(CHATS)} (the folder's chat template)")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer (the folder of --vlm)")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder, for the score clip: the mean cosine "
+        "of caption and frames (none)")
+    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP, for the score "
+        "aesthetic (none)")
+    add("--init", metavar="DIR", help="with --train: the published captioner to fine-tune (none)")
+    add("--tune", default="connector", choices=["connector", "lora", "all"], help="the weights of "
+        "--init to train (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 by default")
+    add("--rank", type=number(int, 1), default=8, help="rank of --tune lora (%(default)s)")
+
+
+def source_name(text):
+    """argparse type: a part of a file's name."""
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' may hold only letters, digits, '.', '-', '_'")
+    return text
 
 
 def frame_rule(text):
@@ -3401,10 +3398,10 @@ def text_option(value):
         text = read_text(value, "--prompt")
     elif value.endswith(".txt"):
         refuse(f"{value} is missing")
-    return text.strip() or refuse(f"'{value}' is an empty prompt")
+    return text.strip() or refuse(f"'{value}' holds no text")
 
 
-def asked(args, is_video):
+def question_for(args, is_video):
     """The question about a clip."""
     ask = text_option(args.prompt) if args.prompt else STYLES[args.style][0]
     return ask.replace("{what}", "video" if is_video else "image")
@@ -3414,14 +3411,14 @@ def sampling_rules(vlm, name, args, lm=None):
     """(Whether the model takes a video, the rule of `pick_frames`, the question.)"""
     is_video = bool(vlm.spec.frames) and not lm
     for model in (vlm, *filter(None, [lm])):         # refuse a wrong tokenizer now
-        ids = model.read(model.prompt(asked(args, is_video)))[0]
+        ids = model.read(model.prompt(question_for(args, is_video)))[0]
         check_ids(ids, model.decoder.embed.num_embeddings, model.where)
     rule = args.frames or ["uniform", vlm.spec.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
         refuse(f"{name} takes one frame at a time: " + (
             "leave --frames out" if args.train else "give --lm DIR, which merges the captions of "
             "several, or --frames uniform:1"))
-    return is_video, rule, asked(args, is_video)
+    return is_video, rule, question_for(args, is_video)
 
 
 def frames_for(vlm, prompt, is_video, rule, folder, row):
@@ -3442,7 +3439,7 @@ def vlm_writer(name, folder, rows, args, device):
                          None if args.lm else args.template)
     lm = open_vlm(args.lm, device, dtype, sees=False, template=args.template) if args.lm else None
     is_video, rule, question = sampling_rules(vlm, name, args, lm)
-    template = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
+    template = text_option(args.summary or SUMMARY).replace("{ask}", question_for(args, True))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
@@ -3452,22 +3449,21 @@ def vlm_writer(name, folder, rows, args, device):
 
     def notes(pairs):
         """Yields (key, times, texts, mean log-probability) when all frames of a clip have texts."""
-        open_, said = {}, {}
+        waiting, answers = {}, {}
 
         def requests():
             for group in in_groups(pairs, args.batch):
-                open_.update({row["key"]: loaded for row, loaded in group})
-                asked = [(f"{row['key']}#{i}", read) for row, (reads, _) in group
-                         for i, read in enumerate(reads)]
+                waiting.update({row["key"]: loaded for row, loaded in group})
+                frames = [(f"{row['key']}#{i}", read) for row, (reads, _) in group
+                          for i, read in enumerate(reads)]
                 with torch.no_grad():
-                    yield from vlm.requests(*zip(*asked))
+                    yield from vlm.requests(*zip(*frames))
         for name, text, score in vlm.write(requests(), **how):
             key, _, i = name.rpartition("#")
-            said.setdefault(key, {})[int(i)] = tidy(text), score
-            if len(said[key]) == len(open_[key][0]):
-                texts, scores = zip(*(said[key][i] for i in range(len(said[key]))))
-                del said[key]
-                yield key, open_.pop(key)[1], texts, float(np.mean(scores))
+            answers.setdefault(key, {})[int(i)] = tidy(text), score
+            if len(answers[key]) == len(waiting[key][0]):
+                texts, scores = zip(*(answer for _, answer in sorted(answers.pop(key).items())))
+                yield key, waiting.pop(key)[1], texts, float(np.mean(scores))
 
     def write(pairs):
         if not lm:
@@ -3585,8 +3581,8 @@ class Scorer:
         x = self.model.tower(x)                      # CLIP uses the first token, SigLIP all
         seen = F.normalize(self.model.visual(x if self.is_siglip else x[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)
-        said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
-        scores = {"clip": (seen @ said[0]).mean().item()}
+        read = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
+        scores = {"clip": (seen @ read[0]).mean().item()}
         if self.head:
             weight, bias = self.head["weight"].to(seen), self.head["bias"].to(seen)
             scores["aesthetic"] = F.linear(seen, weight, bias).mean().item()
@@ -3657,7 +3653,7 @@ def answer_loss(model, requests, answers):
             x=torch.cat([request.x, decoder.read(ids[:-1])]),
             positions=torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1),
             image=F.pad(request.image, (0, len(ids) - 1))))
-    x, positions, image = side_by_side(texts)
+    x, positions, image = pad_requests(texts)
     h = decoder(x, positions, image=image, prompts=torch.tensor(
         [len(request.ids) for request in requests], device=x.device))
     h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
@@ -3717,8 +3713,8 @@ def tune(args, run):
     def held_out_nats(done):
         total, count = 0.0, 0
         for row in held_out[:64]:
-            key, asked, ids = read(row, row["captions"][0])
-            total += answer_loss(model, model.requests([key], [asked]), [ids]).item()
+            key, prompt, ids = read(row, row["captions"][0])
+            total += answer_loss(model, model.requests([key], [prompt]), [ids]).item()
             count += len(ids)
         return report(run, done, total / count, by_frequency)
 
