@@ -106,6 +106,9 @@ SPECIAL = ["<pad>", "<bos>", "<eos>"]
 WORDS, BLANK = 2.0, 0.1     # training: weight of the words' loss, share of masked input tokens
 TEMPERATURES = 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0      # see `certainty`
 FEWEST = 300        # captioned clips to train on
+UNREADABLE = "cannot be read"           # the reason that rejects a clip without frames
+WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
+           "leave this stage out: train_dit.py also trains without captions")
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -591,14 +594,9 @@ class Frames:
         return frames[spread(self.n, len(frames), start, stop)]
 
 
-def normalise(x):
-    """Levels 0..1 to about -1..2; black is -1.2."""
-    return (x - 0.4) * 3
-
-
 def to_input(frames):
-    """uint8 [B, n, S, S, 3] to the tower's input, float [B, n, 3, S, S]."""
-    return normalise(frames.movedim(-1, -3).float() / 255)
+    """uint8 [B, n, S, S, 3] to the tower's input, float [B, n, 3, S, S]; black is -1.2."""
+    return (frames.movedim(-1, -3).float() / 255 - 0.4) * 3
 
 
 def draw_jitter(random):
@@ -613,10 +611,10 @@ def augment(frames, jitter):
     """uint8 [B, n, S, S, 3] augmented by jitter [B, 8]: the tower's input."""
     B, n, S = frames.shape[:3]
     zoom, zero = (-jitter[:, 0]).exp(), torch.zeros_like(jitter[:, 0])
-    turn = torch.stack([zoom, zero, jitter[:, 1], zero, zoom, jitter[:, 2]], 1).view(B, 2, 3)
-    grid = F.affine_grid(turn, (B, 1, S, S), align_corners=False)
+    theta = torch.stack([zoom, zero, jitter[:, 1], zero, zoom, jitter[:, 2]], 1).view(B, 2, 3)
+    grid = F.affine_grid(theta, (B, 1, S, S), align_corners=False)
     x = frames.movedim(-1, -3).flatten(1, 2).float() / 255               # [B, 3 n, S, S]
-    x = normalise(F.grid_sample(x, grid, align_corners=False)).view(B, n, 3, S, S)
+    x = (F.grid_sample(x, grid, align_corners=False) - 0.4).view(B, n, 3, S, S) * 3
     light = (jitter[:, 4:5] + jitter[:, 5:]).view(B, 1, 3, 1, 1)
     return x * jitter[:, 3].exp().view(B, 1, 1, 1, 1) + light
 
@@ -781,10 +779,6 @@ def write_sheet(path, folder, rows, captions):
                          for row, text in zip(rows, captions)])
 
 
-WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
-           "leave this stage out: train_dit.py also trains without captions")
-
-
 def captioned(args, run):
     """(folder, training rows, at most 256 held-out rows), all with captions of the metadata. A new
     run with fewer than FEWEST clips needs --few, which is not kept in the run's config."""
@@ -940,9 +934,6 @@ def in_groups(items, n):
     items = iter(items)
     while group := list(itertools.islice(items, n)):
         yield group
-
-
-UNREADABLE = "cannot be read"           # the reason that rejects a clip without frames
 
 
 def load_or_fault(load, row):
