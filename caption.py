@@ -1,70 +1,56 @@
-"""Stage 3, captions: by a captioner learnt from the captioned clips, or by published models.
+"""Stage 3, captions: train a captioner on the captioned clips, or run a published one.
 
 In:   data/NAME/ as prepare_data.py left it.
 Out:  runs/NAME-captioner/  (--train) config.json, tokenizer.json (byte-level BPE of the captions),
-                            log.jsonl, samples/ (held-out frames and what it says), step-000100/
-      data/NAME/shard-00000.captions-RUN.jsonl   one row a clip {"key", "caption", "prompt",
-                            "scores": {"logprob": mean over the tokens, "sure": --sure, …}};
-                            beside it shard-00000.rejected-captions-RUN.jsonl, those that will
-                            not do, each with its reason in "rejected";
+                            log.jsonl, samples/ (held-out frames with captions), step-000100/
+      data/NAME/shard-00000.captions-RUN.jsonl   one record per clip {"key", "caption", "prompt",
+                            "scores": {"logprob": mean over the tokens, "sure": see --sure, …}};
                             data/NAME/captions-RUN.png; captions-RUN.eval.json (--eval)
-      data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) the captions as a published
-                            text encoder reads them; HASH8 names the encoder
+      data/NAME/shard-00000.rejected-captions-RUN.jsonl   records that failed a check, with the
+                            reason in "rejected"
+      data/NAME/shard-00000.text-HASH8.safetensors   (encode_captions) prompt embeddings of the
+                            captions by the text encoder HASH8
 
-The idea: a vision tower turns frames into tokens, a connector turns these into the decoder's width,
-and a decoder reads them as the beginning of its text and goes on with the caption. Two things make
-it learn from some hundred clips in two minutes: a second loss asks of the visual tokens alone which
-words the caption holds (the strongest token answers), and a share of the words that the decoder
-reads is blanked, so that it has to look instead of remembering. The same loss without the words'
-share, or with AdamW in place of Muon, leaves the tower far behind (tests/README.md).
+The idea: a vision tower turns frames into tokens, a connector maps these to the decoder's width,
+and a causal decoder reads them as the prefix of the caption. Two additions make a few hundred clips
+and two minutes enough: a second loss predicts from the visual tokens alone which words the caption
+holds (the highest logit of all tokens counts), and some of the decoder's input tokens are masked,
+so that it has to use the frames. Without the second loss, or with AdamW instead of Muon, the tower
+stays far behind (tests/README.md).
 
-Frames: --model says how many. They are spread evenly from a clip's first frame to its last (a still
-is repeated), scaled to fit a square, bicubic, their shape kept, centred on black. For training
-they are spread over a random 70 to 100% of the clip, zoomed, shifted, tinted and made noisy, all
-frames of a clip alike; never mirrored, since a caption may say left or right.
+Frames: --model sets their number. They are evenly spaced from a clip's first frame to its last (a
+still image is repeated) and resized, bicubic, to fit a square, with black borders. In training they
+span a random 70 to 100% of the clip, with zoom, shift, tint and noise, the same for all frames of a
+clip. They are never mirrored, since a caption may say left or right.
 
     python caption.py demo --train --paste 0.1   # two minutes on two cores, after prepare_data.py
-    python caption.py demo                       # captions the clips that have none: seconds
-    python caption.py demo --train --run quick --steps 10                # a look, under a minute
+    python caption.py demo                       # captions the clips without one: seconds
+    python caption.py demo --train --run quick --steps 10                # a trial, under a minute
     torchrun --nproc_per_node 8 caption.py mine --train --model captioner-s
     torchrun --nproc_per_node 8 caption.py mine --vlm ~/llava-1.5-7b --lm ~/qwen2.5 --frames fps:1
     python caption.py mine --train --init ~/llava-1.5-7b --tune lora --run mine-llava
 
-Published folders (--vlm DIR: FAMILIES below) see a video at once where they take videos, or else
-single frames, of which --lm makes one caption. Rows are written in batches in which a finished one
-makes room for the next clip; clips are decoded ahead, in threads; ranks share the shards.
+Published captioners (--vlm DIR; FAMILIES lists them) take a video, or single frames whose captions
+--lm merges into one. Records are generated in batches; a finished one frees its slot for the next
+clip. Threads decode clips ahead; ranks share the shards.
 
-    family                                  model_type                          sees
-    LLaVA-1.5 (port, original), Yi-VL       llava                               frames
-    Video-LLaVA (port)                      video_llava                         video, 8 frames
-    Qwen-VL-Chat                            qwen                                frames
-    InternLM-XComposer2-VL                  internlmxcomposer2                  frames
-    CogVLM                                  CogVLMForCausalLM                   frames
-    MiniCPM-V 2.0                           minicpmv                            frames, in slices
-    OmniLMM                                 omnilmm                             frames
-    Qwen2-VL, Qwen2.5-VL                    qwen2_vl, qwen2_5_vl                video, any size
-    Llama, Vicuna, Yi; Mistral; Qwen2, 2.5; llama, mistral, qwen2, qwen3,       text: --lm,
-    Qwen3; InternLM2                        internlm2                           --rewrite
+Only captions of the data set's metadata are trained on, never generated ones; --vlm OTHER captions
+the same clips again, into other files. After a kill the same command resumes; a finished shard is
+skipped until its file is removed. Look at data/NAME/captions-RUN.png;
+`rm data/NAME/shard-*captions-RUN.jsonl*` removes the captions of a bad run.
 
-A clip's own captions are those of the data set's metadata. What captioners wrote is never learnt
-from, and --vlm OTHER captions the same clips again, into files of its own. A run that is killed
-goes on with the same command; a shard that is done is left alone until its file is removed. Look at
-data/NAME/captions-RUN.png; `rm data/NAME/shard-*captions-RUN.jsonl*` takes a bad run of them back.
-
-A captioner of one's own wants hundreds of captioned clips: one that knew 64 by heart called a baby
-a fish. Fewer than 300 are refused (--few allows them; --init, which only adapts a published one,
-takes any number). The log has its held-out loss beside that of guessing by word frequency.
+Training needs hundreds of captioned clips: a captioner that had memorized 64 called a baby a fish.
+Fewer than 300 are refused (--few allows them; --init, which fine-tunes a published captioner, takes
+any number). The log compares the held-out loss with that of guessing by word frequency.
 
 Axes: B clips, n frames of a clip, S their side in px, N visual tokens, L text tokens, D width,
-A heads, E head dim. Layers are pre-norm; rotary positions count all visual tokens as one place.
+A heads, E head dim. Layers are pre-norm; all visual tokens share one rotary position.
 Papers: Vaswani 2017 (1706.03762); Dosovitskiy 2020 (ViT, 2010.11929); Xiao 2021 (convolutional
 stems, 2106.14881); Liu 2023 (visual tokens as a prefix, 2304.08485); Fang 2014 (words from regions,
-1411.4952); Su 2021 (rotary positions, 2104.09864); Ainslie 2023 (grouped queries, 2305.13245);
-Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP, 2103.00020);
-Papineni 2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726); Hu 2021 (LoRA,
-2106.09685); Peng 2023 (NTK and its kin, 2309.00071); Yu 2022 (Orca: rows that make room).
+1411.4952); Su 2021 (rotary positions, 2104.09864); Yu 2022 (Orca: continuous batching); Papineni
+2002 (BLEU); Lin 2004 (ROUGE); Vedantam 2015 (CIDEr, 1411.5726).
 """
-import prepare_data  # noqa: F401  first of all: Ctrl-C, and what is not installed, in a line
+import prepare_data  # noqa: F401  first: handles Ctrl-C and missing packages
 import argparse
 import ast
 import base64
@@ -103,24 +89,26 @@ from kernels.attention import attention
 from kernels.decode import Cache, attend
 from kernels.linear import Linear
 from kernels.optim import MuonAdamW
-from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted,
-                          frames_of, is_machine_error, is_sole, json_line, lines_of, note_fault,
-                          number, one_line, open_dataset, read_rows, read_text, refuse,
-                          refuse_pointer, rng, run_dir, script, sweep, write_rows,
-                          write_text)
-from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit,
-                       innermost, is_finished, last_step, load_step, lr_at, lying_in, moved,
-                       one_run, optimizer_tensors, option_parser, prefetch, read_config,
-                       read_header, read_log, read_tensors, refuse_nan, refuse_quantized,
-                       restore_optimizer, same_held_out, save_file, say_once, setup, start_run,
-                       take_step, tensor_sum, training_options, unwrapped)
+from prepare_data import (Unreadable, atomic, contact_sheet, dataset_dir, faulted, frames_of,
+                          is_machine_error, is_sole, json_line, lines_of, note_fault, number,
+                          one_line, open_dataset, read_rows, read_text, refuse, refuse_pointer, rng,
+                          run_dir, script, sweep, write_rows, write_text)
+from train_vae import (RUN_FORMAT, Stream, barrier, bench, checked, chosen, claim, fit, innermost,
+                       is_finished, last_step, load_step, lr_at, lying_in, moved, one_run,
+                       optimizer_tensors, option_parser, prefetch, read_config, read_header,
+                       read_log, read_tensors, refuse_nan, refuse_quantized, restore_optimizer,
+                       same_held_out, save_file, say_once, setup, start_run, take_step, tensor_sum,
+                       training_options, unwrapped)
 
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
-WORDS, BLANK = 2.0, 0.1     # while it learns: weight of the words' loss, share of tokens hidden
+WORDS, BLANK = 2.0, 0.1     # training: weight of the words' loss, share of masked input tokens
 TEMPERATURES = 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0      # see `certainty`
-FEWEST = 300        # captioned clips to learn from; with 64 a baby was called a fish
+FEWEST = 300        # captioned clips to train on
+UNREADABLE = "cannot be read"           # the reason that rejects a clip without frames
+WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
+           "leave this stage out: train_dit.py also trains without captions")
 MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, blocks; layers
     "captioner-xs": dict(size=48, frames=4, t_patch=4, patch=8, channels=64, blocks=2, width=128,
                          heads=4, tower_depth=1, depth=2),
@@ -129,18 +117,17 @@ MODELS = {  # frames: side in px, number; tubelet: frames, px; stem: channels, b
 }
 
 
-# -- words to numbers ------------------------------------------------------------------------------
+# -- the tokenizer ---------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE learnt from `texts` (an iterable of str): a tokenizers.Tokenizer of at most
-    `vocab_size` tokens. Ids 0, 1, 2 are <pad>, <bos>, <eos>; every byte is a token, so any UTF-8
-    text survives encode and decode. The ids depend on the texts alone, not on their order. Raises
-    ValueError for a vocabulary too small to hold every byte."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens on `texts`; returns a Tokenizer. Ids
+    0, 1, 2 are <pad>, <bos>, <eos>; every byte is a token, so that decode inverts encode. The ids
+    do not depend on the order of the texts."""
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     least = len(SPECIAL) + len(alphabet)
     if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size}: at least {least}, for every byte and 3 marks")
+        raise ValueError(f"vocab_size {vocab_size}: at least {least}, the bytes and special tokens")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -148,118 +135,84 @@ def train_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=sorted(alphabet))
     tokenizer.train_from_iterator(sorted(texts), trainer)
-    # The marks keep their ids but are no 'added tokens': a caption that spells "<eos>" is text.
+    # the special tokens are not 'added tokens': "<eos>" in a caption is text
     plain = json.loads(tokenizer.to_str()) | {"added_tokens": []}
     return tokenizers.Tokenizer.from_str(json.dumps(plain))
 
 
 def encode(tokenizer, text, most):
-    """Ids of a caption with its marks; of a text of over `most` tokens the first `most`, no end."""
+    """Token ids with BOS and EOS; a text of over `most` tokens is cut and has no EOS."""
     ids = tokenizer.encode(text).ids
     return [BOS, *ids, EOS] if len(ids) <= most else [BOS, *ids[:most]]
 
 
 def pad(lists):
-    """[B, L, …] of B lists or tensors [L, …] of any lengths, with zeros (PAD) behind them."""
+    """B lists or tensors [L, …] of different lengths to [B, L, …], padded with zeros (PAD)."""
     return nn.utils.rnn.pad_sequence([torch.as_tensor(ids) for ids in lists], True, PAD)
 
 
 # -- one transformer layer -------------------------------------------------------------------------
 
-TANH = functools.partial(F.gelu, approximate="tanh")
-ACTS = {**dict.fromkeys(("gelu", "gelu_python"), F.gelu), "relu": F.relu,
-        **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
-                         "gelu_python_tanh"), TANH),
-        **dict.fromkeys(("silu", "swish"), F.silu), "quick_gelu": lambda x: x * torch.sigmoid(
-            1.702 * x)}
-
-
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a stack of transformer layers; a published family is one such row."""
+    """The shape of a stack of transformer layers, ours or published."""
     width: int
     depth: int
     heads: int
     kv_heads: int = 0           # 0: as many as heads
     ffn: int = 0                # hidden width of the MLP; 0: 4 * width
     norm: str = "ln"            # "ln" or "rms"
-    glu: bool = False           # a gated MLP, or a plain one
+    glu: bool = False           # gated MLP
     causal: bool = False
-    rope: float = 1e4           # base of the rotary positions; models that add positions use none
+    rope: float = 1e4           # base of the rotary positions
     eps: float = 1e-5
-    act: str = "gelu"           # of the MLP, by its published name: a key of ACTS
+    act: str = "gelu"           # activation of the MLP: a key of ACTS
     head: int = 0               # head dim; 0: width / heads
     bias: bool = True           # of the linear layers
-    scale: float | None = None  # of the attention's scores; None: head dim^-0.5
+    scale: float | None = None  # of the attention scores; None: head dim^-0.5
     qkv_bias: bool | None = None    # of q, k and v; None: as bias
-    qk_norm: bool = False       # RMSNorm of each head's q and k before they turn
-    post_norm: bool = False     # the norms come after attention and MLP, within the branches
-    branch: float = 1.0         # each branch is times this
-    window: int = 0             # how many tokens each one sees, itself included; 0: all
-    scaling: tuple = ()         # of rotary positions: factor; Llama 3.1's: low, high, length
-    sections: tuple = ()        # frequencies that turn by t, by y, by x (Qwen's M-RoPE)
-    trained: int = 0            # Qwen 1: beyond so many tokens, base and scores are stretched
-    expert: int = 0             # rows of images: -1, weights of their own; n, additions of rank n
-    linear: type = nn.Linear    # kernels.linear's Linear is faster where layers are wide
+    qk_norm: bool = False       # RMSNorm of each head's q and k before the rotation
+    post_norm: bool = False     # norms after attention and MLP, inside the residual branches
+    branch: float = 1.0         # factor of the residual branches
+    window: int = 0             # sliding window in tokens, the query included; 0: none
+    scaling: tuple = ()         # of rotary positions: (factor,), or Llama 3.1's four numbers
+    sections: tuple = ()        # numbers of frequencies for t, y and x (Qwen's M-RoPE)
+    trained: int = 0            # Qwen 1: context length beyond which base and queries are scaled
+    expert: int = 0             # see ExpertLayer
+    linear: type = nn.Linear    # kernels.linear's Linear is faster for wide layers
 
     def __post_init__(self):
-        heads, shared = self.heads, self.kv_heads or self.heads
-        if not all(isinstance(n, int) and n > 0 for n in (self.width, heads, shared)):
-            raise ValueError(f"width {self.width}, heads {heads}, kv_heads {shared}: they must be "
-                             "numbers above 0")
-        if (not self.head and self.width % (2 * heads)) or heads % shared:
-            raise ValueError(f"width {self.width}, heads {heads}, kv_heads {self.kv_heads}: heads "
-                             "must cut width into even parts, and kv_heads must divide heads")
-        if not isinstance(self.depth, int) or not 0 <= self.depth <= 1000:
-            raise ValueError(f"{self.depth} layers: a number up to 1000 is wanted")
-        if self.sections and 2 * sum(self.sections) != self.head_dim:
-            raise ValueError(f"mrope_section {list(self.sections)}: the sum must be half of a "
-                             f"head's {self.head_dim}")
-        if self.act not in ACTS:
-            raise ValueError(f"activation {self.act} is not one of {', '.join(sorted(ACTS))}")
+        check_transformer(self)
 
     @property
     def head_dim(self):
         return self.head or self.width // self.heads
 
     def layers(self):
-        return nn.ModuleList(Layer(self) for _ in range(self.depth))
+        return nn.ModuleList((ExpertLayer if self.expert else Layer)(self)
+                             for _ in range(self.depth))
 
     def make_norm(self):
         return (nn.RMSNorm if self.norm == "rms" else nn.LayerNorm)(self.width, eps=self.eps)
 
 
 def rotary(positions, stack, prompts=None):
-    """`cos_sin` of positions [...]: base^(-2i/E) a step. With sections positions are [3, ...];
-    prompts: lengths [B] of whole prompts, if base heeds them."""
-    E, base = stack.head_dim, stack.rope
-    i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
-    if stack.trained and prompts is not None:        # NTK: the base grows by powers of the excess
-        alpha = 2 ** ((prompts / stack.trained).log2() + 1).ceil() - 1
-        base = (base * alpha.clamp(min=1) ** (E / (E - 2)))[:, None, None]
-    speeds = base ** (-i / E)
-    if len(stack.scaling) == 1:                      # all waves are stretched alike
-        speeds = speeds / stack.scaling[0]
-    elif stack.scaling:                              # long waves are stretched, short ones are not
-        factor, low, high, length = stack.scaling
-        share = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        speeds = speeds * (share + (1 - share) / factor)
-    angles = positions[..., None].float() * speeds
-    if stack.sections:
-        axis = torch.tensor([axis for axis in range(3) for _ in range(stack.sections[axis])],
-                            device=i.device)
-        angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
-    return cos_sin(angles)
+    """`cos_sin` of positions [...]: angle i of a position is position * base^(-2i/E). Published
+    models may scale the angles: `scaled_rotary`."""
+    if stack.scaling or stack.sections or stack.trained:
+        return scaled_rotary(positions, stack, prompts)
+    i = torch.arange(0, stack.head_dim, 2, dtype=torch.float32, device=positions.device)
+    return cos_sin(positions[..., None].float() * stack.rope ** (-i / stack.head_dim))
 
 
 def cos_sin(angles):
-    """(cos, sin) of angles [..., E/2], each [..., 1, E], as `rotate` wants them."""
+    """(cos, sin) of angles [..., E/2], each [..., 1, E], the arguments of `rotate`."""
     cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """x [..., A, E] turned: feature i pairs with i + E/2 (Llama's layout)."""
+    """Rotates x [..., A, E]; feature i is paired with feature i + E/2 (Llama's layout)."""
     return x * cos.to(x.dtype) + x.roll(x.shape[-1] // 2, -1) * sin.to(x.dtype)
 
 
@@ -281,27 +234,12 @@ class Layer(nn.Module):
         self.up, self.down = linear(width, ffn), linear(ffn, width)
         if stack.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(stack.head_dim, eps=stack.eps) for _ in "qk")
-        if stack.expert:
-            self.expert = nn.ModuleDict({
-                name: type(f)(f.in_features, f.out_features, f.bias is not None)
-                if stack.expert < 0 else nn.Sequential(
-                    nn.Linear(f.in_features, stack.expert, False),
-                    nn.Linear(stack.expert, f.out_features, False))
-                for name, f in self.named_children() if isinstance(f, nn.Linear)})
 
     def linear(self, name, x, image):
-        """One of the linear layers, of which rows of images (bool [B, N]) may have their own."""
-        f = getattr(self, name)
-        if image is None or not self.stack.expert:
-            return f(x)
-        theirs = self.expert[name](x[image])
-        if self.stack.expert > 0:
-            return f(x).index_put((image,), theirs, accumulate=True)
-        y = theirs.new_empty(*x.shape[:-1], theirs.shape[-1])
-        y[image], y[~image] = theirs, f(x[~image])
-        return y
+        """Applies a linear layer. An ExpertLayer has other weights for image tokens."""
+        return getattr(self, name)(x)
 
-    def attend(self, x, rotation, cu, cache, bias, image):
+    def attend(self, x, rotation, cu_seqlens, cache, bias, image):
         stack = self.stack
         q, k, v = (self.linear(name, x, image).unflatten(-1, (-1, stack.head_dim))
                    for name in "qkv")                                    # [B, N, A or KV, E]
@@ -310,13 +248,13 @@ class Layer(nn.Module):
         if rotation is not None:
             q, k = rotate(q, *rotation[:2]), rotate(k, *rotation[:2])    # [B, N, A or KV, E]
             q = q * rotation[2][..., None, None].to(q.dtype) if rotation[2:] else q
-        if cu is not None:                                               # packed: [L, A, E]
-            o = attention(q, k, v, cu, cu, stack.scale).flatten(1)
+        if cu_seqlens is not None:                                       # packed: [L, A, E]
+            o = attention(q, k, v, cu_seqlens, cu_seqlens, stack.scale).flatten(1)
             return self.linear("out", o, image)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self, k, v)
-        if bias is not None and bias.is_floating_point():                # scores in float32, too
+        if bias is not None and bias.is_floating_point():                # float32 scores
             q, k, v = q.float(), k.float(), v.float()
         o = attend(q, k, v, bias, stack.scale, stack.causal and bias is None)    # [B, A, N, E]
         return self.linear("out", o.transpose(1, 2).flatten(2).to(x.dtype), image)
@@ -328,21 +266,21 @@ class Layer(nn.Module):
         gate, up = (self.linear(name, x, image) for name in ("gate", "up"))
         return self.linear("down", act(gate) * up, image)
 
-    def forward(self, x, rotation=None, cu=None, cache=None, bias=None, image=None):
-        """x [B, N, D], or [L, D] packed with cu int32 [B+1]; rotation: `cos_sin` of positions, and
-        perhaps a factor of the queries; bias: [B or 1, A or 1, N, N], float32, added to the
-        attention's scores, or bool, what is seen; image: bool [B, N], the rows of images."""
+    def forward(self, x, rotation=None, cu_seqlens=None, cache=None, bias=None, image=None):
+        """x [B, N, D], or packed [L, D] with cu_seqlens int32 [B + 1]; rotation: `cos_sin` of the
+        positions, for some models with a factor of the queries; bias: [B or 1, A or 1, N, N], a
+        bool attention mask or float32 added to the scores; image: bool [B, N], image tokens."""
         stack = self.stack
         if stack.post_norm:
-            x = x + self.norm1(self.attend(x, rotation, cu, cache, bias, image))
+            x = x + self.norm1(self.attend(x, rotation, cu_seqlens, cache, bias, image))
             return x + self.norm2(self.mlp(x, image))
-        h = self.attend(self.norm1(x), rotation, cu, cache, bias, image)
+        h = self.attend(self.norm1(x), rotation, cu_seqlens, cache, bias, image)
         x = torch.add(x, h, alpha=stack.branch)
         return torch.add(x, self.mlp(self.norm2(x), image), alpha=stack.branch)
 
 
 def initialise(model, depth):
-    """Initial values, drawn from torch's generator in the order of the modules.
+    """Draws the initial values from torch's generator, in the order of the modules.
 
     module                              | law    | std
     nn.Embedding                        | normal | 1
@@ -357,9 +295,8 @@ def initialise(model, depth):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            scale = 0 if last in ("head", "words") else 1
             fan_in = module.weight[0].numel() * (2 * depth if last in ("out", "down") else 1)
-            nn.init.normal_(module.weight, std=scale * fan_in**-0.5)
+            nn.init.normal_(module.weight, std=0 if last in ("head", "words") else fan_in**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name, p in model.named_parameters():
@@ -368,11 +305,11 @@ def initialise(model, depth):
 
 
 class TextTower(nn.Module):
-    """A small bidirectional transformer over packed texts, trained with the denoiser that reads it.
+    """A small bidirectional transformer over packed texts, trained together with the denoiser.
 
-    ids int64 [L], texts end to end; cu int32 [B+1], their bounds -> [L, width]. Positions (rotary)
-    start again with each text, and no text sees another. Tokens past cu[-1] are padding that
-    nothing sees. An empty prompt is one token, EOS."""
+    ids int64 [L], concatenated texts; cu_seqlens int32 [B + 1], their bounds -> [L, width]. Rotary
+    positions restart with each text, and no text attends to another. Tokens past cu_seqlens[-1] are
+    padding. An empty prompt is one token, EOS."""
 
     def __init__(self, vocab, width, depth, heads):
         super().__init__()
@@ -381,13 +318,13 @@ class TextTower(nn.Module):
         self.layers, self.norm = self.stack.layers(), self.stack.make_norm()
         initialise(self, depth)
 
-    def forward(self, ids, cu):
-        positions = torch.arange(len(ids), device=ids.device, dtype=cu.dtype)
-        text = torch.searchsorted(cu[1:], positions, right=True).clamp(max=len(cu) - 2)
-        rotation = rotary(positions - cu[text], self.stack)
+    def forward(self, ids, cu_seqlens):
+        positions = torch.arange(len(ids), device=ids.device, dtype=cu_seqlens.dtype)
+        text = torch.searchsorted(cu_seqlens[1:], positions, right=True)
+        rotation = rotary(positions - cu_seqlens[text.clamp(max=len(cu_seqlens) - 2)], self.stack)
         x = self.embed(ids)                                              # [L, D]
         for layer in self.layers:
-            x = layer(x, rotation, cu)                                   # [L, D]
+            x = layer(x, rotation, cu_seqlens)                           # [L, D]
         return self.norm(x)
 
 
@@ -416,9 +353,9 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Frames float [B, n, 3, S, S] to tokens [B, N, D], N = n / t_patch * (S / patch)^2.
 
-    Each frame alone goes through convolutions at half the patch's size, and only then do t_patch
-    frames become one tubelet: what a thing looks like is learnt from every frame, how it moves from
-    their order. (Pixels of all frames stacked at the start: forms were learnt at half the pace.)"""
+    Convolutions at half the patch size run on each frame; then t_patch frames become one tubelet.
+    Appearance is learnt from every frame, motion from their order. (Stacking the frames' pixels
+    first took twice as long to learn shapes.)"""
 
     def __init__(self, stack, size, frames, t_patch, patch, channels, blocks):
         super().__init__()
@@ -443,7 +380,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model over vectors: embedded tokens, or whatever is to be read first."""
+    """A causal language model over embeddings: of tokens, or visual tokens as a prefix."""
 
     def __init__(self, stack, vocab, scales=(1.0, 1.0)):
         super().__init__()
@@ -452,17 +389,14 @@ class Decoder(nn.Module):
         self.head, self.scales = stack.linear(stack.width, vocab, bias=False), scales
 
     def read(self, ids):
-        """Ids, a list or nested lists, as vectors."""
+        """Embeddings of ids, a list or nested lists."""
         return self.embed(torch.tensor(ids, dtype=torch.long,
                                        device=self.embed.weight.device)) * self.scales[0]
 
     def forward(self, x, positions, cache=None, image=None, prompts=None):
         """x [B, L, D] at positions [L] or [B, L] (with sections [3, B, L]) -> hidden states
-        [B, L, D], ready for `logits`. image: bool [B, L]; prompts: their lengths [B]."""
+        [B, L, D], for `logits`. image: bool [B, L], image tokens; prompts: prompt lengths [B]."""
         rotation = rotary(positions, self.stack, prompts)
-        if self.stack.trained:           # of the scores, too: log of a token's number, base trained
-            rotation += ((positions + 1.0).log().clamp(min=math.log(self.stack.trained))
-                     / math.log(self.stack.trained),)
         masks = cache or Cache()
         if cache is None:
             masks.plan([0], 0, x.shape[1])
@@ -477,26 +411,26 @@ class Decoder(nn.Module):
 
 class Request(NamedTuple):
     key: str
-    ids: list                   # of the prompt's n tokens, -1 where something is seen
+    ids: list                   # the n tokens of the prompt, -1 for visual tokens
     x: torch.Tensor             # float [n, D]
     positions: torch.Tensor     # int64 [n], or [3, n]
-    image: torch.Tensor | None = None       # bool [n]: rows of images
-    said: list = []             # ids that `penalised` counts before the answer's own
+    image: torch.Tensor | None = None       # bool [n]: image tokens
+    counted: list = []          # ids of the prompt that `penalised` counts
 
 
-class Row:
-    """A text that is being written."""
+class Sequence:
+    """The state of a text during generation."""
 
     def __init__(self, request, most, seed):
         self.request, self.ids, self.total = request, [], 0.0
-        self.seen, self.grams, self.n_noted = {}, {}, 0                 # of `penalised`
+        self.seen, self.grams, self.n_noted = {}, {}, 0                 # for `penalised`
         self.after = int(request.positions.max()) + 1
         self.draws = rng(seed, "token", 0, request.key).random(most)
 
 
-def side_by_side(requests):
+def pad_requests(requests):
     """(x [B, L, D], positions [B, L] or [3, B, L], image [B, L] or None) of requests, padded at
-    the end, where a causal model does not see it."""
+    the end: a causal model is not affected."""
     positions = pad(request.positions.movedim(-1, 0) for request in requests)
     return (pad(request.x for request in requests),
             positions.movedim(-1, 0) if positions.dim() > 2 else positions,
@@ -504,30 +438,15 @@ def side_by_side(requests):
 
 
 def prefill(decoder, cache, slots, rows):
-    """Reads the prompts of `rows` into their slots of the cache; their last hidden states [B, D].
-    What all prompts begin with is read once."""
+    """Runs the prompts of `rows` into their slots of the cache: last hidden states [B, D]."""
     lengths = [len(row.request.ids) for row in rows]
-    cache.plan(slots, 0, max(lengths) + min(len(rows[0].draws), 128))    # the capacity, but once
-    if cache.prefix is None:
-        texts = [[str(i) for i in row.request.ids] for row in rows]
-        shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
-        n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
-        first, cache.prefix = rows[0].request, []
-        if n >= 16:
-            cache.plan([slots[0]], 0, n)
-            decoder(first.x[None, :n], first.positions[..., None, :n], cache)
-            cache.save_prefix(first.ids[:n], slots[0])
-    start = len(cache.prefix)
-    if start and all(len(row.request.ids) > start and row.request.ids[:start] == cache.prefix
-                     for row in rows):
-        cache.copy_prefix(slots)
-    else:
-        start = 0
-    # a GPU wants all at once; on a CPU what is computed of a few hundred tokens stays in its cache
+    cache.plan(slots, 0, max(lengths) + min(len(rows[0].draws), 128))    # reserves capacity once
+    start = fill_prefix(decoder, cache, slots, rows)
+    # a GPU takes all prompts at once; on a CPU, a few hundred tokens fit the processor's cache
     most, last = 512 if rows[0].request.x.device.type == "cpu" else 2**16, []
     for part in in_groups(list(zip(slots, rows)), max(1, most // (max(lengths) - start))):
         slots, rows = zip(*part)
-        x, positions, image = side_by_side([row.request for row in rows])
+        x, positions, image = pad_requests([row.request for row in rows])
         counts = [len(row.request.ids) for row in rows]
         cache.plan(slots, start, x.shape[1] - start)
         h = decoder(x[:, start:], positions[..., start:], cache,
@@ -539,56 +458,25 @@ def prefill(decoder, cache, slots, rows):
     return torch.cat(last)
 
 
-def penalised(logits, rows, penalty, size):
-    """Logits [B, V] as transformers changes them for repetition_penalty and no_repeat_ngram_size,
-    which count the prompt too: that of a token which a row holds is divided by `penalty`, or below
-    0 multiplied; one that would repeat `size` tokens (0: any may) is impossible."""
-    scores, ends = logits.float().clone(), []
-    for row in rows:
-        ids = row.request.said + row.ids
-        row.seen.update(dict.fromkeys(ids[row.n_noted:]))
-        for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
-            row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
-        row.n_noted = len(ids)
-        ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
-    places = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
-                                              for n, row in enumerate(rows)])).to(scores.device)
-    seen = scores.view(-1)[places]
-    scores.view(-1)[places] = torch.where(seen < 0, seen * penalty, seen / penalty)
-    for score, banned in zip(scores, ends):
-        if banned:
-            score[banned] = -torch.inf
-    return scores
-
-
 def choose(logits, draws, temperature, top_p, vocab, scores=None):
-    """(token, log-probability) of each row of logits [B, V]: the likeliest, or by draws [B] in 0..1
-    among the likeliest tokens that together have top_p, of the `vocab` that have a text; by
-    `scores`, if given, in the place of the logits, whose probability is told."""
-    logits = logits.float()
-    scores = logits if scores is None else scores
-    if not temperature:
-        best, token = scores.log_softmax(-1).max(-1)
-        return token, best if scores is logits else logits.log_softmax(-1).gather(
-            1, token[:, None])[:, 0]
-    order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
-        dim=-1, descending=True, stable=True)
-    reach = order.values.cumsum(-1)
-    reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
-    most = reach.masked_fill(reach.isinf(), 0).amax(-1)
-    index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
-    token = order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
-    return token[:, 0], logits.log_softmax(-1).gather(1, token)[:, 0]
+    """(token, log-probability) for each row of logits [B, V]: the most likely token, or with a
+    temperature one of `nucleus`. `scores` replace the logits in the choice alone."""
+    logprobs = logits.float().log_softmax(-1)
+    if temperature:
+        token = nucleus(logits.float() if scores is None else scores, draws, temperature, top_p,
+                        vocab)
+    else:
+        token = (logprobs if scores is None else scores.log_softmax(-1)).argmax(-1, keepdim=True)
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
 @torch.inference_mode()
 def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=0.0, top_p=1.0,
              seed=0, vocab=None, penalties=None):
-    """Yields (request, ids, mean log-probability) of each request as its text ends: at a token of
-    `stop`, which ids leave out, where is_over(ids) says so, or after `most` tokens. `batch` rows at
-    a time are written together; one that ends makes room for the next request, whose prompt is read
-    while the others wait. Draws are keyed by the seed and the request, whatever its neighbours.
-    penalties: those of `penalised`."""
+    """Yields (request, ids, mean log-probability) of each request when its text ends: at a token of
+    `stop`, which ids leave out, where is_over(ids) is true, or after `most` tokens. Continuous
+    batching: up to `batch` rows run together, and a finished one frees its slot for the next
+    request. Draws depend on the seed and the request alone. penalties: arguments of `penalised`."""
     source, rows, cache = iter(requests), [], Cache()
     while True:
         free = [i for i, row in enumerate(rows) if row is None]
@@ -596,7 +484,7 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
         if fresh:
             rows += [None] * (max(fresh) + 1 - len(rows))
             for slot, request in fresh.items():
-                rows[slot] = Row(request, most, seed)
+                rows[slot] = Sequence(request, most, seed)
             slots = list(fresh)
             h = prefill(decoder, cache, slots, [rows[slot] for slot in slots])
         else:
@@ -607,11 +495,10 @@ def generate(decoder, requests, batch, most, stop=(), is_over=None, temperature=
                 return
             cache.plan()
             slots, x = list(range(len(rows))), decoder.read([[row.ids[-1]] for row in rows])
-            device = x.device
-            at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=device)
-            prompts = torch.tensor([len(row.request.ids) for row in rows], device=device)
-            h = decoder(x, at.expand(3, -1, 1) if decoder.stack.sections else at, cache, None,
-                        prompts)[:, -1]
+            at = torch.tensor([[row.after + len(row.ids) - 1] for row in rows], device=x.device)
+            at = at.expand(3, -1, 1) if decoder.stack.sections else at
+            prompts = torch.tensor([len(row.request.ids) for row in rows], device=x.device)
+            h = decoder(x, at, cache, None, prompts)[:, -1]
             cache.lengths = [length + 1 for length in cache.lengths]
         draws = torch.tensor([rows[slot].draws[len(rows[slot].ids)] for slot in slots])
         logits = decoder.logits(h)
@@ -641,14 +528,14 @@ class Captioner(nn.Module):
         initialise(self, tower_depth + depth)
 
     def positions(self, n_visual, n_text):
-        """All visual tokens stand at place 0, so that what is read first is looked up by what it
-        shows and not by where it stands in the list; the text counts 1, 2, …"""
+        """Visual tokens share position 0, so that attention finds them by content and not by their
+        order; the text has positions 1, 2, …"""
         positions = torch.arange(n_visual + n_text, device=self.words.weight.device)
         return (positions - n_visual + 1).clamp(min=0)
 
     def forward(self, frames, ids):
-        """ids int64 [B, L] -> logits of the next tokens [B, L, vocab]; and of which tokens the
-        caption holds, by the visual tokens alone, [B, vocab]: the most certain one answers."""
+        """ids int64 [B, L] -> logits of the next tokens [B, L, vocab], and of the tokens that the
+        caption holds [B, vocab], the maximum over the visual tokens."""
         seen = self.tower(frames)                                        # [B, N, D]
         x = torch.cat([self.connector(seen), self.decoder.embed(ids)], 1)
         x = self.decoder(x, self.positions(seen.shape[1], ids.shape[1]))[:, seen.shape[1]:]
@@ -656,27 +543,26 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def generate(self, frames, most):
-        """The likeliest next token, up to `most` times: [(ids, mean log-probability)] a clip."""
+        """Greedy decoding of up to `most` tokens: [(ids, mean log-probability)] for each clip."""
         x = self.connector(self.tower(frames))
         start = self.decoder.embed(torch.full((len(x), 1), BOS, device=x.device))
         positions, ids = self.positions(x.shape[1], 1), [-1] * x.shape[1] + [BOS]
-        requests = [Request(str(i), ids, each, positions)
-                    for i, each in enumerate(torch.cat([x, start], 1))]
-        captions = {int(request.key): (ids, score) for request, ids, score
-                 in generate(self.decoder, requests, len(x), most, {EOS})}
-        return [captions[i] for i in range(len(x))]
+        requests = [Request(str(i), ids, prompt, positions)
+                    for i, prompt in enumerate(torch.cat([x, start], 1))]
+        answers = generate(self.decoder, requests, len(x), most, {EOS})
+        return [answer[1:] for answer in sorted(answers, key=lambda answer: int(answer[0].key))]
 
 
 # -- frames of any size ----------------------------------------------------------------------------
 
 
 def spread(n, n_frames, start=0.0, stop=1.0):
-    """Numbers of n frames, evenly from `start` to `stop` (shares) of a clip of n_frames."""
+    """Indices of n evenly spaced frames from `start` to `stop` (0..1) of a clip of n_frames."""
     return np.rint(np.linspace(start, stop, n) * (n_frames - 1)).astype(int)
 
 
 def letterbox(frame, size):
-    """uint8 [H, W, 3] scaled to fit a square of `size` px, shape kept, centred on black."""
+    """Resizes uint8 [H, W, 3] to fit a square of `size` px, aspect ratio kept, centred on black."""
     H, W = frame.shape[:2]
     h, w = (max(1, round(size * side / max(H, W))) for side in (H, W))
     square, top, left = np.zeros((size, size, 3), np.uint8), (size - h) // 2, (size - w) // 2
@@ -686,55 +572,49 @@ def letterbox(frame, size):
 
 
 class Frames:
-    """Clips as the captioner sees them: of each at most 4 n frames, evenly spread, in squares.
-    The last ones used are kept, as many as fit `mib`."""
+    """The captioner's input: at most 4 n evenly spaced frames of each clip, as squares. Recently
+    used clips are cached, up to `mib`."""
 
     def __init__(self, folder, rows, size, n, mib=1024):
         self.folder, self.rows = folder, {row["key"]: row for row in rows}
-        self.size, self.n = size, n
-        capacity = int(mib * 2**20 / (4 * n * size * size * 3))
-        self.load = functools.lru_cache(maxsize=capacity)(self.load)
+        self.size, self.n, clip_bytes = size, n, 4 * n * size * size * 3
+        self.load = functools.lru_cache(maxsize=int(mib * 2**20 / clip_bytes))(self.load)
 
     def load(self, key):
         """uint8 [K, S, S, 3]"""
         row = self.rows[key]
-        wanted = set(spread(min(4 * self.n, row["frames"]), row["frames"]).tolist())
+        some = set(spread(min(4 * self.n, row["frames"]), row["frames"]).tolist())
         return np.stack([letterbox(frame, self.size)
-                         for frame in frames_of(self.folder, row, wanted)])
+                         for frame in frames_of(self.folder, row, some)])
 
     def __call__(self, key, start=0.075, stop=0.925):
-        """uint8 [n, S, S, 3] from a part of the clip, given in shares of its length: unless told
-        otherwise what training's parts, 70 to 100% of it, are on average."""
+        """uint8 [n, S, S, 3] from `start` to `stop` (0..1) of the clip; the default is the mean of
+        training's random 70 to 100%."""
         frames = self.load(key)
         return frames[spread(self.n, len(frames), start, stop)]
 
 
-def normalise(x):
-    """Levels 0..1 to about -1..2; black, the letterbox, is -1.2."""
-    return (x - 0.4) * 3
-
-
 def to_input(frames):
-    """uint8 [B, n, S, S, 3] to what the tower takes, float [B, n, 3, S, S]."""
-    return normalise(frames.movedim(-1, -3).float() / 255)
+    """uint8 [B, n, S, S, 3] to the tower's input, float [B, n, 3, S, S]; black is -1.2."""
+    return (frames.movedim(-1, -3).float() / 255 - 0.4) * 3
 
 
 def draw_jitter(random):
-    """How a clip is varied, alike in all its frames: float32 [8] of log zoom, shift x, y (half
-    sides), log gain, level, and a tint of red, green, blue (normalised levels)."""
+    """Random augmentation of a clip, the same for all its frames: float32 [8], log zoom, shift x, y
+    (half sides), log gain, level, and a tint of red, green, blue (normalised levels)."""
     most = np.array([0.3, 0.25, 0.25, 0.2, 0.2], np.float32)
     draws = [random.uniform(-1, 1, 5) * most, random.standard_normal(3) * 0.2]
     return np.concatenate(draws).astype(np.float32)
 
 
-def vary(frames, jitter):
-    """uint8 [B, n, S, S, 3], varied by jitter [B, 8], as the tower takes it."""
+def augment(frames, jitter):
+    """uint8 [B, n, S, S, 3] augmented by jitter [B, 8]: the tower's input."""
     B, n, S = frames.shape[:3]
     zoom, zero = (-jitter[:, 0]).exp(), torch.zeros_like(jitter[:, 0])
-    turn = torch.stack([zoom, zero, jitter[:, 1], zero, zoom, jitter[:, 2]], 1).view(B, 2, 3)
-    grid = F.affine_grid(turn, (B, 1, S, S), align_corners=False)
+    theta = torch.stack([zoom, zero, jitter[:, 1], zero, zoom, jitter[:, 2]], 1).view(B, 2, 3)
+    grid = F.affine_grid(theta, (B, 1, S, S), align_corners=False)
     x = frames.movedim(-1, -3).flatten(1, 2).float() / 255               # [B, 3 n, S, S]
-    x = normalise(F.grid_sample(x, grid, align_corners=False)).view(B, n, 3, S, S)
+    x = (F.grid_sample(x, grid, align_corners=False) - 0.4).view(B, n, 3, S, S) * 3
     light = (jitter[:, 4:5] + jitter[:, 5:]).view(B, 1, 3, 1, 1)
     return x * jitter[:, 3].exp().view(B, 1, 1, 1, 1) + light
 
@@ -748,23 +628,20 @@ class Batch(NamedTuple):
     jitter: torch.Tensor    # float [B, 8]
     noise: torch.Tensor     # float [B, n, 3, S, S], standard normal
     ids: torch.Tensor       # int64 [B, L + 1]
-    blank: torch.Tensor     # bool [B, L]: the decoder reads PAD there
-
-    def to(self, device):
-        return Batch(self.keys, *(moved(tensor, device) for tensor in self[1:]))
+    blank: torch.Tensor     # bool [B, L]: masked, the decoder reads PAD
 
 
-def lay_over(view, other, ground):
-    """uint8 [n, S, S, 3]: a clip and what moves in another upon it, where that differs from
-    `ground` [S, S, 3], the darkest that it is there; nothing on the black about the clip."""
+def paste_moving(view, other, ground):
+    """Pastes the moving objects of `other` onto the clip `view`, both uint8 [n, S, S, 3]: the
+    pixels that differ from its darkest frame, `ground` [S, S, 3], except on `view`'s borders."""
     moves = np.abs(other.astype(int) - ground).max(-1) > 40
     return np.where((moves & (view.max((0, 3)) > 0))[..., None], other, view)
 
 
 def draw_batch(rows, frames, texts, args, step, others):
-    """The clips of a step, every draw keyed by the seed, its purpose, the step and the clip. Upon
-    a share of them, args.paste, lies what moves in one of `others`, rows; captions are joined."""
-    views, jitters, noises, ids, blanks = [], [], [], [], []
+    """The Batch of a step; every draw is keyed by the seed, its purpose, the step and the clip. A
+    share of the clips, args.paste, gets the moving objects and the caption of one of `others`."""
+    clips = []
     for row in rows:
         def random(purpose, key=row["key"]):
             return rng(args.seed, purpose, step, key)
@@ -772,44 +649,43 @@ def draw_batch(rows, frames, texts, args, step, others):
         part = 1 - 0.3 * start.random()
         start = (1 - part) * start.random()
         view, text = frames(row["key"], start, start + part), pick_caption(row, args, step)["text"]
-        if random("paste").random() < args.paste:      # the shortest text says least of a ground
+        if random("paste").random() < args.paste:      # short captions rarely name the background
             other = min((others[i] for i in random("other").integers(len(others), size=3)),
                         key=lambda row: len(row["captions"][0]["text"]))
-            view = lay_over(view, frames(other["key"], start, start + part),
+            view = paste_moving(view, frames(other["key"], start, start + part),
                             frames.load(other["key"]).min(0))
             text = f"{other['captions'][0]['text']} and {text}"
-        views.append(view)
-        jitters.append(draw_jitter(random("jitter")))
-        noises.append(random("noise").standard_normal(views[-1].shape, np.float32))
-        ids.append(texts(text))
-        blanks.append(random("blank").random(len(ids[-1]) - 1) < BLANK)
-    noise = torch.from_numpy(np.stack(noises)).movedim(-1, -3)
-    return Batch([row["key"] for row in rows], torch.from_numpy(np.stack(views)),
-                 torch.from_numpy(np.stack(jitters)), noise, pad(ids), pad(blanks))
+        ids = texts(text)
+        clips.append((view, draw_jitter(random("jitter")),
+                      random("noise").standard_normal(view.shape, np.float32), ids,
+                      random("blank").random(len(ids) - 1) < BLANK))
+    *arrays, ids, blanks = zip(*clips)
+    view, jitter, noise = (torch.from_numpy(np.stack(parts)) for parts in arrays)
+    return Batch([row["key"] for row in rows], view, jitter, noise.movedim(-1, -3), pad(ids),
+                 pad(blanks))
 
 
 def caption_loss(logits, ids):
-    """Nats, summed over all tokens, of logits [B, L, vocab] for the ids [B, L + 1]."""
+    """Cross entropy in nats, summed over all tokens: logits [B, L, vocab], ids [B, L + 1]."""
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD,
                            reduction="sum")
 
 
 def losses(model, x, ids, blank=None):
-    """(Caption loss, summed over all tokens; words' loss, summed over clips and vocabulary), nats.
-    x float [B, n, 3, S, S], as the tower takes it; ids int64 [B, L + 1]; blank bool [B, L]."""
-    read, wanted = ids[:, :-1], ids[:, 1:]
+    """[2]: the caption loss, summed over all tokens, and the words' loss, summed over clips and
+    vocabulary, in nats. x float [B, n, 3, S, S]; ids int64 [B, L + 1]; blank bool [B, L]."""
+    read, target = ids[:, :-1], ids[:, 1:]
     if blank is not None:
         read = read.masked_fill(blank & (read != BOS), PAD)
     logits, words = model(x, read)
-    loss = caption_loss(logits, ids)
-    holds = torch.zeros_like(words).scatter_(1, wanted, 1.0)
+    holds = torch.zeros_like(words).scatter_(1, target, 1.0)
     holds[:, :len(SPECIAL)] = 0
     presence = F.binary_cross_entropy_with_logits(words, holds, reduction="sum")
-    return torch.stack([loss, presence])
+    return torch.stack([caption_loss(logits, ids), presence])
 
 
 def own_captions(folder, rows):
-    """The rows with the metadata's captions alone: those that a captioner wrote are left out."""
+    """The rows with the captions of the metadata alone, without generated ones."""
     written = {path.name.split(".captions-", 1)[1][:-len(".jsonl")]
                for path in Path(folder).glob("shard-*.captions-*.jsonl")}
     return [{**row, "captions": [c for c in row["captions"] if c["source"] not in written]}
@@ -817,7 +693,7 @@ def own_captions(folder, rows):
 
 
 def open_tokenizer(path, texts=None, vocab=None):
-    """The run's tokenizer; made of `texts` where the file is not there yet, given these."""
+    """Reads the run's tokenizer; given `texts`, trains and writes it first where it is missing."""
     if texts is not None:
         if not path.exists():
             with atomic(path) as part:
@@ -829,17 +705,17 @@ def open_tokenizer(path, texts=None, vocab=None):
 
 
 def tokenizer_of(read, path):
-    """What `read` makes of a tokenizer's file; refuses what it can't read."""
+    """read(path); refuses a file that is no tokenizer."""
     try:
         return read(str(path))
-    except Exception as error:           # the libraries raise nothing narrower
+    except Exception as error:           # the libraries raise no narrower class
         refuse_pointer(path)
         refuse(f"{path} is no tokenizer: {error}")
 
 
 def word_prior(model, texts):
-    """The words' bias starts at the log-odds of their shares of captions; from zero it would take
-    most of the run to get there."""
+    """Sets the bias of the words' head to the log-odds of each word; learning it from zero would
+    take most of the run."""
     vocab = model.words.out_features
     counts = torch.stack([torch.bincount(torch.tensor(ids), minlength=vocab) > 0 for ids in texts])
     share = counts.double().mean(0).clamp(0.5 / len(texts), 1 - 0.5 / len(texts))
@@ -849,28 +725,26 @@ def word_prior(model, texts):
 
 @torch.no_grad()
 def held_out_loss(model, rows, frames, texts, size=64):
-    """(Nats a token over held-out clips as they are, each with its first caption; the one of
-    TEMPERATURES at which they are the fewest: a model that is too sure of itself wants a high
-    one.)"""
-    totals, count, device = [0.0] * len(TEMPERATURES), 0, model.words.weight.device
+    """(Nats per token of the held-out clips, without augmentation, with their first captions; the
+    one of TEMPERATURES with the lowest loss, which is high for an overconfident model.)"""
+    totals, count, device = np.zeros(len(TEMPERATURES)), 0, model.words.weight.device
     for i in range(0, len(rows), size):
         part = rows[i:i + size]
         x = torch.from_numpy(np.stack([frames(row["key"]) for row in part])).to(device)
         ids = pad([texts(row["captions"][0]["text"]) for row in part]).to(device)
         logits = model(to_input(x), ids[:, :-1])[0]
-        totals = [total + caption_loss(logits / t, ids).item()
-                  for total, t in zip(totals, TEMPERATURES)]
+        totals += [caption_loss(logits / t, ids).item() for t in TEMPERATURES]
         count += (ids[:, 1:] != PAD).sum().item()
-    return totals[0] / count, TEMPERATURES[int(np.argmin(totals))]
+    return float(totals[0] / count), TEMPERATURES[int(np.argmin(totals))]
 
 
 @torch.no_grad()
 def certainty(model, x, others, ids, temperature):
-    """How sure the captioner is of captions ids [B, L + 1] of clips x float [B, n, 3, S, S]: [B] in
-    0..1, the geometric mean of the tokens' probabilities. Weighed by what they lose where the clip
-    is another, `others` [B, K, n, 3, S, S]: what any clip's caption holds says nothing. At the
-    temperature that fits the held-out clips: a model that knows its clips by heart is quite sure of
-    whatever it says of others. (Agreement of varied views sorts right from wrong less well.)"""
+    """[B] in 0..1: the geometric mean of the token probabilities of captions ids [B, L + 1], given
+    clips x float [B, n, 3, S, S]. A token's weight is its loss given other clips, `others`
+    [B, K, n, 3, S, S]: words that fit any clip count little. The temperature is fitted on held-out
+    clips, since an overfitted model is overconfident. (Agreement between augmented views separated
+    right from wrong captions less well.)"""
     def logprobs(x):
         logits = model(x, ids[:, :-1])[0] / temperature
         return -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], ignore_index=PAD,
@@ -879,68 +753,55 @@ def certainty(model, x, others, ids, temperature):
     return ((weights * logprobs(x)).sum(1) / weights.sum(1)).exp()
 
 
-def frequency_loss(learnt, held_out):
-    """Nats a token of guessing the tokens of held-out captions by how frequent they are in those
-    that are learnt from (both: lists of ids), one added to each count; what was never seen counts
-    as one token more."""
-    counts = Counter(itertools.chain.from_iterable(learnt))
+def frequency_loss(train, held_out):
+    """Nats per token of held-out captions under the token frequencies of the training captions, all
+    lists of ids, with add-one smoothing and one class for all unseen tokens."""
+    counts = Counter(itertools.chain.from_iterable(train))
     total = counts.total() + len(counts) + 1
-    lost = [math.log(total / (counts[token] + 1)) for ids in held_out for token in ids]
-    return sum(lost) / len(lost)
+    nats = [math.log(total / (counts[token] + 1)) for ids in held_out for token in ids]
+    return sum(nats) / len(nats)
 
 
 def report(folder, step, loss, by_frequency):
-    """Prints the held-out loss beside `frequency_loss`; both, as the log has them."""
-    tqdm.write(f"{folder}: step {step}: held-out loss {loss:.3f} nats a token, guessing by word "
+    """Prints the held-out loss beside `frequency_loss`; returns both for the log."""
+    tqdm.write(f"{folder}: step {step}: held-out loss {loss:.3f} nats per token, guessing by word "
                f"frequency {by_frequency:.3f}", file=sys.stderr)
     if loss >= by_frequency:
         tqdm.write(f"{folder}: the captioner is no better than guessing words by their frequency: "
-                   "do not use its captions; it wants more captioned clips, or --vlm DIR",
+                   "do not use its captions; it needs more captioned clips, or use --vlm DIR",
                    file=sys.stderr)
     return {"held_out": loss, "held_out_by_frequency": by_frequency}
 
 
-def describe(model, tokenizer, x, most):
-    """[(caption, mean log-probability)] of frames uint8 [B, n, S, S, 3]."""
-    x = to_input(x.to(model.words.weight.device))
-    return [(tokenizer.decode(ids).strip(), score) for ids, score in model.generate(x, most)]
-
-
 def write_sheet(path, folder, rows, captions):
-    """Four frames of each clip above its caption."""
-    contact_sheet(path, [
-        (frames_of(folder, row, set(spread(4, row["frames"]).tolist())), caption)
-        for row, caption in zip(rows, captions)])
-
-
-WITHOUT = ("Put captions beside the files (NAME.txt), use a published captioner (--vlm DIR), or "
-           "leave this stage out: train_dit.py learns without captions, too")
+    """Writes a contact sheet: four frames of each clip above its caption."""
+    contact_sheet(path, [(frames_of(folder, row, set(spread(4, row["frames"]).tolist())), text)
+                         for row, text in zip(rows, captions)])
 
 
 def captioned(args, run):
-    """(folder, rows to learn from, at most 256 held-out rows), captioned by their metadata. A new
-    captioner of one's own is refused FEWEST clips or less, but for --few, which is only a
-    permission: it is no part of what a run was begun with."""
+    """(folder, training rows, at most 256 held-out rows), all with captions of the metadata. A new
+    run with fewer than FEWEST clips needs --few, which is not kept in the run's config."""
     is_allowed = vars(args).pop("few") or args.init or (run / "config.json").exists()
     folder = dataset_dir(args.name)
     rows = chosen(own_captions(folder, open_dataset(folder)), args)
     rows = [row for row in rows if row["captions"]]
-    learnt = [row for row in rows if row["split"] == "train"]
-    if not learnt:
+    training = [row for row in rows if row["split"] == "train"]
+    if not training:
         refuse(f"{folder} has no captioned clip in its training split. {WITHOUT}")
-    if len(learnt) < FEWEST and not is_allowed:
-        refuse(f"{folder}: {len(learnt)} captioned clips are too few to train a captioner on, at "
-               f"least {FEWEST} are wanted. {WITHOUT}. --few trains it all the same")
+    if len(training) < FEWEST and not is_allowed:
+        refuse(f"{folder}: {len(training)} captioned clips are too few to train a captioner: at "
+               f"least {FEWEST} are needed. {WITHOUT}. --few trains on them anyway")
     held_out = same_held_out(run, rows, lambda: [
-        row for row in rows if row["split"] != "train"] or learnt[:16])
+        row for row in rows if row["split"] != "train"] or training[:16])
     if held_out[0]["split"] == "train":
-        print(f"{folder} holds out no captioned clip: the held-out loss is that of clips that are "
-              "learnt from", file=sys.stderr)
-    return folder, learnt, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
+        print(f"{folder} holds out no captioned clip: the held-out loss is that of training clips",
+              file=sys.stderr)
+    return folder, training, Stream(held_out, args.seed).take(0, min(len(held_out), 256))
 
 
 def pick_caption(row, args, step):
-    """One of a row's captions, drawn by their weights."""
+    """Draws one of a clip's captions by their weights."""
     weights = np.array([caption["weight"] for caption in row["captions"]])
     random = rng(args.seed, "caption", step, row["key"])
     return row["captions"][random.choice(len(weights), p=weights / weights.sum())]
@@ -950,45 +811,44 @@ def pick_caption(row, args, step):
 def train(args, run):
     rank, world, device = setup(args, args.batch, "--batch")
     claim(run)
-    folder, learnt, held_out = captioned(args, run)
-    checkpoint = start_run(run, {"kind": "captioner", "args": vars(args),
-                                 "model": MODELS[args.model]})
+    folder, rows, held_out = captioned(args, run)
+    shape, step = MODELS[args.model], 0
+    checkpoint = start_run(run, {"kind": "captioner", "args": vars(args), "model": shape})
     sheet = run / "samples" / f"step-{args.steps:06d}.png"
     if is_finished(checkpoint, args) and sheet.exists():
         return
-    tokenizer = open_tokenizer(run / "tokenizer.json", [c["text"] for row in learnt
-                                                        for c in row["captions"]], args.vocab)
+    captions = [caption["text"] for row in rows for caption in row["captions"]]
+    tokenizer = open_tokenizer(run / "tokenizer.json", captions, args.vocab)
     texts = functools.lru_cache(maxsize=2**16)(lambda t: encode(tokenizer, t, args.max_tokens))
+    captions = [texts(text) for text in captions]
     torch.manual_seed(args.seed)
-    model, step = Captioner(**MODELS[args.model], vocab=tokenizer.get_vocab_size()).to(device), 0
+    model = Captioner(**shape, vocab=tokenizer.get_vocab_size()).to(device)
     optimizer = MuonAdamW(model, plain=("head", "words", "position", "stem"))
     if checkpoint:
         step, saved = load_step(checkpoint)
         model.load_state_dict(saved["model"])
         restore_optimizer(optimizer, model, saved["optimizer"])
-    captions = [texts(c["text"]) for row in learnt for c in row["captions"]]
-    if not checkpoint:
+    else:
         word_prior(model, captions)
-    # a caption's loss is its tokens' sum over this constant: long captions count for what they hold
+    # the sum over a caption's tokens is divided by the mean length: each token counts alike
     length = sum(len(ids) - 1 for ids in captions) / len(captions)
-    frames = Frames(folder, learnt + held_out, MODELS[args.model]["size"],
-                    MODELS[args.model]["frames"])
-    stream = Stream(learnt, args.seed)
+    frames = Frames(folder, rows + held_out, shape["size"], shape["frames"])
+    stream = Stream(rows, args.seed)
     print(f"{run}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{len(learnt)} captioned clips to learn from, {len(held_out)} held out, {device}",
+          f"{len(rows)} captioned clips to train on, {len(held_out)} held out, {device}",
           file=sys.stderr)
 
     def batch(step):
         picked = stream.take(step * args.batch, args.batch)[rank::world]
-        return draw_batch(picked, frames, texts, args, step, learnt)
+        return draw_batch(picked, frames, texts, args, step, rows)
 
     def learn(step, drawn):
-        keys, view, jitter, noise, ids, blank = drawn.to(device)
-        x = vary(view, jitter) + 0.15 * noise
+        view, jitter, noise, ids, blank = (moved(tensor, device) for tensor in drawn[1:])
+        x = augment(view, jitter) + 0.15 * noise
         loss, words = losses(model, x, ids, blank) / (args.batch * length)
         (loss + WORDS * words).backward()
         norm = take_step(model, optimizer, lr_at(step, args))
-        return {"loss": loss.detach(), "words": words.detach()}, norm, keys
+        return {"loss": loss.detach(), "words": words.detach()}, norm, drawn.keys
 
     by_frequency = frequency_loss([ids[1:] for ids in captions], [
         texts(row["captions"][0]["text"])[1:] for row in held_out])
@@ -1001,9 +861,9 @@ def train(args, run):
         lambda: {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)})
     if rank == 0 and not sheet.exists():
         shown = held_out[:24]
-        x = torch.from_numpy(np.stack([frames(row["key"]) for row in shown]))
-        write_sheet(sheet, folder, shown,
-                    [text for text, _ in describe(model, tokenizer, x, args.max_tokens)])
+        x = to_input(torch.from_numpy(np.stack([frames(row["key"]) for row in shown])).to(device))
+        write_sheet(sheet, folder, shown, [tokenizer.decode(ids).strip()
+                                           for ids, _ in model.generate(x, args.max_tokens)])
     barrier()
 
 
@@ -1011,54 +871,38 @@ def train(args, run):
 
 
 def finished(run):
-    """(config, newest checkpoint's folder) of a captioner's run; refuses one that goes on."""
+    """(config, newest checkpoint's folder) of a captioner's run; refuses an unfinished one."""
     config, step = read_config(run, "captioner"), last_step(run)
     if not is_finished(step, argparse.Namespace(**config["args"])):
         refuse(f"{run} has not finished training: run its caption.py --train command again")
     return config, step
 
 
-def load_captioner(name, device="cpu"):
-    """(model in eval mode, tokenizer, config) of a trained run's newest checkpoint."""
+def resume(part, keys, block):
+    """Truncates a .part file to its complete blocks of clips in the order of `keys`; returns their
+    number of clips. Resuming at whole blocks writes the same bytes as an unbroken run."""
+    lines = part.read_bytes().split(b"\n")[:-1]
+    n = len(list(itertools.takewhile(
+        lambda pair: pair[0].startswith(json_line({"key": pair[1]})[:-2].encode()),
+        zip(lines, keys))))
+    n = n if n == len(keys) else n - n % block
+    os.truncate(part, sum(len(line) + 1 for line in lines[:n]))
+    return n
+
+
+def own_writer(name, folder, rows, args, device):
+    """(load, write) of a captioner of our own: load(row) runs in a thread; write(pairs of a row and
+    the loaded frames) yields (key, caption, prompt, scores) in any order."""
     run = run_dir(name)
-    config, step = finished(run)
-    tokenizer = open_tokenizer(run / "tokenizer.json")
+    (config, step), tokenizer = finished(run), open_tokenizer(run / "tokenizer.json")
     try:
         model = Captioner(**config["model"], vocab=tokenizer.get_vocab_size())
         model.load_state_dict(load_file(step / "model.safetensors"))
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         refuse(f"{step} is damaged, or {run / 'config.json'}: {error}")
-    return model.to(device).eval().requires_grad_(False), tokenizer, config
-
-
-def holds(path, keys):
-    """Whether a finished file of captions holds all of `keys`."""
-    if not path.exists():
-        return not keys
-    files = [file for file in (path, rejected_path(path)) if file.exists()]
-    return set(keys) <= {row["key"] for file in files for row in read_rows(file)}
-
-
-def resume(part, keys, block):
-    """Cuts a .part file to the whole blocks of clips that it holds, in the order of `keys`, and
-    returns how many clips these are. Blocks stay as they were, so that a resumed file has the same
-    bytes; a torn last line goes, and so does a file that was begun for other clips."""
-    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
-    n = len(list(itertools.takewhile(
-        lambda pair: pair[0].startswith(json_line({"key": pair[1]})[:-2].encode()),
-        zip(lines, keys))))
-    n = n if n == len(keys) else n - n % block
-    if part.exists():
-        os.truncate(part, sum(len(line) + 1 for line in lines[:n]))
-    return n
-
-
-def own_writer(name, folder, rows, args, device):
-    """(load, write) of a captioner that we trained: load(row) in a thread; write(pairs of a row and
-    what was loaded) yields (key, caption, prompt, scores) in any order."""
-    model, tokenizer, config = load_captioner(name, device)
+    model.to(device).eval().requires_grad_(False)
     frames = Frames(folder, rows, config["model"]["size"], config["model"]["frames"], mib=0)
-    most, temperature = config["args"]["max_tokens"], run_temperature(run_dir(name))
+    most, temperature = config["args"]["max_tokens"], run_temperature(run)
     read = ((row["key"], load_or_fault(lambda row: frames(row["key"]), row))
             for row in Stream(rows, 0).take(0, len(rows)))
     others = {key: to_input(torch.from_numpy(view).to(device)) for key, view in itertools.islice(
@@ -1067,37 +911,33 @@ def own_writer(name, folder, rows, args, device):
     def write(pairs):
         for group in in_groups(pairs, args.batch):
             x = to_input(torch.from_numpy(np.stack([view for _, view in group])).to(device))
-            said = model.generate(x, most)
-            ids = pad([[BOS, *ids, EOS] for ids, _ in said]).to(device)
+            captions = model.generate(x, most)
+            ids = pad([[BOS, *ids, EOS] for ids, _ in captions]).to(device)
             four = torch.stack([torch.stack(
                 [other for key, other in others.items() if key != row["key"]][:4] or [view])
                 for (row, _), view in zip(group, x)])
             sure = certainty(model, x, four, ids, temperature).tolist()
             yield from ((row["key"], tokenizer.decode(ids).strip(), "",
                          {"logprob": score, "sure": sure})
-                        for (row, _), (ids, score), sure in zip(group, said, sure))
+                        for (row, _), (ids, score), sure in zip(group, captions, sure))
 
     return lambda row: frames(row["key"]), write
 
 
 def run_temperature(run):
-    """The temperature that the run's log ends with; 1 of runs that knew none."""
-    rows = read_log(run) if (run / "log.jsonl").exists() else []
-    return rows[-1].get("temperature", 1.0) if rows else 1.0
+    """The last temperature in the run's log; 1 for runs older than `certainty`."""
+    return next(iter(read_log(run)[-1:]), {}).get("temperature", 1.0)
 
 
 def in_groups(items, n):
-    """Lists of n items, the last one perhaps shorter."""
+    """Lists of n items; the last may be shorter."""
     items = iter(items)
     while group := list(itertools.islice(items, n)):
         yield group
 
 
-UNREADABLE = "cannot be read"           # the reject of a clip that gives no frames
-
-
 def load_or_fault(load, row):
-    """load(row), or what went wrong with this clip; errors of the machine are raised."""
+    """load(row), or the error that the clip causes; errors of the machine are raised."""
     try:
         return load(row)
     except Exception as error:
@@ -1107,16 +947,15 @@ def load_or_fault(load, row):
 
 
 def caption_shard(load, write, scorer, rows, path, args, bar):
-    """Writes the captions of one shard's `rows` to `path`, by way of `part_path`, and those that
-    will not do to rejected-… beside it. Rows stand in their order, however they were finished."""
+    """Writes the captions of one shard's `rows` to `path`, rejected ones to `rejected_path`, in the
+    order of the rows. They are collected in `part_path` first."""
     part, keys = part_path(path, args), [row["key"] for row in rows]
     with open(part, "a", encoding="utf-8") as file:
         if not is_sole(file):
-            refuse(f"{part}: another process writes these captions: wait for its end")
+            refuse(f"{part}: another process writes these captions: wait until it ends")
         first = resume(part, keys, args.batch)
         bar.update(first)
-        todo, waiting, done = rows[first:], iter(keys[first:]), {}
-        key = next(waiting, None)
+        todo, waiting, done = rows[first:], keys[first:], {}
 
         def pairs():
             for i, loaded in prefetch(lambda i: load_or_fault(load, todo[i]), 0, len(todo),
@@ -1131,12 +970,10 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                     yield todo[i], loaded
 
         def flush():
-            nonlocal key
-            while key in done:
-                file.write(done.pop(key))
+            while waiting and waiting[0] in done:
+                file.write(done.pop(waiting.pop(0)))
                 file.flush()
                 bar.update()
-                key = next(waiting, None)
 
         for name, text, prompt, scores in write(pairs()):
             scores = {**scores, **(scorer(name, text) if scorer else {})}
@@ -1148,44 +985,45 @@ def caption_shard(load, write, scorer, rows, path, args, bar):
                 **({"rejected": reason} if reason else {})})
             flush()
         flush()
-        written = read_rows(part)
-        rejected = [row for row in written if "rejected" in row]
+        records, crc = read_rows(part), path.with_name(f"{path.name}.crc")
+        rejected = [record for record in records if "rejected" in record]
         if rejected:
             write_rows(rejected_path(path), rejected)
         else:
-            rejected_path(path).unlink(missing_ok=True)      # of captions that were removed
-        path.with_name(f"{path.name}.crc").unlink(missing_ok=True)
-        write_rows(path, [row for row in written if "rejected" not in row])
-        write_sum(path)
+            rejected_path(path).unlink(missing_ok=True)      # of an earlier run
+        crc.unlink(missing_ok=True)
+        write_rows(path, [record for record in records if "rejected" not in record])
+        write_text(crc, f"{zlib.crc32(path.read_bytes())}\n")
         part.unlink()
     remove_parts(path)
 
 
-def write_sum(path):
-    write_text(path.with_name(f"{path.name}.crc"), f"{zlib.crc32(path.read_bytes())}\n")
+def captioned_records(path):
+    """The records of a shard's captions, rejected ones included."""
+    return [record for file in (path, rejected_path(path)) if path.exists() and file.exists()
+            for record in read_rows(file)]
 
 
 def is_captioned(path, keys, args):
-    """Whether the captions of a shard are written; does what a run that ended behind them left."""
-    if not holds(path, keys):
+    """Whether the captions of all `keys` are written; removes what other commands left unfinished.
+    A run that was killed after writing them still has its `part_path`, and ends again."""
+    if part_path(path, args).exists() or not set(keys) <= {
+            record["key"] for record in captioned_records(path)}:
         return False
-    if path.exists() and part_path(path, args).exists() and \
-            not path.with_name(f"{path.name}.crc").exists():
-        write_sum(path)
     remove_parts(path)
     return True
 
 
 def shaping(args):
-    """{option: value} of all that changes captions."""
+    """{option: value} of the options that change the captions."""
     return {name: value for name, value in vars(args).items()
             if name not in ("name", "all", "eval", "device", "where", "skip_clips", "few")}
 
 
 def refuse_other_options(folder, run, args, vlm):
-    """Refuses to go on with another captioner or options than the captions that are there; those
-    they were made with stand in captions-RUN.json."""
-    path = folder / f"captions-{run}.json"
+    """Refuses a captioner or options other than those that a source's captions were made with, which
+    are recorded in caption-options-SOURCE.json."""
+    path = folder / f"caption-options-{run}.json"
     model = zlib.crc32((run_dir(vlm) / "config.json").read_bytes())
     now = {**shaping(args), "vlm": f"{run_dir(vlm).name} ({model:08x})"}
     now = {name: value for name, value in now.items() if name not in ("batch", "source")}
@@ -1194,21 +1032,20 @@ def refuse_other_options(folder, run, args, vlm):
         for name in sorted(was):
             if was[name] != now.get(name, was[name]):
                 refuse(f"captions of {folder} by {run} were made with --{name} {was[name]}, not "
-                       f"{now[name]}: give another --source, or take them back: rm {folder}/"
+                       f"{now[name]}: give another --source, or remove them: rm {folder}/"
                        f"shard-*captions-{run}.jsonl*")
     if int(os.environ.get("RANK", 0)) == 0:
         write_text(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
 
 
 def part_path(path, args):
-    """Where captions wait for the rest of their shard: named by what shapes them, so that no file
-    holds those of two commands."""
+    """The unfinished file of a shard, named by a hash of the options that change the captions."""
     text = json.dumps(shaping(args), sort_keys=True)
     return path.with_name(f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.part")
 
 
 def remove_parts(path):
-    """Removes what other commands began of a shard that is done, but for those at work."""
+    """Removes unfinished files of a finished shard, except those of running processes."""
     for part in path.parent.glob(f"{path.name}.*.part"):
         with contextlib.suppress(FileNotFoundError), open(part) as file:
             if is_sole(file):
@@ -1224,12 +1061,12 @@ def caption(args):
     rank, world, device = setup(args)
     folder, vlm = dataset_dir(args.name), args.vlm or f"{Path(args.name).name}-captioner"
     rows, run = own_captions(folder, open_dataset(folder)), run_dir(vlm).name
-    missing = sum(args.all or not row["captions"] for row in rows)
-    if not missing:
-        return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing is to "
-                     "be done (--all captions them too)", file=sys.stderr)
+    wanted = [row for row in rows if args.all or not row["captions"]]
+    if not wanted:
+        return print(f"{folder}: each of {len(rows)} clips has a caption of its own: nothing to do "
+                     "(--all captions them too)", file=sys.stderr)
     if not args.vlm and not run_dir(vlm).exists():
-        refuse(f"{folder}: {missing} clips have no caption, and no captioner has been trained "
+        refuse(f"{folder}: {len(wanted)} clips have no caption, and no captioner has been trained "
                f"({run_dir(vlm)}). Train one (--train). {WITHOUT}")
     if not (run_dir(vlm) / "config.json").is_file():
         read_config(run_dir(vlm), "captioner")                   # refuses it, and says what it is
@@ -1239,21 +1076,17 @@ def caption(args):
         refuse(f"{vlm} is a run of our own captioner: it takes no --lm, --frames or --prompt")
     run = args.source or (run if is_own else f"{run}-{args.style}")
     if run in {caption["source"] for row in rows for caption in row["captions"]}:
-        refuse(f"{run} is what {folder} calls captions of its own: give another --source")
-    shards = {}
-    for row in rows:
-        if args.all or not row["captions"]:
-            shards.setdefault(row["shard"], []).append(row)
+        refuse(f"{run} is a source of {folder}'s own captions: give another --source")
     if not os.access(folder, os.W_OK):
         refuse(f"{folder} cannot be written to: captions are kept beside its shards")
-    sweep(folder)                        # what a killed run left
+    sweep(folder)                        # temporary files of a killed run
     refuse_other_options(folder, run, args, vlm)
-    sheet, todo = folder / f"captions-{run}.png", []
-    for shard in sorted(shards)[rank::world]:
-        path = folder / f"{shard}.captions-{run}.jsonl"
-        if not is_captioned(path, [row["key"] for row in shards[shard]], args):
-            todo.append((path, shards[shard]))
-    wanted = [row for shard in sorted(shards) for row in shards[shard]]
+    sheet, shards = folder / f"captions-{run}.png", {}
+    for row in sorted(wanted, key=lambda row: row["shard"]):
+        shards.setdefault(folder / f"{row['shard']}.captions-{run}.jsonl", []).append(row)
+    todo = [(path, mine) for path, mine in [*shards.items()][rank::world]
+            if not is_captioned(path, [row["key"] for row in mine], args)]
+    wanted = [*itertools.chain.from_iterable(shards.values())]
     if todo:
         load, write = (own_writer if is_own else vlm_writer)(vlm, folder, rows, args, device)
         scorer = Scorer(args, folder, rows, device) if args.clip else None
@@ -1264,22 +1097,21 @@ def caption(args):
     barrier()
     if rank:
         return
-    files = [folder / f"{shard}.captions-{run}.jsonl" for shard in sorted(shards)]
-    files += filter(Path.exists, map(rejected_path, files.copy()))
     keys = {row["key"] for row in wanted}
-    said = {row["key"]: row for path in files for row in read_rows(path) if row["key"] in keys}
-    texts = {key: row["caption"] for key, row in said.items() if "rejected" not in row}
-    if wanted and (todo or not sheet.exists()):
+    records = {record["key"]: record for path in shards for record in captioned_records(path)
+               if record["key"] in keys}
+    texts = {key: record["caption"] for key, record in records.items() if "rejected" not in record}
+    if todo or not sheet.exists():
         shown = [row for row in Stream(wanted, 0).take(0, min(36, len(wanted)))
-                 if said[row["key"]].get("rejected") != UNREADABLE]
+                 if records[row["key"]].get("rejected") != UNREADABLE]
         write_sheet(sheet, folder, shown, [
-            texts.get(row["key"], "(rejected) " + said[row["key"]]["caption"]) for row in shown])
-    reasons = Counter(row["rejected"] for row in said.values() if "rejected" in row)
-    others = "; " + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) + (
-        f", see shard-*.rejected-captions-{run}.jsonl")
-    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}"
-          + others * bool(reasons), file=sys.stderr)
-    print(f"look at {sheet}; take these captions back: rm {folder}/shard-*captions-{run}.jsonl*",
+            texts.get(row["key"], "(rejected) " + records[row["key"]]["caption"]) for row in shown])
+    reasons = Counter(record["rejected"] for record in records.values() if "rejected" in record)
+    rejects = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    print(f"{folder}: {len(texts)} of {len(wanted)} clips captioned by {run}" + (
+        f"; {rejects}, see shard-*.rejected-captions-{run}.jsonl" if rejects else ""),
+        file=sys.stderr)
+    print(f"look at {sheet}; remove these captions: rm {folder}/shard-*captions-{run}.jsonl*",
           file=sys.stderr)
     if args.eval:
         evaluate(folder / f"captions-{run}.eval.json", rows, texts)
@@ -1289,32 +1121,33 @@ def caption(args):
 
 
 def words_of(text):
-    """Lower-case words, about as the Penn Treebank cuts them, without punctuation."""
+    """Lower-case words without punctuation, split about as in the Penn Treebank."""
     return re.findall(r"n't|'(?:s|re|ve|ll|d|m)\b|(?:(?!n't)[^\W_])+", text.lower())
 
 
 def grams(words):
-    """How often each run of 1 to 4 words occurs."""
+    """Counts of the n-grams of 1 to 4 words."""
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def bleu(guesses, correct, length, nearest):
-    """BLEU-1 to BLEU-4 of counts of runs by length (1 to 4), and the lengths of texts."""
-    products = np.cumprod((np.array(correct) + 1e-15) / (np.array(guesses) + 1e-9))
+def bleu(counts):
+    """BLEU-1 to BLEU-4 of `bleu_counts` of a caption, or of their sum."""
+    guesses, correct, (length, nearest) = np.split(counts, [4, 8])
+    products = np.cumprod((correct + 1e-15) / (guesses + 1e-9))
     ratio = (length + 1e-15) / (nearest + 1e-9)
     return (products ** (1 / np.arange(1, 5)) * math.exp(min(0, 1 - 1 / ratio))).tolist()
 
 
 def bleu_counts(mine, texts):
-    """Arguments of `bleu` for one caption."""
+    """[10]: n-grams by n, those that are in a reference, and the two texts' lengths."""
     counts, best = grams(mine), functools.reduce(lambda a, b: a | b, map(grams, texts))
     correct = [sum(min(n, best[g]) for g, n in counts.items() if len(g) == k) for k in range(1, 5)]
-    return ([max(0, len(mine) - k) for k in range(4)], correct, len(mine),
-            min((abs(len(text) - len(mine)), len(text)) for text in texts)[1])
+    nearest = min((abs(len(text) - len(mine)), len(text)) for text in texts)[1]
+    return np.array([*(max(0, len(mine) - k) for k in range(4)), *correct, len(mine), nearest])
 
 
 def rouge_l(mine, texts):
-    """The longest common subsequence: F of the best precision and the best recall, beta 1.2."""
+    """ROUGE-L: F score (beta 1.2) of the longest common subsequence, best precision and recall."""
     best = [0.0, 0.0]
     for text in texts:
         row = [0] * (len(text) + 1)
@@ -1328,18 +1161,17 @@ def rouge_l(mine, texts):
 
 
 def score_captions(candidates, references, words=words_of):
-    """BLEU-1..4, ROUGE-L and CIDEr(-D) as pycocoevalcap has them: {"bleu": [4], "rouge_l",
-    "cider"}, and by clip under "bleu_each" and so on, of candidates {key: text} and references
-    {key: texts}. (METEOR and SPICE need Java and WordNet.)"""
+    """BLEU-1..4, ROUGE-L and CIDEr-D of candidates {key: text} and references {key: texts}, as in
+    pycocoevalcap: {"bleu": [4], "rouge_l", "cider"}, and for each clip "bleu_each" and so on.
+    (METEOR and SPICE need Java and WordNet.)"""
     texts = {key: [words(text) for text in references[key]] for key in candidates}
     mine = {key: words(text) for key, text in candidates.items()}
     counted = {key: bleu_counts(mine[key], texts[key]) for key in mine}
-    sums = [np.sum(figures, 0) for figures in zip(*counted.values())]
     counts = {key: [grams(text) for text in texts[key]] for key in texts}
     seen = Counter(g for figures in counts.values() for g in set().union(*figures))
 
     def weigh(counts):
-        """By length of run {run: weight}; the number of pairs, which stands for the length."""
+        """TF-IDF weights by n; the number of bigrams, which CIDEr-D uses as the length."""
         tables = [{}, {}, {}, {}]
         for g, n in counts.items():
             tables[len(g) - 1][g] = n * (math.log(len(mine)) - math.log(max(1, seen[g])))
@@ -1354,21 +1186,20 @@ def score_captions(candidates, references, words=words_of):
                 total += dot / (norm or 1) * math.exp(-(length - other)**2 / 72)
         return 10 * total / 4 / len(counts[key])
 
-    figures = {"bleu_each": {key: bleu(*counted[key]) for key in mine},
-            "rouge_l_each": {key: rouge_l(mine[key], texts[key]) for key in mine},
-            "cider_each": {key: cider(key) for key in mine}}
-    return {"bleu": bleu(*sums), **figures, **{
-        name: float(np.mean(list(figures[f"{name}_each"].values())))
-        for name in ("rouge_l", "cider")}}
+    rouges = {key: rouge_l(mine[key], texts[key]) for key in mine}
+    ciders = {key: cider(key) for key in mine}
+    return {"bleu": bleu(sum(counted.values())), "rouge_l": float(np.mean([*rouges.values()])),
+            "cider": float(np.mean([*ciders.values()])), "rouge_l_each": rouges,
+            "cider_each": ciders, "bleu_each": {key: bleu(counted[key]) for key in mine}}
 
 
 def evaluate(path, rows, texts):
-    """Scores captions {key: text} of clips that have captions of their own, writes and prints."""
+    """Scores captions {key: text} against the clips' own; writes and prints the figures."""
     references = {row["key"]: [c["text"] for c in row["captions"]] for row in rows
                   if row["key"] in texts and row["captions"]}
     if not references:
-        refuse("--eval: no clip with captions of its own has got one that will do: give --all, or "
-               "look at the rejected ones")
+        refuse("--eval: no clip with captions of its own has a new one: give --all, or look at the "
+               "rejected captions")
     scores = score_captions({key: texts[key] for key in references}, references)
     figures = {**{f"bleu_{n + 1}": x for n, x in enumerate(scores["bleu"])},
                **{name: scores[name] for name in ("rouge_l", "cider")}, "clips": len(references),
@@ -1380,80 +1211,46 @@ def evaluate(path, rows, texts):
 # -- the command line ------------------------------------------------------------------------------
 
 
-def frame_rule(text):
-    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
-    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
-    if not match or not float(match[2] or match[4]):
-        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
-    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
-
-
 def parse(argv=None):
     parser = option_parser(__doc__)
-    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl "
-                     "takes the captions of RUN back.")
+    parser.epilog = ("Look at data/NAME/captions-RUN.png; rm data/NAME/shard-*captions-RUN.jsonl* "
+                     "removes the captions of RUN.")
     parser.add_argument("name", help="data set: data/NAME, or a path with a slash")
     add = parser.add_argument_group("what to do").add_argument
-    add("--train", action="store_true", help="train a captioner; else one captions the clips")
-    add("--few", action="store_true", help="with --train: learn from fewer captioned clips than "
-        f"{FEWEST} all the same")
+    add("--train", action="store_true", help="train a captioner, instead of captioning the clips")
+    add("--few", action="store_true",
+        help=f"with --train: allow fewer than {FEWEST} captioned clips")
     add("--run", help="the run to train: runs/RUN, or a path with a slash (NAME-captioner)")
-    add("--vlm", help="what captions: a run, or a published folder (NAME-captioner)")
-    add("--all", action="store_true", help="caption every clip, also those that have a caption")
+    add("--vlm", help="the captioner: a run, or a published folder (NAME-captioner)")
+    add("--all", action="store_true", help="caption all clips, even those with a caption")
     add("--eval", action="store_true",
         help="score the captions against the clips' own: BLEU, ROUGE-L, CIDEr")
     add("--batch", type=number(int, 1), default=32,
-        help="clips a step, over all ranks, or at a time (%(default)s)")
+        help="clips per step, over all ranks, or captioned at a time (%(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="captioner-xs", choices=sorted(MODELS), help="size (%(default)s)")
+    add("--model", default="captioner-xs", choices=sorted(MODELS),
+        help="size of the captioner to train (%(default)s)")
     add("--vocab", type=number(int, 259), default=512,
-        help="tokens of the captions' BPE at most, 259 or more (%(default)s)")
+        help="largest vocabulary of the captions' BPE, 259 or more tokens (%(default)s)")
     add("--max_tokens", type=number(int, 1), default=128,
         help="longest caption, in tokens (%(default)s)")
-    add("--paste", type=number(float, 0, 1), default=0.0, help="share of clips upon which what "
-        "moves in another is laid, the captions joined by 'and' (%(default)s; dark grounds)")
+    add("--paste", type=number(float, 0, 1), default=0.0, help="share of training clips, 0 to 1, "
+        "onto which moving objects of another are pasted, the captions joined by 'and'; for dark "
+        "backgrounds (%(default)s)")
+    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="reject a caption of a "
+        "captioner of your own below this `certainty`, 0 to 1 (%(default)s; 0: none)")
     training_options(parser, steps=700, lr=8e-3, warmup=60, eval_every=350)
-    add = parser.add_argument_group("published captioners").add_argument
-    add("--lm", metavar="DIR", help="language model that makes one caption of the frames' (none)")
-    add("--style", default="long", choices=sorted(STYLES), help="of the captions (%(default)s)")
-    add("--prompt", help="the question instead of the style's: text, or a text file; {what} stands "
-        "for image or video")
-    add("--summary", help="what --lm is asked: text, or a text file, with {notes}, {meta}, {ask}")
-    add("--frames", type=frame_rule, metavar="RULE", help="uniform:N, fps:X or key:N (of a video "
-        "uniform:8, for --lm uniform:4, else uniform:1)")
-    add("--sure", type=number(float, 0, 1), default=0.75, metavar="P", help="a captioner of one's "
-        "own: captions are rejected as unsure if the probability of their tokens is lower, 0 to 1 "
-        "(%(default)s; 0: none)")
-    add("--source", help="what the data set calls these captions (the folder's name and the style)")
-    add("--temperature", type=number(float, 0, 10), default=0.0, help="0: greedy, whatever a "
-        "folder's generation_config.json says; its repetition_penalty and no_repeat_ngram_size "
-        "apply (%(default)s)")
-    add("--top_p", type=number(float, 1e-6, 1), default=1.0,
-        help="share of the likeliest tokens drawn from, up to 1 (%(default)s)")
-    add("--dtype", choices=["fp32", "bf16"], help="of the weights (bf16 on CUDA, else fp32)")
-    add("--template", choices=sorted(CHATS), metavar="NAME", help="how --lm, or else --vlm or "
-        "--init, is asked: " + ", ".join(CHATS) + " (as its folder's chat template says)")
-    add("--tokenizer", metavar="DIR", help="folder of the tokenizer, where --vlm has none")
-    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: scores text against frames (none)")
-    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP (none)")
-    add("--init", metavar="DIR", help="with --train: the published captioner to begin with (none)")
-    add("--tune", default="connector", choices=["connector", "lora", "all"],
-        help="what of --init learns (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 unless told")
-    add("--rank", type=number(int, 1), default=8, help="of --tune lora (%(default)s)")
+    published_options(parser)
     args = parser.parse_args(argv)
     if args.init:
         parser.set_defaults(lr={"connector": 1e-3, "lora": 2e-4, "all": 2e-5}[args.tune])
         args = parser.parse_args(argv)
     if (args.vlm and args.train) or (args.run and not args.train):
         refuse("--run goes with --train, --vlm without it")
-    if args.template and not (args.vlm or args.lm or args.init):
-        refuse("--template goes with --vlm, --lm or --init: a captioner of one's own has none")
-    for name, other in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
-                                       "few train")):
-        if getattr(args, name) and not getattr(args, other):
-            refuse(f"--{name} goes with --{other}")
-    if args.source and not re.fullmatch(r"[\w.-]+", args.source):
-        refuse(f"--source {args.source}: letters, digits, '.', '-' and '_' are what it may hold")
+    for name, *others in map(str.split, ("eval all", "aesthetics clip", "summary lm", "init train",
+                                         "few train", "template vlm lm init")):
+        if getattr(args, name) and not any(getattr(args, other) for other in others):
+            refuse(f"--{name} goes with " + " or ".join(f"--{other}" for other in others))
     return args
 
 
@@ -1475,10 +1272,14 @@ def main(argv=None):
 
 
 # == published weights: key maps, text encoders ====================================================
+#
+# Papers: Raffel 2019 (T5, 1910.10683); Chung 2023 (UMT5, 2304.09151); Radford 2021 (CLIP,
+# 2103.00020); Ainslie 2023 (grouped queries, 2305.13245); Hu 2021 (LoRA, 2106.09685); Peng 2023
+# (NTK scaling, 2309.00071).
 
 
 def read_published(path, missing=None):
-    """The object in a published JSON file; `missing`, if given, where there is no such file."""
+    """Reads the object of a published JSON file; returns `missing`, if given, without a file."""
     if missing is not None and not path.exists():
         return missing
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -1493,23 +1294,156 @@ def read_published(path, missing=None):
 
 @contextlib.contextmanager
 def read_as_config(where, name="config.json"):
-    """Refuses what a published config does not hold, or holds in another form than the published
-    models of its family: what breaks in here breaks by its values."""
+    """Turns errors in the block into one line about the published config: a missing key, or a
+    value that no published model of the family has."""
     try:
         yield
     except KeyError as error:
-        refuse(f"{where}: {error} is missing, of the config or of the weights")
+        refuse(f"{where}: {error} is missing in the config or in the weights")
     except ValueError as error:
         refuse(f"{where}: {error}")
     except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        refuse(f"{where}: its {name} holds what does not fit: {' '.join(str(error).split())[:200]}")
+        refuse(f"{where}: a value in its {name} does not fit: {' '.join(str(error).split())[:200]}")
+
+
+TANH = functools.partial(F.gelu, approximate="tanh")
+ACTS = {    # activations by their published names
+    **dict.fromkeys(("gelu", "gelu_python"), F.gelu), "relu": F.relu,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh",
+                     "gelu_python_tanh"), TANH),
+    **dict.fromkeys(("silu", "swish"), F.silu),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+
+
+def check_transformer(config):
+    """Raises ValueError for a TransformerConfig that no network can have."""
+    width, heads, kv_heads = config.width, config.heads, config.kv_heads or config.heads
+    if not all(isinstance(n, int) and n > 0 for n in (width, heads, kv_heads)):
+        raise ValueError(f"width {width}, heads {heads}, kv_heads {kv_heads}: they must be "
+                         "numbers above 0")
+    if (not config.head and width % (2 * heads)) or heads % kv_heads:
+        raise ValueError(f"width {width}, heads {heads}, kv_heads {config.kv_heads}: heads must "
+                         "divide width into even parts, and kv_heads must divide heads")
+    if not isinstance(config.depth, int) or not 0 <= config.depth <= 1000:
+        raise ValueError(f"{config.depth} layers: it must be a number up to 1000")
+    if config.sections and 2 * sum(config.sections) != config.head_dim:
+        raise ValueError(f"mrope_section {list(config.sections)}: the sum must be half of the head "
+                         f"dim {config.head_dim}")
+    if config.act not in ACTS:
+        raise ValueError(f"activation {config.act} is not one of {', '.join(sorted(ACTS))}")
+
+
+def scaled_rotary(positions, stack, prompts=None):
+    """`rotary` of published models that scale the angles. With sections positions are [3, ...];
+    prompts: lengths [B] of the prompts, for Qwen 1, which also scales the queries."""
+    E, base = stack.head_dim, stack.rope
+    i = torch.arange(0, E, 2, dtype=torch.float32, device=positions.device)
+    if stack.trained and prompts is not None:        # NTK: the base grows by powers of the excess
+        alpha = 2 ** ((prompts / stack.trained).log2() + 1).ceil() - 1
+        base = (base * alpha.clamp(min=1) ** (E / (E - 2)))[:, None, None]
+    speeds = base ** (-i / E)
+    if len(stack.scaling) == 1:                      # linear: all wavelengths grow alike
+        speeds = speeds / stack.scaling[0]
+    elif stack.scaling:                              # Llama 3.1: only long wavelengths grow
+        factor, low, high, length = stack.scaling
+        share = ((length * speeds / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speeds = speeds * (share + (1 - share) / factor)
+    angles = positions[..., None].float() * speeds
+    if stack.sections:
+        axis = torch.tensor([axis for axis in range(3) for _ in range(stack.sections[axis])],
+                            device=i.device)
+        angles = angles.gather(0, axis.expand(1, *angles.shape[1:]))[0]
+    if not stack.trained:
+        return cos_sin(angles)
+    length = math.log(stack.trained)                 # a query's factor: log_trained(position + 1)
+    return *cos_sin(angles), (positions + 1.0).log().clamp(min=length) / length
+
+
+class ExpertLayer(Layer):
+    """A Layer with other weights for image tokens: separate ones (stack.expert -1, CogVLM), or the
+    text's plus a product of rank stack.expert (InternLM-XComposer2)."""
+
+    def __init__(self, stack):
+        super().__init__(stack)
+        self.expert = nn.ModuleDict({
+            name: type(f)(f.in_features, f.out_features, f.bias is not None)
+            if stack.expert < 0 else nn.Sequential(
+                nn.Linear(f.in_features, stack.expert, False),
+                nn.Linear(stack.expert, f.out_features, False))
+            for name, f in self.named_children() if isinstance(f, nn.Linear)})
+
+    def linear(self, name, x, image):
+        f = getattr(self, name)
+        if image is None:
+            return f(x)
+        theirs = self.expert[name](x[image])
+        if self.stack.expert > 0:
+            return f(x).index_put((image,), theirs, accumulate=True)
+        y = theirs.new_empty(*x.shape[:-1], theirs.shape[-1])
+        y[image], y[~image] = theirs, f(x[~image])
+        return y
+
+
+def fill_prefix(decoder, cache, slots, rows):
+    """Runs the tokens that all prompts begin with once, if they are 16 or more, and copies their
+    keys and values into the slots; returns their number, or 0."""
+    lengths = [len(row.request.ids) for row in rows]
+    if cache.prefix is None:
+        texts = [[str(i) for i in row.request.ids] for row in rows]
+        shared = os.path.commonprefix(texts) if len(rows) > 1 and not decoder.stack.trained else []
+        n = shared.index("-1") if "-1" in shared else min(len(shared), *lengths) - 1
+        first, cache.prefix = rows[0].request, []
+        if n >= 16:
+            cache.plan([slots[0]], 0, n)
+            decoder(first.x[None, :n], first.positions[..., None, :n], cache)
+            cache.save_prefix(first.ids[:n], slots[0])
+    start = len(cache.prefix)
+    if not start or not all(len(row.request.ids) > start and row.request.ids[:start] == cache.prefix
+                            for row in rows):
+        return 0
+    cache.copy_prefix(slots)
+    return start
+
+
+def nucleus(scores, draws, temperature, top_p, vocab):
+    """Draws a token [B, 1] for each row of scores [B, V] by draws [B] in 0..1, from the most likely
+    ones whose probabilities add up to top_p, of the first `vocab`."""
+    order = (scores[:, :vocab] / temperature).softmax(-1).double().sort(
+        dim=-1, descending=True, stable=True)
+    reach = order.values.cumsum(-1)
+    reach = reach.masked_fill(reach - order.values >= top_p, torch.inf)
+    most = reach.masked_fill(reach.isinf(), 0).amax(-1)
+    index = torch.searchsorted(reach, (draws.to(reach) * most)[:, None])
+    return order.indices.gather(1, index.clamp(max=reach.shape[1] - 1))
+
+
+def penalised(logits, rows, penalty, size):
+    """Logits [B, V] after repetition_penalty and no_repeat_ngram_size, as transformers applies them
+    to prompt and answer: the logit of a token that a row holds is divided by `penalty`, or
+    multiplied below 0; a token that would repeat `size` tokens (0: any may) gets -inf."""
+    scores, ends = logits.float().clone(), []
+    for row in rows:
+        ids = row.request.counted + row.ids
+        row.seen.update(dict.fromkeys(ids[row.n_noted:]))
+        for i in range(max(size - 1, row.n_noted), len(ids) * bool(size)):
+            row.grams.setdefault(tuple(ids[i - size + 1:i]), []).append(ids[i])
+        row.n_noted = len(ids)
+        ends.append(row.grams.get(tuple(ids[len(ids) - size + 1:])))
+    index = torch.from_numpy(np.concatenate([scores.shape[1] * n + np.fromiter(row.seen, np.int64)
+                                             for n, row in enumerate(rows)])).to(scores.device)
+    seen = scores.view(-1)[index]
+    scores.view(-1)[index] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    for score, banned in zip(scores, ends):
+        if banned:
+            score[banned] = -torch.inf
+    return scores
 
 
 class Renamed(dict):
-    """Tensors under our names; `theirs`: {our name: the file's}."""
+    """Tensors by our names; `theirs`: {our name: the file's}."""
 
 
-USUALLY = {     # a module's name in most files | in Wan's CLIP
+USUALLY = {     # our name: a module's name in most files | in Wan's CLIP
     "decoder.head": "lm_head", "decoder.norm": "model.norm", "decoder.embed": "model.embed_tokens",
     "tower.cls": "embeddings.class_embedding|visual.cls_embedding",
     "tower.position": "embeddings.position_embedding|visual.pos_embedding",
@@ -1519,9 +1453,9 @@ USUALLY = {     # a module's name in most files | in Wan's CLIP
     "connector.2": "multi_modal_projector.linear_2", "textual": "text_projection"}
 
 
-def name_there(name, weights):
-    """The file's name of one of ours; of what it lacks by a neighbour's, another layer's or a
-    weight's for its bias."""
+def published_name(name, weights):
+    """The file's name for one of ours; for a missing tensor derived from a similar one, of another
+    layer or the weight of the same bias."""
     def form(name):
         return re.sub(r"\.layers\.\d+\.", ".layers.N.", name.rpartition(".")[0])
 
@@ -1540,9 +1474,9 @@ def name_there(name, weights):
 
 
 def load_strictly(model, weights, patterns, ignored, dtype, device, where):
-    """Gives `model`, made on the meta device, its published weights. `patterns` lists (pattern of
-    our module's name, published name; several with | are one tensor's, one of them must be there).
-    Whatever is missing, of another shape, or neither known nor `ignored`, is refused by name."""
+    """Loads published weights into `model`, which is on the meta device. `patterns` lists (pattern
+    of our module's name, published name, or alternatives separated by |). Refuses, by name, tensors
+    that are missing, of another shape, or unexpected and not `ignored`."""
     state, read, used, faults = {}, {}, set(), []
     for name, parameter in model.state_dict().items():
         module, _, kind = name.rpartition(".")
@@ -1561,23 +1495,23 @@ def load_strictly(model, weights, patterns, ignored, dtype, device, where):
             faults.append((there, f"{str(tensor.dtype)[6:]}, as quantized weights are"))
         else:
             state[name] = tensor.to(device, dtype)
-            read[name_there(there, weights)] = state[name]
+            read[published_name(there, weights)] = state[name]
     faults += [(name, "unexpected") for name in sorted(weights)
                if name not in used and not re.fullmatch(ignored, name)]
     if faults:
-        said = [f"{name_there(name, weights)} is {what}" for name, what in faults[:8]]
-        refuse(f"{where}: " + "; ".join(said) + f"; {len(faults)} in all" * (len(faults) > 8))
+        lines = [f"{published_name(name, weights)} is {what}" for name, what in faults[:8]]
+        refuse(f"{where}: " + "; ".join(lines) + f"; {len(faults)} in all" * (len(faults) > 8))
     refuse_nan(read, where)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def published_tensors(path, mark, ours=""):
-    """`read_tensors` under a network's own names: `mark` and `ours` as `unwrapped` has them."""
+    """`read_tensors` without wrappers and prefixes; `mark` and `ours`: arguments of `unwrapped`."""
     return unwrapped(innermost(read_tensors(path)), mark, ours)
 
 
-# Marks of `unwrapped`: a name's pattern, and what its network's names begin with
+# Marks for `unwrapped`: the pattern of a name, and the prefix of its network's names
 T5_MARK = r"(encoder\.)?block\.0\.layer\.0\.layer_norm\.weight", "encoder."
 CLIP_MARK = r"(text_model\.)?embeddings\.token_embedding\.weight", "text_model."
 TOWER_MARK = r"(vision_model\.)?embeddings\.patch_embedding\.weight"
@@ -1613,8 +1547,8 @@ CLIP_IGNORED = (r"text_model\.embeddings\.position_ids|vision_model\..*|logit_sc
 
 
 def values_of(config):
-    """A published config whose numbers, and yes or no, are no texts. Nulls are as absent keys, but
-    for what DEFAULTS has a row of: there null is a value (no sliding window), or wrong."""
+    """A published config with strings such as "1e-5" or "true" converted. Nulls are dropped, except
+    of keys in VALUES: there null is a value (no sliding window), or an error."""
     if isinstance(config, dict):
         return {name: values_of(value) for name, value in config.items()
                 if value is not None or name in VALUES}
@@ -1627,8 +1561,8 @@ def values_of(config):
     return config
 
 
-# Of each class of configurations, what an absent key means: transformers' defaults, 4.36 to 5.24,
-# or those of the folder's own code. A null is a value, and no default takes its place.
+# Defaults of absent keys for each config class: those of transformers 4.36 to 5.24, or of the
+# folder's own code. A null is a value: no default replaces it.
 LLAMA = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000,
              num_attention_heads=32, num_key_value_heads=None, head_dim=None, hidden_act="silu",
              rms_norm_eps=1e-6, rope_theta=1e4, max_position_embeddings=2048,
@@ -1672,14 +1606,14 @@ DEFAULTS = {
                                 feed_forward_proj="gated-gelu")}
 VALUES = set().union(*DEFAULTS.values()) - {"max_position_embeddings"}
 CLIP_L = CLIP | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14,
-                     num_attention_heads=16)        # of a LLaVA without any vision_config
+                     num_attention_heads=16)        # of a LLaVA without vision_config
 PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 
 
 def clean_prompt(text):
-    """A prompt as Wan's models are given it: HTML's entities read; typographic quotes, ligatures
-    and full-width forms made plain; control characters dropped; white space in single spaces.
-    (What Wan uses, ftfy, also repairs text that was decoded wrongly.)"""
+    """The cleaning of Wan's prompts: HTML entities decoded; typographic quotes, ligatures and
+    full-width forms replaced by plain characters; control characters removed; white space
+    collapsed. (Wan uses ftfy, which also repairs wrongly decoded text.)"""
     text = text if "<" in text else html.unescape(text)
     text = re.sub("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\u3000\ufb00-\ufb06\uff01-\uffef]",
                   lambda match: unicodedata.normalize("NFKC", match[0]), text)
@@ -1690,9 +1624,9 @@ def clean_prompt(text):
 
 
 def distance_buckets(n, buckets, furthest):
-    """int64 [n, n]: the row of T5's table for query i and key j. Half of the rows are for keys that
-    come later; of each half the first half is for one distance each, the others widen with its
-    logarithm, and the last holds all from `furthest` on."""
+    """int64 [n, n]: the row of T5's relative position table for query i and key j. One half of the
+    rows is for earlier keys, one for later ones; in each, the first half holds single distances,
+    the rest logarithmically wider ranges, the last row all from `furthest` on."""
     positions, half = torch.arange(n), buckets // 2
     away, exact = positions - positions[:, None], half // 2
     large = (away.abs().clamp(min=1).float() / exact).log() / math.log(furthest / exact)
@@ -1701,10 +1635,10 @@ def distance_buckets(n, buckets, furthest):
 
 
 class TextEncoder(nn.Module):
-    """A frozen text encoder, as `open_text_encoder` makes it. T5's and UMT5's add a table's row to
-    the scores by the distance of two tokens (T5: the first layer's table in all, UMT5: each its
-    own); CLIP's is causal and adds positions; SigLIP's adds them, reads all that pads a text, and
-    knows lower case without punctuation. `hash` names it in files' names."""
+    """A frozen text encoder, made by `open_text_encoder`. T5 and UMT5 add a relative position bias
+    to the scores (T5: the first layer's table in all layers, UMT5: one in each); CLIP is causal and
+    adds position embeddings; so does SigLIP, which attends to the padding and reads lower case
+    without punctuation. `hash` is its name in file names."""
 
     def __init__(self, stack, vocab, positions=0, tables=0, buckets=32, furthest=128):
         super().__init__()
@@ -1715,8 +1649,8 @@ class TextEncoder(nn.Module):
         self.layers, self.norm = stack.layers(), stack.make_norm()
 
     def forward(self, ids, mask=None):
-        """ids int64 [B, L]; mask [B, L], 0 at padding (CLIP's sees its padding and ignores it) ->
-        (hidden states, those before the last layer and norm), each [B, L, D]."""
+        """ids int64 [B, L]; mask [B, L], 0 at padding (T5's alone) -> (last hidden states, those
+        before the last layer and norm), each [B, L, D]."""
         x, bias, n = self.embed(ids), None, ids.shape[1]
         if self.position is not None:
             x = x + self.position.weight[:n]
@@ -1731,7 +1665,7 @@ class TextEncoder(nn.Module):
         return self.norm(x), before
 
     def read_tokenizer(self, folder):
-        """Sets `split`, text -> ids, and the ids before a text, after it, and of padding."""
+        """Sets `split`, text -> ids, and the ids before a text, after a text, and of padding."""
         tokens, is_clip = Tokens(folder), self.position is not None
         marks = ["<|startoftext|>", *2 * ["<|endoftext|>"]] if is_clip else ["</s>", "<pad>"]
         marks = 2 * ["</s>"] if self.is_siglip else marks
@@ -1740,19 +1674,19 @@ class TextEncoder(nn.Module):
             marks[-1] = setting["content"] if isinstance(setting, dict) else setting or marks[-1]
         *self.begin, self.after, self.padding = map(tokens.id, marks)
         if None in (*self.begin, self.after, self.padding):
-            refuse(f"{folder}: the tokenizer lacks one of {', '.join(marks)}")
+            refuse(f"{folder}: the tokenizer has not all of {', '.join(marks)}")
         self.split = tokens.encode
 
     def pooled(self, ids, hidden):
-        """[B, D]: CLIP's hidden state at the first end of each text, SigLIP's at the last token.
-        CLIP's configs that say 2, which is not its end's id, mean the largest id."""
+        """[B, D]: CLIP's hidden state at the first end token of each text, SigLIP's at the last
+        token. An eos_token_id 2 in CLIP's config is wrong and stands for the largest id."""
         if self.is_siglip:
             return hidden[:, -1]
         is_end = ids == (ids.amax(1, True) if self.end == 2 else self.end)
         return hidden[torch.arange(len(ids)), is_end.int().argmax(1)]
 
     def ids(self, texts, max_length=None):
-        """(ids, mask), int64 [B, max_length]: texts with their marks, cut and padded."""
+        """(ids, mask), int64 [B, max_length]: texts with special tokens, cut and padded."""
         most, rows = max_length or self.max_length, []
         if self.position is not None and most > self.max_length:
             raise ValueError(f"max_length {most}: this encoder has {self.max_length} positions")
@@ -1769,8 +1703,8 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts, max_length=None, batch=8):
-        """A tensor [L, D] for each text, up to the end of its own; of CLIP's all max_length rows,
-        as the models that read them were given."""
+        """The prompt embeddings [L, D] of each text, without padding; CLIP's with padding up to
+        max_length, as its models were trained."""
         encoded, device = [], self.embed.weight.device
         for i in range(0, len(texts), batch):
             ids, mask = self.ids(texts[i:i + batch], max_length)
@@ -1781,7 +1715,7 @@ class TextEncoder(nn.Module):
 
 
 def wan_config(weights):
-    """What config.json would say, from the shapes in Wan's file."""
+    """The config.json of Wan's text encoder, from the shapes in its file."""
     (vocab, width), (buckets, heads), (inner, _), (ffn, _) = (
         weights[name].shape for name in (
             "token_embedding.weight", "blocks.0.pos_embedding.embedding.weight",
@@ -1793,14 +1727,14 @@ def wan_config(weights):
 
 
 def clip_stack(config, depth, **more):
-    """The TransformerConfig of one of CLIP's or SigLIP's towers."""
+    """The TransformerConfig of a CLIP or SigLIP tower."""
     return TransformerConfig(
         config["hidden_size"], depth, config["num_attention_heads"], eps=config["layer_norm_eps"],
         ffn=config["intermediate_size"], act=config["hidden_act"], **more)
 
 
 def make_text_encoder(config):
-    """(TextEncoder without weights, a text that says what it computes) of a published config."""
+    """(TextEncoder on the meta device, a text that describes its computation) of a config."""
     kind = config.get("model_type")
     kind = "clip" if kind == "clip_text_model" else kind
     if kind in ("t5", "umt5"):
@@ -1830,16 +1764,16 @@ def make_text_encoder(config):
     end = config.get("eos_token_id")
     end = end[0] if isinstance(end, list) and len(end) == 1 else end
     if kind == "clip" and type(end) is not int:
-        raise ValueError(f"eos_token_id {end}: want the number of one token")
+        raise ValueError(f"eos_token_id {end}: it must be the number of one token")
     model.end, model.is_siglip = end, kind == "siglip"
-    # files that users have are named by a hash of this text, in which the class has its first name
+    # users' files are named by a hash of this text, which has the class's former name
     return model, f"{stack} {shape}".replace("TransformerConfig", "Stack", 1)
 
 
 def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
-    """The TextEncoder of a Hugging Face folder, of a diffusers pipeline's, or of Wan's own layout.
-    Wan's, in either layout, and one that a Wan reads (`is_wan`), cleans its prompts. T5 overflows
-    in float16, which is refused."""
+    """The TextEncoder of a Hugging Face folder, of a diffusers pipeline, or of Wan's own layout.
+    Wan's encoder, in any layout or by `is_wan`, cleans its prompts. float16, in which T5 overflows,
+    is refused for it."""
     path = where = tokens = Path(path)
     index, weights, patterns = path / "model_index.json", None, None
     is_wan = is_wan or str(read_published(index, {}).get("_class_name")).startswith("Wan")
@@ -1861,7 +1795,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
         model, facts = make_text_encoder(config)
     if model.is_siglip and (model.embed.num_embeddings == 256000 or str(read_published(
             tokens / "tokenizer_config.json", {}).get("tokenizer_class")).startswith("Gemma")):
-        refuse(f"{path} is a SigLIP 2, which is not known: SigLIP is")
+        refuse(f"{path} is a SigLIP 2, which is not supported: SigLIP is")
     is_clip = model.position is not None
     if dtype == torch.float16 and not is_clip:
         refuse(f"{path}: T5 overflows in float16: use bfloat16 or float32")
@@ -1873,7 +1807,7 @@ def open_text_encoder(path, device="cpu", dtype=torch.float32, is_wan=False):
         model.read_tokenizer(tokens)
         model.ids(["a dog"])
     digest = hashlib.sha256(f"{facts} {is_wan} {dtype}".encode())
-    for _, tensor in sorted(model.state_dict().items()):                 # their beginnings suffice
+    for _, tensor in sorted(model.state_dict().items()):
         digest.update(tensor.flatten()[:4096].float().cpu().numpy().tobytes())
     model.hash = digest.hexdigest()[:8]
     return model
@@ -1884,9 +1818,9 @@ def text_path(folder, shard, name):
 
 
 def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0, world=1):
-    """Writes what `encoder` makes of the captions of `rows`, of the empty prompt and of a negative
-    one: a file a shard, in which tensor "7" belongs to text 7 of the header. A file that holds all
-    of them is left alone; one that lacks some is made again, with what it held."""
+    """Writes the prompt embeddings of the captions of `rows`, of the empty prompt and of a negative
+    prompt: one file per shard, in which tensor "7" belongs to text 7 of the header. A file that has
+    all of them is kept; else it is rewritten, with its other texts."""
     most, shards = max_length or encoder.max_length, {}
     for row in rows:
         texts = shards.setdefault(row["shard"], {"", negative})
@@ -1901,7 +1835,7 @@ def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0,
             if texts <= set(was["texts"]):
                 continue
             texts = texts.union(was["texts"])
-        texts = sorted(texts, key=lambda text: (len(text), text))        # neighbours pad little
+        texts = sorted(texts, key=lambda text: (len(text), text))        # for little padding
         tensors = {str(i): x.cpu().clone() for i, x in enumerate(encoder.encode(texts, most))}
         header = {"format": RUN_FORMAT, "encoder": encoder.hash, "max_length": most, "texts": texts,
                   "sums": {name: tensor_sum(x) for name, x in tensors.items()}}
@@ -1911,7 +1845,7 @@ def encode_captions(folder, rows, encoder, max_length=None, negative="", rank=0,
 
 
 class TextEmbeddings:
-    """What `encode_captions` wrote for some shards: text -> [L, D], read when it is asked for."""
+    """The embeddings that `encode_captions` wrote for some shards: text -> [L, D], read lazily."""
 
     def __init__(self, folder, shards, name):
         self.locations, self.sums = {}, {}
@@ -1931,7 +1865,7 @@ class TextEmbeddings:
 
 # -- published captioners: key maps and chat templates ---------------------------------------------
 
-NAMES = [   # of layers, whatever the model: (published, ours), each tried once, in this order
+NAMES = [   # of all models: (published, ours), each substituted once, in this order
     (r"\.(?:transformer\.)?(?:encoder\.)?(?:layers?|h|blocks|resblocks)\.(\d+)\.", r".layers.\1."),
     (r"(input_layernorm|attention_norm|ln_1|layer_norm1)\.", "norm1."),
     (r"(post_attention_layernorm|ffn_norm|ln_2|layer_norm2)\.", "norm2."),
@@ -1959,14 +1893,14 @@ IGNORED = r".*\.(rotary_emb\.inv_freq|position_ids|masked_bias)"
 
 
 def split_qkv(tensor, heads, kv, groups):
-    """q, k and v of one tensor [(heads + 2 kv) E, …] that holds a share of each `groups` times."""
+    """q, k and v of a tensor [(heads + 2 kv) E, …]: `groups` times a part of q, of k and of v."""
     parts = tensor.unflatten(0, (groups, (heads + 2 * kv) // groups, -1))
     shares = [heads // groups, kv // groups, kv // groups]
     return [part.flatten(0, 2) for part in parts.split(shares, 1)]
 
 
 def to_ours(weights, model, names):
-    """Published tensors under our names: `names`, a family's own, come before NAMES."""
+    """Renames published tensors to our names: `names`, the family's own, come before NAMES."""
     modules = dict(model.named_modules())
     result, theirs = {}, {}
     for named, tensor in weights.items():
@@ -2000,9 +1934,9 @@ def to_ours(weights, model, names):
 
 
 def chat_template(folder, is_lm=False):
-    """The Jinja text by which a folder's model is asked, "" where it has none: from the file that
-    its version of transformers writes; the default one of several. A language model's tokenizer
-    reads its own files before a processor's, a captioner's processor after them."""
+    """The Jinja chat template of a folder, "" without one: from the file that its version of
+    transformers writes; the default of several. A language model's tokenizer config comes before
+    the processor's, a captioner's after it."""
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         if (folder / name).exists():
             return (folder / name).read_text(encoding="utf-8", errors="replace")
@@ -2020,7 +1954,7 @@ def chat_template(folder, is_lm=False):
 
 
 class Undefined:
-    """What a template names and nobody has defined: false, empty, and of no parts."""
+    """Jinja's undefined value: false, empty, without attributes."""
 
     def __bool__(self):
         return False
@@ -2029,11 +1963,11 @@ class Undefined:
         return iter(())
 
 
-UNDEFINED, LONGEST = Undefined(), 2**17     # LONGEST: of a template, of each text and list in it
+UNDEFINED, LONGEST = Undefined(), 2**17     # LONGEST: of a template, and of its texts and lists
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
 INSIDE_TAG = rf"""(?:{QUOTED}|[^'"])*?"""
 MARKUP = re.compile(rf"(?s)(\{{#.*?#\}}|\{{%{INSIDE_TAG}%\}}|\{{\{{{INSIDE_TAG}\}}\}})")
-TODAY = "26 Jul 2024"           # Llama 3's own date where none is told: equal commands, equal texts
+TODAY = "26 Jul 2024"           # Llama 3's default date: the same command writes the same text
 
 
 def as_text(value):
@@ -2049,14 +1983,14 @@ def bounded(value):
 
 
 def having(items, name, test="", *value, wanted=True):
-    """The items whose attribute passes a test (`selectattr`), or not (`rejectattr`)."""
+    """Jinja's `selectattr`, or with wanted=False `rejectattr`."""
     return [item for item in items if wanted == bool(CHECKS[test](part_of(item, name), *value))]
 
 
 def part_of(value, name):
-    """What a template means by whole.name or whole[name]."""
+    """Jinja's value.name and value[name]."""
     if value is UNDEFINED:
-        raise ValueError(f"what has a part {name} is not defined")
+        raise ValueError(f"the value with the attribute {name} is not defined")
     if isinstance(value, dict):
         return value.get(name, UNDEFINED)
     is_there = isinstance(name, int) and isinstance(value, (str, list)) and (
@@ -2101,19 +2035,19 @@ ORDERS = {ast.Eq: lambda x, y: x == y, ast.NotEq: lambda x, y: x != y, ast.Lt: l
 
 
 class ChatTemplate:
-    """A chat template's Jinja text, rendered as transformers does. It becomes a syntax tree by way
-    of Python's grammar, and `run` and `value` walk the nodes that are named there: nothing of it is
-    ever executed. Raises ValueError for what is not known, and beyond some thousands of steps."""
+    """A chat template in Jinja, rendered as transformers does. It is rewritten in Python's grammar
+    and parsed to a syntax tree, which `run` and `value` interpret: nothing of it is executed.
+    Raises ValueError for unknown syntax, and after some thousands of steps."""
 
     def __init__(self, text):
         try:
-            with warnings.catch_warnings(action="ignore"):               # of odd escapes in texts
+            with warnings.catch_warnings(action="ignore"):               # invalid escapes
                 self.tree = ast.parse("\n".join(self.lines(bounded(text))))
         except (SyntaxError, RecursionError, MemoryError) as error:
-            raise ValueError(f"its grammar is not known: {error}") from None
+            raise ValueError(f"its grammar is not supported: {error}") from None
 
     def lines(self, text):
-        """Python's lines: a text, or what is in {{ }}, is an expression that stands alone."""
+        """Yields lines of Python: texts and {{ }} become expression statements."""
         depth, parts = 0, MARKUP.split(text.replace("\r\n", "\n").removesuffix("\n"))
         for i, part in enumerate(parts):
             if i % 2 == 0:
@@ -2126,7 +2060,7 @@ class ChatTemplate:
                 yield f"{' ' * depth}({inside})"
             elif part[1] == "%":
                 if not (tag := re.fullmatch(r"(\w+)\s*(.*)", inside)):
-                    raise ValueError(f"its tag {part:.40} is not known")
+                    raise ValueError(f"its tag {part:.40} is not supported")
                 word, rest = tag.groups()
                 if word == "for":                    # for … in … if …
                     rest = re.sub(r"^(.+?) in (.+) if ((?!.* else ).+)$",
@@ -2142,10 +2076,10 @@ class ChatTemplate:
                         yield f"{' ' * depth}pass"
 
     def between(self, parts, i):
-        """A text between two tags, without the white space that these take (with trim_blocks and
-        lstrip_blocks)."""
+        """The text between two tags, without the white space that the tags remove (with trim_blocks
+        and lstrip_blocks)."""
         text, before, after = parts[i], "".join(parts[i - 1:i]), "".join(parts[i + 1:i + 2])
-        is_line = not i                              # whether it begins a line
+        is_line = not i                              # at the start of a line
         if before.endswith(("-%}", "-}}", "-#}")):
             text, is_line = text.lstrip(), False
         elif before[1:2] in ("%", "#") and text.startswith("\n"):
@@ -2166,7 +2100,7 @@ class ChatTemplate:
             self.run(self.tree.body, names)
             return bounded("".join(self.written))
         except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"{str(error):.100} is not known") from None
+            raise ValueError(f"{str(error):.100} is not supported") from None
 
     def run(self, body, names):
         for node in body:
@@ -2196,7 +2130,7 @@ class ChatTemplate:
                 case ast.Pass():
                     pass
                 case _:
-                    raise ValueError(f"{type(node).__name__} is not known")
+                    raise ValueError(f"{type(node).__name__} is not supported")
 
     def macro(self, node, names, *args, **named):
         words = [arg.arg for arg in node.args.args]
@@ -2273,10 +2207,10 @@ class ChatTemplate:
             case ast.Call():
                 return self.called(node, names)
             case _:
-                raise ValueError(f"{type(node).__name__} is not known")
+                raise ValueError(f"{type(node).__name__} is not supported")
 
     def filtered(self, value, node, names):
-        """A value through what stands after "|", perhaps several."""
+        """Applies the filter, or chain of filters, after "|"."""
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
             return self.filtered(self.filtered(value, node.left, names), node.right, names)
         name, args, named = (node.func.id, *self.arguments(node, names)) if isinstance(
@@ -2305,7 +2239,7 @@ class ChatTemplate:
     def day(self, form):
         self.is_dated = True
         if not re.fullmatch(r"(%[A-Za-z]|[^%]){1,40}", form):
-            raise ValueError("strftime_now is called by a form that is not known")
+            raise ValueError("strftime_now is called with a format that is not supported")
         return datetime.datetime.strptime(TODAY, "%d %b %Y").strftime(form)
 
 
@@ -2314,8 +2248,8 @@ NO_PREFIX = b"\x1a\x02\x18\x00"     # joined to a sentencepiece model: add_dummy
 
 class Tokens:
     """A published tokenizer: spiece.model, tokenizer.json, tokenizer.model, qwen.tiktoken or
-    vocab.json. Every text begins with the ids in `first`. (T5's tokenizer.json may have lost the
-    bytes that spell rare signs, so that its pieces come first.)"""
+    vocab.json. `first`: the ids before every text. (spiece.model comes first, since T5's
+    tokenizer.json may lack the byte tokens of rare characters.)"""
 
     def __init__(self, folder, remedy="put those of the published folder there"):
         config = read_published(folder / "tokenizer_config.json", {})
@@ -2336,11 +2270,11 @@ class Tokens:
             self.table.no_truncation()
             self.table.no_padding()
             text = self.table.encode("a", add_special_tokens=False).ids
-            ids = self.table.encode("a").ids             # with an end, perhaps: add_eos_token
+            ids = self.table.encode("a").ids             # may end with EOS: add_eos_token
             n = next((i for i in range(len(ids)) if ids[i:i + len(text)] == text), 0)
             self.first = ids[:n]
             if is_llama and not config.get("add_bos_token", True):
-                self.first = []                          # what the file says, this class overrules
+                self.first = []                          # the class overrides its file
         elif path.suffix != ".model":
             self.table = tokenizer_of(merges_tokenizer if path.suffix == ".json" else
                                       qwen_tokenizer, path)
@@ -2356,13 +2290,13 @@ class Tokens:
             by = str(read_published(folder / "config.json", {}).get("transformers_version"))
             is_old = config.get("legacy")
             is_old = not by.startswith("5.") if is_old is None else is_old
-            if is_llama and not is_old:              # the text alone begins with a space, and not
-                proto = self.pieces.serialized_model_proto()             # what follows a mark
+            if is_llama and not is_old:              # only the start of the text gets a space
+                proto = self.pieces.serialized_model_proto()
                 self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_PREFIX)
 
     @functools.cached_property
     def size(self):
-        """The highest id and one: there may be holes."""
+        """The highest id plus one; not all ids below need exist."""
         ids = self.added.values() if self.pieces else self.table.get_vocab().values()
         n_pieces = self.pieces.get_piece_size() if self.pieces else 0
         return max([n_pieces, *(i + 1 for i in ids)])
@@ -2371,14 +2305,14 @@ class Tokens:
         return self.size
 
     def id(self, token):
-        """Of a token by its name, or None."""
+        """The id of a token, or None."""
         if self.pieces is None:
             return self.table.token_to_id(token)
         i = self.pieces.piece_to_id(token)
         return self.added.get(token, None if i == self.pieces.unk_id() else i)
 
     def encode(self, text):
-        """Ids of a text without those in `first`; added tokens that it spells are these tokens."""
+        """Ids of a text without those in `first`; added tokens in it are recognized."""
         if self.pieces is None:
             return self.table.encode(text, add_special_tokens=False).ids if text else []
         names = sorted(self.added, key=len, reverse=True)
@@ -2396,12 +2330,12 @@ class Tokens:
 
 
 def qwen_tokenizer(path):
-    """Qwen 1's byte-level BPE from its list of tokens by rank: any two tokens that together are a
-    third one merge, those of lowest rank first."""
+    """Qwen 1's byte-level BPE from its list of tokens and ranks: two tokens merge if their
+    concatenation is a token, lowest rank first."""
     ranks = {base64.b64decode(token): int(rank) for token, rank in
              (line.split() for line in lines_of(read_text(path)) if line)}
     part = tokenizers.pre_tokenizers
-    alphabet = part.ByteLevel.alphabet()             # bytes that are letters stand for themselves
+    alphabet = part.ByteLevel.alphabet()             # printable bytes represent themselves
     order = sorted(range(256), key=lambda byte: (chr(byte) not in alphabet, byte))
     letters = dict(zip(order, sorted(alphabet)))
     spelt = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -2414,7 +2348,7 @@ def qwen_tokenizer(path):
 
 
 def byte_level(model, marks):
-    """Qwen's tokenizer of a BPE of bytes, and of tokens that are its marks."""
+    """Qwen's tokenizer with a given BPE of bytes and special tokens."""
     table, part = tokenizers.Tokenizer(model), tokenizers.pre_tokenizers
     table.normalizer, table.decoder = tokenizers.normalizers.NFC(), tokenizers.decoders.ByteLevel()
     table.pre_tokenizer = part.Sequence([part.Split(tokenizers.Regex(
@@ -2425,8 +2359,8 @@ def byte_level(model, marks):
 
 
 def merges_tokenizer(path):
-    """CLIP's or Qwen2's of a vocab.json, with the merges.txt beside it: Stable Diffusion's folders
-    have no other."""
+    """CLIP's or Qwen2's tokenizer from vocab.json and merges.txt, the only files in Stable
+    Diffusion's folders."""
     folder = Path(path).parent
     vocab, setting = read_published(folder / "vocab.json"), folder / "tokenizer_config.json"
     added = {int(i): token["content"] for i, token in (
@@ -2451,7 +2385,7 @@ def merges_tokenizer(path):
 
 
 def rope_of(config):
-    """(The law of a published config's rotary positions, what it says of them.)"""
+    """(rope_type, RoPE parameters) of a published config."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     return rope.get("rope_type", rope.get("type", "default")), rope
 
@@ -2461,18 +2395,18 @@ ROPES = {"default": (), "mrope": (), "dynamic": (), "linear": ("factor",), "llam
 
 
 def language_stack(config, **more):
-    """The TransformerConfig of a published language model's whole config."""
+    """The TransformerConfig of a published language model's config."""
     kind = config.get("model_type")
     law, rope = rope_of(config)
     if law not in ROPES:
-        raise ValueError(f"rope_scaling {law} is not known: {', '.join(ROPES)} are")
+        raise ValueError(f"rope_scaling {law} is not supported: {', '.join(ROPES)} are")
     for name in ("attention_bias", "mlp_bias", "bias", "use_sliding_window"):
         if config.get(name):
-            raise ValueError(f"{name} is {config[name]}, which is not known of a {kind}")
+            raise ValueError(f"{name} is {config[name]}, which is not supported for a {kind}")
     if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError("layer_types: only full_attention is known")
+        raise ValueError("layer_types: only full_attention is supported")
     if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
-        raise ValueError("partial_rotary_factor: only heads that turn whole are known")
+        raise ValueError("partial_rotary_factor: only 1, rotation of whole heads, is supported")
     window = config["sliding_window"] if kind in ("mistral", "omnilmm") else 0
     return TransformerConfig(**{**dict(
         width=config["hidden_size"], depth=config["num_hidden_layers"],
@@ -2486,8 +2420,8 @@ def language_stack(config, **more):
 
 
 class VisionTower(nn.Module):
-    """A published vision tower of square pictures: float [B, 3, H, W] to tokens [B, N, D]. Learned
-    positions are stretched to the picture's grid, bicubic, with or without antialiasing."""
+    """A published vision transformer: float [B, 3, H, W] to tokens [B, N, D]. Learned position
+    embeddings are interpolated to the image's grid, bicubic, with or without antialiasing."""
 
     def __init__(self, stack, patch, positions, cls=False, keep_cls=False, pre=False, post=False,
                  bias=False, antialias=False):
@@ -2501,7 +2435,7 @@ class VisionTower(nn.Module):
 
     def forward(self, pictures):
         (rows, cols), p = (side // self.size for side in pictures.shape[2:]), self.size
-        pictures = pictures[:, :, :rows * p, :cols * p]                  # a part of a patch is lost
+        pictures = pictures[:, :, :rows * p, :cols * p]                  # whole patches only
         x = pictures.unflatten(3, (cols, p)).unflatten(2, (rows, p))     # [B, 3, h, p, w, p]
         x = self.patch(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         marks, positions = self.position.weight.tensor_split([1 if self.cls else 0])
@@ -2516,7 +2450,7 @@ class VisionTower(nn.Module):
 
 
 def stretch(positions, rows, cols, antialias=False):
-    """A table of positions [side^2, D] for another grid, [rows * cols, D]."""
+    """Interpolates position embeddings [side^2, D] to another grid, [rows * cols, D]."""
     side = math.isqrt(len(positions))
     if (side, side) == (rows, cols):
         return positions
@@ -2526,14 +2460,15 @@ def stretch(positions, rows, cols, antialias=False):
 
 
 def gather(q, k, v, heads):
-    """Attention of queries [B, n, D] to keys and values [B, N, D] by so many heads: [B, n, D]."""
+    """Attention with `heads` heads: queries [B, n, D], keys and values [B, N, D] -> [B, n, D]."""
     q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Resampler(nn.Module):
-    """n learned queries read a picture's tokens: [B, N, wide] to [B, n, D]. `grid` makes the keys'
-    positions: the queries' own table, stretched, or (adaptive) sines of column and row."""
+    """Cross-attention of n learned queries to an image's tokens: [B, N, wide] to [B, n, D]. `grid`
+    makes the keys' positions: the queries' table, interpolated, or (adaptive) sines of column and
+    row."""
 
     def __init__(self, n, wide, width, adaptive=False):
         super().__init__()
@@ -2563,7 +2498,7 @@ class Resampler(nn.Module):
 
 
 class GluHead(nn.Module):
-    """CogVLM's connector: a gated MLP, between two learned marks."""
+    """CogVLM's connector: a gated MLP, its output between two learned tokens."""
 
     def __init__(self, wide, width, ffn):
         super().__init__()
@@ -2580,15 +2515,16 @@ class GluHead(nn.Module):
 
 
 def mlp_connector(*layers):
-    """Of widths (a linear layer each), norms and activations, numbered as published."""
+    """A Sequential with the published indices: (in, out) is a linear layer, a width a norm, or
+    "gelu"."""
     return nn.Sequential(*[nn.GELU() if part == "gelu" else nn.LayerNorm(part)
                            if isinstance(part, int) else Linear(*part) for part in layers])
 
 
 class QwenVisionTower(nn.Module):
-    """Qwen2-VL's tower with its merger: pictures of any size, as rows of 2 x 2 blocks of patches,
-    [L, 3 * 2 * p * p], each row turned by its place; a pair of frames sees itself alone, and in 2.5
-    most layers see windows of it. [L, C] to [L / 4, width]."""
+    """Qwen2-VL's tower and merger, for images of any size: patches in the order of 2 x 2 blocks,
+    [L, 3 * 2 * p * p], to [L / 4, width]. Rotary positions are row and column. A pair of frames
+    attends to itself alone; in Qwen2.5-VL most layers attend within windows of it."""
 
     def __init__(self, stack, patch, width, window=0, full=()):
         super().__init__()
@@ -2609,7 +2545,7 @@ class QwenVisionTower(nn.Module):
         angles = (positions[..., None] * speeds).flatten(1).to(rows.device)  # [L, E / 2]
         x, bounds = self.patch(rows), torch.arange(t + 1) * h * w
         order, windows = torch.arange(t * h * w // 4), bounds
-        if self.window:                                  # groups of a window come one after another
+        if self.window:                                  # sorts the blocks by window
             pair = order // (h * w // 4)
             down, across = (positions[::4] // 2 // self.window).unbind(1)
             key = (pair * h + down) * w + across
@@ -2618,7 +2554,7 @@ class QwenVisionTower(nn.Module):
             windows = F.pad(4 * counts.cumsum(0), (1, 0))
         groups = (4 * order[:, None] + torch.arange(4)).flatten().to(x.device)
         x, rotation = x[groups], cos_sin(angles[groups])
-        bounds, windows = (cu.int().to(x.device) for cu in (bounds, windows))
+        bounds, windows = (x.int().to(rows.device) for x in (bounds, windows))
         for i, layer in enumerate(self.layers):
             x = layer(x, rotation, bounds if i in self.full or not self.window else windows)
         x = self.merge(self.post(x).view(len(order), -1))
@@ -2627,26 +2563,26 @@ class QwenVisionTower(nn.Module):
 
 @dataclass
 class ModelSpec:
-    """What a published folder asks for: one a family, made by a function below."""
+    """A published model's parts and prompt format, made by the function of its family below."""
     stack: TransformerConfig
     vocab: int
-    names: tuple = ()           # its own, before NAMES
+    names: tuple = ()           # (published, ours) of the family, before NAMES
     tower: object = None        # makes the tower; None: a language model
-    connector: object = nn.Identity     # makes what its tokens pass through
+    connector: object = nn.Identity     # makes the connector
     video_tower: object = None
-    picture: object = None      # uint8 [H, W, 3] -> float [3, h, w] each, and the text around them
-    prompt: str = "{q}"         # \0 stands for what is seen, {q} for the question
-    seen: str = "\0"            # what \0 becomes; there each \0 is one block of features
-    slot: str = ""              # the token that stands for it, where a prompt is encoded whole
+    picture: object = None      # uint8 [H, W, 3] -> list of float [3, h, w], and text around them
+    prompt: str = "{q}"         # \0 is the image or video, {q} the question
+    seen: str = "\0"            # replaces \0; each \0 in it is one block of visual tokens
+    slot: str = ""              # the image token, where a prompt is encoded as a whole
     stop: tuple = ()            # texts that end an answer
-    zero: str = "-"             # our names that a folder may lack: zeros
-    ignored: str = "-"          # names of tensors that are never used, after ours are given
-    scales: tuple = (1.0, 1.0)  # of embedded tokens, of the last hidden states
-    frames: int = 0             # of a video, where the model takes videos; 0: frame by frame
-    video_slot: str = ""
-    rate: float = 1.0           # of a video's places in time, a second
-    longest: int = 0            # tokens beyond which positions would be scaled: refused; 0: any
-    counts_prompt: bool = True  # for penalties; codes that give no ids to generate() do not
+    zero: str = "-"             # pattern of our names: zeros if missing
+    ignored: str = "-"          # pattern of our names that are not used
+    scales: tuple = (1.0, 1.0)  # factors of token embeddings and of the last hidden states
+    frames: int = 0             # of a video, if the model takes videos; 0: single frames
+    video_slot: str = ""        # the video token
+    rate: float = 1.0           # temporal positions per second of a video
+    longest: int = 0            # longest prompt in tokens, before RoPE would be scaled; 0: any
+    counts_prompt: bool = True  # penalties count the prompt, if generate() is given its ids
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -2665,7 +2601,7 @@ ZEPHYR = "<|user|>\n{q}</s>\n<|assistant|>\n"
 INTERNLM = "[UNUSED_TOKEN_146]user\n{q}[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
 LLAMA_3 = ("<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
            "<|start_header_id|>assistant<|end_header_id|>\n\n")
-CHATS = {   # for --template: a token that tells it where no template does, prompt, a turn's end
+CHATS = {   # --template: (token that identifies it without a template, prompt, end of a turn)
     "chatml": ("<|im_start|>", CHATML, "<|im_end|>"),
     "llama3": ("<|start_header_id|>", LLAMA_3, "<|eot_id|>"),
     "internlm": ("[UNUSED_TOKEN_146]", INTERNLM, "[UNUSED_TOKEN_145]"),
@@ -2674,43 +2610,43 @@ CHATS = {   # for --template: a token that tells it where no template does, prom
     "vicuna": (None, VICUNA + "USER: {q} ASSISTANT:", "</s>")}
 
 
-def chat_of(tokens, where, plan):
-    """(prompt, texts that end an answer) as a chat template renders one turn of a user, with a
-    picture if the model sees, and no system's; raises ValueError where it cannot be told. What the
-    template says of its own accord is in it."""
-    template, slot, why = ChatTemplate(tokens.template), plan.tower and plan.slot, []
-    mark = plan.seen.replace("\0", slot or "")
-    gap = re.sub(r"(?s).*\0(\s*)\{q\}.*", r"\1", plan.prompt)            # after a picture
+def chat_of(tokens, where, spec):
+    """(prompt, texts that end an answer) from the chat template, rendered with one turn of a user,
+    with an image unless it is a language model, and no system message; a default one of the
+    template is kept. Raises ValueError if it cannot be rendered."""
+    template, slot, why = ChatTemplate(tokens.template), spec.tower and spec.slot, []
+    mark = spec.seen.replace("\0", slot or "")
+    gap = re.sub(r"(?s).*\0(\s*)\{q\}.*", r"\1", spec.prompt)            # after the image
     parts = [{"type": "image"}] * bool(slot) + [{"type": "text", "text": "{q}"}]
     plain = f"{mark}{gap}{{q}}" if slot else "{q}"
 
     def render(content, *answer):
-        said = [{"role": "user", "content": content}] + [
-            {"role": "assistant", "content": each} for each in answer]
-        return template.render(**tokens.marks, messages=said, tools=None, documents=None,
+        messages = [{"role": "user", "content": content}] + [
+            {"role": "assistant", "content": part} for part in answer]
+        return template.render(**tokens.marks, messages=messages, tools=None, documents=None,
                                add_generation_prompt=not answer, enable_thinking=False)
     for content in (parts, plain) if slot else (plain, parts):
         try:
             prompt = render(content)
             if prompt.count("{q}") != 1 or slot and prompt.count(mark) != 1:
-                raise ValueError("it leaves out the question, or the picture")
+                raise ValueError("it leaves out the question, or the image")
         except ValueError as error:
             why.append(str(error))
             continue
         if template.is_dated:
-            tqdm.write(f"{where}: its chat template tells the day: {TODAY} is told always, so that "
-                       "equal commands write equal captions", file=sys.stderr)
+            tqdm.write(f"{where}: its chat template contains the date: {TODAY} is used always, so "
+                       "that the same command writes the same captions", file=sys.stderr)
         if prompt.startswith(bos := tokens.marks.get("bos_token") or "\0"):
             prompt, tokens.first = prompt.removeprefix(bos), tokens.first or [tokens.id(bos)]
         answer, end = "{a}" if content == plain else [{"type": "text", "text": "{a}"}], None
         with contextlib.suppress(ValueError):
             end = re.match(r"\s*(<[^<>\s]+>|\[\S+?\])", render(content, answer).partition("{a}")[2])
-        return prompt.replace(mark, "\0") if slot else prompt, (end[1],) if end else plan.stop
+        return prompt.replace(mark, "\0") if slot else prompt, (end[1],) if end else spec.stop
     raise ValueError(why[0])
 
 
-def clip_sight(config, last, keep_cls=False, post=False):
-    """A CLIP tower that ends with hidden state `last` (-1, -2, …)."""
+def clip_tower(config, last, keep_cls=False, post=False):
+    """Makes a CLIP vision tower that returns hidden state `last` (-1, -2, …)."""
     c = CLIP | config
     depth = c["num_hidden_layers"] + last + 1 if last < 0 else last
     stack = clip_stack(c, depth, linear=Linear)
@@ -2730,12 +2666,12 @@ def resize(frame, width, height, how=Image.Resampling.BICUBIC):
 
 
 def squash(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC):
-    """The picture in a square of `size` px, whatever its shape."""
+    """Resizes to a square of `size` px, without keeping the aspect ratio."""
     return [normal(resize(frame, size, size, how), mean_std)], None
 
 
 def crop(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC, short=None):
-    """The middle square of the picture, its shorter side scaled to `short`, else to `size`."""
+    """Resizes the shorter side to `short`, else to `size`, and crops the middle square."""
     H, W = frame.shape[:2]
     h, w = (int((short or size) * side / min(H, W)) for side in (H, W))
     top, left = (h - size) // 2, (w - size) // 2
@@ -2743,7 +2679,7 @@ def crop(frame, size, mean_std=CLIP_MEAN, how=Image.Resampling.BICUBIC, short=No
 
 
 def pad_square(frame, size, mean_std=CLIP_MEAN):
-    """The whole picture, padded to a square with the mean colour."""
+    """Pads to a square with the mean colour, and resizes."""
     H, W = frame.shape[:2]
     square = np.empty((max(H, W), max(H, W), 3), np.uint8)
     square[:] = [int(255 * level) for level in mean_std[0]]
@@ -2753,8 +2689,8 @@ def pad_square(frame, size, mean_std=CLIP_MEAN):
 
 
 def slices(frame, size, patch, most, slots=False):
-    """MiniCPM-V's: the picture at about size^2 px, and if it is larger its tiles, finer, in the
-    grid, of one tile more or fewer, that is nearest in shape."""
+    """MiniCPM-V's slices: the image at about size^2 px and, if it is larger, tiles of it at a finer
+    resolution, in the grid of about as many tiles whose aspect ratio is nearest."""
     H, W = frame.shape[:2]
 
     def nearest(w, h, grow):
@@ -2779,9 +2715,9 @@ def slices(frame, size, patch, most, slots=False):
 
 
 def qwen_rows(frames, patch, least, most, mean_std=CLIP_MEAN, video=None):
-    """Qwen2-VL's rows of patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides
-    are multiples of two patches, areas within least..most px, of a video's frames within `video`,
-    if a folder says it, and at most 768 blocks; an odd frame is repeated."""
+    """Qwen2-VL's patches [L, 3 * 2 * p * p] and their grid, of frames of one shape: sides are
+    multiples of two patches, areas within least..most px, of a video's frames within `video` if
+    given, and at most 768 blocks; the last of an odd number of frames is repeated."""
     (H, W), step = frames[0].shape[:2], 2 * patch
     if len(frames) > 1:
         least, most = video or (least, most)
@@ -2802,21 +2738,21 @@ def plain_lm(c, weights, folder):
 
 
 def with_biases(c, weights):
-    """InternLM2's config: biases that its class has and its file lacks are zero, as if none."""
+    """InternLM2's config, with biases only if the weights have them."""
     return c | {"bias": "bias" in c and any(name.endswith("wqkv.bias") for name in weights)}
 
 
 def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
-    """(What a folder says of its pictures, in the file of its version of transformers; their mean
-    and standard deviation.) Refuses what is not done here: all but pictures that are scaled,
-    bicubic, whose middle, or `size` says which square, is cut out; `free`: what may differ."""
+    """(The image processor's config, from the file of the folder's version of transformers; mean
+    and standard deviation.) Raises ValueError for other processing than bicubic resizing, with
+    `size` also cropping of that middle square; `free`: keys that may differ."""
     config = read_published(folder / "processor_config.json", {}).get("image_processor") or {}
     config = values_of(config | read_published(folder / "preprocessor_config.json", {}))
     usual = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
     usual = {name: value for name, value in usual.items() if name not in free}
     if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise ValueError(f"its image processor says rescale_factor {config['rescale_factor']}, "
-                         "known is 1/255")
+        raise ValueError(f"its image processor has rescale_factor {config['rescale_factor']}, "
+                         "supported is 1/255")
     if size:
         usual |= dict(do_center_crop=True, size=size, crop_size=size)
     for name, value in usual.items():
@@ -2824,13 +2760,13 @@ def image_processor(folder, size=None, mean_std=CLIP_MEAN, free=()):
         sides = set(says.values()) if isinstance(says, dict) else {says}
         squeezes = name == "size" and isinstance(says, dict) and "height" in says
         if sides != {value} or squeezes:
-            raise ValueError(f"its image processor says {name} {says}, known is {value}")
+            raise ValueError(f"its image processor has {name} {says}, supported is {value}")
     return config, tuple(tuple(config.get(name, usual)) for name, usual in zip(
         ("image_mean", "image_std"), mean_std))
 
 
 def llava(c, weights, folder):
-    """LLaVA-1.5 and Video-LLaVA, as their ports write them, and LLaVA's and Yi-VL's own layout."""
+    """LLaVA-1.5 and Video-LLaVA in transformers' layout, and LLaVA and Yi-VL in their own."""
     is_port = not any(name.startswith("mm_") for name in c)
     is_video, projector = c["model_type"] == "video_llava", c.get("mm_projector_type", "linear")
     text = (c.get("text_config") or {}) if is_port else c | {"model_type": "llama"}
@@ -2869,10 +2805,10 @@ def llava(c, weights, folder):
     is_yi = projector.endswith("Norm")
     if is_yi:
         layers = [(wide, width), width, "gelu", (width, width), width]
-    make = functools.partial(clip_sight, tower, last)
+    make = functools.partial(clip_tower, tower, last)
     config, mean_std = image_processor(folder, size) if is_port else ({}, CLIP_MEAN)
     made = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-    is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's own class pads nothing
+    is_padded = c.get("image_aspect_ratio") == "pad" or (      # CLIP's image processor never pads
         config.get("do_pad") and not made.startswith("CLIP"))
     return ModelSpec(
         stack, text["vocab_size"], tower=make(),
@@ -2891,7 +2827,7 @@ def llava(c, weights, folder):
 
 
 def sub_config(folder, name):
-    """config.json of a vision tower that a config names by a path within, or beside, its folder."""
+    """The config.json of a vision tower, given its path within or beside the folder."""
     last = Path(name).name                       # 'openai/clip-vit-large-patch14-336' has two parts
     path = next((path for path in (folder / name, folder.parent / name, Path(name), folder / last,
                                    folder.parent / last) if (path / "config.json").exists()), None)
@@ -2907,11 +2843,11 @@ def xcomposer(c, weights, folder):
                                           num_hidden_layers=24, num_attention_heads=16,
                                           image_size=490)
     if any("plora_glb" in name for name in weights):
-        raise ValueError("plora_glb_GN: the 4KHD and 2.5 forms of XComposer are not known")
+        raise ValueError("plora_glb_GN: XComposer 4KHD and 2.5 are not supported")
     rank = next(len(t) for name, t in weights.items() if name.endswith("wo.Plora_A.weight"))
     stack, wide = language_stack(with_biases(c, weights), expert=rank), tower["hidden_size"]
     return ModelSpec(
-        stack, c["vocab_size"], tower=clip_sight(tower, -1), ignored=r"tower\.post\..*",
+        stack, c["vocab_size"], tower=clip_tower(tower, -1), ignored=r"tower\.post\..*",
         connector=functools.partial(mlp_connector, (wide, stack.width), "gelu", 2 * (stack.width,)),
         picture=functools.partial(squash, size=tower["image_size"]), counts_prompt=False,
         names=((r"^vision_proj\.", "connector."), CLIP_TOWER),
@@ -2933,7 +2869,7 @@ def qwen_vl(c, weights, folder):
         eps=c["layer_norm_epsilon"], head=c["kv_channels"], bias=False, qkv_bias=True,
         linear=Linear, trained=c["seq_length"])
     if not c["use_logn_attn"] or not c["use_dynamic_ntk"] or c["rotary_pct"] != 1:
-        raise ValueError("use_logn_attn, use_dynamic_ntk and rotary_pct 1 are the only form known")
+        raise ValueError("only use_logn_attn, use_dynamic_ntk and rotary_pct 1 are supported")
     tower = TransformerConfig(v["width"], v["layers"], v["heads"], eps=1e-6, linear=Linear,
                               ffn=int(v["width"] * v["mlp_ratio"]))
     positions = len(weights["transformer.visual.positional_embedding"])
@@ -2953,9 +2889,9 @@ def qwen_vl(c, weights, folder):
 def cogvlm(c, weights, folder):
     v = c["vision_config"]
     if "num_multi_query_heads" in c or "model.vision.conv.weight" in weights:
-        raise ValueError("this is a CogVLM2, which is not known: CogVLM is")
+        raise ValueError("this is a CogVLM2, which is not supported: CogVLM is")
     if any("cross_vision" in name for name in weights):
-        raise ValueError("this is a CogAgent, which is not known: CogVLM is")
+        raise ValueError("this is a CogAgent, which is not supported: CogVLM is")
     stack = language_stack(c, expert=-1)
     tower = TransformerConfig(v["hidden_size"], v["num_hidden_layers"], v["num_heads"],
                   ffn=v["intermediate_size"], act=v["hidden_act"], eps=v["layer_norm_eps"],
@@ -2981,8 +2917,8 @@ def cogvlm(c, weights, folder):
 TIMM_HEADS = {"eva02_enormous_patch14_clip_224": 16, "vit_so400m_patch14_siglip_384": 16}
 
 
-def timm_sight(name, config, weights, prefix, **more):
-    """(a timm tower's sizes from its weights, and its heads from its name; its width)."""
+def timm_tower(name, config, weights, prefix, **more):
+    """(function that makes a timm tower, width, patch): sizes from the weights, heads by name."""
     heads = config.get("num_heads") or TIMM_HEADS.get(name.split(".")[0])
     if not heads:
         raise ValueError(f"vision tower {name}: known are {', '.join(TIMM_HEADS)}")
@@ -2999,10 +2935,10 @@ def timm_sight(name, config, weights, prefix, **more):
 
 def minicpm_v(c, weights, folder):
     if "vision_config" in c:
-        raise ValueError("vision_config: MiniCPM-V 2.5 and later are not known, 2.0 is")
+        raise ValueError("vision_config: MiniCPM-V 2.5 and later are not supported, 2.0 is")
     if not c["slice_mode"]:
-        raise ValueError("slice_mode is false: only pictures in slices are known")
-    tower, wide, patch = timm_sight(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
+        raise ValueError("slice_mode is false: only images in slices are supported")
+    tower, wide, patch = timm_tower(c["vision_encoder"], c.get("nanosora_vit", {}), weights, "vpm.")
     stack = language_stack(c, branch=c["scale_depth"] / math.sqrt(c["num_hidden_layers"]))
     return ModelSpec(
         stack, c["vocab_size"], tower=tower,
@@ -3015,7 +2951,7 @@ def minicpm_v(c, weights, folder):
 
 
 def omnilmm(c, weights, folder):
-    tower, wide, _ = timm_sight(c["mm_vision_tower"], c.get("nanosora_vit", {}), weights,
+    tower, wide, _ = timm_tower(c["mm_vision_tower"], c.get("nanosora_vit", {}), weights,
                                 "model.vision_tower.", cls=True)
     stack = language_stack(c)
     return ModelSpec(
@@ -3033,7 +2969,7 @@ def omnilmm(c, weights, folder):
 def qwen2_vl(c, weights, folder):
     """Qwen2-VL and Qwen2.5-VL."""
     is_new = c["model_type"] == "qwen2_5_vl"
-    text = {**c, **(c.get("text_config") or {})}             # 4.45 to 4.51: all of it in one level
+    text = {**c, **(c.get("text_config") or {})}             # transformers 4.45 to 4.51: one level
     text["rope_parameters"] = {"mrope_section": (16, 24, 24), **rope_of(text)[1]}
     v = DEFAULTS[f"{c['model_type']}'s vision"] | (c.get("vision_config") or {})
     stack = language_stack({**text, "model_type": "qwen2"})
@@ -3054,7 +2990,7 @@ def qwen2_vl(c, weights, folder):
         return config["min_pixels"] or least, config["max_pixels"] or most
     least, most = limits(config, 3136, 1003520)
     if (v["spatial_merge_size"], v["temporal_patch_size"]) != (2, 2):
-        raise ValueError("spatial_merge_size and temporal_patch_size other than 2 are not known")
+        raise ValueError("only spatial_merge_size and temporal_patch_size 2 are supported")
     return ModelSpec(
         stack, text["vocab_size"], tower=functools.partial(
             QwenVisionTower, tower, patch, stack.width, v["window_size"] if is_new else 0,
@@ -3070,6 +3006,17 @@ def qwen2_vl(c, weights, folder):
                (r"^(?:model\.)?visual\.", "tower.")))
 
 
+# Published captioners (--vlm)             model_type                          input
+# LLaVA-1.5 (two layouts), Yi-VL           llava                               frames
+# Video-LLaVA (transformers' layout)       video_llava                         video, 8 frames
+# Qwen-VL-Chat                             qwen                                frames
+# InternLM-XComposer2-VL                   internlmxcomposer2                  frames
+# CogVLM                                   CogVLMForCausalLM                   frames
+# MiniCPM-V 2.0                            minicpmv                            frames, in slices
+# OmniLMM                                  omnilmm                             frames
+# Qwen2-VL, Qwen2.5-VL                     qwen2_vl, qwen2_5_vl                video, any size
+# Language models (--lm, --rewrite): Llama, Vicuna, Yi: llama; Mistral: mistral; Qwen2 and 2.5:
+# qwen2; Qwen3: qwen3; InternLM2: internlm2
 FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3", "internlm2")},
             "llava": llava, "video_llava": llava, "internlmxcomposer2": xcomposer, "qwen": qwen_vl,
             "CogVLMForCausalLM": cogvlm, "minicpmv": minicpm_v, "omnilmm": omnilmm,
@@ -3078,42 +3025,42 @@ FAMILIES = {**{kind: plain_lm for kind in ("llama", "mistral", "qwen2", "qwen3",
 
 def check_ids(ids, n, where):
     if max(ids) >= n:
-        refuse(f"{where}: its tokenizer gives a token the number {max(ids)}, the model knows {n}: "
+        refuse(f"{where}: its tokenizer has the token id {max(ids)}, its model {n} embeddings: "
                "they do not belong together")
 
 
 class VLM(nn.Module):
-    """A published captioner, or a language model alone: `open_vlm` makes it."""
+    """A published captioner or language model, made by `open_vlm`."""
 
-    def __init__(self, plan):
+    def __init__(self, spec):
         super().__init__()
-        self.plan, is_lm = plan, plan.tower is None
-        self.tower = None if is_lm else plan.tower()
-        self.video_tower = plan.video_tower() if plan.video_tower else None
-        self.connector = None if is_lm else plan.connector()
-        self.decoder = Decoder(plan.stack, plan.vocab, plan.scales)
+        self.spec, is_lm = spec, spec.tower is None
+        self.tower = None if is_lm else spec.tower()
+        self.video_tower = spec.video_tower() if spec.video_tower else None
+        self.connector = None if is_lm else spec.connector()
+        self.decoder = Decoder(spec.stack, spec.vocab, spec.scales)
 
     def prompt(self, question):
-        """The text that the model is asked with: a NUL stands for what it sees."""
-        if not self.plan.prompt:
-            what = f"none that is known: {self.tokens.fault}" if self.tokens.template else "missing"
+        """The prompt with the question; NUL is the place of the image or video."""
+        if not self.spec.prompt:
+            what = f"not supported: {self.tokens.fault}" if self.tokens.template else "missing"
             refuse(f"{self.where}: its chat template is {what}: give --template NAME, one of "
                    f"{', '.join(CHATS)}, or put a chat_template.jinja there")
-        return self.plan.prompt.replace("{q}", question.replace("\0", ""))
+        return self.spec.prompt.replace("{q}", question.replace("\0", ""))
 
     def read(self, prompt, frames=(), is_video=False, seconds=1.0):
-        """(ids with -1 for what is seen, pixels, seconds of two frames if it is a video) of a
-        prompt that holds a NUL where uint8 frames [H, W, 3] go: one picture, or a video."""
-        plan, seen, pixels = self.plan, self.plan.seen, []
+        """(ids with -1 for visual tokens, pixels, seconds of two frames if it is a video) of a
+        prompt with NUL in the place of uint8 frames [H, W, 3]: one image, or a video."""
+        spec, seen, pixels = self.spec, self.spec.seen, []
         is_rows = isinstance(self.tower, QwenVisionTower)
         if is_rows and len(frames):
-            pixels = [plan.picture(frames)]
+            pixels = [spec.picture(frames)]
         else:
             for frame in frames:
-                pictures, text = plan.picture(frame)
+                pictures, text = spec.picture(frame)
                 pixels, seen = pixels + pictures, text or seen
-        slot = plan.video_slot if is_video else plan.slot
-        prompt = prompt.replace(slot, "") if slot else prompt        # a text that spells it
+        slot = spec.video_slot if is_video else spec.slot
+        prompt = prompt.replace(slot, "") if slot else prompt        # no image token in the text
         parts = prompt.replace("\0", seen).split("\0")
         if slot and len(parts) > 1:
             ids, mark = self.tokens.encode(slot.join(parts)), self.tokens.id(slot)
@@ -3123,7 +3070,7 @@ class VLM(nn.Module):
         return self.tokens.first + ids, pixels, seconds if is_video else None
 
     def features(self, pixels, is_video=False):
-        """What the decoder sees of each picture: [n, width] a picture (rows of Qwen: of all)."""
+        """The visual tokens [n, width] of each image (Qwen2-VL: of each clip)."""
         device, dtype = self.decoder.embed.weight.device, self.decoder.embed.weight.dtype
         if isinstance(self.tower, QwenVisionTower):
             return [self.tower(rows.to(device, dtype), grid) for rows, grid in pixels]
@@ -3131,14 +3078,14 @@ class VLM(nn.Module):
         order = sorted(range(len(pixels)), key=lambda i: pixels[i].shape)
         for shape, same in itertools.groupby(order, key=lambda i: pixels[i].shape):
             grid = [side // self.tower.size for side in shape[1:]]
-            for some in in_groups(same, 32):                             # of one shape, at once
+            for some in in_groups(same, 32):                             # images of one shape
                 x = tower(torch.stack([pixels[i] for i in some]).to(device, dtype))
                 x = self.connector(x, *grid if isinstance(self.connector, Resampler) else ())
                 features.update(zip(some, x))
         return [features[i] for i in range(len(pixels))]
 
     def requests(self, keys, reads):
-        """Requests of what `read` returned, a key each; their pictures pass the tower together."""
+        """Makes Requests from the results of `read`; all images pass the tower in batches."""
         blocks = [None] * len(reads)
         for is_video in (False, True):
             some = [i for i, read in enumerate(reads) if (read[2] is not None) == is_video]
@@ -3148,36 +3095,36 @@ class VLM(nn.Module):
         return [self.request(key, *read, mine) for key, read, mine in zip(keys, reads, blocks)]
 
     def request(self, key, ids, pixels, seconds, blocks):
-        """One prompt as the decoder reads it. A mark in `ids` becomes as many rows as its block of
-        features; a video's frames share one mark."""
+        """The Request of a prompt. Each -1 in `ids` is replaced by a block of visual tokens; a
+        video's frames share one -1."""
         if blocks and ids.count(-1) == 1:
             blocks = [torch.cat(blocks)]
         check_ids(ids, self.decoder.embed.num_embeddings, self.where)
         lengths = iter(len(block) for block in blocks)
         runs = [(i, next(lengths) if i < 0 else 1) for i in ids]
         ids = [i for i, n in runs for _ in range(n)]
-        if 0 < self.plan.longest < len(ids):
-            refuse(f"a prompt of {len(ids)} tokens: this model's positions are read as published "
-                   f"up to {self.plan.longest} alone: give fewer frames")
+        if 0 < self.spec.longest < len(ids):
+            refuse(f"a prompt of {len(ids)} tokens: longer than this model's "
+                   f"{self.spec.longest} positions: give fewer frames")
         x, image = self.decoder.read([max(0, i) for i in ids]), torch.tensor(ids) < 0
         if blocks:
             x[image.to(x.device)] = torch.cat(blocks).to(x)
         positions, seen = torch.arange(len(ids)), image.clone()
-        if self.plan.stack.sections:
+        if self.spec.stack.sections:
             positions = self.grid_positions(runs, pixels, seconds)
-        elif blocks and isinstance(self.connector, GluHead):     # all patches stand at one place
+        elif blocks and isinstance(self.connector, GluHead):     # all patches share a position
             first, last = image.nonzero()[[0, -1], 0].tolist()
             positions = torch.where(positions < last, positions.clamp(max=first + 1),
                                     positions - last + first + 2)
-            seen[last] = False                           # the end mark passes as text
-        slot = self.tokens.id(self.plan.slot if seconds is None else self.plan.video_slot)
-        said = [slot if i < 0 else i for i in ids if i >= 0 or slot is not None]
+            seen[last] = False                           # the end token has the text's weights
+        slot = self.tokens.id(self.spec.slot if seconds is None else self.spec.video_slot)
+        counted = [slot if i < 0 else i for i in ids if i >= 0 or slot is not None]
         return Request(key, ids, x, positions.to(x.device), seen.to(x.device),
-                       said * self.plan.counts_prompt)
+                       counted * self.spec.counts_prompt)
 
     def grid_positions(self, runs, pixels, seconds):
-        """int64 [3, n], Qwen2-VL's: text counts on alike in all three; what is seen has time, row
-        and column; a video's time, in 2.5, is in half seconds."""
+        """int64 [3, n], Qwen2-VL's positions: text has the same in all three, visual tokens have
+        time, row and column; Qwen2.5-VL's time depends on the frame rate."""
         parts, after, grids = [], 0, iter(pixels)
         for i, n in runs:
             positions = torch.zeros(3, 1, dtype=torch.long)
@@ -3185,7 +3132,7 @@ class VLM(nn.Module):
                 t, h, w = next(grids)[1]
                 positions = torch.cartesian_prod(*(torch.arange(k) for k in (t, h // 2, w // 2))).T
                 if seconds is not None and self.tower.window:
-                    times = (positions[0] * seconds * self.plan.rate).long()
+                    times = (positions[0] * seconds * self.spec.rate).long()
                     positions = torch.stack([times, *positions[1:]])
             parts.append(positions + after)
             after = int(parts[-1].max()) + 1
@@ -3193,8 +3140,8 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def write(self, requests, batch=1, most=512, temperature=0.0, top_p=1.0, seed=0):
-        """Yields (key, text, mean log-probability) as answers end."""
-        own = {name: self.tokens.id(name) for name in self.plan.stop}
+        """Generates the answers; yields (key, text, mean log-probability) as they finish."""
+        own = {name: self.tokens.id(name) for name in self.spec.stop}
         names = [name for name, i in own.items() if i is None or self.tokens.decode([i])]
 
         def is_over(ids):
@@ -3208,7 +3155,7 @@ class VLM(nn.Module):
             yield request.key, re.sub(r"(?s)^.*</think>", "", text).strip(), score
 
 
-# What else of a generation_config.json would change a greedy answer: {key: its default}.
+# Other keys of generation_config.json that change a greedy answer: {key: default}.
 NOT_APPLIED = dict(
     num_beams=1, min_length=0, min_new_tokens=0, guidance_scale=1, encoder_repetition_penalty=1,
     bad_words_ids=[], suppress_tokens=[], begin_suppress_tokens=[], sequence_bias={},
@@ -3216,41 +3163,41 @@ NOT_APPLIED = dict(
 
 
 def answer_rules(folder, config, tokens, names):
-    """(ids that end an answer: the folder's, and the family's marks that are tokens; None or its
-    repetition_penalty and no_repeat_ngram_size). A folder without generation_config.json may have
-    these in its config.json."""
+    """(ids that end an answer, from the folder's configs and of the family; (repetition_penalty,
+    no_repeat_ngram_size), or None without). They are read from generation_config.json, or without
+    it from config.json."""
     text, file = config.get("text_config") or {}, folder / "generation_config.json"
-    told = read_published(file, {})
-    said = values_of(told if file.exists() else {**text, **config})
-    penalty, size = said.get("repetition_penalty") or 1.0, said.get("no_repeat_ngram_size") or 0
+    generation = read_published(file, {})
+    rules = values_of(generation if file.exists() else {**text, **config})
+    penalty, size = rules.get("repetition_penalty") or 1.0, rules.get("no_repeat_ngram_size") or 0
     if not (0 < penalty < 1e6 and isinstance(size, int) and size >= 0):
         raise ValueError(f"repetition_penalty {penalty}, no_repeat_ngram_size {size}: above 0, and "
                          "a whole number from 0 on")
-    others = [f"{name} {json.dumps(said[name])[:40]}" for name, usual in NOT_APPLIED.items()
-              if said.get(name) not in (None, usual)]
+    others = [f"{name} {json.dumps(rules[name])[:40]}" for name, usual in NOT_APPLIED.items()
+              if rules.get(name) not in (None, usual)]
     if others:
         where = file.name if file.exists() else "config.json"
         say_once(f"{folder}: {', '.join(others)} of its {where}: not applied here")
-    result = [each.get("eos_token_id") for each in (config, text, told)]
-    result += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
-    flat = [i for each in result for i in (each if isinstance(each, list) else [each])]
-    rules = (penalty, size)
-    return {i for i in flat if i is not None}, None if rules == (1, 0) else rules
+    stops = [part.get("eos_token_id") for part in (config, text, generation)]
+    stops += map(tokens.id, (*names, "</s>", "<|endoftext|>"))
+    flat = [i for stop in stops for i in (stop if isinstance(stop, list) else [stop])]
+    penalties = None if (penalty, size) == (1, 0) else (penalty, size)
+    return {i for i in flat if i is not None}, penalties
 
 
 def check_published(path, config):
-    """Refuses by its name a folder that is quantized, or holds a LoRA."""
+    """Refuses folders of quantized weights and of LoRA adapters."""
     adapter = path / "adapter_config.json"
     if adapter.exists():
         of = read_published(adapter).get("base_model_name_or_path") or "another model"
-        refuse(f"{path} holds a LoRA's additions alone, to {of}: merge them (PEFT: "
-               "merge_and_unload) and give the folder that is saved then; if its weights are "
-               "merged, remove adapter_config.json")
+        refuse(f"{path} is a LoRA adapter of {of}: merge it (PEFT: merge_and_unload), save the "
+               "model and give that folder; if the weights here are merged already, remove "
+               "adapter_config.json")
     refuse_quantized(path, config)
 
 
 def kind_of(config):
-    """(A published config's row of FAMILIES, or what it calls itself; the class it names first.)"""
+    """(The key in FAMILIES of a published config, or its own name; its first architecture.)"""
     made = str([*(config.get("architectures") or ()), "?"][0])
     kind = config.get("model_type") or made
     if made.startswith("InternLMXComposer2"):
@@ -3259,10 +3206,9 @@ def kind_of(config):
 
 
 def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None, template=None):
-    """The VLM of a published folder; its family and sizes are read from there, its weights mapped
-    from the files. An unknown family is refused with what was missing; so is one that does not see
-    where one that `sees` is wanted, or the other way round. template: of CHATS, where the folder
-    does not tell it."""
+    """The VLM of a published folder: family and sizes from its config, weights from its files.
+    sees: refuse a language model (True) or a captioner (False). template: of CHATS, instead of the
+    folder's."""
     path = Path(path)
     config = values_of(read_published(
         path / "config.json", *[{}] * (path / "adapter_config.json").exists()))
@@ -3273,67 +3219,68 @@ def open_vlm(path, device="cpu", dtype=torch.float32, tokenizer=None, sees=None,
             refuse(f"{path}: its config.json names neither model_type nor architectures: fetch the "
                    f"published one, or add \"model_type\", one of {', '.join(FAMILIES)}")
         if kind not in FAMILIES:
-            refuse(f"{path}: model_type {kind} is no family that is known: {', '.join(FAMILIES)}"
+            refuse(f"{path}: model_type {kind} is not supported: {', '.join(FAMILIES)} are"
                    if config.get("model_type") else f"{path}: its config.json has no model_type: "
                    f"add the one that goes with {kind}")
         if re.search(r"For(Sequence|Token|Question|Reward)|RewardModel|(?<!LMHead)Model$", made):
-            refuse(f"{path} is of a {made}, which writes no text: the {kind} that does is read")
+            refuse(f"{path} is a {made}, which generates no text: give a {kind} that does")
         weights = published_tensors(path, LM_MARK)
         config = DEFAULTS.get(kind, {}) | config | {"model_type": kind}
-        plan = FAMILIES[kind](config, weights, path)
+        spec = FAMILIES[kind](config, weights, path)
         text = config.get("text_config") or config
         if rope_of(text)[0] == "dynamic":
             row = DEFAULTS.get(text.get("model_type"), DEFAULTS.get(kind, LLAMA))
-            plan.longest = (row | text)["max_position_embeddings"]
+            spec.longest = (row | text)["max_position_embeddings"]
         tower = config.get("mm_vision_tower", "")
         if kind == "llava" and "vision_config" not in config and tower and not any(
                 "vision_tower" in name for name in weights):
-            beside = published_tensors(                         # perhaps all of a CLIP
+            beside = published_tensors(                         # of a tower or a whole CLIP
                 sub_config(path, tower)["folder"], TOWER_MARK)
             weights |= {name: beside[name] for name in beside
                         if "vision_model." in name or re.match(
                             "(embeddings|encoder|pre_layrnorm|post_layernorm)\\.", name)}
         with torch.device("meta"):
-            model = VLM(plan)
-        result = to_ours(weights, model, plan.names)
+            model = VLM(spec)
+        result = to_ours(weights, model, spec.names)
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    is_lm = plan.tower is None
+    is_lm = spec.tower is None
     if sees is not None and sees == is_lm:
-        refuse(f"{path} is a language model alone: it sees nothing; give it as --lm" if sees else
-               f"{path} is a captioner: give a language model alone")
+        refuse(f"{path} is a language model alone, without a vision tower: give it as --lm" if sees
+               else f"{path} is a captioner: give a language model alone")
     if tied and "decoder.embed.weight" in result:
         result.setdefault("decoder.head.weight", result["decoder.embed.weight"])
     result.update({name: torch.zeros(p.shape) for name, p in model.state_dict().items()
-                  if name not in result and re.fullmatch(plan.zero, name)})
-    load_strictly(model, result, [(".*", r"\g<0>")], plan.ignored, dtype, device, path)
+                  if name not in result and re.fullmatch(spec.zero, name)})
+    load_strictly(model, result, [(".*", r"\g<0>")], spec.ignored, dtype, device, path)
     with read_as_config(tokenizer or path, "tokenizer_config.json"):
         remedy = ["put them there, or name a folder of them by --tokenizer"][is_lm:]
         model.where, model.tokens = path, Tokens(Path(tokenizer or path), *remedy)
         model.tokens.template = chat_template(path, is_lm) or chat_template(
-            Path(tokenizer or path), is_lm)          # the model's own, if it has one
-        if plan.slot and model.tokens.id(plan.slot) is None:
-            refuse(f"{tokenizer or path}: its tokenizer has no {plan.slot}, which {kind} needs")
-        set_prompt(plan, kind, model.tokens, template, path)
+            Path(tokenizer or path), is_lm)
+        if spec.slot and model.tokens.id(spec.slot) is None:
+            refuse(f"{tokenizer or path}: its tokenizer has no {spec.slot}, which {kind} needs")
+        set_prompt(spec, kind, model.tokens, template, path)
     with read_as_config(path, "generation_config.json"):
-        model.stop, model.penalties = answer_rules(path, config, model.tokens, plan.stop)
+        model.stop, model.penalties = answer_rules(path, config, model.tokens, spec.stop)
     return model
 
 
-def set_prompt(plan, kind, tokens, name, where):
-    """How a language model, or a port of LLaVA or Qwen2-VL, is asked: as `name` says, or its chat
-    template; what has none by a token that its vocabulary has. '' where nothing tells it."""
-    is_lm = plan.tower is None
-    is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and plan.slot
+def set_prompt(spec, kind, tokens, name, where):
+    """Sets the prompt format of a language model, or of LLaVA or Qwen2-VL in transformers' layout:
+    CHATS[name], else the chat template, else the row of CHATS whose token its vocabulary has, else
+    ''. Other captioners keep that of their code."""
+    is_lm = spec.tower is None
+    is_port = kind in ("llava", "video_llava", "qwen2_vl", "qwen2_5_vl") and spec.slot
     if not (name or is_lm or is_port and tokens.template):
-        if tokens.template and plan.prompt:
-            tqdm.write(f"{where}: its chat template is not used: a {kind} is asked as its own code "
-                       "asks (--template NAME: otherwise)", file=sys.stderr)
-        return                                       # captioners of one form only
+        if tokens.template and spec.prompt:
+            tqdm.write(f"{where}: its chat template is not used: a {kind} has the prompt of its "
+                       "own code (--template NAME changes it)", file=sys.stderr)
+        return
     if tokens.template and not name:
         try:
-            plan.prompt, plan.stop = chat_of(tokens, where, plan)
+            spec.prompt, spec.stop = chat_of(tokens, where, spec)
         except ValueError as error:
-            plan.prompt, tokens.fault = "", str(error)
+            spec.prompt, tokens.fault = "", str(error)
         return
     name = name or next((name for name, (mark, *_) in CHATS.items()
                          if mark and tokens.id(mark) is not None), None)
@@ -3341,14 +3288,14 @@ def set_prompt(plan, kind, tokens, name, where):
     if is_lm and prompt:
         prompt += "<think>\n\n</think>\n\n" * (tokens.id("<think>") is not None)
     elif prompt:
-        seen = re.search(r"\0\s*\{q\}", plan.prompt) or ["\0\n{q}"]
+        seen = re.search(r"\0\s*\{q\}", spec.prompt) or ["\0\n{q}"]
         prompt = prompt.replace("{q}", seen[0])
-    plan.prompt, plan.stop = prompt, (end,) if end else plan.stop
+    spec.prompt, spec.stop = prompt, (end,) if end else spec.stop
 
 
-# -- what a published captioner is asked, what its answers are worth -------------------------------
+# -- questions to a published captioner, checks and scores of its captions -------------------------
 
-STYLES = {  # what is asked, fewest and most words of an answer that will do
+STYLES = {  # question, fewest and most words of a valid caption
     "short": ("Describe this {what} in one sentence: who or what is there, what happens.", 3, 60),
     "long": ("Describe this {what} in at most six sentences, so that somebody could draw it: all "
              "objects and people, what they do, the place, the light, the camera, the style.",
@@ -3367,14 +3314,14 @@ OPENING = (r"^(the|this|in the|in this) (image|video|picture|photo|frame|clip)(?
 
 
 def tidy(text):
-    """A caption in one line, without 'The image shows …'."""
+    """The caption in one line, without 'The image shows …'."""
     text = " ".join(text.split())
     rest = re.sub(OPENING, "", text, flags=re.I)
     return rest if rest == text else rest[:1].upper() + rest[1:]
 
 
 def fault(text, style):
-    """Why a caption will not do, or None."""
+    """The reason to reject a caption, or None."""
     words, (_, fewest, most) = words_of(text), STYLES[style]
     runs = Counter(zip(*(words[i:] for i in range(4))))
     if not words:
@@ -3389,10 +3336,62 @@ def fault(text, style):
     return None if sum("LATIN" in name for name in letters) > 0.8 * len(letters) else "language"
 
 
+def published_options(parser):
+    """The options of published captioners."""
+    language = [kind for kind, make in FAMILIES.items() if make is plain_lm]
+    captioners = [kind for kind, make in FAMILIES.items() if make is not plain_lm]
+    add = parser.add_argument_group("published captioners", "--vlm and --init take folders of the "
+                                    f"model types {', '.join(captioners)}").add_argument
+    add("--lm", metavar="DIR", help="language model that merges the captions of a clip's frames: "
+        f"{', '.join(language)} (none)")
+    add("--style", default="long", choices=sorted(STYLES),
+        help="the question, and the valid length of a caption (%(default)s)")
+    add("--prompt", help="another question: text, or a text file; {what} becomes image or video")
+    add("--summary", help="the question to --lm: text, or a text file, with {notes} for the "
+        "frames' captions, {meta} for the metadata's, {ask} for the --prompt")
+    add("--frames", type=frame_rule, metavar="RULE", help="frames that the captioner gets: "
+        "uniform:N evenly spaced, fps:X per second, key:N by change (of a video uniform:8, for "
+        "--lm uniform:4, else uniform:1)")
+    add("--source", type=source_name,
+        help="name of these captions in the data set (the folder's name and the style)")
+    add("--temperature", type=number(float, 0, 10), default=0.0, help="sampling temperature, 0 to "
+        "10; of generation_config.json only repetition_penalty and no_repeat_ngram_size apply "
+        "(%(default)s: greedy)")
+    add("--top_p", type=number(float, 1e-6, 1), default=1.0, help="nucleus sampling: total "
+        "probability of the most likely tokens to draw from, up to 1 (%(default)s)")
+    add("--dtype", choices=["fp32", "bf16"], help="dtype of the weights (bf16 on CUDA, else fp32)")
+    add("--template", choices=sorted(CHATS), metavar="NAME", help="chat format of --lm, or "
+        f"without it of --vlm or --init: {', '.join(CHATS)} (the folder's chat template)")
+    add("--tokenizer", metavar="DIR", help="folder of the tokenizer (the folder of --vlm)")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder, for the score clip: the mean cosine "
+        "of caption and frames (none)")
+    add("--aesthetics", metavar="FILE", help="LAION's linear head on that CLIP, for the score "
+        "aesthetic (none)")
+    add("--init", metavar="DIR", help="with --train: the published captioner to fine-tune (none)")
+    add("--tune", default="connector", choices=["connector", "lora", "all"], help="the weights of "
+        "--init to train (%(default)s), at --lr 1e-3, 2e-4 or 2e-5 by default")
+    add("--rank", type=number(int, 1), default=8, help="rank of --tune lora (%(default)s)")
+
+
+def source_name(text):
+    """argparse type: a part of a file's name."""
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' may hold only letters, digits, '.', '-', '_'")
+    return text
+
+
+def frame_rule(text):
+    """argparse type: [kind, number] of uniform:N, fps:X, key:N."""
+    match = re.fullmatch(r"(uniform|key):([1-9]\d*)|(fps):(\d*\.?\d+)", text)
+    if not match or not float(match[2] or match[4]):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of uniform:8, fps:0.5, key:4")
+    return [match[1] or match[3], float(match[4]) if match[4] else int(match[2])]
+
+
 def pick_frames(rule, folder, row):
-    """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N, evenly from the first to the
-    last, the middle if N is 1; fps:X, X a second; key:N, N of them between which about equally
-    much changes."""
+    """(frames uint8 [H, W, 3], their times in s) of a clip. uniform:N: evenly spaced from first to
+    last, the middle one if N is 1; fps:X: X per second; key:N: N frames with about equal change
+    between them."""
     n, fps = row["frames"], row["fps"] or 1
     kind, value = rule if n > 1 else ("uniform", 1)
     at = np.array([n // 2])
@@ -3412,55 +3411,54 @@ def pick_frames(rule, folder, row):
 
 
 def text_option(value):
-    """A prompt that is given as text, or as a text file's path."""
+    """A prompt given as text or as the path of a text file."""
     text = value
     if os.path.isfile(value):
         text = read_text(value, "--prompt")
     elif value.endswith(".txt"):
         refuse(f"{value} is missing")
-    return text.strip() or refuse(f"'{value}' holds no text to ask with")
+    return text.strip() or refuse(f"'{value}' holds no text")
 
 
-def asked(args, is_video):
+def question_for(args, is_video):
     """The question about a clip."""
     ask = text_option(args.prompt) if args.prompt else STYLES[args.style][0]
     return ask.replace("{what}", "video" if is_video else "image")
 
 
 def sampling_rules(vlm, name, args, lm=None):
-    """(Whether it sees a clip's frames at once, the rule that picks them, the question.)"""
-    is_video = bool(vlm.plan.frames) and not lm
-    for model in (vlm, *filter(None, [lm])):         # refused here where it does not fit
-        ids = model.read(model.prompt(asked(args, is_video)))[0]
+    """(Whether the model takes a video, the rule of `pick_frames`, the question.)"""
+    is_video = bool(vlm.spec.frames) and not lm
+    for model in (vlm, *filter(None, [lm])):         # refuse a wrong tokenizer now
+        ids = model.read(model.prompt(question_for(args, is_video)))[0]
         check_ids(ids, model.decoder.embed.num_embeddings, model.where)
-    rule = args.frames or ["uniform", vlm.plan.frames if is_video else 4 if lm else 1]
+    rule = args.frames or ["uniform", vlm.spec.frames if is_video else 4 if lm else 1]
     if rule != ["uniform", 1] and not is_video and not lm:
-        refuse(f"{name} sees one frame at a time: " + (
-            "leave --frames out" if args.train else "give --lm DIR, which makes one caption of "
+        refuse(f"{name} takes one frame at a time: " + (
+            "leave --frames out" if args.train else "give --lm DIR, which merges the captions of "
             "several, or --frames uniform:1"))
-    return is_video, rule, asked(args, is_video)
+    return is_video, rule, question_for(args, is_video)
 
 
 def frames_for(vlm, prompt, is_video, rule, folder, row):
-    """(What `vlm` reads of a clip, the times of its frames in s): once of a video, or a frame
-    (of a still the one) at a time."""
+    """([results of vlm.read], times in s): one for the whole video, or one for each frame."""
     frames, times = pick_frames(rule, folder, row)
     if not (is_video and row["fps"]):
         return [vlm.read(prompt, [frame]) for frame in frames], times
-    gap = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0         # frames may repeat
+    gap = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0         # if frames are repeated
     return [vlm.read(prompt, frames, True, 2 * gap)], times
 
 
 def vlm_writer(name, folder, rows, args, device):
-    """(load, write), as `own_writer`'s, of a published captioner: a video at once where the model
-    takes videos, or else frame by frame; a language model then makes one caption of several."""
+    """(load, write) as in `own_writer`, of a published captioner: of the video if the model takes
+    videos, else of each frame; with --lm, a language model merges the frames' captions."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
         args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     vlm = open_captioner(run_dir(name), device, dtype, args.tokenizer,
                          None if args.lm else args.template)
     lm = open_vlm(args.lm, device, dtype, sees=False, template=args.template) if args.lm else None
     is_video, rule, question = sampling_rules(vlm, name, args, lm)
-    template = text_option(args.summary or SUMMARY).replace("{ask}", asked(args, True))
+    template = text_option(args.summary or SUMMARY).replace("{ask}", question_for(args, True))
     meta = {row["key"]: " ".join(c["text"] for c in row["captions"]) for row in rows}
     how = dict(batch=args.batch, most=args.max_tokens, temperature=args.temperature,
                top_p=args.top_p, seed=args.seed)
@@ -3469,23 +3467,22 @@ def vlm_writer(name, folder, rows, args, device):
         return frames_for(vlm, vlm.prompt(question), is_video, rule, folder, row)
 
     def notes(pairs):
-        """(key, times, texts, mean log-probability) of a clip when all its frames have theirs."""
-        open_, said = {}, {}
+        """Yields (key, times, texts, mean log-probability) when all frames of a clip have texts."""
+        waiting, answers = {}, {}
 
         def requests():
             for group in in_groups(pairs, args.batch):
-                open_.update({row["key"]: loaded for row, loaded in group})
-                asked = [(f"{row['key']}#{i}", read) for row, (reads, _) in group
-                         for i, read in enumerate(reads)]
+                waiting.update({row["key"]: loaded for row, loaded in group})
+                frames = [(f"{row['key']}#{i}", read) for row, (reads, _) in group
+                          for i, read in enumerate(reads)]
                 with torch.no_grad():
-                    yield from vlm.requests(*zip(*asked))
+                    yield from vlm.requests(*zip(*frames))
         for name, text, score in vlm.write(requests(), **how):
             key, _, i = name.rpartition("#")
-            said.setdefault(key, {})[int(i)] = tidy(text), score
-            if len(said[key]) == len(open_[key][0]):
-                texts, scores = zip(*(said[key][i] for i in range(len(said[key]))))
-                del said[key]
-                yield key, open_.pop(key)[1], texts, float(np.mean(scores))
+            answers.setdefault(key, {})[int(i)] = tidy(text), score
+            if len(answers[key]) == len(waiting[key][0]):
+                texts, scores = zip(*(answer for _, answer in sorted(answers.pop(key).items())))
+                yield key, waiting.pop(key)[1], texts, float(np.mean(scores))
 
     def write(pairs):
         if not lm:
@@ -3508,7 +3505,7 @@ def vlm_writer(name, folder, rows, args, device):
 
 
 def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
-    """A short prompt as `lm` (open_vlm's), a language model, writes it out, like the examples."""
+    """Expands a short prompt by the language model `lm` (of open_vlm), like the examples."""
     words = REWRITE.replace("{examples}", "\n".join(f"- {text}" for text in examples))
     request = lm.request(prompt, *lm.read(lm.prompt(words.replace("{prompt}", prompt))), [])
     (_, text, _), = lm.write([request], most=most, temperature=temperature, top_p=0.9, seed=seed)
@@ -3516,7 +3513,7 @@ def rewrite(lm, prompt, examples=(), seed=0, temperature=0.0, most=160):
 
 
 class Probe(nn.Module):
-    """SigLIP's head (2303.15343): a learnt query reads a picture's tokens, [B, N, D] to [B, D]."""
+    """SigLIP's attention pooling head (2303.15343): [B, N, D] to [B, D]."""
 
     def __init__(self, stack):
         super().__init__()
@@ -3532,8 +3529,7 @@ class Probe(nn.Module):
 
 
 def scored_picture(folder, size, is_siglip):
-    """What makes the input of CLIP or SigLIP of a frame, as the folder's image processor says:
-    squeezed, or scaled by its shorter side and cut to the middle square."""
+    """The preprocessing of CLIP or SigLIP by the folder's image processor: `squash` or `crop`."""
     config, mean_std = image_processor(folder, None, HALF if is_siglip else CLIP_MEAN,
                                        ("resample",))
     scaled, cut = config.get("size", size), config.get("crop_size", size)
@@ -3545,22 +3541,22 @@ def scored_picture(folder, size, is_siglip):
     if (is_cut and cut != {size}) or len(scaled) > 1 or short < size or (
             short > size and (is_whole or not is_cut)) or not (is_whole or is_cut):
         cut = f"cut to {config.get('crop_size')}" if is_cut else "not cut"
-        raise ValueError(f"its image processor makes pictures of {config.get('size')}, {cut}: "
-                         f"{size} x {size} px are wanted")
+        raise ValueError(f"its image processor makes images of {config.get('size')}, {cut}: "
+                         f"its model takes {size} x {size} px")
     return functools.partial(squash, mean_std=mean_std, how=how) if is_whole else functools.partial(
         crop, mean_std=mean_std, how=how, short=short)
 
 
 class Scorer:
-    """Of a clip and its caption, by a CLIP or SigLIP folder: the mean cosine of four frames and the
-    text; and with LAION's linear head (weight [1, D] and bias [1]) the frames' mean aesthetics."""
+    """Scores a clip and its caption by a CLIP or SigLIP folder: the mean cosine of four frames and
+    the text; with LAION's linear head (weight [1, D], bias [1]) also their mean aesthetics."""
 
     def __init__(self, args, folder, rows, device):
         config = values_of(read_published(Path(args.clip, "config.json")))
         self.is_siglip, kind = config.get("model_type") == "siglip", config.get("model_type")
         if kind not in ("clip", "siglip"):
             refuse(f"{args.clip} is no CLIP or SigLIP of images and texts: " + (
-                f"it is of a {kind}" if kind else "its config.json names no model_type"))
+                f"it is a {kind}" if kind else "its config.json names no model_type"))
         self.folder, self.rows, self.device = folder, {row["key"]: row for row in rows}, device
         self.text = open_text_encoder(args.clip, device)
         weights = published_tensors(args.clip, *CLIP_MARK)
@@ -3578,7 +3574,7 @@ class Scorer:
                                               post=True)
                     model.visual, width = Probe(stack), stack.width
                 else:
-                    model.tower = clip_sight(sight, -1, True, True)()
+                    model.tower = clip_tower(sight, -1, True, True)()
                     width = config.get("projection_dim", 512)
                     model.visual = nn.Linear(model.tower.patch.out_features, width, bias=False)
                 model.textual = nn.Linear(read, width, bias=self.is_siglip)
@@ -3593,7 +3589,7 @@ class Scorer:
         self.head = read_tensors(args.aesthetics) if args.aesthetics else {}
         shapes = {name: list(tensor.shape) for name, tensor in self.head.items()}
         if shapes not in ({}, {"weight": [1, width], "bias": [1]}):
-            refuse(f"{args.aesthetics} holds {shapes}: weight [1, {width}] and bias [1] are wanted")
+            refuse(f"{args.aesthetics} holds {shapes}, not weight [1, {width}] and bias [1]")
 
     def __call__(self, key, text):
         return self.score(pick_frames(("uniform", 4), self.folder, self.rows[key])[0], text)
@@ -3601,22 +3597,22 @@ class Scorer:
     @torch.no_grad()
     def score(self, frames, text):
         x = torch.stack([self.picture(frame, self.size)[0][0] for frame in frames]).to(self.device)
-        x = self.model.tower(x)                      # of CLIP's the first token, of SigLIP's all
+        x = self.model.tower(x)                      # CLIP uses the first token, SigLIP all
         seen = F.normalize(self.model.visual(x if self.is_siglip else x[:, 0]), dim=-1)
         ids = self.text.ids([text])[0].to(self.device)
-        said = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
-        scores = {"clip": (seen @ said[0]).mean().item()}
+        read = F.normalize(self.model.textual(self.text.pooled(ids, self.text(ids)[0])), dim=-1)
+        scores = {"clip": (seen @ read[0]).mean().item()}
         if self.head:
             weight, bias = self.head["weight"].to(seen), self.head["bias"].to(seen)
             scores["aesthetic"] = F.linear(seen, weight, bias).mean().item()
         return scores
 
 
-# -- a published captioner trained further: --tune -------------------------------------------------
+# -- fine-tuning a published captioner: --init, --tune ---------------------------------------------
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and what is learnt beside it, of rank n; nothing at first."""
+    """A frozen linear layer plus a trained product of rank n, which starts at zero."""
 
     def __init__(self, base, n):
         super().__init__()
@@ -3633,8 +3629,8 @@ TUNED = {"connector": r"connector\..*|tower\.merge\..*",           # Qwen2-VL's 
 
 
 def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None, template=None):
-    """open_vlm's model of which what `tune` names can learn: the connector, additions of low rank
-    to the decoder's layers, or all but the towers."""
+    """The model of `open_vlm` with the weights of `tune` trainable: connector; lora, of the
+    decoder's layers; all, except the towers."""
     model = open_vlm(init, device, dtype, tokenizer, True, template)
     if tune == "lora":
         torch.manual_seed(0)
@@ -3648,35 +3644,35 @@ def open_tuned(init, tune, rank, device, dtype=torch.float32, tokenizer=None, te
 
 
 def open_captioner(path, device, dtype, tokenizer=None, template=None):
-    """The VLM of a published folder, or of a run that taught one further."""
+    """The VLM of a published folder, or of a run that fine-tuned one."""
     if "kind" not in read_published(path / "config.json", {}):
         return open_vlm(path, device, dtype, tokenizer, True, template)
     config, step = finished(path)
     model = open_tuned(*(config["args"][name] for name in ("init", "tune", "rank")), device, dtype,
                        config["args"]["tokenizer"], config["args"].get("template"))
     saved = load_file(step / "model.safetensors")
-    if saved.keys() != learnt(model).keys():
-        refuse(f"{step} was saved of another model than {config['args']['init']}")
+    if saved.keys() != trainable(model).keys():
+        refuse(f"{step} does not belong to the model {config['args']['init']}")
     model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in saved.items()},
                           strict=False)
     return model
 
 
-def learnt(model):
+def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def answer_loss(model, requests, answers):
-    """Nats, summed over the answers' tokens (lists of ids, the stop among them)."""
-    decoder, whole = model.decoder, []
+    """Cross entropy in nats, summed over the tokens of the answers: lists of ids with a stop."""
+    decoder, texts = model.decoder, []
     for request, ids in zip(requests, answers):
         positions = request.positions
         after = torch.arange(len(ids) - 1, device=positions.device) + positions.max() + 1
-        whole.append(request._replace(
+        texts.append(request._replace(
             x=torch.cat([request.x, decoder.read(ids[:-1])]),
             positions=torch.cat([positions, after.expand(*positions.shape[:-1], -1)], -1),
             image=F.pad(request.image, (0, len(ids) - 1))))
-    x, positions, image = side_by_side(whole)
+    x, positions, image = pad_requests(texts)
     h = decoder(x, positions, image=image, prompts=torch.tensor(
         [len(request.ids) for request in requests], device=x.device))
     h = torch.cat([row[len(request.ids) - 1:][:len(ids)]
@@ -3687,12 +3683,13 @@ def answer_loss(model, requests, answers):
 
 @one_run
 def tune(args, run):
-    """Teaches a published captioner the captions, or the answers to the questions beside them."""
+    """Fine-tunes a published captioner on the captions, with the question, or with the prompt that
+    is stored beside a caption."""
     rank, world, device = setup(args, args.batch, "--batch")
     claim(run)
     folder, rows, held_out = captioned(args, run)
     is_done, step = is_finished(last_step(run), args), 0
-    if not is_done:                                  # what is refused leaves no run behind
+    if not is_done:                                  # before start_run: a refusal leaves no run
         model = open_tuned(args.init, args.tune, args.rank, device, tokenizer=args.tokenizer,
                            template=args.template)
         is_video, rule, question = sampling_rules(model, args.init, args)
@@ -3700,7 +3697,7 @@ def tune(args, run):
         "init": args.init, "tune": args.tune, "rank": args.rank}})
     if is_done:
         return
-    optimizer = torch.optim.AdamW(learnt(model).values(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=args.lr, weight_decay=0.0)
     if checkpoint:
         step, saved = load_step(checkpoint)
         model.load_state_dict(saved["model"], strict=False)
@@ -3709,7 +3706,7 @@ def tune(args, run):
 
     def ids_of(caption):
         return model.tokens.encode(caption["text"])[:args.max_tokens] + [min(model.stop)]
-    # a step's loss is its tokens' sum over this constant, on however many ranks
+    # the sum over a step's tokens is divided by this constant: equal on any number of ranks
     answers = [ids_of(caption) for row in rows[:1000] for caption in row["captions"]]
     length = np.mean([len(ids) for ids in answers])
     by_frequency = frequency_loss(answers, [ids_of(row["captions"][0]) for row in held_out[:64]])
@@ -3735,13 +3732,13 @@ def tune(args, run):
     def held_out_nats(done):
         total, count = 0.0, 0
         for row in held_out[:64]:
-            key, asked, ids = read(row, row["captions"][0])
-            total += answer_loss(model, model.requests([key], [asked]), [ids]).item()
+            key, prompt, ids = read(row, row["captions"][0])
+            total += answer_loss(model, model.requests([key], [prompt]), [ids]).item()
             count += len(ids)
         return report(run, done, total / count, by_frequency)
 
     fit(args, run, step, batch, learn, held_out_nats,
-        lambda: {"model": learnt(model), "optimizer": optimizer_tensors(optimizer, model)})
+        lambda: {"model": trainable(model), "optimizer": optimizer_tensors(optimizer, model)})
 
 
 if __name__ == "__main__":

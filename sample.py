@@ -60,7 +60,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kernels.patchify import patchify, unpatchify
-from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, TOWER_MARK, WAN_T5, Scorer, clip_sight, crop,
+from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, TOWER_MARK, WAN_T5, Scorer, clip_tower, crop,
                      image_processor, load_strictly, normal, open_vlm, published_tensors,
                      read_as_config, read_published, rewrite, to_ours)
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
@@ -2361,7 +2361,7 @@ def open_image_encoder(path, device):
     with read_as_config(where):
         with torch.device("meta"):
             model = nn.Module()
-            model.tower = clip_sight(config, -2, keep_cls=True)()
+            model.tower = clip_tower(config, -2, keep_cls=True)()
         weights = to_ours(weights, model, WAN_TOWER if is_wan else (CLIP_TOWER,))
     load_strictly(model, weights, [(".*", r"\g<0>")], r"(text_model|text_projection|"
                   r"logit_scale|visual_projection|tower\.(post|post_norm|head|layers\.\d+))\..*",

@@ -197,7 +197,7 @@ def asked(ours, theirs, name, r):
     read = ours.read("\0" * bool(frames) + text, frames, is_video, seconds)
     if is_video and name.startswith("qwen"):         # transformers 5 lets a text begin before a long
         t, h, w = read[1][0][1]                      # video's end; 4.45 to 4.51, as published, do not
-        step = seconds * ours.plan.rate if name == "qwen2_5_vl" else 1
+        step = seconds * ours.spec.rate if name == "qwen2_5_vl" else 1
         if (t - 1) * step >= max(h, w) // 2:
             read = ours.read("\0" + text, frames[:2], is_video, seconds)
     request, = ours.requests(["a"], [read])

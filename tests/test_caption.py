@@ -1,5 +1,5 @@
-"""caption.py: the text networks, the captioner's invariants, and whole runs on small videos that are
-made here: what it learns, how it resumes, what it writes, what it refuses."""
+"""caption.py: the text networks, invariants of the captioner, and complete runs on small generated
+videos: training, resuming, the files written, the inputs refused."""
 import json
 import os
 import re
@@ -30,14 +30,14 @@ WAYS = {"left": (-1, 0), "down": (0, 1)}
 
 
 def run(folder, *args):
-    """caption.py begun as a user calls it, from `folder`, on as many threads as this process has."""
+    """Starts caption.py in a process, from `folder`, with this process's number of threads."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "caption.py"), *args], cwd=folder, stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
 
 
 def quick(folder, *args, monkeypatch):
-    """The same within this process."""
+    """Runs caption.py in this process."""
     monkeypatch.chdir(folder)
     monkeypatch.setitem(c.MODELS, "captioner-xs", TINY)
     c.main([str(arg) for arg in args])
@@ -45,8 +45,8 @@ def quick(folder, *args, monkeypatch):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with data/set: 96 clips of a block that moves, a third of them without a caption; one
-    file in six is for testing; and a still."""
+    """A folder with data/set: 96 clips of a moving block, a third without a caption, one file in six in
+    the test split; and a still image."""
     folder = tmp_path_factory.mktemp("caption")
     random, rows = np.random.default_rng(0), []
     for i in range(96):
@@ -94,12 +94,12 @@ def test_text_tower_packed_equals_each_text_alone():
     torch.manual_seed(0)
     tower = c.TextTower(50, 32, 2, 4)
     texts = [torch.randint(3, 50, (n,)) for n in (1, 7, 97, 3)]
-    cu = torch.tensor([0, 1, 8, 105, 108], dtype=torch.int32)
-    packed = tower(torch.cat([*texts, torch.zeros(5, dtype=torch.long)]), cu)    # a tail of padding
+    cu_seqlens = torch.tensor([0, 1, 8, 105, 108], dtype=torch.int32)
+    packed = tower(torch.cat([*texts, torch.zeros(5, dtype=torch.long)]), cu_seqlens)    # padding at the end
     assert packed.shape == (113, 32)
     for i, ids in enumerate(texts):
         alone = tower(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
-        torch.testing.assert_close(packed[cu[i]:cu[i + 1]], alone, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(packed[cu_seqlens[i]:cu_seqlens[i + 1]], alone, atol=2e-5, rtol=1e-4)
     packed[:108].square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any()
                for name, p in tower.named_parameters() if ".k.bias" not in name)
@@ -107,7 +107,7 @@ def test_text_tower_packed_equals_each_text_alone():
 
 
 def test_layer_flags():
-    """Every flag of a stack runs, keeps its shape, and a causal one does not see what comes."""
+    """Each option of TransformerConfig keeps the shape, and a causal layer does not attend to later tokens."""
     torch.manual_seed(0)
     for kv_heads, norm, glu, act, head in ((0, "ln", False, "gelu", 0), (2, "rms", True, "silu", 6),
                                            (1, "ln", True, "quick_gelu", 10)):
@@ -132,7 +132,7 @@ TEXTS = ["a red dog", "", "a small grey cat runs across the street in the rain"]
 
 
 def published(folder, name, tensors=None, config=None, **files):
-    """A copy of a fixture's folder, with other weights (a dict a file) or another config."""
+    """Copies a fixture's folder, with other weights (one dict per file) or another config."""
     source = FIXTURES / name
     shutil.copytree(source / "encoder" if (source / "encoder").exists() else source, folder)
     if config:
@@ -154,12 +154,12 @@ def refusal(capsys, *args, **options):
 
 
 def agree(a, b):
-    assert a.hash == b.hash                              # weights that are alike are one encoder
+    assert a.hash == b.hash                              # equal weights have equal names
     assert all(map(torch.equal, a.encode(TEXTS, 20), b.encode(TEXTS, 20)))
 
 
 def test_layouts_of_weights_agree(tmp_path):
-    """Whole, in shards of either kind, with the rest of the model, and in Wan's own layout."""
+    """One file, shards of both formats, a file with the whole model, and Wan's own layout."""
     plain = published(tmp_path / "plain", "t5-v1_1-encoder")
     tensors, encoder = load_file(plain / "model.safetensors"), c.open_text_encoder(plain)
     names = sorted(tensors)
@@ -208,7 +208,7 @@ def test_layouts_of_weights_agree(tmp_path):
 
 @pytest.mark.parametrize("folder, name", [("clip-text", "7c0ad9b3"), ("t5-v1_1-encoder", "03110841")])
 def test_encoded_texts_keep_their_names(folder, name):
-    """Files that were written are found again, whatever TransformerConfig learns to say of other models."""
+    """The hash in the names of encoded captions does not change with new fields of TransformerConfig."""
     assert c.open_text_encoder(ROOT / "tests" / "fixtures" / folder / "encoder").hash == name
 
 
@@ -238,7 +238,7 @@ def test_text_encoder_refusals(tmp_path, capsys):
 
 
 def test_encoded_captions(tmp_path, capsys):
-    """Each shard's texts, each once, and the prompts; made again only where a text is missing."""
+    """A shard's file has each caption once, and the prompts; it is rewritten only if a text is missing."""
     encoder = c.open_text_encoder(FIXTURES / "wan-umt5")
     rows = [{"shard": f"shard-0000{i // 2}", "captions": [{"text": t} for t in (TEXTS[0], t)]}
             for i, t in enumerate(["one", "two", "three", "__metadata__"])]
@@ -268,7 +268,7 @@ def test_encoded_captions(tmp_path, capsys):
 def fresh(seed=0):
     torch.manual_seed(seed)
     model = c.Captioner(**TINY, vocab=60)
-    torch.nn.init.normal_(model.decoder.head.weight)     # it starts at zero: every token alike
+    torch.nn.init.normal_(model.decoder.head.weight)     # initially zero: equal logits
     return model.eval()
 
 
@@ -315,14 +315,14 @@ def test_a_view_of_each_clip():
     square = c.letterbox(wide, 48)
     assert square.shape == (48, 48, 3) and (square[16:32] == 200).all() and not square[:16].any()
     views = torch.randint(0, 255, (2, 4, 32, 32, 3), dtype=torch.uint8)
-    torch.testing.assert_close(c.vary(views, torch.zeros(2, 8)), c.to_input(views), atol=1e-4, rtol=0)
-    moved = c.vary(views, torch.tensor([[0, 0.5, 0, 0, 0, 0, 0, 0.0]] * 2))
+    torch.testing.assert_close(c.augment(views, torch.zeros(2, 8)), c.to_input(views), atol=1e-4, rtol=0)
+    moved = c.augment(views, torch.tensor([[0, 0.5, 0, 0, 0, 0, 0, 0.0]] * 2))
     torch.testing.assert_close(moved[..., :24], c.to_input(views)[..., 8:], atol=1e-4, rtol=0)
 
 
 def test_what_moves_in_another_clip_is_laid_over(home, monkeypatch):
-    """The block and not its ground, nor on the black about a clip; the captions joined; the share
-    as asked, the other draws as without it."""
+    """--paste adds the block without its background, not on the borders, joins the captions, applies to the
+    given share of clips, and leaves the other draws unchanged."""
     monkeypatch.chdir(home)
     folder = prepare_data.dataset_dir("set")
     rows = [row for row in prepare_data.open_dataset(folder) if row["captions"]][:24]
@@ -348,7 +348,7 @@ def test_what_moves_in_another_clip_is_laid_over(home, monkeypatch):
 # -- runs ------------------------------------------------------------------------------------------
 
 def test_it_learns_and_captions(home, monkeypatch, capsys):
-    """Nine in ten captions of clips without one are right; the files are as DESIGN has them."""
+    """After training, 90% of the captions are right; the files are complete."""
     options = ["--steps", 120, "--batch", 16, "--save_every", 50, "--warmup", 20, "--eval_every", 120,
                "--max_tokens", 24]
     quick(home, "set", "--train", "--few", "--run", "learnt", *options, monkeypatch=monkeypatch)
@@ -357,7 +357,7 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
     assert config["kind"] == "captioner" and config["model"] == TINY
     log = [json.loads(line) for line in open(folder / "log.jsonl")]
     assert log[-1]["step"] == 120 and log[-1]["held_out"] < 0.2
-    # beside it what guessing by frequency loses
+    # the loss of guessing by word frequency is beside it
     assert "held-out loss" in (said := capsys.readouterr().err) and "no better" not in said
     assert 1.5 < log[-1]["held_out_by_frequency"] < 3
     assert sorted(p.name for p in folder.glob("step-*")) == ["step-000100", "step-000120"]
@@ -381,14 +381,14 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
             i = int(number)
             right += row["caption"] == f"a {list(PLACES)[i % 2]} block goes {list(WAYS)[i // 2 % 2]}"
     assert right >= 0.9 * (len(said) - 1), [row["caption"] for row in said]
-    # done means done; what a captioner wrote is no caption of the clip's own
+    # finished shards are skipped; generated captions are not the clips' own
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     quick(home, "set", "--vlm", "learnt", monkeypatch=monkeypatch)
     quick(home, "set", "--train", "--run", "learnt", *options, monkeypatch=monkeypatch)
     assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     own = c.own_captions(data, list(rows.values()))
     assert sum(bool(row["captions"]) for row in own) == len(rows) - len(said)
-    # a file cut in the middle of a line, at any block, ends with the same bytes
+    # a .part file truncated anywhere is completed to the same bytes
     again = ["set", "--vlm", "learnt", "--batch", "3"]
     path, part = files[1], c.part_path(files[1], c.parse(again))
     whole = path.read_bytes()
@@ -405,7 +405,7 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
         assert path.read_bytes() == whole and not part.exists()
     part.write_text('{"key": "of other clips"}\n')
     path.unlink()
-    with open(part, "a") as file:                            # another process is at it
+    with open(part, "a") as file:                            # another process writes it
         assert prepare_data.is_sole(file)
         with pytest.raises(SystemExit):
             quick(home, *again, "--all", monkeypatch=monkeypatch)
@@ -415,7 +415,7 @@ def test_it_learns_and_captions(home, monkeypatch, capsys):
 
 
 def test_training_resumes_bit_for_bit_after_kill(home, monkeypatch, capsys):
-    """kill -9 at some step, the same command again: the same losses and weights as unbroken."""
+    """After kill -9 the same command gives the losses and weights of an uninterrupted run."""
     monkeypatch.chdir(home)
     options = ["set", "--train", "--few", "--steps", "9", "--batch", "4", "--save_every", "3", "--eval_every",
                "5", "--log_every", "1", "--max_tokens", "16"]
@@ -482,13 +482,13 @@ def test_wrong_input_is_one_line(home, monkeypatch, capsys, tmp_path):
     assert "no captioner has been trained (runs/set-captioner)" in none and "--vlm DIR" in none
     mine = [row for row in c.own_captions(home / "data" / "set", rows) if row["captions"]]
     monkeypatch.setattr(c, "open_dataset", lambda folder: mine)
-    c.main(["set"])                                  # nothing to do is no mistake
-    assert "nothing is to be done" in capsys.readouterr().err
+    c.main(["set"])                                  # no error
+    assert "nothing to do" in capsys.readouterr().err
 
 
 def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys):
-    """A captioner that learnt the captions of other clips guesses colour and way: it is told by
-    its held-out clips. What it wrote is taken back by the line that it prints, to the letter."""
+    """A captioner trained on shuffled captions is recognized by its held-out clips. The printed command
+    removes its captions."""
     def swapped(folder):
         rows = prepare_data.open_dataset(folder)
         mine = [row for row in rows if row["captions"]]
@@ -514,7 +514,7 @@ def test_captions_that_it_is_not_sure_of_are_rejected(home, monkeypatch, capsys)
     assert all(row["rejected"] == "unsure" and row["scores"]["sure"] < 0.75 for row in rejected)
     assert all(row["scores"]["sure"] >= 0.75 for row in kept)
     others = sorted(path for path in data.iterdir() if "captions-lies" not in path.name)
-    back = re.search(r"take these captions back: (rm .*)", said)[1]
+    back = re.search(r"remove these captions: (rm .*)", said)[1]
     subprocess.run(back, shell=True, cwd=home, check=True)
     assert not list(data.glob("shard-*captions-lies*"))
     assert others == sorted(path for path in data.iterdir() if path.suffix != ".png"
@@ -541,7 +541,7 @@ def test_certainty_is_the_probability_of_the_tokens_that_need_the_clip():
 
 
 def test_guessing_by_frequency(capsys):
-    """Counts 3, 1 and one more each, and one for what was never seen: 4/7, 2/7, 1/7."""
+    """Counts 3 and 1, each plus one, and one for unseen tokens: 4/7, 2/7, 1/7."""
     loss = c.frequency_loss([[5, 5], [5, 6]], [[5, 6, 9, 9]])
     assert loss == pytest.approx(-np.log([4 / 7, 2 / 7, 1 / 7, 1 / 7]).mean())
     assert c.report("run", 7, 1.0, 2.0) == {"held_out": 1.0, "held_out_by_frequency": 2.0}
@@ -551,7 +551,7 @@ def test_guessing_by_frequency(capsys):
     assert "no better than guessing" in capsys.readouterr().err
 
 def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_path):
-    """A clip whose bytes are others', or that lost its end; a checkpoint; a folder of others."""
+    """A clip with wrong bytes or without its end; a damaged checkpoint; a folder without write permission."""
     data = tmp_path / "data" / "set"
     shutil.copytree(home / "data" / "set", data, ignore=shutil.ignore_patterns("*captions-*"))
     quick(tmp_path, "set", "--train", "--few", "--run", "short", "--steps", 1, "--batch", 2, "--warmup",
@@ -568,7 +568,7 @@ def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_pat
             file.write(b"\0" * (rows[0]["length"] - start))
         sums_as_they_are(data)
         capsys.readouterr()
-        c.main(["set", "--vlm", "short"])                # the others have theirs
+        c.main(["set", "--vlm", "short"])                # the other clips get captions
         err = capsys.readouterr().err
         said, = re.findall(r"\S+\.tar: the clip .*", err)                          # beside the bar
         assert said.startswith(f"data/set/{tar.name}") and rows[0]["key"] in said
@@ -580,7 +580,7 @@ def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_pat
             path.unlink()
     tar.write_bytes(whole)
     sums_as_they_are(data)
-    with monkeypatch.context() as patch:                 # who tests as root may write anywhere
+    with monkeypatch.context() as patch:                 # root may write anywhere
         patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
         assert "data/set cannot be written to" in line("set", "--vlm", "short")
     model = tmp_path / "runs" / "short" / "step-000001" / "model.safetensors"
@@ -590,7 +590,7 @@ def test_what_is_damaged_is_named_in_one_line(home, monkeypatch, capsys, tmp_pat
 
 @pytest.mark.parametrize("name", ["vlm-llava15", "vlm-qwen2", "wan-umt5"])
 def test_configs_of_any_value_end_in_one_line(tmp_path, capsys, name):
-    """Each value of a published config.json in another form: it opens, or is refused in a line."""
+    """A wrong value of any key of config.json is accepted, or refused in one line."""
     shutil.copytree(FIXTURES / name, tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     config, refused = json.loads(path.read_text()), 0

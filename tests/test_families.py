@@ -1,5 +1,5 @@
-"""caption.py's published captioners beyond test_parity's numbers: other layouts of the same weights,
-batches, draws, captions of real shards with all that stands beside them, and teaching one further."""
+"""caption.py's published captioners, beside the numbers in test_parity: layouts of the same weights,
+batches, sampling, captions of shards with their scores and rejects, and fine-tuning."""
 import json
 import os
 import re
@@ -57,7 +57,7 @@ def said(home, source):
 
 
 def changed(folder, source, config=None, rename=None, drop=()):
-    """A copy of a fixture with another config, other names of tensors, or without some."""
+    """Copies a fixture with another config, renamed tensors, or without some."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("io.*"))
     for path in folder.iterdir():
         path.chmod(0o644)
@@ -90,11 +90,11 @@ def answers(model, most=12):
 
 
 def test_other_layouts_of_the_same_weights(tmp_path):
-    """Shards of .bin, transformers 5's names, LLaVA's own layout with its tower inside or beside."""
+    """Shards of .bin, transformers 5's names, LLaVA's own layout with its tower in the folder or beside it."""
     wanted = load_file(LLAVA / "io.safetensors")["generated"].tolist()
     model = c.open_vlm(LLAVA)
     assert answers(model) == wanted
-    frame = np.zeros((40, 60, 3), np.uint8)              # a question may spell the mark of a picture
+    frame = np.zeros((40, 60, 3), np.uint8)              # a question may contain the image token
     assert model.read(model.prompt("is <image> a word?"), [frame])[0].count(-1) == 1
     folder = changed(tmp_path / "bin", LLAVA)
     tensors = load_file(folder / "model.safetensors")
@@ -127,8 +127,8 @@ def test_other_layouts_of_the_same_weights(tmp_path):
     (folder / "clip").mkdir()
     (folder / "clip" / "config.json").write_text(json.dumps({"vision_config": config["vision_config"]}))
     model = c.open_vlm(folder)
-    assert model.plan.prompt.startswith("A chat between") and not model.plan.slot
-    model.plan.prompt = "USER: \0\n{q} ASSISTANT:"
+    assert model.spec.prompt.startswith("A chat between") and not model.spec.slot
+    model.spec.prompt = "USER: \0\n{q} ASSISTANT:"
     assert answers(model) == wanted
     inside = {name: t for name, t in load_file(folder / "model.safetensors").items()}
     save_file({name.replace("model.vision_tower.vision_tower.", ""): t for name, t in inside.items()
@@ -136,7 +136,7 @@ def test_other_layouts_of_the_same_weights(tmp_path):
     save_file({name: t for name, t in inside.items() if "vision_tower" not in name},
               folder / "model.safetensors")
     model = c.open_vlm(folder)
-    model.plan.prompt = "USER: \0\n{q} ASSISTANT:"
+    model.spec.prompt = "USER: \0\n{q} ASSISTANT:"
     assert answers(model) == wanted
 
 
@@ -151,7 +151,7 @@ def test_sentencepiece_alone_gives_the_same_ids(tmp_path):
             or "<" in text
     assert whole.first == segments.first == [1] and len(whole) == len(segments) == 386
     told = json.loads((folder / "tokenizer_config.json").read_text())
-    added = told.pop("added_tokens_decoder")                 # older folders have a file of them
+    added = told.pop("added_tokens_decoder")                 # older folders have added_tokens.json
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     (folder / "added_tokens.json").unlink(missing_ok=True)
     assert len(c.Tokens(folder)) == 384
@@ -167,7 +167,7 @@ def test_sentencepiece_alone_gives_the_same_ids(tmp_path):
 def test_folders_that_are_refused(tmp_path, capsys):
     def line(name, *args, **options):
         return refused(capsys, changed(tmp_path / name, *args, **options), call=c.open_vlm)
-    assert "model_type falcon is no family" in line("kind", QWEN, {"model_type": "falcon"})
+    assert "model_type falcon is not supported" in line("kind", QWEN, {"model_type": "falcon"})
     assert "rope_scaling yarn" in line("rope", QWEN, {"rope_scaling": {"type": "yarn", "factor": 2}})
     down = "model.layers.1.mlp.down_proj.weight"
     assert f"{down} is missing" in line("less", QWEN, drop=(down,))
@@ -183,9 +183,9 @@ def test_folders_that_are_refused(tmp_path, capsys):
     assert "has no <image>" in refused(capsys, LLAVA, "cpu", torch.float32, QWEN, call=c.open_vlm)
     folder = changed(tmp_path / "dynamic", QWEN, {
         "rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 40})
-    model = c.open_vlm(folder)                               # plain positions, up to there
+    model = c.open_vlm(folder)                               # unscaled positions up to that length
     assert answers(model) == answers(c.open_vlm(QWEN))
-    assert "up to 40 alone" in refused(capsys, "", [5] * 41, [], None, [], call=model.request)
+    assert "40 positions" in refused(capsys, "", [5] * 41, [], None, [], call=model.request)
     folder = changed(tmp_path / "sizes", QWEN)
     (folder / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 64}')
     assert "layers.0.mlp.up_proj.weight is [96, 64], not [22016, 64]" in refused(capsys, folder, call=c.open_vlm)
@@ -204,7 +204,7 @@ def test_folders_that_are_refused(tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
         (folder / name).unlink(missing_ok=True)
     assert "has no tokenizer" in refused(capsys, folder, call=c.open_vlm)
-    assert c.open_vlm(folder, tokenizer=QWEN).stop           # that of another folder
+    assert c.open_vlm(folder, tokenizer=QWEN).stop           # another folder's tokenizer
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def answers_of(model, request, most=9):
 
 
 def test_rows_do_not_depend_on_their_batch():
-    """Greedy and drawn: alone, in batches with rows that end and are replaced, with a shared
-    beginning or none; all text as recomputed without a cache."""
+    """Greedy and sampled texts are equal alone, in continuous batches, with and without a shared prefix, and
+    recomputed without a cache."""
     model, texts = c.open_vlm(QWEN), [f"{'tell me more ' * i}about {i}" for i in range(7)]
     for how in ({}, {"temperature": 0.7, "top_p": 0.8, "seed": 3}):
         alone = {}
@@ -231,7 +231,7 @@ def test_rows_do_not_depend_on_their_batch():
                 model.decoder, requests_of(model, texts), batch, 9, stop={7, 260}, **how)}
             assert result == alone
         assert len({tuple(ids) for ids, _ in alone.values()}) > 1
-    shared = list(range(40, 70))                             # and one that is their beginning alone
+    shared = list(range(40, 70))                             # and a prompt that is the prefix alone
     texts = [model.request(str(n), ids, [], None, []) for n, ids in enumerate(
         ([*shared, 5, 6], [*shared, 7], shared[:29], shared))]
     alone = [answers_of(model, text) for text in texts]
@@ -248,7 +248,7 @@ def test_rows_do_not_depend_on_their_batch():
 @pytest.mark.parametrize("window", [0, 8])
 @pytest.mark.parametrize("lengths", [(5, 40, 17), (38, 40, 37)])
 def test_rows_of_other_lengths(window, lengths):
-    """In a batch each text is answered as it is alone."""
+    """An answer does not depend on its batch."""
     torch.manual_seed(0)
     stack = c.TransformerConfig(16, 2, 4, kv_heads=2, causal=True, norm="rms", glu=True, window=window)
     decoder = c.Decoder(stack, 50)
@@ -265,7 +265,7 @@ def test_choose():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0, 9.0]]).repeat(2000, 1)
     assert c.choose(logits[:1], None, 0, 1.0, 5)[0].item() == 4
     draws = torch.linspace(0, 0.9999, 2000)
-    token, logprob = c.choose(logits, draws, 1.0, 1.0, 4)            # 4: a padded row of the table
+    token, logprob = c.choose(logits, draws, 1.0, 1.0, 4)            # 4: a padding row of the embeddings
     share = torch.bincount(token, minlength=5) / 2000
     torch.testing.assert_close(share[:4], logits[0, :4].softmax(-1), atol=2e-3, rtol=0)
     assert share[4] == 0
@@ -278,13 +278,13 @@ def test_choose():
 
 def test_stop_marks_and_chat_templates(tmp_path):
     model = c.open_vlm(QWEN)
-    assert model.plan.prompt == c.CHATML and model.stop == {406, 408}
-    model.plan.stop = ("how",)                                       # a text that is no token here
+    assert model.spec.prompt == c.CHATML and model.stop == {406, 408}
+    model.spec.stop = ("how",)                                       # a text that is not one token
     request, = requests_of(model, ["x"])
     free = next(c.generate(model.decoder, [request], 1, 40))[1]
     text = model.tokens.decode(free)
     mark = text[4:6]
-    model.plan.stop, model.stop = (mark,), set()
+    model.spec.stop, model.stop = (mark,), set()
     (_, cut, _), = model.write([request], most=40)
     assert cut == text.split(mark)[0].strip()
     config = json.loads((QWEN / "tokenizer_config.json").read_text())
@@ -320,7 +320,7 @@ def test_frames_by_rule(home):
 
 
 def test_a_question_may_hold_anything():
-    """What a model said may be asked of the next: a NUL stands for what is seen in prompts only."""
+    """A NUL in a question, which another model may have written, is removed."""
     model = c.open_vlm(LLAVA)
     ids, pixels, _ = model.read(model.prompt("a \0 b"), [np.zeros((30, 30, 3), np.uint8)])
     assert ids.count(-1) == len(pixels) == 1
@@ -330,7 +330,7 @@ def test_a_question_may_hold_anything():
     (13, 8, ["uniform", 8], 2 * 1.5 / 7), (3, 8, ["uniform", 8], 2 * 0.25 / 7),
     (1, 8, ["uniform", 8], 2.0), (1, None, ["uniform", 8], None)])
 def test_a_video_is_looked_at(monkeypatch, frames, fps, rule, seconds):
-    """In training and captioning alike: its frames at their mean distance; a still is a picture."""
+    """Training and captioning read a video with the mean frame distance, a still as an image."""
     class Seer:
         def read(self, prompt, frames, is_video=False, seconds=None):
             return len(frames), is_video, seconds
@@ -363,7 +363,7 @@ def test_captions_summaries_scores_and_rejects(home, quick, tmp_path, monkeypatc
     assert 0 < figures["clips"] <= 4 and {"bleu_4", "rouge_l", "cider"} <= set(figures)
     sources = {caption["source"] for row in rows for caption in row["captions"]}
     assert sources == {"meta", "both"} and (folder / "captions-both.png").exists()
-    # done means done; cut anywhere, the same command ends with the same bytes
+    # finished shards are skipped; a truncated file is completed to the same bytes
     path = sorted(folder.glob("*.captions-both.jsonl"))[0]
     kept, reject = path.read_bytes(), c.rejected_path(path)
     before = path.stat().st_mtime_ns
@@ -378,14 +378,14 @@ def test_captions_summaries_scores_and_rejects(home, quick, tmp_path, monkeypatc
     quick(*options)
     assert path.read_bytes() == kept and not part.exists() and not other.exists()
     assert lost is None or reject.read_bytes() == lost
-    path.unlink()                                            # none of the next ones is rejected
+    path.unlink()                                            # from here on none is rejected
     monkeypatch.setattr(c, "fault", lambda text, style: None)
     quick(*options)
     assert not reject.exists() and len(path.read_bytes()) > len(kept)
 
 
 def clip_folder(folder):
-    """A small CLIP folder with both towers, random weights: the text part is the fixture's."""
+    """A small CLIP folder: the fixture's text tower, a vision tower of random weights."""
     text = FIXTURES / "clip-text"
     source = text / "encoder" if (text / "encoder").exists() else text
     shutil.copytree(source, folder)
@@ -423,7 +423,7 @@ def published(name, layer):
 
 
 def test_siglip_scores_as_torchs_own_layers_do(tmp_path):
-    """A folder of random weights against nn.TransformerEncoderLayer and nn.MultiheadAttention."""
+    """Random weights, compared with nn.TransformerEncoderLayer and nn.MultiheadAttention."""
     torch.manual_seed(0)
     D, gelu, tensors = 32, torch.nn.GELU("tanh"), {}
     sight, text = ([torch.nn.TransformerEncoderLayer(D, 4, 64, 0, gelu, 1e-6, True, True).eval()
@@ -507,8 +507,8 @@ def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
     for options, says in (("--eval", "--all"), ("--aesthetics x", "--clip"), ("--summary x", "--lm"),
                           ("--init x", "--train")):
         assert f"goes with {says}" in line("set", "--vlm", LLAVA, *options.split())
-    assert "may hold" in line("set", "--vlm", LLAVA, "--source", "a/b")
-    assert "calls captions of its own" in line("set", "--vlm", LLAVA, "--source", "meta")
+    assert "may hold only" in line("set", "--vlm", LLAVA, "--source", "a/b")
+    assert "own captions" in line("set", "--vlm", LLAVA, "--source", "meta")
     assert "leave --frames out" in line("set", "--train", "--init", LLAVA, "--frames", "uniform:4")
     for text, says in ((b" \n", "holds no text"), (b"\xe9", "no text in UTF-8"), (None, "is missing")):
         path = tmp_path / "ask.txt"
@@ -516,18 +516,18 @@ def test_wrong_input_is_one_line(home, quick, monkeypatch, capsys, tmp_path):
         if text:
             path.write_bytes(text)
         assert says in line("set", "--vlm", LLAVA, "--prompt", path)
-    assert c.text_option("问" * 200) == "问" * 200           # too long for a file's name
+    assert c.text_option("问" * 200) == "问" * 200           # longer than a file name
     assert "is no CLIP" in line("set", "--vlm", LLAVA, "--clip", QWEN)
     torch.save({"weight": torch.randn(1, 9), "bias": torch.ones(1)}, tmp_path / "head.pth")
     assert "[1, 24]" in line("set", "--vlm", LLAVA, "--clip", clip_folder(tmp_path / "clip"),
                              "--aesthetics", tmp_path / "head.pth")
 
 
-# -- teaching --------------------------------------------------------------------------------------
+# -- fine-tuning -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tune", ["connector", "lora", "all"])
 def test_a_published_captioner_learns(home, quick, tune):
-    """Its loss falls, only what is named changes, a run that is killed goes on bit for bit."""
+    """The loss falls, only the weights of --tune change, a killed run resumes bit for bit."""
     options = ["set", "--train", "--init", LLAVA, "--tune", tune, "--steps", 6, "--batch", 2, "--lr",
                0.003, "--warmup", 1, "--save_every", 2, "--eval_every", 3, "--log_every", 1,
                "--style", "tags", "--frames", "uniform:1", "--run"]
@@ -546,7 +546,7 @@ def test_a_published_captioner_learns(home, quick, tune):
         process.wait()
         quick(*options, "broken-lora")
     quick(*options, f"whole-{tune}")
-    quick(*options, f"whole-{tune}")                         # is done
+    quick(*options, f"whole-{tune}")                         # finished: nothing to do
     log = [json.loads(line) for line in open(home / f"runs/whole-{tune}/log.jsonl")]
     assert log[-1]["held_out"] < log[2]["held_out"] and len(log) == 6
     learnt = load_file(home / f"runs/whole-{tune}/step-000006/model.safetensors")
@@ -569,7 +569,7 @@ def test_a_published_captioner_learns(home, quick, tune):
 # -- ranks -----------------------------------------------------------------------------------------
 
 def on_ranks(home, world, *args):
-    """caption.py as torchrun starts it, on `world` ranks that all end well."""
+    """Runs caption.py on `world` ranks as torchrun does; all must succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(world),
@@ -584,7 +584,7 @@ def on_ranks(home, world, *args):
 
 @pytest.mark.slow
 def test_two_ranks_caption_and_teach_as_one(home):
-    """Shards are shared out and their captions have the same bytes; a step's losses are the same."""
+    """Captions and losses do not depend on the number of ranks."""
     for world in (1, 2):
         on_ranks(home, world, "set", "--vlm", LLAVA, "--lm", QWEN, "--all", "--frames", "uniform:2",
                  "--max_tokens", 6, "--source", f"on{world}")

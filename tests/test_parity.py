@@ -342,13 +342,13 @@ def published_model(case):
     """Ids, pixels, features, positions, logits, and the greedy tokens: alone, and in a batch with
     rows of other lengths, one of which ends early and makes room."""
     model = caption.open_vlm(case.folder)
-    plan, result = model.plan, {}
+    spec, result = model.spec, {}
     for prefix, request, pixels, is_video in read_prompts(case, model):
         result[f"{prefix}input_ids"] = published_ids(case, f"{prefix}input_ids", request)
         if pixels:
             result.update(seen_of(case, model, prefix, request, pixels, is_video))
         result[f"{prefix}position_ids"] = request.positions
-        if plan.stack.expert < 0:
+        if spec.stack.expert < 0:
             result["vision_expert_mask"] = request.image
             result["token_type_ids"] = torch.tensor(request.ids) < 0
         ids, seen = torch.tensor(request.ids), torch.tensor(request.ids) < 0
@@ -357,7 +357,7 @@ def published_model(case):
             result["image_bounds"] = torch.stack([(edges == 1).nonzero()[:, 0],
                                                  (edges == -1).nonzero()[:, 0]], 1)
         h = model.decoder(request.x[None], request.positions[..., None, :], prompts=torch.tensor(
-            [len(ids)]), image=request.image[None] if plan.stack.expert else None)
+            [len(ids)]), image=request.image[None] if spec.stack.expert else None)
         recorded = case.tensors[f"{prefix}logits"]
         result[f"{prefix}logits"] = model.decoder.logits(h)[0, -len(recorded):]
         texts = [model.request(f"{n}", *model.read("x" * n), []) for n in (1, 30, 7)]

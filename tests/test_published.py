@@ -45,7 +45,7 @@ def lin(x, W, name):
 
 
 def attend(q, k, v, seen, scale):
-    """[n, A, E] each; heads one by one, keys' heads shared; seen(i, j): whether i sees j."""
+    """Attention of [n, A, E] head by head, with grouped keys; seen(i, j): whether i attends to j."""
     n, A, _ = q.shape
     mask = torch.tensor([[seen(i, j) for j in range(n)] for i in range(n)])
     out = []
@@ -57,7 +57,7 @@ def attend(q, k, v, seen, scale):
 
 
 def turned(x, angles):
-    """[n, A, E] by [n, E / 2]; feature i pairs with i + E / 2."""
+    """Rotates [n, A, E] by [n, E / 2]; feature i is paired with i + E / 2."""
     a, b = x.chunk(2, -1)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -83,7 +83,7 @@ def speeds_of(E, theta, rope):
 
 
 def lm(W, t, x, places):
-    """Logits [n, vocab] of embedded tokens x [n, D] at places [3, n], by model.layers' names."""
+    """Logits [n, vocab] of token embeddings x [n, D] at positions [3, n], weights by model.layers' names."""
     A, KV = t["num_attention_heads"], t.get("num_key_value_heads") or t["num_attention_heads"]
     E, rope = t.get("head_dim") or t["hidden_size"] // A, t.get("rope") or {}
     speeds = speeds_of(E, t.get("rope_theta", 1e4), rope)
@@ -108,7 +108,7 @@ def lm(W, t, x, places):
 
 
 def vit(W, v, pixels, depth, p="", act=lambda x: x * (1.702 * x).sigmoid(), eps=1e-5):
-    """CLIP's or SigLIP's tokens [N, D] of a picture [3, H, W] after `depth` layers."""
+    """CLIP's or SigLIP's tokens [N, D] of an image [3, H, W] after `depth` layers."""
     patch = W[f"{p}embeddings.patch_embedding.weight"]
     x = F.conv2d(pixels[None], patch, W.get(f"{p}embeddings.patch_embedding.bias"),
                  stride=patch.shape[-1])[0].flatten(1).T
@@ -131,7 +131,7 @@ def blocks(W, v, x, depth, p, act, eps, seen):
 
 
 def qwen_sight(W, v, rows, grid, is_new):
-    """Qwen2-VL's or 2.5's rows [L / 4, D]; whatever is left out of v is its class's default."""
+    """The visual tokens [L / 4, D] of Qwen2-VL or 2.5; keys missing in v have the class's defaults."""
     t, h, w = grid
     A, p = v["num_heads"], v.get("patch_size", 14)
     norm = (lambda x, n: rms(x, W[f"{n}.weight"], 1e-6)) if is_new else (
@@ -216,7 +216,7 @@ def vit_shapes(v, p="", is_siglip=False, image=224):
 
 
 def folder_of(folder, config, tensors, tokenizer=True, **files):
-    """A folder with these parts; files: {name with __ for a dot: JSON, or text}."""
+    """Writes a folder; files: {name with __ for a dot: JSON, or text}."""
     folder.mkdir(parents=True)
     if tensors is not None:
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
@@ -247,7 +247,7 @@ def logits_of(model, request):
     return model.decoder.logits(h)[0]
 
 
-# -- what is left out ------------------------------------------------------------------------------
+# -- configs with absent keys ----------------------------------------------------------------------
 
 CLIP_L = dict(hidden_size=1024, intermediate_size=4096, model_type="clip_vision_model",
               num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768)
@@ -257,7 +257,7 @@ QWEN_7B = dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28
                num_hidden_layers=28, num_key_value_heads=4, vocab_size=152064)
 MROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
 OLD_V = dict(hidden_size=3584, model_type="qwen2_vl", in_chans=3, spatial_patch_size=14)
-HUB = {     # config.json of well-known checkpoints, how many weights these have, a fact of the plan
+HUB = {     # config.json of well-known checkpoints, their number of weights, a fact of the ModelSpec
     "llava-1.5-7b-hf": (dict(model_type="llava", architectures=["LlavaForConditionalGeneration"],
         text_config=VICUNA, vision_config=CLIP_L | {"image_size": 336}, image_token_index=32000,
         vision_feature_layer=-2, vision_feature_select_strategy="default", torch_dtype="float16"),
@@ -307,10 +307,10 @@ def test_well_known_configs_have_their_published_sizes(name, tmp_path):
     config, n, fact = HUB[name]
     kind, _ = c.kind_of(config)
     with torch.device("meta"):
-        plan = c.FAMILIES[kind](c.DEFAULTS.get(kind, {}) | config, {}, tmp_path)
-        model = c.VLM(plan)
+        spec = c.FAMILIES[kind](c.DEFAULTS.get(kind, {}) | config, {}, tmp_path)
+        model = c.VLM(spec)
     assert sum(p.numel() for p in model.parameters()) == n
-    assert eval(fact, vars(plan)), fact
+    assert eval(fact, vars(spec)), fact
 
 
 @pytest.mark.parametrize("config, n", [
@@ -346,7 +346,7 @@ IDS = [5, 99, 31, 7, 200, 31, 64, 12, 3, 250, 18, 77]
     ("qwen3", dict(model_type="qwen3"), dict(qk=True))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_p05_language_models_in_every_precision(name, config, more, dtype, tmp_path):
-    """Their numbers, of files in float32, bfloat16, float16; names with module. and _orig_mod."""
+    """Equal to the reference, for float32, bfloat16 and float16; names with module. and _orig_mod."""
     t = TINY | config
     said = {key: v for key, v in t.items() if v is not None}
     if name == "qwen3":
@@ -379,7 +379,7 @@ def test_p01_plain_float8_is_read_and_scales_are_refused(dtype, tmp_path, capsys
 
 
 def test_internlm2_whose_config_does_not_say_bias(tmp_path, capsys):
-    """Its class has biases, which are zero where the file has none; others are refused by name."""
+    """InternLM2's class has biases, which are zero if the file has none; others are refused by name."""
     t = TINY | {"model_type": "internlm2"}
     tensors = weights(lm_shapes(TINY))
     named = {"model.tok_embeddings.weight": tensors["model.embed_tokens.weight"],
@@ -396,7 +396,7 @@ def test_internlm2_whose_config_does_not_say_bias(tmp_path, capsys):
     near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
         W, TINY, W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
     named["model.layers.0.attention.wqkv.bias"] = torch.ones(64)
-    assert "bias is True, which is not known of a internlm2" in refused(
+    assert "bias is True, which is not supported for a internlm2" in refused(
         capsys, folder_of(tmp_path / "b", t, named), call=c.open_vlm)
 
 
@@ -450,8 +450,8 @@ def llava_wanted(W, t, v, pixels, ids, tower, keep_cls, mark):
 
 @pytest.mark.parametrize("naming", ["4.36", "4.52 in memory", "5.24", "own"])
 def test_v01_llava_of_every_naming(naming, tmp_path):
-    """The port as versions name it; LLaVA's own folders, llava_llama among them, whose tower lies
-    beside them under the last part of its name."""
+    """The names of several versions of transformers; LLaVA's own layout, also llava_llama, with the tower
+    beside the folder under the last part of its name."""
     text, v, tensors = llava_parts(["vision_tower"], 28)
     named = {llava_names(naming, n): w.half() for n, w in tensors.items()}
     config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
@@ -475,7 +475,7 @@ def test_v01_llava_of_every_naming(naming, tmp_path):
 
 @pytest.mark.parametrize("naming", ["4.36", "5.24"])
 def test_video_llava_without_image_size(naming, tmp_path):
-    """As Video-LLaVA-7B-hf leaves it out: CLIP's 224; videos keep the class token."""
+    """Video-LLaVA-7B-hf has no vision_config: CLIP's 224 px; videos keep the class token."""
     text, v, tensors = llava_parts(["image_tower", "video_tower"], 224)
     named = {llava_names(naming, n): w.bfloat16() for n, w in tensors.items()}
     model = c.open_vlm(folder_of(tmp_path / "m", dict(
@@ -517,8 +517,8 @@ def qwen_parts(is_new):
 @pytest.mark.parametrize("is_new", [False, True])
 @pytest.mark.parametrize("version", ["4.45", "4.49", "4.52", "5.24"])
 def test_v02_qwen_vl_of_every_version(is_new, version, tmp_path):
-    """Flat or nested, sizes of pictures in preprocessor_config.json or processor_config.json, all
-    written out (4.45) or without what the class says; a picture, and a video of two seconds a step."""
+    """Flat or nested configs, image sizes in preprocessor_config.json or processor_config.json, all keys
+    (4.45) or without defaults; an image, and a video with two seconds between temporal positions."""
     v, tensors = qwen_parts(is_new)
     kind = "qwen2_5_vl" if is_new else "qwen2_vl"
     full = dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2, in_chans=3) | (dict(
@@ -563,40 +563,40 @@ def test_v02_qwen_vl_of_every_version(is_new, version, tmp_path):
 
 
 def test_a_picture_has_at_most_what_its_class_says(tmp_path):
-    """Neither file: 1,003,520 px, Qwen2VLImageProcessor's own default, and 3,136 at least."""
+    """Without both files: at most 1,003,520 px, Qwen2VLImageProcessor's default, and at least 3,136."""
     v, tensors = qwen_parts(False)
     model = c.open_vlm(folder_of(tmp_path / "m", TINY | dict(
         model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]}), tensors))
-    assert model.plan.picture.keywords == dict(patch=14, least=3136, most=1003520, video=None,
+    assert model.spec.picture.keywords == dict(patch=14, least=3136, most=1003520, video=None,
                                                mean_std=c.CLIP_MEAN)
 
 
 def test_pictures_as_the_folder_says(tmp_path, capsys):
-    """Its own mean and deviation, or LlavaImageProcessor's padding; other scaling is refused."""
+    """The folder's mean and standard deviation, LlavaImageProcessor's padding; other resizing is refused."""
     text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
     config, frame = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), np.full(
         (20, 40, 3), 200, np.uint8)
     usual = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, do_center_crop=True,
                  resample=3, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.25, 0.25])
     for i, (more, says) in enumerate([
-            ({}, None), ({"do_pad": True}, None), ({"resample": 2}, "says resample 2, known is 3"),
-            ({"do_center_crop": False}, "says do_center_crop False"), ({"size": {"shortest_edge": 32}},
-                                                                       "says size {'shortest_edge': 32}")]):
+            ({}, None), ({"do_pad": True}, None), ({"resample": 2}, "has resample 2, supported is 3"),
+            ({"do_center_crop": False}, "has do_center_crop False"), ({"size": {"shortest_edge": 32}},
+                                                                       "has size {'shortest_edge': 32}")]):
         name = ("preprocessor_config__json", "processor_config__json")[i % 2]
         folder = folder_of(tmp_path / str(i), config, tensors, **{
             name: {"image_processor": usual | more} if i % 2 else usual | more})
         if says:
             assert says in refused(capsys, folder, call=c.open_vlm)
             continue
-        picture, = c.open_vlm(folder).plan.picture(frame)[0]
+        picture, = c.open_vlm(folder).spec.picture(frame)[0]
         assert float(picture[0, 14, 14]) == pytest.approx((200 / 255 - 0.5) / 0.25)
         assert (float(picture[0, 0, 14]) == pytest.approx((127 / 255 - 0.5) / 0.25)) == bool(more)
 
 
-# -- how a model is asked --------------------------------------------------------------------------
+# -- chat templates and tokenizers -----------------------------------------------------------------
 
 def turns(user, answer="{{ m['content'] + eos_token }}", before="", after=""):
-    """A template of turns: what stands about a user's text and an answer's."""
+    """A chat template: the texts around a user's turn and an assistant's."""
     return (before + "{% for m in messages %}{% if m['role'] == 'user' %}" + user
             + "{% elif m['role'] == 'assistant' %}" + answer + "{% endif %}{% endfor %}"
             + "{% if add_generation_prompt %}" + after + "{% endif %}")
@@ -733,7 +733,7 @@ HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 BY_QWEN = HELPFUL.replace("You are", "You are Qwen, created by Alibaba Cloud. You are")
 ASK, ASKED_3 = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n", (
     "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
-TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and what ends an answer
+TEMPLATES = {   # template, the result of transformers 5.24 for one turn, and the end of an answer
     "mistral": (turns(INST, before="{{ bos_token }}"), "[INST] Q [/INST]", "</s>"),
     "mistral v3": (turns('{{- "[INST] " + m["content"] + "[/INST]" }}', before="{{- bos_token }}"),
                    "[INST] Q[/INST]", "</s>"),
@@ -756,9 +756,9 @@ TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and w
             "<|user|>\nQ<|end|>\n<|assistant|>\n", "<|end|>"),
     "macro": (MACRO, "<user>Q|<bot>?", None),
     "parts alone": (TRL, CURIOUS + "USER: Q ASSISTANT: ", "</s>"),
-    "an import": ("{% import 'x' as y %}{{ messages[0].content }}", None, "its grammar is not known"),
-    "an empty tag": ("{% %}{{ messages[0].content }}", None, "its tag {% %} is not known"),
-    "a filter": ("{{ messages[0].content | indent(4) }}", None, "'indent' is not known"),
+    "an import": ("{% import 'x' as y %}{{ messages[0].content }}", None, "its grammar is not supported"),
+    "an empty tag": ("{% %}{{ messages[0].content }}", None, "its tag {% %} is not supported"),
+    "a filter": ("{{ messages[0].content | indent(4) }}", None, "'indent' is not supported"),
     "a system's part is missing": ("{{ messages[0].content + notes }}", None, "str and Undefined do not add up"),
     "it refuses": ("{{ raise_exception('a system message is needed') }}", None, "it says: a system message is"),
     "no question": ("{{ '[INST]' }}", None, "it leaves out the question"),
@@ -767,13 +767,13 @@ TEMPLATES = {   # what transformers 5.24 makes of a template and one turn, and w
     "huge": ("{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
              None, "it makes too long a text"),
     "python": ("{{ messages.__class__.__mro__ }}{{ messages[0].content }}", None, "__mro__ is not defined"),
-    "a method": ("{{ '{:9}'.format(1) }}{{ messages[0].content }}", None, "'format') is not known"),
+    "a method": ("{{ '{:9}'.format(1) }}{{ messages[0].content }}", None, "'format') is not supported"),
     "none": ("", None, "missing")}
 WAYS = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "processor_config.json")
 
 
 def told(way, template):
-    """Files that say a chat template in one of four ways."""
+    """The files of a chat template in one of four layouts."""
     listed = [{"name": "tool_use", "template": "?"}, {"name": "default", "template": template}]
     said = {"chat_template": listed if way.startswith("tok") else template}
     return {way.replace(".", "__"): template if way.endswith("jinja") else said} if template else {}
@@ -781,8 +781,8 @@ def told(way, template):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
-    """Rendered as transformers does for one turn without a system's, and with what they say of their
-    own accord; what cannot be told is refused by name."""
+    """Rendered as transformers does for one turn without a system message, with the template's default one;
+    unsupported syntax is refused by name."""
     template, asked, end = TEMPLATES[name]
     tensors = weights(lm_shapes(TINY))
     for i, way in enumerate(WAYS):
@@ -791,20 +791,20 @@ def test_v04_chat_templates_wherever_they_lie(name, tmp_path, capsys):
             {"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
         model = c.open_vlm(folder)
         if asked:
-            assert model.prompt("Q") == asked and model.plan.stop == ((end,) if end else ()), way
-            is_told = "the day: 26 Jul 2024" in capsys.readouterr().err
+            assert model.prompt("Q") == asked and model.spec.stop == ((end,) if end else ()), way
+            is_told = "the date: 26 Jul 2024" in capsys.readouterr().err
             assert is_told == ("strftime_now" in template)
             assert model.tokens.first == [model.tokens.id("<s>")] * ("bos_token" in template)
         else:
             err = refused(capsys, "Q", call=model.prompt)
             assert "give --template NAME, one of chatml, llama3" in err and end in err
-            assert name == "none" or "none that is known" in err
+            assert name == "none" or "is not supported" in err
     model = c.open_vlm(folder, template="llama2")
-    assert model.prompt("Q") == "[INST] Q [/INST]" and model.plan.stop == ("</s>",)
+    assert model.prompt("Q") == "[INST] Q [/INST]" and model.spec.stop == ("</s>",)
 
 
 def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
-    """LLaVA's ports, as tuned by others (TRL's, or a language model's template), and Qwen2-VL's."""
+    """LLaVA in transformers' layout, fine-tuned with TRL or with a language model's template; Qwen2-VL."""
     text, v, tensors = llava_parts(["vision_tower"], 28, {"num_hidden_layers": 1})
     llava = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), tensors
     v, tensors = qwen_parts(False)
@@ -826,14 +826,14 @@ def test_v04_a_captioner_with_a_template_of_its_own(tmp_path, capsys):
             ids = model.read(wanted, [np.zeros((28, 28, 3), np.uint8)])[0]
             assert ids.count(-1) == 1
         else:
-            assert "none that is known" in refused(capsys, "Q", call=model.prompt)
+            assert "is not supported" in refused(capsys, "Q", call=model.prompt)
             gap = "\n" * (config["model_type"] == "llava")
             assert c.open_vlm(folder, template="mistral").prompt("Q") == f"[INST] \0{gap}Q [/INST]"
 
 
 def test_v04_templates_of_other_folders_and_forms(tmp_path, capsys):
-    """With --tokenizer the model's own template is heard first; LLaVA's own layout, which is asked as
-    its code asks, says that its template is not."""
+    """The model's own template comes before that of --tokenizer; LLaVA's own layout keeps the prompt of its
+    code, and says that its template is not used."""
     tensors, config = weights(lm_shapes(TINY)), TINY | {"model_type": "llama"}
     other = folder_of(tmp_path / "t", config, None, **told("chat_template.jinja", GEMMA))
     for way, wanted in ("chat_template.jinja", TEMPLATES["qwen2"][1]), ("", TEMPLATES["gemma"][1]):
@@ -852,8 +852,8 @@ def test_v04_templates_of_other_folders_and_forms(tmp_path, capsys):
 
 @pytest.mark.parametrize("add_bos, add_eos", [(True, True), (True, False), (False, True), (False, False)])
 def test_v05_no_end_stands_before_a_prompt(add_bos, add_eos, tmp_path):
-    """A tokenizer saved with add_eos_token puts </s> behind a text; with add_bos_token false Llama's
-    has no <s>, whatever the file says."""
+    """add_eos_token adds </s> to a text; with add_bos_token false Llama's class adds no <s>, whatever
+    tokenizer.json has."""
     folder = folder_of(tmp_path / "m", {}, None)
     table = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     begin, end = (table.token_to_id(mark) for mark in ("<s>", "</s>"))
@@ -867,7 +867,7 @@ def test_v05_no_end_stands_before_a_prompt(add_bos, add_eos, tmp_path):
 
 
 def test_tokenizers_of_vocab_and_merges(tmp_path):
-    """As Stable Diffusion's folders and old Qwen2's have them: the ids of tokenizer.json."""
+    """vocab.json of Stable Diffusion's and old Qwen2 folders gives the ids of tokenizer.json."""
     for name in ("clip-text/encoder", "vlm-qwen2"):
         source, folder = ROOT / "tests" / "fixtures" / name, tmp_path / name
         folder.mkdir(parents=True)
@@ -888,8 +888,8 @@ def test_tokenizers_of_vocab_and_merges(tmp_path):
 
 
 def test_slow_llama_tokenizers_by_what_legacy_says(tmp_path):
-    """The pieces are what transformers makes of the same model: 4.48.3's slow class for legacy, 5.24.0's
-    where it is false; an absent one is as the version says that saved the folder."""
+    """Equal to transformers: the slow class of 4.48.3 for legacy true, 5.24.0 for false; without the key, by
+    the version that saved the folder."""
     lines = ["the quick brown fox jumps over the lazy dog", "a dog runs", "a cat sits on the mat", "hello world",
              "user asks: describe the picture in detail", "assistant: the picture shows a dog and a cat"] * 20
     file, out = tmp_path / "tokenizer.model", io.BytesIO()
@@ -965,7 +965,7 @@ def text_shapes(t):
 
 @pytest.mark.parametrize("naming", ["4.36", "5.24", "module.", "whole"])
 def test_v02_clip_text_of_every_naming(naming, tmp_path):
-    """With text_model. before its names or (transformers 5) without; quick_gelu is not said."""
+    """Names with text_model. or (transformers 5) without; no hidden_act: quick_gelu."""
     tensors, config = weights(text_shapes(CLIP_TEXT)), CLIP_TEXT | {"model_type": "clip_text_model"}
     named = {{"5.24": n.removeprefix("text_model."), "module.": f"module.{n}"}.get(naming, n): w.half()
              for n, w in tensors.items()}
@@ -984,7 +984,7 @@ def test_v02_clip_text_of_every_naming(naming, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, capsys):
-    """As so400m-patch14-384: the convolution drops the rest. One of Gemma's words is a SigLIP 2."""
+    """As in so400m-patch14-384, partial patches are dropped. A Gemma tokenizer identifies SigLIP 2."""
     t, v = CLIP_TEXT | {"max_position_embeddings": 24}, dict(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=38,
         patch_size=14)
@@ -1017,7 +1017,7 @@ def test_siglip_whose_pictures_are_no_multiple_of_its_patches(dtype, tmp_path, c
             (dict(text_config=t | {"vocab_size": 256000}), {})]):
         folder = folder_of(tmp_path / str(i), config | more, {} if more else tensors, **files)
         said = refused(capsys, folder, call=c.open_text_encoder)
-        assert "SigLIP 2" in said or more                                # sizes are looked at first
+        assert "SigLIP 2" in said or more                                # sizes are checked first
 
 
 CLIP_SIGHT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -1025,7 +1025,7 @@ CLIP_SIGHT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num
 
 
 def whole_clip():
-    """(config.json, tensors) of a CLIP of pictures and texts."""
+    """(config.json, tensors) of a CLIP with both towers."""
     shapes = text_shapes(CLIP_TEXT) | vit_shapes(CLIP_SIGHT, "vision_model.") | {
         "visual_projection.weight": (8, 16), "text_projection.weight": (8, 16), "logit_scale": ()}
     return dict(model_type="clip", text_config=CLIP_TEXT, vision_config=CLIP_SIGHT, projection_dim=8), {
@@ -1042,13 +1042,13 @@ def scorer_of(folder):
      (32, "crop", 2, c.CLIP_MEAN)),
     (dict(size={"height": 28, "width": 28}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.25] * 3,
           resample="1"), (28, "squash", 1, ((0.5,) * 3, (0.25,) * 3))),
-    (dict(size={"shortest_edge": 28}, crop_size=24), "28 x 28 px are wanted"),
-    (dict(size={"shortest_edge": 28}, do_center_crop=False), "not cut: 28 x 28 px are wanted"),
-    (dict(do_normalize=False), "says do_normalize False"),
-    (dict(rescale_factor=1.0), "says rescale_factor 1.0"), (dict(resample=9), "9 is not a valid Resampling")])
+    (dict(size={"shortest_edge": 28}, crop_size=24), "takes 28 x 28 px"),
+    (dict(size={"shortest_edge": 28}, do_center_crop=False), "not cut: its model takes 28 x 28 px"),
+    (dict(do_normalize=False), "has do_normalize False"),
+    (dict(rescale_factor=1.0), "has rescale_factor 1.0"), (dict(resample=9), "9 is not a valid Resampling")])
 @pytest.mark.parametrize("file", ["preprocessor_config__json", "processor_config__json"])
 def test_v02_clip_sees_pictures_as_its_folder_says(told, how, file, tmp_path, capsys):
-    """Mean, deviation, size, way of scaling and cut of --clip's image processor, in either file."""
+    """Mean, standard deviation, size, resampling and crop of --clip's image processor, in both files."""
     config, tensors = whole_clip()
     folder = folder_of(tmp_path / "m", config, tensors, **{
         file: {"image_processor": told} if file.startswith("processor") else told})
@@ -1074,14 +1074,14 @@ def test_v02_clip_sees_pictures_as_its_folder_says(told, how, file, tmp_path, ca
                lambda y: y * (1.702 * y).sigmoid(), 1e-5, lambda i, j: j <= i)
     said = lin(ln(x, W, "text_model.final_layer_norm", 1e-5)[int((ids[0] == scorer.text.after).int().argmax())],
                W, "text_projection")
-    scorer.text.end = scorer.text.after              # this tokenizer's own
+    scorer.text.end = scorer.text.after              # this tokenizer's EOS
     assert scorer.score([frame], "a dog")["clip"] == pytest.approx(float(F.cosine_similarity(seen, said, 0)),
                                                                    abs=1e-5)
 
 
 @pytest.mark.parametrize("before", ["", "module.", "model.", "clip.model."])
 def test_p02_text_encoders_under_wrappers_names(before, tmp_path):
-    """CLIP's and T5's, whatever a pipeline or a trainer put before; T5's own stack without encoder."""
+    """CLIP's and T5's names with prefixes of pipelines and trainers; a T5 stack without encoder."""
     tensors, config = weights(text_shapes(CLIP_TEXT)), CLIP_TEXT | {"model_type": "clip_text_model"}
     want = c.open_text_encoder(folder_of(tmp_path / "want", config, tensors)).encode(["a dog"])[0]
     for bare in (False, True):
@@ -1131,7 +1131,7 @@ def test_a_lora_beside_a_config_is_named(tmp_path, capsys):
         folder = folder_of(tmp_path / config["model_type"], config, None, adapter_config__json=told)
         save_file({"base_model.model.a.lora_A.weight": torch.zeros(2)}, folder / "adapter_model.safetensors")
         err = refused(capsys, folder, call=c.open_text_encoder if "clip" in str(folder) else c.open_vlm)
-        assert "holds a LoRA's additions alone, to Qwen/Qwen2-VL-7B-Instruct: merge them" in err
+        assert "is a LoRA adapter of Qwen/Qwen2-VL-7B-Instruct: merge it" in err
 
 
 @pytest.mark.parametrize("more", [
@@ -1141,7 +1141,7 @@ def test_a_lora_beside_a_config_is_named(tmp_path, capsys):
     dict(rope_scaling=None, quantization_config=None, architectures=None, text_config=None, layer_types=None,
          partial_rotary_factor=None, attention_bias=None, head_dim=None, bos_token_id=None)])
 def test_v02_numbers_as_text_and_nulls(more, tmp_path, capsys):
-    """A number that was written as text is one; a null is as an absent key, as it is for transformers."""
+    """Numbers as strings are converted; a null is an absent key, as in transformers."""
     tensors = weights(lm_shapes(TINY))
     model = c.open_vlm(folder_of(tmp_path / "m", TINY | {"model_type": "llama"} | more, tensors))
     rope = {k: float(v) if k == "factor" else v for k, v in (more.get("rope_scaling") or {}).items()}
@@ -1149,13 +1149,13 @@ def test_v02_numbers_as_text_and_nulls(more, tmp_path, capsys):
     near(logits_of(model, model.request("a", IDS, [], None, [])), lm(
         W, TINY | dict(rope=rope, rms_norm_eps=float(more.get("rms_norm_eps", 1e-6))),
         W["model.embed_tokens.weight"][IDS], torch.arange(len(IDS)).expand(3, -1)))
-    assert model.plan.longest == (2048 if "max_position_embeddings" in more else 0)
+    assert model.spec.longest == (2048 if "max_position_embeddings" in more else 0)
     folder = folder_of(tmp_path / "n", TINY | {"model_type": "llama", "num_attention_heads": None}, tensors)
     assert "must be numbers above 0" in refused(capsys, folder, call=c.open_vlm)
 
 
 def test_v02_clip_whose_parts_are_null(tmp_path, capsys):
-    """As old ones, which say text_config_dict: the class's sizes, or those beside."""
+    """Old configs with text_config_dict: the class's sizes, or those of the other dict."""
     config, tensors = whole_clip()
     said = dict(config, text_config=None, vision_config=None, text_config_dict=CLIP_TEXT,
                 vision_config_dict=CLIP_SIGHT)
@@ -1166,7 +1166,7 @@ def test_v02_clip_whose_parts_are_null(tmp_path, capsys):
 
 
 def test_activations_by_every_name_of_transformers():
-    """ACT2FN's names of the same curve; each is one of four formulas."""
+    """ACT2FN's names; each is one of four formulas."""
     x = torch.linspace(-6, 6, 99, dtype=torch.float64)
     tanh = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     curves = {"gelu gelu_python": x * 0.5 * (1 + torch.erf(x / 2**0.5)), "silu swish": x / (1 + (-x).exp()),
@@ -1181,7 +1181,7 @@ def test_activations_by_every_name_of_transformers():
 # -- generation_config.json ------------------------------------------------------------------------
 
 def greedy(model, said, n, penalty=1.0, size=0):
-    """n tokens by the formulas of transformers' repetition_penalty and no_repeat_ngram_size."""
+    """n greedy tokens by transformers' formulas of repetition_penalty and no_repeat_ngram_size."""
     ids = list(said)
     for _ in range(n):
         x = torch.cat([model.decoder.embed.weight[ids]])[None]
@@ -1199,7 +1199,7 @@ def greedy(model, said, n, penalty=1.0, size=0):
 @pytest.mark.parametrize("penalty, size", [(1.05, 0), (1.3, 0), (0.8, 0), (1.0, 1), (1.0, 2), (1.1, 3)])
 @torch.no_grad()
 def test_answers_are_held_back_as_generation_config_says(penalty, size, where, tmp_path):
-    """In greedy answers alone and side by side; a draw cannot break it; the prompt counts too."""
+    """Greedy answers, alone and in a batch; sampled ones obey the rule; the prompt counts."""
     config, said = TINY | {"model_type": "llama"}, dict(repetition_penalty=penalty, no_repeat_ngram_size=size)
     tensors = weights(lm_shapes(TINY))
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:1] + 0.02 * tensors["lm_head.weight"]    # all near
@@ -1209,7 +1209,7 @@ def test_answers_are_held_back_as_generation_config_says(penalty, size, where, t
                        template="vicuna")
     assert model.penalties == (penalty, size)
     prompts = [IDS, ([7] + greedy(model, [7], 2)) * 2, [7]]
-    prompts[1].pop()                                                         # as it would go on
+    prompts[1].pop()                                                         # the token that would follow
     wanted = [greedy(model, ids, 12, penalty, size) for ids in prompts]
     assert any(wanted[i] != greedy(model, ids, 12) for i, ids in enumerate(prompts))
     requests = [model.request(str(i), ids, [], None, []) for i, ids in enumerate(prompts)]
@@ -1230,16 +1230,16 @@ def test_answers_are_held_back_as_generation_config_says(penalty, size, where, t
 
 
 def test_what_is_seen_counts_as_its_slot_where_the_published_code_counts_it(tmp_path):
-    """Qwen2-VL's generate() is given ids; LLaVA's own code gives it embeddings alone."""
+    """Qwen2-VL passes ids to generate(), LLaVA's own code only embeddings."""
     v, tensors = qwen_parts(False)
     config = TINY | dict(model_type="qwen2_vl", vision_config=v, rope_scaling={"mrope_section": [2, 1, 1]})
     model = c.open_vlm(folder_of(tmp_path / "m", config, tensors))
     for is_video in (False, True):
         request, _ = picture(model, is_video)
-        assert request.said == [model.tokens.id("<|video_pad|>" if is_video else "<|image_pad|>")
+        assert request.counted == [model.tokens.id("<|video_pad|>" if is_video else "<|image_pad|>")
                                 if i < 0 else i for i in request.ids] and -1 in request.ids
-    model.plan.counts_prompt = False
-    assert picture(model)[0].said == []
+    model.spec.counts_prompt = False
+    assert picture(model)[0].counted == []
 
 
 def test_what_generation_config_says_and_is_not_applied_is_named(tmp_path, capsys):
@@ -1253,7 +1253,7 @@ def test_what_generation_config_says_and_is_not_applied_is_named(tmp_path, capsy
     usual = dict(num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0, suppress_tokens=None, guidance_scale=None)
     model = c.open_vlm(folder_of(tmp_path / "n", config | {"repetition_penalty": 1.5}, tensors,
                                  generation_config__json=usual))
-    assert capsys.readouterr().err == "" and model.penalties is None         # that file comes first
+    assert capsys.readouterr().err == "" and model.penalties is None         # generation_config.json comes first
     for i, wrong in enumerate((dict(repetition_penalty=-1), dict(no_repeat_ngram_size=1.5),
                                dict(repetition_penalty=[2]), dict(no_repeat_ngram_size=-1))):
         folder = folder_of(tmp_path / str(i), config, tensors, generation_config__json=wrong)
@@ -1261,19 +1261,19 @@ def test_what_generation_config_says_and_is_not_applied_is_named(tmp_path, capsy
         assert "generation_config.json" in told or "no_repeat_ngram_size -1: above 0" in told or "above 0" in told
 
 
-# -- what is refused, by its name ------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("says, config", [
     ("quantized by gptq", dict(quantization_config={"quant_method": "gptq", "bits": 4})),
     ("quantized by awq", dict(quantization_config={"quant_method": "awq"})),
     ("quantized by fp8", dict(quantization_config={"quant_method": "fp8"})),
     ("quantized by bitsandbytes", dict(quantization_config={"quant_method": "bitsandbytes"})),
-    ("model_type qwen3_moe is no family that is known: llama, mistral", dict(model_type="qwen3_moe")),
-    ("model_type llava_next is no family", dict(model_type="llava_next")),
-    ("of a LlamaForSequenceClassification, which writes no text", dict(
+    ("model_type qwen3_moe is not supported: llama, mistral", dict(model_type="qwen3_moe")),
+    ("model_type llava_next is not supported", dict(model_type="llava_next")),
+    ("a LlamaForSequenceClassification, which generates no text", dict(
         architectures=["LlamaForSequenceClassification"])),
-    ("rope_scaling yarn is not known", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0})),
-    ("rope_scaling longrope is not known", dict(rope_scaling={"type": "longrope"})),
+    ("rope_scaling yarn is not supported", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+    ("rope_scaling longrope is not supported", dict(rope_scaling={"type": "longrope"})),
     ("'factor' is missing", dict(rope_scaling={"type": "linear"})),
     ("attention_bias is True", dict(attention_bias=True)), ("mlp_bias is True", dict(mlp_bias=True)),
     ("use_sliding_window is True", dict(model_type="qwen2", use_sliding_window=True)),
@@ -1292,8 +1292,8 @@ def test_refusals_name_the_one_cause(says, config, tmp_path, capsys):
 
 
 def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
-    """CogVLM2 as published (its config lacks num_multi_query_heads), LLaVA-1.6, LLaVA ports of other
-    parts, a LoRA alone, integers without a word, a part of the shards, T5 of the first kind."""
+    """CogVLM2 as published (without num_multi_query_heads), LLaVA-1.6, LLaVA of other parts, a LoRA
+    adapter, integer weights, missing shards, T5 v1.0."""
     v = dict(hidden_size=1792, image_size=1344, num_positions=9217, num_hidden_layers=63, num_heads=16,
              intermediate_size=15360, hidden_act="gelu", layer_norm_eps=1e-6, patch_size=14)
     cog = dict(architectures=["CogVLMForCausalLM"], hidden_size=4096, intermediate_size=14336,
@@ -1303,7 +1303,7 @@ def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
     own = text | dict(model_type="llava_llama", mm_vision_tower="openai/clip", mm_hidden_size=16,
                       mm_projector_type="mlp2x_gelu")
     for i, (says, config, weight) in enumerate([
-            ("a CogVLM2, which is not known", cog, {"model.vision.conv.weight": torch.zeros(1)}),
+            ("a CogVLM2, which is not supported", cog, {"model.vision.conv.weight": torch.zeros(1)}),
             ("no folder clip within or beside it", own, tensors),
             ("vision_config is siglip_vision_model", port | dict(
                 vision_config=sight | {"model_type": "siglip_vision_model"}), tensors),
@@ -1321,7 +1321,7 @@ def test_other_folders_are_refused_in_one_line(tmp_path, capsys):
         assert says in refused(capsys, folder, call=c.open_vlm)
     folder = folder_of(tmp_path / "lora", {}, None, adapter_config__json={"peft_type": "LORA"})
     (folder / "config.json").unlink()
-    assert "holds a LoRA's additions alone" in refused(capsys, folder, call=c.open_vlm)
+    assert "is a LoRA adapter" in refused(capsys, folder, call=c.open_vlm)
     folder = folder_of(tmp_path / "t5", dict(model_type="t5"), {})
     assert "feed_forward_proj relu of a t5" in refused(capsys, folder, call=c.open_text_encoder)
 
@@ -1346,7 +1346,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, dtype, tmp_path,
 
 
 def test_refusals_name_the_files_tensors(tmp_path, capsys):
-    """What is missing, of another shape, or unexpected, is named as the file names it."""
+    """Tensors that are missing, of another shape, or unexpected have the file's names in the message."""
     text, v, tensors = llava_parts(["vision_tower"], 28)
     config, body = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28}), "language_model."
     q, fc = f"{body}model.layers.1.self_attn.q_proj.weight", "vision_tower.vision_model.encoder.layers.0.mlp.fc1."
@@ -1370,7 +1370,7 @@ def test_refusals_name_the_files_tensors(tmp_path, capsys):
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_work(tmp_path, capsys):
-    """By the question, as the model is opened for captions; a text encoder as it is opened."""
+    """Refused when the question is encoded; of a text encoder when it is opened."""
     config = TINY | {"model_type": "llama", "vocab_size": 100}
     model = c.open_vlm(folder_of(tmp_path / "m", config, weights(lm_shapes(config))), template="vicuna")
     args = SimpleNamespace(frames=None, prompt=None, style="long", train=False)
@@ -1384,7 +1384,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_work(tmp_path, capsys):
                                   "model.fp16-{}.safetensors", "model-{}.bf16.safetensors",
                                   "diffusion_pytorch_model.fp16-{}.safetensors"])
 def test_v05_shards_without_an_index(form, tmp_path, capsys):
-    """Of any folder, in every naming of variants: one set is read whole, and nothing beside it."""
+    """In all namings of variants, exactly one complete set of files is read."""
     kept = {name: torch.full((2,), float(i)) for i, name in enumerate("abc")}
 
     def write(form, tensors, n=3):
@@ -1458,7 +1458,7 @@ def test_what_stands_in_a_files_place_is_named(tmp_path, capsys):
 
 
 def test_folders_that_are_not_what_is_asked_are_named(tmp_path, capsys):
-    """What lies there in the place of weights, of an index's files, of a config's kind, of a tokenizer."""
+    """Other things instead of weights, of the index's files, of model_type, of a tokenizer."""
     def line(call, name, config, tensors=None, lies=(), tokenizer=True):
         folder = folder_of(tmp_path / name, config, tensors, tokenizer)
         for each in lies:
@@ -1505,7 +1505,7 @@ def test_folders_that_are_not_what_is_asked_are_named(tmp_path, capsys):
 
 
 def test_a_plain_file_comes_before_variants_and_the_line_says_so(tmp_path, capsys):
-    """As transformers and diffusers without `variant`; whichever of them is newer."""
+    """As transformers and diffusers do without `variant`; the file times do not matter."""
     for i, stem in enumerate(("model", "diffusion_pytorch_model", "pytorch_model")):
         folder, end = tmp_path / stem, "bin" if "py" in stem[:2] else "safetensors"
         folder.mkdir()
@@ -1521,8 +1521,8 @@ def test_a_plain_file_comes_before_variants_and_the_line_says_so(tmp_path, capsy
 
 
 def test_templates_by_who_reads_them(tmp_path):
-    """A language model's own tokenizer reads no processor's file; a captioner's processor does before it.
-    One of several in additional_chat_templates/ is the default."""
+    """For a language model the tokenizer's files come first, for a captioner the processor's. The default in
+    additional_chat_templates/ is used."""
     files = dict(chat_template="J", processor_config="P", tokenizer_config="T")
     for name, template in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"chat_template": template}))
@@ -1541,7 +1541,7 @@ def test_templates_by_who_reads_them(tmp_path):
     template = "{% for m in messages %}A {{ m['content'] }} B{% endfor %}"
     model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, chat_template__json={"chat_template": "{{ nothing"},
                                  tokenizer_config__json={"chat_template": template}))
-    assert model.plan.prompt == "A {q} B"
+    assert model.spec.prompt == "A {q} B"
 
 
 @pytest.mark.parametrize("made, pads", [("CLIPImageProcessor", False), ("CLIPImageProcessorFast", False),
@@ -1551,7 +1551,7 @@ def test_do_pad_is_of_llavas_own_image_processor(made, pads, tmp_path):
     config = dict(model_type="llava", text_config=text, vision_config=v | {"image_size": 28})
     told = dict(do_pad=True, **({"image_processor_type": made} if made else {}))
     model = c.open_vlm(folder_of(tmp_path / "m", config, tensors, preprocessor_config__json=told))
-    assert (model.plan.picture.func is c.pad_square) == pads
+    assert (model.spec.picture.func is c.pad_square) == pads
 
 
 def test_a_folder_that_was_saved_twice(tmp_path, capsys):
@@ -1589,7 +1589,7 @@ def test_p02_state_dicts_in_training_checkpoints(wrap, tmp_path):
 
 @pytest.mark.parametrize("before", ["", "module.", "base_model.model.", "wrapped.pipe.", "net._orig_mod."])
 def test_p02_one_rule_for_what_stands_before_names(before):
-    """Of denoisers, autoencoders, towers, text encoders and captioners; another network beside is left out."""
+    """For denoisers, autoencoders, towers, text encoders and captioners; other networks' tensors are ignored."""
     for mark, ours, names in (
             (D.MARK, "", "x_embedder.proj.weight blocks.0.a"), (V.MARK, "", "encoder.conv_in.weight decoder.a"),
             (c.TOWER_MARK, "", "vision_model.embeddings.patch_embedding.weight vision_model.a"),
