@@ -220,13 +220,6 @@ def to_velocity_x0_noise(objective, output, x, t):
     return d_alpha * x0 + d_sigma * noise, x0, noise
 
 
-def from_sit(network, prediction="velocity"):
-    """SiT's network as one of ours. Its time runs from noise (0) to data (1), and its velocity has
-    the other sign; this is the only place that converts."""
-    sign = -1 if prediction == "velocity" else 1
-    return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
-
-
 # The samplers that training uses too: generators that yield x after each step, from noise to data.
 # sample.py has the others.
 RUNGE_KUTTA = {         # weights of the slopes so far at each further stage, then of all slopes
@@ -270,84 +263,9 @@ def flow_grid(n, shift=1.0, first=1.0, last=0.0):
     return torch.cat([times, torch.zeros_like(times[:1])])
 
 
-# DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
-def ddpm_betas(schedule="linear", n=1000, ends=None):
-    """float64 [n]: linear (DiT's ends), scaled_linear (Stable Diffusion's) or squaredcos_cap_v2."""
-    if schedule == "squaredcos_cap_v2":
-        signal = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
-    if schedule == "scaled_linear":
-        low, high = ends or (0.00085, 0.012)
-        return np.linspace(low ** 0.5, high ** 0.5, n) ** 2
-    return np.linspace(*(ends or (0.1 / n, 20 / n)), n)
-
-
-def respace(spec, n):
-    """The timesteps to use of n: "" all; "250" evenly spaced; "10,15,20" so many in each third;
-    "ddim50" at an integer stride."""
-    if spec.startswith("ddim"):
-        strides = [i for i in range(1, n) if len(range(0, n, i)) == int(spec[4:])]
-        if not strides:
-            refuse(f"no whole stride keeps {spec[4:]} of {n} steps")
-        return list(range(0, n, strides[0]))
-    counts, timesteps, start = [int(count) for count in spec.split(",")] if spec else [n], [], 0
-    for i, count in enumerate(counts):
-        size = n // len(counts) + (i < n % len(counts))
-        if count > size:
-            refuse(f"{count} steps cannot be kept of {size}")
-        stride, position = (size - 1) / max(1, count - 1), 0.0
-        for _ in range(count):
-            timesteps.append(start + round(position))
-            position += stride                                  # summed and rounded as DiT does
-        start += size
-    return timesteps
-
-
-@functools.lru_cache
-def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
-    """DDPM's coefficients at the S timesteps in use, float64 [S] each, by their published names;
-    and alpha, sigma."""
-    timesteps = respace(respacing, n)
-    alpha_bar = np.cumprod(1 - ddpm_betas(schedule, n, ends))[timesteps]
-    before = np.append(1.0, alpha_bar[:-1])
-    betas = 1 - alpha_bar / before
-    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step, of which the log
-    log_variance = np.log(np.append(variance[1:2], variance[1:]))          # is the second's
-    tables = dict(
-        timestep_map=np.array(timesteps), betas=betas, log_betas=np.log(betas),
-        alphas_cumprod=alpha_bar, alpha=alpha_bar ** 0.5, sigma=(1 - alpha_bar) ** 0.5,
-        posterior_variance=variance, posterior_log_variance_clipped=log_variance,
-        posterior_mean_coef1=betas * before ** 0.5 / (1 - alpha_bar),
-        posterior_mean_coef2=(1 - before) * (1 - betas) ** 0.5 / (1 - alpha_bar))
-    return {name: torch.from_numpy(table) for name, table in tables.items()}
-
-
-def ddpm_at(tables, n):
-    """{name: float32 of n's shape}: the tables at timesteps n (int64), and n itself."""
-    stacked = torch.stack([table.float() for table in tables.values()])
-    return {"n": n, **dict(zip(tables, moved(stacked, n.device)[:, n]))}
-
-
-def ddpm_bits(eps, v, x0, x, c):
-    """The variational bound's term of a step, elementwise, in bits: KL(true posterior, ours), at
-    the first step the negative log likelihood of x_0 in 256 levels. v from -1 to 1 interpolates
-    the log variance. As in DiT, eps gets no gradient from it."""
-    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
-                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
-    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
-    logvar = share * c["log_betas"] + (1 - share) * true_logvar
-    kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
-                + (true_mean - mean).square() * (-logvar).exp())
-    # the normal's distribution function by the same approximation as the reference
-    below = lambda z: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
-    upper, lower = (below((x0 - mean + half) * (-0.5 * logvar).exp()) for half in (1/255, -1/255))
-    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
-    return torch.where(c["n"] == 0, -mass.clamp(min=1e-12).log(), kl) / math.log(2)
-
-
 # -- the transformer -------------------------------------------------------------------------------
 
-MODELS = {      # kind: see Denoiser
+MODELS = {      # published sizes and gpt-*: below; kind: see Denoiser
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
     "video-xs-2": dict(dim=256, depth=6, heads=4, patch=(1, 2, 2), rope_base=100.0,
@@ -358,34 +276,6 @@ MODELS = {      # kind: see Denoiser
                     text=(256, 4, 4)),
     "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), rope_base=1000.0,
                     text=(512, 6, 8)),
-    **{f"{kind}-{size}-{p}": dict(kind=kind, dim=dim, depth=depth, heads=heads, patch=(1, p, p),
-                                  channels=4, out_channels=8, own_table=True, positions="sincos",
-                                  classes=1001, grid=(32 // p, 32 // p))
-       for kind in ("dit", "sit") for p in (2, 4, 8) for size, depth, dim, heads in (
-           ("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16))},
-    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit", "gpt")},   # as --init says
-    **{f"wan-{size}": dict(kind="wan", dim=dim, depth=depth, heads=dim // 128, patch=(1, 2, 2),
-                           ffn=ffn, channels=channels, out_channels=out, text_dim=4096,
-                           image_dim=image, positions="index")
-       for size, dim, depth, ffn, channels, out, image in (
-           ("1.3b", 1536, 30, 8960, 16, 16, 0), ("14b", 5120, 40, 13824, 16, 16, 0),
-           ("i2v-14b", 5120, 40, 13824, 36, 16, 1280), ("ti2v-5b", 3072, 30, 14336, 48, 48, 0))},
-    **{f"uvit-{name}": dict(kind="uvit", dim=dim, depth=depth, heads=min(16, dim // 64),
-                            channels=channels, size=(1, side, side), patch=patch, **more)
-       for name, dim, depth, channels, side, patch, more in (
-           ("s-2-cifar10", 512, 12, 3, 32, 2, {}), ("s-4-celeba64", 512, 12, 3, 64, 4, {}),
-           ("s-2-coco", 512, 12, 4, 32, 2, dict(clip=(768, 77))),
-           ("s-2-coco-deep", 512, 16, 4, 32, 2, dict(clip=(768, 77))),
-           ("m-4-imagenet64", 768, 16, 3, 64, 4, dict(classes=1000)),
-           ("l-4-imagenet64", 1024, 20, 3, 64, 4, dict(classes=1000)),
-           ("l-2-imagenet256", 1024, 20, 4, 32, 2, dict(classes=1001)),
-           ("l-4-imagenet512", 1024, 20, 4, 64, 4, dict(classes=1001)),
-           ("h-2-imagenet256", 1152, 28, 4, 32, 2, dict(classes=1001, conv=False)),
-           ("h-4-imagenet512", 1152, 28, 4, 64, 4, dict(classes=1001, conv=False)))},
-    "gpt-xs": dict(kind="gpt", dim=192, depth=6, heads=4, dropout=0.1, attn_dropout=0.0,
-                   text=(128, 2, 4)),
-    **{name: dict(kind="gpt", dim=576, depth=8, heads=4, sparse=True, classes=classes)
-       for name, classes in (("gpt-ucf", 0), ("gpt-ucf-class", 101))},
 }
 
 
@@ -494,26 +384,6 @@ class CrossAttention(nn.Module):
         if image is not None:
             o = o + self.read(q, self.kv_image, self.k_norm_image, image, row, row.cu_image)
         return self.out(o)
-
-
-def fill_texts(texts, most=512):
-    """Prompt embeddings [L, width] padded with zeros to `most` rows each, which take part in
-    attention as in Wan's published models: ([B * most, width], cu_seqlens int32 [B + 1])."""
-    filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
-    return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
-                                           device=texts[0].device) * most
-
-
-def count_texts(texts, most=512):
-    """Like `fill_texts`, but each prompt's rows of zeros are one row that counts as many:
-    ([L, width], cu_seqlens int32 [B + 1], counts float32 [L])."""
-    left = [most - len(text) for text in texts]
-    padded = [F.pad(text, (0, 0, 0, min(1, n))) for text, n in zip(texts, left)]
-    counts = [text.new_ones(len(text), dtype=torch.float32) for text in padded]
-    for count, n in zip(counts, left):
-        count[-1] = max(1, n)
-    cu = torch.tensor(np.cumsum([0, *map(len, padded)]), dtype=torch.int32, device=texts[0].device)
-    return torch.cat(padded), cu, torch.cat(counts)
 
 
 class Block(nn.Module):
@@ -736,9 +606,6 @@ def with_cond_latents(latents, cond_latents):
             for x in (z, *(latent for latent, _ in cond))]
 
 
-WAN_TEXT = 512               # rows of text that Wan's published models read, filled with zeros
-
-
 def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video",
             cond_latents=None, conditions=None):
     """The PackedRow of clips of `shapes` [(C, T', H', W')], at `rates` frames/s, under `texts`:
@@ -816,9 +683,6 @@ def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
         mixed = rng(seed, "rows", epoch, start).permutation(len(rows))
         planned += [rows[j] for j in mixed]
     return planned
-
-
-CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight", ".w.weight", ".wb.weight")   # ends
 
 
 class Clips:
@@ -1948,24 +1812,6 @@ def check_options(args):
     return args
 
 
-def export(args, folder):
-    """Writes a run's averaged weights in their published layout."""
-    model, _, config = load_denoiser(folder)
-    layout, state = config.get("layout"), model.dit.state_dict()
-    if layout is None:
-        refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
-    if layout == "gpt":                  # its file holds the VQ-VAE of its codes
-        start = config["args"]["init"]
-        while not Path(start).is_file():
-            start = read_config(run_dir(start), "denoiser")["args"]["init"]
-        state = gpt_state(model.dit, load_gpt(start)[2])
-    elif layout != "uvit":
-        state = to_published(state, layout, model.dit)
-    with atomic(args.export) as path:
-        save_file({name: value.contiguous() for name, value in state.items()}, path)
-    print(f"{args.export}: {len(state)} tensors as {layout} names them", file=sys.stderr)
-
-
 @one_line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -2151,7 +1997,144 @@ def check_estimate(cost, folder):
               ", with data and autoencoder, which are not estimated"), file=sys.stderr)
 
 
-# == U-ViT, VideoGPT's prior, LoRA and published weights ===========================================
+# == published models: their sizes, DiT's diffusion, U-ViT, VideoGPT's prior, LoRA, weights ========
+
+MODELS |= {
+    **{f"{kind}-{size}-{p}": dict(kind=kind, dim=dim, depth=depth, heads=heads, patch=(1, p, p),
+                                  channels=4, out_channels=8, own_table=True, positions="sincos",
+                                  classes=1001, grid=(32 // p, 32 // p))
+       for kind in ("dit", "sit") for p in (2, 4, 8) for size, depth, dim, heads in (
+           ("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16))},
+    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit", "gpt")},   # as --init says
+    **{f"wan-{size}": dict(kind="wan", dim=dim, depth=depth, heads=dim // 128, patch=(1, 2, 2),
+                           ffn=ffn, channels=channels, out_channels=out, text_dim=4096,
+                           image_dim=image, positions="index")
+       for size, dim, depth, ffn, channels, out, image in (
+           ("1.3b", 1536, 30, 8960, 16, 16, 0), ("14b", 5120, 40, 13824, 16, 16, 0),
+           ("i2v-14b", 5120, 40, 13824, 36, 16, 1280), ("ti2v-5b", 3072, 30, 14336, 48, 48, 0))},
+    **{f"uvit-{name}": dict(kind="uvit", dim=dim, depth=depth, heads=min(16, dim // 64),
+                            channels=channels, size=(1, side, side), patch=patch, **more)
+       for name, dim, depth, channels, side, patch, more in (
+           ("s-2-cifar10", 512, 12, 3, 32, 2, {}), ("s-4-celeba64", 512, 12, 3, 64, 4, {}),
+           ("s-2-coco", 512, 12, 4, 32, 2, dict(clip=(768, 77))),
+           ("s-2-coco-deep", 512, 16, 4, 32, 2, dict(clip=(768, 77))),
+           ("m-4-imagenet64", 768, 16, 3, 64, 4, dict(classes=1000)),
+           ("l-4-imagenet64", 1024, 20, 3, 64, 4, dict(classes=1000)),
+           ("l-2-imagenet256", 1024, 20, 4, 32, 2, dict(classes=1001)),
+           ("l-4-imagenet512", 1024, 20, 4, 64, 4, dict(classes=1001)),
+           ("h-2-imagenet256", 1152, 28, 4, 32, 2, dict(classes=1001, conv=False)),
+           ("h-4-imagenet512", 1152, 28, 4, 64, 4, dict(classes=1001, conv=False)))},
+    "gpt-xs": dict(kind="gpt", dim=192, depth=6, heads=4, dropout=0.1, attn_dropout=0.0,
+                   text=(128, 2, 4)),
+    **{name: dict(kind="gpt", dim=576, depth=8, heads=4, sparse=True, classes=classes)
+       for name, classes in (("gpt-ucf", 0), ("gpt-ucf-class", 101))},
+}
+CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight", ".w.weight", ".wb.weight")   # ends
+
+
+# DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
+def ddpm_betas(schedule="linear", n=1000, ends=None):
+    """float64 [n]: linear (DiT's ends), scaled_linear (Stable Diffusion's) or squaredcos_cap_v2."""
+    if schedule == "squaredcos_cap_v2":
+        signal = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
+    if schedule == "scaled_linear":
+        low, high = ends or (0.00085, 0.012)
+        return np.linspace(low ** 0.5, high ** 0.5, n) ** 2
+    return np.linspace(*(ends or (0.1 / n, 20 / n)), n)
+
+
+def respace(spec, n):
+    """The timesteps to use of n: "" all; "250" evenly spaced; "10,15,20" so many in each third;
+    "ddim50" at an integer stride."""
+    if spec.startswith("ddim"):
+        strides = [i for i in range(1, n) if len(range(0, n, i)) == int(spec[4:])]
+        if not strides:
+            refuse(f"no whole stride keeps {spec[4:]} of {n} steps")
+        return list(range(0, n, strides[0]))
+    counts, timesteps, start = [int(count) for count in spec.split(",")] if spec else [n], [], 0
+    for i, count in enumerate(counts):
+        size = n // len(counts) + (i < n % len(counts))
+        if count > size:
+            refuse(f"{count} steps cannot be kept of {size}")
+        stride, position = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            timesteps.append(start + round(position))
+            position += stride                                  # summed and rounded as DiT does
+        start += size
+    return timesteps
+
+
+@functools.lru_cache
+def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
+    """DDPM's coefficients at the S timesteps in use, float64 [S] each, by their published names;
+    and alpha, sigma."""
+    timesteps = respace(respacing, n)
+    alpha_bar = np.cumprod(1 - ddpm_betas(schedule, n, ends))[timesteps]
+    before = np.append(1.0, alpha_bar[:-1])
+    betas = 1 - alpha_bar / before
+    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step, of which the log
+    log_variance = np.log(np.append(variance[1:2], variance[1:]))          # is the second's
+    tables = dict(
+        timestep_map=np.array(timesteps), betas=betas, log_betas=np.log(betas),
+        alphas_cumprod=alpha_bar, alpha=alpha_bar ** 0.5, sigma=(1 - alpha_bar) ** 0.5,
+        posterior_variance=variance, posterior_log_variance_clipped=log_variance,
+        posterior_mean_coef1=betas * before ** 0.5 / (1 - alpha_bar),
+        posterior_mean_coef2=(1 - before) * (1 - betas) ** 0.5 / (1 - alpha_bar))
+    return {name: torch.from_numpy(table) for name, table in tables.items()}
+
+
+def ddpm_at(tables, n):
+    """{name: float32 of n's shape}: the tables at timesteps n (int64), and n itself."""
+    stacked = torch.stack([table.float() for table in tables.values()])
+    return {"n": n, **dict(zip(tables, moved(stacked, n.device)[:, n]))}
+
+
+def ddpm_bits(eps, v, x0, x, c):
+    """The variational bound's term of a step, elementwise, in bits: KL(true posterior, ours), at
+    the first step the negative log likelihood of x_0 in 256 levels. v from -1 to 1 interpolates
+    the log variance. As in DiT, eps gets no gradient from it."""
+    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
+                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
+    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
+    logvar = share * c["log_betas"] + (1 - share) * true_logvar
+    kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
+                + (true_mean - mean).square() * (-logvar).exp())
+    # the normal's distribution function by the same approximation as the reference
+    below = lambda z: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
+    upper, lower = (below((x0 - mean + half) * (-0.5 * logvar).exp()) for half in (1/255, -1/255))
+    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
+    return torch.where(c["n"] == 0, -mass.clamp(min=1e-12).log(), kl) / math.log(2)
+
+
+def from_sit(network, prediction="velocity"):
+    """SiT's network as one of ours. Its time runs from noise (0) to data (1), and its velocity has
+    the other sign; this is the only place that converts."""
+    sign = -1 if prediction == "velocity" else 1
+    return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
+
+
+WAN_TEXT = 512               # rows of text that Wan's published models read, filled with zeros
+
+
+def fill_texts(texts, most=512):
+    """Prompt embeddings [L, width] padded with zeros to `most` rows each, which take part in
+    attention as in Wan's published models: ([B * most, width], cu_seqlens int32 [B + 1])."""
+    filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
+    return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
+                                           device=texts[0].device) * most
+
+
+def count_texts(texts, most=512):
+    """Like `fill_texts`, but each prompt's rows of zeros are one row that counts as many:
+    ([L, width], cu_seqlens int32 [B + 1], counts float32 [L])."""
+    left = [most - len(text) for text in texts]
+    padded = [F.pad(text, (0, 0, 0, min(1, n))) for text, n in zip(texts, left)]
+    counts = [text.new_ones(len(text), dtype=torch.float32) for text in padded]
+    for count, n in zip(counts, left):
+        count[-1] = max(1, n)
+    cu = torch.tensor(np.cumsum([0, *map(len, padded)]), dtype=torch.int32, device=texts[0].device)
+    return torch.cat(padded), cu, torch.cat(counts)
 
 
 class UViTBlock(nn.Module):
@@ -2655,6 +2638,24 @@ def trained_by(file, path, options):
                      "path": read("path_type", "linear"),
                      "weighting": str(said.get("loss_weight") or "none").lower()}
     return settings
+
+
+def export(args, folder):
+    """Writes a run's averaged weights in their published layout."""
+    model, _, config = load_denoiser(folder)
+    layout, state = config.get("layout"), model.dit.state_dict()
+    if layout is None:
+        refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
+    if layout == "gpt":                  # its file holds the VQ-VAE of its codes
+        start = config["args"]["init"]
+        while not Path(start).is_file():
+            start = read_config(run_dir(start), "denoiser")["args"]["init"]
+        state = gpt_state(model.dit, load_gpt(start)[2])
+    elif layout != "uvit":
+        state = to_published(state, layout, model.dit)
+    with atomic(args.export) as path:
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    print(f"{args.export}: {len(state)} tensors as {layout} names them", file=sys.stderr)
 
 
 def load_published(path, heads=None, text_tokens=77):
