@@ -40,6 +40,7 @@ import contextlib
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,7 @@ import re
 import shlex
 import sys
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -88,9 +90,8 @@ from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussi
 # predict(x, i) -> (x_0, noise, learned variance's share or None) at point i; draw(i): fresh noise.
 def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path="linear"):
     """SiT's stochastic samplers: the flow plus noise of strength(t), which the score removes again.
-    drift_score(x, t) -> (velocity, score). last: how the final step is made: without noise
-    ("mean"), along the flow alone ("euler"), as the estimate of x_0 ("tweedie"), or left out
-    (None)."""
+    drift_score(x, t) -> (velocity, score). last: the final step is without noise ("mean"), along
+    the flow alone ("euler"), the estimate of x_0 ("tweedie"), or left out (None)."""
     def slope(x, t):
         velocity, score = drift_score(x, t)
         return velocity - strength(t) * score
@@ -114,25 +115,9 @@ def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path
     yield x
 
 
-def ddpm(predict, x, tables, draw):
-    """Ancestral sampling over the steps of `tables` (ddpm_tables), the noisiest first. The variance
-    is beta or, where the network predicts a share, interpolated between the posterior's and
-    beta."""
-    n = len(tables["betas"])
-    for i in range(n):
-        x0, _, share = predict(x, i)
-        c = ddpm_at(tables, torch.tensor(n - 1 - i))
-        share = 1.0 if share is None else share
-        logvar = share * c["log_betas"] + (1 - share) * c["posterior_log_variance_clipped"]
-        x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-        x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
-        yield x
-
-
 def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the slope of x_0 comes from the step before.
-    The last step is of first order where it ends without noise, where there are fewer than 15 steps
-    (`lower`), or with `euler`."""
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095). The last step is of first order where it ends
+    without noise, in fewer than 15 steps (`lower`), or with `euler`."""
     half_snr, n, before = (alpha / sigma).log(), len(alpha) - 1, None
     for i in range(n):
         x0, h = predict(x, i)[0], half_snr[i + 1] - half_snr[i]
@@ -145,45 +130,16 @@ def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
         yield x
 
 
-def dpm_fast(predict, x, alpha, sigma):
-    """Singlestep DPM-Solver++ of order 3, with steps of order 2 and 1 at the end, as U-ViT samples.
-    A step covers as many points of the grid as its order; r: where between its ends a point
-    lies."""
-    half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
-    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
-    for order in orders:
-        h = half_snr[i + order] - half_snr[i]
-        # from point i to point j, with a correction by the difference of x_0 at two points
-        reach = lambda j, first, slope=0.0: (
-            (sigma[j] / sigma[i]).to(x) * x + (alpha[j] * bend(j)).to(x) * first
-            + alpha[j].to(x) * slope)
-        bend = lambda j: -torch.expm1(half_snr[i] - half_snr[j])
-        r = [((half_snr[i + k] - half_snr[i]) / h).to(x) for k in range(order)]
-        second = lambda way: (1 - bend(way) / (half_snr[way] - half_snr[i])).to(x)
-        x0 = predict(x, i)[0]
-        if order == 1:
-            x = reach(i + 1, x0)
-        elif order == 2:
-            middle = predict(reach(i + 1, x0), i + 1)[0]
-            x = reach(i + 2, x0, bend(i + 2).to(x) / (2 * r[1]) * (middle - x0))
-        else:
-            middle = predict(reach(i + 1, x0), i + 1)[0]
-            later = reach(i + 2, x0, r[2] / r[1] * second(i + 2) * (middle - x0))
-            x = reach(i + 3, x0, second(i + 3) / r[2] * (predict(later, i + 2)[0] - x0))
-        i += order
-        yield x
-
-
 def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
-    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0 first corrects the step
-    that led to it, then predicts the next one. uncorrected: steps without the corrector. kind: B(h)
-    is exp(-h) - 1 (bh2) or -h (bh1)."""
+    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0 corrects the last step,
+    then predicts the next. uncorrected: steps without the corrector. kind: B(h) is exp(-h) - 1
+    (bh2) or -h (bh1)."""
     half_snr, n = (alpha / sigma).log(), len(alpha) - 1
     start, x0s = None, []                      # the sample each step began at; x_0, latest first
 
     def step(x, i, order, new=None):
-        """From point i to i + 1 by the last `order` x_0 (predictor); with `new`, the x_0 at point
-        i + 1, once more (corrector)."""
+        """From point i to i + 1 by the last `order` x_0 (predictor) and, if given, the `new` x_0
+        at point i + 1 (corrector)."""
         h = half_snr[i + 1] - half_snr[i]
         b = torch.expm1(-h)
         r = [(half_snr[i - k] - half_snr[i]) / h for k in range(1, order)]
@@ -215,49 +171,13 @@ def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
         yield x
 
 
-def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1,
-                 with_first=False):
-    """(int64 [n] timesteps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of
-    betas. spacing: diffusers' "linspace", "leading" (from `offset` on) or "trailing", or "karras".
-    final: alpha and sigma of the last point, None: those of timestep 0. with_first: "linspace" ends
-    at timestep 0, as in diffusers' DDIM."""
-    tables = ddpm_tables(schedule, "", 1000, ends)
-    alpha, sigma = tables["alpha"], tables["sigma"]
-    if spacing == "karras":              # evenly in the 7th root of sigma / alpha
-        ratio = sigma / alpha
-        high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
-        ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
-        position = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
-        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(position).round().long()
-        sigma = alpha * ratio
-    else:
-        even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
-        steps = {"linspace": torch.from_numpy(even).flip(0),
-                 "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
-                 "trailing": torch.from_numpy(1000 - np.arange(n) * (1000 / n)).round() - 1}[
-                     spacing].round().long()
-        alpha, sigma = alpha[steps], sigma[steps]
-    ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
-    return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
-
-
-def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
-    """(times, alpha, sigma), each float64 [n + 1], evenly spaced from 1 to `last`. A schedule's
-    1000 steps lie at 0.001, 0.002, …, and log alpha is linear between them (U-ViT's)."""
-    times = np.linspace(1, last, n + 1)
-    log_alphas = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
-    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, log_alphas))
-    return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
-
-
 def drift_score(objective, answer, t):
     """(velocity, score) of an output (velocity, x_0, noise, …) at time t."""
     return answer[0], -answer[2] / interpolant(objective.path, t)[1]
 
 
 def diffusion(path, form, t, norm=1.0):
-    """SiT's diffusion coefficients w(t): the strength of the noise that a stochastic sampler
-    adds."""
+    """SiT's diffusion coefficients w(t): the strength of a stochastic sampler's noise."""
     alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
     return {"constant": norm * torch.ones_like(t), "sigma": norm * sigma, "linear": norm * t,
             "SBDM": norm * sigma * (d_sigma - d_alpha * sigma / alpha),
@@ -270,67 +190,21 @@ FLOW_SAMPLERS = (*RUNGE_KUTTA, "sde", "ddim", "dpm++", "unipc")
 STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
 
 
-def stepped_points(args, objective):
-    """(the network's timesteps, alpha, sigma), float64 [steps + 1], of a schedule of 1000 steps."""
-    schedule, n, is_ddim = STEPPED[objective.path], args.steps, args.sampler == "ddim"
-    if args.sampler == "dpm-fast":
-        return level_grid(n, schedule)
-    if args.sampler == "ddpm":
-        tables = ddpm_tables(schedule, str(n))
-        timesteps, alpha, sigma = (tables[name].flip(0)
-                                   for name in ("timestep_map", "alpha", "sigma"))
-        alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
-    else:
-        timesteps, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
-    return (timesteps + int(objective.path == "sd")) / 1000, alpha, sigma
-
-
-def strides_back(schedule, n, timesteps, spacing):
-    """(alpha, sigma) that diffusers' DDIM steps to from these timesteps: 1000 // n steps further,
-    which is not always the next point of the grid."""
-    if spacing == "karras":
-        return None
-    tables = ddpm_tables(schedule)
-    steps = (1000 * timesteps).round().long() - 1000 // n - int(schedule == "scaled_linear")
-    return tuple(torch.where(steps < 0, end, tables[name][steps.clamp(min=0)])
-                 for name, end in (("alpha", 1.0), ("sigma", 0.0)))
-
-
-def respread(times, rules):
-    """[n + 1] times with the rules of a folder's scheduler: stretched to end at `terminal`, spaced
-    evenly in the 7th root ("karras") or the logarithm ("exponential"), the last one `final` (-1: as
-    the last but one)."""
-    times, n = times.clone(), len(times) - 1
-    if rules.get("terminal") and n > 1:
-        times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
-    way = torch.linspace(0, 1, n, dtype=torch.float64)
-    if rules.get("spread") == "karras":
-        times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
-    elif rules.get("spread") == "exponential":
-        times[:-1] = torch.lerp(times[0].log(), times[-2].log(), way).exp()
-    final = rules.get("final", 0.0)
-    times[-1] = times[-2] if final < 0 else final
-    return times
-
-
 def flow_points(args, objective, shift):
-    """float64 [steps + 1] times on a straight or curved path; shift: a float, or [N, 1]."""
+    """float64 [steps + 1] times on a path without steps; shift: a float, or [N, 1]."""
     low, high = interval(objective, True)
     ends = args.ends
-    if args.grid in WAN_GRIDS:           # in the published codes' own order: floors hang on it
-        times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
-        times = respread(F.pad(times, (0, 1)), args.rules)
-        return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times
     if args.sampler == "sde":            # SiT's: the last step is one of its own
         first = 1 - 1e-3 * (args.form == "SBDM")
         ends = first, 0.04 - (first - 0.04) / max(1, args.steps - 1)
-    times = low + (high - low) * flow_grid(args.steps, shift, *ends)
+    times = (wan_points(args, shift) if args.grid in WAN_GRIDS else
+             low + (high - low) * flow_grid(args.steps, shift, *ends))
     times = respread(times, args.rules) if args.rules else times
     return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times   # it takes log alpha
 
 
 def skipped(args, strength):
-    """How many of the sampler's first steps video to video of this strength leaves out."""
+    """The number of first steps that video to video of this strength leaves out."""
     return min(args.steps - 1, round(args.steps * (1 - strength)))
 
 
@@ -341,10 +215,10 @@ def count_steps(args, strength=1.0):
 
 
 def trajectory(args, objective, read, noise, start, strength, shift, draw):
-    """Yields x [N, C*P] after each step of the sampler that the options name. read(x, the network's
-    timestep, time or (alpha, sigma)) -> (velocity, x_0, noise, variance's share). noise: tokens
-    [N, C*P]; start: those of the video to change, or None; strength: the share of the steps that
-    are made of it; shift: a float, or [N, 1]; draw(i): fresh noise."""
+    """Yields x [N, C*P] after each step of --sampler. read(x, the network's timestep, time or
+    (alpha, sigma)) -> (velocity, x_0, noise, variance's share). noise: tokens [N, C*P]; start:
+    those of the video to change, or None; strength: share of the steps; shift: a float, or [N, 1];
+    draw(i): fresh noise."""
     skip = skipped(args, strength)
     if objective.path in STEPPED:
         timesteps, alpha, sigma = (values[skip:] for values in stepped_points(args, objective))
@@ -396,8 +270,7 @@ class SamplingJob(NamedTuple):
 
 
 class Guided(Packed):
-    """A packed row of clips under classifier-free guidance. Called with the target tokens x
-    [N, C*P], returns velocity, x_0 and noise."""
+    """A packed row of clips under classifier-free guidance."""
 
     def __init__(self, model, jobs, args, time_stride, device, guidance=None):
         self.jobs, self.args, self.time_stride, self.device = jobs, args, time_stride, device
@@ -419,22 +292,9 @@ class Guided(Packed):
                 part = patchify([z.to(device)], model.dit.patch)
                 self.cond_tokens[start:start + len(part)] = part
                 self.cond_mask[start:start + len(part)] = True
-        if model.kind == "wan" and self.cond_mask.any():         # known frames are clean tokens
-            is_known = self.cond_mask[:, 0].repeat(self.n)
-            self.row.table_index[self.row.targets[is_known]] = self.n_rows
-            self.n_rows += 1
-        if model.kind == "wan":          # each text's rows of zeros are one that counts as often
-            texts = move(of_jobs("text") + of_jobs("negative"))[:self.n * len(jobs)]
-            self.row.text, self.row.cu_text, self.row.counts = count_texts(texts)
-        self.extra = None
-        if jobs[0].extra is not None:                        # channels beside those of the clips
-            self.extra = patchify(move(of_jobs("extra")), model.dit.patch)
-            self.tokens = torch.cat([self.tokens, self.extra], 1)
-        if jobs[0].image is not None:
-            images = move(of_jobs("image")) * self.n
-            self.row.image, n = torch.cat(images), len(images[0])
-            self.row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=device)
-        self.momentum, self.unguided = None, None
+        self.extra, self.momentum, self.unguided = None, None, None
+        if model.kind == "wan":
+            adapt_to_wan(self, of_jobs, move)
 
     def network(self, x, timesteps):
         if self.model.kind == "wan":
@@ -444,8 +304,8 @@ class Guided(Packed):
             return super().network(x, timesteps).float()
 
     def __call__(self, x, timesteps, at):
-        """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times,
-        or (alpha, sigma) of a schedule in steps."""
+        """(velocity or None, x_0, noise, share of the variance or None) at `at`: times, or (alpha,
+        sigma) of a path in steps."""
         objective, args = self.model.objective, self.args
         column = lambda t: torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(
             len(x), 1)
@@ -471,7 +331,7 @@ class Guided(Packed):
         return velocity, x0, noise, share
 
     def guide(self, objective, cond, uncond, scale, x, at):
-        """The guided output of the conditional and the unconditional one; scale: [N, 1]."""
+        """The guided output; scale: [N, 1]."""
         args, width = self.args, x.shape[1]
         if args.apg:
             x0, other = (to_velocity_x0_noise(objective, output, x, at)[1]
@@ -511,8 +371,7 @@ class Guided(Packed):
 
 
 def back(objective, x0, x, at, output):
-    """The network output that stands for this x_0; further channels of `output` stay as they
-    are."""
+    """The network output of this x_0; further channels are those of `output`."""
     alpha, sigma = at if objective.path in STEPPED else interpolant(objective.path, at)[:2]
     noise = (x - alpha * x0) / sigma
     if objective.path in STEPPED:
@@ -525,8 +384,8 @@ def back(objective, x0, x, at, output):
 
 
 class Parts:
-    """Text encoder, denoiser and autoencoder, each opened on first use; with `offload` only one of
-    them is in memory at a time."""
+    """Text encoder, denoiser and autoencoder, opened on first use; with `offload` only one of them
+    is in memory."""
 
     def __init__(self, openers, offload):
         self.openers, self.offload, self.opened = openers, offload, {}
@@ -539,18 +398,19 @@ class Parts:
         return self.opened[name]
 
 
+@dataclass
 class Segment:
-    """A part of a timeline, of n frames: normalised latents [C, T', H', W'], or frames uint8
-    [T, H, W, 3]. The video shows its frames from `start` to `stop`."""
-
-    def __init__(self, n, latents=None, frames=None, start=0, stop=None):
-        self.n, self.latents, self.frames, self.start = n, latents, frames, start
-        self.stop = n if stop is None else stop
+    """A part of a timeline: normalised latents [C, T', H', W'], or frames uint8 [T, H, W, 3]. The
+    video shows its frames from `start` to `stop`."""
+    stop: int
+    latents: torch.Tensor = None
+    frames: object = None
+    start: int = 0
 
 
 class Timeline:
-    """A request in work: its segments in order, the steps [(role, prompt)] that sample them, and
-    the media files that they are conditioned on."""
+    """A request's segments of n frames, the steps [(role, prompt)] that sample them, and the media
+    files that they are conditioned on."""
 
     def __init__(self, request, shape, n_frames, todo, files):
         self.request, self.shape, self.n, self.todo = request, shape, n_frames, todo
@@ -563,9 +423,8 @@ class Timeline:
 
 
 def position_scale(data, height, width):
-    """The factor on y and x positions in a frame larger than all that a run was trained on, which
-    brings its sides and area back to those seen in training: rotary angles beyond them make a shape
-    appear twice (position interpolation, 2306.15595)."""
+    """The factor on y and x positions that brings a frame's sides and area back to the largest of
+    training: beyond them a shape appears twice (position interpolation, 2306.15595)."""
     if not data:
         return 1.0
     side, area = (max(how(size[:2]) for size in data["sizes"]) for how in (max, math.prod))
@@ -589,13 +448,14 @@ def groups_of(requests):
     for k in range(max(map(len, todos))):
         for i, todo in enumerate(todos):
             if k < len(todo):
-                strength = requests[i]["strength"] if todo[k][0] == "change" else 1.0
-                groups.setdefault((strength, k, todo[k][0] == "change"), []).append(i)
+                is_change = todo[k][0] == "change"
+                strength = requests[i]["strength"] if is_change else 1.0
+                groups.setdefault((strength, k, is_change), []).append(i)
     return [(strength, k, members) for (strength, k, _), members in groups.items()]
 
 
 class Sampler:
-    """A model that samples requests; `request_of` says what a request holds."""
+    """A model that samples requests (see `request_of`)."""
 
     def __init__(self, args, device, config=None):
         openers, info = (open_run(args, config, device) if config else
@@ -612,8 +472,7 @@ class Sampler:
         resolve(args, info, model.objective, self.stride)
 
     def latent_shape(self, frames, height, width):
-        """(C, T', H', W') of the smallest grid that covers the video; the excess is cropped after
-        decoding."""
+        """(C, T', H', W') of the smallest grid that covers the video."""
         pt, ph, pw = self.patch
         up = lambda n, stride, patch: -(-n // (stride * patch)) * patch
         return (self.z_dim, up(frames - 1 + self.time_stride, self.time_stride, pt),
@@ -631,7 +490,7 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Yields uint8 [t, H, W, 3], chunk by chunk: memory does not grow with the length."""
+        """Yields uint8 [t, H, W, 3], chunk by chunk."""
         z = (latents * self.std + self.mean)[None].to(self.device)
         for part in decode_long(self.part("vae")[0], z, self.args.chunk):
             yield to_frames(part[0])
@@ -645,7 +504,7 @@ class Sampler:
         elif self.info.get("takes"):
             asked = ()
         if asked:
-            refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
+            refuse(f"--{min(asked)}: {self.args.name} was not trained with conditioning frames "
                    "(train_dit.py --given)")
         C, T, H, W = self.latent_shape(request["frames"], request["height"], request["width"])
         raw = "image" if "reads_image" in self.info else None           # `give_image` scales it
@@ -660,13 +519,12 @@ class Sampler:
             request = {**request, "frames": min(len(files["video"]), request["frames"])}
         timeline = Timeline(request, (C, T, H, W), 1 + (T - 1) * self.time_stride, todo, files)
         if "video" in files and not request.get("strength"):
-            timeline.segments.append(Segment(len(files["video"]), frames=files["video"]))
+            timeline.segments.append(Segment(len(files["video"]), None, files["video"]))
         return timeline
 
     def context(self, timeline, segment, at_end):
-        """(latents, number of frames) of a segment's last or first frames, decoded and encoded
-        separately: half a clip's latents, as in training. With more of them, or with latents that
-        were made with a past, shapes dissolve."""
+        """(latents, number of frames) of a segment's last or first frames, encoded separately: half
+        a clip's latents, as in training. With more, or latents that saw a past, shapes dissolve."""
         frames = segment.frames
         most = self.args.context or 1 + (max(2, timeline.shape[1] // 2) - 1) * self.time_stride
         if frames is None:               # a long one is decoded in parts, of which the last stay
@@ -725,7 +583,7 @@ class Sampler:
     @torch.no_grad()
     def denoise(self, jobs, progress=None, watch=None):
         """Normalised latents [C, T', H', W'] of each job. watch(packed, value) is called with each
-        output of the network, a tuple that it returns, and with each x."""
+        output of the network, which it returns, and with each x."""
         model, args = self.part("denoiser"), self.args
         packed = Guided(model, jobs, args, self.time_stride, self.device)
         objective = model.objective
@@ -749,8 +607,7 @@ class Sampler:
         return [z.cpu() for z in packed.latents(x)]
 
     def __call__(self, requests):
-        """Samples all requests and returns their timelines. A request's noise does not depend on
-        the others."""
+        """Samples all requests and returns their timelines."""
         timelines = [self.open_timeline(request) for request in requests]
         prompts = {request["negative"]: 0 for request in requests}
         prompts |= {prompt: 0 for timeline in timelines for _, prompt in timeline.todo}
@@ -774,30 +631,25 @@ class Sampler:
         return tqdm(desc="sample", unit="step", total=total, disable=self.args.quiet)
 
     def add(self, timeline, role, z):
-        """Adds the segment that was sampled; frames that its neighbours hold too are not shown."""
-        segment = Segment(timeline.n, z)
-        if role == "after" and "adapt" in self.info:
-            segment.start = 1
+        """Adds the sampled segment; frames that its neighbours hold too are not shown."""
+        is_repeat = role == "between" or role == "after" and "adapt" in self.info
+        segment = Segment(timeline.n, z, start=int(is_repeat))
         if role == "between":
-            segment.start, segment.stop = 1, max(2, timeline.n - 1)
+            segment.stop = max(2, timeline.n - 1)
         timeline.segments.insert(0 if role == "before" else len(timeline.segments), segment)
         if role == "between" and "to" in timeline.files:
             end = timeline.files["to"]
-            timeline.segments.append(Segment(len(end), frames=end))
+            timeline.segments.append(Segment(len(end), None, end))
 
     def frames(self, timeline):
         """Yields a timeline's frames, uint8 [H, W, 3], cropped to the size of the request."""
         left = timeline.count()
         for segment in timeline.segments:
-            at = 0
-            is_given = segment.latents is None
-            for part in [segment.frames] if is_given else self.decode(segment.latents):
-                for frame in part:
-                    frame = center_crop(frame[None], timeline.request)[0]
-                    if segment.start <= at < segment.stop and left:
-                        left -= 1
-                        yield frame
-                    at += 1
+            parts = [segment.frames] if segment.latents is None else self.decode(segment.latents)
+            for at, frame in enumerate(itertools.chain.from_iterable(parts)):
+                if segment.start <= at < segment.stop and left:
+                    left -= 1
+                    yield center_crop(frame[None], timeline.request)[0]
 
 
 def center_crop(video, request):
@@ -1877,7 +1729,136 @@ def hash_of(facts):
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-# == published weights =============================================================================
+# == published models: schedules in 1000 steps and folders', weights of others =====================
+
+
+def ddpm(predict, x, tables, draw):
+    """Ancestral sampling over the steps of `tables` (ddpm_tables), the noisiest first. The variance
+    is beta or, where the network predicts a share, interpolated between the posterior's and
+    beta."""
+    n = len(tables["betas"])
+    for i in range(n):
+        x0, _, share = predict(x, i)
+        c = ddpm_at(tables, torch.tensor(n - 1 - i))
+        share = 1.0 if share is None else share
+        logvar = share * c["log_betas"] + (1 - share) * c["posterior_log_variance_clipped"]
+        x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
+        x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
+        yield x
+
+
+def dpm_fast(predict, x, alpha, sigma):
+    """Singlestep DPM-Solver++ of order 3, with steps of order 2 and 1 at the end, as U-ViT samples.
+    A step covers as many points of the grid as its order; r: where between its ends a point
+    lies."""
+    half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
+    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    for order in orders:
+        h = half_snr[i + order] - half_snr[i]
+        # from point i to point j, with a correction by the difference of x_0 at two points
+        reach = lambda j, first, slope=0.0: (
+            (sigma[j] / sigma[i]).to(x) * x + (alpha[j] * bend(j)).to(x) * first
+            + alpha[j].to(x) * slope)
+        bend = lambda j: -torch.expm1(half_snr[i] - half_snr[j])
+        r = [((half_snr[i + k] - half_snr[i]) / h).to(x) for k in range(order)]
+        second = lambda way: (1 - bend(way) / (half_snr[way] - half_snr[i])).to(x)
+        x0 = predict(x, i)[0]
+        if order == 1:
+            x = reach(i + 1, x0)
+        elif order == 2:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            x = reach(i + 2, x0, bend(i + 2).to(x) / (2 * r[1]) * (middle - x0))
+        else:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            later = reach(i + 2, x0, r[2] / r[1] * second(i + 2) * (middle - x0))
+            x = reach(i + 3, x0, second(i + 3) / r[2] * (predict(later, i + 2)[0] - x0))
+        i += order
+        yield x
+
+
+def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1,
+                 with_first=False):
+    """(int64 [n] timesteps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of
+    betas. spacing: diffusers' "linspace", "leading" (from `offset` on) or "trailing", or "karras".
+    final: alpha and sigma of the last point, None: those of timestep 0. with_first: "linspace" ends
+    at timestep 0, as in diffusers' DDIM."""
+    tables = ddpm_tables(schedule, "", 1000, ends)
+    alpha, sigma = tables["alpha"], tables["sigma"]
+    if spacing == "karras":              # evenly in the 7th root of sigma / alpha
+        ratio = sigma / alpha
+        high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
+        ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
+        position = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
+        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(position).round().long()
+        sigma = alpha * ratio
+    else:
+        even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
+        steps = {"linspace": torch.from_numpy(even).flip(0),
+                 "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
+                 "trailing": torch.from_numpy(1000 - np.arange(n) * (1000 / n)).round() - 1}[
+                     spacing].round().long()
+        alpha, sigma = alpha[steps], sigma[steps]
+    ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
+    return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
+
+
+def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
+    """(times, alpha, sigma), each float64 [n + 1], evenly spaced from 1 to `last`. A schedule's
+    1000 steps lie at 0.001, 0.002, …, and log alpha is linear between them (U-ViT's)."""
+    times = np.linspace(1, last, n + 1)
+    log_alphas = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
+    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, log_alphas))
+    return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+
+def stepped_points(args, objective):
+    """(the network's timesteps, alpha, sigma), float64 [steps + 1], of a schedule of 1000 steps."""
+    schedule, n, is_ddim = STEPPED[objective.path], args.steps, args.sampler == "ddim"
+    if args.sampler == "dpm-fast":
+        return level_grid(n, schedule)
+    if args.sampler == "ddpm":
+        tables = ddpm_tables(schedule, str(n))
+        timesteps, alpha, sigma = (tables[name].flip(0)
+                                   for name in ("timestep_map", "alpha", "sigma"))
+        alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
+    else:
+        timesteps, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
+    return (timesteps + int(objective.path == "sd")) / 1000, alpha, sigma
+
+
+def strides_back(schedule, n, timesteps, spacing):
+    """(alpha, sigma) that diffusers' DDIM steps to from these timesteps: 1000 // n steps further,
+    which is not always the next point of the grid."""
+    if spacing == "karras":
+        return None
+    tables = ddpm_tables(schedule)
+    steps = (1000 * timesteps).round().long() - 1000 // n - int(schedule == "scaled_linear")
+    return tuple(torch.where(steps < 0, end, tables[name][steps.clamp(min=0)])
+                 for name, end in (("alpha", 1.0), ("sigma", 0.0)))
+
+
+def wan_points(args, shift):
+    """[n + 1] times of Wan's published code and pipelines, in their order of operations: roundings
+    down depend on it."""
+    times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
+    return F.pad(times, (0, 1))
+
+
+def respread(times, rules):
+    """[n + 1] times with the rules of a folder's scheduler: stretched to end at `terminal`, spaced
+    evenly in the 7th root ("karras") or the logarithm ("exponential"), the last one `final` (-1: as
+    the last but one)."""
+    times, n = times.clone(), len(times) - 1
+    if rules.get("terminal") and n > 1:
+        times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
+    way = torch.linspace(0, 1, n, dtype=torch.float64)
+    if rules.get("spread") == "karras":
+        times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
+    elif rules.get("spread") == "exponential":
+        times[:-1] = torch.lerp(times[0].log(), times[-2].log(), way).exp()
+    final = rules.get("final", 0.0)
+    times[-1] = times[-2] if final < 0 else final
+    return times
 
 
 class CodeSampler(Sampler):
@@ -1933,7 +1914,7 @@ class CodeSampler(Sampler):
         timelines = []
         for request, frames in zip(requests, videos):
             timelines.append(Timeline(request, None, len(frames), [], {}))
-            timelines[-1].segments.append(Segment(len(frames), frames=frames))
+            timelines[-1].segments.append(Segment(len(frames), None, frames))
         return timelines
 
     def progress(self, batches):
@@ -2307,6 +2288,25 @@ def give_image(sampler, job, picture):
     extra = torch.cat([mask, (z - sampler.mean) / sampler.std])
     image = sampler.part("image")(picture[0]) if sampler.info["reads_image"] else None
     return job._replace(cond_latents=[], first_latent=None, extra=extra, image=image)
+
+
+def adapt_to_wan(packed, of_jobs, move):
+    """A Guided row as Wan's published models read it: known frames as clean tokens, each text's
+    padding as one row that counts as often, an image as channels and as tokens."""
+    jobs, row = packed.jobs, packed.row
+    if packed.cond_mask.any():
+        is_known = packed.cond_mask[:, 0].repeat(packed.n)
+        row.table_index[row.targets[is_known]] = packed.n_rows
+        packed.n_rows += 1
+    texts = move(of_jobs("text") + of_jobs("negative"))[:packed.n * len(jobs)]
+    row.text, row.cu_text, row.counts = count_texts(texts)
+    if jobs[0].extra is not None:
+        packed.extra = patchify(move(of_jobs("extra")), packed.model.dit.patch)
+        packed.tokens = torch.cat([packed.tokens, packed.extra], 1)
+    if jobs[0].image is not None:
+        images = move(of_jobs("image")) * packed.n
+        row.image, n = torch.cat(images), len(images[0])
+        row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=row.image.device)
 
 
 WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

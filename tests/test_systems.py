@@ -343,7 +343,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(home, monkeypatch, capsys):
     out, err = capsys.readouterr()
     head, *rows = [re.split(r"  +", line.strip()) for line in out.splitlines()]
     assert head == ["run", "steps", "tokens", "time", "best held out", "at step", "last",
-                    "knows nothing"]
+                    "constant"]
     assert rows == [["one", "300", "0.15M", "3.0 min", "1.0000", "200", "3.0000", "2.0000"],
                     ["two", "200", "0.10M", "2.0 min", "1.5000", "200", "1.5000", "2.0000"]]
     assert "differ in --seed" in err and Image.open(home / "runs/compare.png").size == (860, 500)
