@@ -1,8 +1,8 @@
 """Stage 4: latents + captions -> a denoiser on packed space-time patches.
 
 In:   data/NAME/ with latents (train_vae.py --encode) and captions (the metadata's, caption.py's).
-Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and words that are learnt:
-                  data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
+Out:  runs/NAME/  config.json (its "data": sizes, lengths, rates and words of the training clips,
+                  see data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
                   samples/ (videos' frames at each evaluation), loss.png (from the first one on),
                   step-000100/ (model, ema, optimizer: safetensors; state.json),
                   held_out.txt (keys of its held-out clips, the same when others are added),
@@ -203,7 +203,7 @@ def to_velocity_x0_noise(objective, output, x, t):
     alpha, sigma, d_alpha, d_sigma = interpolant(objective.path, t) if torch.is_tensor(t) else (
         *t, None, None)
     if objective.path in STEPPED:
-        noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
+        noise = output[..., :x.shape[-1]]                    # DiT's variance follows
         return None, (x - sigma * noise) / alpha, noise
     if objective.prediction == "velocity":
         det = alpha * d_sigma - d_alpha * sigma              # not 0 at either end of linear and GVP
@@ -681,7 +681,7 @@ class Clips:
                 refuse(f"{path} is missing: run `python train_vae.py {Path(folder).name} --encode`")
             header = read_header(path)
             if cond_share and "alone" not in header:
-                refuse(f"{path} holds nothing to give: run `python train_vae.py "
+                refuse(f"{path} has no conditioning frames: run `python train_vae.py "
                        f"{Path(folder).name} --encode` again")
             self.time_stride, self.is_codes = header["time_stride"], "codes" in header
             self.stride = header["stride"]
@@ -989,7 +989,7 @@ class Packed:
         self.row, self.n, self.targets = row, n, row.targets[:len(row.targets) // n]
         self.clip = row.table_index[self.targets].long()     # of each of the target tokens
         self.lengths = torch.bincount(self.clip)
-        self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first own token
+        self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first target token
         self.n_rows = int(row.table_index.max()) + 1
 
     def network(self, x, t):
@@ -1020,17 +1020,10 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
         output = guide(*output.chunk(2), guidance) if is_guided else output
         return to_velocity_x0_noise(objective, output, x, t)
 
-    if objective.path in STEPPED:
-        last = 1.0 if objective.path == "sd" else 0.999
-        times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
-        alpha, sigma = (x.double() for x in interpolant(objective.path, times)[:2])
-        steps = ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
-                     F.pad(sigma, (0, 1)))
-    else:
-        low, high = interval(objective, True)
-        times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
-        steps = runge_kutta(lambda x, t: read(x, t)[0], x, times.unbind())
-    *_, x = steps
+    low, high = interval(objective, True)
+    times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
+    *_, x = stepped_ddim(objective, read, x, n_steps) if objective.path in STEPPED else runge_kutta(
+        lambda x, t: read(x, t)[0], x, times.unbind())
     mean, std = normaliser(vae_config, device)
     return [to_frames(torch.cat(list(decode_long(vae, (z * std + mean)[None])), 2)[0])
             for z in unpatchify(x, shapes, model.dit.patch)]
@@ -1165,7 +1158,7 @@ def rising(log):
     evaluated = [(row["step"], row["held_out"]) for row in log if row.get("held_out") is not None]
     fall = next((i for i in range(1, len(evaluated))
                  if not evaluated[-i][1] > evaluated[-i - 1][1]), len(evaluated))
-    if fall != 4:                                            # three rises: not more, or it was said
+    if fall != 4:                                            # three rises, the last one now
         return None
     (step, lowest), (last, now) = evaluated[-4], evaluated[-1]
     mean = lambda a, b: np.mean([r["loss"] for r in log if a < r["step"] <= b and r.get("loss")])
@@ -1185,11 +1178,11 @@ def keep_best(folder, done, held_out, state):
     path = Path(folder) / BEST
     was = best_of(folder) or {"step": done}
     if was["step"] < done and not held_out < was["held_out"] or not math.isfinite(held_out):
-        return                           # a step beyond: of what was killed after its checkpoint
+        return                           # of a run killed after that
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     header = {"held_out": held_out, "step": done,
              "sums": {k: tensor_sum(v) for k, v in state.items()}}
-    sweep(folder)                        # what a kill in here left
+    sweep(folder)                        # remains of a killed save
     try:
         with atomic(path) as part:
             save_file(state, part, {"nanosora": json.dumps(header, sort_keys=True)})
@@ -1265,7 +1258,7 @@ class Denoiser(nn.Module):
             return row.labels
         if self.kind == "uvit":
             return text.unflatten(0, (len(row.cu_text) - 1, -1))
-        lengths = row.cu_text.diff().tolist()                # behind them there is padding
+        lengths = row.cu_text.diff().tolist()                # padding follows
         return torch.stack([part.mean(0) for part in text[:sum(lengths)].split(lengths)])
 
     def forward(self, x, t, row):
@@ -1282,7 +1275,7 @@ class Denoiser(nn.Module):
 
 def start_from(args, begun):
     """(network options or None, published layout or None, weights or None): from the config.json
-    `begun` of a run that goes on, else from --init: nothing, a run, or published weights."""
+    `begun` of a run to resume, else from --init: nothing, a run, or published weights."""
     if begun or not args.init:
         return begun and begun["model"], begun and begun["layout"], None
     path = model_path(args.init)
@@ -1330,21 +1323,6 @@ class CountedTexts(dict):
         return torch.empty(int(mask.sum()) if self.encoder.tables else mask.numel(), 0)
 
 
-def class_labels(names, n_rows, saved):
-    """The labels `names` in the order of their class indices: as `saved`, those of the run that
-    goes on or that the weights come from; with a published class table of n_rows, a number is its
-    row; else sorted, numbers by value."""
-    if saved and names <= {*saved}:
-        return saved
-    numbers = {label: int(label) for label in sorted(names) if re.fullmatch("[0-9]{1,9}", label)}
-    rows = {number: label for label, number in numbers.items() if number < n_rows}
-    if strange := rows and sorted(names - {*rows.values()}):
-        refuse(f"labels are numbers of the class table's rows, 0 to {n_rows - 1}, but for "
-               f"{', '.join(strange[:12])}: rename these, or leave them out (--where)")
-    return [rows.get(n, str(n)) for n in range(n_rows)] if rows else sorted(
-        names, key=lambda label: (label not in numbers, numbers.get(label, 0), label))
-
-
 def open_texts(args, folder, data, options, saved, train_rows, held_out, device):
     """(tokenizer, embeddings, labels): the network's conditioning, None for the others; fills in
     the network's options for it. saved: labels of the weights' run, None for a new model."""
@@ -1388,7 +1366,7 @@ def open_texts(args, folder, data, options, saved, train_rows, held_out, device)
 
 def open_stage(args, folder, begun, device):
     """(autoencoder, its config, training Clips, held-out Clips, the model's part of config.json,
-    initial weights or None). begun: config.json of a run that goes on."""
+    initial weights or None). begun: config.json of a run to resume."""
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     train_rows, held_out = split_rows(chosen(open_dataset(data), args), data, folder)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
@@ -1399,7 +1377,7 @@ def open_stage(args, folder, begun, device):
     options = {"kind": "video", **(options or preset)}
     kind, patch = options["kind"], options.get("patch", 1)
     if "dim" not in options:
-        refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
+        refuse(f"--model {args.model} takes its sizes from --init: give that, or a size")
     if options.get("image_dim"):
         refuse(f"--model {args.model} reads an image beside the text, and training has none: take "
                "another, such as wan-14b")
@@ -1440,7 +1418,7 @@ def open_stage(args, folder, begun, device):
 def held_out_bank(clips, seed):
     """A few rows of held-out clips with fixed noise and evenly spread times, so that the losses
     of two runs compare."""
-    rows = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
+    rows = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]
     n = sum(map(len, rows))
     times = iter((rng(seed, "bank").permutation(n) + 0.5) / n)
     return [load_row(clips, [clips.keys[i] for i in row], seed, 0, 0.0, [next(times) for _ in row])
@@ -1452,7 +1430,7 @@ def add_gradients(model, step, loaded, lengths, args, device):
     clip lengths of every row of all ranks."""
     n_clips, by_t = sum(map(len, lengths)), torch.zeros(4, 2, device=device)
     for keys, row, *tensors in loaded:
-        # dropout, of networks that have it, is a row's own on whatever rank
+        # dropout is drawn by row, whatever its rank
         torch.manual_seed(int(rng(args.seed, "dropout", step, keys[0]).integers(2**62)))
         losses, binned, t = losses_of(model, row.to(device), *(moved(x, device) for x in tensors),
                                       dtype=args.dtype)
@@ -1552,7 +1530,7 @@ def train(args, folder):
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
         "model": model.state_dict(), "ema": merged(ema),
-        **({"average": ema.state_dict()} if args.lora else {}),      # not merged, to go on from
+        **({"average": ema.state_dict()} if args.lora else {}),      # not merged, to resume from
         "optimizer": optimizer_tensors(optimizer, model)},
         (args.batch_tokens * cost["fullness"], cost["flops"], cost["peak"]))
     if rank == 0:
@@ -1704,7 +1682,7 @@ NOT_FOR = {                  # unused options by kind of model; --shape of all o
 
 
 def check_options(args):
-    """Fills in options that depend on the model, and refuses what does not go together."""
+    """Fills in options that depend on the model, and refuses options that exclude each other."""
     if args.batch_tokens % args.row_tokens:
         refuse(f"--batch_tokens {args.batch_tokens} is no multiple of --row_tokens "
                f"{args.row_tokens}")
@@ -1749,7 +1727,7 @@ def main(argv=None):
               f"{folder / 'loss.png'}", file=sys.stderr)
 
 
-# -- what it costs: --estimate ---------------------------------------------------------------------
+# -- memory, time and price: --estimate ------------------------------------------------------------
 
 EFFICIENCY = 0.4             # the MFU that an estimate takes for granted where no step is timed
 
@@ -1983,7 +1961,7 @@ def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
     alpha_bar = np.cumprod(1 - ddpm_betas(schedule, n, ends))[timesteps]
     before = np.append(1.0, alpha_bar[:-1])
     betas = 1 - alpha_bar / before
-    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step, of which the log
+    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step: its log
     log_variance = np.log(np.append(variance[1:2], variance[1:]))          # is the second's
     tables = dict(
         timestep_map=np.array(timesteps), betas=betas, log_betas=np.log(betas),
@@ -1998,6 +1976,15 @@ def ddpm_at(tables, n):
     """{name: float32 of n's shape}: the tables at timesteps n (int64), and n itself."""
     stacked = torch.stack([table.float() for table in tables.values()])
     return {"n": n, **dict(zip(tables, moved(stacked, n.device)[:, n]))}
+
+
+def stepped_ddim(objective, read, x, n):
+    """DDIM in n of a path's 1000 steps, for the pictures of a training."""
+    times = torch.linspace(1.0 if objective.path == "sd" else 0.999, 0.001, n)
+    times = times.mul(1000).round().div(1000)
+    alpha, sigma = (x.double() for x in interpolant(objective.path, times)[:2])
+    return ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
+                F.pad(sigma, (0, 1)))
 
 
 def ddpm_bits(eps, v, x0, x, c):
@@ -2077,7 +2064,7 @@ class UViTBlock(nn.Module):
 class UViT(nn.Module):
     """U-ViT (2209.12152): class or text, time and patches are all tokens of one sequence, and the
     second half of the blocks gets the outputs of the first half, the latest first. size (T', H',
-    W'): the grid that positions are learnt for; a smaller clip has its near corner. depth // 2
+    W'): the grid of the learned positions; a smaller clip takes its first corner. depth // 2
     blocks stand on each side of a middle one; clip: the text's width and number of tokens.
     state_dict() has the published names."""
 
@@ -2108,7 +2095,7 @@ class UViT(nn.Module):
 
     def forward(self, x, t, condition, shapes):
         """x [N, C*P]: noisy tokens of clips of `shapes` [(C, T', H', W')] as `patchify` lays them,
-        perhaps with padding behind; t [B] on the published scale, 1 to 1000 for latents, 0 to
+        padding may follow; t [B] on the published scale, 1 to 1000 for latents, 0 to
         999 for pixels; condition: int64 [B] labels, [B, L, width] text, or None, as the model is.
         Returns the noise [N, C*P]. A clip's tokens are label and time, or time and text, then x."""
         cells = [tuple(n // p for n, p in zip(shape[1:], self.patch)) for shape in shapes]
@@ -2153,8 +2140,7 @@ def crop_codes(clips, shape):
 
 
 class CodeNorm(nn.Module):
-    """VideoGPT's LayerNorm, whose 1e-5 stands outside the root; a class or text sets gain and
-    bias."""
+    """VideoGPT's LayerNorm, its 1e-5 outside of the root; a class or text sets gain and bias."""
 
     def __init__(self, dim, classes, text_dim):
         super().__init__()
@@ -2212,7 +2198,7 @@ class GPT(nn.Module):
     """VideoGPT's prior (2104.10157): predicts each code of a clip, in raster order, from those
     before it. shape (T', H', W'): of the codes, L in all; codes, code_dim: of the codebook, which
     the VQ-VAE owns; dim: a multiple of 3; sparse: by `sparse_mask`. It has the published names.
-    text_dim is ours: each norm's gain and bias hear of a text what they else hear of a class."""
+    text_dim is ours: each norm's gain and bias come from a text instead of a class."""
 
     patch = (1, 1, 1)
 
@@ -2248,7 +2234,7 @@ class GPT(nn.Module):
         return self.fc_out(self.norm(x, cond))
 
     def forward(self, codes, cond=None):
-        """codes int64 [B, T', H', W']; told, as the model is: labels int64 [B], texts [B, text_dim]
+        """codes int64 [B, T', H', W']; cond: labels int64 [B], texts [B, text_dim]
         or None; to logits [B, T', H', W', K]: those at a place are of the code there, given all
         before it."""
         x = self.fc_in(self.codebook[codes.flatten(1)[:, :-1]])                      # [B, L-1, D]
@@ -2261,7 +2247,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, codes.flatten(), reduction="none").view(len(codes), -1)
 
     def step(self, previous, position, caches, cond=None):
-        """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
+        """Logits [B, K] of the code at `position` from the one before it [B] (at 0 any) and
         what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
         x = self.fc_in(self.codebook[previous])                                      # [B, D]
         x = x if position else self.attn_stack.right_shift.sos.to(x).expand_as(x)
@@ -2359,8 +2345,8 @@ def merged(model):
                     if ".parametrizations." not in name}
 
 
-# Our modules (or tensors) and theirs, with what stands behind `blocks.N.` in both; a|b: two or
-# more of theirs, joined one after the other, are one of ours.
+# Our modules (or tensors) and theirs, without `blocks.N.`; a|b: two or more of theirs, joined, are
+# one of ours.
 DIT_KEYS = {
     "embed": "x_embedder.proj", "time.0": "t_embedder.mlp.0", "time.2": "t_embedder.mlp.2",
     "classes": "y_embedder.embedding_table", "pos_embed": "pos_embed",
@@ -2465,7 +2451,7 @@ def dit_options(state, heads=None):
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
     if not heads or dim % heads:
-        refuse(f"a DiT of width {dim} needs to be told its heads, by --heads: "
+        refuse(f"a DiT of width {dim} needs --heads: "
                f"{f'{heads} do not divide it' if heads else 'they are not 64 wide'}")
     side = round(state["pos_embed"].shape[1] ** 0.5)
     return dict(
@@ -2520,7 +2506,7 @@ def wan_options(state, config, layout):
 
 
 def check_wan(options, layout, config, explicit, path):
-    """Refuses a config.json that contradicts the weights, or says what is not read here."""
+    """Refuses a config.json that contradicts the weights, or has values that are not supported."""
     for key, value in WAN_ONLY.items():
         if config.get(key, value) != value:
             refuse(f"{path}: {key} {config[key]} is not read here, only {value}")
@@ -2536,8 +2522,8 @@ def check_wan(options, layout, config, explicit, path):
 
 
 def uvit_options(state, heads, text_tokens, path):
-    """The options of the U-ViT whose published state dict this is. What it does not tell: heads
-    (None: of width 64, but 72 in the H models), and of one that reads texts their text_tokens."""
+    """The options of the U-ViT with this published state dict, which does not hold heads (None: of
+    width 64, but 72 in the H models) and text_tokens."""
     if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
         refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed, patch_embed or mid_block")
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
@@ -2547,8 +2533,8 @@ def uvit_options(state, heads, text_tokens, path):
     patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
     side = math.isqrt(max(patches, 1))
     if not heads or dim % heads or side**2 != patches:
-        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
-               f"text_tokens (they leave {patches} patches, which must form a square)")
+        refuse(f"{path}: needs --heads ({heads or 'unknown'}; width {dim}) or text_tokens (they "
+               f"leave {patches} patches, which must form a square)")
     return dict(
         channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
         depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
@@ -2610,6 +2596,21 @@ def trained_by(file, path, options):
     return settings
 
 
+def class_labels(names, n_rows, saved):
+    """The labels `names` in the order of their class indices: as `saved`, those of the run to
+    resume or to begin with; with a published class table of n_rows, a number is its
+    row; else sorted, numbers by value."""
+    if saved and names <= {*saved}:
+        return saved
+    numbers = {label: int(label) for label in sorted(names) if re.fullmatch("[0-9]{1,9}", label)}
+    rows = {number: label for label, number in numbers.items() if number < n_rows}
+    if strange := rows and sorted(names - {*rows.values()}):
+        refuse(f"labels are numbers of the class table's rows, 0 to {n_rows - 1}, but for "
+               f"{', '.join(strange[:12])}: rename these, or leave them out (--where)")
+    return [rows.get(n, str(n)) for n in range(n_rows)] if rows else sorted(
+        names, key=lambda label: (label not in numbers, numbers.get(label, 0), label))
+
+
 def start_published(args, path):
     """`start_from` of published weights; refuses options that their training contradicts."""
     network, layout, options = load_published(path, args.heads)
@@ -2652,7 +2653,7 @@ def load_published(path, heads=None, text_tokens=77):
     dict, or one of their training checkpoints, of which the average is taken; `trained` of the
     network is what `trained_by` says), a Wan folder in either layout, a U-ViT's .pth, the last
     checkpoint of a training's folder, the checkpoint of a VideoGPT's prior; all in float32. heads,
-    text_tokens: what the files of some do not tell."""
+    text_tokens: what some files do not hold."""
     path, layout = Path(path), "dit"
     if path.is_dir():
         path = max((candidate for form in TRAININGS for candidate in path.glob(form)), default=path,

@@ -162,7 +162,7 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
         prepare_data.verify(home / "data/set")
     assert "is damaged at" in capsys.readouterr().err
     latents.write_bytes(whole)
-    assert "needs to be told its heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
+    assert "needs --heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
 
 
 def test_a_run_does_not_go_on_with_another_autoencoders_latents(home, monkeypatch, capsys):
