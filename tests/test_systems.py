@@ -374,7 +374,7 @@ def test_small_data_and_missing_captions_are_said(home, monkeypatch, capsys):
         {**row, "captions": []} for row in opened(folder)])
     D.main([*command, "--row_tokens", "256", "--batch_tokens", "256"])
     err = capsys.readouterr().err
-    assert "learns without text" in err and "on average" not in err
+    assert "trains without text" in err and "on average" not in err
     D.main([*command[:-1], "--row_tokens", "256", "--batch_tokens", "256", "--steps", "1"])
     data = json.loads((home / "runs/small/config.json").read_text())["data"]
     assert data["text"] is False and data["words"] == []
