@@ -956,8 +956,8 @@ def warn_of_leaps(sampler, timeline, video, last, moves):
 
 
 def drift(path, timeline, means, width=640, height=240):
-    """[segments, 3]: mean red, green and blue of each segment's frames, of those of the frames
-    [T, 3], which it plots over time, with a line at each new segment."""
+    """Plots the frames' mean red, green and blue [T, 3] over time, with a line at each new segment;
+    returns each segment's, [segments, 3]."""
     ends = np.cumsum([segment.stop - segment.start for segment in timeline.segments])[:-1]
     image = Image.new("RGB", (width, height), "white")
     draw, low, high = ImageDraw.Draw(image), means.min() - 2, means.max() + 2
@@ -1807,8 +1807,8 @@ def grid_ends(args):
 
 
 def wan_points(args, shift):
-    """[n + 1] times of Wan's published code and pipelines, in their order of operations: roundings
-    down depend on it."""
+    """[n + 1] times of Wan's published code and pipelines, in their order of operations, which
+    decides where a time is rounded down to."""
     times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
     return F.pad(times, (0, 1))
 

@@ -1400,8 +1400,8 @@ def open_stage(args, folder, begun, device):
     previous = begun or (read_config(init, "denoiser") if init and is_run(init) else {})
     texts = open_texts(args, folder, data, options, None if is_new else
                        previous.get("labels") or [], train_rows, held_out, device)
-    if weights and options.get("classes") != classes:        # another table of them, then
-        print(f"--init {args.init} has other classes: theirs start anew", file=sys.stderr)
+    if weights and options.get("classes") != classes:
+        say(f"--init {args.init} has other classes: their embeddings are trained from scratch")
         weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
     if kind == "gpt":
         check_codes(args, options, vae, name, weights)
