@@ -842,8 +842,8 @@ def advise(args, clips, plan):
             f"{-(-args.batch_tokens // wanted) * wanted}, or shorter or smaller clips")
     if n_rows < 10:
         times = args.steps * args.batch_tokens / args.row_tokens / n_rows
-        say(f"{args.name}: all {n_clips} clips fill {n_rows} rows, {args.steps} steps show each "
-            f"{times:.3g} times: watch the held-out loss; more clips or fewer --steps keep the "
+        say(f"{args.name}: all {n_clips} clips fill {n_rows} rows, and {args.steps} steps show "
+            f"each {times:.3g} times: watch the held-out loss; more clips or fewer --steps keep the "
             "model from memorising them")
 
 
