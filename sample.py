@@ -40,6 +40,7 @@ import contextlib
 import functools
 import hashlib
 import html
+import itertools
 import json
 import math
 import os
@@ -47,6 +48,7 @@ import re
 import shlex
 import sys
 import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -59,10 +61,10 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from kernels.patchify import patchify, unpatchify
 from caption import (CLIP, CLIP_MEAN, CLIP_TOWER, TOWER_MARK, WAN_T5, Scorer, clip_tower, crop,
                      image_processor, load_strictly, normal, open_vlm, published_tensors,
                      read_as_config, read_published, rewrite, to_ours)
+from kernels.patchify import patchify, unpatchify
 from prepare_data import (COLOURS, DEMO_SIZES, DIRECTIONS, FORMS, GAP, PICTURE_ERRORS, STILLS,
                           Unreadable, Video, atomic, contact_sheet, dataset_dir, is_animated,
                           is_left_out, lines_of, number, one_line, open_dataset, read_clip,
@@ -73,11 +75,10 @@ from train_dit import (CONDITIONS, RUNGE_KUTTA, STEPPED, Denoiser, Objective, Pa
                        generate_codes, guide, interpolant, interval, load_denoiser, load_gpt,
                        load_published, open_reader, open_text_encoder, runge_kutta, sample_codes,
                        shifted, target, to_velocity_x0_noise, token_shift, words_of)
-from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian,
-                       gaussians, is_run, load_autoencoder, model_path, normaliser, open_detector,
+from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussian, gaussians,
+                       is_run, load_autoencoder, model_path, normaliser, open_detector,
                        option_parser, read_class, read_config, read_tensors, refuse_others,
-                       save_file, say_once,
-                       setup, sheet_frames, to_frames, to_tensor)
+                       save_file, say_once, setup, sheet_frames, to_frames, to_tensor)
 
 
 # -- the samplers ----------------------------------------------------------------------------------
@@ -88,9 +89,8 @@ from train_vae import (barrier, bench, decode_long, encode_long, frechet, gaussi
 # predict(x, i) -> (x_0, noise, learned variance's share or None) at point i; draw(i): fresh noise.
 def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path="linear"):
     """SiT's stochastic samplers: the flow plus noise of strength(t), which the score removes again.
-    drift_score(x, t) -> (velocity, score). last: how the final step is made: without noise
-    ("mean"), along the flow alone ("euler"), as the estimate of x_0 ("tweedie"), or left out
-    (None)."""
+    drift_score(x, t) -> (velocity, score). last: the final step is without noise ("mean"), along
+    the flow alone ("euler"), the estimate of x_0 ("tweedie"), or left out (None)."""
     def slope(x, t):
         velocity, score = drift_score(x, t)
         return velocity - strength(t) * score
@@ -114,25 +114,9 @@ def sde(drift_score, x, times, strength, draw, method="euler", last="mean", path
     yield x
 
 
-def ddpm(predict, x, tables, draw):
-    """Ancestral sampling over the steps of `tables` (ddpm_tables), the noisiest first. The variance
-    is beta or, where the network predicts a share, interpolated between the posterior's and
-    beta."""
-    n = len(tables["betas"])
-    for i in range(n):
-        x0, _, share = predict(x, i)
-        c = ddpm_at(tables, torch.tensor(n - 1 - i))
-        share = 1.0 if share is None else share
-        logvar = share * c["log_betas"] + (1 - share) * c["posterior_log_variance_clipped"]
-        x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
-        x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
-        yield x
-
-
 def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095): the slope of x_0 comes from the step before.
-    The last step is of first order where it ends without noise, where there are fewer than 15 steps
-    (`lower`), or with `euler`."""
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095). The last step is of first order where it ends
+    without noise, in fewer than 15 steps (`lower`), or with `euler`."""
     half_snr, n, before = (alpha / sigma).log(), len(alpha) - 1, None
     for i in range(n):
         x0, h = predict(x, i)[0], half_snr[i + 1] - half_snr[i]
@@ -145,45 +129,16 @@ def dpm_pp(predict, x, alpha, sigma, order=2, lower=True, euler=False):
         yield x
 
 
-def dpm_fast(predict, x, alpha, sigma):
-    """Singlestep DPM-Solver++ of order 3, with steps of order 2 and 1 at the end, as U-ViT samples.
-    A step covers as many points of the grid as its order; r: where between its ends a point
-    lies."""
-    half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
-    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
-    for order in orders:
-        h = half_snr[i + order] - half_snr[i]
-        # from point i to point j, with a correction by the difference of x_0 at two points
-        reach = lambda j, first, slope=0.0: (
-            (sigma[j] / sigma[i]).to(x) * x + (alpha[j] * bend(j)).to(x) * first
-            + alpha[j].to(x) * slope)
-        bend = lambda j: -torch.expm1(half_snr[i] - half_snr[j])
-        r = [((half_snr[i + k] - half_snr[i]) / h).to(x) for k in range(order)]
-        second = lambda way: (1 - bend(way) / (half_snr[way] - half_snr[i])).to(x)
-        x0 = predict(x, i)[0]
-        if order == 1:
-            x = reach(i + 1, x0)
-        elif order == 2:
-            middle = predict(reach(i + 1, x0), i + 1)[0]
-            x = reach(i + 2, x0, bend(i + 2).to(x) / (2 * r[1]) * (middle - x0))
-        else:
-            middle = predict(reach(i + 1, x0), i + 1)[0]
-            later = reach(i + 2, x0, r[2] / r[1] * second(i + 2) * (middle - x0))
-            x = reach(i + 3, x0, second(i + 3) / r[2] * (predict(later, i + 2)[0] - x0))
-        i += order
-        yield x
-
-
 def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
-    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0 first corrects the step
-    that led to it, then predicts the next one. uncorrected: steps without the corrector. kind: B(h)
-    is exp(-h) - 1 (bh2) or -h (bh1)."""
+    """UniPC (Zhao et al. 2023, 2302.04867) of order 1 to 3: each new x_0 corrects the last step,
+    then predicts the next. uncorrected: steps without the corrector. kind: B(h) is exp(-h) - 1
+    (bh2) or -h (bh1)."""
     half_snr, n = (alpha / sigma).log(), len(alpha) - 1
     start, x0s = None, []                      # the sample each step began at; x_0, latest first
 
     def step(x, i, order, new=None):
-        """From point i to i + 1 by the last `order` x_0 (predictor); with `new`, the x_0 at point
-        i + 1, once more (corrector)."""
+        """From point i to i + 1 by the last `order` x_0 (predictor) and, if given, the `new` x_0
+        at point i + 1 (corrector)."""
         h = half_snr[i + 1] - half_snr[i]
         b = torch.expm1(-h)
         r = [(half_snr[i - k] - half_snr[i]) / h for k in range(1, order)]
@@ -215,49 +170,13 @@ def unipc(predict, x, alpha, sigma, order=2, kind="bh2", uncorrected=()):
         yield x
 
 
-def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1,
-                 with_first=False):
-    """(int64 [n] timesteps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of
-    betas. spacing: diffusers' "linspace", "leading" (from `offset` on) or "trailing", or "karras".
-    final: alpha and sigma of the last point, None: those of timestep 0. with_first: "linspace" ends
-    at timestep 0, as in diffusers' DDIM."""
-    tables = ddpm_tables(schedule, "", 1000, ends)
-    alpha, sigma = tables["alpha"], tables["sigma"]
-    if spacing == "karras":              # evenly in the 7th root of sigma / alpha
-        ratio = sigma / alpha
-        high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
-        ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
-        position = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
-        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(position).round().long()
-        sigma = alpha * ratio
-    else:
-        even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
-        steps = {"linspace": torch.from_numpy(even).flip(0),
-                 "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
-                 "trailing": torch.from_numpy(1000 - np.arange(n) * (1000 / n)).round() - 1}[
-                     spacing].round().long()
-        alpha, sigma = alpha[steps], sigma[steps]
-    ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
-    return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
-
-
-def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
-    """(times, alpha, sigma), each float64 [n + 1], evenly spaced from 1 to `last`. A schedule's
-    1000 steps lie at 0.001, 0.002, …, and log alpha is linear between them (U-ViT's)."""
-    times = np.linspace(1, last, n + 1)
-    log_alphas = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
-    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, log_alphas))
-    return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
-
-
 def drift_score(objective, answer, t):
     """(velocity, score) of an output (velocity, x_0, noise, …) at time t."""
     return answer[0], -answer[2] / interpolant(objective.path, t)[1]
 
 
 def diffusion(path, form, t, norm=1.0):
-    """SiT's diffusion coefficients w(t): the strength of the noise that a stochastic sampler
-    adds."""
+    """SiT's diffusion coefficients w(t): the strength of a stochastic sampler's noise."""
     alpha, sigma, d_alpha, d_sigma = interpolant(path, t)
     return {"constant": norm * torch.ones_like(t), "sigma": norm * sigma, "linear": norm * t,
             "SBDM": norm * sigma * (d_sigma - d_alpha * sigma / alpha),
@@ -270,67 +189,21 @@ FLOW_SAMPLERS = (*RUNGE_KUTTA, "sde", "ddim", "dpm++", "unipc")
 STEPPED_SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc", "dpm-fast")
 
 
-def stepped_points(args, objective):
-    """(the network's timesteps, alpha, sigma), float64 [steps + 1], of a schedule of 1000 steps."""
-    schedule, n, is_ddim = STEPPED[objective.path], args.steps, args.sampler == "ddim"
-    if args.sampler == "dpm-fast":
-        return level_grid(n, schedule)
-    if args.sampler == "ddpm":
-        tables = ddpm_tables(schedule, str(n))
-        timesteps, alpha, sigma = (tables[name].flip(0)
-                                   for name in ("timestep_map", "alpha", "sigma"))
-        alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
-    else:
-        timesteps, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
-    return (timesteps + int(objective.path == "sd")) / 1000, alpha, sigma
-
-
-def strides_back(schedule, n, timesteps, spacing):
-    """(alpha, sigma) that diffusers' DDIM steps to from these timesteps: 1000 // n steps further,
-    which is not always the next point of the grid."""
-    if spacing == "karras":
-        return None
-    tables = ddpm_tables(schedule)
-    steps = (1000 * timesteps).round().long() - 1000 // n - int(schedule == "scaled_linear")
-    return tuple(torch.where(steps < 0, end, tables[name][steps.clamp(min=0)])
-                 for name, end in (("alpha", 1.0), ("sigma", 0.0)))
-
-
-def respread(times, rules):
-    """[n + 1] times with the rules of a folder's scheduler: stretched to end at `terminal`, spaced
-    evenly in the 7th root ("karras") or the logarithm ("exponential"), the last one `final` (-1: as
-    the last but one)."""
-    times, n = times.clone(), len(times) - 1
-    if rules.get("terminal") and n > 1:
-        times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
-    way = torch.linspace(0, 1, n, dtype=torch.float64)
-    if rules.get("spread") == "karras":
-        times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
-    elif rules.get("spread") == "exponential":
-        times[:-1] = torch.lerp(times[0].log(), times[-2].log(), way).exp()
-    final = rules.get("final", 0.0)
-    times[-1] = times[-2] if final < 0 else final
-    return times
-
-
 def flow_points(args, objective, shift):
-    """float64 [steps + 1] times on a straight or curved path; shift: a float, or [N, 1]."""
+    """float64 [steps + 1] times on a path without steps; shift: a float, or [N, 1]."""
     low, high = interval(objective, True)
     ends = args.ends
-    if args.grid in WAN_GRIDS:           # in the published codes' own order: floors hang on it
-        times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
-        times = respread(F.pad(times, (0, 1)), args.rules)
-        return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times
     if args.sampler == "sde":            # SiT's: the last step is one of its own
         first = 1 - 1e-3 * (args.form == "SBDM")
         ends = first, 0.04 - (first - 0.04) / max(1, args.steps - 1)
-    times = low + (high - low) * flow_grid(args.steps, shift, *ends)
+    times = (wan_points(args, shift) if args.grid in WAN_GRIDS else
+             low + (high - low) * flow_grid(args.steps, shift, *ends))
     times = respread(times, args.rules) if args.rules else times
     return times.clamp(max=1 - 1e-6) if args.sampler == "unipc" else times   # it takes log alpha
 
 
 def skipped(args, strength):
-    """How many of the sampler's first steps video to video of this strength leaves out."""
+    """The number of first steps that video to video of this strength leaves out."""
     return min(args.steps - 1, round(args.steps * (1 - strength)))
 
 
@@ -341,10 +214,10 @@ def count_steps(args, strength=1.0):
 
 
 def trajectory(args, objective, read, noise, start, strength, shift, draw):
-    """Yields x [N, C*P] after each step of the sampler that the options name. read(x, the network's
-    timestep, time or (alpha, sigma)) -> (velocity, x_0, noise, variance's share). noise: tokens
-    [N, C*P]; start: those of the video to change, or None; strength: the share of the steps that
-    are made of it; shift: a float, or [N, 1]; draw(i): fresh noise."""
+    """Yields x [N, C*P] after each step of --sampler. read(x, the network's timestep, time or
+    (alpha, sigma)) -> (velocity, x_0, noise, variance's share). noise: tokens [N, C*P]; start:
+    those of the video to change, or None; strength: share of the steps; shift: a float, or [N, 1];
+    draw(i): fresh noise."""
     skip = skipped(args, strength)
     if objective.path in STEPPED:
         timesteps, alpha, sigma = (values[skip:] for values in stepped_points(args, objective))
@@ -396,8 +269,7 @@ class SamplingJob(NamedTuple):
 
 
 class Guided(Packed):
-    """A packed row of clips under classifier-free guidance. Called with the target tokens x
-    [N, C*P], returns velocity, x_0 and noise."""
+    """A packed row of clips under classifier-free guidance."""
 
     def __init__(self, model, jobs, args, time_stride, device, guidance=None):
         self.jobs, self.args, self.time_stride, self.device = jobs, args, time_stride, device
@@ -419,22 +291,9 @@ class Guided(Packed):
                 part = patchify([z.to(device)], model.dit.patch)
                 self.cond_tokens[start:start + len(part)] = part
                 self.cond_mask[start:start + len(part)] = True
-        if model.kind == "wan" and self.cond_mask.any():         # known frames are clean tokens
-            is_known = self.cond_mask[:, 0].repeat(self.n)
-            self.row.table_index[self.row.targets[is_known]] = self.n_rows
-            self.n_rows += 1
-        if model.kind == "wan":          # each text's rows of zeros are one that counts as often
-            texts = move(of_jobs("text") + of_jobs("negative"))[:self.n * len(jobs)]
-            self.row.text, self.row.cu_text, self.row.counts = count_texts(texts)
-        self.extra = None
-        if jobs[0].extra is not None:                        # channels beside those of the clips
-            self.extra = patchify(move(of_jobs("extra")), model.dit.patch)
-            self.tokens = torch.cat([self.tokens, self.extra], 1)
-        if jobs[0].image is not None:
-            images = move(of_jobs("image")) * self.n
-            self.row.image, n = torch.cat(images), len(images[0])
-            self.row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=device)
-        self.momentum, self.unguided = None, None
+        self.extra, self.momentum, self.unguided = None, None, None
+        if model.kind == "wan":
+            adapt_to_wan(self, of_jobs, move)
 
     def network(self, x, timesteps):
         if self.model.kind == "wan":
@@ -444,8 +303,8 @@ class Guided(Packed):
             return super().network(x, timesteps).float()
 
     def __call__(self, x, timesteps, at):
-        """(velocity or None, x_0, noise, share of the variance or None) at the points `at`: times,
-        or (alpha, sigma) of a schedule in steps."""
+        """(velocity or None, x_0, noise, share of the variance or None) at `at`: times, or (alpha,
+        sigma) of a path in steps."""
         objective, args = self.model.objective, self.args
         column = lambda t: torch.as_tensor(t, dtype=torch.float32, device=self.device).expand(
             len(x), 1)
@@ -471,7 +330,7 @@ class Guided(Packed):
         return velocity, x0, noise, share
 
     def guide(self, objective, cond, uncond, scale, x, at):
-        """The guided output of the conditional and the unconditional one; scale: [N, 1]."""
+        """The guided output; scale: [N, 1]."""
         args, width = self.args, x.shape[1]
         if args.apg:
             x0, other = (to_velocity_x0_noise(objective, output, x, at)[1]
@@ -511,8 +370,7 @@ class Guided(Packed):
 
 
 def back(objective, x0, x, at, output):
-    """The network output that stands for this x_0; further channels of `output` stay as they
-    are."""
+    """The network output of this x_0; further channels are those of `output`."""
     alpha, sigma = at if objective.path in STEPPED else interpolant(objective.path, at)[:2]
     noise = (x - alpha * x0) / sigma
     if objective.path in STEPPED:
@@ -525,8 +383,8 @@ def back(objective, x0, x, at, output):
 
 
 class Parts:
-    """Text encoder, denoiser and autoencoder, each opened on first use; with `offload` only one of
-    them is in memory at a time."""
+    """Text encoder, denoiser and autoencoder, opened on first use; with `offload` only one of them
+    is in memory."""
 
     def __init__(self, openers, offload):
         self.openers, self.offload, self.opened = openers, offload, {}
@@ -539,18 +397,19 @@ class Parts:
         return self.opened[name]
 
 
+@dataclass
 class Segment:
-    """A part of a timeline, of n frames: normalised latents [C, T', H', W'], or frames uint8
-    [T, H, W, 3]. The video shows its frames from `start` to `stop`."""
-
-    def __init__(self, n, latents=None, frames=None, start=0, stop=None):
-        self.n, self.latents, self.frames, self.start = n, latents, frames, start
-        self.stop = n if stop is None else stop
+    """A part of a timeline: normalised latents [C, T', H', W'], or frames uint8 [T, H, W, 3]. The
+    video shows its frames from `start` to `stop`."""
+    stop: int
+    latents: torch.Tensor = None
+    frames: object = None
+    start: int = 0
 
 
 class Timeline:
-    """A request in work: its segments in order, the steps [(role, prompt)] that sample them, and
-    the media files that they are conditioned on."""
+    """A request's segments of n frames, the steps [(role, prompt)] that sample them, and the media
+    files that they are conditioned on."""
 
     def __init__(self, request, shape, n_frames, todo, files):
         self.request, self.shape, self.n, self.todo = request, shape, n_frames, todo
@@ -563,9 +422,8 @@ class Timeline:
 
 
 def position_scale(data, height, width):
-    """The factor on y and x positions in a frame larger than all that a run was trained on, which
-    brings its sides and area back to those seen in training: rotary angles beyond them make a shape
-    appear twice (position interpolation, 2306.15595)."""
+    """The factor on y and x positions that brings a frame's sides and area back to the largest of
+    training: beyond them a shape appears twice (position interpolation, 2306.15595)."""
     if not data:
         return 1.0
     side, area = (max(how(size[:2]) for size in data["sizes"]) for how in (max, math.prod))
@@ -589,13 +447,14 @@ def groups_of(requests):
     for k in range(max(map(len, todos))):
         for i, todo in enumerate(todos):
             if k < len(todo):
-                strength = requests[i]["strength"] if todo[k][0] == "change" else 1.0
-                groups.setdefault((strength, k, todo[k][0] == "change"), []).append(i)
+                is_change = todo[k][0] == "change"
+                strength = requests[i]["strength"] if is_change else 1.0
+                groups.setdefault((strength, k, is_change), []).append(i)
     return [(strength, k, members) for (strength, k, _), members in groups.items()]
 
 
 class Sampler:
-    """A model that samples requests; `request_of` says what a request holds."""
+    """A model that samples requests (see `request_of`)."""
 
     def __init__(self, args, device, config=None):
         openers, info = (open_run(args, config, device) if config else
@@ -612,16 +471,11 @@ class Sampler:
         resolve(args, info, model.objective, self.stride)
 
     def latent_shape(self, frames, height, width):
-        """(C, T', H', W') of the smallest grid that covers the video; the excess is cropped after
-        decoding."""
+        """(C, T', H', W') of the smallest grid that covers the video."""
         pt, ph, pw = self.patch
         up = lambda n, stride, patch: -(-n // (stride * patch)) * patch
         return (self.z_dim, up(frames - 1 + self.time_stride, self.time_stride, pt),
                 up(height, self.stride, ph), up(width, self.stride, pw))
-
-    def conditions(self, request):
-        """A request's values of the conditions that the run was trained with (--conditions)."""
-        return [CONDITIONS[name](request) for name in self.info.get("conditions", ())]
 
     @torch.no_grad()
     def encode(self, frames):
@@ -631,7 +485,7 @@ class Sampler:
 
     @torch.no_grad()
     def decode(self, latents):
-        """Yields uint8 [t, H, W, 3], chunk by chunk: memory does not grow with the length."""
+        """Yields uint8 [t, H, W, 3], chunk by chunk."""
         z = (latents * self.std + self.mean)[None].to(self.device)
         for part in decode_long(self.part("vae")[0], z, self.args.chunk):
             yield to_frames(part[0])
@@ -645,7 +499,7 @@ class Sampler:
         elif self.info.get("takes"):
             asked = ()
         if asked:
-            refuse(f"--{min(asked)}: {self.args.name} cannot: it was not trained to be given that "
+            refuse(f"--{min(asked)}: {self.args.name} was not trained with conditioning frames "
                    "(train_dit.py --given)")
         C, T, H, W = self.latent_shape(request["frames"], request["height"], request["width"])
         raw = "image" if "reads_image" in self.info else None           # `give_image` scales it
@@ -660,16 +514,15 @@ class Sampler:
             request = {**request, "frames": min(len(files["video"]), request["frames"])}
         timeline = Timeline(request, (C, T, H, W), 1 + (T - 1) * self.time_stride, todo, files)
         if "video" in files and not request.get("strength"):
-            timeline.segments.append(Segment(len(files["video"]), frames=files["video"]))
+            timeline.segments.append(Segment(len(files["video"]), None, files["video"]))
         return timeline
 
     def context(self, timeline, segment, at_end):
-        """(latents, number of frames) of a segment's last or first frames, decoded and encoded
-        separately: half a clip's latents, as in training. With more of them, or with latents that
-        were made with a past, shapes dissolve."""
+        """(latents, number of frames) of a segment's last or first frames, encoded separately: half
+        a clip's latents, as in training. With more, or latents that saw a past, shapes dissolve."""
         frames = segment.frames
         most = self.args.context or 1 + (max(2, timeline.shape[1] // 2) - 1) * self.time_stride
-        if frames is None:               # a long one is decoded in parts, of which the last stay
+        if frames is None:               # decoded in parts, the last frames are kept
             frames = np.zeros((0, 1, 1, 3), np.uint8)
             for part in self.decode(segment.latents):
                 frames = np.concatenate([frames[-most:], part]) if len(frames) else part
@@ -715,9 +568,10 @@ class Sampler:
         changed = () if role != "change" else (
             self.encode(timeline.files["video"]), request["strength"])
         first_latent = cond_latents[0][0] if cond_latents and first is not None else None
+        conditions = [CONDITIONS[name](request) for name in self.info.get("conditions", ())]
         job = SamplingJob(
             timeline.shape, request["fps"], texts[prompt], texts[request["negative"]], draws[0],
-            cond_latents, self.conditions(request), first_latent, *changed,
+            cond_latents, conditions, first_latent, *changed,
             key=(request["seed"], k, request["prompt"]), position_scale=position_scale(
                 self.info.get("data"), request["height"], request["width"]))
         return self.info["adapt"](self, job, first) if "adapt" in self.info else job
@@ -725,7 +579,7 @@ class Sampler:
     @torch.no_grad()
     def denoise(self, jobs, progress=None, watch=None):
         """Normalised latents [C, T', H', W'] of each job. watch(packed, value) is called with each
-        output of the network, a tuple that it returns, and with each x."""
+        output of the network, which it returns, and with each x."""
         model, args = self.part("denoiser"), self.args
         packed = Guided(model, jobs, args, self.time_stride, self.device)
         objective = model.objective
@@ -749,12 +603,11 @@ class Sampler:
         return [z.cpu() for z in packed.latents(x)]
 
     def __call__(self, requests):
-        """Samples all requests and returns their timelines. A request's noise does not depend on
-        the others."""
+        """Samples all requests and returns their timelines."""
         timelines = [self.open_timeline(request) for request in requests]
-        prompts = {request["negative"]: 0 for request in requests}
-        prompts |= {prompt: 0 for timeline in timelines for _, prompt in timeline.todo}
-        texts = {prompt: self.part("text")(prompt) for prompt in prompts}
+        prompts = [request["negative"] for request in requests] + [
+            prompt for timeline in timelines for _, prompt in timeline.todo]
+        texts = {prompt: self.part("text")(prompt) for prompt in dict.fromkeys(prompts)}
         with self.shown([requests]) as bar:
             for strength, k, members in groups_of([timeline.request for timeline in timelines]):
                 group = [timelines[i] for i in members]
@@ -774,34 +627,29 @@ class Sampler:
         return tqdm(desc="sample", unit="step", total=total, disable=self.args.quiet)
 
     def add(self, timeline, role, z):
-        """Adds the segment that was sampled; frames that its neighbours hold too are not shown."""
-        segment = Segment(timeline.n, z)
-        if role == "after" and "adapt" in self.info:
-            segment.start = 1
+        """Adds the sampled segment; frames that its neighbours hold too are not shown."""
+        is_repeat = role == "between" or role == "after" and "adapt" in self.info
+        segment = Segment(timeline.n, z, start=int(is_repeat))
         if role == "between":
-            segment.start, segment.stop = 1, max(2, timeline.n - 1)
+            segment.stop = max(2, timeline.n - 1)
         timeline.segments.insert(0 if role == "before" else len(timeline.segments), segment)
         if role == "between" and "to" in timeline.files:
             end = timeline.files["to"]
-            timeline.segments.append(Segment(len(end), frames=end))
+            timeline.segments.append(Segment(len(end), None, end))
 
     def frames(self, timeline):
         """Yields a timeline's frames, uint8 [H, W, 3], cropped to the size of the request."""
         left = timeline.count()
         for segment in timeline.segments:
-            at = 0
-            is_given = segment.latents is None
-            for part in [segment.frames] if is_given else self.decode(segment.latents):
-                for frame in part:
-                    frame = center_crop(frame[None], timeline.request)[0]
-                    if segment.start <= at < segment.stop and left:
-                        left -= 1
-                        yield frame
-                    at += 1
+            parts = [segment.frames] if segment.latents is None else self.decode(segment.latents)
+            for at, frame in enumerate(itertools.chain.from_iterable(parts)):
+                if segment.start <= at < segment.stop and left:
+                    left -= 1
+                    yield center_crop(frame[None], timeline.request)[0]
 
 
 def center_crop(video, request):
-    """Frames [T, H, W, 3] cropped about the centre to the size of the request."""
+    """Frames [T, H, W, 3], cropped about the centre to a request's size."""
     top, left = ((side - want) // 2 for side, want in
                  zip(video.shape[1:3], (request["height"], request["width"])))
     return video[:, top:top + request["height"], left:left + request["width"]]
@@ -809,17 +657,17 @@ def center_crop(video, request):
 
 def resize_and_crop(frame, height, width):
     """uint8 [1, height, width, 3]: a frame scaled to cover that size, cropped about the centre."""
-    scale = max(height / frame.shape[0], width / frame.shape[1])
-    size = [max(want, round(side * scale)) for side, want in
-            zip(frame.shape[1::-1], (width, height))]
-    if size != list(frame.shape[1::-1]):
+    sides = frame.shape[1::-1]
+    scale = max(height / sides[1], width / sides[0])
+    size = [max(want, round(side * scale)) for side, want in zip(sides, (width, height))]
+    if size != list(sides):
         frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
     return center_crop(frame[None], {"height": height, "width": width})
 
 
 def read_media(path, fps, height, width):
-    """A video at `fps` or a still, scaled to cover and cropped about the centre (as it is where
-    height is None): uint8 [T, height, width, 3], or a Film of that shape where it is large."""
+    """A video at `fps` or a still, resized and cropped unless height is None: uint8
+    [T, height, width, 3], or a Film where that is large."""
     path = Path(path)
     try:
         if path.suffix.lower() in STILLS and not is_animated(path):
@@ -831,12 +679,12 @@ def read_media(path, fps, height, width):
         refuse(f"{path} cannot be read: {' '.join(map(str, error.args))}")
 
 
-FILM_BYTES = 2**27
+FILM_BYTES = 2**27           # bytes of a video that is held in memory
 
 
 class Film:
-    """A video's frames at `fps`, to be indexed like an array uint8 [T, height, width, 3]; decoded
-    on access, so that a long video does not have to fit in memory."""
+    """A video's frames at `fps`, decoded on access; indexed like an array uint8
+    [T, height, width, 3]."""
 
     def __init__(self, path, fps, height, width):
         video = Video(path)
@@ -854,7 +702,7 @@ class Film:
         self.shape = len(self.frame_numbers), *sides, 3
 
     def __len__(self):
-        return len(self.frame_numbers)
+        return self.shape[0]
 
     def __iter__(self):
         return self.walk(self.frame_numbers)
@@ -881,8 +729,8 @@ REQUEST_FIELDS = ("prompt", "negative", "seed", "fps", "motion", *TASKS)
 
 
 def request_of(args, row):
-    """A request: a dict of prompt, negative, frames, height, width, fps, seed and the tasks asked
-    for. Values come from `row`, which has at least a prompt, else from the options."""
+    """A request: a dict of prompt, negative, frames, height, width, fps, seed and TASKS. Values
+    come from `row`, which has at least a prompt, else from the options."""
     request = {name: row.get(name, getattr(args, name, None)) for name in REQUEST_FIELDS}
     request["height"], request["width"] = row.get("size", args.size)
     seconds = row.get("seconds", args.seconds)
@@ -900,18 +748,17 @@ def request_of(args, row):
                  ("strength", "loop")):
         if len(has(*both)) == 2:
             refuse(f"{' and '.join(has(*both))} do not go together")
-    if request.get("strength") and not request.get("video"):
+    if has("strength") and not has("video"):
         refuse("--strength changes a video: name it by --video")
-    if request.get("video") and not has("extend", "then", "to", "loop", "strength"):
-        refuse("--video FILE: say what is to come of it: --extend, --then, --to, --loop or "
-               "--strength")
-    odd = request["height"] % 2 or request["width"] % 2
-    if odd and args.format == "mp4" and (
+    if has("video") and not has("extend", "then", "to", "loop", "strength"):
+        refuse("--video FILE needs one of --extend, --then, --to, --loop, --strength")
+    is_odd = request["height"] % 2 or request["width"] % 2
+    if is_odd and args.format == "mp4" and (
             request["frames"] > 1 or has("video", "to", "loop", "extend", "then")):
         asked = f"{request['height']}x{request['width']}"
         request |= {name: max(2, request[name] // 2 * 2) for name in ("height", "width")}
-        print(f"an MP4's sides are even: {asked} is cut to {request['height']}x{request['width']} "
-              "(--format png keeps it)", file=sys.stderr)
+        print(f"an MP4 has even sides: {asked} is cropped to {request['height']}x"
+              f"{request['width']} (--format png keeps it)", file=sys.stderr)
     for name in has(*GIVEN_FILES):
         path = Path(request[name[2:]])
         if not path.is_file():
@@ -922,12 +769,12 @@ def request_of(args, row):
 
 def read_prompts(args):
     """The requests of --prompts FILE: .jsonl, a dict a line, or text, a prompt a line. Values are
-    parsed like the options of the same names."""
+    parsed like options."""
     path, requests, names = Path(args.prompts), [], (*REQUEST_FIELDS, "size", "seconds", "frames")
     if not path.is_file():
         refuse(f"--prompts {path}: no such file")
     if path.suffix.lower() in (".csv", ".tsv", ".json"):
-        refuse(f"--prompts {path}: want text, a prompt a line, or .jsonl, a dict a line such as "
+        refuse(f"--prompts {path}: give text, a prompt a line, or .jsonl, a dict a line such as "
                '{"prompt": "a boat"}')
     lines = lines_of(read_text(path, "--prompts"))
     parser = option_parser(__doc__)
@@ -939,7 +786,7 @@ def read_prompts(args):
         try:
             row = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise ValueError("want a dict with a prompt, a text")
+                raise ValueError("not a dict with a prompt, a text")
         except (ValueError, RecursionError) as error:
             parser.error(error)
         if {"frames", "seconds"} <= {*row}:
@@ -957,26 +804,28 @@ def read_prompts(args):
 
 SETTINGS = ("sampler", "steps", "cfg", "cfg_interval", "cfg_channels", "rescale", "apg", "shift",
             "eta", "form", "norm", "spacing", "context", "temperature", "dtype", "crf", "format")
+SOURCES = ("vae", "checkpoint", "text_encoder", "heads")
 
 
 def settings_of(request, args):
-    """{name: value}: settings of a request and of the options that differ from their defaults."""
+    """{name: value} of a request's settings and of options that differ from their defaults."""
     usual, plain = args.defaults, lambda value: list(value) if isinstance(value, tuple) else value
     now = {name: plain(getattr(args, name)) for name in SETTINGS} | {
-        name: args.explicit[name] for name in ("vae", "checkpoint", "text_encoder", "heads")
-        if name in args.explicit}
-    now |= {name: request.get(name) for name in (*REQUEST_FIELDS, "frames")
-            if name not in ("prompt", "seed")}
+        name: args.explicit[name] for name in SOURCES if name in args.explicit}
+    now |= {name: request.get(name) for name in (*REQUEST_FIELDS[1:], "frames") if name != "seed"}
     now["size"], length = [request["height"], request["width"]], usual.get("frames") or max(
         1, round((usual.get("seconds") or 0) * usual["fps"]))
     return {name: value for name, value in now.items() if value is not None and
             value != (length if name == "frames" else plain(usual.get(name)))}
 
 
+def hash_of(facts):
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def stem_of(request, args):
-    """The name of a video's files: of its prompt, in whatever script, or of symbols alone what they
-    are called, its seed and, by a hash, everything that is not as usual. File systems count bytes:
-    of the prompt 120 stay."""
+    """The name of a video's files: prompt (at most 120 bytes; names of symbols where it has no
+    letters), seed, tasks, and a hash of settings that are not the defaults."""
     text = unicodedata.normalize("NFC", request["prompt"])
     if not any(unicodedata.category(c)[0] in "LN" for c in text):
         text = " ".join(spelled(c) for c in text if unicodedata.category(c)[0] == "S")
@@ -989,7 +838,7 @@ def stem_of(request, args):
 
 
 def read_facts(path):
-    """The dict of a sample's JSON file; {} where there is none, or it cannot be read."""
+    """The dict of a sample's JSON file, {} where it cannot be read."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -998,9 +847,9 @@ def read_facts(path):
 
 
 def path_of(sampler, request, path, args):
-    """`path`, or with a hash of all its facts behind it where a JSON file of that name describes
-    another sample, such as one of an older checkpoint."""
-    facts = json.loads(json.dumps(facts_of(sampler, request, args)))
+    """`path`, or with a hash appended where its JSON file describes another sample, such as one
+    of an older checkpoint."""
+    facts = facts_of(sampler, request, args)
     now = {name: facts[name] for name in ("wish", "how", "weights", "autoencoder")}
     there = read_facts(path.with_suffix(".json"))
     is_free = not there or all(there.get(name) == value for name, value in now.items())
@@ -1008,25 +857,26 @@ def path_of(sampler, request, path, args):
 
 
 def facts_of(sampler, request, args):
-    """All that it takes to make a video again: request, settings, weights, command, versions."""
+    """What reproduces a video: request, settings, weights, command, versions."""
     how = {name: getattr(args, name) for name in SETTINGS}
     sources = {name: sampler.info.get(name) for name in ("weights", "autoencoder")}
     options = [str(args.name), "--prompt", request["prompt"], "--size",
                f"{request['height']}x{request['width']}", "--frames", str(request["frames"])]
-    own = {name: value for name, value in args.explicit.items() if name in how or name in (
-        "vae", "checkpoint", "text_encoder", "heads", "chunk", "device", "offload")}
+    own = {name: value for name, value in args.explicit.items() if name in (
+        *SETTINGS, *SOURCES, "chunk", "device", "offload")}
     asked = {name: request[name] for name in REQUEST_FIELDS[1:] if name in request}
     for name, value in {**asked, **own}.items():
         many = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
         options += [f"--{name}", *map(str, many)]
     command = " ".join(["python sample.py", *map(shlex.quote, options)])
-    return {"wish": request, "how": how, **sources, "model": str(args.name), "command": command,
-            "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+    return json.loads(json.dumps({                           # with lists for tuples, as in the file
+        "wish": request, "how": how, **sources, "model": str(args.name), "command": command,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__}}))
 
 
 class Delays(list):
-    """How long each picture is shown, in ms, a multiple of the format's unit (10 ms in a GIF).
-    Delays alternate so that their mean is right: 24 frames a second do not become 25."""
+    """The pictures' durations, ms, multiples of the format's unit (10 ms in a GIF); they alternate
+    so that their mean is right."""
 
     def __init__(self, fps, unit):
         self.at = lambda n: round(n * 1000 / (fps * unit)) * unit
@@ -1036,8 +886,8 @@ class Delays(list):
 
 
 def save_frames(path, frames, fps, args):
-    """Writes frames, uint8 [H, W, 3], one by one; returns the path: path.mp4, path.gif, path.webp
-    or, with --format png, the folder path/."""
+    """Writes frames, uint8 [H, W, 3], in --format; returns path.mp4, .gif, .webp, or for png the
+    folder path/."""
     pictures = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
     if args.format == "mp4":
         write_video(path.with_suffix(".mp4"), frames, fps, args.crf)
@@ -1054,7 +904,7 @@ def save_frames(path, frames, fps, args):
 
 
 def write_timeline(sampler, timeline, path, args, request):
-    """Writes a timeline's video while it is decoded, then its contact sheet, then its JSON file
+    """Writes a timeline's video while it is decoded, its contact sheet and, last, its JSON file
     with `request` as the user gave it; returns the video's path."""
     n, shown, means, moves = timeline.count(), [], [], []
     wanted = set(np.linspace(0, n - 1, 8).round().astype(int).tolist())
@@ -1075,12 +925,11 @@ def write_timeline(sampler, timeline, path, args, request):
         video = save_frames(path, frames(), timeline.request["fps"], args)
         contact_sheet(path.with_suffix(".png"), [(shown, label_of(timeline.request))])
         if len(timeline.segments) == 1 and timeline.files.keys() & {"image", "last"}:
-            tell_strange(sampler, timeline, video, shown[-1], moves)
+            warn_of_leaps(sampler, timeline, video, shown[-1], moves)
     facts = facts_of(sampler, request, args) | {
         "file": video.name, "n_frames": n, "settings": settings_of(request, args)}
     if len(timeline.segments) > 2:
-        plot_drift(path.with_name(f"{path.name}-drift.png"), timeline, np.array(means))
-        facts["drift"] = drift(timeline, np.array(means))
+        facts["drift"] = drift(path.with_name(f"{path.name}-drift.png"), timeline, np.array(means))
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     return video
 
@@ -1090,37 +939,31 @@ def apart(a, b):
     return float(np.abs(np.float32(a) - b).mean())
 
 
-def tell_strange(sampler, timeline, video, last, moves):
-    """Says in a line where a clip does not keep to the picture at one of its ends: it is read, but
-    of what is unlike its data a run has not learnt what comes after or before."""
+def warn_of_leaps(sampler, timeline, video, last, moves):
+    """Warns where a clip does not keep to its conditioning frames, as with pictures unlike the
+    training data."""
     texts = []
     if "image" in timeline.files and len(moves) > 2 and (
             moves[1] > max(10, 4 * np.median(moves[2:]))):
-        texts.append(f"leaves --image behind its first frame, by {moves[1]:.0f} of 255 levels")
+        texts.append(f"leaves --image after its first frame, by {moves[1]:.0f} of 255 levels")
     if "last" in timeline.files:
         seen = next(iter(sampler.decode(sampler.encode(timeline.files["last"][:1]))))
         if (off := apart(last, center_crop(seen, timeline.request)[0])) > 10:
             texts.append(f"ends {off:.0f} of 255 levels off --last")
     if texts:
-        tqdm.write(f"warning: {video.name} {' and '.join(texts)}: {sampler.args.name} learnt from "
-                   "nothing like it; take pictures like its data's, and a prompt that suits them",
-                   sys.stderr)
+        tqdm.write(f"warning: {video.name} {' and '.join(texts)}: take pictures like the training "
+                   f"data of {sampler.args.name}, and a prompt that suits them", sys.stderr)
 
 
-def drift(timeline, means):
-    """[segments, 3]: mean red, green and blue of each segment's frames, levels of 255."""
-    ends = np.cumsum([segment.stop - segment.start for segment in timeline.segments])
-    return [part.mean(0).round(3).tolist() for part in np.split(means, ends[:-1]) if len(part)]
-
-
-def plot_drift(path, timeline, means, width=640, height=240):
-    """Plots the frames' mean red, green and blue [T, 3] over time, with a line at each new
-    segment."""
+def drift(path, timeline, means, width=640, height=240):
+    """Plots the frames' mean red, green and blue [T, 3] over time, with a line at each new segment;
+    returns each segment's, [segments, 3]."""
+    ends = np.cumsum([segment.stop - segment.start for segment in timeline.segments])[:-1]
     image = Image.new("RGB", (width, height), "white")
     draw, low, high = ImageDraw.Draw(image), means.min() - 2, means.max() + 2
     point = lambda t, level: (40 + (width - 60) * t / max(1, len(means) - 1),
                               height - 20 - (height - 40) * (level - low) / (high - low))
-    for end in np.cumsum([segment.stop - segment.start for segment in timeline.segments])[:-1]:
+    for end in ends:
         draw.line([point(end - 0.5, low), point(end - 0.5, high)], fill=(220, 220, 220))
     for channel, colour in enumerate(((220, 60, 50), (40, 160, 60), (50, 90, 230))):
         points = [point(t, level) for t, level in enumerate(means[:, channel])]
@@ -1130,6 +973,7 @@ def plot_drift(path, timeline, means, width=640, height=240):
     draw.text((44, 4), f"mean level of red, green and blue, {len(means)} frames", fill="black")
     with atomic(path) as part:
         image.save(part, "PNG")
+    return [part.mean(0).round(3).tolist() for part in np.split(means, ends) if len(part)]
 
 
 PAGE = """<!doctype html>
@@ -1167,8 +1011,7 @@ for (const prompt of document.querySelectorAll('.prompt'))
 
 
 def plain(text):
-    """HTML of a text: markup is escaped, and what does not print (escape sequences, line breaks,
-    marks that change the direction of writing) becomes a space."""
+    """HTML of a text: markup is escaped, characters that do not print become spaces."""
     return html.escape("".join(c if c.isprintable() else " " for c in str(text)))
 
 
@@ -1178,8 +1021,8 @@ def prompt_of(request):
 
 
 def read_samples(folder):
-    """([(JSON file, facts, settings as texts)] of the samples in a folder whose video or picture
-    exists, the newest first; names of .json files that describe no sample)."""
+    """([(JSON file, facts, settings as texts)] of a folder's samples, the newest first; names of
+    .json files that describe no sample)."""
     samples, others = [], []
     for path in folder.glob("[!.]*.json"):       # those with a dot in front are being written
         facts = read_facts(path)
@@ -1202,13 +1045,13 @@ def tasks_of(request):
 
 
 def label_of(request):
-    """What stands below a sample on a sheet; its end may be cut off."""
+    """A sample's label on a sheet."""
     tasks = ", ".join(tasks_of(request))
     return f"{tasks}{': ' * bool(tasks)}{request['prompt']} (seed {request['seed']})"
 
 
 def texts_of(facts):
-    """A sample's settings as texts for people, without its prompt and seed."""
+    """A sample's settings as texts, without its prompt and seed."""
     request, how, more = facts["wish"], facts["how"], facts.get("settings", {})
     texts = [f"{facts['n_frames']} frames of {request['height']}x{request['width']} at "
              f"{request['fps']:g}/s"]
@@ -1233,8 +1076,8 @@ def figure(path, facts, settings, with_prompt=True):
 
 
 def write_page(folder, samples):
-    """Writes folder/index.html: all samples, the newest first; prompts that were sampled with
-    several settings in a table, one row a prompt, one column a setting."""
+    """Writes folder/index.html: all samples, the newest first; prompts with several settings in a
+    table, a row a prompt, a column a setting."""
     prompts = {}
     for row in samples:
         prompts.setdefault(row[1]["wish"]["prompt"], {}).setdefault(row[2], []).append(row)
@@ -1262,8 +1105,7 @@ def write_page(folder, samples):
 
 
 def frames_of_sheet(path, is_still):
-    """The frames on a sample's contact sheet (one row of squares of 96 px); of a still the
-    picture."""
+    """The frames on a sample's contact sheet (squares of 96 px); of a still the picture."""
     with Image.open(path) as sheet:
         sheet = sheet.convert("RGB")
     if is_still:
@@ -1287,14 +1129,14 @@ def finish(out, most=64):
         contact_sheet(out / "sheet.png", rows)
     if others:
         print(f"{out}: {', '.join(map(ascii, others[:4]))}{', …' * (len(others) > 4)}: not of "
-              "samples, left alone", file=sys.stderr)
+              "samples, ignored", file=sys.stderr)
     sheet = f"; sheet.png the newest {len(rows)}" if len(rows) > 1 else ""
     print(f"{out / 'index.html'} shows the {len(samples)} sample{'s' * (len(samples) > 1)} of this "
           f"folder{sheet}", file=sys.stderr)
 
 
-def not_learnt(requests, data, labels=None):
-    """What the requests ask for beyond the run's training data, as texts."""
+def outside_of_training(requests, data, labels=None):
+    """What in the requests lies outside of the run's training data, as texts."""
     outside, vocabulary = [], set(data["words"])
     for name, unit, values in (
             ("side", " px", [one[side] for one in requests for side in ("height", "width")]),
@@ -1303,11 +1145,11 @@ def not_learnt(requests, data, labels=None):
         low, high = data[f"{name}_range"] or (None, None)
         off = sorted({value for value in values if low and not low <= value <= high})
         if off:
-            outside.append(f"{', '.join(f'{value:g}' for value in off[:4])}{unit} (it learnt "
+            outside.append(f"{', '.join(f'{value:g}' for value in off[:4])}{unit} (trained on "
                          f"{low:g}{f' to {high:g}' if high > low else ''})")
     texts = [text for request in requests for text in (request["prompt"], *request.get("then", ()))]
     if not data["text"]:
-        return outside + ["prompts (it learnt without text)"] * (not labels and any(texts))
+        return outside + ["prompts (trained without text)"] * (not labels and any(texts))
     words = [word for word in dict.fromkeys(words_of(" ".join(texts))) if word not in vocabulary]
     more = f" and {len(words) - 8} more" if len(words) > 8 else ""
     text = f"the word{'s' * (len(words) > 1)} {', '.join(words[:8])}{more}"
@@ -1324,20 +1166,19 @@ def sample(args, folder):
     requests = rewritten(args, requests, device) if args.rewrite else requests
     if any("motion" in request for request in requests) and "motion" not in (
             sampler.info.get("conditions") or ()):
-        refuse(f"--motion: {args.name} has no use for it, it was not trained with --conditions "
-               "motion: leave it out")
+        refuse(f"--motion: {args.name} was not trained with --conditions motion: leave it out")
     data = sampler.info.get("data")
-    strange = not_learnt(requests, data, sampler.info.get("labels")) if data and rank == 0 else ()
-    if strange:
-        print(f"warning: outside of what {args.name} learnt, expect less: {'; '.join(strange)}",
-              file=sys.stderr)
+    if data and rank == 0 and (
+            strange := outside_of_training(requests, data, sampler.info.get("labels"))):
+        print(f"warning: outside of the training data of {args.name}, expect less: "
+              f"{'; '.join(strange)}", file=sys.stderr)
     stems = [stem_of(request, args) for request in requests]
     if args.prompts or len({stem.casefold() for stem in stems}) < len(stems):
         stems = [f"{i:05d}-{stem}" for i, stem in enumerate(stems)]
     batches = [range(len(requests))[i:i + args.batch] for i in range(0, len(requests), args.batch)]
-    out = out_of(args, folder)
+    out = Path(args.out or folder / "samples")
     paths = [path_of(sampler, request, out / stem, args) for request, stem in zip(requests, stems)]
-    # whole batches: what a video shares a row with must not depend on where a run was stopped
+    # whole batches: what a video shares a row with must not depend on where a call stopped
     batches = [batch for batch in batches[rank::world] if not args.prompts or not all(
         is_made(sampler, requests[i], paths[i], args) for i in batch)]
     todo = [[requests[i] for i in batch] for batch in batches]
@@ -1362,8 +1203,8 @@ def sample(args, folder):
 
 
 def get_ready(sampler, requests):
-    """Opens what the requests need and reads their classes, so that what does not fit is refused
-    before the progress bar appears. With --offload parts are opened one by one, later."""
+    """Opens what the requests need and reads their classes, so that wrong ones are refused before
+    the progress bar appears; with --offload later."""
     if not requests or sampler.args.offload or not hasattr(sampler, "part"):
         return
     read, info = sampler.part("text"), sampler.info
@@ -1373,14 +1214,9 @@ def get_ready(sampler, requests):
         sampler.part("image")
 
 
-def out_of(args, folder):
-    """The folder that samples go to."""
-    return Path(args.out) if args.out else folder / "samples"
-
-
 def rewritten(args, requests, device):
-    """--rewrite: the requests with prompts that a language model wrote out in the manner of the
-    run's captions, where its data set is at hand; `asked` holds the original prompt."""
+    """--rewrite: the requests with prompts that a language model rewrote, like the captions of the
+    run's data set where that exists; `asked` holds the original prompt."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32   # as captions are made
     lm, texts, config = open_vlm(args.rewrite, device, dtype), {}, config_of(args.name)
     data = config["args"].get("name") if config else None
@@ -1395,11 +1231,10 @@ def rewritten(args, requests, device):
 
 
 def is_made(sampler, request, path, args):
-    """Whether a sample exists and its JSON file, which is written last, describes just this one."""
+    """Whether a sample exists and its JSON file, which is written last, describes this request."""
     facts = read_facts(path.with_suffix(".json"))
-    now = json.loads(json.dumps(facts_of(sampler, request, args)))
-    return all(facts.get(name) == value for name, value in now.items()) and (
-        path.parent / str(facts.get("file"))).exists()
+    return (path.parent / str(facts.get("file"))).exists() and all(
+        facts.get(name) == value for name, value in facts_of(sampler, request, args).items())
 
 
 def made(sampler, requests, args, rank=0, world=1):
@@ -1413,33 +1248,29 @@ def made(sampler, requests, args, rank=0, world=1):
 
 
 def resolve(args, info, objective, stride):
-    """Fills in the options that depend on the model, and refuses those that it has no use for."""
+    """Fills in the options that depend on the model, and refuses unused ones."""
+    is_own, data = info["kind"] == "own", info.get("data")
     defaults = {"shift": info.get("shift", 1.0), "fps": 10.0, "negative": info.get("negative", ""),
-             "rescale": 0.0, **KINDS[info["kind"]]}
-    defaults["sampler"] = info.get("sampler", defaults["sampler"])
-    if info["kind"] == "own" and objective.path in STEPPED:
-        defaults["sampler"] = "ddim"
-    data = info.get("data")
-    if data:                             # what the run learnt most often
+                "rescale": 0.0, **KINDS[info["kind"]]}
+    defaults["sampler"] = "ddim" if is_own and objective.path in STEPPED else info.get(
+        "sampler", defaults["sampler"])
+    if data:                             # the most frequent ones
         defaults |= {"size": tuple(data["size"]), "fps": data["fps"] or defaults["fps"]}
         defaults["seconds"] = data["frames"] / defaults["fps"]
-        defaults |= {} if data["text"] else {"cfg": 1.0}        # nothing to guide by: one pass
+        defaults |= {} if data["text"] else {"cfg": 1.0}        # no conditioning: one pass
     args.defaults |= {"size": (info.get("cells", 0) * stride,) * 2} | defaults
-    if args.frames or args.seconds:
-        defaults = {name: value for name, value in defaults.items()
-                    if name not in ("frames", "seconds")}
+    has_length = args.frames or args.seconds
     for name, value in defaults.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (has_length and name in ("frames", "seconds")):
             setattr(args, name, value)
     args.size = args.size or (info["cells"] * stride,) * 2
-    is_own = info["kind"] == "own"
     uses = {"text_encoder": info.get("reads_text"), "heads": not is_own, "checkpoint": is_own,
             "temperature": False, "eta": args.sampler == "ddim", "form": args.sampler == "sde",
             "norm": args.sampler == "sde", "spacing": objective.path in STEPPED and
             args.sampler in ("ddim", "dpm++", "unipc")}
     for name in uses:
         if name in args.explicit and not uses[name]:
-            refuse(f"--{name}: {args.name}, by {args.sampler}, has no use for it: leave it out")
+            refuse(f"--{name} is not used by {args.name} with {args.sampler}: leave it out")
     may = STEPPED_SAMPLERS if objective.path in STEPPED else FLOW_SAMPLERS
     may = [name for name in may if name != "dpm-fast" or objective.path == "sd"]
     if args.sampler not in may:
@@ -1447,12 +1278,8 @@ def resolve(args, info, objective, stride):
                f"take {', '.join(may)}")
     if args.apg and args.cfg_channels:
         args.cfg_channels = None                             # APG is over whole clips
-    layout = info.get("layout")
-    args.grid, args.rules = (layout, args.sampler), info.get("rules", {})
-    args.ends = 1.0, 0.0
-    if args.grid == ("diffusers", "euler") and args.steps > 1:
-        least = float(shifted(np.float32(0.001), args.shift))        # shifted twice, and reached
-        args.ends = 1.0, least - (1 - least) / (args.steps - 1)
+    args.grid, args.rules = (info.get("layout"), args.sampler), info.get("rules", {})
+    args.ends = grid_ends(args)
 
 
 def size_of(text):
@@ -1481,46 +1308,39 @@ def parse_options(argv=None):
 
 
 def add_requests(parser):
-    parser.add_argument("name", help="trained run: runs/NAME, or a path with a slash; or published "
-                        "weights: a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
+    parser.add_argument("name", help="run: runs/NAME, or a path with a slash; or published: "
+                        "a DiT's, SiT's or U-ViT's file, VideoGPT's .ckpt, a Wan folder")
     add = parser.add_argument_group("what to sample").add_argument
-    add("--prompt", nargs="+", help="one or more prompts, each in quotes; a class by its number or "
-        "label")
-    add("--prompts", metavar="FILE", help="a video a line: .jsonl with prompt, seed, size and so "
-        "on, or text; shared out over the ranks, and what is there already is left alone")
-    add("--rewrite", metavar="DIR", help="language model that first writes the prompts out, like "
-        "captions of the run's data (none)")
-    add("--negative", help="what to guide away from (nothing; Wan: its own list of faults)")
-    add("--size", type=size_of, help="HxW, px; beyond a run's own, what is shown grows with the "
-        "frame, and its edges fray (its most frequent, or 32x48; published: its own)")
-    add("--seconds", type=number(float, 0.001), help="length, s, of each part (the run's most "
-        "frequent, or 1.3)")
-    add("--frames", type=number(int, 1), help="length in frames, in the place of --seconds")
+    add("--prompt", nargs="+", help="prompts, each in quotes; a class by its number or label")
+    add("--prompts", metavar="FILE", help="a request a line: .jsonl with prompt, seed, size and so "
+        "on, or text; divided among the ranks; finished ones are skipped")
+    add("--rewrite", metavar="DIR", help="language model that rewrites the prompts first (none)")
+    add("--negative", help="negative prompt (empty; Wan: its own)")
+    add("--size", type=size_of, help="HxW, px (the run's most frequent, or 32x48; published: own)")
+    add("--seconds", type=number(float, 0.001),
+        help="length of each segment, s (the run's most frequent, or 1.3)")
+    add("--frames", type=number(int, 1), help="length in frames, instead of --seconds")
     add("--fps", type=number(float, 0.1, 1000),
         help="frames a second, to 1000 (the run's most frequent, or 10; Wan 16, TI2V 24)")
     add("--motion", type=number(float, 0),
-        help="motion score to ask for, of a run trained with --conditions motion (none)")
-    add("--n", type=number(int, 1), default=1,
-        help="videos a prompt, seeds counting up (%(default)s)")
+        help="motion score of a run trained with --conditions motion (none)")
+    add("--n", type=number(int, 1), default=1, help="videos a prompt, seeds count up (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (%(default)s)")
     add = parser.add_argument_group("from images and videos (of a run trained with "
                                     "--given)").add_argument
-    add("--image", metavar="FILE", help="the first frame; a picture unlike the training data is "
-        "soon left behind, which a line says")
-    add("--last", metavar="FILE", help="the last frame, likewise")
-    add("--video", metavar="FILE", help="the video to go on from, or to change")
+    add("--image", metavar="FILE", help="the first frame, like the training data's (none)")
+    add("--last", metavar="FILE", help="the last frame, likewise (none)")
+    add("--video", metavar="FILE", help="the video to extend or to change (none)")
     add("--extend", type=number(int, -1000, 1000), default=0, metavar="N",
-        help="go on N times by --seconds, below 0: backwards; what the data never shows, such as "
-             "what comes after a shape's stop, is made up anew (%(default)s)")
+        help="extend N times by --seconds, below 0: backwards (%(default)s)")
     add("--then", nargs="+", action="extend", default=[], metavar="PROMPT",
-        help="go on under these, one by one")
-    add("--to", metavar="FILE", help="end in this video")
-    add("--loop", action="store_true", help="end in its own beginning")
+        help="extend once under each of these prompts (none)")
+    add("--to", metavar="FILE", help="connect to this video (none)")
+    add("--loop", action="store_true", help="connect the end to the beginning")
     add("--strength", type=number(float, 0, 1),
-        help="make anew this share of the way from --video to noise, 0 to 1")
-    add("--context", type=number(int, 1),
-        help="frames of the part before, or of a file, that an extension sees (as in training: "
-             "half a part's latents, at least two)")
+        help="video to video: share of the steps made on --video, 0 to 1 (none)")
+    add("--context", type=number(int, 1), help="frames of the segment before that an extension is "
+        "conditioned on (as in training: half a segment's latents, at least two)")
 
 
 def add_settings(parser):
@@ -1528,7 +1348,7 @@ def add_settings(parser):
     add("--sampler", choices=list(dict.fromkeys(FLOW_SAMPLERS + STEPPED_SAMPLERS)),
         help="(euler; ddim for paths in steps; of published weights their own)")
     add("--steps", type=number(int, 1), help="steps of the sampler (20; published: 50 or 250)")
-    add("--shift", type=number(float, 0.01, 100), help="push of the times to noise (the run's)")
+    add("--shift", type=number(float, 0.01, 100), help="timestep shift towards noise (the run's)")
     add("--eta", type=number(float, 0, 1), default=0.0,
         help="share of fresh noise in DDIM, 0 to 1 (%(default)s)")
     add("--form", choices=FORMS_OF_NOISE, default="sigma", help="of sde's noise (%(default)s)")
@@ -1536,44 +1356,41 @@ def add_settings(parser):
     add("--spacing", choices=["linspace", "leading", "trailing", "karras"], default="linspace",
         help="of ddim, dpm++ and unipc on paths in steps (%(default)s)")
     add("--cfg", type=number(float, 0, 100),
-        help="guidance, 0 to 100, 1: none (3; published: 1.4 to 5)")
+        help="guidance scale, 0 to 100, 1: none (3; published: 1.4 to 5)")
     add("--cfg_interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
-        metavar=("FROM", "TO"), help="times between which to guide, 0 clean to 1 noise (all)")
+        metavar=("FROM", "TO"), help="times of guidance, 0 clean to 1 noise (all)")
     add("--cfg_channels", type=number(int, 1),
-        help="guide the first so many channels (all; DiT and SiT as published: 3)")
+        help="channels to guide, the first ones (all; DiT and SiT as published: 3)")
     add("--rescale", type=number(float, 0, 1),
-        help="bring the guided deviation back, by this share, 0 to 1 (1; published: 0)")
+        help="rescaling of the guided deviation, 0 to 1 (1; published: 0)")
     add("--apg", type=number(float, 0), default=0.0, metavar="RADIUS",
         help="adaptive projected guidance, its longest step a clip, 0: plain (%(default)s)")
     add("--temperature", type=number(float, 0.01), default=1.0, help="VideoGPT's (%(default)s)")
     add = parser.add_argument_group("where and in what").add_argument
-    add("--vae", help="autoencoder: a run, or published (the one that the model was trained with)")
+    add("--vae", help="autoencoder: a run, or published (the one of the model's training)")
     add("--checkpoint", choices=["best", "last"], default="best",
-        help="of a run: of the lowest held-out loss, or the last (%(default)s)")
+        help="a run's weights: of the lowest held-out loss, or the last (%(default)s)")
     add("--text_encoder", help="folder of published weights' text encoder (their own folder)")
-    add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
+    add("--heads", type=number(int, 1), help="of published weights, if not 64 wide (none)")
     add("--out", metavar="DIR", help="folder to write to (runs/NAME/samples; --eval: runs/NAME)")
     add("--format", choices=["mp4", "gif", "webp", "png"], default="mp4",
         help="of videos; png: a folder of frames (%(default)s)")
-    add("--crf", type=number(int, 0, 51), default=12,
-        help="quality of H.264, 0 lossless to 51 (%(default)s)")
+    add("--crf", type=number(int, 0, 51), default=12, help="of H.264, 0 to 51 (%(default)s)")
     add("--batch", type=number(int, 1), help="videos a packed row (16; Wan: 1)")
-    add("--chunk", type=number(int, 1), default=8,
-        help="latent frames that are decoded at a time (%(default)s)")
+    add("--chunk", type=number(int, 1), default=8, help="latent frames per decoding (%(default)s)")
     add("--offload", action="store_true",
-        help="text encoder, denoiser and autoencoder take turns in memory")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32",
-        help="of matrix products (%(default)s)")
+        help="keep one of text encoder, denoiser and autoencoder in memory at a time")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of products (%(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(%(default)s)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", choices=["demo", "chain", "fid", "fvd", "clip"],
-        help="measure, and write eval-*.json; chain: how the demo's forms hold over joints (none)")
+        help="measure, and write eval-*.json; chain: the demo's forms over segments (none)")
     add("--n_eval", type=number(int, 1), default=48,
         help="prompts of each kind, or real clips (%(default)s)")
-    add("--data", help="data set of the real clips and their captions")
-    add("--detector", metavar="FILE", help="TorchScript network whose features are compared")
-    add("--trust", action="store_true", help="run the code that a --detector's file is")
-    add("--clip", metavar="DIR", help="CLIP or SigLIP folder: compares a video with its prompt")
+    add("--data", help="data set of the real clips and their captions (none)")
+    add("--detector", metavar="FILE", help="TorchScript network of features to compare (none)")
+    add("--trust", action="store_true", help="run the code in a --detector's file")
+    add("--clip", metavar="DIR", help="CLIP or SigLIP folder, to compare video and prompt (none)")
 
 
 @one_line
@@ -1585,18 +1402,21 @@ def main(argv=None):
     path = model_path(args.name)
     folder = path if is_run(path) else Path("runs", path.stem)
     folder = Path(args.out) if args.eval and args.out else folder
-    out = folder if args.eval else out_of(args, folder)
+    out = folder if args.eval else Path(args.out or folder / "samples")
     if fault := write_fault(out):
         refuse(f"cannot write to {out}: {fault}: name another by --out")
     try:
         {None: sample, "demo": evaluate_demo, "chain": evaluate_chain}.get(
             args.eval, evaluate_real)(args, folder)
     except KeyboardInterrupt:
-        print(f"sample.py: stopped; what is finished stays in {out}", file=sys.stderr)
+        print(f"sample.py: stopped; finished samples stay in {out}", file=sys.stderr)
         sys.exit(130)
 
 
-# -- adherence: what a sampled demo video shows ----------------------------------------------------
+# == measures on the demo and by published networks; published models: schedules, weights ==========
+
+
+# -- prompt adherence on the demo, by image analysis -----------------------------------------------
 
 
 def hue(rgb):
@@ -1633,8 +1453,8 @@ def form_scale(form):
 
 def coverage(frames):
     """{colour: [T, H, W] from 0 to 1}: the share of each pixel that a shape of that colour covers,
-    for the demo's colours that occur. Backgrounds are grey, so saturated pixels belong to a shape;
-    its colour is the one nearest in hue."""
+    for the demo's colours that occur. Saturated pixels belong to a shape of the nearest hue, since
+    backgrounds are grey."""
     frames = frames.astype(np.float64)
     saturation = frames.max(-1) - frames.min(-1)
     vivid = saturation > 80
@@ -1653,8 +1473,8 @@ def coverage(frames):
 
 def describe(frames):
     """The shapes in a clip of the demo's kind, by image analysis: dicts of colour, form, direction
-    and area, the largest first. The direction is that of the shape's centre; the form is the one
-    that, drawn at that centre with that area, covers the pixels best."""
+    and area, the largest first. The form is the one that, drawn at the shape's centre with its
+    area, covers the pixels best."""
     shapes = [{"colour": name, **form_and_direction(cover), "area": float(cover.sum((1, 2)).mean())}
              for name, cover in coverage(frames).items()]
     return sorted(shapes, key=lambda shape: -shape["area"])
@@ -1665,8 +1485,7 @@ RADII = (0.25, 0.29)     # of the demo's single shapes, shares of the shorter si
 
 def overlap(frames, colour, form, radii=RADII):
     """[T]: each frame's intersection over union (IoU) of the pixels of this colour and the ideal
-    form, at the place and radius (of the demo's range, shares of the shorter side) where it fits
-    best. 1: drawn perfectly; 0: absent."""
+    form, at the position and radius (shares of the shorter side) where it fits best."""
     T, H, W = frames.shape[:3]
     cover = coverage(frames).get(colour, np.zeros((T, H, W)))
     mask = torch.from_numpy(cover > 0.5).float()[:, None]
@@ -1708,8 +1527,7 @@ def form_and_direction(cover):
 
 
 def demo_prompts(n=48):
-    """{"seen": [(colour, form, direction)], "left_out": […]}, n of each, always the same ones; if
-    there are fewer, they repeat (with another size and seed)."""
+    """{"seen": [(colour, form, direction)], "left_out": […]}, n of each, always the same ones."""
     every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
     prompts = {}
     for name, left_out in (("seen", False), ("left_out", True)):
@@ -1719,25 +1537,26 @@ def demo_prompts(n=48):
     return prompts
 
 
+def demo_request(args, i, prompt, **tasks):
+    width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
+    return dict(prompt=prompt, frames=13, fps=10.0, width=width, height=height, seed=args.seed + i,
+                negative="", **tasks)
+
+
 def evaluate_demo(args, folder):
     """Samples the fixed prompts, reads the pixels, writes eval.json: shares from 0 to 1."""
     _, _, device = setup(args)
     sampler, result = open_sampler(args, device), {}
     for name, combinations in demo_prompts(args.n_eval).items():
-        requests = []
-        for i, (colour, form, direction) in enumerate(combinations):
-            width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
-            requests.append(dict(prompt=f"a {colour} {form} moves {direction}", frames=13, fps=10.0,
-                               width=width, height=height, seed=args.seed + i, negative=""))
-        videos = [video for _, video in made(sampler, requests, args)]
+        requests = [demo_request(args, i, f"a {colour} {form} moves {direction}")
+                    for i, (colour, form, direction) in enumerate(combinations)]
         rows, right = [], []
-        for request, video, wanted in zip(requests, videos, combinations):
-            shapes = describe(video)
-            seen = shapes[0] if shapes else {}
-            seen = tuple(seen.get(k) for k in ("colour", "form", "direction"))
-            right.append([a == b for a, b in zip(seen, wanted)])
+        for i, video in made(sampler, requests, args):
+            shape = (describe(video) or [{}])[0]
+            seen = [shape.get(k) for k in ("colour", "form", "direction")]
+            right.append([a == b for a, b in zip(seen, combinations[i])])
             says = "right" if all(right[-1]) else f"WRONG: {' '.join(map(str, seen))}"
-            rows.append((sheet_frames(video), f"{request['prompt']}: {says}"))
+            rows.append((sheet_frames(video), f"{requests[i]['prompt']}: {says}"))
         shares = np.array(right).mean(0)
         result[name] = {"n": len(right), "form": shares[1], "colour": shares[0],
                         "direction": shares[2], "all": float(np.all(right, 1).mean())}
@@ -1747,11 +1566,10 @@ def evaluate_demo(args, folder):
 
 
 def evaluate_chain(args, folder):
-    """Samples chains of three parts, there and back (`then`) or further under the same prompt
-    (`extend`, where the shape soon meets the frame's edge), and loops of two (`loop`). Writes
-    eval-chain.json: each frame's IoU, the median over the prompts; the lowest of these; the lowest
-    of the first part, which is a single clip; and the share of parts whose form, colour and, where
-    the prompt names it, direction are right; and pictures eval-chain-*.png."""
+    """Samples timelines of three segments, there and back (`then`) or further under the same prompt
+    (`extend`), and loops of two. Writes eval-chain.json: each frame's IoU, the median over the
+    prompts; the lowest of these, and of the first segment's; the share of segments whose form,
+    colour and, where the prompt names it, direction are right; and pictures eval-chain-*.png."""
     _, _, device = setup(args)
     sampler, result = open_sampler(args, device), {"parts": [0, 13, 26]}
     reverse = dict(zip(DIRECTIONS, ("right", "left", "down", "up")))
@@ -1760,12 +1578,10 @@ def evaluate_chain(args, folder):
     for kind in ("then", "extend", "loop"):
         requests, directions = [], []
         for i, (*_, way) in enumerate(prompts):
-            width, height = DEMO_SIZES[i % len(DEMO_SIZES)]
             directions.append([way, reverse[way], way] if kind == "then" else [way, None, None])
-            more = {"then": [says(i, way) for way in directions[-1][1:]],
+            task = {"then": [says(i, way) for way in directions[-1][1:]],
                     "extend": 2, "loop": True}[kind]
-            requests.append({"prompt": says(i, way), "frames": 13, "fps": 10.0, "width": width,
-                           "height": height, "seed": args.seed + i, "negative": "", kind: more})
+            requests.append(demo_request(args, i, says(i, way), **{kind: task}))
         overlaps, right, rows = [], [], []
         for i, video in made(sampler, requests, args):
             overlaps.append(overlap(video, *prompts[i][:2]))
@@ -1798,12 +1614,12 @@ def gathered(n, width, rows):
 
 
 def real_clips(args):
-    """(data set's folder, rows of the real clips that samples are compared with)."""
+    """(data set's folder, rows of the real clips to compare with)."""
     folder = dataset_dir(args.data)
     rows = [row for row in open_dataset(folder) if row["frames"] / (row["fps"] or 1) * args.fps
             >= args.frames - 0.5 or args.frames == 1]
     if not rows:
-        refuse(f"{folder} has no clip of {args.frames} frames at {args.fps:g} a second: give fewer "
+        refuse(f"{folder} has no clip of {args.frames} frames at {args.fps:g} frames/s: give fewer "
                "--frames")
     order = rng(0, "eval").permutation(len(rows))[:args.n_eval]
     return folder, [rows[i] for i in order]
@@ -1822,8 +1638,8 @@ def clip_at(folder, row, args):
 def evaluate_real(args, folder):
     """Samples a data set's captions. Writes eval-fvd.json or eval-fid.json (distance to its real
     clips, and between two halves of these) or eval-clip.json (mean cosine of video and caption, for
-    samples and real clips), each with its protocol and the protocol's hash. Features of the real
-    clips are cached in eval-real-HASH.safetensors."""
+    samples and real clips), with the protocol and its hash. Features of the real clips are cached
+    in eval-real-HASH.safetensors."""
     rank, world, device = setup(args)
     args.quiet, kind = rank > 0, args.eval
     file, option = (args.clip, "clip") if kind == "clip" else (args.detector, "detector")
@@ -1875,11 +1691,145 @@ def evaluate_real(args, folder):
     barrier()
 
 
-def hash_of(facts):
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+# -- published models ------------------------------------------------------------------------------
 
 
-# == published weights =============================================================================
+def ddpm(predict, x, tables, draw):
+    """Ancestral sampling over the steps of `tables` (ddpm_tables), the noisiest first. The variance
+    is beta or, where the network predicts a share, interpolated between the posterior's and
+    beta."""
+    n = len(tables["betas"])
+    for i in range(n):
+        x0, _, share = predict(x, i)
+        c = ddpm_at(tables, torch.tensor(n - 1 - i))
+        share = 1.0 if share is None else share
+        logvar = share * c["log_betas"] + (1 - share) * c["posterior_log_variance_clipped"]
+        x = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x
+        x = x + (0.5 * logvar).exp() * draw(i) if i < n - 1 else x
+        yield x
+
+
+def dpm_fast(predict, x, alpha, sigma):
+    """Singlestep DPM-Solver++ of order 3, with steps of order 2 and 1 at the end, as U-ViT samples.
+    A step covers as many points of the grid as its order; r: where between its ends a point
+    lies."""
+    half_snr, n, i = (alpha / sigma).log(), len(alpha) - 1, 0
+    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    for order in orders:
+        h = half_snr[i + order] - half_snr[i]
+        # from point i to point j, with a correction by the difference of x_0 at two points
+        reach = lambda j, first, slope=0.0: (
+            (sigma[j] / sigma[i]).to(x) * x + (alpha[j] * bend(j)).to(x) * first
+            + alpha[j].to(x) * slope)
+        bend = lambda j: -torch.expm1(half_snr[i] - half_snr[j])
+        r = [((half_snr[i + k] - half_snr[i]) / h).to(x) for k in range(order)]
+        second = lambda way: (1 - bend(way) / (half_snr[way] - half_snr[i])).to(x)
+        x0 = predict(x, i)[0]
+        if order == 1:
+            x = reach(i + 1, x0)
+        elif order == 2:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            x = reach(i + 2, x0, bend(i + 2).to(x) / (2 * r[1]) * (middle - x0))
+        else:
+            middle = predict(reach(i + 1, x0), i + 1)[0]
+            later = reach(i + 2, x0, r[2] / r[1] * second(i + 2) * (middle - x0))
+            x = reach(i + 3, x0, second(i + 3) / r[2] * (predict(later, i + 2)[0] - x0))
+        i += order
+        yield x
+
+
+def stepped_grid(schedule, n, spacing="linspace", final=(1.0, 0.0), ends=None, offset=1,
+                 with_first=False):
+    """(int64 [n] timesteps out of 1000 as diffusers counts them, alpha, sigma) of a schedule of
+    betas. spacing: diffusers' "linspace", "leading" (from `offset` on) or "trailing", or "karras".
+    final: alpha and sigma of the last point, None: those of timestep 0. with_first: "linspace" ends
+    at timestep 0, as in diffusers' DDIM."""
+    tables = ddpm_tables(schedule, "", 1000, ends)
+    alpha, sigma = tables["alpha"], tables["sigma"]
+    if spacing == "karras":              # evenly in the 7th root of sigma / alpha
+        ratio = sigma / alpha
+        high, low = ratio[-1] ** (1 / 7), ratio[0] ** (1 / 7)
+        ratio = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
+        position = np.interp(ratio.log(), (sigma / alpha).log(), np.arange(1000))
+        alpha, steps = (1 + ratio.square()).rsqrt(), torch.from_numpy(position).round().long()
+        sigma = alpha * ratio
+    else:
+        even = np.linspace(0, 999, n) if with_first else np.linspace(0, 999, n + 1)[1:]
+        steps = {"linspace": torch.from_numpy(even).flip(0),
+                 "leading": torch.arange(n).flip(0) * (1000 // n) + float(offset),
+                 "trailing": torch.from_numpy(1000 - np.arange(n) * (1000 / n)).round() - 1}[
+                     spacing].round().long()
+        alpha, sigma = alpha[steps], sigma[steps]
+    ends = (tables["alpha"][:1], tables["sigma"][:1]) if final is None else alpha.new_tensor(final)
+    return steps, torch.cat([alpha, ends[0].view(1)]), torch.cat([sigma, ends[1].view(1)])
+
+
+def level_grid(n, schedule="scaled_linear", last=1e-3, ends=None):
+    """(times, alpha, sigma), each float64 [n + 1], evenly spaced from 1 to `last`. A schedule's
+    1000 steps lie at 0.001, 0.002, …, and log alpha is linear between them (U-ViT's)."""
+    times = np.linspace(1, last, n + 1)
+    log_alphas = ddpm_tables(schedule, "", 1000, ends)["alpha"].log()
+    log_alpha = torch.from_numpy(np.interp(times, np.arange(1, 1001) / 1000, log_alphas))
+    return torch.from_numpy(times), log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+
+def stepped_points(args, objective):
+    """(the network's timesteps, alpha, sigma), float64 [steps + 1], of a schedule of 1000 steps."""
+    schedule, n, is_ddim = STEPPED[objective.path], args.steps, args.sampler == "ddim"
+    if args.sampler == "dpm-fast":
+        return level_grid(n, schedule)
+    if args.sampler == "ddpm":
+        tables = ddpm_tables(schedule, str(n))
+        timesteps, alpha, sigma = (tables[name].flip(0)
+                                   for name in ("timestep_map", "alpha", "sigma"))
+        alpha, sigma = F.pad(alpha, (0, 1), value=1.0), F.pad(sigma, (0, 1))
+    else:
+        timesteps, alpha, sigma = stepped_grid(schedule, n, args.spacing, with_first=is_ddim)
+    return (timesteps + int(objective.path == "sd")) / 1000, alpha, sigma
+
+
+def strides_back(schedule, n, timesteps, spacing):
+    """(alpha, sigma) that diffusers' DDIM steps to from these timesteps: 1000 // n steps further,
+    which is not always the next point of the grid."""
+    if spacing == "karras":
+        return None
+    tables = ddpm_tables(schedule)
+    steps = (1000 * timesteps).round().long() - 1000 // n - int(schedule == "scaled_linear")
+    return tuple(torch.where(steps < 0, end, tables[name][steps.clamp(min=0)])
+                 for name, end in (("alpha", 1.0), ("sigma", 0.0)))
+
+
+def grid_ends(args):
+    """The first time, and the time after the last one, of an even grid: diffusers' Euler shifts
+    its last time twice, and reaches it."""
+    if args.grid != ("diffusers", "euler") or args.steps == 1:
+        return 1.0, 0.0
+    least = float(shifted(np.float32(0.001), args.shift))
+    return 1.0, least - (1 - least) / (args.steps - 1)
+
+
+def wan_points(args, shift):
+    """[n + 1] times of Wan's published code and pipelines, in their order of operations, which
+    decides where a time is rounded down to."""
+    times = shifted(torch.from_numpy(WAN_GRIDS[args.grid](args.steps).copy()), shift)
+    return F.pad(times, (0, 1))
+
+
+def respread(times, rules):
+    """[n + 1] times with the rules of a folder's scheduler: stretched to end at `terminal`, spaced
+    evenly in the 7th root ("karras") or the logarithm ("exponential"), the last one `final` (-1: as
+    the last but one)."""
+    times, n = times.clone(), len(times) - 1
+    if rules.get("terminal") and n > 1:
+        times[:-1] = 1 - (1 - times[:-1]) / ((1 - times[-2]) / (1 - rules["terminal"]))
+    way = torch.linspace(0, 1, n, dtype=torch.float64)
+    if rules.get("spread") == "karras":
+        times[:-1] = torch.lerp(times[0] ** (1 / 7), times[-2] ** (1 / 7), way) ** 7
+    elif rules.get("spread") == "exponential":
+        times[:-1] = torch.lerp(times[0].log(), times[-2].log(), way).exp()
+    final = rules.get("final", 0.0)
+    times[-1] = times[-2] if final < 0 else final
+    return times
 
 
 class CodeSampler(Sampler):
@@ -1935,7 +1885,7 @@ class CodeSampler(Sampler):
         timelines = []
         for request, frames in zip(requests, videos):
             timelines.append(Timeline(request, None, len(frames), [], {}))
-            timelines[-1].segments.append(Segment(len(frames), frames=frames))
+            timelines[-1].segments.append(Segment(len(frames), None, frames))
         return timelines
 
     def progress(self, batches):
@@ -1955,7 +1905,7 @@ KINDS = {
     "ti2v": dict(sampler="unipc", steps=50, cfg=5.0, size=(704, 1280), fps=24.0, frames=121,
                  batch=1),
 }
-WAN_NEGATIVE = (        # what the published pipeline guides away from
+WAN_NEGATIVE = (        # negative prompt of the published pipeline
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
@@ -2087,7 +2037,7 @@ def decoder_bytes(vae, z_dim, device):
 
 
 def check_memory(sampler, batches):
-    """Says of what is large how many tokens and GiB it takes; refuses what cannot fit. A token of
+    """Prints tokens and GiB of large batches; refuses those that cannot fit. A token of
     the denoiser takes some 36 floats of its width, a cell 16 times its decoder's largest layer:
     measured on the demo from 256x256 to 512x512 px, where that is up to a third too much."""
     if not hasattr(sampler, "width") or not batches:         # of codes the sizes are the model's
@@ -2121,7 +2071,7 @@ def open_sampler(args, device):
 
 
 def own_vae(args, config):
-    """The name of the autoencoder of a run: as told, or beside it, or among the runs."""
+    """The name of a run's autoencoder: --vae, or beside the run, or among the runs."""
     beside = model_path(args.name).parent / config["vae"]["run"]
     return args.vae or (str(beside) if beside.is_dir() else config["vae"]["run"])
 
@@ -2154,7 +2104,7 @@ def class_number(prompt, n):
 
 
 def text_width(path):
-    """Of the embeddings of a text encoder, as its config.json says; None where that is not said."""
+    """The width of a text encoder's embeddings by its config.json, or None."""
     if (path / WAN_T5).is_file():
         return read_tensors(path / WAN_T5).get("token_embedding.weight", torch.empty(0)).shape[-1]
     folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
@@ -2309,6 +2259,25 @@ def give_image(sampler, job, picture):
     extra = torch.cat([mask, (z - sampler.mean) / sampler.std])
     image = sampler.part("image")(picture[0]) if sampler.info["reads_image"] else None
     return job._replace(cond_latents=[], first_latent=None, extra=extra, image=image)
+
+
+def adapt_to_wan(packed, of_jobs, move):
+    """A Guided row as Wan's published models read it: known frames as clean tokens, each text's
+    padding as one row that counts as often, an image as channels and as tokens."""
+    jobs, row = packed.jobs, packed.row
+    if packed.cond_mask.any():
+        is_known = packed.cond_mask[:, 0].repeat(packed.n)
+        row.table_index[row.targets[is_known]] = packed.n_rows
+        packed.n_rows += 1
+    texts = move(of_jobs("text") + of_jobs("negative"))[:packed.n * len(jobs)]
+    row.text, row.cu_text, row.counts = count_texts(texts)
+    if jobs[0].extra is not None:
+        packed.extra = patchify(move(of_jobs("extra")), packed.model.dit.patch)
+        packed.tokens = torch.cat([packed.tokens, packed.extra], 1)
+    if jobs[0].image is not None:
+        images = move(of_jobs("image")) * packed.n
+        row.image, n = torch.cat(images), len(images[0])
+        row.cu_image = n * torch.arange(len(images) + 1, dtype=torch.int32, device=row.image.device)
 
 
 WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"

@@ -1,8 +1,8 @@
 """Stage 4: latents + captions -> a denoiser on packed space-time patches.
 
 In:   data/NAME/ with latents (train_vae.py --encode) and captions (the metadata's, caption.py's).
-Out:  runs/NAME/  config.json (its "data" tells the sizes, lengths, rates and words that are learnt:
-                  data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
+Out:  runs/NAME/  config.json (its "data": sizes, lengths, rates and words of the training clips,
+                  see data_summary), tokenizer.json (byte-level BPE of the captions), log.jsonl,
                   samples/ (videos' frames at each evaluation), loss.png (from the first one on),
                   step-000100/ (model, ema, optimizer: safetensors; state.json),
                   held_out.txt (keys of its held-out clips, the same when others are added),
@@ -108,9 +108,8 @@ STEPPED = {"ddpm": "linear", "sd": "scaled_linear"}     # the betas of DiT, and 
 
 
 def interpolant(path, t):
-    """(alpha, sigma, d alpha / dt, d sigma / dt) of a path: linear, GVP (a quarter circle) or VP
-    (DDPM's variance preserving diffusion with rate 0.1 + 19.9 t), as in SiT; of a path in 1000
-    steps without derivatives."""
+    """(alpha, sigma, d alpha / dt, d sigma / dt) of a path: linear, GVP (a quarter circle), VP
+    (DDPM with rate 0.1 + 19.9 t), as in SiT; of a path in 1000 steps without derivatives."""
     if path in STEPPED:
         c = ddpm_at(ddpm_tables(STEPPED[path]), (1000 * t).round().long() - int(path == "sd"))
         return c["alpha"], c["sigma"], None, None
@@ -125,8 +124,8 @@ def interpolant(path, t):
 
 
 def interval(objective, is_sampling=False):
-    """(first, last) time between which no formula divides by zero: SiT's limits, in our direction
-    of time. Predicting x needs them too, since the noise is found by dividing by sigma."""
+    """(first, last) time between which no formula divides by zero (SiT's limits; predicting x
+    divides by sigma too)."""
     if objective.path == "vp":
         return (1e-3 if is_sampling else 1e-5), 1.0
     ends = {"noise": (1e-3, 1 - 1e-3), "score": (1e-3, 1 - 1e-3), "x": (1e-3, 1.0)}
@@ -154,8 +153,7 @@ def draw_t(random, law="logit-normal", shift=1.0, span=(0.0, 1.0), mean=0.0, std
 
 
 def network_time(objective, t):
-    """The time that enters the network. Paths in steps take n / 1000: DiT's n is 0..999, U-ViT's
-    1..1000."""
+    """The network's timestep; of paths in steps n / 1000, n from 0 (DiT) or from 1 (U-ViT)."""
     if objective.path not in STEPPED:
         return t
     return ((1000 * t).floor().clamp(max=999) + int(objective.path == "sd")) / 1000
@@ -176,9 +174,8 @@ def target(objective, x0, noise, t):
 
 
 def weight(objective, t, gamma=5.0):
-    """The weight of the squared error. Weightings are functions of the error of x_0, which is
-    `ratio` times the output's. velocity: as if the velocity were predicted; likelihood: the bound's
-    (both SiT's); min-snr: min(SNR, gamma) (Hang et al. 2023, 2303.09556)."""
+    """The weight of the squared error: a function of the error of x_0, which is `ratio` times the
+    output's. velocity and likelihood: SiT's; min-snr: Hang et al. 2023, 2303.09556."""
     alpha, sigma, d_alpha, d_sigma = interpolant(objective.path, t)
     det = alpha * d_sigma - d_alpha * sigma
     of_x0 = {"velocity": (det / sigma).square(), "likelihood": det * alpha / sigma ** 3,
@@ -188,8 +185,7 @@ def weight(objective, t, gamma=5.0):
 
 
 def squared_error(objective, output, x0, noise, t):
-    """The weighted squared error, elementwise; scores are scaled by sigma first. DDPM's learned
-    variance adds the bound's term (`ddpm_bits`)."""
+    """The weighted squared error, elementwise. DDPM's learned variance adds `ddpm_bits`."""
     if objective.prediction == "ddpm":
         c = ddpm_at(ddpm_tables(), (1000 * t).round().long())
         eps, v = output.chunk(2, -1)                         # a token's channels: eps, then v
@@ -207,7 +203,7 @@ def to_velocity_x0_noise(objective, output, x, t):
     alpha, sigma, d_alpha, d_sigma = interpolant(objective.path, t) if torch.is_tensor(t) else (
         *t, None, None)
     if objective.path in STEPPED:
-        noise = output[..., :x.shape[-1]]                    # behind it DiT's variance
+        noise = output[..., :x.shape[-1]]                    # DiT's variance follows
         return None, (x - sigma * noise) / alpha, noise
     if objective.prediction == "velocity":
         det = alpha * d_sigma - d_alpha * sigma              # not 0 at either end of linear and GVP
@@ -218,13 +214,6 @@ def to_velocity_x0_noise(objective, output, x, t):
         noise = output if objective.prediction == "noise" else -sigma * output
         x0 = (x - sigma * noise) / alpha
     return d_alpha * x0 + d_sigma * noise, x0, noise
-
-
-def from_sit(network, prediction="velocity"):
-    """SiT's network as one of ours. Its time runs from noise (0) to data (1), and its velocity has
-    the other sign; this is the only place that converts."""
-    sign = -1 if prediction == "velocity" else 1
-    return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
 
 
 # The samplers that training uses too: generators that yield x after each step, from noise to data.
@@ -270,84 +259,9 @@ def flow_grid(n, shift=1.0, first=1.0, last=0.0):
     return torch.cat([times, torch.zeros_like(times[:1])])
 
 
-# DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
-def ddpm_betas(schedule="linear", n=1000, ends=None):
-    """float64 [n]: linear (DiT's ends), scaled_linear (Stable Diffusion's) or squaredcos_cap_v2."""
-    if schedule == "squaredcos_cap_v2":
-        signal = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
-    if schedule == "scaled_linear":
-        low, high = ends or (0.00085, 0.012)
-        return np.linspace(low ** 0.5, high ** 0.5, n) ** 2
-    return np.linspace(*(ends or (0.1 / n, 20 / n)), n)
-
-
-def respace(spec, n):
-    """The timesteps to use of n: "" all; "250" evenly spaced; "10,15,20" so many in each third;
-    "ddim50" at an integer stride."""
-    if spec.startswith("ddim"):
-        strides = [i for i in range(1, n) if len(range(0, n, i)) == int(spec[4:])]
-        if not strides:
-            refuse(f"no whole stride keeps {spec[4:]} of {n} steps")
-        return list(range(0, n, strides[0]))
-    counts, timesteps, start = [int(count) for count in spec.split(",")] if spec else [n], [], 0
-    for i, count in enumerate(counts):
-        size = n // len(counts) + (i < n % len(counts))
-        if count > size:
-            refuse(f"{count} steps cannot be kept of {size}")
-        stride, position = (size - 1) / max(1, count - 1), 0.0
-        for _ in range(count):
-            timesteps.append(start + round(position))
-            position += stride                                  # summed and rounded as DiT does
-        start += size
-    return timesteps
-
-
-@functools.lru_cache
-def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
-    """DDPM's coefficients at the S timesteps in use, float64 [S] each, by their published names;
-    and alpha, sigma."""
-    timesteps = respace(respacing, n)
-    alpha_bar = np.cumprod(1 - ddpm_betas(schedule, n, ends))[timesteps]
-    before = np.append(1.0, alpha_bar[:-1])
-    betas = 1 - alpha_bar / before
-    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step, of which the log
-    log_variance = np.log(np.append(variance[1:2], variance[1:]))          # is the second's
-    tables = dict(
-        timestep_map=np.array(timesteps), betas=betas, log_betas=np.log(betas),
-        alphas_cumprod=alpha_bar, alpha=alpha_bar ** 0.5, sigma=(1 - alpha_bar) ** 0.5,
-        posterior_variance=variance, posterior_log_variance_clipped=log_variance,
-        posterior_mean_coef1=betas * before ** 0.5 / (1 - alpha_bar),
-        posterior_mean_coef2=(1 - before) * (1 - betas) ** 0.5 / (1 - alpha_bar))
-    return {name: torch.from_numpy(table) for name, table in tables.items()}
-
-
-def ddpm_at(tables, n):
-    """{name: float32 of n's shape}: the tables at timesteps n (int64), and n itself."""
-    stacked = torch.stack([table.float() for table in tables.values()])
-    return {"n": n, **dict(zip(tables, moved(stacked, n.device)[:, n]))}
-
-
-def ddpm_bits(eps, v, x0, x, c):
-    """The variational bound's term of a step, elementwise, in bits: KL(true posterior, ours), at
-    the first step the negative log likelihood of x_0 in 256 levels. v from -1 to 1 interpolates
-    the log variance. As in DiT, eps gets no gradient from it."""
-    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
-                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
-    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
-    logvar = share * c["log_betas"] + (1 - share) * true_logvar
-    kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
-                + (true_mean - mean).square() * (-logvar).exp())
-    # the normal's distribution function by the same approximation as the reference
-    below = lambda z: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
-    upper, lower = (below((x0 - mean + half) * (-0.5 * logvar).exp()) for half in (1/255, -1/255))
-    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
-    return torch.where(c["n"] == 0, -mass.clamp(min=1e-12).log(), kl) / math.log(2)
-
-
 # -- the transformer -------------------------------------------------------------------------------
 
-MODELS = {      # kind: see Denoiser
+MODELS = {      # ours; published sizes are added below
     "video-xs": dict(dim=128, depth=6, heads=4, patch=(1, 1, 1), rope_base=100.0,
                      text=(128, 2, 4)),          # the text tower's width, layers and heads
     "video-xs-2": dict(dim=256, depth=6, heads=4, patch=(1, 2, 2), rope_base=100.0,
@@ -358,40 +272,12 @@ MODELS = {      # kind: see Denoiser
                     text=(256, 4, 4)),
     "video-b": dict(dim=768, depth=12, heads=12, patch=(1, 2, 2), rope_base=1000.0,
                     text=(512, 6, 8)),
-    **{f"{kind}-{size}-{p}": dict(kind=kind, dim=dim, depth=depth, heads=heads, patch=(1, p, p),
-                                  channels=4, out_channels=8, own_table=True, positions="sincos",
-                                  classes=1001, grid=(32 // p, 32 // p))
-       for kind in ("dit", "sit") for p in (2, 4, 8) for size, depth, dim, heads in (
-           ("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16))},
-    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit", "gpt")},   # as --init says
-    **{f"wan-{size}": dict(kind="wan", dim=dim, depth=depth, heads=dim // 128, patch=(1, 2, 2),
-                           ffn=ffn, channels=channels, out_channels=out, text_dim=4096,
-                           image_dim=image, positions="index")
-       for size, dim, depth, ffn, channels, out, image in (
-           ("1.3b", 1536, 30, 8960, 16, 16, 0), ("14b", 5120, 40, 13824, 16, 16, 0),
-           ("i2v-14b", 5120, 40, 13824, 36, 16, 1280), ("ti2v-5b", 3072, 30, 14336, 48, 48, 0))},
-    **{f"uvit-{name}": dict(kind="uvit", dim=dim, depth=depth, heads=min(16, dim // 64),
-                            channels=channels, size=(1, side, side), patch=patch, **more)
-       for name, dim, depth, channels, side, patch, more in (
-           ("s-2-cifar10", 512, 12, 3, 32, 2, {}), ("s-4-celeba64", 512, 12, 3, 64, 4, {}),
-           ("s-2-coco", 512, 12, 4, 32, 2, dict(clip=(768, 77))),
-           ("s-2-coco-deep", 512, 16, 4, 32, 2, dict(clip=(768, 77))),
-           ("m-4-imagenet64", 768, 16, 3, 64, 4, dict(classes=1000)),
-           ("l-4-imagenet64", 1024, 20, 3, 64, 4, dict(classes=1000)),
-           ("l-2-imagenet256", 1024, 20, 4, 32, 2, dict(classes=1001)),
-           ("l-4-imagenet512", 1024, 20, 4, 64, 4, dict(classes=1001)),
-           ("h-2-imagenet256", 1152, 28, 4, 32, 2, dict(classes=1001, conv=False)),
-           ("h-4-imagenet512", 1152, 28, 4, 64, 4, dict(classes=1001, conv=False)))},
-    "gpt-xs": dict(kind="gpt", dim=192, depth=6, heads=4, dropout=0.1, attn_dropout=0.0,
-                   text=(128, 2, 4)),
-    **{name: dict(kind="gpt", dim=576, depth=8, heads=4, sparse=True, classes=classes)
-       for name, classes in (("gpt-ucf", 0), ("gpt-ucf-class", 101))},
 }
 
 
 def sinusoid(t, width=256):
-    """[R] times to [R, width]: cosines, then sines, of t at width / 2 frequencies. Angles are
-    float64 where the device has it: at t = 1000 float32 leaves four digits."""
+    """[R] times to [R, width]: cosines, then sines, of t at width / 2 frequencies, in float64
+    where the device has it (at t = 1000 float32 leaves four digits)."""
     wide = torch.float32 if t.device.type == "mps" else torch.float64
     exponent = torch.arange(width // 2, dtype=wide, device=t.device) / (width // 2)
     angles = t.to(wide)[:, None] * 10000.0 ** -exponent
@@ -399,8 +285,8 @@ def sinusoid(t, width=256):
 
 
 def rope_frequencies(head_dim, base):
-    """(freqs [E/2], axes [E/2]): a head's channel pairs divided over t, y and x as in Wan: y and x
-    get equal parts, t the rest; on an axis of width a, pair i has frequency base^(-2 i / a)."""
+    """(freqs [E/2], axes [E/2]) of a head's channel pairs, divided over t, y and x as in Wan; on an
+    axis of width a, pair i has frequency base^(-2 i / a)."""
     side = 2 * (head_dim // 6)
     widths = (head_dim - 2 * side, side, side)
     freqs = [base ** (-2 * i / width) for width in widths for i in range(width // 2)]
@@ -447,8 +333,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def cached(row, key, make):
-    """make(), computed once for a row that is used in every sampling step (its `cache` is a
-    dict)."""
+    """make(), computed once where the row has a `cache` (sampling uses it in every step)."""
     if row.cache is None:
         return make()
     if key not in row.cache:
@@ -470,20 +355,12 @@ class CrossAttention(nn.Module):
         self.k_norm_image = RMSNorm(dim, 1e-6) if image else None
 
     def read(self, q, kv, norm, context, row, cu_context, counts=None):
-        """counts [L]: how often each row of the context occurs. Their logarithms are added to the
-        scores through 8 further channels: one holds the value, one what its dtype rounds off."""
-        E = q.shape[2]
-
+        """counts [L]: how often each row of the context occurs (see `count_texts`)."""
         def make():
             k, v = kv(context).chunk(2, -1)                                          # [L, D]
             k, v = (x.unflatten(-1, (self.heads, -1)) for x in (norm(k), v))
-            if counts is None:
-                return k, v
-            log = counts.log()[:, None] * E ** 0.5
-            more = torch.cat([log.to(k.dtype), (log - log.to(k.dtype)).to(k.dtype)], 1)
-            more = F.pad(more, (0, 6))[:, None].expand(-1, self.heads, -1)           # [L, A, 8]
-            return torch.cat([k, more], 2), F.pad(v, (0, 8))
-        k, v = cached(row, kv, make)
+            return (k, v) if counts is None else count_keys(k, v, counts)
+        (k, v), E = cached(row, kv, make), q.shape[2]
         q = q if counts is None else F.pad(F.pad(q, (0, 2), value=1.0), (0, 6))
         x = attention(q, k, v, row.cu_seqlens, cu_context, E ** -0.5)[..., :E]       # [N, A, E]
         return x.flatten(1)                                                          # [N, D]
@@ -496,31 +373,11 @@ class CrossAttention(nn.Module):
         return self.out(o)
 
 
-def fill_texts(texts, most=512):
-    """Prompt embeddings [L, width] padded with zeros to `most` rows each, which take part in
-    attention as in Wan's published models: ([B * most, width], cu_seqlens int32 [B + 1])."""
-    filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
-    return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
-                                           device=texts[0].device) * most
-
-
-def count_texts(texts, most=512):
-    """Like `fill_texts`, but each prompt's rows of zeros are one row that counts as many:
-    ([L, width], cu_seqlens int32 [B + 1], counts float32 [L])."""
-    left = [most - len(text) for text in texts]
-    padded = [F.pad(text, (0, 0, 0, min(1, n))) for text, n in zip(texts, left)]
-    counts = [text.new_ones(len(text), dtype=torch.float32) for text in padded]
-    for count, n in zip(counts, left):
-        count[-1] = max(1, n)
-    cu = torch.tensor(np.cumsum([0, *map(len, padded)]), dtype=torch.int32, device=texts[0].device)
-    return torch.cat(padded), cu, torch.cat(counts)
-
-
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero: self-attention and MLP, each with shift, scale and gate
-    from the token's row of the modulation table; between them, where there is text, cross-attention
-    after a plain LayerNorm. The modulation is projected by each block (DiT), or once for all
-    blocks with an offset a block (Wan). Each residual is fused with the norm that follows it."""
+    """A transformer block with adaLN-Zero: self-attention and MLP, each with the shift, scale and
+    gate of the token's row of the modulation table; between them cross-attention to text, if any.
+    The modulation is projected by each block (DiT), or once, with an offset a block (Wan). Each
+    residual is fused with the norm that follows it."""
 
     def __init__(self, dim, heads, ffn, own_table, qk_norm, text, image):
         super().__init__()
@@ -542,21 +399,19 @@ class Block(nn.Module):
         _, _, gate1, shift2, scale2, gate2 = modulation
         y = self.attn(h, row)
         if self.cross is not None:
-            one, plain = torch.ones_like(gate1), (self.cross_bias, self.cross_weight - 1)
-            plain = [one_row.float().expand_as(gate1) for one_row in plain]
-            x, h = gate_residual_ln_modulate(x, y, gate1, *plain, row.table_index)
-            y, gate1 = self.cross(h, text, image, row), one
+            norm = [x.float().expand_as(gate1) for x in (self.cross_bias, self.cross_weight - 1)]
+            x, h = gate_residual_ln_modulate(x, y, gate1, *norm, row.table_index)
+            y, gate1 = self.cross(h, text, image, row), torch.ones_like(gate1)
         x, h = gate_residual_ln_modulate(x, y, gate1, shift2, scale2, row.table_index)
         y = self.down(F.gelu(self.up(h), approximate="tanh"))                        # [N, D]
         return gate_residual_ln_modulate(x, y, gate2, *next_norm, row.table_index)
 
 
 class DiT(nn.Module):
-    """The denoiser of packed clips: from noisy patches, one time a table row, and text or a class
-    to the objective's prediction, a patch a token. Options make it DiT and SiT (own_table,
-    positions "sincos", classes, no qk_norm, no text), Wan (positions "index", text, image_dim) or
-    ours (positions "seconds"; "both" adds sin-cos positions, from which a place in the frame is
-    learnt sooner). recompute: checkpoint every n-th block, 0: none."""
+    """The denoiser of packed clips: predicts the objective's target from noisy patches, times, and
+    text or a class. Its options make it DiT or SiT (own_table, positions "sincos", classes, no
+    text), Wan (positions "index", text, image_dim) or ours (positions "seconds"; "both" adds
+    sin-cos ones, which trains faster). recompute: checkpoint every n-th block, 0: none."""
 
     recompute = 0
 
@@ -678,8 +533,7 @@ class DiT(nn.Module):
 
 @dataclass
 class PackedRow:
-    """The layout of a packed row of N tokens, all on one device; tokens from cu_seqlens[-1] on are
-    padding."""
+    """The layout of a packed row of N tokens; those from cu_seqlens[-1] on are padding."""
     shapes: list             # (C, T', H', W') of each clip, followed by those of its cond_latents
     coords: torch.Tensor     # float32 [N, 3]: t in seconds times TIME_UNIT, y and x in latent cells
     cu_seqlens: torch.Tensor   # int32 [B + 1]: clip b and its cond_latents: tokens [b] to [b + 1]
@@ -691,7 +545,7 @@ class PackedRow:
     text: torch.Tensor = None                # [L, width]: their embeddings by a frozen encoder
     image: torch.Tensor = None               # [I, width]: image tokens that clips read (Wan's I2V)
     labels: torch.Tensor = None              # int64 [R]: classes
-    conditions: torch.Tensor = None               # float32 [R, 64 * conditions]
+    conditions: torch.Tensor = None          # float32 [R, 64 * conditions]
     cache: dict = None                       # of `cached`, for a row that is sampled
     counts: torch.Tensor = None              # float32 [L]: how often each row of `text` is there
     freqs: torch.Tensor = None               # the network's rotary frequencies and their axes
@@ -712,10 +566,9 @@ TIME_UNIT = 3.0              # rotary units a second: about one a latent frame a
 
 @functools.lru_cache(maxsize=64)
 def clip_coords(shape, fps, time_stride, patch, offset=0.0):
-    """Positions of a clip's tokens, float32 [n, 3]: the time at the centre of the frames that a
-    latent frame covers (one for the first, time_stride for the others), and the patch's centre in
-    latent cells. time_stride None: indices of patches (Wan's published models). offset: the first
-    frame's time, in seconds (patches)."""
+    """Positions of a clip's tokens, float32 [n, 3]: the time at the centre of a latent frame (which
+    covers time_stride frames, the first one) and the patch's centre in latent cells. time_stride
+    None: indices of patches (Wan's). offset: the first frame's time, in seconds (patches)."""
     _, T, H, W = shape
     if time_stride is None:
         grid = np.indices([side // p for side, p in zip((T, H, W), patch)], dtype=np.float32)
@@ -736,16 +589,12 @@ def with_cond_latents(latents, cond_latents):
             for x in (z, *(latent for latent, _ in cond))]
 
 
-WAN_TEXT = 512               # rows of text that Wan's published models read, filled with zeros
-
-
 def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video",
             cond_latents=None, conditions=None):
     """The PackedRow of clips of `shapes` [(C, T', H', W')], at `rates` frames/s, under `texts`:
-    lists of token ids, embeddings [L, width] or labels. n_tokens: the row's length, padding
-    included; cond_latents: each clip's [(latent, seconds from its first frame to theirs)]; about:
-    each clip's values for `condition_code`. ids are padded to a multiple of 64, since shapes that
-    repeat are cheaper."""
+    lists of token ids, embeddings [L, width] or labels. n_tokens: the row's length with padding;
+    cond_latents: each clip's [(latent, seconds from its first frame to theirs)]; conditions: each
+    clip's values. ids are padded to a multiple of 64, since shapes that repeat are cheaper."""
     time_stride = None if kind == "wan" else time_stride
     B, parts = len(shapes), []                               # (clip, table row, shape, offset)
     for b, cond in enumerate(cond_latents or [[]] * B):
@@ -777,10 +626,9 @@ def lay_out(shapes, rates, texts, time_stride, patch, n_tokens=None, kind="video
 
 
 def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
-    """Packs one epoch's clips into rows: lists of indices into `keys`. Clips come in blocks in the
-    order of `epoch_order`; within a block the longest first, each into the first row that has
-    capacity (first-fit decreasing). Rows that stay incomplete are filled up with further clips of
-    the same epoch, which then occur twice."""
+    """Packs an epoch's clips into rows, lists of indices into `keys`: `epoch_order` in blocks, each
+    by first-fit decreasing. Free capacity is filled with clips of the epoch, which then occur
+    twice."""
     order = epoch_order(range(len(keys)), lambda i: keys[i], seed, epoch)
     planned, sizes = [], np.array([lengths[i] for i in order])
     least = np.minimum.reduceat(sizes, range(0, len(sizes), 256)) if len(sizes) else sizes
@@ -818,9 +666,6 @@ def plan_epoch(keys, lengths, row_tokens, seed, epoch, block=4096):
     return planned
 
 
-CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight", ".w.weight", ".wb.weight")   # ends
-
-
 class Clips:
     """A data set's latents by one autoencoder, with captions as token ids; or its codes by one with
     a codebook, all cropped to one shape (T', H', W'), by default the most frequent."""
@@ -838,7 +683,7 @@ class Clips:
                        f"{dataset_name(Path(folder))} --encode{vae}`")
             header = read_header(path)
             if cond_share and "alone" not in header:
-                refuse(f"{path} holds nothing to give: run `python train_vae.py "
+                refuse(f"{path} has no conditioning frames: run `python train_vae.py "
                        f"{Path(folder).name} --encode` again")
             self.time_stride, self.is_codes = header["time_stride"], "codes" in header
             self.stride = header["stride"]
@@ -868,7 +713,7 @@ class Clips:
             self.read(key)
         self.keys = sorted(key for key in self.files if ":" not in key)
         if self.is_codes:
-            self.crop_codes(shape)
+            crop_codes(self, shape)
         else:
             self.mean, self.std = normaliser(config)
         count = lambda T, H, W: T * H * W // math.prod(patch)
@@ -881,26 +726,10 @@ class Clips:
             refuse(f"a clip takes {longest} tokens, more than --row_tokens {row_tokens}: raise it, "
                    f"or encode again with --max_cells {cells}")
 
-    def crop_codes(self, shape):
-        """Crops all clips to one shape; smaller ones are left out and named."""
-        sizes = [self.shape[key][1:] for key in self.keys]
-        shape = shape or max(sorted(set(sizes)), key=sizes.count)
-        small = [key for key, size in zip(self.keys, sizes)
-                 if any(a < b for a, b in zip(size, shape))]
-        text = f"smaller than codes of {'x'.join(map(str, shape))}: {', '.join(small[:8])}"
-        if len(small) == len(self.keys):
-            refuse(f"all clips are {text}: choose another --shape")
-        if small and not int(os.environ.get("RANK", 0)):
-            print(f"{len(small)} of {len(self.keys)} clips are left out, {text}"
-                  + ", …" * (len(small) > 8), file=sys.stderr)
-        self.keys = sorted(set(self.keys) - set(small))
-        self.shape |= {key: (1, *shape) for key in self.keys}
-
     def read_as(self, kind, tokenizer=None, embeddings=None, labels=None, conditions=()):
-        """Sets what a clip is conditioned on: caption ids, embeddings or a class, and which of
-        CONDITIONS."""
+        """Sets the conditioning: caption ids, embeddings or a class; and which of CONDITIONS."""
         self.kind, self.tokenizer, self.embeddings = kind, tokenizer, embeddings
-        self.conditions = conditions
+        self.conditions, self.has_text = conditions, bool(tokenizer) or embeddings is not None
         self.labels = labels and {label: i for i, label in enumerate(labels)}
 
     def read(self, key):
@@ -911,8 +740,8 @@ class Clips:
         return tensor
 
     def latent(self, name, seed, step):
-        """A normalised draw from the autoencoder's posterior: float32 [C, T', H', W']. KEY:first is
-        the first frame alone, which is KEY's first latent, drawn separately."""
+        """A normalised draw from the autoencoder's posterior: float32 [C, T', H', W']. KEY:first
+        is KEY's first frame as a still."""
         key, (_, T, H, W) = name.removesuffix(":first"), self.shape[name]
         tensor = self.read(key)
         if self.is_codes:                                    # int64 [T', H', W'], about the centre
@@ -924,9 +753,9 @@ class Clips:
 
     def draw_conditioning(self, key, seed, epoch, share, stills=0.0):
         """[name to denoise for KEY, names of its conditioning frames ...]. With probability
-        `stills` the first frame as a still; else with probability `given` the clip under its first
+        `stills` the first frame as a still; else with probability `share` the clip under its first
         frame, its last, both, or one of its halves (or of its last two short parts) under the
-        other. Drawn by epoch, not by step, since the epoch's plan depends on the lengths."""
+        other. Drawn by epoch, since the epoch's plan depends on the lengths."""
         random = rng(seed, "given", epoch, key)
         if stills and rng(seed, "still", epoch, key).random() < stills:
             return [f"{key}:first"]
@@ -951,9 +780,9 @@ class Clips:
 
     def text(self, key, seed, step, drop):
         """Token ids of one of the clip's captions, drawn by weight, dropped with probability
-        `drop`; or its embeddings [L, width] by a frozen encoder, or the index of its class."""
+        `drop`; or its embeddings [L, width], or the index of its class."""
         row = self.rows[self.info[key]["clip"]]
-        captions = row["captions"] if self.tokenizer or self.embeddings is not None else []
+        captions = row["captions"] if self.has_text else []
         random = rng(seed, "caption", step, key)
         is_dropped = random.random() < drop
         if self.labels is not None:
@@ -963,9 +792,7 @@ class Clips:
         weights = np.array([c["weight"] for c in captions], dtype=np.float64)
         picked = captions[0 if len(captions) < 2 else int(
             random.choice(len(captions), p=weights / weights.sum()))]["text"]
-        if self.embeddings is not None:
-            return self.embeddings[picked]
-        return encode_text(self.tokenizer, picked)
+        return encode_text(self.tokenizer, picked) if self.tokenizer else self.embeddings[picked]
 
     def condition_values(self, key, seed, step, drop):
         """The clip's values of the run's conditions, all None with probability `drop`."""
@@ -984,49 +811,55 @@ def words_of(text):
 
 
 def data_summary(clips):
-    """config["data"] of a run, which tells what it learns: size [h, w] in px, frames and fps (None:
-    a still), as they are most frequent together; sizes [[h, w, clips]], the 50 most frequent;
-    frames_range, fps_range and side_range (of either side, px), [min, max]; grid_range, of latents
-    [T', H', W']; text, whether it reads captions; words, the 20,000 most frequent of them."""
+    """config["data"] of a run: what it trains on. size [h, w] in px, frames and fps (None: a still)
+    are the most frequent together; sizes [[h, w, clips]]: the 50 most frequent; ranges: [min, max],
+    side_range of both sides in px, grid_range of latents [T', H', W']; text: whether there are
+    captions; words: their 20,000 most frequent."""
     shapes = [clips.shape[key][1:] for key in clips.keys]
     sizes = [tuple(side * clips.stride for side in shape[1:]) for shape in shapes]
     infos = [clips.info[key] for key in clips.keys]
     frames, rates = ([info[name] for info in infos] for name in ("frames", "fps"))
     spread = lambda values: [min(values), max(values)] if values else None
     (size, n, fps), _ = Counter(zip(sizes, frames, rates)).most_common(1)[0]
-    is_told = bool(clips.tokenizer) or clips.embeddings is not None
-    texts = [caption["text"] for row in clips.rows.values() for caption in row["captions"]]
-    words = Counter(word for text in texts if is_told for word in words_of(text))
+    texts = [caption["text"] for row in clips.rows.values() if clips.has_text
+             for caption in row["captions"]]
+    words = Counter(word for text in texts for word in words_of(text))
     return {
         "size": list(size), "frames": n, "fps": fps,
         "sizes": [[*size, count] for size, count in Counter(sizes).most_common(50)],
         "frames_range": spread(frames), "fps_range": spread([rate for rate in rates if rate]),
         "side_range": spread([side for size in sizes for side in size]),
         "grid_range": [[pick(axis) for axis in zip(*shapes)] for pick in (min, max)],
-        "text": is_told and any(texts),
+        "text": any(texts),
         "words": sorted(word for word, _ in words.most_common(20_000))}
 
 
+def say(line):
+    """Prints a line to stderr, on rank 0 alone."""
+    if not int(os.environ.get("RANK", 0)):
+        print(line, file=sys.stderr)
+
+
 def advise(args, clips, plan, begun):
-    """Says what of a data set is little for this command, or that it has no captions. begun:
-    config.json of a run that goes on."""
-    n_rows, n_clips, rank = len(plan.epoch(0)), len(clips.keys), int(os.environ.get("RANK", 0))
-    say = lambda line: rank or print(f"{args.name}: {line}", file=sys.stderr)
-    if (clips.tokenizer or clips.embeddings is not None) and not any(
-            row["captions"] for row in clips.rows.values()):
-        say("no clip has a caption: the model learns without text, and prompts will do nothing")
-    elif begun and not begun.get("data", {"text": True})["text"] and clips.labels is None:
-        say("clips have captions now, and this run was begun without: another --run learns them")
+    """Says what a data set has too little of for this command. begun: config.json of a run that is
+    resumed."""
+    n_rows, n_clips = len(plan.epoch(0)), len(clips.keys)
+    if clips.has_text and not any(row["captions"] for row in clips.rows.values()):
+        say(f"{args.name}: no clip has a caption: the model trains without text, and prompts will "
+            "do nothing")
+    elif clips.has_text and begun and not begun.get("data", {"text": True})["text"]:
+        say(f"{args.name}: clips have captions now, which this run started without: another --run "
+            "trains on them")
     if n_clips < 4 * n_rows:
         wanted = -(-4 * max(clips.lengths) // 256) * 256
-        say(f"a row of {args.row_tokens} tokens holds {n_clips / n_rows:.1f} clips on average: for "
-            f"four take --row_tokens {wanted} --batch_tokens "
+        say(f"{args.name}: a row of {args.row_tokens} tokens holds {n_clips / n_rows:.1f} clips on "
+            f"average: for four take --row_tokens {wanted} --batch_tokens "
             f"{-(-args.batch_tokens // wanted) * wanted}, or shorter or smaller clips")
     if n_rows < 10:
         times = args.steps * args.batch_tokens / args.row_tokens / n_rows
-        say(f"all {n_clips} clips fill {n_rows} rows, and {args.steps} steps show each {times:.3g} "
-            "times: watch the held-out loss; more clips or fewer --steps keep the model from "
-            "memorising them")
+        say(f"{args.name}: all {n_clips} clips fill {n_rows} rows, and {args.steps} steps show "
+            f"each {times:.3g} times: watch the held-out loss; more clips or fewer --steps keep the "
+            "model from memorising them")
 
 
 def encode_text(tokenizer, text, most=256):
@@ -1065,8 +898,8 @@ class RowPlan:
 
 def load_row(clips, keys, seed, step, drop, times, drawn=None):
     """A training row, with draws keyed by (seed, step, key): (keys, PackedRow, x0 tokens, noise
-    tokens, t [B]), or (keys, PackedRow, codes [B, T', H', W']). times: one a clip; drawn: targets
-    and conditioning as `draw_conditioning` names them (by default the clips alone)."""
+    tokens, t [B]), or (keys, PackedRow, codes [B, T', H', W']). times: one a clip; drawn: what
+    `draw_conditioning` draws for each (by default the clips alone)."""
     drawn = drawn or [[key] for key in keys]
     targets = [target for target, *_ in drawn]
     cond_latents = [clips.cond_latents(target, names, seed, step) for target, *names in drawn]
@@ -1090,8 +923,7 @@ BEST = "best.safetensors"    # the averaged weights of the lowest held-out loss 
 
 
 def clip_losses(model, row, x0, noise, t, dtype):
-    """[B]: each clip's squared error, averaged over its target tokens and channels; conditioning
-    frames and padding do not count."""
+    """[B]: each clip's squared error, averaged over its target tokens and channels."""
     device, objective, clip_of = x0.device, model.objective, row.table_index[row.targets].long()
     t = network_time(objective, t)
     target_x0, target_noise, time_of = x0[row.targets], noise[row.targets], t[clip_of][:, None]
@@ -1106,17 +938,11 @@ def clip_losses(model, row, x0, noise, t, dtype):
 
 
 def losses_of(model, row, *tensors, dtype):
-    """(each clip's loss [B], losses and their times for `by_time`) of what `load_row` returned.
-    Losses of codes, in nats, are binned by position in raster order, 0 to 1, in place of time."""
-    if model.kind != "gpt":
-        losses = clip_losses(model, row, *tensors, dtype)
-        return losses, losses.detach(), tensors[-1]
-    codes, = tensors
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        losses = model.dit.losses(codes, model.read(row))                            # [B, L]
-    n = losses.shape[1]
-    position = torch.arange(n, device=codes.device).expand_as(losses) / n
-    return losses.mean(1), losses.detach().flatten(), position.flatten()
+    """(each clip's loss [B], losses and their times for `by_time`) of what `load_row` returned."""
+    if model.kind == "gpt":
+        return code_losses(model, row, *tensors, dtype)
+    losses = clip_losses(model, row, *tensors, dtype)
+    return losses, losses.detach(), tensors[-1]
 
 
 def by_time(losses, t, n_bins=4):
@@ -1127,8 +953,8 @@ def by_time(losses, t, n_bins=4):
 
 @torch.no_grad()
 def held_out_loss(model, bank, device, dtype):
-    """Held-out figures for the log, over the fixed bank of clips, noise and times: mean loss, loss
-    by time bin and by clip shape (T'xH'xW'); of codes also in bits a code."""
+    """Held-out figures for the log: mean loss, loss by time bin and by clip shape (T'xH'xW'); of
+    codes also in bits a code."""
     all_losses, shapes = [], []
     for _, *loaded in bank:
         losses = losses_of(model, *(x.to(device) for x in loaded), dtype=dtype)
@@ -1144,12 +970,10 @@ def held_out_loss(model, bank, device, dtype):
 
 
 def zero_loss(model, bank):
-    """The held-out loss of a trivial model: one that returns zeros, the mean of latents and noise;
+    """The held-out loss of a constant model: one that returns zeros, the mean of latents and noise;
     of codes, in nats, one that predicts their frequencies."""
     if model.kind == "gpt":
-        counts = torch.cat([codes.flatten() for *_, codes in bank]).bincount().double()
-        share = counts[counts > 0] / counts.sum()
-        return -(share * share.log()).sum().item()
+        return code_entropy(torch.cat([codes.flatten() for *_, codes in bank]))
     width = 2 if model.objective.prediction == "ddpm" else 1             # noise, and its variance
 
     def zeros(x, t, row):
@@ -1159,17 +983,16 @@ def zero_loss(model, bank):
 
 
 def guide(cond, uncond, scale, channels=None):
-    """Classifier-free guidance: uncond + scale * (cond - uncond). channels: guide only so many
+    """Classifier-free guidance: uncond + scale * (cond - uncond). channels: of the first so many
     (axis 1; DiT's published figures guide three of four), the others are cond's."""
-    channels = cond.shape[1] if channels is None else channels
-    guided = uncond[:, :channels] + scale * (cond - uncond)[:, :channels]
-    return torch.cat([guided, cond[:, channels:]], 1)
+    guided = (uncond + scale * (cond - uncond))[:, :channels]
+    return torch.cat([guided, cond[:, guided.shape[1]:]], 1)
 
 
 class Packed:
     """Clips denoised together in one packed row, followed by the same clips under `negative`, the
-    unconditional texts ([]: none). shapes [(C, T', H', W')], noises of these shapes; rates, texts,
-    negative, cond_latents, about: lists, as lay_out takes them."""
+    unconditional texts ([]: no unconditional batch). noises: of `shapes`; the rest is as in
+    lay_out."""
 
     def __init__(self, model, shapes, rates, texts, negative, noises, time_stride, cond_latents,
                  conditions):
@@ -1181,7 +1004,7 @@ class Packed:
         self.row, self.n, self.targets = row, n, row.targets[:len(row.targets) // n]
         self.clip = row.table_index[self.targets].long()     # of each of the target tokens
         self.lengths = torch.bincount(self.clip)
-        self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first own token
+        self.first = self.lengths.cumsum(0) - self.lengths   # each clip's first target token
         self.n_rows = int(row.table_index.max()) + 1
 
     def network(self, x, t):
@@ -1196,12 +1019,11 @@ class Packed:
 @torch.no_grad()
 def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, guidance=4.0,
              shift=1.0, time_stride=4, negative=(EOS,), cond_latents=None, conditions=None):
-    """Samples videos uint8 [T, H, W, 3]: denoises clips of `shapes` [(C, T', H', W')] from `noises`
-    under `texts` (as lay_out takes them; negative: the empty one) and decodes them. cond_latents:
-    each clip's [(normalised latent [C, T', H', W'], seconds from its first frame to theirs)]."""
+    """Samples videos uint8 [T, H, W, 3]: denoises clips from `noises` under `texts` and decodes
+    them. Arguments are as in lay_out; negative: the empty text."""
     device, objective, empty = noises[0].device, model.objective, [[]] * len(shapes)
-    is_told = any(torch.is_tensor(text) or text != negative for text in texts)
-    packed = Packed(model, shapes, rates, texts, [negative] * len(shapes) * is_told, noises,
+    is_guided = any(torch.is_tensor(text) or text != negative for text in texts)
+    packed = Packed(model, shapes, rates, texts, [negative] * len(shapes) * is_guided, noises,
                     time_stride, cond_latents or empty, conditions or empty)
     x = packed.tokens[packed.targets]
     if objective.shift_tokens:                                     # each token by its clip's length
@@ -1210,31 +1032,21 @@ def generate(model, vae, vae_config, shapes, rates, texts, noises, n_steps=20, g
     def read(x, t):
         t = torch.as_tensor(t, dtype=torch.float32, device=device).expand(len(x), 1)
         output = packed.network(x, t)
-        output = guide(*output.chunk(2), guidance) if is_told else output
+        output = guide(*output.chunk(2), guidance) if is_guided else output
         return to_velocity_x0_noise(objective, output, x, t)
 
-    if objective.path in STEPPED:
-        last = 1.0 if objective.path == "sd" else 0.999
-        times = torch.linspace(last, 0.001, n_steps).mul(1000).round().div(1000)
-        alpha, sigma = (x.double() for x in interpolant(objective.path, times)[:2])
-        steps = ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
-                     F.pad(sigma, (0, 1)))
-    else:
-        low, high = interval(objective, True)
-        times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
-        steps = runge_kutta(lambda x, t: read(x, t)[0], x, times.unbind())
-    *_, x = steps
+    low, high = interval(objective, True)
+    times = (low + (high - low) * flow_grid(n_steps, shift)).to(x)
+    *_, x = stepped_ddim(objective, read, x, n_steps) if objective.path in STEPPED else runge_kutta(
+        lambda x, t: read(x, t)[0], x, times.unbind())
     mean, std = normaliser(vae_config, device)
-    videos = []
-    for z in unpatchify(x, shapes, model.dit.patch):
-        parts = decode_long(vae, (z * std + mean)[None])
-        videos.append(to_frames(torch.cat(list(parts), 2)[0]))
-    return videos
+    return [to_frames(torch.cat(list(decode_long(vae, (z * std + mean)[None])), 2)[0])
+            for z in unpatchify(x, shapes, model.dit.patch)]
 
 
 def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
-    """Writes a contact sheet of videos sampled with held-out clips' captions, sizes and lengths; in
-    a run with --given each once more from its first frame."""
+    """Writes a contact sheet of videos sampled under held-out clips' captions; in a run with
+    --given each once more from its first frame."""
     rows, device = [], next(model.parameters()).device
     cond_latents = [[] for _ in keys]
     if clips.cond_share:
@@ -1252,10 +1064,9 @@ def sample_held_out(model, vae, vae_config, clips, keys, seed, path, shift):
                           time_stride=clips.time_stride, negative=negative[0],
                           cond_latents=cond_latents,
                           conditions=[clips.condition_values(key, seed, 0, 0.0) for key in keys])
-    is_told = clips.tokenizer or clips.embeddings is not None
     for video, key, cond in zip(videos, keys, cond_latents):
         row = clips.rows[clips.info[key]["clip"]]
-        caption = (row["captions"] or [{"text": ""}])[0]["text"] if is_told else ""
+        caption = (row["captions"] or [{"text": ""}])[0]["text"] if clips.has_text else ""
         title = caption if clips.labels is None else row["label"]
         rows.append((sheet_frames(video), title + ", from its first frame" * len(cond)))
     contact_sheet(path, rows)
@@ -1266,8 +1077,8 @@ COLOURS = (BLUE, (220, 80, 30), (20, 150, 60), (150, 40, 150), (230, 160, 0), (0
 
 
 def ticks(low, high, most=8):
-    """Round numbers from low to high: at most `most`, a step of 1, 2 or 5 powers of ten apart; over
-    more than a factor of 8 (low > 0) these steps themselves."""
+    """At most `most` round numbers from low to high, 1, 2 or 5 powers of ten apart; over more than
+    a factor of 8 (low > 0) such numbers themselves."""
     if low > 0 and high > 8 * low:
         tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         return [m * 10.0**e for e in tens for m in (1, 2, 5) if low <= m * 10.0**e <= high]
@@ -1278,8 +1089,8 @@ def ticks(low, high, most=8):
 
 
 def draw_curves(path, curves, levels, unit, width=860, height=500):
-    """Writes a PNG of curves (name, colour, line width, [(step, loss)], whether to mark the lowest
-    point) over labelled axes, losses on a log scale; levels (name, colour, loss): dashed lines."""
+    """Writes a PNG of curves (name, colour, line width, [(step, loss)], is the lowest marked),
+    losses on a log scale; levels (name, colour, loss): dashed lines."""
     curves = [(*head, [(x, y) for x, y in points if y and y > 0], mark)      # no null, no NaN
               for *head, points, mark in curves]
     levels = [level for level in levels if level[2] and level[2] > 0]
@@ -1330,8 +1141,8 @@ def loss_unit(config):
 
 
 def plot_losses(folder, log=None):
-    """Draws loss.png: training loss, held-out loss with its minimum marked, held-out loss by time
-    (thin), and the level of a model that knows nothing."""
+    """Draws loss.png: training loss, held-out loss, held-out loss by time (thin), and a
+    constant prediction's."""
     log = read_log(folder) if log is None else log
     evaluated = [row for row in log if "held_out" in row]
     curves = [("training", GREY, 2, [(r["step"], r.get("loss")) for r in log], False)]
@@ -1339,7 +1150,7 @@ def plot_losses(folder, log=None):
         curves.append((f"held out, t {i / 4:g} to {(i + 1) / 4:g}", colour, 1,
                        [(row["step"], row["held_out_by_t"][i]) for row in evaluated], False))
     curves.append(("held out", BLUE, 3, [(r["step"], r["held_out"]) for r in evaluated], True))
-    levels = [("a model that knows nothing", RED, row.get("held_out_zero")) for row in evaluated]
+    levels = [("constant prediction", RED, row.get("held_out_zero")) for row in evaluated]
     draw_curves(Path(folder) / "loss.png", curves, levels[-1:],
                 loss_unit(read_config(folder, "denoiser")))
 
@@ -1352,7 +1163,6 @@ def redraw(folder):
 
 
 def show_progress(folder, log):
-    """Draws a run's log so far, and says so when the run memorises."""
     plot_losses(folder, log)
     if line := rising(log):
         tqdm.write(f"{folder}: {line}", file=sys.stderr)
@@ -1363,7 +1173,7 @@ def rising(log):
     evaluated = [(row["step"], row["held_out"]) for row in log if row.get("held_out") is not None]
     fall = next((i for i in range(1, len(evaluated))
                  if not evaluated[-i][1] > evaluated[-i - 1][1]), len(evaluated))
-    if fall != 4:                                            # three rises: not more, or it was said
+    if fall != 4:                                            # three rises, the last one now
         return None
     (step, lowest), (last, now) = evaluated[-4], evaluated[-1]
     mean = lambda a, b: np.mean([r["loss"] for r in log if a < r["step"] <= b and r.get("loss")])
@@ -1378,16 +1188,16 @@ def rising(log):
 
 
 def keep_best(folder, done, held_out, state):
-    """Saves a step's averaged weights `state` as best.safetensors if no earlier evaluation had as
-    low a held-out loss. A file of its own, since checkpoints fall on other steps."""
+    """Saves a step's averaged weights as best.safetensors if no earlier held-out loss was as
+    low. A file of its own, since checkpoints fall on other steps."""
     path = Path(folder) / BEST
     was = best_of(folder) or {"step": done}
     if was["step"] < done and not held_out < was["held_out"] or not math.isfinite(held_out):
-        return                           # a step beyond: of what was killed after its checkpoint
+        return                           # of a run killed after that
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     header = {"held_out": held_out, "step": done,
              "sums": {k: tensor_sum(v) for k, v in state.items()}}
-    sweep(folder)                        # what a kill in here left
+    sweep(folder)                        # remains of a killed save
     try:
         with atomic(path) as part:
             save_file(state, part, {"nanosora": json.dumps(header, sort_keys=True)})
@@ -1410,8 +1220,7 @@ def best_of(folder):
 
 def averaged_weights(folder, which="best"):
     """(file, name) of the averaged weights to sample or to begin with: the best by held-out loss,
-    else (an older run, or which="last") the last checkpoint's. The name is that of the step's
-    folder, since best.safetensors is replaced as the run goes on."""
+    else (an older run, or which="last") the last checkpoint's. The name is its step's folder."""
     best = best_of(folder) if which == "best" else None
     if best is None:
         last = last_checkpoint(folder)
@@ -1464,7 +1273,7 @@ class Denoiser(nn.Module):
             return row.labels
         if self.kind == "uvit":
             return text.unflatten(0, (len(row.cu_text) - 1, -1))
-        lengths = row.cu_text.diff().tolist()                # behind them there is padding
+        lengths = row.cu_text.diff().tolist()                # padding follows
         return torch.stack([part.mean(0) for part in text[:sum(lengths)].split(lengths)])
 
     def forward(self, x, t, row):
@@ -1481,7 +1290,7 @@ class Denoiser(nn.Module):
 
 def start_from(args, begun):
     """(network options or None, published layout or None, weights or None): from the config.json
-    `begun` of a run that goes on, else from --init: nothing, a run, or published weights."""
+    `begun` of a run to resume, else from --init: nothing, a run, or published weights."""
     if begun or not args.init:
         return begun and begun["model"], begun and begun["layout"], None
     path = model_path(args.init)
@@ -1491,21 +1300,7 @@ def start_from(args, begun):
         config = read_config(path, "denoiser")
         weights = read_tensors(averaged_weights(path)[0])
         return config["model"], config.get("layout"), weights
-    network, layout, options = load_published(path, args.heads)
-    kind = {"dit": args.model.split("-")[0], "uvit": "uvit", "gpt": "gpt"}.get(layout, "wan")
-    said = getattr(network, "trained", {})
-    if said.get("is_said"):              # by the options of its training
-        for name, wanted in (("model", said["kind"]), ("objective", said.get("objective")),
-                             ("path", said.get("path"))):
-            setting = kind if name == "model" else getattr(args, name)
-            if wanted and setting != wanted:
-                refuse(f"--init {args.init} was trained with {name} {wanted}, --{name} is "
-                       f"{setting}: give --{name} {wanted}")
-        weighting = said.get("weighting", args.weighting)
-        if said.get("objective") != "velocity" and weighting != args.weighting:
-            say_once(f"--init {args.init} was trained with --weighting {weighting}")
-    weights = {f"dit.{name}": value for name, value in network.state_dict().items()}
-    return {"kind": kind, **options}, layout, weights
+    return start_published(args, path)
 
 
 def fit_latents(args, options, is_new, vae, name, shapes):
@@ -1514,11 +1309,12 @@ def fit_latents(args, options, is_new, vae, name, shapes):
     kind, z = options["kind"], vae.z_dim
     largest = tuple(max(shape[i] for shape in shapes) for i in (1, 2, 3))
     if kind == "gpt":
-        names, here = ("shape", "codes", "code_dim"), (largest, *vae.bottleneck.codebook.shape)
-        if is_new:
-            options |= dict(zip(names, here))
-        elif (was := (tuple(options["shape"]), options["codes"], options["code_dim"])) != here:
-            refuse(f"--init {args.init} has {names} = {was}, {name} and --shape give {here}")
+        here = dict(zip(("shape", "codes", "code_dim"), (largest, *vae.bottleneck.codebook.shape)))
+        was = here if is_new else {**{key: options[key] for key in here},
+                                   "shape": tuple(options["shape"])}
+        if was != here:
+            refuse(f"--init {args.init} has {was}, {name} and --shape give {here}")
+        options |= here if is_new else {}
     elif is_new:
         options |= {"video": dict(channels=z), "wan": dict(channels=z, out_channels=z),
                     "uvit": dict(channels=z, size=largest)}.get(
@@ -1542,46 +1338,29 @@ class CountedTexts(dict):
         return torch.empty(int(mask.sum()) if self.encoder.tables else mask.numel(), 0)
 
 
-def class_labels(names, n_rows, saved):
-    """The data's labels `found` in the order of their class indices: as in `known`, the labels of
-    the run that goes on or that the weights come from; with a published class table of n_rows, a
-    number is its row; else sorted, numbers by value."""
-    if saved and names <= {*saved}:
-        return saved
-    numbers = {label: int(label) for label in sorted(names) if re.fullmatch("[0-9]{1,9}", label)}
-    rows = {number: label for label, number in numbers.items() if number < n_rows}
-    if strange := rows and sorted(names - {*rows.values()}):
-        refuse(f"labels are numbers of the class table's rows, 0 to {n_rows - 1}, but for "
-               f"{', '.join(strange[:12])}: rename these, or leave them out (--where)")
-    return [rows.get(n, str(n)) for n in range(n_rows)] if rows else sorted(
-        names, key=lambda label: (label not in numbers, numbers.get(label, 0), label))
-
-
 def open_texts(args, folder, data, options, saved, train_rows, held_out, device):
-    """(tokenizer, embeddings, labels): whichever the network is conditioned on, None for the
-    others; fills in the network's options for it. known: labels of the run that the weights come
-    from, None for a new model."""
+    """(tokenizer, embeddings, labels): the network's conditioning, None for the others; fills in
+    the network's options for it. saved: labels of the weights' run, None for a new model."""
     is_new = saved is None
     if options.get("classes"):
         labels_seen, none = {row["label"] for row in train_rows} - {None}, options["kind"] != "gpt"
         if not labels_seen:
-            refuse(f"{data} has no labels, and {args.model} learns classes: prepare_data.py "
-                   "--format folder has them")
+            refuse(f"{data} has no labels, and {args.model} is conditioned on classes: "
+                   "prepare_data.py --format folder has them")
         labels = class_labels(labels_seen, 0 if is_new else options["classes"] - none, saved)
         options["classes"] = len(labels) + none                          # the last one: no class
-        if not int(os.environ.get("RANK", 0)):
-            print(f"{len(labels)} classes, in this order: {', '.join(labels[:20])}"
-                  + ", …" * (len(labels) > 20), file=sys.stderr)
+        say(f"{len(labels)} classes, in this order: {', '.join(labels[:20])}"
+            + ", …" * (len(labels) > 20))
         return None, None, labels
     if args.text_encoder:
         encoder, rows = open_text_encoder(args.text_encoder, device), train_rows + held_out
-        width, wanted = encoder.embed.embedding_dim, (options.get("clip") or [0])[0]
-        wanted = wanted or (0 if is_new else options.get("text_dim", 0))
-        if wanted not in (0, width):
+        width = encoder.embed.embedding_dim
+        wanted = options["clip"][0] if options.get("clip") else not is_new and options.get(
+            "text_dim")
+        if wanted and wanted != width:
             refuse(f"--text_encoder {args.text_encoder} is {width} wide, {args.model} reads "
                    f"{wanted}")
-        options |= {"text": None} if options["kind"] == "uvit" else {"text": None,
-                                                                     "text_dim": width}
+        options |= {"text": None} | ({"text_dim": width} if options["kind"] != "uvit" else {})
         if args.estimate:
             return None, CountedTexts(encoder), None
         encode_captions(data, rows, encoder, rank=int(os.environ.get("RANK", 0)),
@@ -1601,32 +1380,31 @@ def open_texts(args, folder, data, options, saved, train_rows, held_out, device)
 
 
 def open_stage(args, folder, begun, device):
-    """Opens what training needs: (autoencoder, its config, training Clips, held-out Clips, the
-    model's part of config.json, initial weights or None). begun: config.json of a run that goes
-    on."""
+    """(autoencoder, its config, training Clips, held-out Clips, the model's part of config.json,
+    initial weights or None). begun: config.json of a run to resume."""
     data, name = dataset_dir(args.name), args.vae or f"{Path(args.name).name}-vae"
     train_rows, held_out = split_rows(chosen(open_dataset(data), args), data, folder)
     (vae, vae_config), (options, layout, weights) = load_autoencoder(name), start_from(args, begun)
     vae_config = {**vae_config, "name": name}
     if begun and begun["vae"]["hash"] != vae_config["hash"]:
-        refuse(f"{folder} learns latents of autoencoder {begun['vae']['hash']}, and {name} now is "
+        refuse(f"{folder} trains on latents of autoencoder {begun['vae']['hash']}, {name} now is "
                f"{vae_config['hash']}: name the first one by --vae, or start another --run")
     is_new, preset = options is None, MODELS[args.model]
     options = {"kind": "video", **(options or preset)}
     kind, patch = options["kind"], options.get("patch", 1)
     if "dim" not in options:
-        refuse(f"--model {args.model} takes its sizes from --init: give that, or name a size")
+        refuse(f"--model {args.model} takes its sizes from --init: give that, or a size")
     if options.get("image_dim"):
-        refuse(f"--model {args.model} reads an image beside the text, and training gives none: "
-               "take a model without one, such as wan-14b")
+        refuse(f"--model {args.model} reads an image beside the text, and training has none: take "
+               "another, such as wan-14b")
     for size in {"dim", "depth", "heads"} & set(preset):
         if options[size] != preset[size]:
             refuse(f"--init {args.init} has {size} {options[size]}, --model {args.model} "
                    f"{preset[size]}")
     if (kind == "gpt") != bool(vae.n_codes):
-        refuse(f"--model {args.model} learns {'codes' if kind == 'gpt' else 'latents'}, which "
-               f"{name} does not make: gpt models go with train_vae.py --bottleneck vq or fsq, "
-               "the others with kl")
+        refuse(f"--model {args.model} trains on {'codes' if kind == 'gpt' else 'latents'}, which "
+               f"{name} does not make: gpt models take train_vae.py --bottleneck vq or fsq, the "
+               "others kl")
     patch = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
     clips, shape = [], args.shape or options.get("shape")
     for rows in (train_rows, held_out):
@@ -1638,18 +1416,13 @@ def open_stage(args, folder, begun, device):
     previous = begun or (read_config(init, "denoiser") if init and is_run(init) else {})
     texts = open_texts(args, folder, data, options, None if is_new else
                        previous.get("labels") or [], train_rows, held_out, device)
-    if weights and options.get("classes") != classes:        # another table of them, then
-        print(f"--init {args.init} has other classes: theirs are learnt anew", file=sys.stderr)
+    if weights and options.get("classes") != classes:
+        say(f"--init {args.init} has other classes: their embeddings are trained from scratch")
         weights = {k: v for k, v in weights.items() if not k.endswith(CLASS_TABLES)}
     if kind == "gpt":
-        codebook, shape = vae.bottleneck.codebook, tuple(options["shape"])
-        if weights and not torch.equal(weights["dit.codebook"], codebook):
-            refuse(f"--init {args.init} was trained on codes of another autoencoder than {name}")
-        if options.get("sparse") and len(sparse_mask(shape, "cpu")) != math.prod(shape):
-            refuse(f"--model {args.model} sees blocks of 32 codes, and --shape "
-                   f"{'x'.join(map(str, shape))} is no whole number of them: name another")
+        check_codes(args, options, vae, name, weights)
     if not is_new and len(args.conditions) != options.get("conditions", 0):
-        refuse(f"--init {args.init} was told {options.get('conditions', 0)} --conditions")
+        refuse(f"--init {args.init} was trained with {options.get('conditions', 0)} --conditions")
     options |= {"conditions": len(args.conditions)} if args.conditions else {}
     for part in clips:
         part.read_as(kind, *texts, args.conditions)
@@ -1659,9 +1432,9 @@ def open_stage(args, folder, begun, device):
 
 
 def held_out_bank(clips, seed):
-    """A few rows of held-out clips with fixed noise and evenly spread times, so that held-out
-    losses of two runs compare to three digits."""
-    rows = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]      # none given
+    """A few rows of held-out clips with fixed noise and evenly spread times, so that the losses
+    of two runs compare."""
+    rows = plan_epoch(clips.keys, clips.lengths, clips.row_tokens, seed, 0)[:6]
     n = sum(map(len, rows))
     times = iter((rng(seed, "bank").permutation(n) + 0.5) / n)
     return [load_row(clips, [clips.keys[i] for i in row], seed, 0, 0.0, [next(times) for _ in row])
@@ -1669,11 +1442,11 @@ def held_out_bank(clips, seed):
 
 
 def add_gradients(model, step, loaded, lengths, args, device):
-    """Backward passes over this rank's rows of a step; returns their part of the log's figures.
-    lengths: clip lengths of every row of all ranks."""
+    """Backward passes over this rank's rows of a step; returns their figures for the log. lengths:
+    clip lengths of every row of all ranks."""
     n_clips, by_t = sum(map(len, lengths)), torch.zeros(4, 2, device=device)
     for keys, row, *tensors in loaded:
-        # dropout, of networks that have it, is a row's own on whatever rank
+        # dropout is drawn by row, whatever its rank
         torch.manual_seed(int(rng(args.seed, "dropout", step, keys[0]).integers(2**62)))
         losses, binned, t = losses_of(model, row.to(device), *(moved(x, device) for x in tensors),
                                       dtype=args.dtype)
@@ -1773,7 +1546,7 @@ def train(args, folder):
 
     fit(args, folder, step, batch, learn, evaluate, lambda: {
         "model": model.state_dict(), "ema": merged(ema),
-        **({"average": ema.state_dict()} if args.lora else {}),      # not merged, to go on from
+        **({"average": ema.state_dict()} if args.lora else {}),      # not merged, to resume from
         "optimizer": optimizer_tensors(optimizer, model)},
         (args.batch_tokens * cost["fullness"], cost["flops"], cost["peak"]))
     if rank == 0:
@@ -1782,20 +1555,11 @@ def train(args, folder):
     barrier()
 
 
-def learnt_tokens(log, batch_tokens):
-    """(tokens trained on, seconds of training) by a log, whose rows are means since the last
-    row."""
-    steps = np.diff([0, *(row["step"] for row in log)])
-    full, seconds = ([row.get(name) or 0.0 for row in log] for name in ("fullness", "step_s"))
-    return batch_tokens * float(steps @ full), float(steps @ seconds)
-
-
 def compare(names):
-    """Prints a table of runs' logs and draws them into one picture, compare.png beside the
-    first."""
+    """Prints a table of runs' logs and draws them into compare.png beside the first."""
     if not names or names[0].startswith("-"):
         refuse("usage: python train_dit.py compare RUN [RUN ...]")
-    curves, levels, units, rows, differ = [], [], [], [], {}
+    curves, levels, units, rows, facts = [], [], [], [], []
     for i, name in enumerate(names):
         folder = model_path(name)
         config = read_config(folder, "denoiser")
@@ -1809,26 +1573,25 @@ def compare(names):
         curves += [(f"{name}, training", faint, 1, [(r["step"], r.get("loss")) for r in log], 0),
                    (f"{name}, held out", colour, 3, evaluated, True)]
         zero = next((r["held_out_zero"] for r in log[::-1] if r.get("held_out_zero")), None)
-        levels.append((f"{name}, a model that knows nothing", colour, zero))
+        levels.append((f"{name}, constant prediction", colour, zero))
         units.append(loss_unit(config))
         step, best = min(evaluated, key=lambda point: (not math.isfinite(point[1]), point[1]))
-        tokens, seconds = learnt_tokens(log, options.get("batch_tokens") or 0)
+        steps = np.diff([0, *(r["step"] for r in log)])      # the log has means over them
+        full, seconds = (steps @ [r.get(key) or 0.0 for r in log] for key in ("fullness", "step_s"))
+        tokens = full * (options.get("batch_tokens") or 0)
         rows.append([names[i], log[-1]["step"], f"{tokens / 1e6:.2f}M", f"{seconds / 60:.1f} min",
                      f"{best:.4f}", step, f"{evaluated[-1][1]:.4f}",
                      f"{zero:.4f}" if zero else "-"])
-        differ.setdefault("data set", []).append(options.get("name"))
-        for key in ("where", "skip_clips", "objective", "path", "weighting", "seed",
-                    "row_tokens", "shape", "stills"):
-            differ.setdefault(f"--{key}", []).append(options.get(key))
-        differ.setdefault("autoencoder", []).append(config["vae"]["hash"])
-    head = ["run", "steps", "tokens", "time", "best held out", "at step", "last", "knows nothing"]
+        facts.append({"data set": options.get("name"), "autoencoder": config["vae"]["hash"], **{
+            f"--{key}": options.get(key) for key in ("where", "skip_clips", "objective", "path",
+            "weighting", "seed", "row_tokens", "shape", "stills")}})
+    head = ["run", "steps", "tokens", "time", "best held out", "at step", "last", "constant"]
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(str(cell).ljust(wide) if i == 0 else str(cell).rjust(wide)
-                        for i, (cell, wide) in enumerate(zip(row, widths))))
-    if unlike := [name for name, values in differ.items() if any(v != values[0] for v in values)]:
-        print(f"held-out losses are of other clips, times or targets, since the runs differ in "
-              f"{', '.join(unlike)}", file=sys.stderr)
+    for first, *rest in [head, *rows]:
+        print(f"{first:{widths[0]}}  " + "  ".join(map("{:>{}}".format, rest, widths[1:])))
+    if unlike := [name for name in facts[0] if any(f[name] != facts[0][name] for f in facts)]:
+        print(f"held-out losses do not compare: the runs differ in {', '.join(unlike)}",
+              file=sys.stderr)
     path = model_path(names[0]).parent / "compare.png"
     levels = levels[:1] if len({level[2] for level in levels}) == 1 else levels
     draw_curves(path, curves, levels, " and ".join(sorted(set(units))))
@@ -1836,8 +1599,7 @@ def compare(names):
 
 
 def load_denoiser(name, device="cpu", config=None, which="best"):
-    """(model in eval mode, prompt -> text as lay_out takes it, config) of a run's best or last
-    checkpoint."""
+    """(model in eval mode, prompt -> text as lay_out takes it, config) of a run."""
     folder = model_path(name)
     config = config or read_config(folder, "denoiser")
     model = Denoiser(**config["model"])
@@ -1848,8 +1610,8 @@ def load_denoiser(name, device="cpu", config=None, which="best"):
         print(f"{folder}: of its steps to {int(last.name[5:])}, {int(step[-6:])} has the lowest "
               "held-out loss, and its weights are taken", file=sys.stderr)
     model.load_state_dict(read_tensors(file))
-    read = open_reader(folder, config, device)
-    return model.to(device).eval().requires_grad_(False), read, config
+    model.to(device).eval().requires_grad_(False)
+    return model, open_reader(folder, config, device), config
 
 
 def open_reader(folder, config, device="cpu"):
@@ -1859,7 +1621,7 @@ def open_reader(folder, config, device="cpu"):
     if config["args"].get("text_encoder"):
         encoder = open_text_encoder(config["args"]["text_encoder"], device)
         return lambda prompt: encoder.encode([prompt])[0]
-    if not config["model"].get("text"):                      # told nothing
+    if not config["model"].get("text"):                      # no conditioning
         return lambda prompt: [EOS]
     return functools.partial(encode_text, open_tokenizer(folder / "tokenizer.json"))
 
@@ -1880,65 +1642,65 @@ def parse_options(argv=None):
     add = parser.add_argument_group("what to train").add_argument
     add("--run", help="runs/RUN, or a path with a slash (NAME)")
     add("--init", help="begin with these weights: a run, or published ones, a file or a folder")
-    add("--heads", type=number(int, 1), help="of a published file that has other than 64-wide ones")
-    add("--text_encoder", help="folder of a frozen T5, UMT5 or CLIP to read captions with (none)")
-    add("--export", metavar="FILE", help="write the average in its published layout, and stop")
+    add("--heads", type=number(int, 1), help="of published weights, if not 64 wide (none)")
+    add("--text_encoder", metavar="DIR", help="frozen T5, UMT5 or CLIP for captions (none)")
+    add("--export", metavar="FILE", help="write the EMA in its published layout, and stop")
     add("--vae", help="the run whose latents to train on (NAME-vae)")
-    add("--estimate", action="store_true", help="print what memory, time and money a run needs")
+    add("--estimate", action="store_true", help="print memory, time and price of a run, and stop")
     add("--price_per_hour", type=number(float, 0), help="of all ranks, 0 or more (none)")
     add = parser.add_argument_group("model (fixed at the first start, like all below but "
                                     "--steps, --keep and --skip_clips)").add_argument
     add("--model", default="video-xs", choices=sorted(MODELS), metavar="NAME",
         help=f"size: {', '.join(sorted(MODELS))} (%(default)s)")
-    add("--vocab", type=number(int, 259), default=512,
-        help="tokens of the captions' BPE, 259 or more (%(default)s)")
-    add("--shape", type=shape_of, metavar="T'xH'xW'", help="of the codes that a gpt model learns, "
-        "such as 4x32x32: larger clips are cropped, smaller left out (the most frequent)")
+    add("--vocab", type=number(int, 259), default=512, help="BPE tokens, 259 on (%(default)s)")
+    add("--shape", type=shape_of, metavar="T'xH'xW'", help="codes of a clip of gpt models, as in "
+        "4x32x32: larger clips are cropped, smaller left out (the most frequent)")
     add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of products (%(default)s)")
     add = training_options(parser, steps=1100, lr=1e-2, warmup=50, eval_every=550)
     add("--row_tokens", type=number(int, 1), default=2048, help="tokens a packed row (%(default)s)")
     add("--batch_tokens", type=number(int, 1), default=2048,
         help="tokens a step over all ranks, a multiple of --row_tokens (%(default)s)")
     share = number(float, 0, 1)
-    add("--ema", type=share, default=0.995, help="decay of the average, 0 to 1 (%(default)s)")
+    add("--ema", type=share, default=0.995, help="decay of the EMA, 0 to 1 (%(default)s)")
     add("--drop", type=share, default=0.1, help="share of texts dropped, 0 to 1 (%(default)s)")
     add("--conditions", nargs="*", choices=CONDITIONS, default=[],
-        help="what else the model is told of each clip: " + ", ".join(CONDITIONS) + " (none)")
-    add("--given", type=share, default=0.0, help="share of clips that are given frames or their "
-        "other half: clean tokens without a loss; 0 to 1 (%(default)s)")
+        help="conditions beside the caption: " + ", ".join(CONDITIONS) + " (none)")
+    add("--given", type=share, default=0.0,
+        help="share of clips with conditioning frames, 0 to 1 (%(default)s)")
     add("--stills", type=share, default=0.0,
-        help="share of clips of which the first frame alone is learnt; 0 to 1 (%(default)s)")
+        help="share of clips trained on as a still, their first frame, 0 to 1 (%(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"],
-        help="of the matrices; the rest has AdamW (%(default)s)")
+        help="of the matrices; AdamW trains the rest (%(default)s)")
     add("--lora", type=number(int, 0), default=0, metavar="RANK",
-        help="learn additions of this rank to the blocks' matrices alone, 0: all (%(default)s)")
+        help="rank of LoRA on the blocks' matrices, 0: train all weights (%(default)s)")
     add("--compile", action="store_true", help="compile the blocks (torch.compile)")
     add("--recompute", type=number(int, 0), default=0,
-        help="recompute every which block in backward to save memory, 0: none (%(default)s)")
+        help="checkpoint every n-th block to save memory, 0: none (%(default)s)")
     add("--objective", choices=["velocity", "noise", "score", "x", "ddpm"],
-        help="what the model predicts; ddpm: noise and variance (velocity; dit: ddpm; uvit: noise)")
-    add("--path", choices=["linear", "gvp", "vp", *STEPPED], help="from data to noise: straight, a "
-        "quarter circle, diffusion, or the steps of DDPM and of Stable Diffusion (as --objective)")
+        help="the prediction; ddpm: noise and variance (velocity; dit: ddpm; uvit: noise)")
+    add("--path", choices=["linear", "gvp", "vp", *STEPPED], help="interpolant: linear, quarter "
+        "circle, variance preserving, or the 1000 steps of DDPM or Stable Diffusion (linear; dit: "
+        "ddpm; uvit: sd)")
     add("--weighting", default="none", choices=["none", "velocity", "likelihood", "min-snr"],
         help="of the squared error over times (%(default)s)")
     add("--times", choices=["logit-normal", "uniform"],
-        help="law of the training times (logit-normal; dit, sit, uvit: uniform)")
+        help="distribution of training times (logit-normal; dit, sit, uvit: uniform)")
     add("--shift", type=number(float, 0.01, 100), default=1.0,
-        help="how far times are pushed towards noise, 0.01 to 100, 1: not (%(default)s)")
+        help="timestep shift towards noise, 0.01 to 100, 1: none (%(default)s)")
     add("--shift_tokens", type=number(int, 0), default=0,
-        help="tokens at which the shift is --shift; it grows with their root, 0: not (%(default)s)")
+        help="tokens at which --shift holds; it grows with their root, 0: constant (%(default)s)")
     return check_options(parser.parse_args(argv))
 
 
-NOT_FOR = {                  # options that a kind of model has no use for; of others --shape alone
+NOT_FOR = {                  # unused options by kind of model; --shape of all others
     "gpt": ("given", "stills", "recompute", "conditions", "objective", "path", "times"),
     "uvit": ("shape", "given", "recompute", "conditions")}
 
 
 def check_options(args):
-    """Fills in options that depend on the model, and refuses what does not go together."""
+    """Fills in options that depend on the model, and refuses options that exclude each other."""
     if args.batch_tokens % args.row_tokens:
-        refuse(f"--batch_tokens {args.batch_tokens}: must be a multiple of --row_tokens "
+        refuse(f"--batch_tokens {args.batch_tokens} is no multiple of --row_tokens "
                f"{args.row_tokens}")
     kind = args.model.split("-")[0]
     for name in NOT_FOR.get(kind, ("shape",)):
@@ -1956,29 +1718,10 @@ def check_options(args):
         refuse(f"--objective {args.objective} --path {args.path} --weighting {args.weighting} do "
                "not go together: ddpm goes with ddpm, sd with noise, both without a weighting")
     if args.objective == "ddpm" and kind != "dit":
-        refuse(f"--objective ddpm needs a head for the variance, which {args.model} has not: "
-               "take a dit")
+        refuse(f"--objective ddpm needs an output for the variance: take a dit, not {args.model}")
     if args.objective == "velocity" and args.weighting in ("velocity", "likelihood"):
         refuse(f"--weighting {args.weighting} is for --objective noise, score and x: leave it out")
     return args
-
-
-def export(args, folder):
-    """Writes a run's averaged weights in their published layout."""
-    model, _, config = load_denoiser(folder)
-    layout, state = config.get("layout"), model.dit.state_dict()
-    if layout is None:
-        refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
-    if layout == "gpt":                  # its file holds the VQ-VAE of its codes
-        start = config["args"]["init"]
-        while not Path(start).is_file():
-            start = read_config(run_dir(start), "denoiser")["args"]["init"]
-        state = gpt_state(model.dit, load_gpt(start)[2])
-    elif layout != "uvit":
-        state = to_published(state, layout, model.dit)
-    with atomic(args.export) as path:
-        save_file({name: value.contiguous() for name, value in state.items()}, path)
-    print(f"{args.export}: {len(state)} tensors as {layout} names them", file=sys.stderr)
 
 
 @one_line
@@ -1996,18 +1739,17 @@ def main(argv=None):
     if not args.estimate:
         best = best_of(folder)
         text = best and f", best at step {best['step']} (held-out loss {best['held_out']:.4f})"
-        print(f"{folder}: trained{text or ''}; look at {folder / 'samples'} and "
+        print(f"{folder}: trained{text or ''}; see {folder / 'samples'} and "
               f"{folder / 'loss.png'}", file=sys.stderr)
 
 
-# -- what it costs: --estimate ---------------------------------------------------------------------
+# -- memory, time and price: --estimate ------------------------------------------------------------
 
 EFFICIENCY = 0.4             # the MFU that an estimate takes for granted where no step is timed
 
 
 def matmul_rate(device, dtype="fp32", seconds=0.2):
-    """The device's peak for MFU, FLOP/s: the best time of a large linear layer within `seconds`, so
-    that no table of devices is needed."""
+    """The device's peak for MFU, FLOP/s: the best of a large linear layer within `seconds`."""
     n, best = 4096 if device.type == "cuda" else 1024, math.inf
     with torch.no_grad(), torch.random.fork_rng([]):
         to = dict(device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
@@ -2029,32 +1771,27 @@ def step_flops(options, clips, texts):
              + layers * (12 L W^2 + 2 W sum m^2)]                          the tower, of width W
 
     with n tokens and m text tokens a clip, N and L in all, F the MLP's width; without text 4 D^2
-    for 6 D^2. Norms and activations are left out, and what is of no use: padding,
-    scores computed again. A GPT's codes see half of each other or less, hear of texts in their
-    norms alone, and are read and predicted by (code_dim + K) D."""
+    for 6 D^2. Norms, activations and padding are left out."""
     has_text = bool(options.get("text") or options.get("text_dim"))
     n, m, D = np.array(clips, float), np.array(texts, float) * has_text, options["dim"]
     ffn, (W, layers, _) = options.get("ffn") or 4 * D, options.get("text") or (0, 0, 0)
     N, L, patch = n.sum(), m.sum(), options.get("patch", 1)
     tower = layers * (12 * L * W**2 + 2 * W * (m**2).sum())
     if options.get("kind") == "gpt":
-        seen = sparse_mask(tuple(options["shape"]), "cpu").sum().item() if options.get(
-            "sparse") else n[0] * (n[0] + 1) / 2
-        blocks = N * 12 * D**2 + 2 * D * len(n) * seen
-        rest = N * (options["code_dim"] + options["codes"]) * D
-        return float(6 * (options["depth"] * blocks + rest + tower))
-    ends = options["channels"] * (patch**2 if isinstance(patch, int) else math.prod(patch))
-    blocks = N * ((4 + 2 * has_text) * D**2 + 2 * D * ffn) + 2 * L * D**2 + 2 * D * (
-        n * (n + m)).sum()
-    rest = 2 * N * ends * D + L * (W * D + D**2) + len(n) * (256 * D + 7 * D**2)
+        blocks, rest = gpt_flops(options, n)
+    else:
+        ends = options["channels"] * (patch**2 if isinstance(patch, int) else math.prod(patch))
+        blocks = N * ((4 + 2 * has_text) * D**2 + 2 * D * ffn) + 2 * L * D**2 + 2 * D * (
+            n * (n + m)).sum()
+        rest = 2 * N * ends * D + L * (W * D + D**2) + len(n) * (256 * D + 7 * D**2)
     return float(6 * (options["depth"] * blocks + rest + tower))
 
 
 def saved_bytes(options, n_tokens, n_text, kernels, dtype):
     """Bytes of activations that a row's forward pass saves for backward. Per token and block: 20
-    vectors of width D (inputs of linear layers, attention, norms), two of the MLP's width, and on
-    torch's path ten more, which the Triton kernels recompute (GPT: 18); per text token its keys and
-    values. bf16: two bytes a number, but torch's path keeps half of them in fp32."""
+    vectors of width D (GPT: 18), two of the MLP's width, and on torch's path ten that the Triton
+    kernels recompute; per text token its keys and values. In bf16 torch's path keeps half of them
+    in fp32."""
     D, (W, layers, _) = options["dim"], options.get("text") or (0, 0, 0)
     vectors = 18 if options.get("kind") == "gpt" else 20 if kernels == "triton" else 30
     numbers = vectors + 2 * (options.get("ffn") or 4 * D) / D
@@ -2065,16 +1802,15 @@ def saved_bytes(options, n_tokens, n_text, kernels, dtype):
 
 
 def evenness(rows, row_tokens):
-    """(fullness, imbalance) of rows, lists of clip lengths: the share of tokens that are no
-    padding, and the attention FLOPs of the largest row over their mean, which the ranks wait
-    for."""
+    """(share of tokens that are no padding, attention FLOPs of the largest row over their mean) of
+    rows, lists of clip lengths."""
     work = [sum(n * n for n in row) for row in rows]
     return sum(map(sum, rows)) / len(rows) / row_tokens, max(work) * len(work) / sum(work)
 
 
 def estimate(args, options, clips, plan, device):
     """{name: figure} of a run before it starts: how full the first epoch's rows are, what a step of
-    all ranks costs. Text lengths are the mean over some 256 clips."""
+    all ranks costs."""
     rows = [[clips.lengths[i] for i in row] for row in plan.epoch(0)]
     some = clips.keys[::-(-len(clips.keys) // 256)]
     texts = [clips.text(key, args.seed, 0, 0.0) for key in some]
@@ -2099,9 +1835,8 @@ def estimate(args, options, clips, plan, device):
 
 def timed_step(args, cost, options, vae, clips, plan, device):
     """{"step_s", "is_timed"}: the step time measured on this CPU with a new model: a row's median
-    times the rows, plus the optimizer (Muon is up to two fifths of a small model's step, and in no
-    FLOP count). Not measured where it takes long, where texts are only counted, or on GPUs, where
-    the model would have to fit."""
+    times the rows, plus the optimizer. Not measured where it takes long, where texts are only
+    counted, or on GPUs, where the model would have to fit."""
     if device.type != "cpu" or cost["step_s"] > 20 or args.estimate and args.text_encoder:
         return {"is_timed": False}
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -2126,7 +1861,7 @@ def timed_step(args, cost, options, vae, clips, plan, device):
 
 
 def print_cost(args, cost, clips, held_out, device):
-    """A run's header: what it learns, from what, at what cost; and the whole of --estimate."""
+    """Prints a run's header, on rank 0: model, data, cost; with --estimate what GPUs hold too."""
     if int(os.environ.get("RANK", 0)):
         return
     hours = cost["step_s"] * args.steps / 3600
@@ -2135,7 +1870,7 @@ def print_cost(args, cost, clips, held_out, device):
     rows = [
         ("parameters", f"{cost['params'] / 1e6:.2f}M, {cost['dit'] / 1e6:.2f}M in the denoiser"),
         ("clips", f"{len(clips.keys)} of {sum(clips.lengths) / len(clips.keys):.0f} tokens to "
-         f"learn from, {len(held_out.keys)} held out"),
+         f"train on, {len(held_out.keys)} held out"),
         ("rows", f"{args.batch_tokens // args.row_tokens} of {args.row_tokens} tokens a step, "
          f"{cost['fullness']:.1%} full, attention of the largest {cost['evenness']:.2f} of the "
          "mean"),
@@ -2156,9 +1891,9 @@ def print_cost(args, cost, clips, held_out, device):
 
 
 def check_estimate(cost, folder):
-    """Prints what was estimated beside what the log has."""
-    log = [(row["step_s"], row["peak_mib"]) for row in read_log(folder) if "step_s" in row]
-    seconds, memory = np.array(log).T
+    """Prints the estimate beside the log's figures."""
+    seconds, memory = np.array([(row["step_s"], row["peak_mib"]) for row in read_log(folder)
+                                if "step_s" in row]).T
     counted = (cost["state"] + cost["row"] + cost["held"]) / 2**20
     print(f"{folder}: estimated {cost['step_s']:.3g} s a step and {counted:.0f} MiB; measured "
           f"{np.median(seconds):.3g} s and {memory.max():.0f} MiB" + (
@@ -2166,7 +1901,162 @@ def check_estimate(cost, folder):
               ", with data and autoencoder, which are not estimated"), file=sys.stderr)
 
 
-# == U-ViT, VideoGPT's prior, LoRA and published weights ===========================================
+# == published models: their sizes, DiT's diffusion, U-ViT, VideoGPT's prior, LoRA, weights ========
+
+MODELS |= {
+    **{f"{kind}-{size}-{p}": dict(kind=kind, dim=dim, depth=depth, heads=heads, patch=(1, p, p),
+                                  channels=4, out_channels=8, own_table=True, positions="sincos",
+                                  classes=1001, grid=(32 // p, 32 // p))
+       for kind in ("dit", "sit") for p in (2, 4, 8) for size, depth, dim, heads in (
+           ("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16))},
+    **{kind: dict(kind=kind) for kind in ("dit", "sit", "wan", "uvit", "gpt")},   # as --init says
+    **{f"wan-{size}": dict(kind="wan", dim=dim, depth=depth, heads=dim // 128, patch=(1, 2, 2),
+                           ffn=ffn, channels=channels, out_channels=out, text_dim=4096,
+                           image_dim=image, positions="index")
+       for size, dim, depth, ffn, channels, out, image in (
+           ("1.3b", 1536, 30, 8960, 16, 16, 0), ("14b", 5120, 40, 13824, 16, 16, 0),
+           ("i2v-14b", 5120, 40, 13824, 36, 16, 1280), ("ti2v-5b", 3072, 30, 14336, 48, 48, 0))},
+    **{f"uvit-{name}": dict(kind="uvit", dim=dim, depth=depth, heads=min(16, dim // 64),
+                            channels=channels, size=(1, side, side), patch=patch, **more)
+       for name, dim, depth, channels, side, patch, more in (
+           ("s-2-cifar10", 512, 12, 3, 32, 2, {}), ("s-4-celeba64", 512, 12, 3, 64, 4, {}),
+           ("s-2-coco", 512, 12, 4, 32, 2, dict(clip=(768, 77))),
+           ("s-2-coco-deep", 512, 16, 4, 32, 2, dict(clip=(768, 77))),
+           ("m-4-imagenet64", 768, 16, 3, 64, 4, dict(classes=1000)),
+           ("l-4-imagenet64", 1024, 20, 3, 64, 4, dict(classes=1000)),
+           ("l-2-imagenet256", 1024, 20, 4, 32, 2, dict(classes=1001)),
+           ("l-4-imagenet512", 1024, 20, 4, 64, 4, dict(classes=1001)),
+           ("h-2-imagenet256", 1152, 28, 4, 32, 2, dict(classes=1001, conv=False)),
+           ("h-4-imagenet512", 1152, 28, 4, 64, 4, dict(classes=1001, conv=False)))},
+    "gpt-xs": dict(kind="gpt", dim=192, depth=6, heads=4, dropout=0.1, attn_dropout=0.0,
+                   text=(128, 2, 4)),
+    **{name: dict(kind="gpt", dim=576, depth=8, heads=4, sparse=True, classes=classes)
+       for name, classes in (("gpt-ucf", 0), ("gpt-ucf-class", 101))},
+}
+CLASS_TABLES = ("dit.classes.weight", "dit.label_emb.weight", ".w.weight", ".wb.weight")   # ends
+
+
+# DDPM with a learned variance, as DiT trains it (Nichol & Dhariwal 2021, 2102.09672).
+def ddpm_betas(schedule="linear", n=1000, ends=None):
+    """float64 [n]: linear (DiT's ends), scaled_linear (Stable Diffusion's) or squaredcos_cap_v2."""
+    if schedule == "squaredcos_cap_v2":
+        signal = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
+    if schedule == "scaled_linear":
+        low, high = ends or (0.00085, 0.012)
+        return np.linspace(low ** 0.5, high ** 0.5, n) ** 2
+    return np.linspace(*(ends or (0.1 / n, 20 / n)), n)
+
+
+def respace(spec, n):
+    """The timesteps to use of n: "" all; "250" evenly spaced; "10,15,20" so many in each third;
+    "ddim50" at an integer stride."""
+    if spec.startswith("ddim"):
+        strides = [i for i in range(1, n) if len(range(0, n, i)) == int(spec[4:])]
+        if not strides:
+            refuse(f"no whole stride keeps {spec[4:]} of {n} steps")
+        return list(range(0, n, strides[0]))
+    counts, timesteps, start = [int(count) for count in spec.split(",")] if spec else [n], [], 0
+    for i, count in enumerate(counts):
+        size = n // len(counts) + (i < n % len(counts))
+        if count > size:
+            refuse(f"{count} steps cannot be kept of {size}")
+        stride, position = (size - 1) / max(1, count - 1), 0.0
+        for _ in range(count):
+            timesteps.append(start + round(position))
+            position += stride                                  # summed and rounded as DiT does
+        start += size
+    return timesteps
+
+
+@functools.lru_cache
+def ddpm_tables(schedule="linear", respacing="", n=1000, ends=None):
+    """DDPM's coefficients at the S timesteps in use, float64 [S] each, by their published names;
+    and alpha, sigma."""
+    timesteps = respace(respacing, n)
+    alpha_bar = np.cumprod(1 - ddpm_betas(schedule, n, ends))[timesteps]
+    before = np.append(1.0, alpha_bar[:-1])
+    betas = 1 - alpha_bar / before
+    variance = betas * (1 - before) / (1 - alpha_bar)        # 0 at the first step: its log
+    log_variance = np.log(np.append(variance[1:2], variance[1:]))          # is the second's
+    tables = dict(
+        timestep_map=np.array(timesteps), betas=betas, log_betas=np.log(betas),
+        alphas_cumprod=alpha_bar, alpha=alpha_bar ** 0.5, sigma=(1 - alpha_bar) ** 0.5,
+        posterior_variance=variance, posterior_log_variance_clipped=log_variance,
+        posterior_mean_coef1=betas * before ** 0.5 / (1 - alpha_bar),
+        posterior_mean_coef2=(1 - before) * (1 - betas) ** 0.5 / (1 - alpha_bar))
+    return {name: torch.from_numpy(table) for name, table in tables.items()}
+
+
+def ddpm_at(tables, n):
+    """{name: float32 of n's shape}: the tables at timesteps n (int64), and n itself."""
+    stacked = torch.stack([table.float() for table in tables.values()])
+    return {"n": n, **dict(zip(tables, moved(stacked, n.device)[:, n]))}
+
+
+def stepped_ddim(objective, read, x, n):
+    """DDIM in n of a path's 1000 steps, for the pictures of a training."""
+    times = torch.linspace(1.0 if objective.path == "sd" else 0.999, 0.001, n)
+    times = times.mul(1000).round().div(1000)
+    alpha, sigma = (x.double() for x in interpolant(objective.path, times)[:2])
+    return ddim(lambda x, i: read(x, times[i])[1:], x, F.pad(alpha, (0, 1), value=1),
+                F.pad(sigma, (0, 1)))
+
+
+def ddpm_bits(eps, v, x0, x, c):
+    """The variational bound's term of a step, elementwise, in bits: KL(true posterior, ours), at
+    the first step the negative log likelihood of x_0 in 256 levels. v from -1 to 1 interpolates
+    the log variance. As in DiT, eps gets no gradient from it."""
+    true_mean, mean = (c["posterior_mean_coef1"] * z + c["posterior_mean_coef2"] * x
+                       for z in (x0, (x - c["sigma"] * eps) / c["alpha"]))
+    true_logvar, share = c["posterior_log_variance_clipped"], (v + 1) / 2
+    logvar = share * c["log_betas"] + (1 - share) * true_logvar
+    kl = 0.5 * (logvar - true_logvar - 1 + (true_logvar - logvar).exp()
+                + (true_mean - mean).square() * (-logvar).exp())
+    # the normal's distribution function by the same approximation as the reference
+    below = lambda z: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
+    upper, lower = (below((x0 - mean + half) * (-0.5 * logvar).exp()) for half in (1/255, -1/255))
+    mass = torch.where(x0 < -0.999, upper, torch.where(x0 > 0.999, 1 - lower, upper - lower))
+    return torch.where(c["n"] == 0, -mass.clamp(min=1e-12).log(), kl) / math.log(2)
+
+
+def from_sit(network, prediction="velocity"):
+    """SiT's network as one of ours. Its time runs from noise (0) to data (1), and its velocity has
+    the other sign; this is the only place that converts."""
+    sign = -1 if prediction == "velocity" else 1
+    return lambda x, t, *rest: sign * network(x, 1 - t, *rest)
+
+
+WAN_TEXT = 512               # rows of text that Wan's published models read, filled with zeros
+
+
+def fill_texts(texts, most=512):
+    """Prompt embeddings [L, width] padded with zeros to `most` rows each, which take part in
+    attention as in Wan's published models: ([B * most, width], cu_seqlens int32 [B + 1])."""
+    filled = [F.pad(text, (0, 0, 0, most - len(text))) for text in texts]
+    return torch.cat(filled), torch.arange(len(texts) + 1, dtype=torch.int32,
+                                           device=texts[0].device) * most
+
+
+def count_texts(texts, most=512):
+    """Like `fill_texts`, but each prompt's rows of zeros are one row that counts as many:
+    ([L, width], cu_seqlens int32 [B + 1], counts float32 [L])."""
+    left = [most - len(text) for text in texts]
+    padded = [F.pad(text, (0, 0, 0, min(1, n))) for text, n in zip(texts, left)]
+    counts = [text.new_ones(len(text), dtype=torch.float32) for text in padded]
+    for count, n in zip(counts, left):
+        count[-1] = max(1, n)
+    cu = torch.tensor(np.cumsum([0, *map(len, padded)]), dtype=torch.int32, device=texts[0].device)
+    return torch.cat(padded), cu, torch.cat(counts)
+
+
+def count_keys(k, v, counts):
+    """k, v [L, A, E] with 8 further channels, which add the logarithms of `counts` to the scores
+    of queries that have ones there: one holds the value, one what its dtype rounds off."""
+    log = counts.log()[:, None] * k.shape[2] ** 0.5
+    more = torch.cat([log.to(k.dtype), (log - log.to(k.dtype)).to(k.dtype)], 1)
+    more = F.pad(more, (0, 6))[:, None].expand(-1, k.shape[1], -1)                   # [L, A, 8]
+    return torch.cat([k, more], 2), F.pad(v, (0, 8))
 
 
 class UViTBlock(nn.Module):
@@ -2190,7 +2080,7 @@ class UViTBlock(nn.Module):
 class UViT(nn.Module):
     """U-ViT (2209.12152): class or text, time and patches are all tokens of one sequence, and the
     second half of the blocks gets the outputs of the first half, the latest first. size (T', H',
-    W'): the grid that positions are learnt for; a smaller clip has its near corner. depth // 2
+    W'): the grid of the learned positions; a smaller clip takes its first corner. depth // 2
     blocks stand on each side of a middle one; clip: the text's width and number of tokens.
     state_dict() has the published names."""
 
@@ -2221,7 +2111,7 @@ class UViT(nn.Module):
 
     def forward(self, x, t, condition, shapes):
         """x [N, C*P]: noisy tokens of clips of `shapes` [(C, T', H', W')] as `patchify` lays them,
-        perhaps with padding behind; t [B] on the published scale, 1 to 1000 for latents, 0 to
+        padding may follow; t [B] on the published scale, 1 to 1000 for latents, 0 to
         999 for pixels; condition: int64 [B] labels, [B, L, width] text, or None, as the model is.
         Returns the noise [N, C*P]. A clip's tokens are label and time, or time and text, then x."""
         cells = [tuple(n // p for n, p in zip(shape[1:], self.patch)) for shape in shapes]
@@ -2250,9 +2140,23 @@ class UViT(nn.Module):
         return F.pad(h, (0, 0, 0, len(x) - len(h)))
 
 
+def crop_codes(clips, shape):
+    """Crops all of the Clips to one shape, by default the most frequent; smaller ones are left
+    out."""
+    sizes = [clips.shape[key][1:] for key in clips.keys]
+    shape = shape or max(sorted(set(sizes)), key=sizes.count)
+    small = [key for key, size in zip(clips.keys, sizes) if any(a < b for a, b in zip(size, shape))]
+    text = f"smaller than codes of {'x'.join(map(str, shape))}: {', '.join(small[:8])}"
+    if len(small) == len(clips.keys):
+        refuse(f"all clips are {text}: choose another --shape")
+    if small:
+        say(f"{len(small)} of {len(sizes)} clips are left out, {text}" + ", …" * (len(small) > 8))
+    clips.keys = sorted(set(clips.keys) - set(small))
+    clips.shape |= {key: (1, *shape) for key in clips.keys}
+
+
 class CodeNorm(nn.Module):
-    """VideoGPT's LayerNorm, whose 1e-5 stands outside the root; a class or text sets gain and
-    bias."""
+    """VideoGPT's LayerNorm, its 1e-5 outside of the root; a class or text sets gain and bias."""
 
     def __init__(self, dim, classes, text_dim):
         super().__init__()
@@ -2310,7 +2214,7 @@ class GPT(nn.Module):
     """VideoGPT's prior (2104.10157): predicts each code of a clip, in raster order, from those
     before it. shape (T', H', W'): of the codes, L in all; codes, code_dim: of the codebook, which
     the VQ-VAE owns; dim: a multiple of 3; sparse: by `sparse_mask`. It has the published names.
-    text_dim is ours: each norm's gain and bias hear of a text what they else hear of a class."""
+    text_dim is ours: each norm's gain and bias come from a text instead of a class."""
 
     patch = (1, 1, 1)
 
@@ -2346,7 +2250,7 @@ class GPT(nn.Module):
         return self.fc_out(self.norm(x, cond))
 
     def forward(self, codes, cond=None):
-        """codes int64 [B, T', H', W']; told, as the model is: labels int64 [B], texts [B, text_dim]
+        """codes int64 [B, T', H', W']; cond: labels int64 [B], texts [B, text_dim]
         or None; to logits [B, T', H', W', K]: those at a place are of the code there, given all
         before it."""
         x = self.fc_in(self.codebook[codes.flatten(1)[:, :-1]])                      # [B, L-1, D]
@@ -2359,7 +2263,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, codes.flatten(), reduction="none").view(len(codes), -1)
 
     def step(self, previous, position, caches, cond=None):
-        """Logits [B, K] of the code at `place` from the code before it [B] (at place 0 any) and
+        """Logits [B, K] of the code at `position` from the one before it [B] (at 0 any) and
         what earlier steps left in `caches`, a list, empty at first: keys and values a block."""
         x = self.fc_in(self.codebook[previous])                                      # [B, D]
         x = x if position else self.attn_stack.right_shift.sos.to(x).expand_as(x)
@@ -2367,6 +2271,42 @@ class GPT(nn.Module):
             size = 2, len(x), self.heads, math.prod(self.shape), x.shape[1] // self.heads
             caches += [x.new_zeros(size) for _ in self.attn_stack.attn_nets]
         return self.run(x[:, None], position, cond, caches)[:, 0]
+
+
+def code_losses(model, row, codes, dtype):
+    """`losses_of` of codes, in nats; instead of a time their position in raster order, 0 to 1."""
+    with torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        losses = model.dit.losses(codes, model.read(row))                            # [B, L]
+    n = losses.shape[1]
+    position = torch.arange(n, device=codes.device).expand_as(losses) / n
+    return losses.mean(1), losses.detach().flatten(), position.flatten()
+
+
+def code_entropy(codes):
+    """The loss, in nats, of predicting the codes' frequencies."""
+    counts = codes.bincount().double()
+    share = counts[counts > 0] / counts.sum()
+    return -(share * share.log()).sum().item()
+
+
+def check_codes(args, options, vae, name, weights):
+    """Refuses a GPT's weights for codes of another autoencoder, and shapes that `sparse` is not
+    for."""
+    shape = tuple(options["shape"])
+    if weights and not torch.equal(weights["dit.codebook"], vae.bottleneck.codebook):
+        refuse(f"--init {args.init} was trained on codes of another autoencoder than {name}")
+    if options.get("sparse") and len(sparse_mask(shape, "cpu")) != math.prod(shape):
+        refuse(f"--model {args.model} sees blocks of 32 codes, and --shape "
+               f"{'x'.join(map(str, shape))} is no whole number of them: name another")
+
+
+def gpt_flops(options, n):
+    """(of a block, of codes in and out) multiply-adds of a GPT's forward on clips of n codes each,
+    for `step_flops`: codes attend to half of each other or less; texts enter the norms alone."""
+    N, D = n.sum(), options["dim"]
+    seen = sparse_mask(tuple(options["shape"]), "cpu").sum().item() if options.get(
+        "sparse") else n[0] * (n[0] + 1) / 2
+    return N * 12 * D**2 + 2 * D * len(n) * seen, N * (options["code_dim"] + options["codes"]) * D
 
 
 @torch.no_grad()
@@ -2421,8 +2361,8 @@ def merged(model):
                     if ".parametrizations." not in name}
 
 
-# Our modules (or tensors) and theirs, with what stands behind `blocks.N.` in both; a|b: two or
-# more of theirs, joined one after the other, are one of ours.
+# Our modules (or tensors) and theirs, without `blocks.N.`; a|b: two or more of theirs, joined, are
+# one of ours.
 DIT_KEYS = {
     "embed": "x_embedder.proj", "time.0": "t_embedder.mlp.0", "time.2": "t_embedder.mlp.2",
     "classes": "y_embedder.embedding_table", "pos_embed": "pos_embed",
@@ -2527,7 +2467,7 @@ def dit_options(state, heads=None):
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = heads or (16 if dim == 1152 else dim % 64 == 0 and dim // 64)
     if not heads or dim % heads:
-        refuse(f"a DiT of width {dim} needs to be told its heads, by --heads: "
+        refuse(f"a DiT of width {dim} needs --heads: "
                f"{f'{heads} do not divide it' if heads else 'they are not 64 wide'}")
     side = round(state["pos_embed"].shape[1] ** 0.5)
     return dict(
@@ -2582,7 +2522,7 @@ def wan_options(state, config, layout):
 
 
 def check_wan(options, layout, config, explicit, path):
-    """Refuses a config.json that contradicts the weights, or says what is not read here."""
+    """Refuses a config.json that contradicts the weights, or has values that are not supported."""
     for key, value in WAN_ONLY.items():
         if config.get(key, value) != value:
             refuse(f"{path}: {key} {config[key]} is not read here, only {value}")
@@ -2598,8 +2538,8 @@ def check_wan(options, layout, config, explicit, path):
 
 
 def uvit_options(state, heads, text_tokens, path):
-    """The options of the U-ViT whose published state dict this is. What it does not tell: heads
-    (None: of width 64, but 72 in the H models), and of one that reads texts their text_tokens."""
+    """The options of the U-ViT with this published state dict, which does not hold heads (None: of
+    width 64, but 72 in the H models) and text_tokens."""
     if not {"pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight"} <= set(state):
         refuse(f"{path} is no U-ViT, or not whole: it has no pos_embed, patch_embed or mid_block")
     dim, channels, patch, _ = state["patch_embed.proj.weight"].shape
@@ -2609,8 +2549,8 @@ def uvit_options(state, heads, text_tokens, path):
     patches = state["pos_embed"].shape[1] - 1 - bool(classes) - (text_tokens if text else 0)
     side = math.isqrt(max(patches, 1))
     if not heads or dim % heads or side**2 != patches:
-        refuse(f"{path}: needs to be told its heads ({heads or 'unknown'}; width {dim}) or its "
-               f"text_tokens (they leave {patches} patches, which must form a square)")
+        refuse(f"{path}: needs --heads ({heads or 'unknown'}; width {dim}) or text_tokens (they "
+               f"leave {patches} patches, which must form a square)")
     return dict(
         channels=channels, size=(1, side * patch, side * patch), patch=patch, dim=dim, heads=heads,
         depth=2 * sum(name.endswith(".skip_linear.weight") for name in state), classes=classes,
@@ -2672,12 +2612,64 @@ def trained_by(file, path, options):
     return settings
 
 
+def class_labels(names, n_rows, saved):
+    """The labels `names` in the order of their class indices: as `saved`, those of the run to
+    resume or to begin with; with a published class table of n_rows, a number is its
+    row; else sorted, numbers by value."""
+    if saved and names <= {*saved}:
+        return saved
+    numbers = {label: int(label) for label in sorted(names) if re.fullmatch("[0-9]{1,9}", label)}
+    rows = {number: label for label, number in numbers.items() if number < n_rows}
+    if strange := rows and sorted(names - {*rows.values()}):
+        refuse(f"labels are numbers of the class table's rows, 0 to {n_rows - 1}, but for "
+               f"{', '.join(strange[:12])}: rename these, or leave them out (--where)")
+    return [rows.get(n, str(n)) for n in range(n_rows)] if rows else sorted(
+        names, key=lambda label: (label not in numbers, numbers.get(label, 0), label))
+
+
+def start_published(args, path):
+    """`start_from` of published weights; refuses options that their training contradicts."""
+    network, layout, options = load_published(path, args.heads)
+    kind = {"dit": args.model.split("-")[0], "uvit": "uvit", "gpt": "gpt"}.get(layout, "wan")
+    said = getattr(network, "trained", {})
+    if said.get("is_said"):              # by the options of its training
+        for name, wanted in (("model", said["kind"]), ("objective", said.get("objective")),
+                             ("path", said.get("path"))):
+            setting = kind if name == "model" else getattr(args, name)
+            if wanted and setting != wanted:
+                refuse(f"--init {args.init} was trained with {name} {wanted}, --{name} is "
+                       f"{setting}: give --{name} {wanted}")
+        weighting = said.get("weighting", args.weighting)
+        if said.get("objective") != "velocity" and weighting != args.weighting:
+            say_once(f"--init {args.init} was trained with --weighting {weighting}")
+    weights = {f"dit.{name}": value for name, value in network.state_dict().items()}
+    return {"kind": kind, **options}, layout, weights
+
+
+def export(args, folder):
+    """Writes a run's averaged weights in their published layout."""
+    model, _, config = load_denoiser(folder)
+    layout, state = config.get("layout"), model.dit.state_dict()
+    if layout is None:
+        refuse(f"{folder} did not begin with published weights: its own files are safetensors too")
+    if layout == "gpt":                  # its file holds the VQ-VAE of its codes
+        start = config["args"]["init"]
+        while not Path(start).is_file():
+            start = read_config(run_dir(start), "denoiser")["args"]["init"]
+        state = gpt_state(model.dit, load_gpt(start)[2])
+    elif layout != "uvit":
+        state = to_published(state, layout, model.dit)
+    with atomic(args.export) as path:
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    print(f"{args.export}: {len(state)} tensors as {layout} names them", file=sys.stderr)
+
+
 def load_published(path, heads=None, text_tokens=77):
     """(network, layout, its options) of published weights: a DiT's or SiT's .pt file (a plain state
     dict, or one of their training checkpoints, of which the average is taken; `trained` of the
     network is what `trained_by` says), a Wan folder in either layout, a U-ViT's .pth, the last
     checkpoint of a training's folder, the checkpoint of a VideoGPT's prior; all in float32. heads,
-    text_tokens: what the files of some do not tell."""
+    text_tokens: what some files do not hold."""
     path, layout = Path(path), "dit"
     if path.is_dir():
         path = max((candidate for form in TRAININGS for candidate in path.glob(form)), default=path,

@@ -475,7 +475,7 @@ def test_d10_odd_size_of_a_sample(tmp_path, capsys):
     args = sample.parse_options("x --prompt a --size 33x47 --frames 5 --fps 8".split())
     request = sample.request_of(args, {"prompt": "a"})
     assert (request["height"], request["width"]) == (32, 46)
-    assert "33x47 is cut to 32x46" in capsys.readouterr().err
+    assert "33x47 is cropped to 32x46" in capsys.readouterr().err
     args.format = "png"
     request = sample.request_of(args, {"prompt": "a"})
     assert (request["height"], request["width"]) == (33, 47) and not capsys.readouterr().err

@@ -414,7 +414,7 @@ DATA = {"size": [40, 36], "frames": 9, "fps": 12.5, "sizes": [[40, 36, 7]], "fra
 
 @pytest.fixture
 def learnt(inside):
-    """The tiny run, which tells what data it learnt from."""
+    """The tiny run, which says what data it was trained on."""
     path = inside / "runs/tiny/config.json"
     before = path.read_text()
     path.write_text(json.dumps({**json.loads(before), "data": DATA}))
@@ -431,11 +431,12 @@ def test_defaults_are_the_datas_and_what_is_outside_of_them_is_said(learnt, tmp_
     assert "warning" not in err and "4/4" in err             # two batches of two steps
     err = call("--prompt", "a zebra runs", "--size", "40x96", "--frames", "33", "--fps", "30")
     line, = [line for line in err.splitlines() if "warning" in line]
-    for part in ("96 px (it learnt 36 to 64)", "33 frames a part (it learnt 5 to 17)",
-                 "30 frames/s (it learnt 12.5 to 25)", "the words zebra, runs"):
+    for part in ("96 px (trained on 36 to 64)", "33 frames a part (trained on 5 to 17)",
+                 "30 frames/s (trained on 12.5 to 25)", "the words zebra, runs"):
         assert part in line
     request = dict(prompt="a", height=40, width=40, frames=9, fps=25.0)
-    assert S.not_learnt([request], {**DATA, "text": False}) == ["prompts (it learnt without text)"]
+    assert S.outside_of_training([request], {**DATA, "text": False}) == [
+        "prompts (trained without text)"]
 
 
 def test_the_bar_counts_what_the_sampler_yields(inside):
@@ -634,17 +635,17 @@ def test_what_is_large_is_said_and_what_cannot_fit_refused(inside, tmp_path, cap
 
 
 @pytest.mark.parametrize("options, says", [
-    (["--video", "x.mp4"], "what is to come"), (["--strength", "0.5"], "name it by --video"),
+    (["--video", "x.mp4"], "needs one of"), (["--strength", "0.5"], "name it by --video"),
     (["--image", "nowhere.png"], "no such file"), (["--image", ""], "names no file"),
     (["--image", "runs"], "--image runs is a folder"), (["--cfg", "1e30"], "--cfg"),
-    (["--text_encoder", "x"], "no use"), (["--motion", "3"], "no use"), (["--eta", "0.5"], "no use"),
+    (["--text_encoder", "x"], "not used"), (["--motion", "3"], "not trained"), (["--eta", "0.5"], "not used"),
     (["--frames", "9", "--seconds", "1"], "both give"), (["--size", "100000x100000"], "--size"),
     (["--fps", "1000000"], "--fps"), (["--out", "runs/tiny/config.json"], "cannot write"),
     (["--out", "/proc/samples"], "cannot write"), (["--sampler", "ddpm"], "--sampler ddpm"),
     (["--video", "a", "--image", "b", "--extend", "1"], "do not go together"),
     (["--prompts", "nowhere.jsonl"], "no such file"), (["--eval", "fid"], "--detector"),
     (["--vae", "tiny"], "denoiser")])
-def test_wrong_wishes_are_refused_in_one_line(options, says, inside, capsys):
+def test_wrong_requests_are_refused_in_one_line(options, says, inside, capsys):
     with pytest.raises(SystemExit) as error:
         S.main(["tiny", "--prompt", "a", "--steps", "2", "--device", "cpu", *options])
     lines = capsys.readouterr().err.splitlines()

@@ -162,7 +162,7 @@ def test_wrong_weights_and_labels_are_refused(home, tmp_path, monkeypatch, capsy
         prepare_data.verify(home / "data/set")
     assert "is damaged at" in capsys.readouterr().err
     latents.write_bytes(whole)
-    assert "needs to be told its heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
+    assert "needs --heads" in line("--model", "dit", "--init", str(tmp_path / "c.pt"))
 
 
 def test_a_run_does_not_go_on_with_another_autoencoders_latents(home, monkeypatch, capsys):
@@ -343,7 +343,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(home, monkeypatch, capsys):
     out, err = capsys.readouterr()
     head, *rows = [re.split(r"  +", line.strip()) for line in out.splitlines()]
     assert head == ["run", "steps", "tokens", "time", "best held out", "at step", "last",
-                    "knows nothing"]
+                    "constant"]
     assert rows == [["one", "300", "0.15M", "3.0 min", "1.0000", "200", "3.0000", "2.0000"],
                     ["two", "200", "0.10M", "2.0 min", "1.5000", "200", "1.5000", "2.0000"]]
     assert "differ in --seed" in err and Image.open(home / "runs/compare.png").size == (860, 500)
@@ -374,7 +374,7 @@ def test_small_data_and_missing_captions_are_said(home, monkeypatch, capsys):
         {**row, "captions": []} for row in opened(folder)])
     D.main([*command, "--row_tokens", "256", "--batch_tokens", "256"])
     err = capsys.readouterr().err
-    assert "learns without text" in err and "on average" not in err
+    assert "trains without text" in err and "on average" not in err
     D.main([*command[:-1], "--row_tokens", "256", "--batch_tokens", "256", "--steps", "1"])
     data = json.loads((home / "runs/small/config.json").read_text())["data"]
     assert data["text"] is False and data["words"] == []
