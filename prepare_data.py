@@ -43,48 +43,7 @@ Rules           Time 0 is a file's first frame; only the frames' timestamps coun
                 (if of none, it is listed), one without times to every clip of its file. A variable
                 rate becomes the median rate: frame k shows the last frame that began at or before
                 start + k / fps.
-Matching        what                matches
-                a row's path        the file of that name, else of that stem (name without media
-                                    suffixes), in any Unicode form, whose folders are the row's from
-                                    the last one up, as far as both tell any (\\ is /; absolute,
-                                    relative, ./ and ../ alike); the longest tail wins, ties are
-                                    listed as ambiguous. Published ids need no folders
-                NAME.txt .json .cls the file beside it, also in capitals; the caption of .json comes
-                                    first, where it has one
-                a folder            its files' label (--format folder), or their split: train, val,
-                                    test; numbered ones (00000, shard-01) and those in tars neither
-                a tar               each of its files, links too; of a damaged one those before the
-                                    damage; compressed ones are listed as rejects
-                a picture           is a thumbnail where a video of its name is beside it: no clip
-                a column            ours, or a usual one of its meaning (OWN, IDS, TEXTS, ALIASES),
-                                    whatever its blanks, signs and capitals; a prompt alone is the
-                                    caption, a pair (timestamp, segment, span) start and end
-                a caption           a text, a list, an object (its keys are the styles), nested
-                                    ones, what an assistant says; not '', nan, null, none
-                a text              UTF-8, or UTF-16 and UTF-32 by their mark; else cp1252 or cp1251
-                                    where it can be no other (LEGACY); \\n, \\r\\n end lines
-                a link to a folder  that folder, once; a hidden file or folder nothing
-Data sets       --format        reads (--meta: the file, or the folder that holds them), and keeps
-                csv tsv json    columns video (path, file), start, end, caption (text; a list:
-                jsonl           several), split, label; any other number becomes a score. JSON:
-                                an array, an object a line, {id: caption}, {id: row} (ActivityNet's)
-                txt             a file a line, and its caption behind a tab or its suffix
-                panda70m        panda70m_*.csv, 5 or 7 columns: times, captions, matching_score,
-                                desirable; split by the file's name
-                webvid          results_*.csv or the mirror's partitions: caption
-                internvid       InternVid-*.jsonl: times, caption, both scores
-                msrvtt          *videodatainfo.json, category.txt: 20 captions, split, category
-                shot2story      *_{train,val,test}.json, *_meta.csv: the clip's summary, each shot's
-                                caption at its frames, category
-                youku           any of its csv files: caption, label; split by the file's name
-                videoinstruct   VideoInstruct100K.json, or conversations: answers as captions,
-                                questions as their prompt
-                ucf101          trainlist0N.txt and testlist0N.txt of one fold: class, split
-                tgif            tgif-v1.0.tsv, splits/: captions, split
-                folder          NAME.txt .json .cls beside a file, class folders, train/ val/ test/
-                webdataset      tars of KEY.mp4 KEY.txt KEY.json KEY.cls, video2dataset's too
-                bair            softmotion30_44k/{train,test}/*.tfrecords: split; the main camera,
-                                10 frames/s; actions are not kept
+Tables          of what a row matches, and of what --format reads, stand above Places and FORMATS.
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """
@@ -425,32 +384,6 @@ def look_closely(luma):
         (rise | fall)[None], 64).astype(bool))
 
 
-def true_times(stamps, step=0.04):
-    """Seconds since the first frame [T], strictly growing, of the timestamps [2, T] = pts, dts (s,
-    nan where missing). Frames come in order of display, so a timestamp that does not grow is wrong
-    (packed B-frames in AVI); it is replaced by its neighbours' line. Those that fall and then grow
-    again, as of streams that were joined, go on where the first end. Without any, as in an
-    elementary stream, frames are `step` s apart."""
-    raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum())).copy()  # pts if both do
-    steps = np.diff(raw)
-    for i in np.flatnonzero(steps < 0) + 1:
-        if len(steps) >= i + 8 and (steps[i:i + 8] > 0).all():
-            usual = np.median(steps[steps > 0])
-            if i > 1 and raw[i - 2] < raw[i] and steps[i - 2] > 10 * usual:
-                raw[i - 1] = math.nan                        # one that is wrong, no end
-            else:
-                raw[i:] += raw[i - 1] + usual - raw[i]
-    top = np.maximum.accumulate(np.nan_to_num(raw, nan=-math.inf))
-    good = np.flatnonzero(raw > np.r_[-math.inf, top[:-1]])
-    step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else step
-    at = np.arange(len(raw))
-    if not len(good):
-        return at * step
-    times = np.interp(at, good, raw[good])
-    times += step * (np.minimum(at - good[0], 0) + np.maximum(at - good[-1], 0))
-    return times - times[0]
-
-
 def sharpness(luma):
     """Mean absolute Laplacian (levels) of the central 256 x 256 px of a luma [H, W]."""
     top, left = (max(0, (side - 256) // 2) for side in luma.shape)
@@ -661,15 +594,6 @@ def row_of(source, n, facts, fps, width, height, scores, samples, times=(0.0,) *
             "shot_end": times[1], "start": times[2], "end": times[3], "frames": n_frames,
             "fps": fps, "width": width, "height": height, **told_of, "scores": {**more, **scores},
             "hash": video_hash(samples)}
-
-
-def place_frames(facts, scan, fps):
-    """Gives facts that name frames of the file, the last one included, their times."""
-    for fact in facts:
-        if "frames" in fact:
-            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
-            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
-                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
 
 
 def plan_clips(scan, source, facts, options):
@@ -1267,23 +1191,6 @@ def find_sources(root, folder, form):
     return sorted(sources), others, len(result) - len(sources)
 
 
-def is_archive(name):
-    return Path(name).suffix.lower() in ARCHIVES or bool(PACKED.search(name))
-
-
-def passed_over(others, words="others passed over"):
-    """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
-    kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
-                    if kind not in (*BESIDE_FILES, "hidden")), reverse=True)
-    n_beside = sum(others[kind][0] for kind in BESIDE_FILES if kind in others)
-    n_others = sum(n for n, _ in others.values()) - n_beside
-    return f"{n_others} {words}" + ": " * bool(kinds) + ", ".join(
-        f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
-            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "") + (
-            f"; {n_beside} .txt, .json, .cls: NAME.txt is the caption of the file beside it, "
-            "--format folder reads NAME.json and NAME.cls" if n_beside else "")
-
-
 def blocks(sources, most, mib):
     """[[first, stop]] of the shards: a block ends with its `most`-th source, or with the one whose
     bytes fill `mib`."""
@@ -1545,40 +1452,6 @@ def leave_out(folder, name, of):
     write_rows(folder / f"{name}.jsonl", rows)
 
 
-def told_now(args, folder, plan, number, database=None):
-    """(rows, rejects, whether the rows are others than at the last time) of a shard: {key, split,
-    label, captions, scores} of the clips of which metadata says something else than when the shard
-    was made, and what of it is of no use. Of a file that is gone the last word stays. Captions that
-    fail a filter are left out."""
-    name, options, root = f"shard-{number:05d}", plan["options"], Path(args.videos)
-    path, shard, rows = folder / f"{name}.metadata.jsonl", {}, []
-    was = {row["key"]: row for row in read_rows(path)} if path.exists() else {}
-    lost = [one for one in read_rows(folder / f"{name}.rejected.jsonl")
-            if one["reason"] not in ROW_REASONS or not database
-            and one["source"] not in args.present]
-    for row in read_rows(folder / f"{name}.jsonl"):
-        shard.setdefault(row["source"], []).append(row)
-    for source, _ in plan["sources"][slice(*plan["shards"][number])]:
-        mine = shard.get(source, [])
-        if not database and (source not in args.present or options["format"] == "bair"):
-            rows += [was[row["key"]] for row in mine if row["key"] in was]
-            continue
-        facts, wrong = facts_of(database, options["format"], source) if database else beside(
-            source, located(root, source)[1], options["format"] is None)
-        if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
-            scan = Scan(Video(located(root, source)[0]))
-            place_frames(facts, scan, scan.rate()[0])
-        lost += [*wrong, *unused(source, facts, [(row,) for row in mine], math.inf)]
-        for row in mine:
-            new, more = told(source, facts, row["start"], row["end"])
-            new["captions"] = [one for one in new["captions"]
-                               if not caption_fault(one["text"], options)]
-            new["scores"] = {**more, **{one: value for one, value in row["scores"].items()
-                                        if one in SCORES or one == "bad_packets"}}
-            rows += [{"key": row["key"], **new}] if {**row, **new} != row else []
-    return rows, lost, rows != list(was.values())
-
-
 def finish(args, folder, plan, database):
     """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
     Whoever comes second writes the same bytes."""
@@ -1638,29 +1511,6 @@ def finish(args, folder, plan, database):
     if rows:
         print(next_steps(dataset_name(folder), rows, Path("/dev/nvidiactl").exists()))
     warn(folder, plan["options"], counts, rows)
-
-
-def warn(folder, options, counts, rows=()):
-    """Says what a user would not look for: metadata that hardly says a word, and faults of ours,
-    whose log is put in order (a shard that was begun twice has told of some twice)."""
-    n, told = sum(counts["rejected"][reason] for reason in counts["rejected"]
-                  if reason.startswith(FAULT)), counts["captioned_clips"]
-    if options["meta"] and told < counts["clips"] / 10 and options["format"] not in (
-            "txt", "ucf101"):
-        print(f"warning: --meta captions {told} of {counts['clips']} clips", file=sys.stderr)
-    if texts := Counter(one["encoding"] for row in rows for one in row["captions"]
-                        if "encoding" in one):
-        print("warning: " + ", ".join(f"{count} captions are read as {page}" for page, count in
-                                      sorted(texts.items())) + ", as they are not in UTF-8",
-              file=sys.stderr)
-    if bad := counts["rejected"].get("malformed text beside it"):
-        print(f"warning: {bad} texts beside files cannot be read: {folder / 'rejected.jsonl'} says "
-              "why; once they are mended, the same command takes them in", file=sys.stderr)
-    if n and (log := folder / "faults.log").is_file():
-        text = log.read_text(encoding="utf-8", errors="replace")
-        write_text(log, "".join(sorted(dict.fromkeys(re.split(r'(?<=\n\n)(?=")', text)))))
-        print(f"warning: {n} files ended in faults of this program: {log} has them",
-              file=sys.stderr)
 
 
 def dataset_name(folder):
@@ -1956,13 +1806,6 @@ def refuse(message):
     sys.exit(2)
 
 
-def refuse_pointer(path):
-    """Refuses a pointer of Git LFS in a file's place."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
-
-
 def printable(text):
     """The text with escapes in the place of what is no character, or steers a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
@@ -2128,70 +1971,8 @@ def json_line(row):
     return json.dumps(row) + "\n" if re.search("[\ud800-\udfff]", line) else line
 
 
-MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
-         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-
-
-def encoding_of(head):
-    """The encoding of a text, by its first bytes: its byte order mark's; without one UTF-8."""
-    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
-
-
-# Of Windows' code pages these two are told apart from all others: what no text in them holds, and
-# one of what others do not. cp1252: letters that Czech, Polish, Turkish and others lack or have
-# elsewhere, at most two in a row, marks that stand in no word. cp1251: words of Cyrillic letters
-# alone, mostly small, none of whose small ones goes before a capital (KOI8-R, Greek and Arabic
-# have such); with capitals, or letters that Hebrew has not.
-MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
-LEGACY = {
-    "cp1252": (re.compile(
-        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
-        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
-    "cp1251": (re.compile(
-        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
-        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
-
-ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
-         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
-
-
-def legacy(data):
-    """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
-    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
-    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
-        return None                                    # UTF-8, perhaps with damage
-    for code, (wrong, sure) in LEGACY.items():
-        text = data.decode(code, "replace")
-        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
-        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
-            return code
-    return None
-
-
-def decoded(data):
-    """(text, code page) of a file's bytes; None of UTF-8, -16 and -32. Raises ValueError that says
-    what they are in its place."""
-    code = encoding_of(data)
-    if code.startswith("utf-8") and b"\0" in data:
-        raise ValueError(f"no text in UTF-8: {ZEROS}")
-    try:
-        return data.decode(code), None
-    except UnicodeDecodeError as error:
-        if code == "utf-8" and (page := legacy(data)):
-            return data.decode(page), page
-        raise ValueError(f"no text in {code.upper()}: " + (
-            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
-
-
 def as_text(data):
     return decoded(data)[0]
-
-
-def not_utf8(byte):
-    """What is said of a byte that is none of UTF-8's."""
-    letter = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
-    return (f"it holds byte 0x{byte:x} ({letter}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE >"
-            " NEW; ENCODING is what wrote it, such as CP1250)")
 
 
 def read_text(path, option=""):
@@ -2266,66 +2047,9 @@ class Unreadable(Exception):
     """A file that gives no clip; its arguments, reason and figure, go into rejected.jsonl."""
 
 
-def flat_rgb(picture):
-    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white. White is
-    what the format says: 2**bits - 1; of floats 1, or where they are larger, 255 or 65535."""
-    if picture.mode[0] in "IF":                                     # 16 bits and more; floats
-        tags = getattr(picture, "tag_v2", {})
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
-        most = values.max(initial=0)
-        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
-            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
-        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
-        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
-
-
-@contextlib.contextmanager
-def opened_picture(file):
-    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG of more than
-    MOST_PIXELS at a half, a quarter or an eighth of its size. Raises Unreadable."""
-    with Image.open(file) as picture:
-        size, k = picture.size, 1
-        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
-            k *= 2
-            picture.draft(picture.mode, [side // k for side in size])
-        if math.prod(picture.size) > MOST_PIXELS:
-            raise Unreadable("too many pixels", math.prod(size))
-        yield picture
-
-
-def decoded_still(file, hdr="tonemap"):
-    """(uint8 [H, W, 3], what was done to it) of a picture file (path or file object), turned the
-    way it says itself."""
-    if brand_of(file) in (*HEIC, b"avif") and (heif := read_heif(file, hdr)):
-        return heif
-    with opened_picture(file) as picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        return flat_rgb(picture), ()
-
-
 def read_still(file):
     """uint8 [H, W, 3] of a picture file."""
     return decoded_still(file)[0]
-
-
-def is_animated(path):
-    """Whether a still's extension hides a video. Pages of a TIFF and the second view of a stereo
-    JPEG are no frames, so only the formats that animate count."""
-    if brand_of(path) in HEIC:
-        return False
-    try:
-        with opened_picture(path) as picture:
-            return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
-                getattr(picture, "n_frames", 1) > 1
-    except PICTURE_ERRORS as error:
-        if is_machine_error(error):
-            raise
-        raise Unreadable("not a picture that can be read") from None
 
 
 class Video:
@@ -2347,65 +2071,12 @@ class Video:
     def __iter__(self):
         self.bad_packets = self.bits = 0
         since = time.monotonic()
-        for n, frame in enumerate(self.pictures() if self.path.suffix.lower() in STILLS
-                                  else self.progressive(self.packets()), 1):
+        for n, frame in enumerate(animated(self) if self.path.suffix.lower() in STILLS
+                                  else progressive(self, self.packets()), 1):
             if n % BEAT == 0 or time.monotonic() - since > 1:        # one may take long
                 self.beat(n)
                 since = time.monotonic()
             yield frame
-
-    def progressive(self, frames):
-        """The frames; from the first interlaced one on, those that are so pass FFmpeg's bwdif."""
-        graph, shape, waiting = None, None, deque()
-
-        def deinterlaced(frame):
-            graph.vpush(frame)
-            with contextlib.suppress(BlockingIOError, EOFError):
-                while waiting:
-                    out = graph.vpull()
-                    out.pts, out.dts = waiting.popleft()
-                    yield out
-        for frame in frames:
-            if graph and shape != (frame.width, frame.height, frame.format.name):
-                yield from deinterlaced(None)
-                graph = None
-            if frame.interlaced_frame and not graph and self.interlaced != "keep" \
-                    and min(frame.width, frame.height) >= 16:
-                if self.interlaced == "reject":
-                    raise Unreadable("interlaced")
-                self.converted.add("deinterlaced")
-                shape = frame.width, frame.height, frame.format.name
-                graph = deinterlacer(frame)
-            if graph:
-                waiting.append((frame.pts, frame.dts))
-                yield from deinterlaced(frame)
-            else:
-                yield frame
-        if graph:
-            yield from deinterlaced(None)
-
-    def pictures(self):
-        """Frames of an animated picture by Pillow, with delays as browsers take them."""
-        at = 0
-        try:
-            with opened_picture(self.path) as picture:
-                if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
-                    raise Unreadable("too many pixels", math.prod(picture.size))
-                unit = 10 if picture.format == "GIF" else 1            # ms that delays are told in
-                self.tick = unit / 1000
-                for n in range(picture.n_frames):
-                    picture.seek(n)
-                    if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
-                        raise ValueError
-                    picture.load()
-                    frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
-                    frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
-                    at += delay if delay > 10 else 100
-                    yield frame
-        except PICTURE_ERRORS as error:
-            if is_machine_error(error):
-                raise
-            self.bad_packets += 1                      # the frames before the damage stay
 
     def packets(self):
         """Frames by FFmpeg, packet by packet; one that does not decode is counted and skipped."""
@@ -2570,61 +2241,6 @@ def opened(path):
         stream = max(decodable, key=lambda s: s.codec_context.width * s.codec_context.height)
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         yield container, stream
-
-
-def raise_machine(error, path, index=0, n_packets=0):
-    """Raises FFmpegError that is the machine's. EIO and ENOMEM are what FFmpeg says of damaged
-    files, too: these can be read as files, but opening them, or the stream's packets to the n-th,
-    fails again."""
-    if error.errno in (errno.EIO, errno.ENOMEM) and not (
-            error.errno == errno.ENOMEM and is_machine_error(error)):
-        if isinstance(path, Path):
-            with open(path, "rb") as file:
-                while file.read(2**24):
-                    pass
-        else:
-            path.seek(0)
-        try:
-            with av.open(str(path) if isinstance(path, Path) else path) as container:
-                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
-        except FFmpegError:
-            return
-    elif not is_machine_error(error):
-        return
-    raise OSError(error.errno, error.strerror, str(path))
-
-
-def demuxed(container, stream):
-    """The packets of a stream. One of a stream that begins within the file is passed over: PyAV
-    knows only those that were there when it was opened, and ends its iteration."""
-    for packets in iter(lambda: container.demux(stream), None):
-        try:
-            yield from packets
-            return
-        except IndexError:
-            continue
-
-
-def deinterlacer(frame):
-    """FFmpeg's bwdif for frames like `frame`, one for one, in one thread."""
-    graph = av.filter.Graph()
-    graph.threads = 1
-    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
-                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
-                     graph.add("buffersink"))
-    graph.configure()
-    return graph
-
-
-def unnamed(kind, value):
-    """A member of PyAV's enumeration of side data for a type that it does not know: else it reads
-    none of that frame's, not even the rotation."""
-    one = object.__new__(kind)
-    one._name_ = one._value_ = value
-    return one
-
-
-av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
 
 
 def colour_matrix(frame):
@@ -3293,7 +2909,7 @@ def make_demo(folder, files, n_workers):
     write_rows(folder / "captions.jsonl", rows)
 
 
-# == what lies on people's disks: archives, HEIC, HDR ==============================================
+# == files as people have them: archives, odd pictures, HDR, damage, encodings, metadata ===========
 
 HEIC = (b"heic", b"heix", b"mif1")
 ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
@@ -3303,6 +2919,17 @@ LFS = b"version https://git-lfs"         # begins what git leaves where Git LFS 
 NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
            b"(\xb5/\xfd": "zstd: unpack it", b"PK\3\4": "zip: unpack it", b"<": "a web page",
            LFS: "a pointer of Git LFS"}
+
+
+def is_archive(name):
+    return Path(name).suffix.lower() in ARCHIVES or bool(PACKED.search(name))
+
+
+def refuse_pointer(path):
+    """Refuses a pointer of Git LFS in a file's place."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
 
 
 def in_memory(data, suffix):
@@ -3445,6 +3072,66 @@ def bair_video(record):
     return file.getvalue()
 
 
+# -- pictures of every kind ------------------------------------------------------------------------
+
+
+def flat_rgb(picture):
+    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white. White is
+    what the format says: 2**bits - 1; of floats 1, or where they are larger, 255 or 65535."""
+    if picture.mode[0] in "IF":                                     # 16 bits and more; floats
+        tags = getattr(picture, "tag_v2", {})
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
+        most = values.max(initial=0)
+        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
+            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
+        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
+        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def opened_picture(file):
+    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG of more than
+    MOST_PIXELS at a half, a quarter or an eighth of its size. Raises Unreadable."""
+    with Image.open(file) as picture:
+        size, k = picture.size, 1
+        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
+            k *= 2
+            picture.draft(picture.mode, [side // k for side in size])
+        if math.prod(picture.size) > MOST_PIXELS:
+            raise Unreadable("too many pixels", math.prod(size))
+        yield picture
+
+
+def decoded_still(file, hdr="tonemap"):
+    """(uint8 [H, W, 3], what was done to it) of a picture file (path or file object), turned the
+    way it says itself."""
+    if brand_of(file) in (*HEIC, b"avif") and (heif := read_heif(file, hdr)):
+        return heif
+    with opened_picture(file) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        return flat_rgb(picture), ()
+
+
+def is_animated(path):
+    """Whether a still's extension hides a video. Pages of a TIFF and the second view of a stereo
+    JPEG are no frames, so only the formats that animate count."""
+    if brand_of(path) in HEIC:
+        return False
+    try:
+        with opened_picture(path) as picture:
+            return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
+                getattr(picture, "n_frames", 1) > 1
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
+        raise Unreadable("not a picture that can be read") from None
+
+
 def brand_of(file):
     """The brand of an ISO file, such as b"heic" or b"avif"; b"" of any other."""
     with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as inside:
@@ -3548,6 +3235,8 @@ def read_heif(file, hdr):
     return np.ascontiguousarray(pixels), {"HEIF to PNG", *video.converted}
 
 
+# -- videos: HDR, timestamps, damage, interlaced frames, animated pictures -------------------------
+
 HDR = {16: "PQ", 18: "HLG"}             # H.273's transfer characteristics
 WHITE, PEAK = 203.0, 1000.0             # cd/m2: SDR's white (BT.2408), and where HDR is cut off
 TO_709 = {1: np.eye(3), 12: ((1.224940, -0.224940, 0), (-0.042057, 1.042057, 0), (
@@ -3603,6 +3292,205 @@ def hdr_tables(transfer):
     bent = eotf(np.where(top < knee, top, curve) * inverse(PEAK)) / WHITE
     return linear.astype(np.float32), bent.astype(np.float32), \
         (x ** (2 / 2.4) * 255).round().astype(np.uint8)
+
+
+def true_times(stamps, step=0.04):
+    """Seconds since the first frame [T], strictly growing, of the timestamps [2, T] = pts, dts (s,
+    nan where missing). Frames come in order of display, so a timestamp that does not grow is wrong
+    (packed B-frames in AVI); it is replaced by its neighbours' line. Those that fall and then grow
+    again, as of streams that were joined, go on where the first end. Without any, as in an
+    elementary stream, frames are `step` s apart."""
+    raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum())).copy()  # pts if both do
+    steps = np.diff(raw)
+    for i in np.flatnonzero(steps < 0) + 1:
+        if len(steps) >= i + 8 and (steps[i:i + 8] > 0).all():
+            usual = np.median(steps[steps > 0])
+            if i > 1 and raw[i - 2] < raw[i] and steps[i - 2] > 10 * usual:
+                raw[i - 1] = math.nan                        # one that is wrong, no end
+            else:
+                raw[i:] += raw[i - 1] + usual - raw[i]
+    top = np.maximum.accumulate(np.nan_to_num(raw, nan=-math.inf))
+    good = np.flatnonzero(raw > np.r_[-math.inf, top[:-1]])
+    step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else step
+    at = np.arange(len(raw))
+    if not len(good):
+        return at * step
+    times = np.interp(at, good, raw[good])
+    times += step * (np.minimum(at - good[0], 0) + np.maximum(at - good[-1], 0))
+    return times - times[0]
+
+
+def raise_machine(error, path, index=0, n_packets=0):
+    """Raises FFmpegError that is the machine's. EIO and ENOMEM are what FFmpeg says of damaged
+    files, too: these can be read as files, but opening them, or the stream's packets to the n-th,
+    fails again."""
+    if error.errno in (errno.EIO, errno.ENOMEM) and not (
+            error.errno == errno.ENOMEM and is_machine_error(error)):
+        if isinstance(path, Path):
+            with open(path, "rb") as file:
+                while file.read(2**24):
+                    pass
+        else:
+            path.seek(0)
+        try:
+            with av.open(str(path) if isinstance(path, Path) else path) as container:
+                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
+        except FFmpegError:
+            return
+    elif not is_machine_error(error):
+        return
+    raise OSError(error.errno, error.strerror, str(path))
+
+
+def demuxed(container, stream):
+    """The packets of a stream. One of a stream that begins within the file is passed over: PyAV
+    knows only those that were there when it was opened, and ends its iteration."""
+    for packets in iter(lambda: container.demux(stream), None):
+        try:
+            yield from packets
+            return
+        except IndexError:
+            continue
+
+
+def animated(video):
+    """Frames of an animated picture by Pillow, with delays as browsers take them."""
+    at = 0
+    try:
+        with opened_picture(video.path) as picture:
+            if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
+                raise Unreadable("too many pixels", math.prod(picture.size))
+            unit = 10 if picture.format == "GIF" else 1            # ms that delays are told in
+            video.tick = unit / 1000
+            for n in range(picture.n_frames):
+                picture.seek(n)
+                if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
+                    raise ValueError
+                picture.load()
+                frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
+                frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
+                at += delay if delay > 10 else 100
+                yield frame
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
+        video.bad_packets += 1                      # the frames before the damage stay
+
+
+def progressive(video, frames):
+    """The frames; from the first interlaced one on, those that are so pass FFmpeg's bwdif."""
+    graph, shape, waiting = None, None, deque()
+
+    def deinterlaced(frame):
+        graph.vpush(frame)
+        with contextlib.suppress(BlockingIOError, EOFError):
+            while waiting:
+                out = graph.vpull()
+                out.pts, out.dts = waiting.popleft()
+                yield out
+    for frame in frames:
+        if graph and shape != (frame.width, frame.height, frame.format.name):
+            yield from deinterlaced(None)
+            graph = None
+        if frame.interlaced_frame and not graph and video.interlaced != "keep" \
+                and min(frame.width, frame.height) >= 16:
+            if video.interlaced == "reject":
+                raise Unreadable("interlaced")
+            video.converted.add("deinterlaced")
+            shape = frame.width, frame.height, frame.format.name
+            graph = deinterlacer(frame)
+        if graph:
+            waiting.append((frame.pts, frame.dts))
+            yield from deinterlaced(frame)
+        else:
+            yield frame
+    if graph:
+        yield from deinterlaced(None)
+
+
+def deinterlacer(frame):
+    """FFmpeg's bwdif for frames like `frame`, one for one, in one thread."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def unnamed(kind, value):
+    """A member of PyAV's enumeration of side data for a type that it does not know: else it reads
+    none of that frame's, not even the rotation."""
+    one = object.__new__(kind)
+    one._name_ = one._value_ = value
+    return one
+
+
+av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
+
+
+# -- texts in every encoding -----------------------------------------------------------------------
+
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
+         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def encoding_of(head):
+    """The encoding of a text, by its first bytes: its byte order mark's; without one UTF-8."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+# Of Windows' code pages these two are told apart from all others: what no text in them holds, and
+# one of what others do not. cp1252: letters that Czech, Polish, Turkish and others lack or have
+# elsewhere, at most two in a row, marks that stand in no word. cp1251: words of Cyrillic letters
+# alone, mostly small, none of whose small ones goes before a capital (KOI8-R, Greek and Arabic
+# have such); with capitals, or letters that Hebrew has not.
+MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
+LEGACY = {
+    "cp1252": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
+        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
+    "cp1251": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
+        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
+ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
+         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
+
+
+def legacy(data):
+    """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
+    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
+        return None                                    # UTF-8, perhaps with damage
+    for code, (wrong, sure) in LEGACY.items():
+        text = data.decode(code, "replace")
+        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
+        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
+            return code
+    return None
+
+
+def decoded(data):
+    """(text, code page) of a file's bytes; None of UTF-8, -16 and -32. Raises ValueError that says
+    what they are in its place."""
+    code = encoding_of(data)
+    if code.startswith("utf-8") and b"\0" in data:
+        raise ValueError(f"no text in UTF-8: {ZEROS}")
+    try:
+        return data.decode(code), None
+    except UnicodeDecodeError as error:
+        if code == "utf-8" and (page := legacy(data)):
+            return data.decode(page), page
+        raise ValueError(f"no text in {code.upper()}: " + (
+            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
+
+
+def not_utf8(byte):
+    """What is said of a byte that is none of UTF-8's."""
+    letter = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
+    return (f"it holds byte 0x{byte:x} ({letter}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE >"
+            " NEW; ENCODING is what wrote it, such as CP1250)")
 
 
 # -- what published data sets say of their files ---------------------------------------------------
@@ -3710,6 +3598,28 @@ def tgif_rows(path):
             if text else None
 
 
+# --format        reads (--meta: the file, or the folder that holds them), and keeps
+# csv tsv json    columns video (path, file), start, end, caption (text; a list:
+# jsonl           several), split, label; any other number becomes a score. JSON:
+#                 an array, an object a line, {id: caption}, {id: row} (ActivityNet's)
+# txt             a file a line, and its caption behind a tab or its suffix
+# panda70m        panda70m_*.csv, 5 or 7 columns: times, captions, matching_score,
+#                 desirable; split by the file's name
+# webvid          results_*.csv or the mirror's partitions: caption
+# internvid       InternVid-*.jsonl: times, caption, both scores
+# msrvtt          *videodatainfo.json, category.txt: 20 captions, split, category
+# shot2story      *_{train,val,test}.json, *_meta.csv: the clip's summary, each shot's
+#                 caption at its frames, category
+# youku           any of its csv files: caption, label; split by the file's name
+# videoinstruct   VideoInstruct100K.json, or conversations: answers as captions,
+#                 questions as their prompt
+# ucf101          trainlist0N.txt and testlist0N.txt of one fold: class, split
+# tgif            tgif-v1.0.tsv, splits/: captions, split
+# folder          NAME.txt .json .cls beside a file, class folders, train/ val/ test/
+# webdataset      tars of KEY.mp4 KEY.txt KEY.json KEY.cls, video2dataset's too
+# bair            softmotion30_44k/{train,test}/*.tfrecords: split; the main camera,
+#                 10 frames/s; actions are not kept
+#
 # A new data set is one line: the files that it reads of a folder, a function from a file to its
 # rows (None: as the suffix says), the columns of which one names the video (by a path, a file name
 # or a stem), and a function from a row to ours (None: it is one). Ours may have start and end (s or
@@ -4041,6 +3951,27 @@ def split_of(name):
     return words.pop() if len(words) == 1 else None
 
 
+# what                matches
+# a row's path        the file of that name, else of that stem (name without media
+#                     suffixes), in any Unicode form, whose folders are the row's from
+#                     the last one up, as far as both tell any (\\ is /; absolute,
+#                     relative, ./ and ../ alike); the longest tail wins, ties are
+#                     listed as ambiguous. Published ids need no folders
+# NAME.txt .json .cls the file beside it, also in capitals; the caption of .json comes
+#                     first, where it has one
+# a folder            its files' label (--format folder), or their split: train, val,
+#                     test; numbered ones (00000, shard-01) and those in tars neither
+# a tar               each of its files, links too; of a damaged one those before the
+#                     damage; compressed ones are listed as rejects
+# a picture           is a thumbnail where a video of its name is beside it: no clip
+# a column            ours, or a usual one of its meaning (OWN, IDS, TEXTS, ALIASES),
+#                     whatever its blanks, signs and capitals; a prompt alone is the
+#                     caption, a pair (timestamp, segment, span) start and end
+# a caption           a text, a list, an object (its keys are the styles), nested
+#                     ones, what an assistant says; not '', nan, null, none
+# a text              UTF-8, or UTF-16 and UTF-32 by their mark; else cp1252 or cp1251
+#                     where it can be no other (LEGACY); \\n, \\r\\n end lines
+# a link to a folder  that folder, once; a hidden file or folder nothing
 class Places:
     """Finds the source that a row's path means. Names and folders are the same in every Unicode
     form. Of the sources with its file's name (else with its stem: the name without its suffixes)
@@ -4512,6 +4443,85 @@ def unused(source, facts, clips, stop):
                 source, "caption behind the end" if start >= stop else "caption of no clip", *times,
                 figure=round(stop, 3), detail=("" if times[1] else f"frames {fact['frames']}: ")
                 + printable(fact["captions"][0])[:100])
+
+
+def place_frames(facts, scan, fps):
+    """Gives facts that name frames of the file, the last one included, their times."""
+    for fact in facts:
+        if "frames" in fact:
+            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
+            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
+                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
+
+
+def told_now(args, folder, plan, number, database=None):
+    """(rows, rejects, whether the rows are others than at the last time) of a shard: {key, split,
+    label, captions, scores} of the clips of which metadata says something else than when the shard
+    was made, and what of it is of no use. Of a file that is gone the last word stays. Captions that
+    fail a filter are left out."""
+    name, options, root = f"shard-{number:05d}", plan["options"], Path(args.videos)
+    path, shard, rows = folder / f"{name}.metadata.jsonl", {}, []
+    was = {row["key"]: row for row in read_rows(path)} if path.exists() else {}
+    lost = [one for one in read_rows(folder / f"{name}.rejected.jsonl")
+            if one["reason"] not in ROW_REASONS or not database
+            and one["source"] not in args.present]
+    for row in read_rows(folder / f"{name}.jsonl"):
+        shard.setdefault(row["source"], []).append(row)
+    for source, _ in plan["sources"][slice(*plan["shards"][number])]:
+        mine = shard.get(source, [])
+        if not database and (source not in args.present or options["format"] == "bair"):
+            rows += [was[row["key"]] for row in mine if row["key"] in was]
+            continue
+        facts, wrong = facts_of(database, options["format"], source) if database else beside(
+            source, located(root, source)[1], options["format"] is None)
+        if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
+            scan = Scan(Video(located(root, source)[0]))
+            place_frames(facts, scan, scan.rate()[0])
+        lost += [*wrong, *unused(source, facts, [(row,) for row in mine], math.inf)]
+        for row in mine:
+            new, more = told(source, facts, row["start"], row["end"])
+            new["captions"] = [one for one in new["captions"]
+                               if not caption_fault(one["text"], options)]
+            new["scores"] = {**more, **{one: value for one, value in row["scores"].items()
+                                        if one in SCORES or one == "bad_packets"}}
+            rows += [{"key": row["key"], **new}] if {**row, **new} != row else []
+    return rows, lost, rows != list(was.values())
+
+
+def warn(folder, options, counts, rows=()):
+    """Says what a user would not look for: metadata that hardly says a word, and faults of ours,
+    whose log is put in order (a shard that was begun twice has told of some twice)."""
+    n, told = sum(counts["rejected"][reason] for reason in counts["rejected"]
+                  if reason.startswith(FAULT)), counts["captioned_clips"]
+    if options["meta"] and told < counts["clips"] / 10 and options["format"] not in (
+            "txt", "ucf101"):
+        print(f"warning: --meta captions {told} of {counts['clips']} clips", file=sys.stderr)
+    if texts := Counter(one["encoding"] for row in rows for one in row["captions"]
+                        if "encoding" in one):
+        print("warning: " + ", ".join(f"{count} captions are read as {page}" for page, count in
+                                      sorted(texts.items())) + ", as they are not in UTF-8",
+              file=sys.stderr)
+    if bad := counts["rejected"].get("malformed text beside it"):
+        print(f"warning: {bad} texts beside files cannot be read: {folder / 'rejected.jsonl'} says "
+              "why; once they are mended, the same command takes them in", file=sys.stderr)
+    if n and (log := folder / "faults.log").is_file():
+        text = log.read_text(encoding="utf-8", errors="replace")
+        write_text(log, "".join(sorted(dict.fromkeys(re.split(r'(?<=\n\n)(?=")', text)))))
+        print(f"warning: {n} files ended in faults of this program: {log} has them",
+              file=sys.stderr)
+
+
+def passed_over(others, words="others passed over"):
+    """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
+    kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
+                    if kind not in (*BESIDE_FILES, "hidden")), reverse=True)
+    n_beside = sum(others[kind][0] for kind in BESIDE_FILES if kind in others)
+    n_others = sum(n for n, _ in others.values()) - n_beside
+    return f"{n_others} {words}" + ": " * bool(kinds) + ", ".join(
+        f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
+            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "") + (
+            f"; {n_beside} .txt, .json, .cls: NAME.txt is the caption of the file beside it, "
+            "--format folder reads NAME.json and NAME.cls" if n_beside else "")
 
 
 FAULT = "fault: "       # begins the reason of a file at which a function of ours failed
