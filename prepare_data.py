@@ -42,7 +42,7 @@ Rules           Time 0 is a file's first frame. Only the timestamps of frames co
                 listed as a reject), one without times to every clip of its file. A variable rate
                 becomes the median rate: frame k shows the last frame that began at or before
                 start + k / fps.
-                How a metadata row finds its file: above Places. What --format reads: above FORMATS.
+                How a metadata row finds its file: at SourceIndex. What --format reads: at FORMATS.
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """
@@ -835,7 +835,7 @@ def is_duplicate(folder, a, b):
     return False
 
 
-def apart(a, b):
+def bit_distance(a, b):
     """Number of the 256 bits that differ between hashes uint64 [n, 4, 4], one perhaps cropped."""
     return np.minimum(*(np.bitwise_count(x ^ y[:, :1]).sum(2, dtype=int).min(1)
                         for x, y in ((a, b), (b, a))))
@@ -855,7 +855,7 @@ def like_pairs(bits, most, stop):
     work, m, width, radius = min(plans)
     if work >= NS_A_PAIR * (stop - np.arange(n)).sum():
         for a in range(n):
-            b = np.flatnonzero(apart(bits[a:a + 1], bits[a + 1:stop[a]]) <= most) + a + 1
+            b = np.flatnonzero(bit_distance(bits[a:a + 1], bits[a + 1:stop[a]]) <= most) + a + 1
             pairs.append(a * n + b)
         pairs = np.concatenate(pairs)
         return pairs // n, pairs % n
@@ -910,7 +910,7 @@ def near_duplicates(rows, near, same=lambda a, b: True):
     stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
     a, b = like_pairs(bits, math.ceil(near * 256) - 1, stop)
     for a, b in zip(*(np.array_split(part, len(a) // 2**16 + 1) for part in (a, b))):
-        distance = apart(bits[a], bits[b]) / 256
+        distance = bit_distance(bits[a], bits[b]) / 256
         alike = (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
         luma, *chroma = np.abs(colours[b] - colours[a]).mean(1).T
         hue = np.mean(chroma, axis=0)
@@ -1165,7 +1165,7 @@ def make_plan(args, folder, root):
     sources, others, n_pictures = find_sources(root, folder, args.format)
     args.present = {name for name, _ in sources}
     damaged = [name for name, _ in sources if is_archive(name)]
-    is_whole = plan and not lost_shards(folder, plan) and (
+    is_complete = plan and not missing_shards(folder, plan) and (
         has_manifest(folder) or (folder / "joining.json").exists())
     if plan is None:
         if damaged:
@@ -1183,7 +1183,7 @@ def make_plan(args, folder, root):
     began = {**inputs, **plan.get("told", {})}
     is_other = os.path.abspath(began["videos"]) != os.path.abspath(args.videos)
     lost = [name for name in before if now.get(
-        name, before[name] if is_whole and not is_other else None) != before[name]]
+        name, before[name] if is_complete and not is_other else None) != before[name]]
     if lost:
         refuse(f"{folder} was begun with --videos {began['videos']}" + (
             f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
@@ -1224,7 +1224,7 @@ def is_finished(folder, plan):
         about.get("options", {}).get(name) == plan["options"][name] for name in ("meta", "format"))
 
 
-def lost_shards(folder, plan):
+def missing_shards(folder, plan):
     """Numbers of the shards that are not made, or of which a file is missing."""
     return [n for n in range(len(plan["shards"])) if not is_done(folder, n)]
 
@@ -1253,7 +1253,7 @@ def prepare(args):
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
     plan, is_new = make_plan(args, folder, root)
-    if not is_new and is_finished(folder, plan) and not lost_shards(folder, plan):
+    if not is_new and is_finished(folder, plan) and not missing_shards(folder, plan):
         if args.meta or not any(changed_metadata(args, folder, plan, n)[2]
                                 for n in range(len(plan["shards"]))):
             print(f"{folder} is finished; nothing to do")
@@ -1293,10 +1293,10 @@ def make_shards(args, folder, root, plan, is_new, lock):
     if fcntl:
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN + 1)
     reopen(folder, plan, lock)
-    mine = [n for n in lost_shards(folder, plan) if n % n_parts == part - 1 and not args.finish]
+    mine = [n for n in missing_shards(folder, plan) if n % n_parts == part - 1 and not args.finish]
     run_jobs([Job(n, sources[slice(*plan["shards"][n])], folder, root.absolute(), database,
                   plan["options"]) for n in mine], args.workers, args.timeout)
-    left = lost_shards(folder, plan)
+    left = missing_shards(folder, plan)
     if left and args.finish:
         refuse(f"{len(left)} of {len(plan['shards'])} shards of {folder} are not done, the first "
                f"is {left[0]}: run its part first")
@@ -1357,12 +1357,12 @@ def settle(folder, plan):
                     rows.append(row)
                 else:
                     duplicates.append({"key": row["key"], "of": of, "distance": 0})
-        near = {row["key"]: (of["key"], apart) for row, of, apart in near_duplicates(
+        near = {row["key"]: (of["key"], distance) for row, of, distance in near_duplicates(
             rows, plan["options"]["near"], functools.partial(is_duplicate, folder))}
         for one in duplicates:                         # equal to a clip that is a duplicate itself
             one["of"], one["distance"] = near.get(one["of"], (one["of"], one["distance"]))
-        duplicates += [{"key": key, "of": of, "distance": round(apart, 4)}
-                       for key, (of, apart) in near.items()]
+        duplicates += [{"key": key, "of": of, "distance": round(distance, 4)}
+                       for key, (of, distance) in near.items()]
         write_text(path, json.dumps({"format": FORMAT, "duplicates": duplicates}))
     of = {one["key"]: one["of"] for one in duplicates}
     for name in names:
@@ -3789,7 +3789,7 @@ def split_of(name):
 # a text              UTF-8, or UTF-16 and UTF-32 by their mark; else cp1252 or cp1251 if recognised
 #                     (LEGACY); \n and \r\n end lines
 # a link to a folder  that folder, once; hidden files and folders are skipped
-class Places:
+class SourceIndex:
     """Finds the source of a row's path, in any Unicode form. Candidates have the same file name, or
     else the same stem (name without media suffixes); their folders must equal the row's from the
     last one up, as far as both have any; the longest match wins. With `is_id`, names are unique:
@@ -3891,7 +3891,7 @@ def read_metadata(paths, form, sources, database):
 def placed_rows(paths, form, sources):
     """Yields what `read_metadata` stores."""
     _, rows, names, reader = FORMATS[form]
-    index, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
+    index, n, is_right, columns_found = SourceIndex(sources, names is not OWN), 0, False, ()
     find = functools.lru_cache(2**16)(index.find)
     missing, is_placed, used_columns = None, not sources, {True} if rows or reader else set()
     first, bad, n_bytes = "", None, 0  # first fault of a row; rows with invalid bytes

@@ -99,7 +99,7 @@ def test_m13_the_longest_tail_wins_and_ties_are_listed(tmp_path):
 def test_m13_many_files_of_one_name_take_no_longer(tmp_path):
     """100,000 folders with a 00001.mp4 each: a list of candidates a row would be 10^10 steps."""
     sources = sorted(f"{n % 100}/{n}/00001.mp4" for n in range(30_000))
-    places, since = pd.Places(sources, False), time.process_time()
+    places, since = pd.SourceIndex(sources, False), time.process_time()
     assert all(places.find(f"/data/{one}")[0] == one for one in sources)
     assert places.find("7/1/00001.mp4")[0] is None and time.process_time() - since < 10
 

@@ -381,7 +381,7 @@ def test_captions_splits_and_labels(rows):
         {"text": "odd by its stem", "source": "meta", "weight": 1.0}]
     assert rows["odd.mkv"][0]["split"] == "test"
     assert rows["sub/été 中.mp4"][0]["captions"][0]["text"] == "une forme"
-    drawn = [pd.told(f"{n}.mp4", [], 0, 1)[0]["split"] for n in range(2000)]
+    drawn = [pd.clip_metadata(f"{n}.mp4", [], 0, 1)[0]["split"] for n in range(2000)]
     assert 60 < drawn.count("val") < 140 and drawn.count("train") + drawn.count("val") == 2000
 
 
@@ -905,7 +905,7 @@ def test_pairs_by_bands_are_those_of_comparing_all(n, near, is_short, monkeypatc
         monkeypatch.setattr(pd, "NS_A_PAIR", cost)
         a, b = pd.like_pairs(packed, most, stop)
         assert set(zip(a.tolist(), b.tolist())) == truth and len(a) == len(truth)
-        assert [int(one) for one in pd.apart(packed[a], packed[b])] == away[a, b].tolist()
+        assert [int(one) for one in pd.bit_distance(packed[a], packed[b])] == away[a, b].tolist()
 
 
 def flipped(data):
