@@ -1021,8 +1021,8 @@ def shaping(args):
 
 
 def refuse_other_options(folder, run, args, vlm):
-    """Refuses a captioner or options other than those that a source's captions were made with, which
-    are recorded in caption-options-SOURCE.json."""
+    """Refuses another captioner or other options than those that a source's captions were made with
+    (recorded in caption-options-SOURCE.json)."""
     path = folder / f"caption-options-{run}.json"
     model = zlib.crc32((run_dir(vlm) / "config.json").read_bytes())
     now = {**shaping(args), "vlm": f"{run_dir(vlm).name} ({model:08x})"}

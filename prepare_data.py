@@ -1,29 +1,29 @@
 """Raw videos and stills, with a data set's own metadata -> shots -> filtered clips -> shards.
 
-What goes in    a folder of videos and stills of any size, rate, length, codec and state of health;
+In              a folder of videos and stills of any size, rate, length and codec, damaged or not;
                 optionally metadata with captions, times, splits and labels, in our own columns or
                 as a data set publishes it (FORMATS is the table of readers)
-What comes out  data/NAME/, which every later stage reads:
+Out             data/NAME/, which every later stage reads:
     shard-00000.tar             the clips, KEY.mp4 (a still keeps its own bytes) and KEY.json, for
                                 any WebDataset reader
-    shard-00000.jsonl           a row a clip: key, offset and length in the tar, source, times,
-                                frames, rate, size, split, label, captions, scores (SCORES),
-                                hash; converted: HDR, interlaced, HEIC, where it was so
-    shard-00000.rejected.jsonl  what was left out: source, shot_start, shot_end (null: all of the
-                                file), reason, figure, threshold
-    shard-00000.metadata.jsonl  {key, split, label, captions, scores} of its clips of which texts
-                                beside the files, or --meta, say something else by now
+    shard-00000.jsonl           a record a clip: key, offset and length in the tar, source, times,
+                                frames, fps, size, split, label, captions, scores (SCORES), hash,
+                                and what was converted (HDR, interlaced, HEIC)
+    shard-00000.rejected.jsonl  rejected clips and files: source, shot_start, shot_end (null: the
+                                whole file), reason, figure, threshold
+    shard-00000.metadata.jsonl  {key, split, label, captions, scores} of the clips whose metadata
+                                changed after the shard was written
     duplicates.jsonl, rejected.jsonl, contact.png, manifest.json    written last
-    faults.log                  tracebacks of files at which this program failed, if any
+    faults.log                  tracebacks of errors of this program, if any
 
 The idea        Each video is decoded twice, in order, a frame at a time. The first pass sees small
                 pictures only: it finds cuts, fades and dissolves, and scores each shot. The second
-                encodes what the filters keep, at its own size and rate unless an option caps them
-                (what is plain H.264 as a whole is copied). A shard is a fixed block of the sorted
-                sources, made by one process; each file is written under a temporary name and
-                renamed. So a run killed at any instant and started again ends with the same bytes,
-                and so does any number of workers or parts; and a decoder that crashes or hangs
-                costs one file. Memory holds neither the metadata nor a video.
+                encodes the clips that pass the filters, at their own size and rate unless an option
+                caps them (a file in plain H.264 that is one clip is copied). A shard is a fixed
+                block of the sorted sources, made by one process; each file is written under a
+                temporary name and renamed. So a killed run that is started again, and any number of
+                workers or parts, end with the same bytes; a decoder that crashes or hangs costs one
+                file. Memory holds neither the metadata nor a video.
 
     python prepare_data.py demo                                 half a minute; makes its own videos
     python prepare_data.py mine --videos ~/videos --meta ~/captions.csv --min_flow 0.02
@@ -33,58 +33,16 @@ The idea        Each video is decoded twice, in order, a frame at a time. The fi
     python prepare_data.py mine --videos ~/videos --report      look at data/mine/report/
     python prepare_data.py bench --videos ~/videos              frames a second of each step
 
-Rules           Time 0 is a file's first frame; only the frames' timestamps count, no header does.
-                A bad packet is skipped and counted (scores: bad_packets, with frames that the
-                decoder mends); decoding goes on. Scores: damage is their share of a clip.
+Rules           Time 0 is a file's first frame. Only the timestamps of frames count, no header does.
+                A bad packet is skipped and counted (score bad_packets); decoding continues.
                 HDR (PQ, HLG) becomes BT.709: see `tone_mapped`.
-                What is told of the files may change, or come later: the same command again takes
-                it in; shards keep their bytes. Of duplicates the one that stays has the caption.
-                A caption with times belongs to each clip of which at least half lies inside them
-                (if of none, it is listed), one without times to every clip of its file. A variable
-                rate becomes the median rate: frame k shows the last frame that began at or before
+                Metadata may change or arrive later: run the same command again; shards keep their
+                bytes. The clip that is kept of duplicates gets the caption. A caption with times
+                belongs to each clip that lies at least half inside them (a caption of no clip is
+                listed as a reject), one without times to every clip of its file. A variable rate
+                becomes the median rate: frame k shows the last frame that began at or before
                 start + k / fps.
-Matching        what                matches
-                a row's path        the file of that name, else of that stem (name without media
-                                    suffixes), in any Unicode form, whose folders are the row's from
-                                    the last one up, as far as both tell any (\\ is /; absolute,
-                                    relative, ./ and ../ alike); the longest tail wins, ties are
-                                    listed as ambiguous. Published ids need no folders
-                NAME.txt .json .cls the file beside it, also in capitals; the caption of .json comes
-                                    first, where it has one
-                a folder            its files' label (--format folder), or their split: train, val,
-                                    test; numbered ones (00000, shard-01) and those in tars neither
-                a tar               each of its files, links too; of a damaged one those before the
-                                    damage; compressed ones are listed as rejects
-                a picture           is a thumbnail where a video of its name is beside it: no clip
-                a column            ours, or a usual one of its meaning (OWN, IDS, TEXTS, ALIASES),
-                                    whatever its blanks, signs and capitals; a prompt alone is the
-                                    caption, a pair (timestamp, segment, span) start and end
-                a caption           a text, a list, an object (its keys are the styles), nested
-                                    ones, what an assistant says; not '', nan, null, none
-                a text              UTF-8, or UTF-16 and UTF-32 by their mark; else cp1252 or cp1251
-                                    where it can be no other (LEGACY); \\n, \\r\\n end lines
-                a link to a folder  that folder, once; a hidden file or folder nothing
-Data sets       --format        reads (--meta: the file, or the folder that holds them), and keeps
-                csv tsv json    columns video (path, file), start, end, caption (text; a list:
-                jsonl           several), split, label; any other number becomes a score. JSON:
-                                an array, an object a line, {id: caption}, {id: row} (ActivityNet's)
-                txt             a file a line, and its caption behind a tab or its suffix
-                panda70m        panda70m_*.csv, 5 or 7 columns: times, captions, matching_score,
-                                desirable; split by the file's name
-                webvid          results_*.csv or the mirror's partitions: caption
-                internvid       InternVid-*.jsonl: times, caption, both scores
-                msrvtt          *videodatainfo.json, category.txt: 20 captions, split, category
-                shot2story      *_{train,val,test}.json, *_meta.csv: the clip's summary, each shot's
-                                caption at its frames, category
-                youku           any of its csv files: caption, label; split by the file's name
-                videoinstruct   VideoInstruct100K.json, or conversations: answers as captions,
-                                questions as their prompt
-                ucf101          trainlist0N.txt and testlist0N.txt of one fold: class, split
-                tgif            tgif-v1.0.tsv, splits/: captions, split
-                folder          NAME.txt .json .cls beside a file, class folders, train/ val/ test/
-                webdataset      tars of KEY.mp4 KEY.txt KEY.json KEY.cls, video2dataset's too
-                bair            softmotion30_44k/{train,test}/*.tfrecords: split; the main camera,
-                                10 frames/s; actions are not kept
+                How a metadata row finds its file: at SourceIndex. What --format reads: at FORMATS.
 Legend          T frames, H W pixels. A shot is an uncut run of frames, a clip a shot or a piece of
                 one; seconds everywhere.
 """
@@ -94,7 +52,7 @@ import sys
 
 
 def stop_early(*_):
-    """Ctrl-C while packages are imported, which takes seconds and would show where it stood."""
+    """Ctrl-C during the imports, which take seconds, prints one line and no traceback."""
     os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped\n".encode())
     os._exit(130)
 
@@ -132,6 +90,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import timeit
 import traceback
 import unicodedata
 import zlib
@@ -171,35 +130,34 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:                      # Windows: what a killed run left half-written stays behind
+except ImportError:                      # Windows: temporary files of killed runs are not removed
     fcntl = None
 
 
 # -- shots and scores: the first pass over a file --------------------------------------------------
 
-REACH = 5               # how many frames back each frame is compared: flashes up to 4 frames long
-WINDOW = 4              # frames on either side that say what change is usual here
-FLOOR = 20.0            # levels of luma + chroma: less is no cut, however still the picture
-GAP = 10.0              # s without a frame: the shot ends, nothing is shown for longer
-SAMPLE = 0.5            # s between the frames that are looked at more closely
-LAMP = 0.45             # likeness of two pictures that are one under another light
+REACH = 5               # frames back that each frame is compared with: flashes last up to 4 frames
+WINDOW = 4              # frames on either side that define the usual change
+FLOOR = 20.0            # least change of a cut, levels of luma + chroma
+GAP = 10.0              # s without a frame: the shot ends, and no frame lasts longer
+SAMPLE = 0.5            # s between two samples
+LAMP = 0.45             # above this likeness two pictures differ in light only
 
 
 class Scan:
-    """What the first pass over a video leaves: a few numbers a frame.
-    times [T] s; change [T]: mean difference to the frame before (levels; inf at the start); across
-    {frame: least difference from either side of it to the other} and alike {frame: likeness of both
-    sides} of what may be cuts; light, spread [T]: mean and deviation of luma (0..255); tiny
-    [T, 3, 12, 12]: thumbnails; samples: a Sample each `every` s; bits [T + 1]: of all packets
-    before the frame; corrupt [T]: whether the decoder made parts of it up; lost [T - 1]: how many
-    frames are missing behind each; sizes {frame: (width, height)} from which the stored size is
-    another; breaks: frames that begin a new shot whatever they show, for their size or after a gap
-    in time."""
+    """Result of the first pass over a video: a few numbers a frame.
+    times [T] s; change [T]: mean difference to the previous frame (levels; inf at the start);
+    across {frame: least difference between the frames on either side of it} and alike {frame:
+    likeness of both sides} of possible cuts; light, spread [T]: mean and deviation of luma
+    (0..255); tiny [T, 3, 12, 12]: thumbnails; samples: a Sample each `every` s; bits [T + 1]: of
+    all earlier packets; corrupt [T]: whether the decoder concealed errors; lost [T - 1]: number of
+    missing frames after each; sizes {frame: (width, height)} where the stored size changes; breaks:
+    frames that always begin a new shot, after a change of size or a gap in time."""
 
     def __init__(self, video, every=SAMPLE):
         stamps, change, light, spread, bits = (array("d") for _ in range(5))
-        tiny, corrupt, is_plain = bytearray(), bytearray(), True     # memory grows with these alone
-        recent, size, last = deque(maxlen=2 * REACH), None, None          # the newest first
+        tiny, corrupt, is_plain = bytearray(), bytearray(), True     # all that grows with length
+        recent, size, last = deque(maxlen=2 * REACH), None, None          # newest first
         self.across, self.alike, self.samples, self.sizes = {}, {}, [], {}
         for n, frame in enumerate(video):
             if size != (frame.width, frame.height):
@@ -232,7 +190,7 @@ class Scan:
         self.change, self.light, self.spread = map(np.array, (change, light, spread))
         self.tiny = np.frombuffer(tiny, np.uint8).reshape(-1, 3, 12, 12)
         self.bits = np.r_[bits, video.bits]
-        steps = np.diff(self.times)     # lone gaps in a rate that is else constant: frames are lost
+        steps = np.diff(self.times)     # isolated gaps in a constant rate are lost frames
         usual = float(np.median(steps)) if len(steps) else 1.0
         near = np.abs(np.r_[usual, steps, usual] - usual) <= usual / 4 + self.tick
         self.lost = np.where((steps <= GAP) & near[:-2] & near[2:], np.rint(
@@ -243,12 +201,11 @@ class Scan:
         self.breaks = sorted({*self.sizes, *gaps.tolist()} - {0})
 
     def weigh(self, frames, change, recent):
-        """Of those `frames` that may be cuts: across and alike. recent: the last small pictures."""
+        """Sets across and alike of the `frames` that may be cuts. recent: the last pictures."""
+        seen = dict(zip(range(len(change) - 1, -1, -1), recent))
         for j in frames:
-            if j < 1 or not FLOOR < change[j] < math.inf or change[j] < usual_change(change, j):
-                continue
-            seen = dict(zip(range(len(change) - 1, -1, -1), recent))
-            if j - 1 not in seen:                      # weighed when the size changed between
+            if j < 1 or not FLOOR < change[j] < math.inf or j - 1 not in seen \
+                    or change[j] < usual_change(change, j):
                 continue
             pairs = [pair for k in range(1, REACH) for pair in ((j, j - 1 - k), (j + k, j - 1))]
             self.across[j] = min((difference(seen[a], seen[b]) for a, b in pairs
@@ -258,8 +215,8 @@ class Scan:
 
     def rate(self):
         """(frames a second, whether constant): constant if no timestamp is further from a straight
-        line than 2 ms, an eighth of a frame, or what rounding to ticks does (1.5 of them, but never
-        half a frame: that is a lost one). Else the median rate. A lone frame counts as 1 s."""
+        line than 2 ms, an eighth of a frame, or the rounding to ticks (1.5 ticks, at most 0.4
+        frames). Otherwise the median rate. A single frame lasts 1 s."""
         n, first, last = len(self.times), self.times[0], self.times[-1]
         if n == 1:
             return 1.0, True
@@ -268,7 +225,7 @@ class Scan:
         if far <= max(0.002, step / 8, min(1.5 * self.tick, 0.4 * step)):
             return 1 / step, True
         step, k = float(np.median(np.diff(self.times))), min(12, n - 1)
-        if step < 1 / 120:              # frames come in pairs, in bunches: over a dozen of them
+        if step < 1 / 120:              # frames arrive in bunches: average over a dozen
             step = max(step, float(np.median(self.times[k:] - self.times[:-k])) / k)
         return 1 / step, False
 
@@ -307,33 +264,32 @@ class Scan:
 
 
 class Sample:
-    """What a closer look at frame n (at s) tells: flow, mean speed of its blocks, diagonals a
-    second, and pan, their median velocity [2] (None at the start); since: the first frame that it
-    was compared to; sharpness; colour: mean distance of chroma from grey; border: share of the
-    picture that is black at each edge (top, bottom, left, right); text: share of its cells that
-    look like writing; edges: where its strong edges are; thumb uint8 [24, 24]; colours
-    [4, 4, 3]."""
+    """Features of frame n (at s): flow, mean speed of its blocks, diagonals a second, and pan,
+    their median velocity [2] (None at the start); since: the first frame it was compared with;
+    sharpness; colour: mean distance of chroma from grey; border: black share of the picture at each
+    edge (top, bottom, left, right); text: share of cells that look like writing; edges: positions
+    of strong edges, packed; thumb uint8 [24, 24]; colours [4, 4, 3]."""
 
     def __init__(self, n, at, video, frame, small, recent=(), last=None):
         self.n, self.at, self.matrix, self.flow, self.since = n, at, video.matrix, None, n
         luma = video.luma(frame)
-        self.sharpness, self.colour = sharpness(luma), float(np.abs(small[1:] - 128).mean())
-        self.border, self.text, self.edges = look_closely(luma)
+        self.colour = float(np.abs(small[1:] - 128).mean())
+        self.sharpness, self.border, self.text, self.edges = look_closely(luma)
         self.thumb = fitted(small[:1], 24)[0]
         self.colours = fitted(small).reshape(3, 4, 3, 4, 3).mean((2, 4)).transpose(1, 2, 0)
         if last is not None:
             back = min(len(recent), 6)
             scale = (n - last.n) / max(at - last.at, 1e-3) / math.hypot(*small.shape[1:])
             near = far = block_motion(recent[0][0], small[0])
-            if np.hypot(*near.T).mean() * back < 2:    # slow: seen better over some frames
+            if np.hypot(*near.T).mean() * back < 2:    # slow motion: measured over more frames
                 far = block_motion(recent[back - 1][0], small[0]) / back
             self.flow, self.since = float(np.hypot(*far.T).mean()) * scale, n - back
             self.pan = np.median(near, axis=0) * scale
 
 
 def still_scores(samples, width, height, light, contrast):
-    """The scores of a still, or of the samples of a shot, that need no neighbours: of square pixels
-    width x height, mean luma and mean deviation of luma."""
+    """The scores that need no neighbouring frame, of a still or of a shot's samples: width x height
+    square pixels; light, contrast: mean and deviation of luma."""
     border = np.min([one.border for one in samples], axis=0)
     edges = np.unpackbits([one.edges for one in samples], axis=1).mean(0)
     moves = [one.flow for one in samples if one.flow is not None]
@@ -348,16 +304,15 @@ def still_scores(samples, width, height, light, contrast):
 
 
 def difference(a, b):
-    """Mean difference of two small pictures, levels of luma + chroma; exact, so that it does not
-    hang on the order of summing."""
-    count = a[0].size
-    return sum(float(one) / count for one in np.abs(a - b).reshape(3, count).sum(1))
+    """Mean difference of two small pictures, levels of luma + chroma. The sums are of integers or
+    halves: exact, in any order."""
+    return sum(float(one) / a[0].size for one in np.abs(a - b).reshape(3, -1).sum(1))
 
 
 def likeness(a, b, soft=math.inf):
-    """Correlation of the slopes of two small pictures [..., h, w]: near 1 where one is the other
-    under another light, near 0 for different pictures. Slopes far above `soft` levels count as
-    `soft`, so that one strong outline does not outweigh what is around it."""
+    """Correlation of the gradients of two small pictures [..., h, w]: near 1 for the same picture
+    under another light, near 0 for different ones. Gradients above `soft` levels saturate, so that
+    one strong outline does not outweigh the rest."""
     a, b = (np.stack([one[..., 1:, 1:] - one[..., :-1, 1:],
                       one[..., 1:, 1:] - one[..., 1:, :-1]]).ravel() for one in (a, b))
     a, b = (one / (1 + np.abs(one) / soft) for one in (a, b))
@@ -373,14 +328,14 @@ def fitted(small, side=12):
 
 @functools.lru_cache(8)
 def blocks_of(n, count):
-    """float32 [count, n]: 1 where a sample belongs to a block, of `count` about equal ones."""
+    """float32 [count, n]: 1 where a sample belongs to a block, for `count` about equal blocks."""
     return (np.arange(n) * count // n == np.arange(count)[:, None]).astype(np.float32)
 
 
 def block_motion(old, new, reach=3, block=8):
-    """float [blocks, 2]: dx, dy of each block from `old` to `new` [h, w], px, to a fraction: the
-    least mean difference within `reach` px, refined by a parabola; flat blocks are left out, and a
-    move must explain more than noise does."""
+    """float [blocks, 2]: dx, dy (px) of each block from `old` to `new` [h, w]: the least mean
+    difference within `reach` px, refined by a parabola. Flat blocks are left out; a motion must
+    reduce the difference by a fifth."""
     (height, width), size = old.shape, 2 * reach + 1
     down, across = (blocks_of(n, max(1, n // block)) for n in old.shape)
     rows, cols = down / down.sum(1, keepdims=True), (across / across.sum(1, keepdims=True)).T
@@ -404,13 +359,16 @@ def block_motion(old, new, reach=3, block=8):
 
 
 def look_closely(luma):
-    """(border, text, edges) of a frame's luma, as Sample has them. Writing is many strong edges to
-    and fro in cells side by side; black is below 30 of 255 along a whole line."""
-    dark = [luma[:, ::8].max(1) < 30, luma[::8].max(0) < 30]
-    border = []
-    for line in dark:
-        for one in (line, line[::-1]):
-            border.append(float(np.argmin(one)) / len(line) if not line.all() else 0.0)
+    """(sharpness, border, text, edges) of a frame's luma, as in Sample. Sharpness: mean absolute
+    Laplacian (levels) of the central 256 x 256 px. Black: below 30 of 255 along a whole line.
+    Writing: many strong rising and falling edges in three adjacent cells."""
+    top, left = (max(0, (side - 256) // 2) for side in luma.shape)
+    mid = luma[top:top + 256, left:left + 256].astype(np.int16)
+    around = mid[:-2, 1:-1] + mid[2:, 1:-1] + mid[1:-1, :-2] + mid[1:-1, 2:]
+    laplacian = np.abs(4 * mid[1:-1, 1:-1] - around)
+    border = [0.0 if line.all() else float(np.argmin(one)) / len(line)
+              for line in (luma[:, ::8].max(1) < 30, luma[::8].max(0) < 30)
+              for one in (line, line[::-1])]
     step = max(1, round(max(luma.shape) / 192))
     mid = luma[::step, ::step].astype(np.int16)
     slope = np.diff(mid, axis=1) if mid.shape[1] > 1 else np.zeros_like(mid)
@@ -421,50 +379,15 @@ def look_closely(luma):
             for one in (rise, fall)]
     cell = np.minimum(*both) >= 4
     row = cell[:, 2:] & cell[:, 1:-1] & cell[:, :-2]
-    return border, float(row.mean()) if row.size else 0.0, np.packbits(fitted(
-        (rise | fall)[None], 64).astype(bool))
-
-
-def true_times(stamps, step=0.04):
-    """Seconds since the first frame [T], strictly growing, of the timestamps [2, T] = pts, dts (s,
-    nan where missing). Frames come in order of display, so a timestamp that does not grow is wrong
-    (packed B-frames in AVI); it is replaced by its neighbours' line. Those that fall and then grow
-    again, as of streams that were joined, go on where the first end. Without any, as in an
-    elementary stream, frames are `step` s apart."""
-    raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum())).copy()  # pts if both do
-    steps = np.diff(raw)
-    for i in np.flatnonzero(steps < 0) + 1:
-        if len(steps) >= i + 8 and (steps[i:i + 8] > 0).all():
-            usual = np.median(steps[steps > 0])
-            if i > 1 and raw[i - 2] < raw[i] and steps[i - 2] > 10 * usual:
-                raw[i - 1] = math.nan                        # one that is wrong, no end
-            else:
-                raw[i:] += raw[i - 1] + usual - raw[i]
-    top = np.maximum.accumulate(np.nan_to_num(raw, nan=-math.inf))
-    good = np.flatnonzero(raw > np.r_[-math.inf, top[:-1]])
-    step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else step
-    at = np.arange(len(raw))
-    if not len(good):
-        return at * step
-    times = np.interp(at, good, raw[good])
-    times += step * (np.minimum(at - good[0], 0) + np.maximum(at - good[-1], 0))
-    return times - times[0]
-
-
-def sharpness(luma):
-    """Mean absolute Laplacian (levels) of the central 256 x 256 px of a luma [H, W]."""
-    top, left = (max(0, (side - 256) // 2) for side in luma.shape)
-    luma = luma[top:top + 256, left:left + 256].astype(np.int16)
-    if min(luma.shape) < 3:
-        return 0.0
-    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
-    return float(np.abs(4 * luma[1:-1, 1:-1] - around).mean())
+    return (float(laplacian.mean()) if laplacian.size else 0.0, border,
+            float(row.mean()) if row.size else 0.0,
+            np.packbits(fitted((rise | fall)[None], 64).astype(bool)))
 
 
 def usual_change(change, j):
-    """The second largest change of the WINDOW frames on both sides of frame j (the largest may be
-    another cut, or half of this one) or, if less, 1.25 times the mean of either side's largest (a
-    still shot before a fast one)."""
+    """The second largest change of the WINDOW frames around frame j (the largest may be another
+    cut, or half of this one) or, if less, 1.25 times the mean of the largest of each side (a still
+    shot before a fast one)."""
     sides = change[max(1, j - WINDOW):j], change[j + 1:j + 1 + WINDOW]
     sides = [[value for value in side if value < math.inf] for side in sides]
     close = sorted([0, 0, *sides[0], *sides[1]])[-2]
@@ -472,10 +395,10 @@ def usual_change(change, j):
 
 
 def find_cuts(scan, ratio, min_shot):
-    """First frames of new shots (not frame 0). A cut changes the picture by FLOOR levels at least,
-    by `ratio` times what is usual, and for good: behind a flash all is as before it. A lamp
-    switched on leaves the picture's structure as it was. Of cuts less than `min_shot` s apart, or
-    from the start, the greatest stays."""
+    """First frames of new shots (not frame 0). A cut changes the picture by at least FLOOR levels
+    and `ratio` times the usual change, permanently (after a flash the picture is as before), and
+    in structure (not only in light). Of cuts less than `min_shot` s apart, or from the start, the
+    greatest is kept."""
     change = scan.change.tolist()
     at_frame = {frame: math.inf for frame in scan.breaks}
     for j, across in scan.across.items():
@@ -491,9 +414,9 @@ def find_cuts(scan, ratio, min_shot):
 
 
 def find_gradual(scan, fps, cuts):
-    """[(first, stop)]: frames of fades and dissolves, sorted, apart, without cuts inside. A fade
-    passes a flat picture. In a dissolve every frame is a mixture of the first and the last, in
-    growing parts, and both sides of it are quieter than it."""
+    """[(first, stop)]: frames of fades and dissolves, sorted, disjoint, without cuts inside. A fade
+    passes a flat picture. In a dissolve every frame mixes the first and the last, in growing
+    parts, and both sides move less."""
     hard, result = np.array(cuts, dtype=int), []
     reach = round(1.2 * fps)
     for level, floor in ((scan.spread, 8), (scan.spread + scan.light, 14)):    # flat; black
@@ -525,7 +448,7 @@ def find_gradual(scan, fps, cuts):
 def dissolves(scan, n, hard):
     """[(score, first, stop)] of the dissolves that take about n frames."""
     runs, pad = [], n // 2
-    for at in range(0, len(scan.tiny) - n, 4096):      # a block at a time: it is read as floats
+    for at in range(0, len(scan.tiny) - n, 4096):      # in blocks, which become floats
         tiny = scan.tiny[at:at + 4096 + n].reshape(-1, 432)
         some = tiny[:, ::4].astype(np.float32)
         way, half = some[n:] - some[:-n], some[n // 2:-(n // 2)] - some[:-n]
@@ -544,7 +467,7 @@ def dissolves(scan, n, hard):
             quiet = [float(np.abs(x - y).mean() / np.abs(way).mean())
                      for x, y in zip(outer[::2], outer[1::2])]
             ends, mid = scan.spread[[first, first + n]], scan.spread[first + n // 2]
-            # two pictures mixed have less contrast than their mean, one that brightens has not
+            # a mixture of two pictures has less contrast than their mean, unlike one that brightens
             is_mixed = mid < (np.hypot(*ends) / 2 + ends.mean()) / 2 + 0.5
             if ends.max() > 8 and is_mixed and rest.max() < 0.35 \
                     and max(quiet) < 0.4 and np.diff(parts[::max(1, n // 8)]).min() > 0 \
@@ -555,10 +478,9 @@ def dissolves(scan, n, hard):
 
 
 def find_shots(scan, fps, options):
-    """[(shot's first, shot's stop, first, stop)]: frames of each shot by the detector (a fade or
-    dissolve is halved), and those of its clip: without the transition and --trim s at both ends.
-    Neighbours across a cut whose touching frames hold the same colours, --stitch levels apart at
-    most, are one."""
+    """[(shot's first, shot's stop, first, stop)]: frames of each detected shot (a fade or dissolve
+    is halved), and of its clip: without the transition and --trim s at both ends. Shots whose
+    touching frames have the same colours, at most --stitch levels apart, are joined."""
     cuts, n = scan.breaks, len(scan.times)
     edges = [(0, 0, 0), (n, n, n)]
     if options["split"] == "shots":
@@ -585,8 +507,9 @@ def find_shots(scan, fps, options):
 
 # -- clips: what to cut, what to leave out, the second pass ----------------------------------------
 
-SCORES = {              # what it is; why a clip is rejected that has too little, or too much (None:
-                        # --max_seconds and --max_side cut and scale)
+# score: (meaning, reject reason below --min_SCORE, reject reason above --max_SCORE). None: there is
+# no such bound, as --max_seconds and --max_side cut and scale.
+SCORES = {
     "seconds": ("length, s", "too short", None),
     "side": ("shorter side, px", "too small", None),
     "aspect": ("width over height", "too narrow", "too wide"),
@@ -605,20 +528,20 @@ SCORES = {              # what it is; why a clip is rejected that has too little
     "repeats": ("share of frames that repeat the one before", "no repeats", "repeated frames"),
     "damage": ("share of frames that are damaged or missing", "no damage", "damaged"),
     "bpp": ("bits a pixel of the source", "too few bits", "too many bits")}
-DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}       # else no bound; of
+# min_seconds: half of --max_seconds if that is less, the shortest of equal pieces
+DEFAULTS = {"min_seconds": 0.5, "min_side": 32.0, "min_contrast": 1.0}
 
 
-                        # --max_seconds below 1 half of it, which is the least of equal pieces
 def failure(row, options):
-    """The reject of a row whose scores or captions fail a filter (the first that they fail), or
-    None. Captions that fail are dropped from a row that keeps another (--policy any)."""
+    """The reject for the first filter that a row's scores or captions fail, or None. Captions that
+    fail are dropped from a row that keeps another (--policy any)."""
     times = (None, None) if row["fps"] is None else (row["start"], row["end"])
     for score, (_, *reasons) in SCORES.items():
         value = row["scores"].get(score)
         for sign, bound, reason in zip((1, -1), ("min_", "max_"), reasons):
             limit = options[bound + score] if reason else None
             if score == "seconds" and limit and options.get("max_seconds") and row["fps"]:
-                # a length that was asked for is whole frames: of 0.5 s at 25/s often 0.48
+                # pieces are whole frames: 0.5 s at 25 frames/s may be 0.48 s
                 limit = min(limit, options["max_seconds"] - 1 / row["fps"])
             if value is not None and limit is not None and sign * value < sign * limit:
                 return rejection(row["source"], reason, *times, value, limit)
@@ -631,18 +554,17 @@ def failure(row, options):
 
 
 def caption_fault(text, options):
-    """(reason, figure, threshold) of a caption that fails a filter, or None. A Chinese, Japanese or
-    Korean character counts as a word."""
+    """(reason, figure, threshold) if a caption fails a filter, else None. Each Chinese, Japanese or
+    Korean character is a word."""
     east = r"\u3040-\u9fff\uac00-\ud7a3"
     words = re.findall(rf"[{east}]|[^\W{east}]+", text.lower())
     pairs, letters = list(zip(words, words[1:])), [c for c in text if c.isalpha()]
     repeated = round(1 - len(set(pairs)) / max(1, len(pairs)), 4)
     own = sum(unicodedata.name(c, "").startswith(options["alphabet"] or "") for c in letters)
     banned = set(words) & set(options["banned"] or ())
-    most = math.inf if options["max_words"] is None else options["max_words"]
-    if not options["min_words"] <= len(words) <= most:
-        return "caption's length", len(words), options[
-            "max_words" if len(words) > most else "min_words"]
+    for limit, sign in ((options["min_words"], 1), (options["max_words"], -1)):
+        if limit is not None and sign * len(words) < sign * limit:
+            return "caption's length", len(words), limit
     if repeated > options["max_repeated"]:
         return "caption repeats itself", repeated, options["max_repeated"]
     if own < 0.9 * len(letters):
@@ -651,30 +573,21 @@ def caption_fault(text, options):
 
 
 def row_of(source, n, facts, fps, width, height, scores, samples, times=(0.0,) * 4, n_frames=1):
-    """The row of a source's n-th clip, as in the shard's jsonl; times: shot_start, shot_end, start,
-    end. Keys are unique over a data set and hold no '.' or '/': WebDataset readers cut there."""
+    """The record of a source's n-th clip in the shard's jsonl; times: shot_start, shot_end, start,
+    end. Keys are unique in a data set and hold no '.' or '/', at which WebDataset readers split."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).stem).strip("-")[:40] or "clip"
     times = [round(at, 6) for at in times]
-    told_of, more = told(source, facts, *times[2:])
+    metadata, more = clip_metadata(source, facts, *times[2:])
     return {"key": f"{stem}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}-{n:03d}",
             "offset": None, "length": None, "source": source, "shot_start": times[0],
             "shot_end": times[1], "start": times[2], "end": times[3], "frames": n_frames,
-            "fps": fps, "width": width, "height": height, **told_of, "scores": {**more, **scores},
+            "fps": fps, "width": width, "height": height, **metadata, "scores": {**more, **scores},
             "hash": video_hash(samples)}
 
 
-def place_frames(facts, scan, fps):
-    """Gives facts that name frames of the file, the last one included, their times."""
-    for fact in facts:
-        if "frames" in fact:
-            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
-            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
-                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
-
-
 def plan_clips(scan, source, facts, options):
-    """[(row, frames, border)] of a video's clips in order, those that filters will drop too:
-    `frames` are the numbers of the source's frames that the clip shows, border is what to crop."""
+    """[(row, frames, border)] of a video's clips in order, not filtered yet: `frames` are the
+    numbers of the source's frames that the clip shows, border is the part to crop."""
     fps, is_constant = scan.rate()
     if fps > 1000:
         raise Unreadable("too fast a rate", fps)
@@ -683,30 +596,28 @@ def plan_clips(scan, source, facts, options):
     clips = []
     for begin, end, first, stop in find_shots(scan, fps, options):
         shot = float(scan.times[begin]), scan.end(end, fps)
-        edges = [first, *borders(scan, first, stop, float(scan.times[first]), scan.end(stop, fps),
-                                 options), stop]
+        edges = [first, *inner_edges(scan, first, stop, fps, options), stop]
         for a, b in zip(edges, edges[1:]):
             start, end = float(scan.times[a]), scan.end(b, fps)
             frames = np.arange(a, b, every)
-            if not is_constant:         # a tick's rounding must not show a frame twice, then none
+            if not is_constant:         # the slack: rounding to ticks must not repeat a frame
                 at = start + np.arange(max(1, round((end - start) * fps / every))) * every / fps
                 slack = min(scan.tick, 0.001) + 1e-9
                 frames = np.searchsorted(scan.times, at + slack, side="right") - 1
             mine = scan.looks(a, b)
             row = row_of(source, len(clips), facts, round(float(frame_rate(fps / every)), 6), None,
-                         None, scan.scores(a, b, fps), mine, (*shot, start, end),
-                         len(frames))
+                         None, scan.scores(a, b, fps), mine, (*shot, start, end), len(frames))
             border = np.min([one.border for one in mine], axis=0) if options["crop"] else [0] * 4
             clips.append((row, frames.clip(a, b - 1), tuple(border)))
     return clips
 
 
-def borders(scan, first, stop, start, end, options):
-    """Frame numbers inside the shot first..stop (start..end, s) where its further clips begin."""
-    longest = options["max_seconds"]
+def inner_edges(scan, first, stop, fps, options):
+    """Frame numbers at which the shot first..stop is cut into clips of at most --max_seconds."""
+    longest, start, end = options["max_seconds"], float(scan.times[first]), scan.end(stop, fps)
     if options["split"] == "none" or not longest:
         return []
-    if options["split"] == "seconds":                  # whole lengths, and what is left
+    if options["split"] == "seconds":                  # full lengths and a remainder
         at = np.arange(start + longest, end - 1e-6, longest)
     else:                                              # equal pieces
         at = np.linspace(start, end, max(1, math.ceil((end - start) / longest - 1e-6)) + 1)[1:-1]
@@ -715,8 +626,8 @@ def borders(scan, first, stop, start, end, options):
 
 
 def encode_clips(video, clips, options):
-    """Second pass: yields (row, its MP4, an open file) for the clips [(row, frames, border)], in
-    order. Memory holds one frame and one encoder at a time, and no clip."""
+    """Second pass: yields (row, open MP4 file) for the clips [(row, frames, border)], in order.
+    Memory holds one frame and one encoder, and no clip."""
     numbered, n, frame = enumerate(video), -1, None
 
     def shown(numbers, border):
@@ -736,9 +647,9 @@ def encode_clips(video, clips, options):
 
 
 def copied(video, scan, clips, options):
-    """(row, open file) of a clip that is all of a file in plain H.264 (8 bits, 4:2:0, TV's range,
-    square pixels, not turned, at a constant rate, nothing to scale or crop): its packets as they
-    are, without sound, in an MP4. None for any other, and where the copy does not decode alike."""
+    """(row, open MP4 file) with the packets of a file in plain H.264 (8 bits, 4:2:0, limited range,
+    square pixels, not rotated, constant rate, nothing to scale or crop) that is one clip. None for
+    any other, and if the copy does not decode to the same frames."""
     row, frames, border = clips[0]
     (width, height), n = scan.sizes[0], len(scan.times)
     if len(clips) > 1 or len(frames) != n or (np.diff(frames) != 1).any() or any(border) or \
@@ -753,7 +664,7 @@ def copied(video, scan, clips, options):
             to = target.add_stream_from_template(stream)
             early, step = [], 1 / (scan.rate()[0] * video.tick)
             for packet in demuxed(source, stream):
-                if packet.dts is None:                 # Matroska's first ones; a last, empty one
+                if packet.dts is None:                 # the first of Matroska, the empty last one
                     early.append(packet)
                     continue
                 for n_more, one in zip(range(len(early), -1, -1), [*early, packet]):
@@ -765,10 +676,10 @@ def copied(video, scan, clips, options):
         stamps = [frame.pts for frame in Video(out, video.beat, hdr="reject")]
         if len(stamps) != n or min(np.diff(stamps), default=1) <= 0:    # AVI's times of B-frames
             return None
-    except (FFmpegError, TypeError, ValueError, Unreadable) as error:     # not to be in an MP4
+    except (FFmpegError, TypeError, ValueError, Unreadable) as error:
         if is_machine_error(error):
             raise
-        return None                                    # or no times
+        return None                                    # no timestamps, or not allowed in an MP4
     row["width"], row["height"] = width, height
     return row, out
 
@@ -776,55 +687,60 @@ def copied(video, scan, clips, options):
 def clips_of(root, source, facts, options, beat=lambda n: None):
     """Yields (row, suffix, open file) for each clip of a file, and (reject, None, None)."""
     try:
-        if is_archive(source):                         # its members are sources, too
-            yield rejection(source, "archive is not whole", detail=archive_index(
-                Path(root, source))[1]), None, None
-            return
+        if is_archive(source):                         # a damaged one: its members are sources
+            raise Unreadable("archive is not whole", None, archive_index(Path(root, source))[1])
         path, texts = located(root, source)
-        if not facts:                                  # --meta is none, or does not name the file
-            facts, lost = beside(source, texts, options["meta"] or options["format"] is None)
-            yield from ((one, None, None) for one in lost)
-        if path.suffix.lower() in STILLS and not is_animated(path):
+        if not facts:                                  # no --meta, or none of this file
+            facts, rejects = beside(source, texts, options["meta"] or options["format"] is None)
+            yield from ((reject, None, None) for reject in rejects)
+        is_still = path.suffix.lower() in STILLS and not is_animated(path)
+        if is_still:
             row, file = still_row(path, source, facts, options)
-            yield from ((one, None, None) for one in unused(source, facts, [(row,)], 0.0))
-            lost = failure(row, options)
-            file = file or (path.open("rb") if isinstance(path, Path) else path)
-            yield (lost, None, None) if lost else checked(row, getattr(
-                file, "suffix", path.suffix).lower(), file)
+            clips, end = [(row,)], 0.0
+        else:
+            video = Video(path, beat, options["hdr"], options["interlaced"])
+            scan = Scan(video)
+            if min(map(min, scan.sizes.values())) < 2:
+                raise Unreadable("too small", min(map(min, scan.sizes.values())))
+            clips = plan_clips(scan, source, facts, options)
+            end = scan.end(len(scan.times), scan.rate()[0])
+            for row, *_ in clips:
+                row["scores"]["bad_packets"] = video.bad_packets
+                row |= {"converted": sorted(video.converted)} if video.converted else {}
+        rejects = [*unused(source, facts, clips, end)]
+        failures = [failure(row, options) for row, *_ in clips]
+        kept = [clip for clip, reject in zip(clips, failures) if not reject]
+        yield from ((reject, None, None) for reject in [*rejects, *filter(None, failures)])
+        if not kept:
             return
-        video, kept = Video(path, beat, options["hdr"], options["interlaced"]), []
-        scan = Scan(video)
-        if min(map(min, scan.sizes.values())) < 2:
-            raise Unreadable("too small", min(map(min, scan.sizes.values())))
-        clips = plan_clips(scan, source, facts, options)
-        yield from ((one, None, None) for one in unused(source, facts, clips, scan.end(
-            len(scan.times), scan.rate()[0])))
-        for row, *clip in clips:
-            row["scores"]["bad_packets"] = video.bad_packets
-            row |= {"converted": sorted(video.converted)} if video.converted else {}
-            lost = failure(row, options)
-            if lost:
-                yield lost, None, None
+        if is_still:
+            file = file or (path.open("rb") if isinstance(path, Path) else path)
+            suffix, made = getattr(file, "suffix", path.suffix).lower(), [(row, file)]
+        else:
+            whole = copied(video, scan, kept, options)
+            suffix, made = ".mp4", [whole] if whole else encode_clips(video, kept, options)
+        for row, file in made:
+            n_bytes = file.seek(0, os.SEEK_END)
+            if n_bytes <= MOST_BYTES:
+                yield row, suffix, file
             else:
-                kept.append((row, *clip))
-        whole = copied(video, scan, kept, options) if kept else None
-        for row, file in [whole] if whole else encode_clips(video, kept, options) if kept else ():
-            yield checked(row, ".mp4", file)
+                yield rejection(source, "too large for a tar", row["start"], row["end"], n_bytes,
+                                MOST_BYTES), None, None
     except Unreadable as error:
-        reason, figure = (*error.args, None)[:2]
-        yield rejection(source, reason, figure=figure), None, None
-    except Exception as error:          # what nobody thought of costs this file, not the run
+        reason, figure, detail = (*error.args, None, None)[:3]
+        yield rejection(source, reason, figure=figure, detail=detail), None, None
+    except Exception as error:          # an unexpected error rejects this file only
         if is_machine_error(error):
             raise
-        if isinstance(error, FileNotFoundError) and not (   # unmounted: all others would be lost
+        if isinstance(error, FileNotFoundError) and not (   # unmounted: all would be rejected
                 os.path.isdir(root) and any(os.scandir(root))):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root)) from None
         yield faulted(source, error), None, None
 
 
 def faulted(source, error):
-    """The reject of a file that ended in an exception; but for the usual ones of files its
-    traceback goes with it, until `make_shard` writes it to faults.log."""
+    """The reject of a file that raised an exception. If it is an error of this program, the reject
+    holds the traceback until `make_shard` writes that to faults.log."""
     if isinstance(error, (FFmpegError, OSError)):
         return rejection(source, f"cannot be read: {error.strerror or error}")
     where = [one.name for one in traceback.extract_tb(error.__traceback__)
@@ -833,19 +749,9 @@ def faulted(source, error):
         error)[:200]) | {"trace": "".join(traceback.format_exception(error))}
 
 
-def checked(row, suffix, file):
-    """(row, suffix, file) of a clip, or (its reject, None, None) where no tar can hold it."""
-    n_bytes = file.seek(0, os.SEEK_END)
-    if n_bytes <= MOST_BYTES:
-        return row, suffix, file
-    return rejection(row["source"], "too large for a tar", row["start"], row["end"], n_bytes,
-                     MOST_BYTES), None, None
-
-
 def still_row(path, source, facts, options):
-    """(row, None or its new file). A still is a clip of one frame without a rate, and keeps its own
-    bytes, but for HEIC and HDR, which become PNG; a cap on its side is a size in the row, to which
-    readers bring it."""
+    """(row, None or a new file). A still is a clip of one frame without a rate. It keeps its bytes,
+    except that HEIC and HDR become PNG; readers scale it to the size in the row."""
     try:
         pixels, converted = decoded_still(path, options["hdr"])
     except PICTURE_ERRORS as error:
@@ -855,8 +761,8 @@ def still_row(path, source, facts, options):
     (height, width), cap = pixels.shape[:2], options["max_side"]
     frame, video = av.VideoFrame.from_ndarray(pixels, format="rgb24"), Video(path)
     small = video.small(frame)
-    samples, shrink = [Sample(0, 0.0, video, frame, small)], \
-        min(1, cap / max(height, width)) if cap else 1
+    samples, shrink = [Sample(0, 0.0, video, frame, small)], min(1, (cap or math.inf) / max(
+        height, width))
     scores = still_scores(samples, width, height, small[0].mean(), small[0].std(dtype=float))
     row, file = row_of(source, 0, facts, None, max(1, round(width * shrink)),
                        max(1, round(height * shrink)), scores, samples), None
@@ -868,15 +774,16 @@ def still_row(path, source, facts, options):
 
 # -- near-duplicates -------------------------------------------------------------------------------
 
-RICH = 0.2              # share of neighbouring cells that differ in the hash of no plain picture
+RICH = 0.2              # plain pictures: no more of the hash's neighbouring bits differ
 HUE, COLOUR = 6.0, 3.0  # greatest differences of mean colours, levels
+NS_A_PAIR = 440.0       # cost of comparing two hashes
+LOOK = 32               # side of the pictures that `closer_look` compares
 
 
 def video_hash(samples):
-    """What a clip looks like: four texts of 256 bits each, for the whole picture inside its black
-    borders and for its middle without 4, 8 and 12% on every side, and one of 48 bytes, the mean
-    colours of 4 x 4 cells. Bits: of four moments, which of 8 x 8 cells are lighter than the median.
-    None for pictures too plain to be told apart so."""
+    """Perceptual hash, hex: 256 bits each for the picture inside its black borders and for its
+    middle without 4, 8 and 12% on every side, then 48 bytes, the mean colours of 4 x 4 cells. Bits:
+    of four moments, which of 8 x 8 cells are lighter than the median. [] for pictures too plain."""
     top, bottom, left, right = np.min([one.border for one in samples], axis=0)
     some, result = [samples[i] for i in np.linspace(0, len(samples) - 1, 4).round().astype(int)], []
     for margin in (0, 0.04, 0.08, 0.12):
@@ -894,20 +801,13 @@ def video_hash(samples):
     return [*result, colours.astype(np.uint8).tobytes().hex()]
 
 
-LOOK = 32               # side of the pictures that a closer look compares
 
-
-def same_pixels(folder, a, b):
-    """Whether two pieces of one shot show the same: no frame differs by more than a level on
-    average. The first that does ends the decoding."""
-    return all(np.abs(x.astype(np.int16) - y).mean() <= 1
-               for x, y in zip(clip_frames(folder, a), clip_frames(folder, b)))
 
 
 @functools.lru_cache(256)
 def closer_look(folder, shard, offset, length, n_frames, fps, width, height):
-    """float32 [4, 4, LOOK, LOOK]: luma less its median of a clip's 4 moments, whole and without 4,
-    8 and 12% on every side, as for the hash."""
+    """float32 [4, 4, LOOK, LOOK]: luma minus its median, of four moments of a clip with the same
+    four margins as for the hash."""
     row = {"shard": shard, "offset": offset, "length": length, "fps": fps, "width": width,
            "height": height}
     at = np.linspace(0, n_frames - 1, 4).round().astype(int).tolist()
@@ -920,11 +820,12 @@ def closer_look(folder, shard, offset, length, n_frames, fps, width, height):
 
 
 def is_duplicate(folder, a, b):
-    """Whether two clips whose hashes are alike show the same. Pieces of one shot: the same pixels.
-    Others, one perhaps cropped: the same structure, or the same but for a small part that
-    stands still (a logo)."""
+    """Whether two clips with similar hashes show the same. Pieces of one shot: no frame differs by
+    more than a level on average. Others, one perhaps cropped: the same structure, or the same
+    except for a small static part (a logo)."""
     if all(a[name] == b[name] for name in ("source", "shot_start", "shot_end")):
-        return same_pixels(folder, a, b)
+        return all(np.abs(x.astype(np.int16) - y).mean() <= 1
+                   for x, y in zip(clip_frames(folder, a), clip_frames(folder, b)))
     x, y = (closer_look(folder, *(row[name] for name in (
         "shard", "offset", "length", "frames", "fps", "width", "height"))) for row in (a, b))
     for one, other in (*zip(x, y[:1].repeat(4, 0)), *zip(x[:1].repeat(4, 0), y)):
@@ -934,20 +835,17 @@ def is_duplicate(folder, a, b):
     return False
 
 
-NS_A_PAIR = 440.0       # what comparing two hashes takes
-
-
-def apart(a, b):
-    """Bits of 256 that differ between hashes, uint64 [n, 4, 4], one of them perhaps cropped."""
+def bit_distance(a, b):
+    """Number of the 256 bits that differ between hashes uint64 [n, 4, 4], one perhaps cropped."""
     return np.minimum(*(np.bitwise_count(x ^ y[:, :1]).sum(2, dtype=int).min(1)
                         for x, y in ((a, b), (b, a))))
 
 
 def like_pairs(bits, most, stop):
-    """(a, b), int [n] each: the pairs a < b < stop[a] of which at most `most` bits differ. Of m
-    bands of the bits one differs in at most `most // m`: clips are looked up by band, with so many
-    bits changed, in a table of the uncropped ones; or all are compared where that is less work (in
-    ns, about)."""
+    """(a, b), int [n] each: the pairs a < b < stop[a] that differ in at most `most` bits. Of m
+    bands of the bits at least one differs in at most `most // m`: each clip is looked up by band,
+    with up to so many bits flipped, in a table of the uncropped ones. All pairs are compared
+    instead if that is estimated to be faster (work in ns)."""
     n, plans, pairs = len(bits), [], []
     for m in range(13, 65):
         width, radius = -(-256 // m), most // m
@@ -957,13 +855,13 @@ def like_pairs(bits, most, stop):
     work, m, width, radius = min(plans)
     if work >= NS_A_PAIR * (stop - np.arange(n)).sum():
         for a in range(n):
-            b = np.flatnonzero(apart(bits[a:a + 1], bits[a + 1:stop[a]]) <= most) + a + 1
+            b = np.flatnonzero(bit_distance(bits[a:a + 1], bits[a + 1:stop[a]]) <= most) + a + 1
             pairs.append(a * n + b)
         pairs = np.concatenate(pairs)
         return pairs // n, pairs % n
     masks = [sum(1 << i for i in some) for k in range(radius + 1)
              for some in itertools.combinations(range(width), k)]
-    for k in range(m):                                 # neighbours are alike: every m-th bit
+    for k in range(m):                 # a band is every m-th bit, as neighbouring bits correlate
         codes = [np.unpackbits(np.ascontiguousarray(bits[:, j]).view(np.uint8), axis=1)[:, k::m]
                  for j in range(4)]
         codes = [code @ (1 << np.arange(code.shape[1])) for code in codes]
@@ -974,7 +872,7 @@ def like_pairs(bits, most, stop):
             wanted = codes[j] ^ mask
             b = np.flatnonzero(is_there[wanted])
             low, n_like = first[wanted[b]], first[wanted[b] + 1] - first[wanted[b]]
-            cuts = np.flatnonzero(np.diff(np.cumsum(n_like) // 2**20)) + 1    # memory's sake
+            cuts = np.flatnonzero(np.diff(np.cumsum(n_like) // 2**20)) + 1    # bounds the memory
             for b, low, n_like in zip(*(np.split(one, cuts) for one in (b, low, n_like))):
                 at = np.arange(n_like.sum()) + np.repeat(low - np.cumsum(n_like) + n_like, n_like)
                 a, b = order[at], np.repeat(b, n_like)
@@ -988,12 +886,12 @@ def like_pairs(bits, most, stop):
 
 
 def near_duplicates(rows, near, same=lambda a, b: True):
-    """[(row, the row that stays, distance)]: clips of about the same length and brightness whose
-    hashes differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the
-    one with the most pixels stays, then the one with the most bytes, then the first; each is
-    compared with those that stay only, so that likeness does not creep from clip to clip. Chroma
-    must be about the same, unless one is grey; and since many clips share the hash of a plain
-    picture, all colours must be the same there. `same` looks closer at a pair that passes."""
+    """[(row, the row that is kept, distance)]: clips of similar length and brightness whose hashes
+    differ in less than `near` of their bits, one of them perhaps cropped. Of such clips the one
+    with the most pixels is kept, then the one with the most bytes, then the first. Each is compared
+    with kept ones only, so that similarity does not chain. Chroma must be similar, unless one is
+    grey; plain pictures, whose hashes are often equal, must have equal colours. `same` is the final
+    test of a pair."""
     hashed = sorted((i for i, row in enumerate(rows) if row.get("hash")),
                    key=lambda i: rows[i]["end"] - rows[i]["start"])
     if not hashed or not near:
@@ -1012,7 +910,7 @@ def near_duplicates(rows, near, same=lambda a, b: True):
     stop, pairs = np.searchsorted(length, length * 1.02 + 0.15, side="right"), {}
     a, b = like_pairs(bits, math.ceil(near * 256) - 1, stop)
     for a, b in zip(*(np.array_split(part, len(a) // 2**16 + 1) for part in (a, b))):
-        distance = apart(bits[a], bits[b]) / 256
+        distance = bit_distance(bits[a], bits[b]) / 256
         alike = (stills[b] == stills[a]) & (np.abs(light[b] - light[a]) < 40)
         luma, *chroma = np.abs(colours[b] - colours[a]).mean(1).T
         hue = np.mean(chroma, axis=0)
@@ -1026,21 +924,20 @@ def near_duplicates(rows, near, same=lambda a, b: True):
         not rows[i].get("is_fixed"), -rows[i]["width"] * rows[i]["height"], -rows[i]["length"], i))
     kept, result = set(), []
     for i in order:
-        twins = [] if rows[i].get("is_fixed") else sorted(
-            pair for pair in pairs[i] if pair[1] in kept)
-        twin = next((pair for pair in twins if same(rows[i], rows[pair[1]])), None)
-        if twin:
-            result.append((rows[i], rows[twin[1]], twin[0]))
-        else:
+        nearest_first = [] if rows[i].get("is_fixed") else sorted(pairs[i])
+        distance, j = next(((distance, j) for distance, j in nearest_first
+                            if j in kept and same(rows[i], rows[j])), (None, None))
+        if j is None:
             kept.add(i)
+        else:
+            result.append((rows[i], rows[j], distance))
     return result
 
 
 # -- shards: one process each, watched -------------------------------------------------------------
 
-
 def run_shard(pipe, *arguments):
-    """The process of a shard. Of an error of the machine it tells `pipe` in words."""
+    """Entry point of a shard's process. Sends the message of a machine error through `pipe`."""
     die_with_parent()
     try:
         make_shard(pipe, *arguments)
@@ -1052,9 +949,9 @@ def run_shard(pipe, *arguments):
 
 
 def make_shard(pipe, folder, number, root, sources, database, options, bad):
-    """The work of one process: a shard's tar, rejects and rows; the rows last, they say that it is
-    done. Tells `pipe` the number of each source before touching it, and again, with frames, as long
-    as they come. `bad` {source: reason} are files that ended such a process before."""
+    """Writes a shard: its tar, rejects and rows, the rows last as they mark it as done. Sends
+    (number of the source, frames so far) through `pipe`. `bad` {source: reason}: files at which
+    such a process crashed or hung."""
     name, rows, rejects = folder / f"shard-{number:05d}", [], []
     with atomic(f"{name}.tar") as part, \
             tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -1081,7 +978,7 @@ def make_shard(pipe, folder, number, root, sources, database, options, bad):
 
 
 def note_fault(log, reject):
-    """Appends the traceback of a reject that has one to faults.log, at once and in one piece."""
+    """Moves the traceback of a reject, if it has one, to faults.log, in one write."""
     if trace := reject.pop("trace", None):
         with open(log, "ab") as file:
             file.write(f"{json.dumps(reject['source'])}\n{trace}\n".encode(
@@ -1089,18 +986,18 @@ def note_fault(log, reject):
 
 
 def add_member(tar, name, file):
-    """Appends a file to the tar; returns the offset and number of its bytes. No time, no owner."""
+    """Appends a file, without time or owner; returns the offset and number of its bytes."""
     header = tarfile.TarInfo(name)
     header.size, header.mode = file.seek(0, os.SEEK_END), 0o644
     file.seek(0)
-    offset = tar.fileobj.tell() + tarfile.BLOCKSIZE    # names are short: the header is one block
+    offset = tar.fileobj.tell() + tarfile.BLOCKSIZE    # short names: the header is one block
     tar.addfile(header, file)
     return offset, header.size
 
 
 def die_with_parent():
-    """Lets this process end when its parent does, however that ended: an orphan would go on
-    writing beside the next run's processes. Ctrl-C is the parent's business."""
+    """Ends this process when its parent ends, even if killed: an orphan would write beside the
+    processes of the next run. Only the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1108,19 +1005,17 @@ def die_with_parent():
 
 @contextlib.contextmanager
 def deaf_children():
-    """Processes started inside hear no Ctrl-C, from their first instruction on."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    """Processes started inside ignore Ctrl-C from their first instruction on."""
+    set_mask = getattr(signal, "pthread_sigmask", lambda *_: ())       # not on Windows
+    before = set_mask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        set_mask(signal.SIG_SETMASK, before)
 
 
 class Job:
-    """A shard in work: its process, the source that it is at, and what went wrong so far."""
+    """A shard in progress: its process, its current source, and the crashes so far."""
 
     def __init__(self, number, sources, *arguments):
         self.number, self.sources, self.arguments = number, sources, arguments
@@ -1147,7 +1042,7 @@ class Job:
                 else:
                     self.at, self.frames = message
         source = None if self.at in (None, len(self.sources)) else self.sources[self.at]
-        if source and self.frames:      # within a long file, too, something should move
+        if source and self.frames:      # progress within a long file
             bar.set_postfix_str(f"{self.frames} frames of {printable(Path(source).name)}",
                                 refresh=False)
         bar.update((self.at or 0) - before)
@@ -1164,8 +1059,8 @@ class Job:
         return False
 
     def judge(self, source):
-        """What it means that the process ended: one may be somebody's kill; two are the decoder's
-        crash, unless the kernel killed it, as it does when memory runs out."""
+        """Judges the end of the process. A single signal may be a stray kill. Two at one file are a
+        crash of the decoder, or kills by the kernel, as when memory runs out."""
         self.crashes[source] += 1
         at, again = f"shard {self.number}{f', at {source}' * bool(source)}: ", \
             "; nothing is lost, the same command goes on"
@@ -1182,8 +1077,8 @@ class Job:
 
 
 def run_jobs(jobs, n_workers, timeout):
-    """Runs the jobs, `n_workers` processes at a time; a fresh process each, so that what a decoder
-    leaks is gone with its shard. Time in which this process was stopped counts for none of them."""
+    """Runs the jobs, `n_workers` at a time, each in a new process, so that leaks of a decoder end
+    with its shard. Time in which this process was suspended does not count as a timeout."""
     context, waiting, running = multiprocessing.get_context("spawn"), deque(jobs), []
     n_files, now = sum(len(job.sources) for job in jobs), time.monotonic()
     with tqdm(total=n_files, unit="file", miniters=0, disable=not jobs) as bar:
@@ -1210,34 +1105,12 @@ def run_jobs(jobs, n_workers, timeout):
 # -- the plan, the run, the end --------------------------------------------------------------------
 
 
-def walk(root, folder):
-    """Yields (folder, names of its files) of `root` and all below it, links to folders included:
-    each folder once, by its own name if it has one here. Hidden ones, the data set's own and links
-    to what holds `root` are passed over; a folder that cannot be read is named."""
-    def tell(error):
-        print(f"warning: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
-
-    waiting, seen = deque([Path(root)]), {folder.resolve(), *Path(root).resolve().parents}
-    while waiting:                                     # true folders first, then links, in order
-        links = []
-        for top in waiting:
-            if top.resolve() in seen:
-                continue
-            for where, folders, files in os.walk(top, onerror=tell):
-                seen.add(Path(where).resolve())
-                yield Path(where), files
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                links += [Path(where, name) for name in folders
-                          if os.path.islink(os.path.join(where, name))]
-                folders[:] = [name for name in folders if Path(where, name).resolve() not in seen]
-        waiting = links
-
 
 def find_sources(root, folder, form):
     """([[relative path, bytes]] sorted, {kind: (number, first)} of other files, number of
-    thumbnails) under `root`: not those that are hidden (half written ones, a Mac's '._' twins). Of
-    formats that come in archives their members count, and an archive itself that is not whole. A
-    picture beside a video of its name is that one's thumbnail."""
+    thumbnails) under `root`, without hidden files. For formats in archives the members are
+    sources, and so is a damaged archive itself. A picture beside a video of the same name is its
+    thumbnail."""
     result, others = [], {}
 
     def pass_over(kind):
@@ -1267,26 +1140,9 @@ def find_sources(root, folder, form):
     return sorted(sources), others, len(result) - len(sources)
 
 
-def is_archive(name):
-    return Path(name).suffix.lower() in ARCHIVES or bool(PACKED.search(name))
-
-
-def passed_over(others, words="others passed over"):
-    """Says how many files `find_sources` passed over, with those kinds that may be a loss."""
-    kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
-                    if kind not in (*BESIDE_FILES, "hidden")), reverse=True)
-    n_beside = sum(others[kind][0] for kind in BESIDE_FILES if kind in others)
-    n_others = sum(n for n, _ in others.values()) - n_beside
-    return f"{n_others} {words}" + ": " * bool(kinds) + ", ".join(
-        f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
-            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "") + (
-            f"; {n_beside} .txt, .json, .cls: NAME.txt is the caption of the file beside it, "
-            "--format folder reads NAME.json and NAME.cls" if n_beside else "")
-
-
 def blocks(sources, most, mib):
-    """[[first, stop]] of the shards: a block ends with its `most`-th source, or with the one whose
-    bytes fill `mib`."""
+    """[[first, stop]] of the shards: a block ends with its `most`-th source, or with the source
+    that fills `mib` MiB."""
     result, first, size = [], 0, 0
     for n, (_, n_bytes) in enumerate(sources, 1):
         size += n_bytes
@@ -1297,24 +1153,19 @@ def blocks(sources, most, mib):
 
 
 def make_plan(args, folder, root):
-    """(plan, whether it is new): what the data set is made of, as plan.json holds it: the sorted
-    sources, the shards, the options that shape the result. New files become further shards. What
-    is told of files may change: --meta's rows, or a --meta or --format that comes later. Anything
-    else that differs from the start is refused."""
-    options = {name: getattr(args, name) for name in args.shaping}
-    options["meta"] = None
+    """(plan, whether it is new) as in plan.json: the sorted sources, the shards, the options that
+    shape the result. New files become further shards. Metadata may change: the rows of --meta, or a
+    later --meta or --format. Any other difference is refused."""
+    options = {name: getattr(args, name) for name in args.shaping} | {"meta": None}
     if args.meta:
-        digest = hashlib.sha256()
-        for one in args.meta_files:
-            with open(one, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        options["meta"] = digest.hexdigest()
+        digests = (bytes.fromhex(file_sum(path)) for path in args.meta_files)
+        options["meta"] = hashlib.sha256(b"".join(digests)).hexdigest()
     inputs = {"videos": str(args.videos), "meta": str(args.meta) if args.meta else None}
     plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
     sources, others, n_pictures = find_sources(root, folder, args.format)
     args.present = {name for name, _ in sources}
     damaged = [name for name, _ in sources if is_archive(name)]
-    is_whole = plan and not lost_shards(folder, plan) and (
+    is_complete = plan and not missing_shards(folder, plan) and (
         has_manifest(folder) or (folder / "joining.json").exists())
     if plan is None:
         if damaged:
@@ -1332,7 +1183,7 @@ def make_plan(args, folder, root):
     began = {**inputs, **plan.get("told", {})}
     is_other = os.path.abspath(began["videos"]) != os.path.abspath(args.videos)
     lost = [name for name in before if now.get(
-        name, before[name] if is_whole and not is_other else None) != before[name]]
+        name, before[name] if is_complete and not is_other else None) != before[name]]
     if lost:
         refuse(f"{folder} was begun with --videos {began['videos']}" + (
             f", not {args.videos}" if is_other else "") + f": {lost[0]} went or changed (files may "
@@ -1345,42 +1196,41 @@ def make_plan(args, folder, root):
     is_same = not (began["meta"] and args.meta) or os.path.abspath(began["meta"]) == \
         os.path.abspath(args.meta)
     may_change = {"meta": is_same or new, "format": not {*IN_ARCHIVES} & {
-        had.get("format"), args.format}}               # what is told of files, once it is told
+        had.get("format"), args.format}}
     for name, value in sorted(options.items(), key=lambda one: one[0] != "meta"):
         was = had.get(name, value)
-        if was == value:
-            continue
-        if not value or not may_change.get(name):
+        if was != value and not (value and may_change.get(name)):
             was, value = (began["meta"], args.meta) if name == "meta" else (was, value)
             refuse(f"{folder} was made with --{name} {was}, not {value or 'without it'}: give "
                    "that, or another NAME")
-        plan |= {"is_retold": True, "told": {**began, "meta": inputs["meta"]}}
-        plan["options"][name] = value
-    is_retold = plan["options"] != {**plan["options"], **had}
+        if was != value:
+            plan |= {"is_retold": True, "told": {**began, "meta": inputs["meta"]}}
+            plan["options"][name] = value
+    is_changed = plan["options"] != {**plan["options"], **had}
     if not new or args.finish or (folder / "joining.json").exists():    # a join ends first
-        return plan, is_retold
-    print(f"{len(new)} new files under {root} are added to {folder}, as further shards; what is "
-          "there stays as it is", file=sys.stderr)
-    n = len(before)
-    return {**plan, "told": inputs, "sources": plan["sources"] + new, "shards":
-            plan["shards"] + [[n + first, n + stop] for first, stop in blocks(
-                new, args.shard_sources, args.shard_mib)]}, True
+        return plan, is_changed
+    print(f"{len(new)} new files under {root} are added to {folder}, as further shards; the "
+          "existing shards stay as they are", file=sys.stderr)
+    added = [[len(before) + n for n in block]
+             for block in blocks(new, args.shard_sources, args.shard_mib)]
+    return {**plan, "told": inputs, "sources": plan["sources"] + new,
+            "shards": plan["shards"] + added}, True
 
 
 def is_finished(folder, plan):
-    """Whether the manifest holds all shards of the plan, with what --meta now says."""
+    """Whether the manifest has all shards of the plan, with its metadata."""
     about = read_json(folder / "manifest.json") if has_manifest(folder) else {"shards": ()}
     return len(about["shards"]) == len(plan["shards"]) and all(
         about.get("options", {}).get(name) == plan["options"][name] for name in ("meta", "format"))
 
 
-def lost_shards(folder, plan):
-    """Numbers of the shards of which a file is missing."""
+def missing_shards(folder, plan):
+    """Numbers of the shards that are not made, or of which a file is missing."""
     return [n for n in range(len(plan["shards"])) if not is_done(folder, n)]
 
 
 def claim(lock, first, n, wait=False):
-    """Locks bytes of an open file for this process: False where another one holds one of them."""
+    """Locks bytes of an open file for this process; False if another process holds one of them."""
     with contextlib.suppress(BlockingIOError, PermissionError):
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), n, first)
@@ -1388,12 +1238,12 @@ def claim(lock, first, n, wait=False):
     return False
 
 
-OLD = {"hdr": "reject", "interlaced": "keep"}           # of folders begun before these options
-SPAN = 2**40            # bytes of .lock that stand for all shards; the next for joining, for --meta
+OLD = {"hdr": "reject", "interlaced": "keep"}           # folders made before these options
+SPAN = 2**40            # bytes of .lock: shards below SPAN, then one for joining, one for --meta
 
 
 def prepare(args):
-    """The whole stage for one data set. A first attempt that made no shard leaves no folder."""
+    """Makes one data set. A failed first attempt that wrote no shard leaves no folder."""
     folder, root = dataset_dir(args.name), Path(args.videos)
     if not root.is_dir():
         refuse(f"--videos {root} is not a folder")
@@ -1403,13 +1253,12 @@ def prepare(args):
             refuse(f"--meta {args.meta} is not a file, nor a folder with files of --format "
                    f"{args.format}")
     plan, is_new = make_plan(args, folder, root)
-    is_whole = not is_new and is_finished(folder, plan) and not lost_shards(folder, plan)
-    if is_whole and not args.meta and any(told_now(args, folder, plan, n)[2] for n in range(
-            len(plan["shards"]))):                     # texts beside the files are new or changed
-        is_whole, is_new, plan["is_retold"] = False, True, True
-    if is_whole:
-        print(f"{folder} is finished; nothing to do")
-        return report(folder, root) if args.report else None
+    if not is_new and is_finished(folder, plan) and not missing_shards(folder, plan):
+        if args.meta or not any(changed_metadata(args, folder, plan, n)[2]
+                                for n in range(len(plan["shards"]))):
+            print(f"{folder} is finished; nothing to do")
+            return report(folder, root) if args.report else None
+        is_new = plan["is_retold"] = True              # texts beside the files changed
     had = [path.exists() for path in (folder, folder.parent)]
     folder.mkdir(parents=True, exist_ok=True)
     (part, n_parts), is_ours = args.part, False
@@ -1429,27 +1278,25 @@ def prepare(args):
 
 
 def make_shards(args, folder, root, plan, is_new, lock):
-    """Makes this process's shards and, once all are there, joins them."""
+    """Makes the shards of this process and, if all exist then, joins them."""
     sweep(folder)
     database = (folder / "facts.db").absolute() if args.meta else None
-    sources, (part, n_parts), jobs = [name for name, _ in plan["sources"]], args.part, []
-    claim(lock, SPAN + 1, 1, wait=True)                # parts that begin at once: one reads --meta
+    sources, (part, n_parts) = [name for name, _ in plan["sources"]], args.part
+    claim(lock, SPAN + 1, 1, wait=True)                # of concurrent parts one reads --meta
     path, text = folder / "plan.json", json.dumps(plan)
     if is_new and not (path.exists() and path.read_text(encoding="utf-8") == text):
         if database:
-            database.unlink(missing_ok=True)           # of fewer files, of other rows
+            database.unlink(missing_ok=True)           # it is of other files or other rows
         write_text(path, text)
     if args.meta and not database.exists():
         read_metadata(args.meta_files, args.format, sources, database)
     if fcntl:
         fcntl.lockf(lock, fcntl.LOCK_UN, 1, SPAN + 1)
-    open_again(folder, plan, lock)
-    for n, (first, stop) in enumerate(plan["shards"]) if not args.finish else ():
-        if n % n_parts == part - 1 and not is_done(folder, n):
-            jobs.append(Job(n, sources[first:stop], folder, root.absolute(), database,
-                            plan["options"]))
-    run_jobs(jobs, args.workers, args.timeout)
-    left = lost_shards(folder, plan)
+    reopen(folder, plan, lock)
+    mine = [n for n in missing_shards(folder, plan) if n % n_parts == part - 1 and not args.finish]
+    run_jobs([Job(n, sources[slice(*plan["shards"][n])], folder, root.absolute(), database,
+                  plan["options"]) for n in mine], args.workers, args.timeout)
+    left = missing_shards(folder, plan)
     if left and args.finish:
         refuse(f"{len(left)} of {len(plan['shards'])} shards of {folder} are not done, the first "
                f"is {left[0]}: run its part first")
@@ -1459,19 +1306,19 @@ def make_shards(args, folder, root, plan, is_new, lock):
     claim(lock, SPAN, 1, wait=True)
     if not is_finished(folder, plan):
         finish(args, folder, plan, database)
-    (folder / "facts.db").unlink(missing_ok=True)      # made again beside a part that was joining
+    (folder / "facts.db").unlink(missing_ok=True)      # if made again while another part joined
     if args.report:
         report(folder, root)
 
 
-def open_again(folder, plan, lock):
-    """Takes back the manifest of a data set of which shards were lost, or whose captions changed:
-    they are made, and all is joined again. The decision on duplicates stays."""
+def reopen(folder, plan, lock):
+    """Removes the manifest of a data set if shards are lost or captions changed, so that all are
+    joined again. The decision on duplicates stays, in joining.json."""
     def is_joined():
         return has_manifest(folder) and \
             len(read_json(folder / "manifest.json")["shards"]) == len(plan["shards"])
     if is_joined():
-        claim(lock, SPAN, 1, wait=True)                # somebody may be joining just now
+        claim(lock, SPAN, 1, wait=True)                # another part may be joining just now
         if is_joined():
             write_text(folder / "joining.json", json.dumps({
                 "format": FORMAT, "duplicates": read_rows(folder / "duplicates.jsonl")}))
@@ -1489,15 +1336,15 @@ def is_done(folder, number):
 
 
 def settle(folder, plan):
-    """[{key, of, distance}] of the duplicates, which leave the tars; their rows stay, marked.
-    joining.json holds the decision until the manifest is written: a killed run goes on with it.
-    Shards of a manifest keep their bytes, whatever is added to them."""
+    """[{key, of, distance}] of the duplicates; removes them from the tars and marks their rows.
+    joining.json holds the decision until the manifest is written, so that a killed run continues
+    with it. Shards of an existing manifest keep their bytes."""
     path, names = folder / "joining.json", [f"shard-{n:05d}" for n in range(len(plan["shards"]))]
     before = read_json(folder / "manifest.json")["shards"] if has_manifest(folder) else ()
     if path.exists():
         duplicates = read_json(path)["duplicates"]
     else:
-        known = folder / "duplicates.jsonl"            # also where the manifest was removed
+        known = folder / "duplicates.jsonl"            # may exist without a manifest
         duplicates = read_rows(known) if known.exists() else []
         lost, seen, rows = {one["key"] for one in duplicates}, {}, []
         for name in names:
@@ -1510,12 +1357,12 @@ def settle(folder, plan):
                     rows.append(row)
                 else:
                     duplicates.append({"key": row["key"], "of": of, "distance": 0})
-        near = {row["key"]: (of["key"], apart) for row, of, apart in near_duplicates(
+        near = {row["key"]: (of["key"], distance) for row, of, distance in near_duplicates(
             rows, plan["options"]["near"], functools.partial(is_duplicate, folder))}
-        for one in duplicates:                         # equal to one that is itself left out
+        for one in duplicates:                         # equal to a clip that is a duplicate itself
             one["of"], one["distance"] = near.get(one["of"], (one["of"], one["distance"]))
-        duplicates += [{"key": key, "of": of, "distance": round(apart, 4)}
-                       for key, (of, apart) in near.items()]
+        duplicates += [{"key": key, "of": of, "distance": round(distance, 4)}
+                       for key, (of, distance) in near.items()]
         write_text(path, json.dumps({"format": FORMAT, "duplicates": duplicates}))
     of = {one["key"]: one["of"] for one in duplicates}
     for name in names:
@@ -1525,8 +1372,8 @@ def settle(folder, plan):
 
 
 def leave_out(folder, name, of):
-    """Takes the clips of a shard that `of` names out of its tar, and marks their rows. The tar is
-    first: of a tar without them the same bytes come again."""
+    """Removes the clips of a shard that are in `of` from its tar, then marks their rows. Run again
+    after a kill between the two, it writes the same bytes."""
     rows = read_rows(folder / f"{name}.jsonl")
     mine, offsets = {row["key"] for row in rows if "duplicate_of" not in row} & of.keys(), {}
     if not mine:
@@ -1545,69 +1392,29 @@ def leave_out(folder, name, of):
     write_rows(folder / f"{name}.jsonl", rows)
 
 
-def told_now(args, folder, plan, number, database=None):
-    """(rows, rejects, whether the rows are others than at the last time) of a shard: {key, split,
-    label, captions, scores} of the clips of which metadata says something else than when the shard
-    was made, and what of it is of no use. Of a file that is gone the last word stays. Captions that
-    fail a filter are left out."""
-    name, options, root = f"shard-{number:05d}", plan["options"], Path(args.videos)
-    path, shard, rows = folder / f"{name}.metadata.jsonl", {}, []
-    was = {row["key"]: row for row in read_rows(path)} if path.exists() else {}
-    lost = [one for one in read_rows(folder / f"{name}.rejected.jsonl")
-            if one["reason"] not in ROW_REASONS or not database
-            and one["source"] not in args.present]
-    for row in read_rows(folder / f"{name}.jsonl"):
-        shard.setdefault(row["source"], []).append(row)
-    for source, _ in plan["sources"][slice(*plan["shards"][number])]:
-        mine = shard.get(source, [])
-        if not database and (source not in args.present or options["format"] == "bair"):
-            rows += [was[row["key"]] for row in mine if row["key"] in was]
-            continue
-        facts, wrong = facts_of(database, options["format"], source) if database else ([], [])
-        if not facts and (not database or source in args.present):
-            facts, more = beside(source, located(root, source)[1],
-                                 database or options["format"] is None)
-            wrong += more
-        if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
-            scan = Scan(Video(located(root, source)[0]))
-            place_frames(facts, scan, scan.rate()[0])
-        lost += [*wrong, *unused(source, facts, [(row,) for row in mine], math.inf)]
-        for row in mine:
-            new, more = told(source, facts, row["start"], row["end"])
-            new["captions"] = [one for one in new["captions"]
-                               if not caption_fault(one["text"], options)]
-            new["scores"] = {**more, **{one: value for one, value in row["scores"].items()
-                                        if one in SCORES or one == "bad_packets"}}
-            rows += [{"key": row["key"], **new}] if {**row, **new} != row else []
-    return rows, lost, rows != list(was.values())
-
-
 def finish(args, folder, plan, database):
-    """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last.
-    Whoever comes second writes the same bytes."""
-    duplicates, shards, reasons, retold = settle(folder, plan), {}, Counter(), {}
+    """Joins the shards: duplicates.jsonl, rejected.jsonl, contact.png, and manifest.json last. If
+    two processes do so, they write the same bytes."""
+    duplicates, shards, reasons, changed = settle(folder, plan), {}, Counter(), {}
     for n in range(len(plan["shards"])):
         name, later = f"shard-{n:05d}", folder / f"shard-{n:05d}.metadata.jsonl"
         if plan.get("is_retold"):
-            *retold[name], _ = told_now(args, folder, plan, n, database)
+            *changed[name], _ = changed_metadata(args, folder, plan, n, database)
             later.unlink(missing_ok=True)
-            if retold[name][0]:
-                write_rows(later, retold[name][0])
-        shards[name] = {}
-        for suffix in (*SUFFIXES, *["metadata.jsonl"] * later.exists()):
-            with open(folder / f"{name}.{suffix}", "rb") as file:
-                shards[name][f"{name}.{suffix}"] = hashlib.file_digest(file, "sha256").hexdigest()
+            if changed[name][0]:
+                write_rows(later, changed[name][0])
+        shards[name] = {f"{name}.{suffix}": file_sum(folder / f"{name}.{suffix}")
+                        for suffix in (*SUFFIXES, *["metadata.jsonl"] * later.exists())}
     rows = kept_rows(folder, shards, duplicates)
-    if n_retold := sum(len(some) for some, _ in retold.values()):
-        print(f"{folder}: captions, labels or splits of {n_retold} clips are others than when "
+    if n_changed := sum(len(some) for some, _ in changed.values()):
+        print(f"{folder}: captions, labels or splits of {n_changed} clips are others than when "
               "their shards were made: shard-*.metadata.jsonl holds them", file=sys.stderr)
 
     def rejects():
-        parts = (retold[name][1] if name in retold else read_rows(
-            folder / f"{name}.rejected.jsonl") for name in shards)
         missing = query(database, None, "number, note, row, detail") if database else ()
         lost = (rejection(name, reason, figure=n, detail=why) for n, reason, name, why in missing)
-        for one in itertools.chain(lost, *parts):
+        for one in itertools.chain(lost, *(changed[name][1] if name in changed else read_rows(
+                folder / f"{name}.rejected.jsonl") for name in shards)):
             reasons[one["reason"]] += 1
             yield one
 
@@ -1629,12 +1436,12 @@ def finish(args, folder, plan, database):
         {"format": FORMAT, "counts": counts, "options": plan["options"], "versions": versions,
          "shards": shards}, indent=1) + "\n")
     sweep(folder)
-    (folder / "facts.db").unlink(missing_ok=True)
-    (folder / "joining.json").unlink(missing_ok=True)
+    for name in ("facts.db", "joining.json"):
+        (folder / name).unlink(missing_ok=True)
     n_rows = sum(n for reason, n in reasons.items() if reason in ROW_REASONS)
-    n_lost, n_twins = reasons.total() - n_rows, len(duplicates)
-    print(f"{folder}: {len(rows)} clips kept of {len(rows) + n_lost + n_twins}: {n_lost} rejected, "
-          f"{n_twins} near-duplicates (rejected.jsonl, duplicates.jsonl); {counts['seconds']:.0f} "
+    n_lost, n_near = reasons.total() - n_rows, len(duplicates)
+    print(f"{folder}: {len(rows)} clips kept of {len(rows) + n_lost + n_near}: {n_lost} rejected, "
+          f"{n_near} near-duplicates (rejected.jsonl, duplicates.jsonl); {counts['seconds']:.0f} "
           f"s, {counts['captioned_clips']} captioned"
           + f"; {n_rows} rows of metadata rejected" * bool(n_rows)
           + f"; look at {folder / 'contact.png'}")
@@ -1643,68 +1450,49 @@ def finish(args, folder, plan, database):
     warn(folder, plan["options"], counts, rows)
 
 
-def warn(folder, options, counts, rows=()):
-    """Says what a user would not look for: metadata that hardly says a word, and faults of ours,
-    whose log is put in order (a shard that was begun twice has told of some twice)."""
-    n, told = sum(counts["rejected"][reason] for reason in counts["rejected"]
-                  if reason.startswith(FAULT)), counts["captioned_clips"]
-    if options["meta"] and told < counts["clips"] / 10 and options["format"] not in (
-            "txt", "ucf101"):
-        print(f"warning: --meta captions {told} of {counts['clips']} clips", file=sys.stderr)
-    if texts := Counter(one["encoding"] for row in rows for one in row["captions"]
-                        if "encoding" in one):
-        print("warning: " + ", ".join(f"{count} captions are read as {page}" for page, count in
-                                      sorted(texts.items())) + ", as they are not in UTF-8",
-              file=sys.stderr)
-    if bad := counts["rejected"].get("malformed text beside it"):
-        print(f"warning: {bad} texts beside files cannot be read: {folder / 'rejected.jsonl'} says "
-              "why; once they are mended, the same command takes them in", file=sys.stderr)
-    if n and (log := folder / "faults.log").is_file():
-        text = log.read_text(encoding="utf-8", errors="replace")
-        write_text(log, "".join(sorted(dict.fromkeys(re.split(r'(?<=\n\n)(?=")', text)))))
-        print(f"warning: {n} files ended in faults of this program: {log} has them",
-              file=sys.stderr)
-
-
 def dataset_name(folder):
-    """The inverse of `dataset_dir`, as a shell takes it."""
+    """The inverse of `dataset_dir`, quoted for a shell."""
     return shlex.quote(folder.name if folder.parent == Path("data") else f"./{folder}"
                        if len(folder.parts) == 1 else str(folder))
 
 
 def next_steps(name, rows, has_gpu):
-    """What the clips are to the next stages, and their commands. A latent covers 4 x 8 x 8, after
-    a first frame of its own, and a token 2 x 2 of them. --encode cuts clips above --max_cells, and
-    a row holds four of the largest pieces. On a processor steps and windows are few and small, for
-    half an hour of clips of 96 px, 12 frames/s and 2 s; windows are no larger than half of the
-    clips (GPU: 128 px, 17 frames)."""
+    """The size of the data set in tokens, and the commands of the next stages. A latent covers
+    4 x 8 x 8 (the first frame has its own), a token 2 x 2 latents. --encode cuts clips above
+    --max_cells; a packed row holds four of the largest pieces. Without a GPU, steps and windows
+    suit half an hour of clips of 96 px, 12 frames/s and 2 s; windows fit half of the clips."""
+    seconds = sum(row["end"] - row["start"] for row in rows)
+    example = next((row["captions"][0]["text"] for row in rows if row["captions"]), "")
+    prompt = shlex.quote(" ".join(example.split())[:80])
+    if name == "demo":                   # the quick start: presets that suit its shapes
+        return f"{len(rows)} clips, {seconds:.0f} s; next (6 to 20 minutes on two cores):\n" + (
+            "python train_vae.py demo\npython train_vae.py demo --encode\n"
+            "python caption.py demo --train --paste 0.1\npython caption.py demo\n"
+            f"python train_dit.py demo\npython sample.py demo --prompt {prompt}")
     side, length, cells, least, batch, vae, dit = (
         128, 17, 16384, 8192, 65536, "vae-s", "video-s") if has_gpu else (
         32, 9, 2048, 1024, 1024, "vae-xs-48", "video-xs-2")
     n_tokens, largest = 0, 0
     for row in rows:
-        long = 1 + (row["frames"] - 1) // 4
+        n_frames = 1 + (row["frames"] - 1) // 4
         h, w = (max(1, row[one] // 8) for one in ("height", "width"))
-        cells = max(cells, h * w)                      # a frame of latents at least
-        area = max(1, h // 2) * max(1, w // 2)
-        n_tokens += long * area
-        largest = max(largest, min(long, max(1, cells // (h * w))) * area)
+        cells, area = max(cells, h * w), max(1, h // 2) * max(1, w // 2)
+        n_tokens += n_frames * area
+        largest = max(largest, min(n_frames, cells // (h * w)) * area)
     side = max(8, min(side, int(np.median([max(r["width"], r["height"]) for r in rows])) // 8 * 8))
     length = min(length, int(np.median([row["frames"] for row in rows]) - 1) // 4 * 4 + 1)
     per_row = max(least, -(-4 * largest // 256) * 256)
-    example = next((row["captions"][0]["text"] for row in rows if row["captions"]), "")
-    example = " ".join(example.split())[:80]
-    more, blind = f" --max_cells {cells}", "without captions it learns without text; "
-    tells, few, quick = "the one before the last with --estimate tells the hours", "", ""
+    time_note, few, quick = "the one before the last with --estimate tells the hours", "", ""
     if not has_gpu:
-        n_vae, n_dit = 300, 3000
+        n_vae, n_dit, cpu = 300, 3000, Path("/proc/cpuinfo")
+        # bf16 where the processor multiplies it: 0.65 of the time of a step of video-xs-2
+        is_bf16 = cpu.exists() and re.search("avx512_bf16|amx_bf16", cpu.read_text())
         few = f" --steps {n_vae}"
-        # x: a token of 2 x 2 latents is nearly as wide as the network, which has no room to let its
-        # noise through, and no need to where x_0 is asked for. Neighbouring patches of real footage
-        # are alike, so that its layout shows through all but the most noise: times near it are
-        # drawn more often
+        # x: a token of 2 x 2 latents is nearly as wide as the network, which cannot also carry the
+        # noise. Shift 2: neighbouring patches of real footage are alike, so that the layout is
+        # visible except near full noise; timesteps there are drawn more often
         quick = (f" --objective x --times uniform --shift 2 --steps {n_dit} --eval_every 300 "
-                 f"--dtype {cpu_dtype()}")
+                 f"--dtype {'bf16' if is_bf16 else 'fp32'}")
         # FLOPs of a window's pixel, and of a token in layers and in attention
         flops = n_vae * 8 * length * side**2 * 2.5e5 + n_dit * per_row * (2.9e7 + 2e4 * largest)
         minutes = flops / 0.4 / matmul_rate() / 60
@@ -1713,23 +1501,17 @@ def next_steps(name, rows, has_gpu):
             ("--max_fps 12", lambda row: (row.get("fps") or 0) > 12),
             ("--max_seconds 2", lambda row: row["end"] - row["start"] > 2.2))
             if any(map(is_over, rows))]
-        tells = f"about {minutes:.0f} minutes on this processor" + (
+        time_note = f"about {minutes:.0f} minutes on this processor" + (
             f"; less with {' '.join(less)}" if minutes > 90 and less else "")
-    seconds = sum(row["end"] - row["start"] for row in rows)
-    if name == "demo":                   # the quick start: sizes and steps that suit its shapes
-        return (f"{len(rows)} clips, {seconds:.0f} s; next (6 to 20 minutes on two cores):\n"
-                + "\n".join(f"python {line}" for line in (
-                    "train_vae.py demo", "train_vae.py demo --encode",
-                    "caption.py demo --train --paste 0.1", "caption.py demo", "train_dit.py demo",
-                    f"sample.py demo --prompt {shlex.quote(example)}")))
-    last = " --checkpoint last" * (len(rows) < 300)      # few are memorised; the best is vague
+    max_cells = f" --max_cells {cells}" * (cells != 2048)
+    last = " --checkpoint last" * (len(rows) < 300)      # few are memorised: the best is blurred
     return (f"{len(rows)} clips, {seconds:.0f} s, {n_tokens} tokens of {dit}; next ("
-            + blind * (not example) + f"{tells}):\n"
+            + "without captions it trains without text; " * (not example) + f"{time_note}):\n"
             f"python train_vae.py {name} --model {vae} --size {side} --frames {length}{few}\n"
-            f"python train_vae.py {name} --encode{more * (cells != 2048)}\n"
+            f"python train_vae.py {name} --encode{max_cells}\n"
             f"python train_dit.py {name} --model {dit} --row_tokens {per_row} --batch_tokens "
             f"{per_row * max(1, batch // per_row)}{quick}\n"
-            f"python sample.py {name} --prompt {shlex.quote(example)} --n 4{last}")
+            f"python sample.py {name} --prompt {prompt} --n 4{last}")
 
 
 def sheet_row(folder, row, n_frames=4):
@@ -1738,7 +1520,6 @@ def sheet_row(folder, row, n_frames=4):
 
 
 # -- the command line ------------------------------------------------------------------------------
-
 
 def number(kind, low, high=math.inf):
     """argparse type: an int or float within low..high."""
@@ -1752,16 +1533,6 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def check_bounds(args):
-    """Refuses bounds that no clip can pass."""
-    ends = [name[4:] for name in vars(args) if name.startswith("min_")]
-    for name in ends:
-        low, high = getattr(args, f"min_{name}"), getattr(args, f"max_{name}", None)
-        if name not in ("shot", "side") and None not in (low, high) and low > high and \
-                (high or name != "seconds"):
-            refuse(f"--min_{name} {low:g} is above --max_{name} {high:g}: no clip could pass")
-
-
 def part_of(text):
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -1771,18 +1542,17 @@ def part_of(text):
 
 def words_of(text):
     """argparse type: the words of a file, sorted."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not a file")
     try:
-        return sorted(set(as_text(Path(text).read_bytes()).lower().split()))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is {error}") from None
+        return sorted(set(decoded(Path(text).read_bytes())[0].lower().split()))
+    except (OSError, ValueError) as error:
+        what = f"is {error}" if isinstance(error, ValueError) else "cannot be read"
+        raise argparse.ArgumentTypeError(f"{text} {what}") from None
 
 
 def alphabet(text):
-    """argparse type: the first words of the names of some letters."""
+    """argparse type: the first word of the Unicode names of some letters."""
     names = {unicodedata.name(chr(n), "").split(" ")[0] for n in range(2**17) if chr(n).isalpha()}
-    if text.upper().split()[:1] and text.upper().split()[0] in names:
+    if names & {*text.upper().split()[:1]}:
         return text.upper()
     raise argparse.ArgumentTypeError(
         f"{text} begins no letter's name: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, CJK, HANGUL, "
@@ -1795,22 +1565,24 @@ def add_filters(parser):
     add = parser.add_argument_group(
         "filters: clips that fail go to rejected.jsonl; no bound unless one is given").add_argument
     for name, (what, *reasons) in SCORES.items():
-        for (bound, word), _ in zip((("min", "least"), ("max", "greatest")), filter(None, reasons)):
+        for (bound, word), reason in zip((("min", "least"), ("max", "greatest")), reasons):
             start = DEFAULTS.get(f"{bound}_{name}")
-            add(f"--{bound}_{name}", type=real, default=None if name == "seconds" else start,
-                metavar="X", help=f"{word} {what}" + (f" ({start:g})" if start else "")[:-1] +
-                (", or half of --max_seconds" * (name == "seconds") + ")") * bool(start))
+            default = start and f" ({start:g}" + ", or half of --max_seconds" * (
+                name == "seconds") + ")"
+            if reason:
+                add(f"--{bound}_{name}", type=real, default=None if name == "seconds" else start,
+                    metavar="X", help=f"{word} {what}{default or ''}")
     add("--min_words", type=whole, default=0, metavar="N", help="of a caption (%(default)s)")
     add("--max_words", type=whole, metavar="N", help="of a caption")
     add("--max_repeated", type=number(float, 0, 1), default=1.0, metavar="X",
-        help="greatest share of a caption's pairs of words that came before, 0 to 1 (%(default)s)")
-    add("--alphabet", type=alphabet, metavar="NAME", help="that of nine in ten of a caption's "
-        "letters, as Unicode names them: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, CJK, HANGUL, …")
+        help="greatest share of a caption's word pairs that are repeats, 0 to 1 (%(default)s)")
+    add("--alphabet", type=alphabet, metavar="NAME", help="of at least nine in ten letters of a "
+        "caption, by Unicode's names: LATIN, CYRILLIC, GREEK, ARABIC, HEBREW, CJK, HANGUL, …")
     add("--banned", type=words_of, metavar="FILE", help="words that no caption may have")
-    add("--policy", choices=["any", "all"], default="any", help="a clip needs any good caption "
-        "and loses the others, or all must be good (%(default)s)")
-    add("--near", type=number(float, 0, 0.3), default=0.15, metavar="X", help="near-duplicates "
-        "differ in less of their hashes' bits, 0 (equal bytes only) to 0.3 (%(default)s)")
+    add("--policy", choices=["any", "all"], default="any", help="any: a clip keeps its captions "
+        "that pass, and needs one; all: every caption must pass (%(default)s)")
+    add("--near", type=number(float, 0, 0.3), default=0.15, metavar="X", help="hashes of "
+        "near-duplicates differ in less of their bits, 0 (equal bytes) to 0.3 (%(default)s)")
 
 
 def parse_options(argv=None):
@@ -1823,36 +1595,35 @@ def parse_options(argv=None):
     add = parser.add_argument
     add("name", metavar="NAME", help="data set to make: data/NAME, or a path if it has a slash; "
         "'demo' and 'demo-scenes' (landscapes) without --videos render their own into "
-        "data/NAME-videos; 'bench' measures")
+        "data/NAME-videos; 'bench' measures the speed")
     add("--videos", metavar="DIR", help="folder of videos and stills, searched to any depth")
     add("--meta", type=Path, metavar="PATH", help="metadata file, or a folder of them")
     add("--finish", action="store_true", help="only join the shards that the parts have made")
-    add("--report", action="store_true", help="at the end write report/: distributions, what other "
-        "thresholds would cost, sheets of kept, rejected and duplicate clips")
-    add("--verify", action="store_true", help="only compare the sums of all shards, captions and "
-        "latents of a finished data set")
-    add("--workers", type=number(int, 1), default=cores, metavar="N", help="processes "
-        "at a time, 1 or more; any number gives the same bytes (%(default)s: the processors)")
+    add("--report", action="store_true", help="write report/ at the end: distributions, the cost "
+        "of other thresholds, sheets of kept, rejected and duplicate clips")
+    add("--verify", action="store_true", help="only compare the checksums of all shards, captions "
+        "and latents of a finished data set")
+    add("--workers", type=number(int, 1), default=cores, metavar="N", help="processes, 1 or more; "
+        "any number gives the same bytes (%(default)s: the processors)")
     add("--part", type=part_of, default=(rank + 1, ranks), metavar="I/N", help="do every N-th "
         "shard from the I-th, 1 <= I <= N: for job arrays (1/1, or torchrun's rank)")
-    add("--timeout", type=number(float, 1), default=600.0, metavar="S", help="a file that gives no "
-        "frame for so many seconds, 1 or more, is left out (%(default)s)")
-    add("--demo_files", type=number(int, 1, 999), metavar="N",
-        help="videos that 'demo' renders, 1 to 999; in those beyond 160 shapes turn and stop too "
-             "(160; demo-scenes: 30)")
+    add("--timeout", type=number(float, 1), default=600.0, metavar="S", help="reject a file that "
+        "gives no frame for so many seconds, 1 or more (%(default)s)")
+    add("--demo_files", type=number(int, 1, 999), metavar="N", help="videos that 'demo' renders, 1 "
+        "to 999; in those beyond 160 shapes also turn and stop (160; demo-scenes: 30)")
     own = {action.dest for action in parser._actions}
     add = parser.add_argument_group("shots (fixed at the first start, like all below)").add_argument
-    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (its suffix). Without "
-        "--meta NAME.txt beside a file is its caption; folder: and its folder's name its label; "
-        "webdataset, bair: the same of files in tars, of records")
-    add("--split", choices=["shots", "seconds", "none"], default="shots", help="what clips are: "
-        "shots, lengths of --max_seconds, or whole files (%(default)s)")
+    add("--format", choices=[*FORMATS, *BESIDE], help="layout of --meta (default: its suffix). "
+        "Without --meta, NAME.txt beside a file is its caption; folder: and the folder's name its "
+        "label; webdataset, bair: the same for files in tars, in records")
+    add("--split", choices=["shots", "seconds", "none"], default="shots", help="clips are shots, "
+        "pieces of --max_seconds, or whole files (%(default)s)")
     add("--min_shot", type=real, default=0.3, metavar="S",
         help="least time between cuts, s, 0 or more (%(default)s)")
-    add("--cut_ratio", type=number(float, 1), default=2.25, metavar="X", help="how many times the "
-        "usual change makes a cut, 1 or more; higher finds fewer (%(default)s)")
-    add("--stitch", type=real, default=0.0, metavar="X", help="join shots whose touching frames' "
-        "colours differ less, levels of 0..255; 0: never (%(default)s)")
+    add("--cut_ratio", type=number(float, 1), default=2.25, metavar="X", help="a cut is so many "
+        "times the usual change, 1 or more; higher finds fewer (%(default)s)")
+    add("--stitch", type=real, default=0.0, metavar="X", help="join shots whose touching frames "
+        "differ less in colours, levels of 0..255; 0: never (%(default)s)")
     add("--trim", type=real, default=0.0, metavar="S",
         help="cut off at both ends of a shot, s, 0 or more (%(default)s)")
     add_filters(parser)
@@ -1863,11 +1634,10 @@ def parse_options(argv=None):
     add("--max_fps", type=number(float, 0, 1000), default=0.0, metavar="FPS",
         help="frames a second, to 1000; faster clips keep every 2nd, 3rd, … frame; 0: no limit "
         "(%(default)s)")
-    add("--hdr", choices=["tonemap", "reject"], default="tonemap", help="videos and AVIF and HEIC "
-        "stills in PQ or HLG: bring them to BT.709, or leave them out (%(default)s)")
+    add("--hdr", choices=["tonemap", "reject"], default="tonemap", help="videos, AVIF and "
+        "HEIC in PQ or HLG: convert them to BT.709, or reject them (%(default)s)")
     add("--interlaced", choices=["deinterlace", "reject", "keep"], default="deinterlace",
-        help="interlaced videos: fill the missing lines in, leave them out, or keep their combs "
-        "(%(default)s)")
+        help="interlaced videos: fill in the missing lines, reject, or keep as is (%(default)s)")
     add("--max_seconds", type=real, default=20.0, metavar="S",
         help="longer shots are cut into equal pieces, s; 0: no limit (%(default)s)")
     add("--crf", type=number(int, 0, 51), default=18, metavar="Q",
@@ -1899,8 +1669,11 @@ def one_line(main):
 
 
 def script(main):
-    """Runs a script's main; Ctrl-C ends it in one line, status 130, and a second one at once."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # as a shell's background job has it
+    """Runs a script's main. The first Ctrl-C ends it in one line, status 130, a second at once."""
+    def interrupted(*_):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:    # as for a shell's background job
         signal.signal(signal.SIGINT, interrupted)
     try:
         return main()
@@ -1919,29 +1692,41 @@ def main(argv=None):
     if args.name in ("demo", "demo-scenes") and not args.videos:
         args.videos, args.format = str(dataset_dir(f"{args.name}-videos")), "jsonl"
         args.meta = Path(args.videos, "captions.jsonl")
-        plan, n = (demo_files, 160) if args.name == "demo" else (scene_files, 30)
-        make_demo(Path(args.videos), plan(args.demo_files or n), args.workers)
+        if args.name == "demo":
+            files, render = demo_files(args.demo_files or 160), render_shot
+        else:                           # only a trial: no part of this script
+            sys.path.append(str(Path(__file__).parent / "tests"))      # for the workers, too
+            import demo_scenes
+            files, render = demo_scenes.scene_files(args.demo_files or 30), demo_scenes.render_scene
+        make_demo(Path(args.videos), files, render, args.workers)
     if args.report and not args.videos and has_manifest(folder := dataset_dir(args.name)):
         root = read_json(folder / "plan.json").get("told", {}).get("videos")
         if root and Path(root).is_dir():
             return report(folder, Path(root))
     if not args.videos:
         refuse("--videos DIR is needed: the folder that holds the videos")
-    if args.name == "bench":            # what only measures is no part of this script
+    if args.name == "bench":            # only measures: no part of this script
         return runpy.run_path(str(Path(__file__).parent / "tests/bench_data.py"))["bench"](args)
-    check_bounds(args)
-    if 0 < args.max_side < 8:
-        refuse(f"--max_side {args.max_side}: a latent covers 8 px, so 8 or more (0: no limit)")
+    for name in (*SCORES, "words"):     # --max_side and --max_seconds 0 are caps, not bounds
+        low, high = (getattr(args, f"{end}_{name}", None) for end in ("min", "max"))
+        if name != "side" and None not in (low, high) and low > high and (
+                high or name != "seconds"):
+            refuse(f"--min_{name} {low:g} is above --max_{name} {high:g}: no clip could pass")
     if args.meta and not args.format:
         args.format = args.meta.suffix.lower().lstrip(".")
-    if args.meta and args.format not in {*FORMATS, *BESIDE}:
-        args.meta.is_file() and open_text(args.meta).close()
-        refuse(f"--meta {args.meta}: its suffix tells no format, so give --format, one of "
-               f"{' '.join(FORMATS)}")
-    if bool(args.meta) != (args.format in FORMATS):
-        refuse(f"--meta goes with one of --format {' '.join(FORMATS)}, and only with these")
-    if args.split == "seconds" and not args.max_seconds:
-        refuse("--split seconds needs a --max_seconds above 0")
+        if args.format not in FORMATS:
+            args.meta.is_file() and open_text(args.meta).close()
+            refuse(f"--meta {args.meta}: its suffix tells no format, so give --format, one of "
+                   f"{' '.join(FORMATS)}")
+    for is_wrong, message in (
+            (0 < args.max_side < 8, f"--max_side {args.max_side}: a latent covers 8 px, so 8 or "
+             "more (0: no limit)"),
+            (bool(args.meta) != (args.format in FORMATS), "--meta goes with one of --format "
+             f"{' '.join(FORMATS)}, and only with these"),
+            (args.split == "seconds" and not args.max_seconds, "--split seconds needs a "
+             "--max_seconds above 0")):
+        if is_wrong:
+            refuse(message)
     prepare(args)
 
 
@@ -1954,52 +1739,36 @@ def refuse(message):
     """Ends the script with one line on stderr and status 2: the input is wrong, not the code."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.leave = False
-        bar.close()                                    # else its last state would follow the line
+        bar.close()                                    # or tqdm prints its last state after this
     print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
 
 
-def refuse_pointer(path):
-    """Refuses a pointer of Git LFS in a file's place."""
-    with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
-            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
-
-
 def printable(text):
-    """The text with escapes in the place of what is no character, or steers a terminal."""
+    """The text with escapes for unprintable characters, such as those that steer a terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses wrong options in one line, with the nearest name that there is."""
+    """Refuses wrong options in one line, with the nearest existing name."""
 
     def error(self, message):
-        choice = re.fullmatch(r"argument (\S+?): invalid choice: '?(.*?)'? \(choose from (.*)\)",
-                              message)
-        words = message.removeprefix("unrecognized arguments: ").split()
-        if choice:
-            close = nearest(choice[2], re.findall("[^', ]+", choice[3]))
-            message = f"{choice[1]} {choice[2]}: did you mean {close}?" if close else message
-        elif message.startswith("unrecognized") and (
-                bad := next((word for word in words if word.startswith("-")), "").split("=")[0]):
-            close = nearest(bad, self._option_string_actions)
-            message = f"{bad} is not an option: " + (f"did you mean {close}?" if close else
-                                                     "--help names them")
+        if choice := re.fullmatch(
+                r"argument (\S+?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            if close := nearest(choice[2], re.findall("[^', ]+", choice[3])):
+                message = f"{choice[1]} {choice[2]}: did you mean {close}?"
+        elif bad := re.match(r"unrecognized arguments:.*?\s(-[^\s=]+)", message):
+            close = nearest(bad[1], self._option_string_actions)
+            message = f"{bad[1]} is not an option: " + (f"did you mean {close}?" if close else
+                                                        "--help names them")
         refuse(message)
 
 
 def nearest(word, names):
-    """The name that `word` is closest to, whatever its case and signs, or None."""
+    """The name closest to `word`, regardless of case and punctuation, or None."""
     plain = lambda text: re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
     names = {plain(name): name for name in names}
     return names.get(next(iter(difflib.get_close_matches(plain(word), names, 1)), None))
-
-
-def interrupted(*_):
-    """The first Ctrl-C ends what is open, the second at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise KeyboardInterrupt
 
 
 MACHINE = {getattr(errno, name): remedy for names, remedy in (
@@ -2013,8 +1782,8 @@ MACHINE = {getattr(errno, name): remedy for names, remedy in (
 
 
 def is_machine_error(error):
-    """Whether an error is the machine's: it says nothing of the file in work, and may be gone the
-    next time. FFmpeg has no memory for what damaged files claim, either: above 2 GiB."""
+    """Whether an error is of the machine, not of the current file, so that a rerun may succeed.
+    FFmpeg also reports ENOMEM for absurd sizes in damaged files: then 2 GiB can be mapped."""
     if isinstance(error, MemoryError):
         with contextlib.suppress(OSError, ValueError):
             return not isinstance(error, FFmpegError) or bool(mmap.mmap(-1, 2**31).close())
@@ -2023,7 +1792,7 @@ def is_machine_error(error):
 
 
 def fault_of(error):
-    """What a line says of an error of the machine, or of a process beside; '' of any other."""
+    """The message for an error of the machine or of another rank; '' for any other error."""
     text = str(error)
     number = re.search(r"\(os error (\d+)\)", text)      # of libraries in Rust
     number = int(number[1]) if number else getattr(error, "errno", None)
@@ -2040,40 +1809,38 @@ def fault_of(error):
 
 
 def write_fault(folder):
-    """Why a folder cannot be written or made, or ''; makes nothing."""
-    folder_there = next(one for one in (Path(folder), *Path(folder).absolute().parents)
-                        if one.exists())
+    """Why a folder cannot be written or created, or ''; creates nothing."""
+    existing = next(one for one in (Path(folder), *Path(folder).absolute().parents) if one.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder_there):
+        with tempfile.TemporaryFile(dir=existing):
             return ""
     except OSError as error:
-        return (error.strerror or str(error)).lower() + (
-            f" ({folder_there})" if folder_there != Path(folder) else "")
+        return (error.strerror or str(error)).lower() + f" ({existing})" * (
+            existing != Path(folder))
 
 
 def writable(folder):
-    """Refuses, before any work, a folder that cannot be written or made."""
+    """Refuses, before any work, a folder that cannot be written or created."""
     if fault := write_fault(folder):
         refuse(f"{folder} cannot be written: {fault}")
 
 
-def dataset_dir(name):
-    """Path of a data set: a bare name means data/NAME, anything with a slash is a path."""
+def dataset_dir(name, parent="data"):
+    """Path of a data set: data/NAME for a bare name; a name with a slash is a path itself."""
     if str(name).endswith(".."):
-        refuse(f"{name} is no name of a data set: give the folder's own")
-    return Path(name) if "/" in str(name) or os.sep in str(name) else Path("data", name)
+        refuse(f"{name} is no name of a {'data set' if parent == 'data' else 'run'}: give the "
+               "folder's own")
+    return Path(name) if "/" in str(name) or os.sep in str(name) else Path(parent, name)
 
 
-def run_dir(name):
-    """Path of a training run: a bare name means runs/NAME, anything with a slash is a path."""
-    return Path(name) if "/" in str(name) or os.sep in str(name) else Path("runs", name)
+run_dir = functools.partial(dataset_dir, parent="runs")            # path of a training run
 
 
 @contextlib.contextmanager
 def atomic(path):
     """Yields a temporary path beside `path` (same suffix) to write to. On success the file is
-    flushed to disk and renamed, so that `path` never holds half of anything; on an exception it is
-    removed. The lock tells `sweep` that its writer lives."""
+    flushed to disk and renamed, so that `path` is never partial; on an exception it is removed.
+    The lock tells `sweep` that the writer is alive."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
@@ -2083,8 +1850,8 @@ def atomic(path):
         try:
             yield part
             with open(part, "rb+") as written:
-                is_sole(written)                       # another file, where a library renamed its
-                os.chmod(part, os.fstat(lock.fileno()).st_mode & 0o777)     # own, of mode 0600
+                is_sole(written)                       # a library may have replaced the file with
+                os.chmod(part, os.fstat(lock.fileno()).st_mode & 0o777)     # one of mode 0600
                 os.fsync(written.fileno())
             os.replace(part, path)
         except BaseException:
@@ -2093,8 +1860,8 @@ def atomic(path):
 
 
 def sweep(folder):
-    """Removes the temporary files of `atomic` whose writers are dead (nobody holds their lock), and
-    those of safetensors, which knows no lock, that nobody has written to for an hour."""
+    """Removes the temporary files of `atomic` whose writers are dead (no lock), and those of
+    safetensors, which locks nothing, after an hour without a write."""
     for part in Path(folder).glob(".tmp??????"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > 3600:
@@ -2106,7 +1873,7 @@ def sweep(folder):
 
 
 def is_sole(file):
-    """Locks an open file for this process; False where another one holds it."""
+    """Locks an open file for this process; False if another process holds the lock."""
     with contextlib.suppress(BlockingIOError):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2115,11 +1882,17 @@ def is_sole(file):
 
 
 def rng(*key):
-    """numpy Generator (Philox) keyed by the sha256 of `key`, any strings and integers: the same
-    draws whatever else was drawn before, on any machine. rng(seed, "noise", step, clip_key)"""
+    """numpy Generator (Philox) keyed by the sha256 of `key`, strings and integers: the same draws
+    on any machine, independent of other draws. rng(seed, "noise", step, clip_key)"""
     text = json.dumps([part if isinstance(part, str) else int(part) for part in key])
     digest = hashlib.sha256(text.encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def file_sum(path):
+    """sha256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path, text):
@@ -2128,79 +1901,13 @@ def write_text(path, text):
 
 
 def json_line(row):
-    """One line of JSON, as people read it; escapes only where a file's name is no text."""
+    """One line of JSON in plain UTF-8; escaped only if a file name is not valid text."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     return json.dumps(row) + "\n" if re.search("[\ud800-\udfff]", line) else line
 
 
-MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
-         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-
-
-def encoding_of(head):
-    """The encoding of a text, by its first bytes: its byte order mark's; without one UTF-8."""
-    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
-
-
-# Of Windows' code pages these two are told apart from all others: what no text in them holds, and
-# one of what others do not. cp1252: letters that Czech, Polish, Turkish and others lack or have
-# elsewhere, at most two in a row, marks that stand in no word. cp1251: words of Cyrillic letters
-# alone, mostly small, none of whose small ones goes before a capital (KOI8-R, Greek and Arabic
-# have such); with capitals, or letters that Hebrew has not.
-MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
-LEGACY = {
-    "cp1252": (re.compile(
-        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
-        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
-    "cp1251": (re.compile(
-        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
-        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
-
-ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
-         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
-
-
-def legacy(data):
-    """The code page of a text that is not in UTF-8, where it can be told (LEGACY), or None."""
-    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
-    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
-        return None                                    # UTF-8, perhaps with damage
-    for code, (wrong, sure) in LEGACY.items():
-        text = data.decode(code, "replace")
-        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
-        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
-            return code
-    return None
-
-
-def decoded(data):
-    """(text, code page) of a file's bytes; None of UTF-8, -16 and -32. Raises ValueError that says
-    what they are in its place."""
-    code = encoding_of(data)
-    if code.startswith("utf-8") and b"\0" in data:
-        raise ValueError(f"no text in UTF-8: {ZEROS}")
-    try:
-        return data.decode(code), None
-    except UnicodeDecodeError as error:
-        if code == "utf-8" and (page := legacy(data)):
-            return data.decode(page), page
-        raise ValueError(f"no text in {code.upper()}: " + (
-            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
-
-
-def as_text(data):
-    return decoded(data)[0]
-
-
-def not_utf8(byte):
-    """What is said of a byte that is none of UTF-8's."""
-    letter = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
-    return (f"it holds byte 0x{byte:x} ({letter}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE >"
-            " NEW; ENCODING is what wrote it, such as CP1250)")
-
-
 def read_text(path, option=""):
-    """The text of a file that an option names; refuses what is none."""
+    """The text of a file named by an option; refuses other data."""
     try:
         text, page = decoded(Path(path).read_bytes())
     except ValueError as error:
@@ -2211,8 +1918,8 @@ def read_text(path, option=""):
 
 
 def lines_of(text):
-    """The lines of a text. Only \\n and \\r\\n end one: other programs write U+2028, U+0085 and
-    form feeds inside of a line."""
+    """The lines of a text. Only \\n and \\r\\n end a line: U+2028, U+0085 and form feeds occur
+    inside of lines."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
@@ -2222,20 +1929,20 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """The objects of one of our own jsonl files; refuses a damaged line."""
+    """The records of one of our own jsonl files; refuses a damaged line."""
+    rows = []
     with open(path, "rb") as file:
-        lines, rows = file.read().split(b"\n"), []
-    for n, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            refuse(f"{path}: line {n} is damaged: remove the file, and run the command that wrote "
-                   "it again")
+        for n, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                refuse(f"{path}: line {n} is damaged: remove the file, and run the command that "
+                       "wrote it again")
     return rows
 
 
 def read_json(path):
-    """The object in one of our own files; refuses a damaged one and one of another FORMAT."""
+    """The object in one of our own files; refuses a damaged file and another FORMAT."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         version = result["format"]
@@ -2252,65 +1959,22 @@ VIDEOS = {f".{name}" for name in "mp4 m4v mov mkv webm avi flv wmv mpg mpeg ts m
           "ogv mxf vob".split()}
 STILLS = {f".{name}" for name in "jpg jpeg png webp gif bmp tif tiff avif heic heif hif "
           "ppm".split()}
-
 PLANAR = {**{f"yuv{j}4{n}p": (np.uint8, 1) for j in ("", "j") for n in ("20", "22", "44")},
           **{f"yuv4{n}p{bits}le": (np.uint16, 2 ** (bits - 8)) for n in ("20", "22", "44")
-             for bits in (10, 12)}}      # pixel formats whose planes are read: sample, unit
+             for bits in (10, 12)}}      # pixel formats whose planes are read: (dtype, unit)
 FORMS_OF_NAMES = (str, functools.partial(unicodedata.normalize, "NFC"),
-                  functools.partial(unicodedata.normalize, "NFD"))      # as disks may spell them
-BEAT = 64               # frames after which a worker says again that it is at work
-MOST_PIXELS = 2**26     # of a picture or frame (8192 x 8192): what more would take is GiB of memory
+                  functools.partial(unicodedata.normalize, "NFD"))      # of names on disk
+BEAT = 64               # frames between two signs of life of a worker
+MOST_PIXELS = 2**26     # of a picture or frame (8192 x 8192); more would take GiB of memory
 MOST_BYTES = 2**33 - 1  # of a tar's member
-SQUARE = 16             # sample aspect ratios beyond 1 to so many, or so many to 1, are damage
+SQUARE = 16             # sample aspect ratios above 16:1 or below 1:16 are damage
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, RuntimeError,
                   LookupError, TypeError, zlib.error)              # Pillow's, on bad files
-Image.MAX_IMAGE_PIXELS = None           # `opened_picture` has its own bound, and no warning
+Image.MAX_IMAGE_PIXELS = None           # `opened_picture` checks MOST_PIXELS instead
 
 
 class Unreadable(Exception):
-    """A file that gives no clip; its arguments, reason and figure, go into rejected.jsonl."""
-
-
-def flat_rgb(picture):
-    """uint8 [H, W, 3] of a Pillow picture of any mode; what is transparent shows white. White is
-    what the format says: 2**bits - 1; of floats 1, or where they are larger, 255 or 65535."""
-    if picture.mode[0] in "IF":                                     # 16 bits and more; floats
-        tags = getattr(picture, "tag_v2", {})
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
-        most = values.max(initial=0)
-        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
-            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
-        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
-        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return np.array(picture.convert("RGB"))
-
-
-@contextlib.contextmanager
-def opened_picture(file):
-    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG of more than
-    MOST_PIXELS at a half, a quarter or an eighth of its size. Raises Unreadable."""
-    with Image.open(file) as picture:
-        size, k = picture.size, 1
-        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
-            k *= 2
-            picture.draft(picture.mode, [side // k for side in size])
-        if math.prod(picture.size) > MOST_PIXELS:
-            raise Unreadable("too many pixels", math.prod(size))
-        yield picture
-
-
-def decoded_still(file, hdr="tonemap"):
-    """(uint8 [H, W, 3], what was done to it) of a picture file (path or file object), turned the
-    way it says itself."""
-    if brand_of(file) in (*HEIC, b"avif") and (heif := read_heif(file, hdr)):
-        return heif
-    with opened_picture(file) as picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        return flat_rgb(picture), ()
+    """A file without a usable clip; its arguments, reason and figure, go to rejected.jsonl."""
 
 
 def read_still(file):
@@ -2318,30 +1982,14 @@ def read_still(file):
     return decoded_still(file)[0]
 
 
-def is_animated(path):
-    """Whether a still's extension hides a video. Pages of a TIFF and the second view of a stereo
-    JPEG are no frames, so only the formats that animate count."""
-    if brand_of(path) in HEIC:
-        return False
-    try:
-        with opened_picture(path) as picture:
-            return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
-                getattr(picture, "n_frames", 1) > 1
-    except PICTURE_ERRORS as error:
-        if is_machine_error(error):
-            raise
-        raise Unreadable("not a picture that can be read") from None
-
-
 class Video:
-    """A video (path, or open file with a suffix). Iterating yields its frames in order of display:
-    av.VideoFrame, as stored (not yet rotated), timestamps in units of `tick` (s); it can be done
-    again. After the first frame it knows `tick`, `sar` (sample aspect ratio), `matrix` (rotation),
-    `codec` and `step` (s between frames as the stream's header has it); after the last
-    `bad_packets` and `bits`, those of its packets, and `converted`, what was done to the frames:
-    interlaced ones have their lines filled in, and `small`, `luma` and `rgb` bring HDR to BT.709.
-    Calls `beat` with their number each BEAT frames, or each second. Raises Unreadable, also for
-    what `hdr` and `interlaced` say to reject."""
+    """A video (path, or open file with a suffix). Iterating, more than once if needed, yields its
+    frames in display order: av.VideoFrame as stored (not rotated), timestamps in units of `tick`
+    (s). Known from the first frame on: `tick`, `sar` (sample aspect ratio), `matrix` (rotation),
+    `codec`, `step` (s between frames by the header); after the last: `bad_packets`, `bits` of all
+    packets, `converted` (a set: deinterlaced, HDR to BT.709, which `small`, `luma` and `rgb` do).
+    Calls `beat` with the number of frames each BEAT frames or each second. Raises Unreadable, also
+    for what `hdr` and `interlaced` reject."""
 
     def __init__(self, path, beat=lambda n: None, hdr="tonemap", interlaced="deinterlace"):
         self.path, self.beat, self.tick, self.sar, self.step = path, beat, 0.001, 1, 0.04
@@ -2352,68 +2000,15 @@ class Video:
     def __iter__(self):
         self.bad_packets = self.bits = 0
         since = time.monotonic()
-        for n, frame in enumerate(self.pictures() if self.path.suffix.lower() in STILLS
-                                  else self.progressive(self.packets()), 1):
-            if n % BEAT == 0 or time.monotonic() - since > 1:        # one may take long
+        for n, frame in enumerate(animated(self) if self.path.suffix.lower() in STILLS
+                                  else progressive(self, self.packets()), 1):
+            if n % BEAT == 0 or time.monotonic() - since > 1:
                 self.beat(n)
                 since = time.monotonic()
             yield frame
 
-    def progressive(self, frames):
-        """The frames; from the first interlaced one on, those that are so pass FFmpeg's bwdif."""
-        graph, shape, waiting = None, None, deque()
-
-        def deinterlaced(frame):
-            graph.vpush(frame)
-            with contextlib.suppress(BlockingIOError, EOFError):
-                while waiting:
-                    out = graph.vpull()
-                    out.pts, out.dts = waiting.popleft()
-                    yield out
-        for frame in frames:
-            if graph and shape != (frame.width, frame.height, frame.format.name):
-                yield from deinterlaced(None)
-                graph = None
-            if frame.interlaced_frame and not graph and self.interlaced != "keep" \
-                    and min(frame.width, frame.height) >= 16:
-                if self.interlaced == "reject":
-                    raise Unreadable("interlaced")
-                self.converted.add("deinterlaced")
-                shape = frame.width, frame.height, frame.format.name
-                graph = deinterlacer(frame)
-            if graph:
-                waiting.append((frame.pts, frame.dts))
-                yield from deinterlaced(frame)
-            else:
-                yield frame
-        if graph:
-            yield from deinterlaced(None)
-
-    def pictures(self):
-        """Frames of an animated picture by Pillow, with delays as browsers take them."""
-        at = 0
-        try:
-            with opened_picture(self.path) as picture:
-                if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
-                    raise Unreadable("too many pixels", math.prod(picture.size))
-                unit = 10 if picture.format == "GIF" else 1            # ms that delays are told in
-                self.tick = unit / 1000
-                for n in range(picture.n_frames):
-                    picture.seek(n)
-                    if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
-                        raise ValueError
-                    picture.load()
-                    frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
-                    frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
-                    at += delay if delay > 10 else 100
-                    yield frame
-        except PICTURE_ERRORS as error:
-            if is_machine_error(error):
-                raise
-            self.bad_packets += 1                      # the frames before the damage stay
-
     def packets(self):
-        """Frames by FFmpeg, packet by packet; one that does not decode is counted and skipped."""
+        """Frames by FFmpeg; a packet that does not decode is counted and skipped."""
         with opened(self.path) as (container, stream):
             self.tick, self.sar = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
             if not 1 / SQUARE <= self.sar <= SQUARE:
@@ -2424,7 +2019,7 @@ class Video:
                 try:
                     packet = next(packets, None)
                     n_packets += 1
-                except FFmpegError as error:           # the container is broken from here on
+                except FFmpegError as error:           # the rest of the container is broken
                     raise_machine(error, self.path, stream.index, n_packets)
                     self.bad_packets, packet = self.bad_packets + 1, None
                 self.bits += 8 * packet.size if packet else 0
@@ -2444,7 +2039,7 @@ class Video:
                     n, n_lost = n + 1, n_lost - 1
                     self.bad_packets += frame.is_corrupt
                     yield frame
-            if self.codec == "hevc":    # its decoder leaves out in silence what refers to lost ones
+            if self.codec == "hevc":    # its decoder silently drops frames with lost references
                 self.bad_packets += max(0, n_lost)
 
     def note_tags(self, frame):
@@ -2454,7 +2049,7 @@ class Video:
             if self.hdr == "reject" or frame.colorspace > 10:       # ICtCp, constant luminance
                 raise Unreadable("HDR", max(frame.color_trc, frame.colorspace))
             self.converted.add(f"{HDR[frame.color_trc]} to BT.709")
-        if self.turn == frame.rotation:     # a frame whose side_data were read lives until a gc
+        if self.turn == frame.rotation:     # reading side_data keeps the frame until a gc
             return
         tags = {data.type.name: data for data in frame.side_data.keys()}
         if "DOVI_METADATA" in tags and frame.colorspace == 2:
@@ -2465,8 +2060,8 @@ class Video:
 
     def small(self, frame, side=64):
         """float32 [3, h, w]: full-range luma and chroma of the frame, longer side at most `side`.
-        Of a large one four luma samples a cell and one of chroma, taken from the decoded planes:
-        twenty times as fast as scaling, and cuts are found as well."""
+        For large frames four luma samples and one chroma sample a cell of the decoded planes: 20
+        times as fast as scaling, and detects cuts as well."""
         shrink = min(1.0, side / max(frame.width, frame.height))
         width, height = (max(1, round(v * shrink)) for v in (frame.width, frame.height))
         planes = PLANAR.get(frame.format.name)
@@ -2492,7 +2087,7 @@ class Video:
         return out
 
     def luma(self, frame):
-        """[H, W] luma of a frame, 0..255 (a view where 8 bits are stored, headroom and all)."""
+        """[H, W] luma of a frame, 0..255 (a view if 8 bits are stored, not range-expanded)."""
         if frame.color_trc in HDR:
             return (self.pixels(frame, frame.width, frame.height) @ YCC[0]).astype(np.uint8)
         kind, unit = PLANAR.get(frame.format.name, (None, 1))
@@ -2503,9 +2098,9 @@ class Video:
         return luma if unit == 1 else (luma // unit).astype(np.uint8)
 
     def rgb(self, frame, max_side=0, border=(0, 0, 0, 0)):
-        """uint8 [H, W, 3] of a frame: turned and mirrored as the file says, square pixels, even
-        sides, the longer at most `max_side` px (0: no limit); without `border`, the parts to cut
-        off at the top, bottom, left and right as stored."""
+        """uint8 [H, W, 3] of a frame: rotated and mirrored by its display matrix, square pixels,
+        even sides, the longer at most `max_side` px (0: no limit), without `border`, the shares to
+        crop at the top, bottom, left and right as stored."""
         width, height = frame.width * max(1, self.sar), frame.height * max(1, 1 / self.sar)
         shrink = min(1, max_side / max(width, height)) if max_side else 1
         if shrink < 1 or self.sar != 1:
@@ -2519,9 +2114,8 @@ class Video:
         pixels = turned(pixels, self.matrix)
         return np.ascontiguousarray(pixels[:len(pixels) // 2 * 2, :pixels.shape[1] // 2 * 2])
 
-
     def pixels(self, frame, width, height, kind=Interpolation.BILINEAR):
-        """uint8 [height, width, 3]: a frame scaled and, of HDR, then tone-mapped."""
+        """uint8 [height, width, 3]: a frame scaled and, if HDR, then tone-mapped."""
         is_hdr = frame.color_trc in HDR
         picture = self.scaler.reformat(
             frame, width, height, "rgb48le" if is_hdr else "rgb24", interpolation=kind, threads=1,
@@ -2534,7 +2128,7 @@ YCC = np.float32(((0.2126, 0.7152, 0.0722), (-0.114572, -0.385428, 0.5),
 
 
 def turned(pixels, matrix):
-    """[H, W, …] turned and mirrored by a display matrix: x' = a x + c y, y' = b x + d y."""
+    """[H, W, …] rotated and mirrored by a display matrix: x' = a x + c y, y' = b x + d y."""
     a, b, c, d = matrix or (1, 0, 0, 1)
     if abs(b) > abs(a):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
@@ -2543,8 +2137,8 @@ def turned(pixels, matrix):
 
 @functools.lru_cache(8)
 def cells(width, height, line, across, down, n):
-    """Where to read a plane of `line` samples a row for a grid [down, across]: int [n, down *
-    across], n = 1 (the cells' centres) or 4 (a square within them)."""
+    """int [n, down * across]: indices into a plane of `line` samples a row for the cells of a grid
+    [down, across]: of their centres (n = 1) or of four points in each (n = 4)."""
     offsets = [(0.5, 0.5)] if n == 1 else [(y, x) for y in (0.25, 0.75) for x in (0.25, 0.75)]
     return np.stack([(((np.arange(down) + y) * height / down).astype(int)[:, None] * line
                       + ((np.arange(across) + x) * width / across).astype(int)).ravel()
@@ -2553,9 +2147,9 @@ def cells(width, height, line, across, down, n):
 
 @contextlib.contextmanager
 def opened(path):
-    """Yields (container, stream) of a video (path or open file) and closes it: the stream that
-    people see (cover art and thumbnails are none, the largest wins), decoded in one thread, as
-    FFmpeg's threads hang on some damaged files. Raises Unreadable."""
+    """Yields (container, stream) of a video (path or open file) and closes it: the largest video
+    stream that is no cover art or thumbnail, decoded in one thread, as FFmpeg's threads hang on
+    some damaged files. Raises Unreadable."""
     is_open = not isinstance(path, Path)
     if not (path.seek(0, os.SEEK_END) if is_open else path.stat().st_size):
         raise Unreadable("empty file")
@@ -2577,78 +2171,13 @@ def opened(path):
         yield container, stream
 
 
-def raise_machine(error, path, index=0, n_packets=0):
-    """Raises FFmpegError that is the machine's. EIO and ENOMEM are what FFmpeg says of damaged
-    files, too: these can be read as files, but opening them, or the stream's packets to the n-th,
-    fails again."""
-    if error.errno in (errno.EIO, errno.ENOMEM) and not (
-            error.errno == errno.ENOMEM and is_machine_error(error)):
-        if isinstance(path, Path):
-            with open(path, "rb") as file:
-                while file.read(2**24):
-                    pass
-        else:
-            path.seek(0)
-        try:
-            with av.open(str(path) if isinstance(path, Path) else path) as container:
-                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
-        except FFmpegError:
-            return
-    elif not is_machine_error(error):
-        return
-    raise OSError(error.errno, error.strerror, str(path))
-
-
-def demuxed(container, stream):
-    """The packets of a stream. One of a stream that begins within the file is passed over: PyAV
-    knows only those that were there when it was opened, and ends its iteration."""
-    for packets in iter(lambda: container.demux(stream), None):
-        try:
-            yield from packets
-            return
-        except IndexError:
-            continue
-
-
-def deinterlacer(frame):
-    """FFmpeg's bwdif for frames like `frame`, one for one, in one thread."""
-    graph = av.filter.Graph()
-    graph.threads = 1
-    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
-                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
-                     graph.add("buffersink"))
-    graph.configure()
-    return graph
-
-
-def unnamed(kind, value):
-    """A member of PyAV's enumeration of side data for a type that it does not know: else it reads
-    none of that frame's, not even the rotation."""
-    one = object.__new__(kind)
-    one._name_ = one._value_ = value
-    return one
-
-
-av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
-
-
-def colour_matrix(frame):
-    """What to pass as src_colorspace: None = the frame's own tag; untagged is BT.601, or BT.709
-    at HD sizes, as players have it; HDR is BT.2020."""
-    if frame.colorspace in (2, 10) and frame.color_trc in HDR:
-        return Colorspace.BT2020
-    if frame.colorspace != 2:                                       # AVCOL_SPC_UNSPECIFIED
-        return None
-    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
-
-
 def encode(file, frames, fps, crf=18):
     """Writes H.264 in MP4 to a seekable file object and returns its (height, width): yuv420p,
-    tagged BT.709, one thread, hence the same bytes each time. frames: iterable of uint8 [H, W, 3]
-    RGB, at least one, all of one size; odd sides lose their last row or column."""
+    tagged BT.709, one thread, so that the bytes are deterministic. frames: iterable of uint8
+    [H, W, 3] RGB, at least one, all of one size; odd sides lose their last row or column."""
     rate, scaler = frame_rate(fps), VideoReformatter()
     with av.open(file, "w", format="mp4") as container:
-        # x264's mbtree reads memory that nobody wrote (frames of few blocks): bytes would vary
+        # x264's mbtree reads uninitialised memory for small frames: the bytes would vary
         stream = container.add_stream("libx264", rate=rate, options={
             "crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"})
         context = stream.codec_context
@@ -2669,59 +2198,19 @@ def encode(file, frames, fps, crf=18):
 
 
 def frame_rate(fps):
-    """The rate as the encoder takes it: a fraction such as 30000/1001, at least one in 1000 s."""
+    """The rate for the encoder: a fraction such as 30000/1001, at least one frame in 1000 s."""
     return max(Fraction(fps).limit_denominator(1001), Fraction(1, 1000))
 
 
 def write_video(path, frames, fps, crf=18):
-    """Writes an MP4 of `frames` (iterable of uint8 [H, W, 3] RGB, at least one, all of one size),
-    whole or not at all. fps in frames a second, crf 0 (lossless) to 51."""
+    """Writes an MP4 of `frames` (see `encode`), atomically. crf 0 (lossless) to 51."""
     with atomic(path) as part, open(part, "wb") as file:
         encode(file, map(np.asarray, frames), fps, crf)
 
 
-# Fonts of Linux, macOS and Windows with many scripts, where they are installed: Pillow's has Latin.
-FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
-         "DroidSansFallbackFull", "FreeSans", "NotoSans-Regular", "NotoEmoji-Regular",
-         "Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "Nirmala", "arial", "seguisym")
-
-
-@functools.lru_cache
-def label_fonts(is_latin):
-    fonts = [ImageFont.load_default(12)]
-    for name in () if is_latin else FONTS:
-        with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, 12))
-    return fonts
-
-
-def spelled(c):
-    """A character in ASCII: of a letter's or a symbol's name what tells it from others."""
-    name, kind = unicodedata.name(c, f"u{ord(c):04x}"), unicodedata.category(c)
-    if name.startswith(("COMBINING", "VARIATION SELECTOR")):
-        return ""
-    name = re.split(" LETTER | SYLLABLE | SIGN |IDEOGRAPH-", name)[-1].partition(" WITH ")[0]
-    return {"Cf": "", "Pd": "-", "Pi": "'", "Pf": "'"}.get(kind, name.lower().replace(" ", "-"))
-
-
-def lettered(text):
-    """(a font, the text as it can show it): the one that has most of the text's characters; those
-    that it lacks, in whose place it would draw a box, are spelled."""
-    def lacking(font):
-        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)       # a box as it is
-        box = bytes(font.getmask("\uffff"))
-        return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
-
-    font = label_fonts(True)[0]
-    if lacks := lacking(font):
-        lacks, _, font = min(((lacking(font), i, font) for i, font in enumerate(
-            label_fonts(False))), key=lambda result: (len(result[0]), result[1]))
-    return font, "".join(spelled(c) if c in lacks else c for c in text)
-
-
 def contact_sheet(path, rows, cell=96):
-    """Writes a PNG for people: per row (frames, label) its frames, uint8 [H, W, 3], fitted into
-    squares of `cell` px, with the label below; rows fill as many columns as suit a screen."""
+    """Writes a PNG: for each row (frames, label) the frames, uint8 [H, W, 3], fitted into squares
+    of `cell` px, with the label below; as many columns as fit a screen."""
     gap, longest = 4, max((len(frames) for frames, _ in rows), default=1)
     sides = [np.asarray(frame).shape[:2] for frames, _ in rows for frame in frames]
     tall = max((round(cell * h / max(h, w)) for h, w in sides), default=cell)
@@ -2751,24 +2240,23 @@ def contact_sheet(path, rows, cell=96):
 
 # -- what other stages borrow: a prepared data set -------------------------------------------------
 
-
 def open_dataset(folder):
-    """The kept rows (dicts, a row of shard-*.jsonl each) of a finished data set, in shard order,
-    duplicates left out. Adds row["shard"], and to row["captions"] those that caption.py wrote:
-    {"text", "source": RUN, "weight": 1.0}. Refuses a folder that is missing, unfinished, damaged,
-    or of another FORMAT."""
+    """The rows (dicts, records of shard-*.jsonl) of a finished data set, in shard order, without
+    duplicates. Adds row["shard"], and to row["captions"] those that caption.py wrote: {"text",
+    "source": RUN, "weight": 1.0}. Refuses a folder that is missing, unfinished, damaged, or of
+    another FORMAT."""
     folder = Path(folder)
     if not folder.is_dir():
         refuse(f"{folder} does not exist: prepare it first (python prepare_data.py "
                f"{folder.name} --videos DIR)")
-    if not (folder / "manifest.json").is_file():
+    if not has_manifest(folder):
         refuse(f"{folder} is not finished: run its prepare_data.py command (again)")
     manifest = read_json(folder / "manifest.json")
     for name, files in manifest["shards"].items():
         for path in (folder / file for file in files if re.fullmatch(r".*\d(\.metadata)?\.jsonl",
                                                                      file)):
             if not path.is_file() or not is_done(folder, int(name[-5:])) or \
-                    hashlib.sha256(path.read_bytes()).hexdigest() != files[path.name]:
+                    file_sum(path) != files[path.name]:
                 refuse(f"{path} or its tar is not what the manifest says: "
                        f"{MAKE_AGAIN.format(name)}")
     rows = kept_rows(folder, manifest["shards"], read_rows(folder / "duplicates.jsonl"))
@@ -2776,7 +2264,7 @@ def open_dataset(folder):
     for name in manifest["shards"]:
         for captions in sorted(folder.glob(f"{name}.captions-*.jsonl")):
             run = captions.name[len(f"{name}.captions-"):-len(".jsonl")]
-            total = captions.with_name(f"{captions.name}.crc")       # of what caption.py wrote
+            total = captions.with_name(f"{captions.name}.crc")       # by caption.py
             if total.is_file() and total.read_text().strip() != str(
                     zlib.crc32(captions.read_bytes())):
                 refuse(f"{captions} is not as it was written: remove it and caption again, or, if "
@@ -2790,15 +2278,15 @@ def open_dataset(folder):
         stats = [os.stat(folder / file) for _, files in shards for file in files]
         state = folder.absolute(), *((stat.st_size, stat.st_mtime_ns) for stat in stats)
         if state not in CHECKED:
-            random.shuffle(shards)                     # a sample: no result depends on it
+            random.shuffle(shards)                     # a random sample; no result depends on it
             check_sums(folder, shards, time.monotonic() + 1)
             CHECKED.add(state)
     return rows
 
 
 def kept_rows(folder, shards, duplicates):
-    """The rows of shards {name: its files}, without duplicates, with row["shard"]; as told by
-    metadata that came later. A clip without a caption, or label, has that of its duplicate."""
+    """The rows of shards {name: its files}, without duplicates, with row["shard"], updated by
+    metadata.jsonl. A clip without a caption or label gets that of its duplicate."""
     of, kept, left_out = {one["key"]: one["of"] for one in duplicates}, {}, {}
     for name, files in shards.items():
         mine = {row["key"]: {**row, "shard": name} for row in read_rows(folder / f"{name}.jsonl")}
@@ -2814,13 +2302,13 @@ def kept_rows(folder, shards, duplicates):
     return list(kept.values())
 
 
-CHECKED = set()         # data sets, as their files are, whose sums this process has compared
+CHECKED = set()         # (folder, sizes and times of its files) that this process has compared
 MAKE_AGAIN = "remove {}.tar and run its prepare_data.py command, which makes that shard again"
 
 
 def check_sums(folder, shards, until=math.inf):
-    """Refuses shards, of [(name, {file: sha256})], that are not as they were written. What takes
-    longer than `until`, of time.monotonic, is left unchecked."""
+    """Refuses shards [(name, {file: sha256})] whose checksums differ. Stops unchecked at the time
+    `until` (of time.monotonic)."""
     for name, files in shards:
         for file, digest in files.items():
             result = hashlib.sha256()
@@ -2835,7 +2323,7 @@ def check_sums(folder, shards, until=math.inf):
 
 
 def verify(folder):
-    """--verify: compares all sums that stages have written beside their results."""
+    """--verify: compares all checksums that the stages wrote."""
     rows = open_dataset(folder)
     shards = list(read_json(folder / "manifest.json")["shards"].items())
     check_sums(folder, tqdm(shards, desc="verify", unit="shard"))
@@ -2859,7 +2347,7 @@ def verify(folder):
 
 
 def read_member(folder, row):
-    """The bytes of a row's clip, found in its tar by offset."""
+    """The bytes of a row's clip, by offset in its tar."""
     with open(Path(folder, f"{row['shard']}.tar"), "rb") as file:
         file.seek(row["offset"])
         return file.read(row["length"])
@@ -2886,10 +2374,10 @@ FIELDS = ("frames", "fps", "width", "height", "start", "end", "split", "label", 
 
 
 def where(rows, text):
-    """The rows for which `text` holds: comparisons (< <= > >= == !=) of a score, or of one of
-    FIELDS, with a number or a quoted text, joined by and, or, not and parentheses; no comparison
-    holds for a row without that value. where(rows, "flow > 0.1 and not (text > 0.05)"). Refuses
-    what it cannot read and scores that no row has."""
+    """The rows that satisfy `text`: comparisons (< <= > >= == !=) of a score, or of one of FIELDS,
+    with a number or a quoted text, joined by and, or, not and parentheses; false for a row without
+    that value. where(rows, "flow > 0.1 and not (text > 0.05)"). Refuses other syntax and scores
+    that no row has."""
     rows = list(rows)
     names = {name for row in rows for name in row["scores"]} | set(FIELDS)
     compare = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -2933,14 +2421,14 @@ def where(rows, text):
 
 
 def frames_of(folder, row, some=None):
-    """The frames of a row's clip, or of them those numbered in `some`. Raises Unreadable, which
-    names it, of a clip that cannot be read or has lost some."""
+    """The frames of a row's clip, or only those numbered in `some`. Raises Unreadable if the clip
+    cannot be decoded or frames are missing."""
     try:
         frames = list(clip_frames(folder, row, some))
         if len(frames) == (row["frames"] if some is None else len(some)):
             return frames
         error = f"{len(frames)} frames came"
-    except Exception as result:          # whatever the damage does: it is this clip's
+    except Exception as result:          # any error on damaged bytes concerns this clip only
         if is_machine_error(result):
             raise
         error = result
@@ -2954,36 +2442,24 @@ def read_clip(folder, row):
 
 
 def matmul_rate(n=1024):
-    """FLOP/s of numpy's product of two n x n matrices here, the best of four."""
-    x, best = np.ones((n, n), np.float32), math.inf
-    for _ in range(4):
-        began = time.perf_counter()
-        x @ x
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best
-
-
-def cpu_dtype():
-    """bf16 where the processor multiplies it (a step of video-xs-2 takes 0.65 of the time)."""
-    path = Path("/proc/cpuinfo")
-    flags = path.read_text() if path.exists() else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    """FLOP/s of numpy's product of two n x n matrices, the best of four."""
+    x = np.ones((n, n), np.float32)
+    return 2 * n**3 / min(timeit.repeat(lambda: x @ x, number=1, repeat=4))
 
 
 # -- the report and its pictures -------------------------------------------------------------------
 
-
 def report(folder, root):
-    """report/ of a finished data set: report.txt (how scores are spread, what other bounds would
-    cost, why clips were rejected), spread.png, kept.png, rejected.png, duplicates.png."""
-    rejects, twins = read_rows(folder / "rejected.jsonl"), read_rows(folder / "duplicates.jsonl")
-    rows = open_dataset(folder)
+    """Writes report/ of a finished data set: report.txt (distributions of scores, what other bounds
+    would reject, why clips were rejected), spread.png, kept.png, rejected.png, duplicates.png."""
+    rejects, duplicates, rows = read_rows(folder / "rejected.jsonl"), read_rows(
+        folder / "duplicates.jsonl"), open_dataset(folder)
     values = {name: [row["scores"][name] for row in rows if row["scores"].get(name) is not None]
               for name in SCORES}
     values["words"] = [len(one["text"].split()) for row in rows for one in row["captions"]]
     values = {name: np.sort(numbers) for name, numbers in values.items() if numbers}
     marks = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
-    lines = [f"{len(rows)} clips, {len(rejects)} rejects, {len(twins)} duplicates", "",
+    lines = [f"{len(rows)} clips, {len(rejects)} rejects, {len(duplicates)} duplicates", "",
              "How the kept clips' scores are spread, by percent of the clips (a lower bound of "
              "what stands under 10 would lose 10% of them)",
              f"{'':12}" + "".join(f"{mark:>10}" for mark in marks)]
@@ -2996,20 +2472,25 @@ def report(folder, root):
         figures = sorted(one["figure"] for one in mine if number_of(one["threshold"]) is not None
                          and number_of(one["figure"]) is not None)
         if figures and figures[0] < mine[0]["threshold"]:
-            figures = figures[::-1]                    # a lower bound has to go down
+            figures = figures[::-1]                    # a lower bound is relaxed downwards
         lines.append(f"{n:8} {reason:40}" + "".join(
             f"{figures[math.ceil(len(figures) * q) - 1]:10.4g}" for q in (0.25, 0.5, 1) if figures))
     write_text(folder / "report/report.txt", "\n".join(lines) + "\n")
-    contact_sheet(folder / "report/spread.png", [
-        (bars(numbers), "{}: {:.4g} to {:.4g}".format(name, *np.percentile(numbers, (1, 99))))
-        for name, numbers in values.items()], 192)
+    histograms = []
+    for name, numbers in values.items():
+        ends = np.percentile(numbers, (1, 99))
+        counts, _ = np.histogram(numbers, 48, ends)
+        is_bar = np.arange(60, 0, -1)[:, None] <= np.repeat(counts * 60 / max(1, counts.max()), 2)
+        histograms.append(([np.where(is_bar[..., None], np.uint8((90, 150, 230)), np.uint8(
+            (40, 44, 52)))], "{}: {:.4g} to {:.4g}".format(name, *ends)))
+    contact_sheet(folder / "report/spread.png", histograms, 192)
     every = {row["key"]: {**row, "shard": name} for name in read_json(
         folder / "manifest.json")["shards"] for row in read_rows(folder / f"{name}.jsonl")}
     contact_sheet(folder / "report/kept.png", [
         sheet_row(folder, row) for row in rows[::max(1, len(rows) // 36)][:36]])
     contact_sheet(folder / "report/duplicates.png", [
         (sheet_row(folder, every[one["of"]], 1)[0] + glimpse(root, every[one["key"]]),
-         f"{one['distance']} {one['key']} of {one['of']}") for one in twins[:36]])
+         f"{one['distance']} {one['key']} of {one['of']}") for one in duplicates[:36]])
     shown = [one for reason in sorted({one["reason"] for one in rejects})
              for one in [one for one in rejects if one["reason"] == reason and one["source"]][:6]]
     contact_sheet(folder / "report/rejected.png", [
@@ -3019,16 +2500,8 @@ def report(folder, root):
     print(f"look at {folder / 'report'}")
 
 
-def bars(values, height=60):
-    """[uint8 [height, 96, 3]]: a histogram from the 1st to the 99th percentile."""
-    counts, _ = np.histogram(values, 48, np.percentile(values, (1, 99)))
-    tops = np.repeat(counts * height / max(1, counts.max()), 2)
-    return [np.where((np.arange(height, 0, -1)[:, None] <= tops)[..., None],
-                     np.uint8((90, 150, 230)), np.uint8((40, 44, 52)))]
-
-
 def glimpse(root, reject):
-    """[frame] from about the middle of what was rejected; [] where nothing decodes."""
+    """[frame] from about the middle of a rejected clip; [] if nothing decodes."""
     try:
         path, _ = located(root, reject["source"])
         if path.suffix.lower() in STILLS:
@@ -3047,23 +2520,23 @@ COLOURS = {"red": (240, 60, 50), "green": (60, 210, 80), "blue": (70, 110, 255),
            "yellow": (245, 225, 60), "purple": (205, 80, 240), "cyan": (60, 220, 230)}
 FORMS = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-GROUNDS = {"black": 12, "dark": 40, "grey": 68}      # levels far below every colour's own luma
+GROUNDS = {"black": 12, "dark": 40, "grey": 68}      # levels far below the luma of every colour
 TEXTURES = ("plain", "striped", "checked", "dotted")
 DEMO_SIZES = ((32, 32), (48, 32), (32, 40), (40, 32), (36, 32), (32, 48), (40, 40), (32, 36))
 
 
 def is_left_out(colour, form, direction):
-    """Whether the training split never shows this combination: 24 of the 72, chosen so that every
-    pair (colour and form, form and direction, colour and direction) is still seen."""
+    """Whether the training split lacks this combination: 24 of the 72, chosen so that it has every
+    pair (colour and form, form and direction, colour and direction)."""
     index = list(COLOURS).index(colour) + FORMS.index(form) + list(DIRECTIONS).index(direction)
     return index % 3 == 0
 
 
 def demo_files(n_files=160, seed=0):
-    """The plan of the demo: a list of files {name, width, height, fps, split, shots}; a shot holds
-    all that `render_shot` needs, its caption, and whether the metadata file tells that caption.
-    Every eighth file is for the test split, and half of its shots show combinations left out. In
-    files beyond the usual 160 all turn or stop: see `paced`."""
+    """The plan of the demo: a list of files {name, width, height, fps, split, shots}; a shot has
+    the arguments of `render_shot`, its caption, and whether the metadata contains it (captioned).
+    Every eighth file is in the test split, where half of the shots show combinations left out. In
+    files beyond 160 all shapes turn or stop: see `paced`."""
     every = [(c, f, d) for c in COLOURS for f in FORMS for d in DIRECTIONS]
     seen = [combination for combination in every if not is_left_out(*combination)]
     left_out = [combination for combination in every if is_left_out(*combination)]
@@ -3074,7 +2547,7 @@ def demo_files(n_files=160, seed=0):
         is_test, is_more, shots, level = i % 8 == 7, i >= 160, [], None
         fps = int(random.choice([8, 10, 12]))
         for j in range(8):
-            level = random.choice([g for g in GROUNDS if g != level])    # so that every cut shows
+            level = random.choice([g for g in GROUNDS if g != level])    # makes each cut visible
             pool = left_out if is_test and j % 2 else seen
             n_shapes = 1 if is_test and j % 2 or random.random() < 0.8 else 2
             picked = [pool[k] for k in random.choice(len(pool), n_shapes, replace=False)]
@@ -3089,8 +2562,8 @@ def demo_files(n_files=160, seed=0):
 
 def demo_shot(random, combinations, level, width, height, fps):
     """One shot: shapes [{colour, form, direction, radius, start, stop}] (pixels), a ground, a
-    number of frames, a caption. Shapes stay inside the frame and clear of each other; two are
-    smaller than one, so that there is room for both ways."""
+    number of frames, a caption. Shapes stay inside the frame and apart; two are smaller than one,
+    so that both fit."""
     side, n_frames = min(width, height), int(random.integers(9, 15))
     radii = (0.25, 0.29) if len(combinations) == 1 else (0.17, 0.2)
     for _ in range(200):
@@ -3098,7 +2571,7 @@ def demo_shot(random, combinations, level, width, height, fps):
         for colour, form, direction in combinations:
             radius = side * random.uniform(*radii)
             size, step = np.array([width, height]), np.array(DIRECTIONS[direction])
-            reach = size / 2 - radius - 1                                 # how far a centre may go
+            reach = size / 2 - radius - 1                                 # of the centre
             path = step * random.uniform(0.75, 1.0) * 2 * reach * np.abs(step)
             free = reach - np.abs(path) / 2
             middle = size / 2 + random.uniform(-1, 1, 2) * free
@@ -3122,8 +2595,8 @@ def demo_shot(random, combinations, level, width, height, fps):
 
 
 def paced(random, shot):
-    """A shot of which more is shown: its shapes come back to where they turn, or rest where they
-    stop, as those of a video that goes on under the same prompt or another."""
+    """A longer version of a shot, whose shapes first move backwards and turn, or rest at the end,
+    like a video that is extended with the same prompt or another."""
     kind = str(random.choice(["turn", "rest"]))
     more = int(random.integers(5, 9) if kind == "turn" else random.integers(5, 15))
     n_frames = shot["frames"] + more
@@ -3131,7 +2604,7 @@ def paced(random, shot):
 
 
 def progress(shot):
-    """[T]: where on its way a shape is in each frame, 0 at its start and 1 where it stops."""
+    """[T]: position of a shape on its path in each frame, 0 at its start and 1 at its stop."""
     turn, rest = shot.get("turn", 0), shot.get("rest", 0)        # shares of the frames
     return np.interp(np.linspace(0, 1, shot["frames"]), [0, turn, 1 - rest, 1],
                      [turn / (1 - turn - rest), 0, 1, 1])
@@ -3160,121 +2633,14 @@ def render_shot(shot, oversample=4):
     return frames.clip(0, 255).round().astype(np.uint8)
 
 
-# A second demo, to see what a few real videos give: landscapes of textures under a moving camera.
-# Colours of the sky at the zenith and at the horizon, and of what is lit.
-LIGHTS = {"noon": ((70, 130, 225), (190, 220, 245), (255, 255, 245)),
-          "dusk": ((60, 50, 110), (250, 150, 80), (250, 190, 140)),
-          "fog": ((150, 160, 170), (205, 210, 212), (205, 210, 215)),
-          "night": ((10, 14, 40), (40, 56, 96), (90, 105, 150))}
-SCENES = {"hills": ("balloon", (96, 150, 62)), "sea": ("boat", (24, 84, 110)),
-          "desert": ("ball", (226, 178, 110))}
-CAMERAS = {"still": (0, 1), "pans left": (-0.7, 1), "pans right": (0.7, 1), "zooms in": (0, 1.7)}
+def render_file(folder, render, file):
+    frames = (frame for shot in file["shots"] for frame in render(shot))
+    write_video(folder / file["name"], frames, file["fps"], crf=10)
 
 
-def scene_files(n_files=30, seed=0):
-    """The plan of demo-scenes, like `demo_files`: two shots a file, every light and scene."""
-    files = []
-    for i in range(n_files):
-        random, shots = rng(seed, "scenes", i), []
-        for j in range(2):
-            ground, light = list(SCENES)[(i + j) % 3], list(LIGHTS)[(i // 3 + 2 * j) % 4]
-            camera = str(random.choice(list(CAMERAS)))
-            colour = str(random.choice([c for c in COLOURS if c != "green"]))
-            shots.append(dict(
-                scene=ground, light=light, camera=camera, colour=colour, frames=48, height=72,
-                width=96, seed=(seed, "scene", i, j), captioned=True, caption=f"a {colour} "
-                f"{SCENES[ground][0]}, {ground}, {light}, the camera {camera}"))
-        files.append({"name": f"scene-{i:03d}.mp4", "fps": 24, "shots": shots,
-                      "split": "test" if i % 10 == 9 else "train"})
-    return files
-
-
-def random_texture(random, power, n=128):
-    """Periodic noise [n, n] of mean 0.5 in 0..1; a wave of frequency f has the size f**-power."""
-    f = np.hypot(np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n))
-    f[0, 0] = np.inf
-    texture = np.fft.irfft2(np.exp(2j * np.pi * random.random(f.shape)) * f**-power, (n, n))
-    return (0.5 + texture / (5 * texture.std())).clip(0, 1)
-
-
-def look_up(texture, y, x):
-    """A periodic texture at real coordinates, between its points bilinear."""
-    n, i, j = len(texture), np.floor(y).astype(int), np.floor(x).astype(int)
-    a, b = y - i, x - j
-    at = lambda k, m: texture[(i + k) % n, (j + m) % n]
-    return (1 - a) * ((1 - b) * at(0, 0) + b * at(0, 1)) + a * (
-        (1 - b) * at(1, 0) + b * at(1, 1))
-
-
-def scene_object(kind, u, v, t):
-    """(what it covers, how bright it is) of a boat, balloon or ball about (0, 0), of radius 1."""
-    r = np.hypot(u, v)
-    shade = 0.45 + 0.55 * (1 - np.hypot(u + 0.4, v + 0.45) / 1.7).clip(0, 1)
-    if kind == "boat":
-        hull, sail = (v > 0.5) & (v < 0.95) & (np.abs(u) < 1.3 - v / 2), (
-            (v < 0.45) & (v > -1.2) & (u > -0.1) & (u < 0.6 * (v + 1.2)))
-        return hull | sail, np.where(hull, 0.35, 1.1)
-    if kind == "balloon":
-        basket = (np.abs(u) < 0.25) & (v > 1.25) & (v < 1.6)
-        stripes = 0.75 + 0.25 * np.sign(np.sin(7 * u))
-        return (r < 1) | basket, np.where(basket, 0.3, shade * stripes)
-    turn = np.arctan2(v, u) + 5 * t
-    return r < 1, shade * (0.7 + 0.3 * np.sign(np.cos(2 * turn)))
-
-
-def render_scene(shot):
-    """uint8 [T, H, W, 3]: sky with drifting clouds and a sun, ridges or waves, each moved by the
-    camera as far as it is near, and the object that crosses it; drawn at twice its size."""
-    random, (H, W) = rng(*shot["seed"]), (2 * shot["height"], 2 * shot["width"])
-    clouds, rough = random_texture(random, 1.7), random_texture(random, 0.9)
-    kind, ground = SCENES[shot["scene"]]
-    zenith, low, lit = (np.array(c, float) for c in LIGHTS[shot["light"]])
-    ground, colour = np.array(ground) * lit / 255, np.array(COLOURS[shot["colour"]]) * lit / 255
-    pan, zoom = CAMERAS[shot["camera"]]
-    sun, side, level = random.uniform(-0.5, 0.5), random.choice([-1, 1]), random.uniform(0.25, 0.4)
-    y, x = (np.mgrid[:H, :W] + 0.5) / H - np.array([0.5, W / H / 2])[:, None, None]
-    mix = lambda a, b, share: a + (b - a) * np.clip(share, 0, 1)[..., None]
-    frames = []
-    for t in np.linspace(0, 1, shot["frames"]):
-        view = lambda depth: (y / (1 + (zoom - 1) * t * depth), pan * depth * (t - 0.5)
-                              + x / (1 + (zoom - 1) * t * depth))
-        v, u = view(0.15)
-        frame = mix(zenith, low, 1.1 + 2 * v)
-        frame = mix(frame, lit, 1.2 - np.hypot(u - sun, v + 0.25) * 12)                   # the sun
-        frame = mix(frame, lit, 3.5 * look_up(clouds, v * 60, u * 40 + 9 * t) - 2)
-        for depth in (0.3, 0.5, 0.8) if shot["scene"] != "sea" else (0.5,):
-            v, u = view(depth)
-            ridge = depth * 0.55 - 0.16
-            if shot["scene"] == "sea":
-                ridge, nearness = 0.05, 1 / (v - 0.02).clip(0.03)
-                light = look_up(rough, 14 * nearness + 10 * t, 6 * u * nearness) + (
-                    0.3 - np.abs(u - sun)).clip(0)
-            else:
-                ridge = ridge + 0.45 * (1 - depth / 2) * (look_up(clouds, np.full_like(
-                    u, 90 * depth), u * 14 + 50 * depth) - 0.5)
-                light = look_up(rough, v * 70 / depth, u * 50 / depth)
-            face = mix(low, ground * (0.55 + 0.9 * light[..., None]), np.full_like(u, depth + 0.2))
-            frame = mix(frame, face, (v - ridge) * H / 2)
-        v, u = view(0.8)
-        offset = side * (1.1 * t - 0.55)
-        height = {"boat": 0.1, "ball": level - 0.1 * np.abs(np.sin(9 * t)),
-                  "balloon": -level / 2 - 0.1 * t}[kind]
-        size = {"boat": 0.16, "ball": 0.11, "balloon": 0.14}[kind]
-        covers, bright = scene_object(kind, (u - offset) / size, (v - height) / size, side * t)
-        frame = mix(frame, colour * bright[..., None], covers.astype(float))
-        frames.append(frame.reshape(H // 2, 2, W // 2, 2, 3).mean((1, 3)))
-    return np.stack(frames).clip(0, 255).round().astype(np.uint8)
-
-
-def render_file(folder, file):
-    write_video(folder / file["name"], (
-        frame for shot in file["shots"]
-        for frame in (render_scene if "scene" in shot else render_shot)(shot)), file["fps"], crf=10)
-
-
-def make_demo(folder, files, n_workers):
-    """Renders a demo's videos, those that are not there, and captions.jsonl, as if they were a
-    user's: each file's split, and its captions (of the first demo for about half of its shots)."""
+def make_demo(folder, files, render, n_workers):
+    """Renders the missing videos of a demo and writes captions.jsonl, as a user would: the split of
+    each file, and the caption of each shot that is `captioned`."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     rows = []
@@ -3292,33 +2658,67 @@ def make_demo(folder, files, n_workers):
         context = multiprocessing.get_context("spawn")
         with deaf_children():
             pool = context.Pool(min(n_workers, len(todo)), die_with_parent)
-        with pool:                                     # is ended, not waited for, on an error
-            work = pool.imap(functools.partial(render_file, folder), todo)
+        with pool:                                     # terminated at once on an error
+            work = pool.imap(functools.partial(render_file, folder, render), todo)
             list(tqdm(work, total=len(todo), unit="file", desc="demo videos"))
     write_rows(folder / "captions.jsonl", rows)
 
 
-# == what lies on people's disks: archives, HEIC, HDR ==============================================
+# == files as people have them: archives, odd pictures, HDR, damage, encodings, metadata ===========
 
 HEIC = (b"heic", b"heix", b"mif1")
 ENDINGS = VIDEOS | STILLS | {".pkl"}     # VideoInstruct's
 ARCHIVES = (".tar", ".tfrecords")
 PACKED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.I)
-LFS = b"version https://git-lfs"         # begins what git leaves where Git LFS did not run
+LFS = b"version https://git-lfs"         # a pointer that git leaves if Git LFS did not run
 NO_TARS = {b"\x1f\x8b": "gzip: unpack it", b"BZh": "bzip2: unpack it", b"\xfd7zXZ": "xz: unpack it",
            b"(\xb5/\xfd": "zstd: unpack it", b"PK\3\4": "zip: unpack it", b"<": "a web page",
            LFS: "a pointer of Git LFS"}
 
 
+def is_archive(name):
+    return Path(name).suffix.lower() in ARCHIVES or bool(PACKED.search(name))
+
+
+def refuse_pointer(path):
+    """Refuses a pointer of Git LFS in a file's place."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            refuse(f"{path} is a Git LFS pointer and not the file: git lfs pull fetches it")
+
+
+def walk(root, folder):
+    """Yields (folder, names of its files) for `root` and all folders below, links included: each
+    folder once, by its real path if that is below `root`. Skips hidden folders, the data set's own
+    and links to a parent of `root`; warns of unreadable ones."""
+    def tell(error):
+        print(f"warning: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
+
+    waiting, seen = [Path(root)], {folder.resolve(), *Path(root).resolve().parents}
+    while waiting:                                     # real folders first, then links, in order
+        links = []
+        for top in waiting:
+            if top.resolve() in seen:
+                continue
+            for where, folders, files in os.walk(top, onerror=tell):
+                seen.add(Path(where).resolve())
+                yield Path(where), files
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                links += [Path(where, name) for name in folders
+                          if os.path.islink(os.path.join(where, name))]
+                folders[:] = [name for name in folders if Path(where, name).resolve() not in seen]
+        waiting = links
+
+
 def in_memory(data, suffix):
-    """An open file of bytes that is used like a path: it has a suffix."""
+    """An open file of bytes, with a suffix like a path."""
     file = io.BytesIO(data)
     file.suffix = suffix
     return file
 
 
 class Member(io.RawIOBase):
-    """A part of a file, as an open file that is used like a path: it has a suffix."""
+    """A part of a file as an open file, with a suffix like a path."""
 
     def __init__(self, path, start, size, suffix):
         self.file, self.start, self.size, self.suffix = open(path, "rb"), start, size, suffix
@@ -3349,20 +2749,18 @@ class Member(io.RawIOBase):
 
 
 def members(archive):
-    """{name: (offset, bytes)} of the files in a tar (however `tar` spells them: ./a//b is a/b), or
-    of the records of a TFRecord file (called NUMBER.mkv: `bair_video`); of a damaged one those
-    before the damage."""
+    """{name: (offset, bytes)} of the files in a tar (./a//b is a/b), or of the records of a
+    TFRecord file (called NUMBER.mkv: see `bair_video`); only those before any damage."""
     return archive_index(archive)[0]
 
 
 @functools.lru_cache(2)
 def archive_index(archive):
-    """(`members` of an archive, '' or what is wrong with it)."""
+    """(`members` of an archive, description of its damage or '')."""
     index, size = {}, archive.stat().st_size
     with open(archive, "rb") as file:
         if archive.suffix.lower() != ".tfrecords":
-            head = file.read(max(map(len, NO_TARS)))
-            file_is = "compressed: unpack it to a .tar"
+            head, file_is = file.read(len(LFS)), "compressed: unpack it to a .tar"
             index, wrong = ({}, file_is) if PACKED.search(archive.name) else tar_index(file, size)
             kinds = [kind for mark, kind in NO_TARS.items() if head.startswith(mark)]
             return index, f"no tar but {kinds[0]}" if wrong and kinds and not index else wrong
@@ -3381,7 +2779,7 @@ def tar_index(file, size):
     plain = lambda path: os.path.normpath("/" + path).replace(os.sep, "/").lstrip("/")
     while at < size and not wrong:
         file.seek(at)
-        if not any(block := file.read(tarfile.BLOCKSIZE)):             # a mark of the end
+        if not any(block := file.read(tarfile.BLOCKSIZE)):             # an end marker
             at += len(block)
             continue
         file.seek(begin := at)
@@ -3397,7 +2795,7 @@ def tar_index(file, size):
                 elif one.isfile() and one.offset_data + one.size <= size:      # not cut off
                     index[name] = one.offset_data, one.size
             at = tar.offset
-        if at == begin or at >= size:                  # no mark of the end
+        if at == begin or at >= size:                  # no end marker
             wrong = f"cut off or damaged behind {len(index)} members" if index else "no tar"
     dead = []
     for name, target in links.items():
@@ -3411,8 +2809,8 @@ def tar_index(file, size):
 
 
 def located(root, source):
-    """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls that go with
-    it, in small letters or capitals. A WebDataset key ends at the first dot of the file's name."""
+    """(path or open file, {suffix: bytes}) of a source and of the .txt, .json and .cls beside it,
+    in lower or upper case. A WebDataset key ends at the first dot of the file's name."""
     path, suffixes = Path(root, source), BESIDE_FILES
     archive = next((one for one in path.parents
                     if one.suffix.lower() in ARCHIVES and one.is_file()), None)
@@ -3436,9 +2834,9 @@ def located(root, source):
 
 
 def bair_video(record):
-    """A lossless video, 10 frames a second (nothing tells the rate), of the main camera's frames
-    in a record of softmotion30_44k: a tf.train.Example, in which 64 x 64 px of raw RGB stand behind
-    each frame's name, with the tags and lengths of three messages between them."""
+    """A lossless video of the main camera's frames in a record of softmotion30_44k, 10 frames a
+    second (the record has no rate). The record is a tf.train.Example: each frame's name, the tags
+    and lengths of three messages, then 64 x 64 px of raw RGB."""
     frames = dict(re.findall(rb"\n.(\d+)/image_main/encoded\x12..\n..\n\x80\x60(.{12288})", record,
                             re.DOTALL))
     try:
@@ -3451,6 +2849,65 @@ def bair_video(record):
     return file.getvalue()
 
 
+# -- pictures of every kind ------------------------------------------------------------------------
+
+def flat_rgb(picture):
+    """uint8 [H, W, 3] of a Pillow picture of any mode, on a white background. The white level is
+    2**bits - 1; for floats 1 or, if values are larger, 255 or 65535."""
+    if picture.mode[0] in "IF":                                     # 16 bits and more; floats
+        tags = getattr(picture, "tag_v2", {})
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0)
+        most = values.max(initial=0)
+        full = (1 if most <= 1 else 255 if most <= 255 else 65535) if picture.mode == "F" else \
+            2 ** min(16, *tags.get(258, (16,))) - 1                 # TIFF's BitsPerSample
+        values = (values.clip(0, full) * (255 / full)).round().astype(np.uint8)
+        picture = Image.fromarray(255 - values if tags.get(262) == 0 else values)   # WhiteIsZero
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+@contextlib.contextmanager
+def opened_picture(file):
+    """Yields a Pillow picture (of a path or file object), not loaded yet; a JPEG above MOST_PIXELS
+    at a half, a quarter or an eighth of its size. Raises Unreadable."""
+    with Image.open(file) as picture:
+        size, k = picture.size, 1
+        while math.prod(picture.size) > MOST_PIXELS and picture.format in ("JPEG", "MPO") and k < 8:
+            k *= 2
+            picture.draft(picture.mode, [side // k for side in size])
+        if math.prod(picture.size) > MOST_PIXELS:
+            raise Unreadable("too many pixels", math.prod(size))
+        yield picture
+
+
+def decoded_still(file, hdr="tonemap"):
+    """(uint8 [H, W, 3], conversions) of a picture file (path or file object), in the orientation of
+    its tags."""
+    if brand_of(file) in (*HEIC, b"avif") and (heif := read_heif(file, hdr)):
+        return heif
+    with opened_picture(file) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        return flat_rgb(picture), ()
+
+
+def is_animated(path):
+    """Whether a file with a still's suffix is animated. Pages of a TIFF and the second view of a
+    stereo JPEG are not frames, so only formats with animation count."""
+    if brand_of(path) in HEIC:
+        return False
+    try:
+        with opened_picture(path) as picture:
+            return picture.format in ("GIF", "WEBP", "PNG", "AVIF") and \
+                getattr(picture, "n_frames", 1) > 1
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
+        raise Unreadable("not a picture that can be read") from None
+
+
 def brand_of(file):
     """The brand of an ISO file, such as b"heic" or b"avif"; b"" of any other."""
     with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as inside:
@@ -3461,8 +2918,8 @@ def brand_of(file):
 
 
 def boxes(data, start, stop):
-    """{type: (first, last)} of the boxes of an ISO file between two places of its bytes, and the
-    same as a list."""
+    """{type: (start, stop)} of the boxes between two offsets of an ISO file, and the same as a
+    list."""
     entries = []
     while start + 8 <= stop:
         size, kind = struct.unpack_from(">I4s", data, start)
@@ -3474,7 +2931,7 @@ def boxes(data, start, stop):
 
 
 def heif_item(data):
-    """(type, [number of each tile], columns, (width, height), [(property, its bytes)]) of the main
+    """(type, [item of each tile], columns, (width, height), [(property, its bytes)]) of the primary
     picture of a HEIF file: a coded picture, or a grid of them."""
     meta, _ = boxes(data, boxes(data, 0, len(data))[0][b"meta"][0] + 4, len(data))
     reads = lambda form, at: struct.unpack_from(">" + form, data, at)
@@ -3524,9 +2981,8 @@ def heif_item(data):
 
 
 def read_heif(file, hdr):
-    """(uint8 [H, W, 3], what was done to it) of a HEIC, also one of tiles as telephones write it,
-    or of an AVIF in HDR, by FFmpeg and turned; None of an AVIF that Pillow reads. Raises
-    Unreadable."""
+    """(uint8 [H, W, 3], conversions) of a HEIC, also of tiles as phones write it, or of an HDR
+    AVIF, by FFmpeg, in its orientation; None for an AVIF that Pillow reads. Raises Unreadable."""
     data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
     try:
         kind, tiles, columns, size, properties = heif_item(data)
@@ -3554,8 +3010,10 @@ def read_heif(file, hdr):
     return np.ascontiguousarray(pixels), {"HEIF to PNG", *video.converted}
 
 
+# -- videos: HDR, timestamps, damage, interlaced frames, animated pictures -------------------------
+
 HDR = {16: "PQ", 18: "HLG"}             # H.273's transfer characteristics
-WHITE, PEAK = 203.0, 1000.0             # cd/m2: SDR's white (BT.2408), and where HDR is cut off
+WHITE, PEAK = 203.0, 1000.0             # cd/m2: SDR's white (BT.2408), and the clipping of HDR
 TO_709 = {1: np.eye(3), 12: ((1.224940, -0.224940, 0), (-0.042057, 1.042057, 0), (
     -0.019638, -0.078636, 1.098274))}   # primaries' linear RGB in BT.709's: 12 is P3, others 2020
 FROM_2020 = ((1.660491, -0.587641, -0.072850), (-0.124550, 1.132900, -0.008349),
@@ -3570,7 +3028,7 @@ def tone_mapped(signal, transfer, primaries=9):
     linear, bent, encoded = hdr_tables(transfer)
     matrix = np.float32(TO_709.get(primaries, FROM_2020))
     flat, out = signal.reshape(-1, 3), np.empty(signal.shape, np.uint8)
-    for at in range(0, len(flat), 2**15):              # what the processor's cache holds
+    for at in range(0, len(flat), 2**15):              # blocks that fit the processor's cache
         light = linear[np.ascontiguousarray(flat[at:at + 2**15].T)]
         if transfer == 18:
             light *= (np.float32((0.2627, 0.678, 0.0593)) @ light) ** np.float32(0.2)
@@ -3609,6 +3067,253 @@ def hdr_tables(transfer):
     bent = eotf(np.where(top < knee, top, curve) * inverse(PEAK)) / WHITE
     return linear.astype(np.float32), bent.astype(np.float32), \
         (x ** (2 / 2.4) * 255).round().astype(np.uint8)
+
+
+def colour_matrix(frame):
+    """src_colorspace for a frame: None = its own tag; untagged is BT.601, or BT.709 at HD sizes, as
+    in players; HDR is BT.2020."""
+    if frame.colorspace in (2, 10) and frame.color_trc in HDR:
+        return Colorspace.BT2020
+    if frame.colorspace != 2:                                       # AVCOL_SPC_UNSPECIFIED
+        return None
+    return Colorspace.ITU709 if frame.width >= 1280 or frame.height > 576 else Colorspace.ITU601
+
+
+def true_times(stamps, step=0.04):
+    """Seconds since the first frame [T], strictly increasing, from the timestamps [2, T] = pts, dts
+    (s, nan if missing). Frames are in display order, so a timestamp that does not increase is wrong
+    (packed B-frames in AVI) and is interpolated. Timestamps that restart, as in concatenated
+    streams, continue from the end of the first part. Without any timestamps, as in an elementary
+    stream, frames are `step` s apart."""
+    raw = min(stamps, key=lambda line: int((~(np.diff(line) > 0)).sum())).copy()  # pts if both do
+    steps = np.diff(raw)
+    for i in np.flatnonzero(steps < 0) + 1:
+        if len(steps) >= i + 8 and (steps[i:i + 8] > 0).all():
+            usual = np.median(steps[steps > 0])
+            if i > 1 and raw[i - 2] < raw[i] and steps[i - 2] > 10 * usual:
+                raw[i - 1] = math.nan                        # a single wrong one, not a restart
+            else:
+                raw[i:] += raw[i - 1] + usual - raw[i]
+    top = np.maximum.accumulate(np.nan_to_num(raw, nan=-math.inf))
+    good = np.flatnonzero(raw > np.r_[-math.inf, top[:-1]])
+    step = np.median(np.diff(raw[good]) / np.diff(good)) if len(good) > 1 else step
+    at = np.arange(len(raw))
+    if not len(good):
+        return at * step
+    times = np.interp(at, good, raw[good])
+    times += step * (np.minimum(at - good[0], 0) + np.maximum(at - good[-1], 0))
+    return times - times[0]
+
+
+def raise_machine(error, path, index=0, n_packets=0):
+    """Raises an FFmpegError again if it is of the machine. FFmpeg reports EIO and ENOMEM also for
+    damaged files: their bytes can be read, but opening them, or demuxing n packets, fails again."""
+    if error.errno in (errno.EIO, errno.ENOMEM) and not (
+            error.errno == errno.ENOMEM and is_machine_error(error)):
+        if isinstance(path, Path):
+            with open(path, "rb") as file:
+                while file.read(2**24):
+                    pass
+        else:
+            path.seek(0)
+        try:
+            with av.open(str(path) if isinstance(path, Path) else path) as container:
+                deque(itertools.islice(container.demux(container.streams[index]), n_packets), 0)
+        except FFmpegError:
+            return
+    elif not is_machine_error(error):
+        return
+    raise OSError(error.errno, error.strerror, str(path))
+
+
+def demuxed(container, stream):
+    """The packets of a stream. Skips packets of streams that begin later in the file, for which
+    PyAV raises IndexError."""
+    for packets in iter(lambda: container.demux(stream), None):
+        try:
+            yield from packets
+            return
+        except IndexError:
+            continue
+
+
+def animated(video):
+    """Frames of an animated picture by Pillow, with delays as in browsers."""
+    at = 0
+    try:
+        with opened_picture(video.path) as picture:
+            if math.prod(picture.size) > MOST_PIXELS // 4:          # Pillow keeps many copies
+                raise Unreadable("too many pixels", math.prod(picture.size))
+            unit = 10 if picture.format == "GIF" else 1            # of delays, ms
+            video.tick = unit / 1000
+            for n in range(picture.n_frames):
+                picture.seek(n)
+                if math.prod(picture.size) > MOST_PIXELS // 4:     # a GIF that grows: damage
+                    raise ValueError
+                picture.load()
+                frame = av.VideoFrame.from_ndarray(flat_rgb(picture), format="rgb24")
+                frame.pts, delay = at // unit, round(picture.info.get("duration") or 0)
+                at += delay if delay > 10 else 100
+                yield frame
+    except PICTURE_ERRORS as error:
+        if is_machine_error(error):
+            raise
+        video.bad_packets += 1                      # the frames before the damage stay
+
+
+def progressive(video, frames):
+    """The frames, those from the first interlaced one on through FFmpeg's bwdif."""
+    graph, shape, waiting = None, None, deque()
+
+    def deinterlaced(frame):
+        graph.vpush(frame)
+        with contextlib.suppress(BlockingIOError, EOFError):
+            while waiting:
+                out = graph.vpull()
+                out.pts, out.dts = waiting.popleft()
+                yield out
+    for frame in frames:
+        if graph and shape != (frame.width, frame.height, frame.format.name):
+            yield from deinterlaced(None)
+            graph = None
+        if frame.interlaced_frame and not graph and video.interlaced != "keep" \
+                and min(frame.width, frame.height) >= 16:
+            if video.interlaced == "reject":
+                raise Unreadable("interlaced")
+            video.converted.add("deinterlaced")
+            shape = frame.width, frame.height, frame.format.name
+            graph = deinterlacer(frame)
+        if graph:
+            waiting.append((frame.pts, frame.dts))
+            yield from deinterlaced(frame)
+        else:
+            yield frame
+    if graph:
+        yield from deinterlaced(None)
+
+
+def deinterlacer(frame):
+    """FFmpeg's bwdif for frames like `frame`: one frame out for each in, one thread."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    graph.link_nodes(graph.add_buffer(frame, time_base=frame.time_base or Fraction(1, 1000)),
+                     graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def unnamed(kind, value):
+    """A member of PyAV's enumeration of side data for an unknown type. Without it PyAV reads no
+    side data of that frame, not even the rotation."""
+    one = object.__new__(kind)
+    one._name_ = one._value_ = value
+    return one
+
+
+av.sidedata.sidedata.Type._missing_ = classmethod(unnamed)
+
+
+# -- texts in every encoding and script ------------------------------------------------------------
+
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8,
+         "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def encoding_of(head):
+    """The encoding of a text by its byte order mark; without one UTF-8."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), "utf-8")
+
+
+# The two of Windows' code pages that can be recognised: (what no text in them contains, what it
+# must contain). cp1252: letters that Czech, Polish and Turkish pages have elsewhere or lack, at
+# most two in a row, and no signs inside a word. cp1251: words of Cyrillic letters only, mostly
+# lower case, never lower before upper case (as KOI8-R, Greek and Arabic would give); with upper
+# case, or letters that Hebrew lacks.
+MARKS_1252, CYRILLIC = "‘’“”–—…•€™©®°«»¡¿£·§´\xa0", "А-яЁёІіЇїЄєҐґЎў"
+LEGACY = {
+    "cp1252": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÖØÙÚÛÜŒàáâãäåæçèéêëìíîïñòóôöøùúûüœß]"
+        r"|[À-ÿœŒ]{3}|[^\W\d_][‘“”•€™©®°«»¡¿£·§´][^\W\d_]"), re.compile("")),
+    "cp1251": (re.compile(
+        f"[^\0-\x7f{MARKS_1252}№{CYRILLIC}]|[а-яёіїєґў][А-ЯЁІЇЄҐЎ]|[A-Za-z][{CYRILLIC}]"
+        f"|[{CYRILLIC}][A-Za-z]"), re.compile("[А-Яыьэюя]"))}
+ZEROS = ("it holds zero bytes, as UTF-16 without its mark does: make it UTF-8 (iconv -f UTF-16LE "
+         "-t UTF-8 FILE > NEW; UTF-16BE where the first byte is zero)")
+
+
+def legacy(data):
+    """The code page of a text that is not in UTF-8, if it can be recognised (LEGACY), or None."""
+    text = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode(data)
+    if not re.search("[\udc80-\udcff]", text) or re.search("[^\0-\x7f\udc80-\udcff]", text):
+        return None                                    # UTF-8, perhaps with damage
+    for code, (wrong, sure) in LEGACY.items():
+        text = data.decode(code, "replace")
+        n_small, n_large = (len(re.findall(some, text)) for some in ("[а-яё]", "[А-ЯЁ]"))
+        if not wrong.search(text) and sure.search(text) and n_small >= n_large:
+            return code
+    return None
+
+
+def decoded(data):
+    """(text, code page) of a file's bytes; the page is None for UTF-8, -16 and -32. Raises a
+    ValueError that says what the bytes are instead."""
+    code = encoding_of(data)
+    if code.startswith("utf-8") and b"\0" in data:
+        raise ValueError(f"no text in UTF-8: {ZEROS}")
+    try:
+        return data.decode(code), None
+    except UnicodeDecodeError as error:
+        if code == "utf-8" and (page := legacy(data)):
+            return data.decode(page), page
+        raise ValueError(f"no text in {code.upper()}: " + (
+            not_utf8(data[error.start]) if code == "utf-8" else error.reason)) from None
+
+
+def not_utf8(byte):
+    """The message for a byte that is not UTF-8."""
+    letter = " or ".join(f"'{bytes([byte]).decode(code, 'replace')}' in {code}" for code in LEGACY)
+    return (f"it holds byte 0x{byte:x} ({letter}): make it UTF-8 (iconv -f ENCODING -t UTF-8 FILE >"
+            " NEW; ENCODING is what wrote it, such as CP1250)")
+
+
+# Fonts of Linux, macOS and Windows for many scripts, used if installed: Pillow's own has Latin.
+FONTS = ("DejaVuSans", "NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "wqy-microhei",
+         "DroidSansFallbackFull", "FreeSans", "NotoSans-Regular", "NotoEmoji-Regular",
+         "Arial Unicode", "PingFang", "Hiragino Sans GB", "msyh", "Nirmala", "arial", "seguisym")
+
+
+@functools.lru_cache
+def label_fonts(is_latin):
+    fonts = [ImageFont.load_default(12)]
+    for name in () if is_latin else FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 12))
+    return fonts
+
+
+def spelled(c):
+    """A character in ASCII: the distinctive part of its Unicode name."""
+    name, kind = unicodedata.name(c, f"u{ord(c):04x}"), unicodedata.category(c)
+    if name.startswith(("COMBINING", "VARIATION SELECTOR")):
+        return ""
+    name = re.split(" LETTER | SYLLABLE | SIGN |IDEOGRAPH-", name)[-1].partition(" WITH ")[0]
+    return {"Cf": "", "Pd": "-", "Pi": "'", "Pf": "'"}.get(kind, name.lower().replace(" ", "-"))
+
+
+def lettered(text):
+    """(font, the text with its missing characters spelled): the font that has most of the text's
+    characters. For a missing one it would draw a box."""
+    def missing_in(font):
+        font = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+        box = bytes(font.getmask("\uffff"))
+        return {c for c in set(text) if not c.isascii() and bytes(font.getmask(c)) == box}
+
+    font = label_fonts(True)[0]
+    if missing := missing_in(font):
+        font = min(label_fonts(False), key=lambda font: len(missing_in(font)))
+        missing = missing_in(font)
+    return font, "".join(spelled(c) if c in missing else c for c in text)
 
 
 # -- what published data sets say of their files ---------------------------------------------------
@@ -3673,7 +3378,7 @@ def ucf101_rows(path):
 
 
 def msrvtt_rows(path):
-    """A row a sentence, with what the file says of its video."""
+    """A row a sentence, merged with the entry of its video."""
     names = dict(line.split("\t")[1::-1] for line in read_lines(path.with_name("category.txt"))
                  if "\t" in line)
     with open_text(path) as file:
@@ -3692,8 +3397,8 @@ NAMED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, sorted(VIDEOS | STILLS)))}
 
 
 def text_rows(path):
-    """A file a line, perhaps with its caption behind a tab, or behind its suffix and a blank or
-    sign; or a table whose columns tabs divide."""
+    """A file a line, optionally with its caption after a tab, or after its suffix and a blank or
+    punctuation; or a table with tabs and a header."""
     with open_text(path, "") as file:
         head = {our_name(cell) for cell in file.readline().split("\t")}
         file.seek(0)
@@ -3703,7 +3408,7 @@ def text_rows(path):
         for line in filter(None, map(str.strip, file)):
             parts = line.split("\t", 1) if "\t" in line else \
                 result.groups() if (result := NAMED.fullmatch(line)) and bare(line) == line.rsplit(
-                    "/", 1)[-1] else [line]            # else a file's name with blanks
+                    "/", 1)[-1] else [line]            # a file name with blanks
             yield dict(zip(("video", "caption"), parts))
 
 
@@ -3716,16 +3421,38 @@ def tgif_rows(path):
             if text else None
 
 
-# A new data set is one line: the files that it reads of a folder, a function from a file to its
-# rows (None: as the suffix says), the columns of which one names the video (by a path, a file name
-# or a stem), and a function from a row to ours (None: it is one). Ours may have start and end (s or
+# --format        reads (--meta: the file, or the folder that holds them), and keeps
+# csv tsv json    columns video (path, file), start, end, caption (text; a list:
+# jsonl           several), split, label; any other number becomes a score. JSON:
+#                 an array, an object a line, {id: caption}, {id: row} (ActivityNet's)
+# txt             a file a line, its caption after a tab or its suffix
+# panda70m        panda70m_*.csv, 5 or 7 columns: times, captions, matching_score,
+#                 desirable; split by the file's name
+# webvid          results_*.csv or the mirror's partitions: caption
+# internvid       InternVid-*.jsonl: times, caption, both scores
+# msrvtt          *videodatainfo.json, category.txt: 20 captions, split, category
+# shot2story      *_{train,val,test}.json, *_meta.csv: the clip's summary, each shot's
+#                 caption at its frames, category
+# youku           any of its csv files: caption, label; split by the file's name
+# videoinstruct   VideoInstruct100K.json, or conversations: answers as captions,
+#                 questions as their prompt
+# ucf101          trainlist0N.txt and testlist0N.txt of one fold: class, split
+# tgif            tgif-v1.0.tsv, splits/: captions, split
+# folder          NAME.txt .json .cls beside a file, class folders, train/ val/ test/
+# webdataset      tars of KEY.mp4 KEY.txt KEY.json KEY.cls, video2dataset's too
+# bair            softmotion30_44k/{train,test}/*.tfrecords: split; the main camera,
+#                 10 frames/s; actions are not kept
+#
+# A new data set is one line: the glob of its files in a folder, a function from a file to its rows
+# (None: by the suffix), the columns of which one names the video (path, file name or stem), and a
+# function from a row to rows of ours (None: it is one). Ours may have start and end (s or
 # H:MM:SS.mmm) or frames (first, last), caption (a text or a list), prompt, split, label; every
-# other number is a score. Where no row tells the split, the file's name does.
+# other number is a score. If no row has a split, the file's name is searched for one.
 OWN = ("video path file videopath filepath filename videofile videofilename videofilepath "
        "videoname image imagepath imagefile imagename imagefilename img imgpath clip clippath "
        "clipname clipfile media mediapath mediafile relpath relativepath fullpath").split()
 IDS = ("videoid vid clipid youtubeid ytid uid imageid id key name url videourl imageurl contenturl "
-       "link uri").split()             # where no column of OWN is there
+       "link uri").split()             # used if there is no column of OWN
 FORMATS = {
     "csv": ("*.csv", None, OWN, None), "tsv": ("*.tsv", None, OWN, None),
     "json": ("*.json", None, OWN, None), "jsonl": ("*.jsonl", None, OWN, None),
@@ -3743,7 +3470,7 @@ FORMATS = {
     "ucf101": ("*list01.txt", ucf101_rows, OWN, None),
     "tgif": ("*.tsv", tgif_rows, ("gif",), None)}
 IN_ARCHIVES = ("webdataset", "bair")
-BESIDE = ("folder", *IN_ARCHIVES)       # no --meta: what is told stands beside the videos
+BESIDE = ("folder", *IN_ARCHIVES)       # no --meta: the metadata are beside the videos
 
 NO_TABLES = {b"PK\3\4": "a zip or a workbook: save its table as .csv", b"PAR1": "Parquet: write it "
             "as .jsonl", b"\x1f\x8b": "gzip: unpack it", b"%PDF": "a PDF: save its table as .csv"}
@@ -3751,7 +3478,7 @@ codecs.register_error("half", lambda error: ("\ud800", error.end))
 
 
 def open_text(path, newline="\n"):
-    """A text file, open; bytes that are no text come as lone surrogates, which `plain` refuses."""
+    """An open text file; invalid bytes become lone surrogates, which `plain` refuses."""
     with open(path, "rb") as file:
         head = file.read(8)
         code = encoding_of(head)
@@ -3765,7 +3492,7 @@ def open_text(path, newline="\n"):
     if code == "utf-8" and b"\0" in head[:2]:
         refuse(f"{path} is no text in UTF-8: {ZEROS}")
     unit = {"utf-16": 2, "utf-32": 4}.get(code, 1)
-    if path.stat().st_size % unit:                     # all behind a lost byte would be other words
+    if path.stat().st_size % unit:                     # all text after a lost byte would be wrong
         refuse(f"{path} is damaged: {path.stat().st_size} bytes, and {code.upper()} has {unit} or "
                "more a character: some are missing")
     return open(path, encoding=code, newline=newline,
@@ -3773,15 +3500,13 @@ def open_text(path, newline="\n"):
 
 
 def read_lines(path):
-    """The lines of a text file without their ends, those that are not empty; none if it is not
-    there."""
+    """The stripped lines of a text file that are not empty; none if the file is missing."""
     with open_text(path) if path.is_file() else io.StringIO() as file:
         yield from filter(None, (line.strip() for line in file))
 
 
 def file_rows(path):
-    """The rows of a metadata file, one at a time: dicts; for a row that is damaged an error that
-    says how."""
+    """The rows of a metadata file, one at a time: dicts, or an exception for a damaged row."""
     kind = path.suffix.lower()
     with open_text(path, "\n" if kind in (".json", ".jsonl") else "") as file:
         yield from json_rows(file, kind == ".jsonl") if kind in (".json", ".jsonl") else \
@@ -3789,8 +3514,8 @@ def file_rows(path):
 
 
 def json_rows(file, is_lines):
-    """The rows of an open file of JSON, by what it holds: an array of objects, or an object a line;
-    an object that has such an array; or one of captions or rows by the names of their files."""
+    """The rows of an open JSON file: an array of objects; an object a line; an object with such an
+    array; or an object of captions or rows by file name."""
     head = file.read(2**20)
     file.seek(0)
     text = head.lstrip()
@@ -3800,7 +3525,7 @@ def json_rows(file, is_lines):
         return
     try:
         is_lines = bool(named(JSON.decode(line), OWN) or text[len(line):].strip())
-    except (ValueError, RecursionError):               # cut by us, damaged, or of several lines
+    except (ValueError, RecursionError):               # cut at 1 MiB, damaged, or of several lines
         is_lines = line != "{" if is_lines else line.endswith("}") and "\n{" in text
     if is_lines:
         yield from json_lines(file)
@@ -3816,8 +3541,8 @@ def json_rows(file, is_lines):
 
 
 def wrapped(text):
-    """(key, whether an array) of what holds the rows of an object that `text` begins: an array of
-    objects that name a file, or an object of them; (None, False) where it is one itself."""
+    """(key, whether an array) of the member that has the rows of the object at the start of `text`:
+    an array of objects that name a file, or an object of them; (None, False): the object itself."""
     at, key = 1, KEY.match(text, 1)
     while key:
         name, at = key[1], key.end()
@@ -3836,11 +3561,11 @@ def wrapped(text):
 
 WRAPPERS = ("database", "data", "annotations", "videos", "captions", "results")
 KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.){0,2000}+)"\s*:\s*')
-JSON = json.JSONDecoder(strict=False)    # takes tabs and line ends that stand raw in a text
+JSON = json.JSONDecoder(strict=False)    # accepts raw tabs and line ends in a string
 
 
 def json_lines(file):
-    """The objects of an open jsonl file; a text that holds raw line ends may span 100 lines."""
+    """The objects of an open jsonl file; a string with raw line ends may span 100 lines."""
     pending, n_pending, wrong = "", 0, None
     for line in file:
         if pending and (line.lstrip()[:1] == "{" or n_pending == 100):
@@ -3865,17 +3590,17 @@ LONGEST = 1000          # lines that a record of a csv may span
 
 
 def table_rows(file, is_tsv):
-    """The rows of an open CSV or TSV. A TSV knows no quotation marks, unless all of its marks are
-    as a writer of csv sets them. Of a CSV, a mark that nothing closes costs its line; those behind
-    it are read on their own. Marks within a text may be doubled, or have a \\ before them; blanks
-    may stand before a text in marks. Commas in a last column that is a text need no marks. Names
-    of our columns may have blanks around them and capitals."""
+    """The rows of an open CSV or TSV. Quotation marks in a TSV are literal, unless all of them are
+    placed as a csv writer does. In a CSV an unclosed mark costs its line; the lines after it are
+    read separately. Marks inside a field may be doubled, or escaped with \\; blanks may precede a
+    quoted field. Commas in a last column of text need no marks. Names of our columns may have
+    blanks around them and capitals."""
     csv.field_size_limit(2**31 - 1)                    # Panda-70M's fields pass the default
     is_raw = is_tsv and not is_quoted(file)
     waiting, taken, head = deque([next(filter(str.strip, file), "")]), [], None
-    if told := re.match(r'"?sep=(.)"?\s*\Z', waiting[0]):       # Excel's
+    if declared := re.match(r'"?sep=(.)"?\s*\Z', waiting[0]):       # Excel's
         waiting[0] = next(filter(str.strip, file), "")
-    comma = told[1] if told else "\t" if is_tsv else max(",;\t", key=waiting[0].count)
+    comma = declared[1] if declared else "\t" if is_tsv else max(",;\t", key=waiting[0].count)
     form = {"delimiter": comma, "quoting": csv.QUOTE_NONE if is_raw else csv.QUOTE_MINIMAL}
     usual, is_escaped = [] if is_raw else [' "', '\\"'], False
 
@@ -3892,7 +3617,7 @@ def table_rows(file, is_tsv):
             if (' "' in text and any(map(BLANK, cells)) or '\\"' in text) and (mark := next((
                     one for one in usual if one in text and is_meant(
                         one, taken, form, len(head or cells))), None)):
-                usual.remove(mark)                     # its writer means it so, from here on
+                usual.remove(mark)                     # a rule of this writer from here on
                 form["skipinitialspace"] = ' "' not in usual
                 is_escaped = '\\"' not in usual
                 waiting.extendleft(reversed(taken))
@@ -3909,7 +3634,7 @@ def table_rows(file, is_tsv):
                 head = [name.strip() for name in cells]
                 if bare(head[0]) == head[0].rsplit("/", 1)[-1] or len(head) > 2:
                     continue
-                head = ["video", "caption"][:len(head)]        # a first row that is none
+                head = ["video", "caption"][:len(head)]        # the first row is not a header
             while len(cells) > len(head) and not cells[-1].strip():
                 cells.pop()
             if len(cells) > len(head) and our_name(head[-1]) in (*TEXTS, "prompt"):
@@ -3930,23 +3655,23 @@ DOUBLED = re.compile(r'(?:^|\t)"(?:[^"\t]*+""|[^"\t\n]*+\n[^"\t]*+"(?:[\t\n]|\Z)
 
 
 def is_quoted(file):
-    """Whether the first MiB of an open TSV is as a writer of csv makes it: marks around whole
-    fields only, and doubled ones or line ends within, or its head in marks."""
+    """Whether the first MiB of an open TSV is quoted like a csv: marks around complete fields only,
+    with doubled marks or line ends inside, or around the header."""
     text = file.read(2**20).replace("\r\n", "\n")
     file.seek(0)
-    left = text[MARKED.match(text).end():]             # a field that was cut by us, if all is well
+    left = text[MARKED.match(text).end():]             # at most a field cut at 1 MiB
     is_cut = len(text) > 2**19 and len(left) < 2**16
     return (is_cut or not left) and bool(
         DOUBLED.search(text) or re.match(r'\s*("[^"\t\n]*"(\t|\n|\Z))+', text))
 
 
 def is_meant(mark, lines, form, n_columns):
-    """Whether a record of a CSV shows that its writer set blanks before marks (' "'), or wrote
-    those within a text as \\": other rules read what the usual ones do not."""
+    """Whether a record of a CSV shows that its writer puts blanks before marks (' "'), or escapes
+    marks as \\": such rules give the right number of columns where the usual ones do not."""
     def count(lines, **more):
         try:
             return len(next(csv.reader(lines, **{**form, "strict": True, **more})))
-        except csv.Error as error:                     # or its text goes on in the next line
+        except csv.Error as error:                     # or the field continues in the next line
             return n_columns if more and "end of data" in str(error) else 0
     if mark == ' "':
         return count(lines, skipinitialspace=True) == n_columns
@@ -3955,7 +3680,7 @@ def is_meant(mark, lines, form, n_columns):
 
 
 def hides_rows(lines, form, n_columns):
-    """Whether the lines of one record of a CSV are rows behind a mark that nothing closes."""
+    """Whether the lines of one record of a CSV are separate rows after an unclosed mark."""
     try:
         fields = next(csv.reader(lines, strict=True, **form))
         separate = [next(csv.reader([line], **form), []) for line in lines[1:]]
@@ -3971,9 +3696,9 @@ ITEM, MEMBER = re.compile(r'\{\s*"'), re.compile(r'"[^"\n]*"\s*:\s*["\[{]')
 
 
 def json_items(file, key=None, is_object=False):
-    """The items of the array in an open JSON file (of the one named `key`), without holding it; of
-    an object pairs of names and values. In the place of an item that is damaged an error; what
-    looks like the next one goes on."""
+    """The items of the array (of the one named `key`) in an open JSON file, read in parts; for an
+    object, pairs of names and values. Yields an exception for a damaged item and continues with
+    what looks like the next one."""
     bracket, text = r"\{" if is_object else r"\[", file.read(2**20)
     start = re.compile(rf'"{re.escape(key)}"\s*:\s*{bracket}' if key else bracket)
     while not (match := start.search(text)):
@@ -4006,7 +3731,7 @@ def json_items(file, key=None, is_object=False):
             wrong = error
         if not is_end and len(text) - at < 2**24 and (
                 at == len(text) or isinstance(wrong, json.JSONDecodeError) and (
-                    wrong.pos > len(text) - 16 or "Unterminated" in wrong.msg)):     # cut by us
+                    wrong.pos > len(text) - 16 or "Unterminated" in wrong.msg)):     # read more
             more = file.read(max(2**20, len(text) - at))
             is_end, text, at = not more, text[at:] + more, 0
             continue
@@ -4026,7 +3751,7 @@ def json_items(file, key=None, is_object=False):
 
 
 def meta_files(path, form):
-    """The files that --meta means: itself, a folder's, or both lists of a fold of UCF-101."""
+    """The files of --meta: the file itself, those of a folder, or both lists of a UCF-101 fold."""
     if path.is_dir():
         return sorted(file for file in path.glob(FORMATS[form][0])
                       if file.is_file() and not file.name.startswith("."))
@@ -4042,16 +3767,36 @@ def bare(name):
 
 
 def split_of(name):
-    """The split that a file's name tells: of its words one, and no other, is a split's."""
+    """The split in a file's name, if its words name exactly one split, else None."""
     words = {SPLITS[word] for word in re.split(r"[\W\d_]|list", name.lower()) if word in SPLITS}
     return words.pop() if len(words) == 1 else None
 
 
-class Places:
-    """Finds the source that a row's path means. Names and folders are the same in every Unicode
-    form. Of the sources with its file's name (else with its stem: the name without its suffixes)
-    those fit whose folders, from the last one up, are the row's as far as both tell any; the
-    longest fit wins. Where `is_id`, names are unique by themselves: a lone one fits, wherever."""
+# What matches a source, and what becomes of other inputs:
+# a row's path        the file of the same name, else of the same stem (name without media
+#                     suffixes), in any Unicode form, whose folders equal the row's from the last
+#                     one up, as far as both have any (\ is /; absolute, relative, ./ and ../
+#                     alike); the longest match wins, ties are rejected as ambiguous. Published ids
+#                     need no folders
+# NAME.txt .json .cls the file beside it, upper or lower case; a caption in .json takes precedence
+# a folder            is the label of its files (--format folder), or their split: train, val, test;
+#                     numbered ones (00000, shard-01) and folders in tars are neither
+# a tar               each of its files, links included; of a damaged one those before the damage;
+#                     compressed tars are rejected
+# a picture           is a thumbnail, no clip, if a video of the same name is beside it
+# a column            ours, or a common synonym (OWN, IDS, TEXTS, ALIASES), regardless of blanks,
+#                     punctuation and case; a prompt alone is the caption, a pair (timestamp,
+#                     segment, span) is start and end
+# a caption           a text, a list, an object (its keys are the styles), nested ones, what an
+#                     assistant says; not '', nan, null, none
+# a text              UTF-8, or UTF-16 and UTF-32 by their mark; else cp1252 or cp1251 if recognised
+#                     (LEGACY); \n and \r\n end lines
+# a link to a folder  that folder, once; hidden files and folders are skipped
+class SourceIndex:
+    """Finds the source of a row's path, in any Unicode form. Candidates have the same file name, or
+    else the same stem (name without media suffixes); their folders must equal the row's from the
+    last one up, as far as both have any; the longest match wins. With `is_id`, names are unique:
+    a single candidate matches in any folder."""
 
     def __init__(self, sources, is_id):
         self.is_id, self.by_path, self.by_tail = is_id, {}, {}
@@ -4065,11 +3810,11 @@ class Places:
                     one.append(source)
 
     def fitting(self, key, folders):
-        """The sources of this name that fit a row's folders, best."""
+        """The sources of this name whose folders match best."""
         if isinstance(one := self.by_path[key], str):
             own = folders_of(one)
             return [one] if all(map(operator.eq, own[::-1], folders[::-1])) else []
-        if key not in self.by_tail:                    # many of one name: by folders' tails
+        if key not in self.by_tail:                    # many of one name: index folders by tails
             tails, full = self.by_tail[key] = {}, {}
             for source in one:
                 own = folders_of(source)
@@ -4082,12 +3827,12 @@ class Places:
                               if folders[k:] in full), [])
 
     def find(self, name):
-        """(source or None, reason, detail): the reason of None."""
+        """(source, "", None), or (None, reason, detail)."""
         if "\\" in name or name[:1].isspace() or name[-1:].isspace():
             name = name if name in self.by_path else name.strip().replace("\\", "/")
         last = folded(name[name.rfind("/") + 1:])
         one = self.by_path.get(last)
-        if one == name or last == name and isinstance(one, str):         # the most, and soonest
+        if one == name or last == name and isinstance(one, str):         # the usual case
             return one, "", None
         keys = [key for key in {last: 0, bare(last): 0} if key in self.by_path]
         if not keys:
@@ -4095,7 +3840,7 @@ class Places:
         folders, others = folders_of(name), []
         for key in keys:
             paths = self.fitting(key, folders)
-            if len(paths) > 1:                         # names apart in their spelling only
+            if len(paths) > 1:                         # names that differ in Unicode form only
                 paths = [one for form in FORMS_OF_NAMES for one in paths if form(one) == form(name)
                          ][:1] or paths
             if len(paths) == 1:
@@ -4117,7 +3862,7 @@ def folded(name):
 
 
 def folders_of(path):
-    """The folders of a path, a tuple, without what says nothing."""
+    """The folders of a path, a tuple, without '', '.' and '..'."""
     *folders, _ = path.split("/")
     if "./" in path:
         folders = os.path.normpath("/".join(folders)).replace(os.sep, "/").split("/")
@@ -4131,9 +3876,9 @@ BAD_ROW = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, Recu
 
 
 def read_metadata(paths, form, sources, database):
-    """Writes an SQLite file, so that memory holds no metadata and start-up reads nothing but names:
-    each row as JSON, with its number, its source and its file's split; a row that is damaged, or
-    whose video is missing, without a source, with its reason and the name of its video."""
+    """Writes the metadata to an SQLite file, so that memory does not hold it: each row as JSON,
+    with its number, its source and its file's split; a damaged row, or one whose video is missing,
+    without a source, with the reason and the name of its video."""
     with atomic(database) as part, contextlib.closing(sqlite3.connect(part)) as store:
         store.executescript("pragma journal_mode=off; pragma synchronous=off; "
                             "create table rows(source, number, note, detail, row)")
@@ -4149,10 +3894,10 @@ def read_metadata(paths, form, sources, database):
 def placed_rows(paths, form, sources):
     """Yields what `read_metadata` stores."""
     _, rows, names, reader = FORMATS[form]
-    index, n, is_right, columns_found = Places(sources, names is not OWN), 0, False, ()
+    index, n, is_right, columns_found = SourceIndex(sources, names is not OWN), 0, False, ()
     find = functools.lru_cache(2**16)(index.find)
-    missing, is_placed, told_of = None, not sources, {True} if rows or reader else set()
-    first, bad, n_bytes = "", None, 0  # why rows are of no use; those with bytes that are no text
+    missing, is_placed, used_columns = None, not sources, {True} if rows or reader else set()
+    first, bad, n_bytes = "", None, 0  # first fault of a row; rows with invalid bytes
     for path in paths:
         split = split_of(path.stem)
         for n, row in enumerate((rows or file_rows)(path), n + 1):
@@ -4172,12 +3917,12 @@ def placed_rows(paths, form, sources):
                 text = json.dumps(row)
                 if byte := re.search(r"\\udc([89a-f].)", text):
                     bad, n_bytes = bad or (n, int(byte[1], 16)), n_bytes + 1
-                is_right = is_right or not reader                # its values are its own matter
+                is_right = is_right or not reader                # any values are valid
                 is_placed, missing = is_placed or reason != "missing video", missing or name
-                if not is_right or source is not None and True not in told_of:
+                if not is_right or source is not None and True not in used_columns:
                     facts = read_row(row, reader, None)
                     is_right = is_right or bool(facts)
-                    told_of |= what_is_told(row, facts) if source is not None else set()
+                    used_columns |= columns_used(row, facts) if source is not None else set()
             except BAD_ROW as error:
                 why = "cut off, or not of its format" if row is None else printable(fault(error))
                 first = first or f"row {n}: {why}"
@@ -4195,26 +3940,27 @@ def placed_rows(paths, form, sources):
     if not is_placed:
         refuse(f"no row of {paths[0]} names a file under --videos: it names {missing}, there is "
                f"{sources[0]}")
-    if sources and not told_of and first:
+    if sources and not used_columns and first:
         refuse(f"no row of {paths[0]} is of use: {first}")
     if n_bytes:
         print(f"warning: {n_bytes} rows of {paths[0]} are not in UTF-8, the first is row {bad[0]}: "
               f"{not_utf8(bad[1])}", file=sys.stderr)
-    if sources and True not in told_of:
-        refuse_silent(paths[0], told_of)
+    if sources and True not in used_columns:
+        refuse_silent(paths[0], used_columns)
 
 
-def what_is_told(row, facts):
-    """The columns in which a row of ours has what is no number; True where it has a caption."""
+def columns_used(row, facts):
+    """{True} for a row with a caption, else its columns with a value that is not a number."""
     return {True} if any(fact["captions"] for fact in facts) else {
         name for name, value in ours(row).items() if our_name(name) not in (*OWN, *IDS)
         and value is not None and (name in OURS or number_of(value) is None and value != "")}
 
 
-def refuse_silent(path, told_of):
-    """Refuses metadata that captions nothing, though it was meant to, or tells nothing else."""
-    others = {name: nearest(name, OURS) for name in sorted(told_of - OURS)}
-    if told_of & {*TEXTS} or {*TEXTS} & {*others.values()} or others and not told_of & OURS:
+def refuse_silent(path, used_columns):
+    """Refuses metadata with text columns but no caption; warns of other metadata without one."""
+    others = {name: nearest(name, OURS) for name in sorted(used_columns - OURS)}
+    if used_columns & {*TEXTS} or {*TEXTS} & {*others.values()} or others and not (
+            used_columns & OURS):
         refuse(f"{path} captions nothing: no row has a text in a column named caption or text"
                + "".join(f"; {name}: did you mean {close}?" if close else f"; {name}: not known"
                          for name, close in others.items()))
@@ -4222,12 +3968,12 @@ def refuse_silent(path, told_of):
 
 
 def stored(source):
-    """A source as SQLite takes it: not every file's name is a text."""
+    """A source as stored in SQLite: bytes, as a file name may not be valid text."""
     return source if source.isascii() else os.fsencode(source)
 
 
 def query(database, source, names="number, note, row"):
-    """Yields `names` of the stored rows of a source; of None, the rejects."""
+    """Yields `names` of the stored rows of a source; for None, of the rejects."""
     address = f"{Path(database).absolute().as_uri()}?mode=ro&immutable=1"
     with contextlib.closing(sqlite3.connect(address, uri=True)) as store:
         yield from store.execute(f"select {names} from rows where source is ? order by rowid",
@@ -4235,7 +3981,7 @@ def query(database, source, names="number, note, row"):
 
 
 def facts_of(database, form, source):
-    """(facts, rejects) that the stored rows tell of a source."""
+    """(facts, rejects) from the stored rows of a source."""
     facts, rejects = [], []
     for n, split, row in query(database, source):
         try:
@@ -4247,7 +3993,7 @@ def facts_of(database, form, source):
 
 
 def fault(error):
-    """What one of BAD_ROW says, for people."""
+    """The message of an exception of BAD_ROW."""
     return f"no column {error}" if isinstance(error, KeyError) else \
         "cut off, or not of its format" if isinstance(error, json.JSONDecodeError) else \
         "lists of unequal lengths" if str(error).startswith("zip()") else \
@@ -4261,8 +4007,8 @@ def read_row(row, reader, split):
 
 
 def timed(row):
-    """The rows in one of our rows whose caption is a list of objects with times of their own, or
-    goes with a list of times."""
+    """The rows in a row whose caption is a list of objects with their own times, or that has a list
+    of times."""
     name = next((name for name in TEXTS if isinstance(row.get(name), list)), None)
     for spans in (row[one] for one in SPANS if name and isinstance(row.get(one), list)):
         if spans and all(map(is_span, spans)):         # as many texts as spans: ActivityNet's
@@ -4281,14 +4027,14 @@ def timed(row):
 
 @functools.lru_cache(2**12)
 def our_name(name):
-    """A column's name, if it is one of ours in small letters, without blanks and signs."""
+    """Our name of a column, compared in lower case without blanks and punctuation."""
     plain = re.sub(r"[\W_]+", "", name).lower()
     return ALIASES.get(plain, plain if plain in OURS else name.strip())
 
 
 def ours(row):
-    """A row under our names; one that stands there as it is comes first. A pair of times is start
-    and end; a prompt without any text is the caption."""
+    """A row with our names; exact names take precedence. A pair of times is start and end; a prompt
+    without any text is the caption."""
     row = {our_name(name): value for name, value in row.items()} | row
     for name in ("start", "end"):
         if (ms := number_of(row.pop(f"{name}ms", None))) is not None:
@@ -4315,7 +4061,7 @@ def named(row, names):
 
 
 def plain(text):
-    """A text without blanks around it. Raises ValueError where it holds what is no text."""
+    """A stripped text. Raises ValueError if it contains invalid characters."""
     text = text.strip()
     if not text.isascii() and (wrong := re.search("[\ud800-\udfff]", text)):
         byte = ord(wrong[0]) - 0xdc00
@@ -4326,13 +4072,13 @@ def plain(text):
 
 def texts_in(value, style=None):
     """[(text, its style)] of a caption of any shape: a text, a list, an object, or one of these in
-    JSON or as a Python literal. An object's keys are the styles (in its depth, joined by dots), but
-    where one of them says that it is the text, others tell of it (its model, its language); of a
-    conversation only what the assistant says counts."""
+    JSON or as a Python literal. An object's keys are the styles (nested ones joined by dots),
+    unless one of them names the text; the others are then about it (model, language). Of a
+    conversation only the assistant's texts count."""
     if isinstance(value, str):
         text, inner = plain(value), None
         for read in (json.loads, literal) if text[:1] in ("[", "{", "(") else ():
-            with contextlib.suppress(ValueError, RecursionError):    # else it is just a text
+            with contextlib.suppress(ValueError, RecursionError):    # otherwise a plain text
                 inner = read(text)
                 break
         quoted = QUOTES.findall(text) if isinstance(inner, list) else ()
@@ -4362,8 +4108,8 @@ def texts_in(value, style=None):
 
 
 def frames_in(value):
-    """{"frames": (first, last)} of a pair of numbers, or of its text. Another list (of pictures'
-    names, of sampled frames) is somebody else's, and says nothing of times."""
+    """{"frames": (first, last)} of a pair of numbers, or of its text. Other lists (names of
+    pictures, sampled frames) give {}."""
     if isinstance(value, str) and (pair := re.fullmatch(r"[\[(]\s*(\d+),\s*(\d+)\s*[\])]",
                                                         value.strip())):
         value = [int(pair[1]), int(pair[2])]
@@ -4377,8 +4123,8 @@ def frames_in(value):
 
 
 def read_fact(row, split=None):
-    """The fact in one of our rows: start, end (s, None: the whole file), captions (list of str),
-    split and label (or None), scores. Raises one of BAD_ROW on a bad one."""
+    """The metadata in a row ("a fact"): start, end (s, None: the whole file), captions (list of
+    str), split and label (or None), scores. Raises one of BAD_ROW."""
     start, end = seconds(row.get("start")), seconds(row.get("end"))
     texts = next(filter(None, (texts_in(row[name]) for name in TEXTS if name in row)), [])
     named, label = plain(str(row.get("split") or "")).lower(), row.get("label")
@@ -4412,7 +4158,7 @@ TEXTS = ("caption captions text cap description descriptions sentence sentences 
 IN_OBJECTS = {"caption", "captions", "text", "conversations", "messages"}
 ASKING = {"human", "user", "system", "tool", "function"}       # speakers of no captions
 ABOUT = set("model lang language id source author license url type version".split())
-NO_TEXTS = ("", "nan", "null", "none", "n/a", "#n/a", "<na>", "-")     # as programs write none
+NO_TEXTS = ("", "nan", "null", "none", "n/a", "#n/a", "<na>", "-")     # as programs write no text
 OURS = {*OWN, *IDS, *TEXTS, *SPANS, "start", "end", "startms", "endms", "frames", "prompt", "split",
         "label"}
 QUOTES = re.compile(r"'(?:[^'\\]|\\.)*'" r'|"(?:[^"\\]|\\.)*"')
@@ -4443,8 +4189,7 @@ def seconds(value):
 def beside(source, texts, is_caption_alone=False):
     """(facts, rejects) without --meta: `texts` {suffix: bytes} are the files NAME.txt (caption) and
     NAME.json (our keys) beside the source; its folder is its label, and may name its split. Without
-    a --format the caption alone counts. A file that is no text, or damaged, is a reject, and hides
-    no other."""
+    a --format only the caption is used. A damaged file becomes a reject; the others still count."""
     rejects, result, encoding = [], {".txt": "", ".json": "{}"}, {}
 
     def lost(suffix, error):
@@ -4469,7 +4214,7 @@ def beside(source, texts, is_caption_alone=False):
                       "".join(folders[n:n + 1]))
     classes = [result[".cls"]] if ".cls" in result else [
         printable(name) for name in folders[:n] if name.lower() not in SPLITS
-        and not NUMBERED.fullmatch(name.lower())]      # those within a tar are part of the key
+        and not NUMBERED.fullmatch(name.lower())]      # folders in a tar are part of the key
     fact = read_fact({"label": classes[-1] if classes else None, **caption}, split) | encoding
     try:
         more = JSON.decode(result[".json"])
@@ -4480,7 +4225,7 @@ def beside(source, texts, is_caption_alone=False):
                  for one in timed(more)]
         merged = {**fact, "captions": []} if any(one["captions"] for one in facts) else fact
         if any(one["start"] is not None or "frames" in one for one in facts):
-            return [*facts, merged], rejects            # outside of its times the rest holds
+            return [*facts, merged], rejects            # `merged` applies outside those times
         return [{**facts[0], "captions": facts[0]["captions"] or fact["captions"]}], rejects
     except BAD_ROW as error:
         lost(".json", error)
@@ -4491,14 +4236,14 @@ NUMBERED = re.compile(rf"\d{{5,}}([-_]\d+)*|(shard|part|chunk|batch|{'|'.join(SP
 
 
 def drawn_split(source):
-    """The split of a file of which no metadata name one, drawn by its name: one in twenty 'val'."""
+    """The split of a file without one in its metadata, from a hash of its name: 1 in 20 'val'."""
     draw = int(hashlib.sha256(os.fsencode(source)).hexdigest()[8:16], 16) % 20
     return "train" if draw else "val"
 
 
-def told(source, facts, start, end):
-    """({split, label, captions}, scores) of the clip start..end (s) of a source, by its facts that
-    hold at least half of the clip, or speak of the whole file."""
+def clip_metadata(source, facts, start, end):
+    """({split, label, captions}, scores) of the clip start..end (s) of a source, from the facts
+    that cover at least half of the clip, or the whole file."""
     mine = [f for f in facts if f["start"] is None or holds(f, start, end)]
     splits = [f["split"] for f in [*mine, *facts] if f["split"]]
     labels = [f["label"] for f in mine if f["label"] is not None]
@@ -4517,8 +4262,7 @@ def holds(fact, start, end):
 
 
 def unused(source, facts, clips, stop):
-    """The rejects of captions whose times are those of no clip (row, ...) of a file, `stop` s
-    long."""
+    """The rejects of captions whose times match no clip (row, ...) of a file, `stop` s long."""
     spans = [(row["start"], row["end"]) for row, *_ in clips]
     for fact in facts:
         start, end = fact["start"], fact["end"]
@@ -4530,7 +4274,89 @@ def unused(source, facts, clips, stop):
                 + printable(fact["captions"][0])[:100])
 
 
-FAULT = "fault: "       # begins the reason of a file at which a function of ours failed
+def place_frames(facts, scan, fps):
+    """Sets the times of facts that have frame numbers (first, last)."""
+    for fact in facts:
+        if "frames" in fact:
+            a, b = (min(n, len(scan.times) - 1) for n in fact["frames"])
+            fact |= {"start": float(scan.times[a]), "end": scan.end(b + 1, fps)} \
+                if a == fact["frames"][0] else {"start": math.inf, "end": math.inf}
+
+
+def changed_metadata(args, folder, plan, number, database=None):
+    """(rows, rejects, whether the rows differ from metadata.jsonl) of a shard: {key, split, label,
+    captions, scores} of the clips whose metadata changed after the shard was made, and the new
+    rejects. Files that are gone keep their last metadata. Captions that fail a filter are left
+    out."""
+    name, options, root = f"shard-{number:05d}", plan["options"], Path(args.videos)
+    path, shard, rows = folder / f"{name}.metadata.jsonl", {}, []
+    was = {row["key"]: row for row in read_rows(path)} if path.exists() else {}
+    lost = [one for one in read_rows(folder / f"{name}.rejected.jsonl")
+            if one["reason"] not in ROW_REASONS or not database
+            and one["source"] not in args.present]
+    for row in read_rows(folder / f"{name}.jsonl"):
+        shard.setdefault(row["source"], []).append(row)
+    for source, _ in plan["sources"][slice(*plan["shards"][number])]:
+        mine = shard.get(source, [])
+        if not database and (source not in args.present or options["format"] == "bair"):
+            rows += [was[row["key"]] for row in mine if row["key"] in was]
+            continue
+        facts, wrong = facts_of(database, options["format"], source) if database else ([], [])
+        if not facts and (not database or source in args.present):
+            facts, more = beside(source, located(root, source)[1],
+                                 database or options["format"] is None)
+            wrong += more
+        if mine and mine[0]["fps"] and any("frames" in fact for fact in facts):
+            scan = Scan(Video(located(root, source)[0]))
+            place_frames(facts, scan, scan.rate()[0])
+        lost += [*wrong, *unused(source, facts, [(row,) for row in mine], math.inf)]
+        for row in mine:
+            new, more = clip_metadata(source, facts, row["start"], row["end"])
+            new["captions"] = [one for one in new["captions"]
+                               if not caption_fault(one["text"], options)]
+            new["scores"] = {**more, **{one: value for one, value in row["scores"].items()
+                                        if one in SCORES or one == "bad_packets"}}
+            rows += [{"key": row["key"], **new}] if {**row, **new} != row else []
+    return rows, lost, rows != list(was.values())
+
+
+def warn(folder, options, counts, rows=()):
+    """Warns of metadata with few captions, of texts in other encodings, and of errors of this
+    program; sorts their log and removes repeats, which a shard that ran twice leaves."""
+    n, n_captioned = sum(counts["rejected"][reason] for reason in counts["rejected"]
+                         if reason.startswith(FAULT)), counts["captioned_clips"]
+    if options["meta"] and n_captioned < counts["clips"] / 10 and options["format"] not in (
+            "txt", "ucf101"):
+        print(f"warning: --meta captions {n_captioned} of {counts['clips']} clips", file=sys.stderr)
+    if texts := Counter(one["encoding"] for row in rows for one in row["captions"]
+                        if "encoding" in one):
+        print("warning: " + ", ".join(f"{count} captions are read as {page}" for page, count in
+                                      sorted(texts.items())) + ", as they are not in UTF-8",
+              file=sys.stderr)
+    if bad := counts["rejected"].get("malformed text beside it"):
+        print(f"warning: {bad} texts beside files cannot be read: {folder / 'rejected.jsonl'} says "
+              "why; once they are mended, the same command takes them in", file=sys.stderr)
+    if n and (log := folder / "faults.log").is_file():
+        text = log.read_text(encoding="utf-8", errors="replace")
+        write_text(log, "".join(sorted(dict.fromkeys(re.split(r'(?<=\n\n)(?=")', text)))))
+        print(f"warning: {n} files ended in faults of this program: {log} has them",
+              file=sys.stderr)
+
+
+def passed_over(others, words="others passed over"):
+    """A message: how many files `find_sources` skipped, and of which kinds."""
+    kinds = sorted(((n, kind, name) for kind, (n, name) in others.items()
+                    if kind not in (*BESIDE_FILES, "hidden")), reverse=True)
+    n_beside = sum(others[kind][0] for kind in BESIDE_FILES if kind in others)
+    n_others = sum(n for n, _ in others.values()) - n_beside
+    return f"{n_others} {words}" + ": " * bool(kinds) + ", ".join(
+        f"{n} {kind} ({printable(name)})" for n, kind, name in kinds[:4]) + (
+            "; --format webdataset reads tars, bair .tfrecords" if "tar" in others else "") + (
+            f"; {n_beside} .txt, .json, .cls: NAME.txt is the caption of the file beside it, "
+            "--format folder reads NAME.json and NAME.cls" if n_beside else "")
+
+
+FAULT = "fault: "       # prefix of the reject reason after an error of this program
 
 
 def rejection(source, reason, start=None, end=None, figure=None, threshold=None, detail=None):

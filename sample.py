@@ -1413,9 +1413,6 @@ def main(argv=None):
         sys.exit(130)
 
 
-# == measures on the demo and by published networks; published models: schedules, weights ==========
-
-
 # -- prompt adherence on the demo, by image analysis -----------------------------------------------
 
 
@@ -1598,6 +1595,9 @@ def evaluate_chain(args, folder):
         print(kind, " ".join(f"{name} {result[kind][name]:.3f}"
                              for name in ("lowest", "first", "right")))
     write_text(folder / "eval-chain.json", json.dumps(result, indent=1) + "\n")
+
+
+# == published networks: distances to real clips, schedules, folders ===============================
 
 
 # -- distances to real clips -----------------------------------------------------------------------

@@ -858,8 +858,8 @@ def advise(args, clips, plan, begun):
     if n_rows < 10:
         times = args.steps * args.batch_tokens / args.row_tokens / n_rows
         say(f"{args.name}: all {n_clips} clips fill {n_rows} rows, and {args.steps} steps show "
-            f"each {times:.3g} times: watch the held-out loss; more clips or fewer --steps keep the "
-            "model from memorising them")
+            f"each {times:.3g} times: watch the held-out loss; more clips or fewer --steps keep "
+            "the model from memorising them")
 
 
 def encode_text(tokenizer, text, most=256):

@@ -99,7 +99,7 @@ def test_m13_the_longest_tail_wins_and_ties_are_listed(tmp_path):
 def test_m13_many_files_of_one_name_take_no_longer(tmp_path):
     """100,000 folders with a 00001.mp4 each: a list of candidates a row would be 10^10 steps."""
     sources = sorted(f"{n % 100}/{n}/00001.mp4" for n in range(30_000))
-    places, since = pd.Places(sources, False), time.process_time()
+    places, since = pd.SourceIndex(sources, False), time.process_time()
     assert all(places.find(f"/data/{one}")[0] == one for one in sources)
     assert places.find("7/1/00001.mp4")[0] is None and time.process_time() - since < 10
 
@@ -217,7 +217,7 @@ def test_m12_captions_that_are_objects(tmp_path):
     for shape, texts, styles in shapes:
         fact = pd.read_fact({"video": "a", "caption": shape})
         assert (fact["captions"], fact.get("styles")) == (texts, styles), shape
-        row = pd.told("a.mp4", [fact], 0, 1)[0]
+        row = pd.clip_metadata("a.mp4", [fact], 0, 1)[0]
         assert [one.get("style") for one in row["captions"]] == (styles or [None] * len(texts))
     with pytest.raises(ValueError, match="a caption is no text"):
         pd.read_fact({"video": "a", "caption": 7})
@@ -252,15 +252,15 @@ def test_m08_one_reader_of_text(tmp_path, code):
                        "m.tsv": f"video\tcaption\na.mp4\t{TEXT}\nb.mp4\tb\n"}.items():
         result, lost = captions(tmp_path, name, mark + text.encode(code), ["a.mp4", "b.mp4"])
         assert result == {"a.mp4": [TEXT], "b.mp4": ["b"]} and not lost, name
-    assert pd.as_text(mark + TEXT.encode(code)) == TEXT
+    assert pd.decoded(mark + TEXT.encode(code))[0] == TEXT
     assert pd.lines_of("a\u2028b\x85c\x0bd\r\ne\n") == ["a\u2028b\x85c\x0bd", "e", ""]
 
 
 def test_m08_what_is_no_text_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="byte 0xb3 .'³' in cp1252"):
-        pd.as_text("mały".encode("cp1250"))
+        pd.decoded("mały".encode("cp1250"))[0]
     with pytest.raises(ValueError, match="zero bytes"):
-        pd.as_text("café".encode("utf-16-le"))
+        pd.decoded("café".encode("utf-16-le"))[0]
     result, lost = captions(tmp_path, "m.csv", "video,caption\na.mp4,mały\nb.mp4,plain\n".encode("cp1250"), ["a.mp4", "b.mp4"])
     assert result == {"b.mp4": ["plain"]} and "'³' in cp1252" in lost[0][2]
     assert "1 rows of" in (said := capsys.readouterr().err) and "the first is row 1: it holds byte 0xb3" in said
@@ -632,7 +632,7 @@ def test_6b_fuzz_only_the_errors_that_are_meant(tmp_path, capsys, form, n):
         data, since = mutated(whole.encode(), draw), time.process_time()
         if form == "beside":
             facts, rejects = pd.beside("x/a.mp4", {".json": data, ".txt": mutated(b"a text", draw)})
-            json.dumps(pd.told("x/a.mp4", facts, 0.0, 1.0)).encode()
+            json.dumps(pd.clip_metadata("x/a.mp4", facts, 0.0, 1.0)).encode()
             continue
         try:
             result, lost = captions(tmp_path, name, data, sources, form)
@@ -788,7 +788,7 @@ def test_json_beside_a_file_keeps_the_folders_label():
     assert of("cats/a.mp4", json='["x", "y"]', txt="t") == [(None, "cats", ["x", "y"], None)]
     assert of("cats/a.mp4", json='{"caption": [{"start": 0, "end": 1, "text": "x"}, {"start": 1, "end": 2, "text": "y"}]}') == [
         (0, "cats", ["x"], None), (1, "cats", ["y"], None), (None, "cats", [], None)]
-    row, _ = pd.told("cats/a.mp4", pd.beside("cats/a.mp4", {".json": b'{"caption": "x", "start": 0, "end": 1}'})[0], 5, 6)
+    row, _ = pd.clip_metadata("cats/a.mp4", pd.beside("cats/a.mp4", {".json": b'{"caption": "x", "start": 0, "end": 1}'})[0], 5, 6)
     assert row["label"] == "cats" and row["captions"] == []
 
 
@@ -1037,7 +1037,7 @@ def test_m08_text_in_code_pages_that_can_be_told(tmp_path, capsys):
     """They were rejects, so that the set had no captions; others stay rejects, with what to do."""
     for text, code in ((GERMAN, "cp1252"), (FRENCH, "cp1252"), ("naïve façade", "latin-1"), ("a man—tall…", "cp1252"), (RUSSIAN, "cp1251"),
                        ("Ходит пёс, объявление №5", "cp1251")):
-        assert pd.as_text(text.encode(code)) == text and pd.as_text(text.encode()) == text
+        assert pd.decoded(text.encode(code))[0] == text and pd.decoded(text.encode())[0] == text
         result, lost = captions(tmp_path, "m.csv", f"video;caption\r\na.mp4;{text}\r\n".encode(code), ["a.mp4"])
         assert result == {"a.mp4": [text]} and not lost and "m.csv is not in UTF-8, and is read as cp125" in capsys.readouterr().err
     for text, code in (("Żółta łódź płynie", "cp1250"), ("příliš žluťoučký kůň", "cp1250"), ("şişe ağaç ıslak", "cp1254"), ("привет мир Как", "koi8-r"),
@@ -1045,7 +1045,7 @@ def test_m08_text_in_code_pages_that_can_be_told(tmp_path, capsys):
                        ("一个女孩在跑步", "gbk"), ("女の子が走る", "shift-jis"), ("소녀가 달린다", "euc-kr"), ("Девочка бежит", "cp866"), ("Девочка бежит", "iso8859-5"),
                        ("Mädchen läuft über", "cp437"), ("une fille créée", "mac-roman"), ("เด็กวิ่ง", "cp874")):
         with pytest.raises(ValueError, match="it holds byte 0x.*iconv"):
-            pd.as_text(text.encode(code))
+            pd.decoded(text.encode(code))[0]
     assert pd.legacy(f"{GERMAN}\n".encode("cp1252") + "é".encode()) is None and pd.legacy("中文".encode()[:-1]) is None
 
 

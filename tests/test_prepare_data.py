@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import demo_scenes
 import numpy as np
 import pytest
 from PIL import Image
@@ -380,7 +381,7 @@ def test_captions_splits_and_labels(rows):
         {"text": "odd by its stem", "source": "meta", "weight": 1.0}]
     assert rows["odd.mkv"][0]["split"] == "test"
     assert rows["sub/été 中.mp4"][0]["captions"][0]["text"] == "une forme"
-    drawn = [pd.told(f"{n}.mp4", [], 0, 1)[0]["split"] for n in range(2000)]
+    drawn = [pd.clip_metadata(f"{n}.mp4", [], 0, 1)[0]["split"] for n in range(2000)]
     assert 60 < drawn.count("val") < 140 and drawn.count("train") + drawn.count("val") == 2000
 
 
@@ -668,21 +669,21 @@ def test_after_the_demo_the_next_commands_are_the_quick_start():
 def test_scenes_are_what_their_captions_say():
     """The second demo: two shots a file; the object's colour is where it must be, it moves, and the
     same plan draws the same frames."""
-    files = pd.scene_files(12)
+    files = demo_scenes.scene_files(12)
     shots = [shot for file in files for shot in file["shots"]]
     assert {(shot["scene"], shot["light"]) for shot in shots} == set(
-        itertools.product(pd.SCENES, pd.LIGHTS)), "every scene in every light"
+        itertools.product(demo_scenes.SCENES, demo_scenes.LIGHTS)), "every scene in every light"
     assert {file["split"] for file in files} == {"train", "test"}
     for shot in shots[:3]:
-        frames, other = pd.render_scene({**shot, "frames": 6}), "red"
+        frames, other = demo_scenes.render_scene({**shot, "frames": 6}), "red"
         if shot["colour"] in ("red", "purple"):
             other = "green"
-        bare = pd.render_scene({**shot, "frames": 6, "colour": other})
+        bare = demo_scenes.render_scene({**shot, "frames": 6, "colour": other})
         covered = (frames != bare).any(-1)           # only the object has the colour
         assert 0.005 < covered.mean() < 0.2 and (covered[1] != covered[3]).any()
-        assert (frames == pd.render_scene({**shot, "frames": 6})).all()
+        assert (frames == demo_scenes.render_scene({**shot, "frames": 6})).all()
         assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.3
-    assert len({pd.render_scene({**shot, "frames": 1}).tobytes() for shot in shots}) == len(shots)
+    assert len({demo_scenes.render_scene({**shot, "frames": 1}).tobytes() for shot in shots}) == len(shots)
 
 
 def test_a_failed_first_attempt_leaves_no_folder(made):
@@ -904,7 +905,7 @@ def test_pairs_by_bands_are_those_of_comparing_all(n, near, is_short, monkeypatc
         monkeypatch.setattr(pd, "NS_A_PAIR", cost)
         a, b = pd.like_pairs(packed, most, stop)
         assert set(zip(a.tolist(), b.tolist())) == truth and len(a) == len(truth)
-        assert [int(one) for one in pd.apart(packed[a], packed[b])] == away[a, b].tolist()
+        assert [int(one) for one in pd.bit_distance(packed[a], packed[b])] == away[a, b].tolist()
 
 
 def flipped(data):
