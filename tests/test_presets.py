@@ -49,7 +49,8 @@ def test_every_denoiser_learns_and_samples(name):
     torch.manual_seed(0)
     options = narrow(D.MODELS[name])
     model, kind = D.Denoiser(**options), options.get("kind", "video")
-    texts, args = texts_of(options, 2), SimpleNamespace(lr=1e-2, warmup=0, schedule="constant")
+    texts, args = texts_of(options, 2), SimpleNamespace(
+        lr=1e-2, warmup=0, schedule="constant", steps=1)
     own = {"dit": ("ddpm", "ddpm"), "uvit": ("noise", "sd")}.get(kind, ("velocity", "linear"))
     if kind == "gpt":
         model.dit.codebook.normal_()
