@@ -5,7 +5,6 @@ import torch
 from conftest import DEVICE
 from torch import nn
 
-from kernels import linear as MODULE
 from kernels.linear import Linear, reference
 
 SHAPES = [(0,), (1, 1), (5, 1), (2, 16), (33,)]                      # few rows, and more
@@ -31,26 +30,6 @@ def test_products(shape, outs, bias):
     if y.numel():
         ours, own = errors(y, layer, x)
         assert ours <= max(2 * own, 1e-6)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="a CPU's path")
-@pytest.mark.parametrize("is_wide", [True, False])
-def test_large_products_with_gradients(is_wide, monkeypatch):
-    """As convolutions of one pixel, where the CPU is one that gains by them."""
-    calls, conv2d = [], torch.nn.functional.conv2d
-    monkeypatch.setattr(MODULE, "IS_WIDE", is_wide)
-    monkeypatch.setattr(MODULE.F, "conv2d", lambda *args: (calls.append(1), conv2d(*args))[1])
-    torch.manual_seed(0)
-    layer, x = Linear(512, 512), torch.randn(2, 128, 512, requires_grad=True)
-    y, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
-    assert len(calls) == is_wide and y.is_contiguous()
-    ours, own = errors(y.detach(), layer, x)
-    assert ours <= 2 * own
-    leaves = (x, layer.weight, layer.bias)
-    for a, b in zip(*(torch.autograd.grad(out.square().sum(), leaves) for out in (y, plain))):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
-    layer(x[:, :100])                                                # 2^26 multiply-adds or fewer
-    assert len(calls) == is_wide
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -177,8 +177,6 @@ MUTANTS = [
      "above, below = top, end", C + "winograd_is_the_convolution"),
     ("conv", "Winograd with gradients", "            and not torch.is_grad_enabled())", "            )",
      C + "winograd_takes_only_what_it_is_made_for"),
-    ("linear", "the convolution loses the bias", "weight[:, :, None, None], bias)",
-     "weight[:, :, None, None])", F + "large_products_with_gradients"),
     ("decode", "a key too few", "keys = torch.arange(max(self.lengths) + 1, device=device)",
      "keys = torch.arange(max(self.lengths), device=device)", D + "cached_tokens"),
     ("decode", "a window one too wide", "keys > at - (window or", "keys >= at - (window or",
