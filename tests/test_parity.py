@@ -791,7 +791,7 @@ def wan_pipeline(case):
             first = result["image_latents"][0]
         assert tuple(noise.shape) == sampler.latent_shape(*(about[key] for key in (
             "num_frames", "height", "width")))
-        job = sample.SamplingJob(tuple(noise.shape), 16.0, near, far, noise, first=first)
+        job = sample.SamplingJob(tuple(noise.shape), 16.0, near, far, noise, first_latent=first)
         velocities, steps = [], []
 
         def watch(packed, seen):
