@@ -2116,6 +2116,8 @@ def text_width(path):
 def open_foreign(args, device):
     """`open_run` of published weights."""
     path = Path(args.name)
+    if (lora := path / "pytorch_lora_weights.safetensors").is_file():
+        say_once(f"{lora} is not used: merge it into the transformer first")
     scheduled = read_scheduler(path, args.sampler, args.shift) if path.is_dir() else {}
     first = [load_published(path, args.heads)]               # it tells what all else depends on
     _, layout, options = first[0]
