@@ -18,7 +18,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-import demo_scenes
 import numpy as np
 import pytest
 from PIL import Image
@@ -669,21 +668,21 @@ def test_after_the_demo_the_next_commands_are_the_quick_start():
 def test_scenes_are_what_their_captions_say():
     """The second demo: two shots a file; the object's colour is where it must be, it moves, and the
     same plan draws the same frames."""
-    files = demo_scenes.scene_files(12)
+    files = pd.scene_files(12)
     shots = [shot for file in files for shot in file["shots"]]
     assert {(shot["scene"], shot["light"]) for shot in shots} == set(
-        itertools.product(demo_scenes.SCENES, demo_scenes.LIGHTS)), "every scene in every light"
+        itertools.product(pd.SCENES, pd.LIGHTS)), "every scene in every light"
     assert {file["split"] for file in files} == {"train", "test"}
     for shot in shots[:3]:
-        frames, other = demo_scenes.render_scene({**shot, "frames": 6}), "red"
+        frames, other = pd.render_scene({**shot, "frames": 6}), "red"
         if shot["colour"] in ("red", "purple"):
             other = "green"
-        bare = demo_scenes.render_scene({**shot, "frames": 6, "colour": other})
+        bare = pd.render_scene({**shot, "frames": 6, "colour": other})
         covered = (frames != bare).any(-1)           # only the object has the colour
         assert 0.005 < covered.mean() < 0.2 and (covered[1] != covered[3]).any()
-        assert (frames == demo_scenes.render_scene({**shot, "frames": 6})).all()
+        assert (frames == pd.render_scene({**shot, "frames": 6})).all()
         assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.3
-    assert len({demo_scenes.render_scene({**shot, "frames": 1}).tobytes() for shot in shots}) == len(shots)
+    assert len({pd.render_scene({**shot, "frames": 1}).tobytes() for shot in shots}) == len(shots)
 
 
 def test_a_failed_first_attempt_leaves_no_folder(made):
